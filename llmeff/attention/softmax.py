@@ -1,0 +1,86 @@
+"""Softmax attention: multi-head, grouped-query or multi-query, with rotary positions."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.attention.mixer import KeyValueCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.norm import RMSNorm
+from llmeff.core.config import Flag
+from llmeff.core.layout import Layout
+
+# B batch, T queries, S keys, D width, N heads, K key-value heads, H head width
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns (B, N, T, H) queries or keys by their rotary angles, in x's precision."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """softmax(q k' / sqrt(H)) v over the keys that the layout lets each query see.
+
+    Args:
+        query: (B, N, T, H).
+        key: (B, K, S, H), K divides N.
+        value: (B, K, S, H).
+        layout: who sees whom.
+
+    Returns:
+        (B, N, T, H).
+    """
+    mask = layout.mask(key.shape[2])
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+
+
+class Softmax(MixerConfig):
+    """Softmax attention (Vaswani et al. 2017; GQA: Ainslie et al. 2023) with rotary positions (Su et al. 2021)."""
+
+    name: Literal["softmax"] = "softmax"
+    qk_norm: Flag = False
+    """Normalize queries and keys per head before they are turned (Dehghani et al. 2023; as in Qwen3)."""
+
+    def build(self, shape: MixerShape) -> "SoftmaxMixer":
+        """The module."""
+        return SoftmaxMixer(self, shape)
+
+
+class SoftmaxMixer(Mixer):
+    """Projections around `attend`. Parameter names are those of transformers' Llama and Qwen3."""
+
+    def __init__(self, config: Softmax, shape: MixerShape):
+        super().__init__()
+        self.shape = shape
+        query_width = shape.num_heads * shape.head_dim
+        kv_width = shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.width, query_width, bias=False)
+        self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, shape.width, bias=False)
+        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        head_dim = self.shape.head_dim
+        query = self.q_proj(x).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        key = self.k_proj(x).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        value = self.v_proj(x).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        cos, sin = layout.rotary(head_dim, self.shape.rope_theta)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mixed = attend(query, key, value, layout)
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of the heads' outputs."""
+        return [self.o_proj]

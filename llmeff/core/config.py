@@ -1,0 +1,239 @@
+"""Frozen configs, components chosen by name, overrides, and errors that say what was given and what is allowed."""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic_core import PydanticCustomError
+
+from llmeff.core.registry import Registry, nearest
+
+# Scalars are strict: "7", 7.0 and True are not counts. A float field takes an integer, never a bool.
+Integer = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
+Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with what the user asked for, in one error.
+
+    Args:
+        problems: one line for each problem: where, what was given, what is allowed.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, without unknown fields, each field described by its docstring."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        ser_json_inf_nan="strings",
+    )
+
+
+class Component(Config):
+    """A config that is chosen by its `name` among all of its family (`optim.name = "adamw"`).
+
+    A direct subclass that gives `family=` opens a registry; classes below it that set a default `name` enter it.
+    """
+
+    registry: ClassVar[Registry[Any]]
+
+    def __init_subclass__(cls, family: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, family: str | None = None, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if family is not None:
+            cls.registry = Registry(family)
+            return
+        field = cls.model_fields.get("name")
+        names = get_args(field.annotation) if field is not None else ()
+        if len(names) == 1:
+            cls.registry.add(names[0], cls)
+
+
+C = TypeVar("C", bound=Component)
+
+
+def _resolver(base: type[C]) -> Callable[[Any], Any]:
+    def resolve(value: Any) -> Any:
+        if isinstance(value, base):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError(
+                "component", "give a name or a table with a name, one of {known}",
+                {"known": ", ".join(base.registry.names())},
+            )
+        name = value.get("name")
+        if not isinstance(name, str) or name not in base.registry:
+            raise PydanticCustomError(
+                "component", "{problem}", {"problem": base.registry.unknown(name)}
+            )
+        return base.registry[name].model_validate(dict(value))
+
+    return resolve
+
+
+def component(base: type[C]) -> Any:
+    """The type of a field that holds a component of the family `base`: dumped whole, validated by its name."""
+    return Annotated[SerializeAsAny[base], BeforeValidator(_resolver(base))]  # type: ignore[valid-type]
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """Splits `a.b=value`; the value is TOML (`3e-4`, `true`, `[1, 2]`, `"x"`), `null`, or else a plain string.
+
+    Raises:
+        ConfigError: there is no `=` or no key.
+    """
+    key, equals, raw = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4")
+    raw = raw.strip()
+    if raw in ("null", "none", "None"):
+        return path, None
+    try:
+        return path, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return path, raw
+
+
+def _is_component(model: type[BaseModel], path: tuple[str, ...]) -> bool:
+    """Whether the dotted path names a component field; below a component anything may follow."""
+    fields = model.model_fields
+    for depth, part in enumerate(path):
+        field = fields.get(part)
+        if field is None:
+            return False
+        if any(isinstance(meta, BeforeValidator) for meta in field.metadata):
+            return depth == len(path) - 1
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return False
+        fields = field.annotation.model_fields
+    return False
+
+
+def override(model: type[BaseModel], data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Applies `--set` settings to raw config data.
+
+    A setting that names a component (`optim=muon`, `optim.name=muon`) replaces it by that component's defaults, before
+    any setting of its fields, whatever the order on the command line. Of two settings of one key the later wins.
+
+    Raises:
+        ConfigError: a setting does not parse, or goes through a value that is no table.
+    """
+    parsed = [parse_override(text) for text in settings]
+    named = [
+        (path[:-1] if path[-1] == "name" and _is_component(model, path[:-1]) else path, value)
+        for path, value in parsed
+    ]
+    result: dict[str, Any] = json.loads(json.dumps(data))
+    ordered = [item for item in named if _is_component(model, item[0])]
+    ordered += [item for item in named if not _is_component(model, item[0])]
+    for path, value in ordered:
+        table = result
+        for depth, part in enumerate(path[:-1]):
+            below = table.setdefault(part, {})
+            if isinstance(below, str) and _is_component(model, path[: depth + 1]):
+                below = table[part] = {"name": below}
+            if not isinstance(below, dict):
+                where = ".".join(path[: depth + 1])
+                raise ConfigError(f"--set {'.'.join(path)}: {where} is {below!r}, not a table")
+            table = below
+        if _is_component(model, path) and isinstance(value, str):
+            value = {"name": value}
+        table[path[-1]] = value
+    return result
+
+
+def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The field names allowed where an unknown field stood."""
+    fields = model
+    for part in location:
+        value = data.get(part) if isinstance(data, Mapping) and isinstance(part, str) else None
+        field = fields.model_fields.get(str(part))
+        if field is None:
+            break
+        resolver = next((m for m in field.metadata if isinstance(m, BeforeValidator)), None)
+        annotation: Any = field.annotation
+        if resolver is not None and isinstance(annotation, type) and issubclass(annotation, Component):
+            name = value.get("name") if isinstance(value, Mapping) else value
+            if isinstance(name, str) and name in annotation.registry:
+                annotation = annotation.registry[name]
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        fields, data = annotation, value
+    return list(fields.model_fields)
+
+
+def _describe(model: type[BaseModel], data: Any, error: Mapping[str, Any]) -> str:
+    location = tuple(error["loc"])
+    where = ".".join(str(part) for part in location) or "config"
+    given = error["input"]
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(model, data, location[:-1])
+        return f"{where}: there is no such field.{nearest(str(location[-1]), allowed)}"
+    if error["type"] == "component":
+        return f"{where}: {error['msg']}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if location else message
+    return f"{where}: {message} (given: {given!r})"
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], data: Mapping[str, Any]) -> M:
+    """Validates raw data.
+
+    Raises:
+        ConfigError: with every problem, the value given and the nearest right name.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        problems = [_describe(model, data, entry) for entry in error.errors()]
+        raise ConfigError(problems) from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a TOML or JSON config.
+
+    Raises:
+        ConfigError: the file is absent, of another kind, or does not parse.
+    """
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"{path}: a config is a .toml or a .json file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: does not parse ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config is a table, this is {type(data).__name__}")
+    return data

@@ -1,0 +1,40 @@
+"""The one place that reads the process environment: who this process is among the ranks, and where caches lie."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int
+    """0 to ranks - 1."""
+    local_rank: int
+    """The rank on this machine."""
+    ranks: int
+    """How many processes train together."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes records, caches and the terminal."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """What the launcher said through RANK, LOCAL_RANK and WORLD_SIZE; one process alone without a launcher."""
+    return World(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def cache_folder() -> Path:
+    """Where token caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
+    given = os.environ.get("LLMEFF_CACHE")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llmeff"

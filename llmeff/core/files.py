@@ -1,0 +1,81 @@
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTIAL = ".partial-"
+"""Names that begin so are what a killed process left behind; nothing reads them."""
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file in one step: a reader sees the old content or the new, never a part."""
+    part = _beside(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it appears at `path` when the block ends well, and leaves nothing otherwise.
+
+    Raises:
+        FileExistsError: something not empty is already at `path` when the block ends.
+    """
+    part = _beside(path)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in sorted(part.rglob("*")):
+            sync(file)
+        sync(part)
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def sweep_partial(folder: Path) -> None:
+    """Removes what killed processes left half-written directly under the folder."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

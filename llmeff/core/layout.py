@@ -1,0 +1,75 @@
+"""Where each token of a batch stands: its position, its document, and whether it is padding."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# B batch, T queries, S keys, R rotary angles (half a head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a mixer must know of a batch beside its activations.
+
+    Built once a forward pass and shared by all layers; tables that layers have in common are made once and kept.
+    """
+
+    positions: Tensor
+    """(B, T) or (1, T) int64: each token's place in its document, from 0."""
+    documents: Tensor | None = None
+    """(B, T) int64: tokens see one another only where these agree. None: one document a row."""
+    padding: Tensor | None = None
+    """(B, S) bool over cached and new tokens, False where a token is padding. None: none is."""
+    past: int = 0
+    """How many tokens lie in the cache before this batch's first."""
+    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def plain(length: int, device: torch.device, past: int = 0) -> "Layout":
+        """One unpadded document a row, `length` tokens after `past` cached ones."""
+        positions = torch.arange(past, past + length, device=device)[None]
+        return Layout(positions=positions, past=past)
+
+    def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary angles, float32, each (B or 1, 1, T, head_dim).
+
+        Position p turns dimension pair i by p * theta^(-2i / head_dim) (RoFormer, Su et al. 2021, equation 15); the
+        pairs are (i, i + head_dim / 2), the layout of transformers' Llama.
+        """
+        key = (head_dim, theta)
+        if key not in self._rotary:
+            exponents = torch.arange(0, head_dim, 2, device=self.positions.device).float() / head_dim
+            angles_BTR = self.positions[..., None].float() * (1.0 / theta**exponents)
+            angles = torch.cat((angles_BTR, angles_BTR), dim=-1)[:, None]
+            self._rotary[key] = angles.cos(), angles.sin()
+        return self._rotary[key]
+
+    def mask(self, num_keys: int) -> Tensor | None:
+        """Which keys each query sees, (B or 1, 1, T, num_keys) bool; None where plain causal attention is meant.
+
+        A query that is padding, and so sees nothing, is let see every key: its output is used by nobody, and a softmax
+        over nothing would be NaN.
+        """
+        if num_keys not in self._masks:
+            self._masks[num_keys] = self._make_mask(num_keys)
+        return self._masks[num_keys]
+
+    def _make_mask(self, num_keys: int) -> Tensor | None:
+        num_queries = self.positions.shape[-1]
+        if self.documents is None and self.padding is None and num_keys == num_queries:
+            return None
+        device = self.positions.device
+        query = torch.arange(self.past, self.past + num_queries, device=device)[:, None]
+        sees = (torch.arange(num_keys, device=device)[None] <= query)[None, None]
+        if self.documents is not None:
+            sees = sees & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
+        if self.padding is not None:
+            known = self.padding[:, None, None, :num_keys]
+            missing = num_keys - known.shape[-1]
+            if missing > 0:  # a cache of fixed size has room that no token fills yet
+                known = torch.nn.functional.pad(known, (0, missing))
+            sees = sees & known
+            sees = sees | ~sees.any(dim=-1, keepdim=True)
+        return sees

@@ -1,0 +1,55 @@
+"""Things by name, with the nearest right name in the error."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A sentence that offers the nearest known name, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(names)}."
+
+
+class Registry(Generic[T]):
+    """A table of things of one kind by their names.
+
+    Args:
+        kind: what the things are, as an error names them ("optimizer").
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        """Enters a thing.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}")
+        self._entries[name] = entry
+
+    def unknown(self, name: object) -> str:
+        """The message for a name that is not there."""
+        if not isinstance(name, str):
+            return f"a {self.kind} needs a name. Known: {', '.join(self.names())}."
+        return f"unknown {self.kind} {name!r}.{nearest(name, self._entries)}"
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise ValueError(self.unknown(name))
+        return self._entries[name]

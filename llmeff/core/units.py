@@ -1,0 +1,46 @@
+"""Numbers with their units, for people to read. Records keep plain numbers."""
+
+
+def show_bytes(count: float) -> str:
+    """Binary units: 1 KiB = 1024 B.
+
+    >>> show_bytes(1536), show_bytes(3 * 2**30)
+    ('1.50 KiB', '3.00 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def show_count(count: float, unit: str = "") -> str:
+    """Decimal prefixes.
+
+    >>> show_count(804096), show_count(9.1e10, "FLOP/s")
+    ('804.1k', '91.0 GFLOP/s')
+    """
+    space = " " if unit else ""
+    for prefix in ("", "k" if not unit else "K", "M", "G", "T", "P", "E"):
+        if abs(count) < 1000:
+            number = f"{count:.0f}" if prefix == "" and float(count).is_integer() else f"{count:.1f}"
+            return f"{number}{space}{prefix}{unit}"
+        count /= 1000
+    return f"{count:.1f}{space}Z{unit}"
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration.
+
+    >>> show_seconds(0.0123), show_seconds(75), show_seconds(7265)
+    ('12.3 ms', '1m 15s', '2h 01m')
+    """
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m {rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m"

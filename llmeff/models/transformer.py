@@ -1,0 +1,269 @@
+"""A Llama-style decoder of plain modules: RMSNorm, a mixer and SwiGLU in each layer, and the price of it all."""
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import create_model, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmeff.attention.mixer import KeyValueCache, MixerConfig, MixerShape
+from llmeff.attention.norm import RMSNorm
+from llmeff.attention.softmax import Softmax
+from llmeff.core.config import Config, Count, Flag, Positive, component
+from llmeff.core.layout import Layout
+from llmeff.models.cross_entropy import cross_entropy_sum
+from llmeff.models.model import LanguageModelConfig
+from llmeff.optim.table import Role
+
+# B batch, T sequence, D width, F MLP width, V vocabulary, N heads, H head width
+
+
+class LayerConfig(Config):
+    """One layer where it differs from the others; a field left out is the model's."""
+
+    num_heads: Count | None = None
+    """Query heads."""
+    num_kv_heads: Count | None = None
+    """Key and value heads."""
+    mlp_width: Count | None = None
+    """F."""
+    has_mixer: Flag = True
+    """False: the layer has no mixer (a pruned model)."""
+    has_mlp: Flag = True
+    """False: the layer has no MLP (a pruned model)."""
+
+
+class DecoderConfig(LanguageModelConfig):
+    """A Llama-style decoder (Touvron et al. 2023)."""
+
+    name: Literal["decoder"] = "decoder"
+    width: Count = 256
+    """D, of the residual stream."""
+    num_layers: Count = 6
+    """How many layers."""
+    num_heads: Count = 4
+    """Query heads."""
+    num_kv_heads: Count | Literal["auto"] = "auto"
+    """Key and value heads; fewer than `num_heads` is grouped-query, 1 is multi-query attention. auto: `num_heads`."""
+    head_dim: Count | Literal["auto"] = "auto"
+    """H. auto: width / num_heads."""
+    mlp_width: Count | Literal["auto"] = "auto"
+    """F. auto: 8/3 width, rounded up to a multiple of 32, so that SwiGLU has the parameters of a 4-fold MLP."""
+    mixer: component(MixerConfig) = Softmax()
+    """What mixes the sequence in every layer."""
+    tied_embeddings: Flag = True
+    """One matrix embeds the tokens and gives the logits."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary angles."""
+    norm_eps: Positive = 1e-5
+    """Added under the root of every normalization."""
+    init_std: Positive | Literal["auto"] = "auto"
+    """Of the initial weights. auto: sqrt(2 / (5 width)) (Nguyen and Salazar 2019)."""
+    layers: tuple[LayerConfig, ...] | None = None
+    """Where layers differ: one entry for each. None: all are alike."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DecoderConfig":
+        problems = []
+        if self.head_dim == "auto" and self.width % self.num_heads:
+            problems.append(f"width {self.width} is no multiple of num_heads {self.num_heads}: give head_dim")
+        elif self.head_width % 2:
+            problems.append(f"head_dim {self.head_width} is odd: rotary positions turn pairs")
+        if self.layers is not None and len(self.layers) != self.num_layers:
+            problems.append(f"layers has {len(self.layers)} entries for num_layers {self.num_layers}")
+        else:
+            for index in range(self.num_layers):
+                heads, kv_heads = self.layer_heads(index)
+                if heads % kv_heads:
+                    problems.append(f"layer {index}: num_heads {heads} is no multiple of num_kv_heads {kv_heads}")
+                    break
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """H as a number."""
+        return self.width // self.num_heads if self.head_dim == "auto" else self.head_dim
+
+    def layer(self, index: int) -> LayerConfig:
+        """The layer's own entry, empty where layers are alike."""
+        return LayerConfig() if self.layers is None else self.layers[index]
+
+    def layer_heads(self, index: int) -> tuple[int, int]:
+        """Query heads and key-value heads of a layer."""
+        own = self.layer(index)
+        heads = own.num_heads or self.num_heads
+        shared = heads if self.num_kv_heads == "auto" else self.num_kv_heads
+        return heads, own.num_kv_heads or shared
+
+    def layer_mlp_width(self, index: int) -> int:
+        """F of a layer."""
+        own = self.layer(index).mlp_width
+        if own is not None:
+            return own
+        return 32 * math.ceil(8 * self.width / 3 / 32) if self.mlp_width == "auto" else self.mlp_width
+
+    def mixer_shape(self, index: int) -> MixerShape:
+        """The widths of a layer's mixer."""
+        heads, kv_heads = self.layer_heads(index)
+        return MixerShape(
+            width=self.width,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=self.head_width,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+        )
+
+    def build(self) -> "Decoder":
+        """The module, initialized from torch's default generator."""
+        return Decoder(self)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6). (B, T, D) to (B, T, D)."""
+
+    def __init__(self, width: int, mlp_width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, mlp_width, bias=False)
+        self.up_proj = nn.Linear(width, mlp_width, bias=False)
+        self.down_proj = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); a part that the config leaves out is absent."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        own = config.layer(index)
+        if own.has_mixer:
+            self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+            self.self_attn = config.mixer.build(config.mixer_shape(index))
+        if own.has_mlp:
+            self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+            self.mlp = MLP(config.width, config.layer_mlp_width(index))
+        self.has_mixer, self.has_mlp = own.has_mixer, own.has_mlp
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        if self.has_mixer:
+            x = x + self.self_attn(self.input_layernorm(x), layout, cache)
+        if self.has_mlp:
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """Tokens to logits, or to a summed loss. Parameter names are those of transformers' Llama, less its `model.`."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        vocabulary = config.vocabulary()
+        self.embed_tokens = nn.Embedding(vocabulary, config.width)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = nn.Linear(config.width, vocabulary, bias=False)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.recompute = False
+        """Keep only each layer's input for backward and run the layer again (Chen et al. 2016)."""
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Normal weights; projections that write into the residual stream are smaller by sqrt(2 layers) (GPT-2)."""
+        std = math.sqrt(2 / (5 * self.config.width)) if self.config.init_std == "auto" else self.config.init_std
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                written = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.num_layers) if written else std)
+            else:
+                parameter.fill_(1.0)
+
+    def hidden(self, tokens: Tensor, layout: Layout | None = None, caches: Any = None) -> Tensor:
+        """(B, T) tokens to the (B, T, D) states before the output embedding; `caches[i]` is layer i's."""
+        if layout is None:
+            layout = Layout.plain(tokens.shape[1], tokens.device)
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, layout, use_reentrant=False)
+            else:
+                x = layer(x, layout, None if caches is None else caches[index])
+        return cast(Tensor, self.norm(x))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout | None = None,
+        targets: Tensor | None = None,
+        loss_chunk: int | None = None,
+    ) -> Tensor:
+        """Logits, or the summed loss where targets are given.
+
+        Args:
+            tokens: (B, T) int64.
+            layout: positions and documents; None: one document a row.
+            targets: (B, T) int64, the token that follows each, `IGNORED` where it does not count.
+            loss_chunk: tokens whose logits live at once; None for all.
+
+        Returns:
+            (B, T, V) logits, or the cross-entropy in nats summed over the counted targets, a float32 scalar.
+        """
+        states = self.hidden(tokens, layout)
+        if targets is None:
+            return cast(Tensor, self.lm_head(states))
+        return cross_entropy_sum(states, self.lm_head.weight, targets, loss_chunk)
+
+    def roles(self) -> dict[str, Role]:
+        """What each parameter is, by name; the optimizer's groups follow it."""
+        return {name: _role(name, parameter) for name, parameter in self.named_parameters()}
+
+
+def _role(name: str, parameter: Tensor) -> Role:
+    if name.startswith("embed_tokens"):
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "head"
+    return "matrix" if parameter.dim() == 2 else "norm"
+
+
+# name: width, layers, heads, key-value heads, MLP width, tied. The parameters that a name states are counted with the
+# vocabulary in the comment.
+_PRESETS: dict[str, tuple[int, int, int, int, int, bool]] = {
+    "llama-1m": (128, 4, 4, 4, 352, True),  # 0.8 M + 128 V
+    "llama-10m": (384, 6, 6, 6, 1024, True),  # 10.6 M + 384 V
+    "llama-30m": (512, 9, 8, 4, 1536, True),  # 28 M + 512 V
+    "llama-125m": (768, 12, 12, 12, 2048, True),  # 85 M + 768 V: 124 M at V = 50,304
+    "llama-350m": (1024, 24, 16, 16, 2816, True),  # 308 M + 1,024 V
+    "llama-1b": (2048, 16, 32, 8, 8192, True),  # Llama 3.2 1B's shape: 973 M + 2,048 V
+    "llama-3b": (3072, 28, 24, 8, 8192, True),  # Llama 3.2 3B's shape
+    "llama-7b": (4096, 32, 32, 32, 11_008, False),  # Llama 2 7B's shape: 6.74 B at V = 32,000
+}
+
+
+def _preset(name: str) -> type[DecoderConfig]:
+    width, layers, heads, kv_heads, mlp_width, tied = _PRESETS[name]
+    fields: dict[str, Any] = {
+        "name": (Literal[name], name),
+        "width": (Count, width),
+        "num_layers": (Count, layers),
+        "num_heads": (Count, heads),
+        "num_kv_heads": (Count | Literal["auto"], kv_heads),
+        "mlp_width": (Count | Literal["auto"], mlp_width),
+        "tied_embeddings": (Flag, tied),
+    }
+    return create_model(name, __base__=DecoderConfig, __module__=__name__, **fields)
+
+
+PRESETS = {name: _preset(name) for name in _PRESETS}
+"""Decoders of known shapes, each chosen as `model = "<name>"`."""

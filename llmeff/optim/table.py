@@ -1,0 +1,53 @@
+"""The table of parameters: one row for each, with what an optimizer must know to treat it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Role = Literal["embedding", "head", "norm", "bias", "matrix", "conv", "fused_heads"]
+"""What a parameter is; said by the model, since its shape does not tell (an embedding is a matrix too)."""
+
+UNDECAYED: frozenset[Role] = frozenset(("norm", "bias"))
+"""Roles that weight decay leaves alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
+        return tuple(self.parameter.shape)
+
+    @property
+    def decayed(self) -> bool:
+        """Whether weight decay applies."""
+        return self.role not in UNDECAYED
+
+
+def table(model: nn.Module, roles: Mapping[str, Role]) -> list[Row]:
+    """One row for each trained parameter, in the model's order; a shared parameter has one.
+
+    Raises:
+        ValueError: a parameter has no role.
+    """
+    missing = [name for name, _ in model.named_parameters() if name not in roles]
+    if missing:
+        raise ValueError(f"parameters without a role: {', '.join(missing[:3])} ({len(missing)} in all)")
+    return [
+        Row(name=name, parameter=parameter, role=roles[name])
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def numel(rows: Iterable[Row]) -> int:
+    """The parameters of all rows together."""
+    return sum(row.parameter.numel() for row in rows)
