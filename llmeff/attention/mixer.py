@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from llmeff.core.config import Component, Text
 from llmeff.core.layout import Layout
+from llmeff.cost.laws import Batch
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T sequence, D width, N heads, K key-value heads, H head width
 
@@ -58,4 +60,8 @@ class MixerConfig(Component, family="mixer"):
 
     def build(self, shape: MixerShape) -> Mixer:
         """The module, with uninitialized weights."""
+        raise NotImplementedError(type(self))
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: Batch) -> Array:
+        """The price of the module's forward in training, within it on the tape: (B, T, D) to (B, T, D)."""
         raise NotImplementedError(type(self))

@@ -1,9 +1,18 @@
 """Root-mean-square normalization that keeps only its input and one number a row for backward."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llmeff.cost.laws import promote
+from llmeff.cost.tape import Array, Tape
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precisions as float32; others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -11,17 +20,19 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
+        wide = _wide(x)
         inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return (wide * inverse_rms).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled():  # inverse_rms would count as a constant
+            raise RuntimeError("RMSNorm is differentiated once, not twice (create_graph=True)")
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = x.float() * inverse_rms
-        wide = grad.float()
-        grad_weight = (wide * normed).flatten(0, -2).sum(0)
+        normed = _wide(x) * inverse_rms
+        wide = _wide(grad)
+        grad_weight = (wide * normed).sum(dim=tuple(range(grad.dim() - 1)))
         weighted = wide * weight
         along = (weighted * normed).mean(-1, keepdim=True)
         grad_x = weighted.addcmul_(normed, along, value=-1).mul_(inverse_rms)
@@ -29,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square layer normalization (Zhang and Sennrich 2019), computed in float32.
+    """Root-mean-square layer normalization (Zhang and Sennrich 2019), computed in float32 or wider.
 
     Args:
         width: D, the size of the last dimension.
@@ -45,3 +56,28 @@ class RMSNorm(nn.Module):
         """(..., D) to (..., D)."""
         normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return normed
+
+
+def law(tape: Tape, x: Array) -> Array:
+    """The price of an `RMSNorm`, within its module on the tape."""
+    weight = tape.weight("weight", x.shape[-1])
+    node = tape.save((x, weight), (x,), partial(_law_back, tape))
+    wide = x if x.dtype == "float32" else tape.elementwise(x.shape, "float32")
+    square = tape.elementwise(wide.shape, "float32")
+    inverse_rms = tape.elementwise((*x.shape[:-1], 1), "float32")
+    del square
+    tape.save_output(node, inverse_rms)
+    normed = tape.elementwise(wide.shape, "float32")
+    if x.dtype != "float32":
+        normed = tape.elementwise(x.shape, x.dtype)
+    return tape.elementwise(normed.shape, promote(x.dtype, weight.dtype), node)
+
+
+def _law_back(tape: Tape, gradient: Array, x: Array, inverse_rms: Array) -> tuple[Array, Array]:
+    normed = tape.new(x.shape, "float32")
+    wide = gradient if gradient.dtype == "float32" else tape.new(x.shape, "float32")
+    tape.new(wide.shape, "float32")  # wide * normed
+    weighted = tape.new(wide.shape, "float32")
+    tape.new(normed.shape, "float32")  # weighted * normed
+    grad_x = weighted if x.dtype == "float32" else tape.new(x.shape, x.dtype)
+    return grad_x, tape.new(x.shape[-1:], tape.precision.parameters)

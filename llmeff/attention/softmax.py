@@ -1,5 +1,6 @@
 """Softmax attention: multi-head, grouped-query or multi-query, with rotary positions."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -7,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention.mixer import KeyValueCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention import norm
 from llmeff.attention.norm import RMSNorm
 from llmeff.core.config import Flag
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T queries, S keys, D width, N heads, K key-value heads, H head width
 
@@ -32,10 +36,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     Returns:
         (B, N, T, H).
     """
-    mask = layout.mask(key.shape[2])
+    bias = layout.bias(key.shape[2], value.dtype)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        query, key, value, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
     )
 
 
@@ -49,6 +53,29 @@ class Softmax(MixerConfig):
     def build(self, shape: MixerShape) -> "SoftmaxMixer":
         """The module."""
         return SoftmaxMixer(self, shape)
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """Projections, turns and attention; names live as long as in `SoftmaxMixer.forward`."""
+
+        def heads(projection: str, num_heads: int) -> Array:
+            weight = tape.weight(f"{projection}.weight", num_heads * shape.head_dim, shape.width)
+            num_rows, num_tokens, _ = x.shape
+            return laws.linear(tape, x, weight).view(num_rows, num_heads, num_tokens, shape.head_dim)
+
+        query = heads("q_proj", shape.num_heads)
+        key = heads("k_proj", shape.num_kv_heads)
+        value = heads("v_proj", shape.num_kv_heads)
+        if self.qk_norm:
+            with tape.within("q_norm"):
+                normed_query = norm.law(tape, query)
+            with tape.within("k_norm"):
+                query, key = normed_query, norm.law(tape, key)
+            del normed_query
+        cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
+        query, key = _rotate_law(tape, query, cos, sin), _rotate_law(tape, key, cos, sin)
+        mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
+        weight = tape.weight("o_proj.weight", shape.width, shape.num_heads * shape.head_dim)
+        return laws.linear(tape, laws.joined_heads(tape, mixed), weight)
 
 
 class SoftmaxMixer(Mixer):
@@ -84,3 +111,20 @@ class SoftmaxMixer(Mixer):
     def output_projections(self) -> list[nn.Linear]:
         """The projection of the heads' outputs."""
         return [self.o_proj]
+
+
+def _rotate_law(tape: Tape, x: Array, cos: Array, sin: Array) -> Array:
+    kept = laws.scale(tape, x, laws.cast(tape, cos, x.dtype))
+    node = tape.save((x,), (), partial(_swap_back, tape))
+    tape.elementwise((x.size // 2,), x.dtype)  # -second
+    swapped = tape.elementwise(x.shape, x.dtype, node)
+    turned = laws.scale(tape, swapped, laws.cast(tape, sin, x.dtype))
+    del swapped
+    return laws.add(tape, kept, turned)
+
+
+def _swap_back(tape: Tape, gradient: Array) -> tuple[Array]:
+    half = tape.new((gradient.size // 2,), gradient.dtype)
+    joined = tape.new(gradient.shape, gradient.dtype)
+    del half
+    return (joined,)

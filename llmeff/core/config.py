@@ -81,7 +81,8 @@ def _resolver(base: type[C]) -> Callable[[Any], Any]:
             value = {"name": value}
         if not isinstance(value, Mapping):
             raise PydanticCustomError(
-                "component", "give a name or a table with a name, one of {known}",
+                "component",
+                "give a name or a table with a name, one of {known}",
                 {"known": ", ".join(base.registry.names())},
             )
         name = value.get("name")
@@ -108,7 +109,9 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     key, equals, raw = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise ConfigError(f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4")
+        raise ConfigError(
+            f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4"
+        )
     raw = raw.strip()
     if raw in ("null", "none", "None"):
         return path, None
@@ -118,23 +121,8 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         return path, raw
 
 
-def _is_component(model: type[BaseModel], path: tuple[str, ...]) -> bool:
-    """Whether the dotted path names a component field; below a component anything may follow."""
-    fields = model.model_fields
-    for depth, part in enumerate(path):
-        field = fields.get(part)
-        if field is None:
-            return False
-        if any(isinstance(meta, BeforeValidator) for meta in field.metadata):
-            return depth == len(path) - 1
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return False
-        fields = field.annotation.model_fields
-    return False
-
-
-def override(model: type[BaseModel], data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Applies `--set` settings to raw config data.
+def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Applies `--set` settings to a config's raw data.
 
     A setting that names a component (`optim=muon`, `optim.name=muon`) replaces it by that component's defaults, before
     any setting of its fields, whatever the order on the command line. Of two settings of one key the later wins.
@@ -142,26 +130,21 @@ def override(model: type[BaseModel], data: Mapping[str, Any], settings: Iterable
     Raises:
         ConfigError: a setting does not parse, or goes through a value that is no table.
     """
-    parsed = [parse_override(text) for text in settings]
-    named = [
-        (path[:-1] if path[-1] == "name" and _is_component(model, path[:-1]) else path, value)
-        for path, value in parsed
-    ]
     result: dict[str, Any] = json.loads(json.dumps(data))
-    ordered = [item for item in named if _is_component(model, item[0])]
-    ordered += [item for item in named if not _is_component(model, item[0])]
-    for path, value in ordered:
+    parsed = []
+    for path, value in map(parse_override, settings):
+        names_component = len(path) > 1 and path[-1] == "name"
+        parsed.append((path[:-1], {"name": value}) if names_component else (path, value))
+    for path, value in sorted(parsed, key=lambda setting: len(setting[0])):
         table = result
         for depth, part in enumerate(path[:-1]):
             below = table.setdefault(part, {})
-            if isinstance(below, str) and _is_component(model, path[: depth + 1]):
+            if isinstance(below, str):  # a component by its bare name
                 below = table[part] = {"name": below}
             if not isinstance(below, dict):
                 where = ".".join(path[: depth + 1])
                 raise ConfigError(f"--set {'.'.join(path)}: {where} is {below!r}, not a table")
             table = below
-        if _is_component(model, path) and isinstance(value, str):
-            value = {"name": value}
         table[path[-1]] = value
     return result
 
@@ -176,7 +159,11 @@ def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...
             break
         resolver = next((m for m in field.metadata if isinstance(m, BeforeValidator)), None)
         annotation: Any = field.annotation
-        if resolver is not None and isinstance(annotation, type) and issubclass(annotation, Component):
+        if (
+            resolver is not None
+            and isinstance(annotation, type)
+            and issubclass(annotation, Component)
+        ):
             name = value.get("name") if isinstance(value, Mapping) else value
             if isinstance(name, str) and name in annotation.registry:
                 annotation = annotation.registry[name]

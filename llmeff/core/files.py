@@ -25,19 +25,24 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces the file in one step: a reader sees the old content or the new, never a part."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write; it replaces what is at `path` when the block ends well, and leaves nothing otherwise."""
     part = _beside(path)
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        sync(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file in one step: a reader sees the old content or the new, never a part."""
+    with new_file(path) as part:
+        part.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:

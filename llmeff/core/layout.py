@@ -23,8 +23,11 @@ class Layout:
     """(B, S) bool over cached and new tokens, False where a token is padding. None: none is."""
     past: int = 0
     """How many tokens lie in the cache before this batch's first."""
-    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False
+    )
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
+    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def plain(length: int, device: torch.device, past: int = 0) -> "Layout":
@@ -40,7 +43,9 @@ class Layout:
         """
         key = (head_dim, theta)
         if key not in self._rotary:
-            exponents = torch.arange(0, head_dim, 2, device=self.positions.device).float() / head_dim
+            exponents = (
+                torch.arange(0, head_dim, 2, device=self.positions.device).float() / head_dim
+            )
             angles_BTR = self.positions[..., None].float() * (1.0 / theta**exponents)
             angles = torch.cat((angles_BTR, angles_BTR), dim=-1)[:, None]
             self._rotary[key] = angles.cos(), angles.sin()
@@ -55,6 +60,17 @@ class Layout:
         if num_keys not in self._masks:
             self._masks[num_keys] = self._make_mask(num_keys)
         return self._masks[num_keys]
+
+    def bias(self, num_keys: int, dtype: torch.dtype) -> Tensor | None:
+        """`mask` as a summand of the scores: 0 where a query sees a key, else minus infinity.
+
+        Attention would make it from a boolean mask in every layer, and keep each for backward; here it is made once.
+        """
+        mask = self.mask(num_keys)
+        if mask is not None and (num_keys, dtype) not in self._biases:
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            self._biases[num_keys, dtype] = zeros.masked_fill_(~mask, -torch.inf)
+        return self._biases.get((num_keys, dtype))
 
     def _make_mask(self, num_keys: int) -> Tensor | None:
         num_queries = self.positions.shape[-1]

@@ -44,3 +44,20 @@ def show_seconds(seconds: float) -> str:
         return f"{minutes}m {rest:02d}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m"
+
+
+def show_quantity(name: str, value: float) -> str:
+    """A value by the unit that ends its name: `_bytes`, `_s`, `_j`, `_flops`; else a plain number.
+
+    >>> show_quantity("peak_bytes", 2**20), show_quantity("executed_flops", 2e9), show_quantity("parameters", 804096)
+    ('1.00 MiB', '2.0 GFLOP', '804,096')
+    """
+    if name.endswith("_bytes"):
+        return show_bytes(value)
+    if name.endswith("_s"):
+        return show_seconds(value)
+    if name.endswith("_j"):
+        return show_count(value, "J")
+    if name.endswith("_flops"):
+        return show_count(value, "FLOP")
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

@@ -1,10 +1,14 @@
 """Cross-entropy over a vocabulary without the whole logits in memory."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # M tokens, D width, V vocabulary
 
@@ -13,47 +17,59 @@ IGNORED = -100
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Makes the gradients during forward, a chunk of tokens at a time: never more than one chunk of logits lives."""
+    """Makes the gradients during forward, a chunk of tokens at a time: only one chunk's logits live."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             target = targets[part]
-            logits = (hidden[part] @ weight.T).float()
-            log_sum = logits.logsumexp(-1)
-            counted = target != IGNORED
-            picked = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
-            total += torch.where(counted, log_sum - picked, 0.0).sum()
+            log_probabilities = (hidden[part] @ weight.T).to(wide).log_softmax(-1)
+            counted, index = target != IGNORED, target.clamp(min=0)[:, None]
+            picked = log_probabilities.gather(-1, index)
+            total += torch.where(counted, -picked[:, 0], 0.0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.sub_(log_sum[:, None]).exp_()
-            grad.scatter_add_(-1, target.clamp(min=0)[:, None], torch.full_like(picked, -1.0)[:, None])
+            grad = log_probabilities.exp_()
+            grad.scatter_add_(-1, index, torch.full_like(picked, -1.0))
             grad.mul_(counted[:, None])
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                if grad.dtype == torch.float32:
+                if grad.dtype == wide:
                     grad_weight.addmm_(grad.T, hidden[part])
                 else:
-                    grad_weight += (grad.T @ hidden[part]).float()
+                    grad_weight += (grad.T @ hidden[part]).to(wide)
+            del log_probabilities, grad  # they would live on beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # the gradients saved would count as constants
+            raise RuntimeError("the chunked cross-entropy is differentiated once, not twice (create_graph=True)")
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+            # in the wide format: one over the token count, rounded to bf16, would scale every gradient by up to 0.4 %
+            grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy, in nats, of (...) targets under (..., V) logits; a scalar in float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(
+        wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
@@ -66,15 +82,55 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: in
         chunk: tokens whose logits live at once; None for all of them.
 
     Returns:
-        a float32 scalar.
+        a scalar, float32 (float64 where hidden is).
     """
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if chunk is None:
-        logits = F.linear(hidden, weight).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return cross_entropy_of_logits(F.linear(hidden, weight), targets)
+    if not torch.is_grad_enabled():
+        # a Function is told that a leaf needs its gradient even where none is recorded
+        hidden, weight = hidden.detach(), weight.detach()
     if torch.is_autocast_enabled(hidden.device.type):
         # autocast does not reach inside a Function: its casts are made here, where autograd sees them
         compute = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(compute), weight.to(compute)
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+    total: Tensor = _ChunkedCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, targets.flatten(), chunk
+    )
     return total
+
+
+def law(tape: Tape, hidden: Array, weight: Array) -> Array:
+    """The price of `cross_entropy_sum`, by the workload's chunk."""
+    num_tokens, vocabulary = hidden.size // hidden.shape[-1], weight.shape[0]
+    if tape.workload.loss_chunk is None:
+        logits = laws.linear(tape, hidden.view(num_tokens, hidden.shape[-1]), weight)
+        return laws.cross_entropy(tape, laws.cast(tape, logits, tape.precision.logits))
+    hidden, weight = laws.autocast(tape, hidden), laws.autocast(tape, weight)
+    num_chunk = min(tape.workload.loss_chunk, num_tokens)
+    node = tape.save((hidden, weight), (), partial(_law_back, tape, hidden.dtype, weight.dtype))
+    grad_hidden = tape.elementwise(hidden.shape, hidden.dtype)
+    grad_weight = tape.elementwise(weight.shape, "float32")
+    tape.contract(2 * hidden.size * vocabulary)
+    tape.execute(4 * hidden.size * vocabulary)
+    product = tape.new((num_chunk, vocabulary), hidden.dtype)
+    logits = laws.cast(tape, product, "float32")
+    del product
+    tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
+    log_probabilities = tape.elementwise(logits.shape, logits.dtype)
+    del logits
+    if hidden.dtype != "float32":
+        half = tape.new(log_probabilities.shape, hidden.dtype), tape.new(weight.shape, hidden.dtype)
+        tape.new(weight.shape, "float32")
+        del half
+    del log_probabilities
+    tape.save_output(node, grad_hidden, grad_weight)
+    return tape.elementwise((), "float32", node)
+
+
+def _law_back(
+    tape: Tape, hidden: str, weight: str, gradient: Array, grad_hidden: Array, grad_weight: Array
+) -> tuple[Array, Array]:
+    scaled_hidden = tape.new(grad_hidden.shape, "float32")
+    scaled_hidden = laws.cast(tape, scaled_hidden, hidden)
+    scaled_weight = tape.new(grad_weight.shape, "float32")
+    return scaled_hidden, laws.cast(tape, scaled_weight, weight)

@@ -1,10 +1,17 @@
 """The contract of a model's config."""
 
+from functools import singledispatch
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
 from llmeff.core.config import Component, Count, Text
+from llmeff.cost.laws import Batch
+from llmeff.cost.price import Price
+from llmeff.cost.step import price_step
+from llmeff.cost.tape import Array, Tape
+from llmeff.cost.workload import Workload
 
 
 class ModelConfig(Component, family="model"):
@@ -16,6 +23,14 @@ class ModelConfig(Component, family="model"):
     def build(self) -> nn.Module:
         """The module, initialized from torch's default generator."""
         raise NotImplementedError(type(self))
+
+    def law(self, tape: Tape, batch: Batch) -> Array:
+        """The price of a micro-batch's forward in training, to its summed loss."""
+        raise NotImplementedError(type(self))
+
+    def price(self, workload: Workload) -> Price:
+        """What an optimizer step costs, without the optimizer."""
+        return price_step(self.law, workload)
 
 
 class LanguageModelConfig(ModelConfig):
@@ -33,3 +48,16 @@ class LanguageModelConfig(ModelConfig):
         if self.vocab_size == "auto":
             raise ValueError("vocab_size is auto: it must be resolved from the tokenizer before the model is built")
         return self.vocab_size
+
+
+@singledispatch
+def save_model(model: nn.Module, folder: Path, *, max_length: int, end_id: int) -> None:
+    """Writes a model as config.json and safetensors; each kind of model registers how.
+
+    Args:
+        model: the trained model.
+        folder: made if absent.
+        max_length: the longest sequence, in tokens, that it was trained on.
+        end_id: the token that begins and ends a document.
+    """
+    raise NotImplementedError(type(model))

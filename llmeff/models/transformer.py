@@ -1,6 +1,7 @@
 """A Llama-style decoder of plain modules: RMSNorm, a mixer and SwiGLU in each layer, and the price of it all."""
 
 import math
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -9,14 +10,18 @@ from pydantic import create_model, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmeff.attention import norm
 from llmeff.attention.mixer import KeyValueCache, MixerConfig, MixerShape
 from llmeff.attention.norm import RMSNorm
 from llmeff.attention.softmax import Softmax
 from llmeff.core.config import Config, Count, Flag, Positive, component
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
+from llmeff.models import cross_entropy
 from llmeff.models.cross_entropy import cross_entropy_sum
 from llmeff.models.model import LanguageModelConfig
-from llmeff.optim.table import Role
+from llmeff.core.table import Role
 
 # B batch, T sequence, D width, F MLP width, V vocabulary, N heads, H head width
 
@@ -119,9 +124,49 @@ class DecoderConfig(LanguageModelConfig):
             norm_eps=self.norm_eps,
         )
 
+    def initial_std(self, name: str) -> float:
+        """Standard deviation of a matrix's initial weights, by the parameter's name."""
+        std = math.sqrt(2 / (5 * self.width)) if self.init_std == "auto" else self.init_std
+        written = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return std / math.sqrt(2 * self.num_layers) if written else std
+
     def build(self) -> "Decoder":
         """The module, initialized from torch's default generator."""
         return Decoder(self)
+
+    def law(self, tape: Tape, batch: laws.Batch) -> Array:
+        """The price of `Decoder.forward` with targets; names live as long as there."""
+        with tape.within("embed_tokens", "embedding"):
+            embedding = tape.weight("weight", self.vocabulary(), self.width)
+            x = laws.embedding(tape, batch, embedding)
+        for index in range(self.num_layers):
+            with tape.within(f"layers.{index}"):
+                layer = partial(self._layer_law, tape, batch, index)
+                x = tape.checkpoint(layer, x) if tape.workload.recompute else layer(x)
+        with tape.within("norm", "norms"):
+            x = norm.law(tape, x)
+        with tape.within("lm_head", "head"):
+            head = embedding if self.tied_embeddings else tape.weight("weight", self.vocabulary(), self.width)
+            return cross_entropy.law(tape, x, head)
+
+    def _layer_law(self, tape: Tape, batch: laws.Batch, index: int, x: Array) -> Array:
+        own = self.layer(index)
+        if own.has_mixer:
+            with tape.within("input_layernorm", "norms"):
+                normed = norm.law(tape, x)
+            with tape.within("self_attn", "attention"):
+                mixed = self.mixer.law(self.mixer_shape(index), tape, normed, batch)
+                del normed
+                x = laws.add(tape, x, mixed)
+                del mixed
+        if own.has_mlp:
+            with tape.within("post_attention_layernorm", "norms"):
+                normed = norm.law(tape, x)
+            with tape.within("mlp", "mlp"):
+                mixed = _mlp_law(tape, normed, self.layer_mlp_width(index))
+                del normed
+                x = laws.add(tape, x, mixed)
+        return x
 
 
 class MLP(nn.Module):
@@ -136,6 +181,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+def _mlp_law(tape: Tape, x: Array, mlp_width: int) -> Array:
+    width = x.shape[-1]
+    gate = laws.silu(tape, laws.linear(tape, x, tape.weight("gate_proj.weight", mlp_width, width)))
+    up = laws.linear(tape, x, tape.weight("up_proj.weight", mlp_width, width))
+    product = laws.multiply(tape, gate, up)
+    del gate, up
+    return laws.linear(tape, product, tape.weight("down_proj.weight", width, mlp_width))
 
 
 class Layer(nn.Module):
@@ -181,11 +235,9 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Normal weights; projections that write into the residual stream are smaller by sqrt(2 layers) (GPT-2)."""
-        std = math.sqrt(2 / (5 * self.config.width)) if self.config.init_std == "auto" else self.config.init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                written = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, std / math.sqrt(2 * self.config.num_layers) if written else std)
+                parameter.normal_(0.0, self.config.initial_std(name))
             else:
                 parameter.fill_(1.0)
 
@@ -194,8 +246,14 @@ class Decoder(nn.Module):
         if layout is None:
             layout = Layout.plain(tokens.shape[1], tokens.device)
         x = self.embed_tokens(tokens)
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        if recompute:  # the tables that layers share are made before: torch.compile lets no part that runs twice write
+            layout.rotary(self.config.head_width, self.config.rope_theta)
+            device = tokens.device.type
+            autocast = torch.is_autocast_enabled(device)
+            layout.bias(tokens.shape[1], torch.get_autocast_dtype(device) if autocast else x.dtype)
         for index, layer in enumerate(self.layers):
-            if self.recompute and self.training and torch.is_grad_enabled():
+            if recompute:
                 x = checkpoint(layer, x, layout, use_reentrant=False)
             else:
                 x = layer(x, layout, None if caches is None else caches[index])

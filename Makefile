@@ -1,0 +1,40 @@
+# Everything a person or CI runs. PYTHON is the environment's interpreter.
+PYTHON ?= .venv/bin/python
+BIN = $(dir $(PYTHON))
+STAMP = .venv/.installed
+
+.PHONY: setup check format train test test-slow test-system test-gpu
+
+setup: $(STAMP)
+
+# A fresh environment, unless PYTHON names one that exists. constraints.txt pins what was tested.
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+check: setup
+	$(BIN)ruff format --check .
+	$(BIN)ruff check .
+	$(BIN)mypy
+	$(BIN)lint-imports --no-logo
+
+format: setup
+	$(BIN)ruff format .
+	$(BIN)ruff check --fix .
+
+train: setup
+	$(BIN)llmeff train --recipe default
+
+test: setup check
+	$(BIN)python -m pytest
+
+test-slow: setup
+	$(BIN)python -m pytest -m "slow and not gpu and not system"
+
+test-system: setup
+	$(BIN)python -m pytest -m "system"
+
+test-gpu: setup
+	$(BIN)python -m pytest -m "gpu"

@@ -1,0 +1,297 @@
+"""The timing lane: arms take turns in random order, each in a process of its own; speed is a ratio within a round."""
+
+import importlib
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmeff.core.config import ConfigError, validate
+from llmeff.core.units import show_seconds
+from llmeff.runconfig import RunConfig
+
+Tick = Callable[[], None]
+"""An arm calls it after every step; it returns when the next step may begin."""
+Arm = Callable[[RunConfig, Tick], None]
+"""Trains as the config says, for as many steps as it is let."""
+
+NOISE = 0.1
+"""Cores that other processes may use in a round before it is dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One arm's part of a round."""
+
+    step_s: float
+    """Wall time a step."""
+    cpu_s: float
+    """CPU time of the arm's process a step, all threads."""
+    others: float
+    """Cores that other processes used meanwhile, on average."""
+
+
+def ours(config: RunConfig, tick: Tick) -> None:
+    """The loop of `llmeff train`, records and display included, without evaluations and checkpoints."""
+    from llmeff.loop import Trainer
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Trainer(config, Path(folder) / "run", resume=False, is_silent=False) as trainer,
+    ):
+        while True:
+            trainer.train_step()
+            tick()
+
+
+def bare(config: RunConfig, tick: Tick) -> None:
+    """The same model, batches and optimizer in the shortest loop that trains."""
+    import torch
+
+    from llmeff.prepare import prepare, prepare_device
+
+    config, task = prepare(config)
+    device = prepare_device(config)
+    model = config.model.build().to(device)
+    if config.runtime.compile == "model":
+        model.compile()
+    elif config.runtime.compile == "layers":
+        for layer in model.layers:  # type: ignore[union-attr]
+            layer.compile()
+    optimizer = config.optim.build(task.table(model))
+    parameters = list(model.parameters())
+    for step in itertools.count():
+        batch = task.batch(step, range(config.train.batch), device)
+        loss = model(**batch.inputs) / batch.counts["loss"]
+        loss.backward()
+        if config.train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * config.schedule.factor(step % config.train.steps, config.train.steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tick()
+
+
+def hf_trainer(config: RunConfig, tick: Tick) -> None:
+    """Hugging Face's Trainer over the same model, by its Hugging Face face, and batches of the same size."""
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import Trainer as HFTrainer
+    from transformers import TrainerCallback, TrainingArguments
+
+    from llmeff.models.pretrained import LlmeffForCausalLM
+    from llmeff.prepare import prepare, prepare_device
+
+    config, task = prepare(config)
+    device = prepare_device(config)
+    batch_size = config.train.batch
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return batch_size * 1_000_000
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            step, row = divmod(index, batch_size)
+            tokens = task.batch(step, range(row, row + 1), device).inputs["tokens"][0]
+            return {"input_ids": tokens, "labels": tokens}
+
+    class Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            tick()
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch_size,
+            max_steps=1_000_000,
+            learning_rate=config.optim.lr,
+            optim="adamw_torch_fused",
+            max_grad_norm=config.train.clip_norm or 0.0,
+            use_cpu=device.type == "cpu",
+            torch_compile=config.runtime.compile == "model",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )
+        model = LlmeffForCausalLM.from_decoder(config.model.build())
+        HFTrainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[Ticker()]).train()
+
+
+ARMS: dict[str, Arm] = {"ours": ours, "bare": bare, "hf-trainer": hf_trainer}
+"""Arms by name; another is given as `FILE.py:FUNCTION`."""
+
+
+def find_arm(name: str) -> Arm:
+    """An arm by its name, or from a file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in ARMS:
+        return ARMS[name]
+    path, _, function = name.partition(":")
+    if not function or not Path(path).is_file():
+        raise ConfigError(f"unknown arm {name!r}: give one of {', '.join(ARMS)}, or FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arm = getattr(module, function, None)
+    if arm is None:
+        raise ConfigError(f"arm {name!r}: {path} has no function {function!r}")
+    return arm  # type: ignore[no-any-return]
+
+
+def bench(config: RunConfig, arms: Sequence[str], rounds: int, steps: int, warmup_steps: int) -> dict[str, Any]:
+    """Times arms against one another.
+
+    Args:
+        config: what every arm trains.
+        arms: their names; the first is what the others are set beside.
+        rounds: how often every arm has its turn.
+        steps: steps of a turn.
+        warmup_steps: steps of each arm before the first round.
+
+    Returns:
+        for JSON: by arm the median step time and its quartiles; by pair with the first arm the ratio of step times
+        (theirs / the first's: above 1, the first is faster) with a 95 % interval over rounds; the rounds themselves.
+
+    Raises:
+        ConfigError: an arm is unknown or ended.
+    """
+    for name in arms:
+        find_arm(name)
+    context = multiprocessing.get_context("spawn")
+    lanes: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name in arms:
+            lane, end = context.Pipe()
+            process = context.Process(target=_work, args=(name, config.model_dump(mode="json"), end), daemon=True)
+            process.start()
+            end.close()
+            lanes[name] = lane
+            processes.append(process)
+            _turn(name, lane, warmup_steps)
+        order = random.Random(config.seed)
+        results: list[dict[str, Turn]] = []
+        for _ in range(rounds):
+            names = list(lanes)
+            order.shuffle(names)
+            results.append({name: _turn(name, lanes[name], steps) for name in names})
+    finally:
+        for process in processes:
+            process.kill()
+    return {"config": config.model_dump(mode="json")} | _summarize(arms, results)
+
+
+def _turn(name: str, lane: Connection, steps: int) -> Turn:
+    lane.send(steps)
+    try:
+        turn: Turn = lane.recv()
+    except EOFError:
+        raise ConfigError(f"arm {name!r} ended before its turn did: its error stands above") from None
+    return turn
+
+
+def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
+    """An arm's process: lets it go for as many steps as it is told to, and answers how long they took."""
+    process = psutil.Process()
+    left = 0
+    steps = 0
+    began: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def stamp() -> tuple[float, float, float]:
+        machine = psutil.cpu_times()
+        own = process.cpu_times()
+        return time.perf_counter(), own.user + own.system, machine.user + machine.system + machine.nice
+
+    def tick() -> None:
+        nonlocal left, steps, began
+        left -= 1
+        if left > 0:
+            return
+        if steps:
+            wall, own, machine = (now - then for now, then in zip(stamp(), began, strict=True))
+            lane.send(Turn(step_s=wall / steps, cpu_s=own / steps, others=max(0.0, machine - own) / wall))
+        left = steps = lane.recv()
+        began = stamp()
+
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    left = steps = lane.recv()
+    began = stamp()
+    find_arm(name)(validate(RunConfig, config), tick)
+
+
+def _summarize(names: Sequence[str], rounds: list[dict[str, Turn]]) -> dict[str, Any]:
+    quiet = [each for each in rounds if max(turn.others for turn in each.values()) <= NOISE]
+    used = quiet if len(quiet) >= max(3, len(rounds) // 3) else rounds
+    first = names[0]
+    return {
+        "rounds": len(rounds),
+        "noisy_rounds_dropped": len(rounds) - len(used),
+        "arms": {name: _spread([each[name].step_s for each in used]) for name in names},
+        "ratios": {
+            f"{name} / {first}": _interval([each[name].step_s / each[first].step_s for each in used])
+            for name in names[1:]
+        },
+        "cpu_ratios": {
+            f"{name} / {first}": _interval([each[name].cpu_s / each[first].cpu_s for each in used])
+            for name in names[1:]
+        },
+        "turns": [{name: vars(turn) for name, turn in each.items()} for each in rounds],
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return {"median_step_s": median, "lower_quartile_s": lower, "upper_quartile_s": upper}
+
+
+def _interval(ratios: list[float]) -> dict[str, float]:
+    """The geometric mean and its 95 % interval: Student's t on the logarithms, one for each round."""
+    from scipy.stats import t
+
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.fmean(logs)
+    half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {
+        "ratio": math.exp(mean),
+        "lower": math.exp(mean - half),
+        "upper": math.exp(mean + half),
+        "median": statistics.median(ratios),
+        "n": len(ratios),
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [
+        f"{name:<24} {show_seconds(arm['median_step_s'])} a step "
+        f"({show_seconds(arm['lower_quartile_s'])} to {show_seconds(arm['upper_quartile_s'])})"
+        for name, arm in result["arms"].items()
+    ]
+    for pair, value in result["ratios"].items():
+        lines.append(
+            f"{pair:<24} {value['ratio']:.3f} (95 % of rounds' mean: {value['lower']:.3f} to {value['upper']:.3f}, "
+            f"n = {value['n']})"
+        )
+    if result["noisy_rounds_dropped"]:
+        lines.append(f"{result['noisy_rounds_dropped']} of {result['rounds']} rounds were noisy and are left out")
+    return "\n".join(lines)

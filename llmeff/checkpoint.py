@@ -1,0 +1,112 @@
+"""Saved states of a run: whole or absent, checksummed, the last few kept, a damaged one passed over."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmeff.core import files
+from llmeff.core.log import logger
+
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_RNG = "rng.safetensors"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    """Where its files lie."""
+    step: int
+    """Optimizer steps done."""
+    state: dict[str, Any]
+    """What the loop had to remember beside weights and optimizer."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie; need not exist.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Saves a checkpoint; older ones go only once it is whole on disk.
+
+        Args:
+            step: optimizer steps done.
+            state: what the loop must remember, as JSON.
+            write: writes the strategy's files into a folder.
+
+        Raises:
+            OSError: the disk is full or not writable; checkpoints already there are untouched.
+        """
+        place = self.folder / f"step-{step:08d}"
+        if place.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.sweep_partial(self.folder)
+        with files.new_folder(place) as part:
+            write(part)
+            save_file(_random_states(), part / _RNG)
+            (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
+            sums = {file.name: files.sha256(file) for file in sorted(part.iterdir())}
+            manifest = {"schema_version": SCHEMA_VERSION, "step": step, "sha256": sums}
+            (part / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for old in self._places()[self.keep :]:
+            doomed = old.with_name(f"{files.PARTIAL}{old.name}")
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; a damaged one is passed over with a warning. None where there is none."""
+        for place in self._places():
+            try:
+                return _verify(place)
+            except (OSError, ValueError, KeyError) as problem:
+                logger.warning("checkpoint %s is damaged and passed over: %s", place.name, problem)
+        return None
+
+    def _places(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+def restore_random_states(checkpoint: Checkpoint) -> None:
+    """Puts torch's generators back."""
+    states = load_file(checkpoint.folder / _RNG)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _verify(place: Path) -> Checkpoint:
+    manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"its format is {manifest['schema_version']}, this version reads {SCHEMA_VERSION}"
+        )
+    for name, expected in manifest["sha256"].items():
+        if files.sha256(place / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    state = json.loads((place / _STATE).read_text(encoding="utf-8"))
+    return Checkpoint(folder=place, step=manifest["step"], state=state)

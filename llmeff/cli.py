@@ -1,0 +1,241 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmeff import __version__
+from llmeff.core import log
+from llmeff.core.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmeff.runconfig import RunConfig
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0; 1 where a run failed; 2 where the input is wrong, with one error and nothing touched; 130 on Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    log.configure(quiet=getattr(options, "quiet", False))
+    try:
+        result: int = options.command(options)
+    except ConfigError as error:
+        _complain(error.problems)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        _complain(["interrupted"])
+        return EXIT_INTERRUPTED
+    return result
+
+
+def _complain(problems: Sequence[str]) -> None:
+    if len(problems) == 1:
+        sys.stderr.write(f"llmeff: error: {problems[0]}\n")
+    else:
+        sys.stderr.write("llmeff: error:\n" + "".join(f"  {problem}\n" for problem in problems))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmeff",
+        description="A training harness and laboratory for the efficiency of large language models.",
+    )
+    parser.add_argument("--version", action="version", version=f"llmeff {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a model; record what it cost beside what was predicted"
+    )
+    _add_config_options(train)
+    train.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest whole checkpoint in --out"
+    )
+    train.add_argument(
+        "--print-config", action="store_true", help="print the config as JSON and stop"
+    )
+    train.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    train.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    train.set_defaults(command=_train)
+
+    plan = commands.add_parser(
+        "plan", help="what a run will cost: parameters, memory by kind, FLOPs"
+    )
+    _add_config_options(plan)
+    plan.add_argument("--json", action="store_true", help="print the price as one JSON object")
+    plan.set_defaults(command=_plan)
+
+    compare = commands.add_parser(
+        "compare", help="runs side by side, predictions beside measurements"
+    )
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    compare.add_argument(
+        "--format",
+        choices=("terminal", "markdown", "csv", "json"),
+        default="terminal",
+        help="of the table",
+    )
+    compare.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the runs' loss curves as a PNG"
+    )
+    compare.set_defaults(command=_compare)
+
+    bench = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
+    _add_config_options(bench)
+    bench.add_argument(
+        "--arm", action="append", default=[], dest="arms", metavar="ARM",
+        help="ours, bare, hf-trainer, or FILE.py:FUNCTION (repeatable; the first is set beside all others)",
+    )  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm")
+    bench.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a turn")
+    bench.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of each arm before the first round")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--recipe", metavar="NAME", help="a named run; `default` if nothing is given"
+    )
+    source.add_argument("--config", type=Path, metavar="FILE", help="a run's config, TOML or JSON")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="change one value of the config (repeatable)",
+    )
+    parser.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="MODULE",
+        help="import a module that registers components of your own (repeatable)",
+    )  # fmt: skip
+
+
+def _load_components(modules: Sequence[str]) -> None:
+    """Imports users' own components: installed packages by their entry points, and the modules asked for."""
+    for entry in importlib.metadata.entry_points(group="llmeff"):
+        entry.load()
+    sys.path.append(str(Path.cwd()))
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.split(".")[0] and error.name != name:
+                raise
+            raise ConfigError(
+                f"--import {name}: there is no such module here or on the Python path"
+            ) from None
+
+
+def _config(options: argparse.Namespace) -> "RunConfig":
+    from llmeff.core.config import override, read, validate
+    from llmeff.recipes import RECIPES
+    from llmeff.runconfig import RunConfig
+
+    _load_components(options.imports)
+    if options.config is not None:
+        data = read(options.config)
+    else:
+        name = options.recipe or "default"
+        if name not in RECIPES:
+            raise ConfigError(RECIPES.unknown(name))
+        data = RECIPES[name]().model_dump(mode="json")
+    return validate(RunConfig, override(data, options.set))
+
+
+def _given(options: argparse.Namespace) -> bool:
+    return bool(options.recipe or options.config or options.set)
+
+
+def _free_folder(name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is not there yet."""
+    folder, number = Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.resume and options.out is None:
+        raise ConfigError("--resume needs --out DIR, the folder of the run to go on with")
+    if options.resume and not (options.out / "config.json").is_file():
+        raise ConfigError(
+            f"--resume: {options.out} holds no config.json, so there is no run to go on with"
+        )
+    config = None if options.resume and not _given(options) else _config(options)
+    if options.print_config and config is not None:
+        sys.stdout.write(config.model_dump_json(indent=2) + "\n")
+        return 0
+
+    from llmeff.loop import DivergedError, train
+
+    if config is None:
+        from llmeff.core.config import read, validate
+        from llmeff.runconfig import RunConfig
+
+        _load_components(options.imports)
+        config = validate(RunConfig, read(options.out / "config.json"))
+    folder = options.out or _free_folder(config.name)
+    try:
+        result = train(
+            config, folder, resume=options.resume, is_silent=options.quiet or options.json
+        )
+    except DivergedError as failure:
+        _complain([str(failure)])
+        return EXIT_FAILED
+    if options.json:
+        sys.stdout.write(json.dumps(result.model_dump(mode="json")) + "\n")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from llmeff.predict import predict, show
+
+    config = _config(options)
+    price = predict(config)
+    sys.stdout.write((json.dumps(price.as_dict()) if options.json else show(price)) + "\n")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from llmeff.compare.table import compare
+
+    sys.stdout.write(compare(options.runs, form=options.format) + "\n")
+    if options.plot is not None:
+        from llmeff.compare.plots import loss_curves
+
+        loss_curves(options.runs, options.plot)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from llmeff.bench import bench, show
+
+    result = bench(
+        _config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup
+    )
+    if options.out is not None:
+        options.out.write_text(json.dumps(result), encoding="utf-8")
+    sys.stdout.write(show(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

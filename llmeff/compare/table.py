@@ -1,0 +1,208 @@
+"""Run folders side by side, as a table for the terminal, Markdown, CSV or JSON."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from llmeff.core.config import ConfigError
+from llmeff.core.registry import nearest
+from llmeff.core.units import show_bytes, show_count
+from llmeff.record.reader import Run, final_loss, read_run, throughput
+from llmeff.record.schema import LAST_STEPS
+
+Format = Literal["terminal", "markdown", "csv", "json"]
+"""How a table is written. CSV and JSON hold plain numbers, the others numbers with units."""
+
+CAVEAT = "One run each: a difference here has no interval, and may be chance."
+FOOTNOTE = (
+    f"Training loss: mean of the last {LAST_STEPS} steps, nats. Speed: median step after warm-up. "
+    "Error: predicted / measured - 1."
+)
+
+_CELL = 26
+"""Characters that a run takes in a table at the terminal: `unfinished at step 12345` and its frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One row: what a run cost and reached; None where it has not come to that, or cannot be known."""
+
+    name: str
+    """The folder's."""
+    status: str
+    """`finished`, `diverged`, or `unfinished at step N`."""
+    device: str
+    """What computed."""
+    steps: int
+    """Optimizer steps done."""
+    items: int
+    """That were trained on: tokens, or what `item` says."""
+    item: str | None
+    """What an item is; None while unfinished."""
+    parameters: int | None
+    """All."""
+    train_loss: float | None
+    """Nats an item."""
+    validation_loss: float | None
+    """Nats an item, at the last evaluation of an ended run."""
+    bits_per_byte: float | None
+    """On the validation split, at the end."""
+    items_per_s: float | None
+    """Median over steps after warm-up."""
+    peak_bytes: float | None
+    """Live at once."""
+    errors: dict[str, float]
+    """predicted / measured - 1, by quantity."""
+
+
+def summarise(run: Run) -> RunSummary:
+    """A run's row."""
+    steps, result = run.steps, run.result
+    done = int(steps["step"][-1]) if len(steps["step"]) else 0
+    speed = throughput(steps)
+    held_out = {} if result is None else result.metrics.get("validation", {})
+    return RunSummary(
+        name=run.name,
+        status=f"unfinished at step {done}" if result is None else result.status,
+        device=run.environment.device,
+        steps=done,
+        items=int(steps["items_seen"][-1]) if done else 0,
+        item=None if result is None else result.item,
+        parameters=None if result is None else result.parameters,
+        train_loss=final_loss(steps),
+        validation_loss=held_out.get("loss"),
+        bits_per_byte=held_out.get("bits_per_byte"),
+        items_per_s=None if speed is None else speed.median,
+        peak_bytes=None if result is None else result.measured.get("peak_bytes"),
+        errors={} if result is None else result.error,
+    )
+
+
+def compare(folders: Iterable[Path]) -> list[RunSummary]:
+    """A row for each run folder, in the order given.
+
+    Raises:
+        ConfigError: some are no run folders; it names them all.
+    """
+    rows, problems = [], []
+    for folder in folders:
+        try:
+            rows.append(summarise(read_run(folder)))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return rows
+
+
+def render(rows: Sequence[RunSummary], kind: str, width: int | None = None) -> str:
+    """The table as text.
+
+    Args:
+        rows: of `compare`.
+        kind: a `Format`.
+        width: of the terminal, in characters; asked of it where it is left out.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if kind == "terminal":
+        return _terminal(rows, width)
+    if kind == "markdown":
+        return _markdown(rows)
+    if kind == "csv":
+        return _csv(rows)
+    if kind == "json":
+        return _json(rows)
+    raise ConfigError(f"unknown table format {kind!r}.{nearest(kind, get_args(Format))}")
+
+
+def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells for people; a column that no run has a value for is left out."""
+    items = {row.item for row in rows if row.item is not None}
+    item = items.pop() if len(items) == 1 else "item"
+    columns: list[tuple[str, list[str | None]]] = [
+        ("run", [row.name for row in rows]),
+        ("status", [row.status for row in rows]),
+        ("steps", [f"{row.steps:,}" for row in rows]),
+        (f"{item}s", [show_count(row.items) for row in rows]),
+        ("parameters", [_show(row.parameters, show_count) for row in rows]),
+        ("training loss", [_show(row.train_loss, "{:.4f}".format) for row in rows]),
+        ("validation loss", [_show(row.validation_loss, "{:.4f}".format) for row in rows]),
+        ("bits per byte", [_show(row.bits_per_byte, "{:.4f}".format) for row in rows]),
+        (f"{item}s/s", [_show(row.items_per_s, show_count) for row in rows]),
+        ("peak memory", [_show(row.peak_bytes, show_bytes) for row in rows]),
+        ("device", [row.device for row in rows]),
+    ]
+    for quantity in _quantities(rows):
+        errors = [_show(row.errors.get(quantity), "{:+.2%}".format) for row in rows]
+        columns.append((f"error of {quantity.replace('_', ' ')}", errors))
+    kept = [(header, cells) for header, cells in columns if any(cell is not None for cell in cells)]
+    headers = [header for header, _ in kept]
+    return headers, [[cells[row] or "-" for _, cells in kept] for row in range(len(rows))]
+
+
+def _show(value: float | None, show: Callable[[float], str]) -> str | None:
+    return None if value is None else show(value)
+
+
+def _quantities(rows: Sequence[RunSummary]) -> list[str]:
+    return list(dict.fromkeys(quantity for row in rows for quantity in row.errors))
+
+
+def _terminal(rows: Sequence[RunSummary], width: int | None) -> str:
+    """Runs side by side, quantities below one another; runs that do not fit go into a further table."""
+    headers, cells = _shown(rows)
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width or Console().width)
+    beside = max(1, (console.width - max(map(len, headers), default=0) - 4) // _CELL)
+    for first in range(0, len(cells), beside):
+        runs = cells[first : first + beside]
+        table = Table(headers[0], *(Column(Text(run[0]), justify="right") for run in runs))
+        for n, header in enumerate(headers[1:], start=1):
+            table.add_row(header, *(Text(run[n]) for run in runs))
+        console.print(table)
+    console.print(Text(f"{CAVEAT}\n{FOOTNOTE}"))
+    return buffer.getvalue()
+
+
+def _markdown(rows: Sequence[RunSummary]) -> str:
+    headers, cells = _shown(rows)
+    rules = ["---" if n < 2 else "---:" for n in range(len(headers))]
+    lines = [[text.replace("|", "\\|") for text in line] for line in [headers, *cells]]
+    lines.insert(1, rules)
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{body}\n{CAVEAT}\n{FOOTNOTE}\n"
+
+
+def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
+    """One flat table a run, with plain numbers."""
+    flat = []
+    for row in rows:
+        values = dataclasses.asdict(row)
+        del values["errors"]
+        errors = {f"error_of_{quantity}": row.errors.get(quantity) for quantity in _quantities(rows)}
+        flat.append(values | errors)
+    return flat
+
+
+def _csv(rows: Sequence[RunSummary]) -> str:
+    flat = _plain(rows)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(flat[0]) if flat else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return buffer.getvalue()
+
+
+def _json(rows: Sequence[RunSummary]) -> str:
+    return json.dumps({"caveat": CAVEAT, "footnote": FOOTNOTE, "runs": _plain(rows)}, indent=1) + "\n"

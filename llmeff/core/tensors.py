@@ -1,0 +1,35 @@
+"""A module's stored tensors by name: each parameter once, and the buffers that are saved."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a shared one under its first name only, and persistent buffers."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    state = module.state_dict(keep_vars=True)
+    tensors |= {name: buffer for name, buffer in module.named_buffers() if name in state}
+    return tensors
+
+
+@torch.no_grad()
+def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies values into the module's tensors, in place.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    own = stored_tensors(module)
+    if own.keys() != tensors.keys():
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        raise ValueError(
+            f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
+            )
+        tensor.copy_(tensors[name])

@@ -1,0 +1,227 @@
+"""The laws of single operations, as PyTorch runs them eagerly: what each computes, keeps, and makes on the way."""
+
+from functools import partial
+
+from llmeff.cost.tape import Array, Tape
+
+# B batch, T queries, S keys, N heads, K key-value heads, H head width
+
+
+class Batch:
+    """A micro-batch as the law of a model sees it: `core.layout.Layout` and the tokens, without their numbers.
+
+    Args:
+        tape: where it is taken down.
+    """
+
+    def __init__(self, tape: Tape):
+        workload = tape.workload
+        self._tape = tape
+        self.shape = workload.num_sequences, workload.num_tokens
+        self._rows = workload.num_sequences if workload.packed else 1
+        self._integers = [self._constant("int64", *self.shape) for _ in ("tokens", "targets")]
+        self._integers.append(self._constant("int64", self._rows, self.shape[1]))
+        if workload.packed:
+            self._integers.append(self._constant("int64", *self.shape))
+        self._biases: dict[str, tuple[Array, Array]] = {}
+        self._rotary: dict[tuple[int, float], tuple[Array, Array]] = {}
+
+    def _constant(self, dtype: str, *shape: int) -> Array:
+        with self._tape.within("", "batch"):
+            return self._tape.new(shape, dtype, label="batch_bytes")
+
+    def rotary(self, head_dim: int, theta: float) -> tuple[Array, Array]:
+        """Cosines and sines, each (B or 1, 1, T, head_dim)."""
+        key = (head_dim, theta)
+        if key not in self._rotary:
+            shape = (self._rows, 1, self.shape[1], head_dim)
+            self._rotary[key] = self._constant("float32", *shape), self._constant("float32", *shape)
+        return self._rotary[key]
+
+    def bias(self, dtype: str) -> Array | None:
+        """Which keys each query sees, (B, 1, T, T); None where plain causal attention is meant."""
+        if not self._tape.workload.packed:
+            return None
+        if dtype not in self._biases:
+            shape = (self.shape[0], 1, self.shape[1], self.shape[1])
+            # beside the summand lives the boolean mask that it is made from
+            self._biases[dtype] = self._constant(dtype, *shape), self._constant("bool", *shape)
+        return self._biases[dtype][0]
+
+
+def cast(tape: Tape, x: Array, dtype: str) -> Array:
+    """x in another format; x itself where it has it."""
+    if x.dtype == dtype:
+        return x
+    node = tape.save((x,), (), partial(_cast_back, tape, x.dtype))
+    return tape.elementwise(x.shape, dtype, node)
+
+
+def _cast_back(tape: Tape, dtype: str, gradient: Array) -> tuple[Array]:
+    return (tape.new(gradient.shape, dtype),)
+
+
+def autocast(tape: Tape, x: Array) -> Array:
+    """x as autocast gives it to a contraction."""
+    return cast(tape, x, tape.precision.compute) if tape.precision.autocast else x
+
+
+def autocast_weight(tape: Tape, weight: Array) -> Array:
+    """A weight as autocast gives it to a contraction; the copy is made once a forward pass."""
+    return tape.cached(weight, lambda: autocast(tape, weight)) if tape.precision.autocast else weight
+
+
+def linear(tape: Tape, x: Array, weight: Array) -> Array:
+    """(..., in) times (out, in) to (..., out), without bias."""
+    weight, x = autocast_weight(tape, weight), autocast(tape, x)
+    node = tape.save((x, weight), (x, weight), partial(_linear_back, tape))
+    tape.contract(2 * x.size * weight.shape[0])
+    return tape.new((*x.shape[:-1], weight.shape[0]), x.dtype, node)
+
+
+def _linear_back(tape: Tape, gradient: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+    tape.execute(2 * 2 * x.size * weight.shape[0])
+    grad_weight = tape.new(weight.shape, gradient.dtype)
+    return tape.new(x.shape, gradient.dtype), grad_weight
+
+
+def embedding(tape: Tape, batch: Batch, weight: Array) -> Array:
+    """(B, T) tokens, rows of (V, D), to (B, T, D)."""
+    node = tape.save((weight,), (), partial(_cast_shape_back, tape, weight.shape))
+    return tape.elementwise((*batch.shape, weight.shape[1]), weight.dtype, node)
+
+
+def _cast_shape_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Array]:
+    return (tape.new(shape, gradient.dtype),)
+
+
+def promote(left: str, right: str) -> str:
+    """The format of a sum or product of two."""
+    return left if left == right else "float32"
+
+
+def add(tape: Tape, left: Array, right: Array) -> Array:
+    """Their sum; backward hands its gradient on, without a copy where formats agree."""
+    node = tape.save((left, right), (), partial(_add_back, tape, left.dtype, right.dtype))
+    return tape.elementwise(left.shape, promote(left.dtype, right.dtype), node)
+
+
+def _add_back(tape: Tape, left: str, right: str, gradient: Array) -> tuple[Array, Array]:
+    def given(dtype: str) -> Array:
+        return gradient if gradient.dtype == dtype else tape.new(gradient.shape, dtype)
+
+    return given(left), given(right)
+
+
+def multiply(tape: Tape, left: Array, right: Array) -> Array:
+    """Their product, elementwise; both are kept."""
+    node = tape.save((left, right), (left, right), partial(_multiply_back, tape))
+    return tape.elementwise(left.shape, promote(left.dtype, right.dtype), node)
+
+
+def _multiply_back(tape: Tape, gradient: Array, left: Array, right: Array) -> tuple[Array, Array]:
+    return tape.new(left.shape, left.dtype), tape.new(right.shape, right.dtype)
+
+
+def scale(tape: Tape, x: Array, constant: Array) -> Array:
+    """x times a constant that broadcasts to it, which is kept."""
+    node = tape.save((x,), (constant,), partial(_scale_back, tape))
+    return tape.elementwise(x.shape, x.dtype, node)
+
+
+def _scale_back(tape: Tape, gradient: Array, constant: Array) -> tuple[Array]:
+    return (tape.new(gradient.shape, gradient.dtype),)
+
+
+def silu(tape: Tape, x: Array) -> Array:
+    """x sigmoid(x); x is kept."""
+    node = tape.save((x,), (x,), partial(_scale_back, tape))
+    return tape.elementwise(x.shape, x.dtype, node)
+
+
+def attention(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+    """`scaled_dot_product_attention` by the workload's kernel, causal.
+
+    Args:
+        tape: where it is taken down.
+        query: (B, N, T, H).
+        key: (B, K, S, H).
+        value: (B, K, S, H).
+        bias: (B, 1, T, S), added to the scores; None where plain causal attention is meant.
+
+    Returns:
+        (B, N, T, H), in memory (B, T, N, H).
+    """
+    query, key, value = (autocast(tape, x) for x in (query, key, value))
+    flash = tape.workload.kernel == "flash"
+    return (_flash if flash else _math)(tape, query, key, value, bias)
+
+
+def _count_attention(tape: Tape, query: Array, key: Array) -> None:
+    num_batch, num_heads, num_queries, head_dim = query.shape
+    flops = 4 * num_batch * num_heads * head_dim
+    tape.contract(
+        flops * num_queries * key.shape[2], model_flops=flops * num_queries * (num_queries + 1) // 2
+    )
+
+
+def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+    saved = (query, key, value) if bias is None else (query, key, value, bias)
+    node = tape.save((query, key, value), saved, partial(_flash_back, tape))
+    _count_attention(tape, query, key)
+    mixed = tape.new(query.shape, query.dtype, node)
+    log_sums = tape.elementwise(query.shape[:-1], "float32")
+    tape.save_output(node, mixed, log_sums)
+    return mixed
+
+
+def _flash_back(
+    tape: Tape, gradient: Array, query: Array, key: Array, value: Array, *_: Array
+) -> tuple[Array, Array, Array]:
+    # five products of (T, S) by H: the weights are made again
+    tape.execute(10 * query.size * key.shape[2])
+    return (
+        tape.new(query.shape, query.dtype),
+        tape.new(key.shape, key.dtype),
+        tape.new(value.shape, value.dtype),
+    )
+
+
+def joined_heads(tape: Tape, mixed: Array) -> Array:
+    """(B, N, T, H) to (B, T, N H): a view of what `flash` makes, a copy of what `math` makes."""
+    num_batch, num_heads, num_tokens, head_dim = mixed.shape
+    joined = mixed.view(num_batch, num_tokens, num_heads * head_dim)
+    if tape.workload.kernel == "flash":
+        return joined
+    node = tape.save((mixed,), (), partial(_cast_back, tape, mixed.dtype))
+    return tape.elementwise(joined.shape, mixed.dtype, node)
+
+
+def log_softmax(tape: Tape, x: Array) -> Array:
+    """log softmax over the last dimension; the result is kept."""
+    node = tape.save((x,), (), partial(_scale_back, tape))
+    result = tape.elementwise(x.shape, x.dtype, node)
+    tape.save_output(node, result)
+    return result
+
+
+def pick_and_sum(tape: Tape, log_probabilities: Array) -> Array:
+    """The negative log-likelihood, summed."""
+    node = tape.save((log_probabilities,), (log_probabilities,), partial(_pick_back, tape))
+    total_weight = tape.new((), log_probabilities.dtype)
+    tape.save_output(node, total_weight)
+    return tape.elementwise((), log_probabilities.dtype, node)
+
+
+def _pick_back(tape: Tape, gradient: Array, log_probabilities: Array, _: Array) -> tuple[Array]:
+    return (tape.new(log_probabilities.shape, log_probabilities.dtype),)
+
+
+def cross_entropy(tape: Tape, logits: Array) -> Array:
+    """`torch.nn.functional.cross_entropy` of (M, V), summed."""
+    tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
+    return pick_and_sum(tape, log_softmax(tape, logits))
+
+
+def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+    raise NotImplementedError

@@ -1,0 +1,100 @@
+"""What something costs: integers by kind and part, that add up."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Kind = Literal[
+    "parameters",
+    "parameter_bytes",
+    "master_bytes",
+    "optimizer_bytes",
+    "gradient_bytes",
+    "frozen_bytes",
+    "batch_bytes",
+    "saved_bytes",
+    "logits_bytes",
+    "peak_bytes",
+    "model_flops",
+    "executed_flops",
+    "elementwise_ops",
+    "wire_bytes",
+]
+"""What is counted, of one optimizer step on one rank:
+
+`parameters`: how many numbers are trained; `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
+`frozen_bytes`: what each kind of state takes. `batch_bytes`: one micro-batch, with its masks and rotary tables.
+`saved_bytes`: activations kept for backward when a micro-batch's forward ends, each storage once, in the part that
+first keeps it; no weights, nothing of the batch. `logits_bytes`: one copy of the logits in the loss's format.
+`peak_bytes`: what lives at the moment of the step when most does, by kind.
+
+`model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
+recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pairs, and what is computed again.
+`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: full payload of
+the collectives."""
+
+Source = Literal["law", "traced"]
+"""`law`: computed from the config alone; `traced`: counted in a run of the module."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """Integers by (kind, part).
+
+    >>> one = Price({("parameters", "mlp"): 6, ("parameters", "norms"): 2})
+    >>> (one + 2 * one).total("parameters"), one.parts("parameters")
+    (24, {'mlp': 6, 'norms': 2})
+    """
+
+    entries: Mapping[tuple[Kind, str], int] = field(default_factory=dict)
+    source: Source = "law"
+
+    def __post_init__(self) -> None:
+        unknown = {kind for kind, _ in self.entries} - set(get_args(Kind))
+        if unknown:
+            raise ValueError(f"no kinds of cost: {', '.join(sorted(unknown))}; known: {', '.join(get_args(Kind))}")
+        object.__setattr__(self, "entries", {key: count for key, count in self.entries.items() if count})
+
+    def __add__(self, other: "Price") -> "Price":
+        entries = Counter(dict(self.entries))
+        entries.update(other.entries)
+        return Price(entries, "law" if self.source == other.source == "law" else "traced")
+
+    def __mul__(self, times: int) -> "Price":
+        return Price({key: count * times for key, count in self.entries.items()}, self.source)
+
+    __rmul__ = __mul__
+
+    def total(self, kind: Kind) -> int:
+        """The sum over all parts; 0 where there is none."""
+        return sum(count for (own, _), count in self.entries.items() if own == kind)
+
+    def parts(self, kind: Kind) -> dict[str, int]:
+        """The counts of one kind by part."""
+        return {part: count for (own, part), count in self.entries.items() if own == kind}
+
+    def only(self, kinds: Iterable[Kind]) -> "Price":
+        """The entries of these kinds."""
+        wanted = set(kinds)
+        return Price({key: count for key, count in self.entries.items() if key[0] in wanted}, self.source)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the source, and by kind the parts with their `total`."""
+        kinds = [kind for kind in get_args(Kind) if any(own == kind for own, _ in self.entries)]
+        return {"source": self.source} | {
+            kind: self.parts(kind) | {"total": self.total(kind)} for kind in kinds
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Price":
+        """Reads what `as_dict` gives."""
+        return cls(
+            {
+                (kind, part): count
+                for kind in get_args(Kind)
+                for part, count in data.get(kind, {}).items()
+                if part != "total"
+            },
+            data["source"],
+        )

@@ -1,0 +1,313 @@
+"""Plays a training step on shapes alone, and counts what it computes and what lives at each moment.
+
+A law is a forward pass written over `Array`s, which have a shape and a format but no numbers. As in eager PyTorch, an
+array's bytes live until the last reference to them goes: a local name of the law, or a node that keeps them for
+backward. So a law whose names live as long as the module's own gives its memory, to the byte, at every moment.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+
+from llmeff.core.precision import BYTES
+from llmeff.cost.price import Kind, Price
+from llmeff.cost.workload import Workload
+
+Backward = Callable[..., "tuple[Array | None, ...]"]
+"""(gradient of the output, *saved arrays) to the gradients of the node's inputs."""
+
+_BYTES = {**BYTES, "int64": 8, "bool": 1}
+
+
+class Storage:
+    """Bytes that live while something refers to them."""
+
+    __slots__ = ("_live", "label", "num_bytes")
+
+    def __init__(self, live: "Live", num_bytes: int, label: tuple[str, str]):
+        self._live, self.num_bytes, self.label = live, num_bytes, label
+        live.change(label, num_bytes)
+
+    def __del__(self) -> None:
+        self._live.change(self.label, -self.num_bytes)
+
+    def relabel(self, label: tuple[str, str]) -> None:
+        """Says anew what the bytes are for."""
+        self._live.change(self.label, -self.num_bytes)
+        self.label = label
+        self._live.change(label, self.num_bytes)
+
+
+class Live:
+    """How many bytes live now, and what lived when most did."""
+
+    def __init__(self) -> None:
+        self.now: Counter[tuple[str, str]] = Counter()
+        self.total = self.peak_total = 0
+        self.peak: Counter[tuple[str, str]] = Counter()
+
+    def change(self, label: tuple[str, str], num_bytes: int) -> None:
+        """Counts bytes that come, or, below zero, go."""
+        self.now[label] += num_bytes
+        self.total += num_bytes
+        if self.total > self.peak_total:
+            self.peak_total, self.peak = self.total, self.now.copy()
+
+
+@dataclass(slots=True)
+class Array:
+    """A tensor without its numbers. Views share their storage."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    storage: Storage
+    node: "Node | None" = None
+    """What made it, where a gradient is to flow there."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    def view(self, *shape: int) -> "Array":
+        """The same bytes in another shape."""
+        assert prod(shape) == self.size, (shape, self.shape)
+        return Array(shape, self.dtype, self.storage, self.node)
+
+
+@dataclass(slots=True)
+class Node:
+    """One operation, as backward will meet it; without a backward, a place where a gradient is wanted."""
+
+    inputs: tuple["Node | None", ...] = ()
+    saved: tuple[Array, ...] = ()
+    backward: Backward | None = None
+    gradient: Array | None = None
+
+    def accumulate(self, gradient: Array) -> None:
+        """Adds to the gradient of the node's output: in the first one's place, as PyTorch does where it may."""
+        if self.gradient is None:
+            self.gradient = gradient
+
+
+@dataclass(slots=True)
+class Weight:
+    """A trained parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    part: str
+    gradient: Array | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return self.size * _BYTES[self.dtype]
+
+
+@dataclass(slots=True, kw_only=True)
+class Leaf(Node):
+    """Where a weight's gradients meet: it is kept once all the uses of a backward pass have given theirs."""
+
+    weight: Weight
+    num_awaited: int = 0
+
+    def accumulate(self, gradient: Array) -> None:
+        """The first is taken over; more are added in its place."""
+        Node.accumulate(self, gradient)
+        self.num_awaited -= 1
+        if self.num_awaited or self.gradient is None:
+            return
+        if self.weight.gradient is None:
+            self.weight.gradient = self.gradient
+            self.gradient.storage.relabel(("gradient_bytes", self.weight.part))
+        self.gradient = None
+
+
+class Tape:
+    """Takes down one rank's optimizer step.
+
+    Args:
+        workload: what the step is to do.
+    """
+
+    def __init__(self, workload: Workload):
+        self.workload = workload
+        self.precision = workload.precision
+        self.weights: dict[str, Weight] = {}
+        self.live = Live()
+        self.counts: Counter[tuple[Kind, str]] = Counter()
+        self._static = Storage(Live(), 0, ("", ""))
+        self._leaves: dict[str, Leaf] = {}
+        self._casts: dict[str, Array] = {}
+        self._nodes: list[Node] = []
+        self._path: tuple[str, ...] = ()
+        self._part = ""
+        self._keeps = True
+        self._saves_left: int | None = None
+        self._num_saves = 0
+        self._recomputes = False
+
+    @contextmanager
+    def within(self, name: str, part: str | None = None) -> Iterator[None]:
+        """Enters a submodule; from here what is counted belongs to `part`."""
+        outer = self._path, self._part
+        self._path, self._part = (*self._path, name), part or self._part
+        try:
+            yield
+        finally:
+            self._path, self._part = outer
+
+    def weight(self, name: str, *shape: int) -> Array:
+        """A trained parameter of the submodule, by its name in the module; the same name is the same parameter."""
+        full = ".".join((*self._path, name))
+        if full not in self.weights:
+            self.weights[full] = Weight(full, shape, self.precision.parameters, self._part)
+        leaf = self._leaves.setdefault(full, Leaf(weight=self.weights[full]))
+        return Array(shape, self.precision.parameters, self._static, leaf)
+
+    def cached(self, weight: Array, make: Callable[[], Array]) -> Array:
+        """What autocast makes of a weight once a forward pass: its copy in the compute format."""
+        assert isinstance(weight.node, Leaf)
+        name = weight.node.weight.name
+        if name not in self._casts:
+            self._casts[name] = make()
+        return self._casts[name]
+
+    def save(self, inputs: tuple[Array, ...], saved: tuple[Array, ...], backward: Backward) -> Node | None:
+        """Records an operation, before its output is made (PyTorch's order, by which recomputation stops early).
+
+        Args:
+            inputs: what gradients flow to, in the order in which `backward` returns them.
+            saved: what is kept for backward.
+            backward: makes the gradients.
+        """
+        self._num_saves += len(saved)
+        if self._saves_left is not None:
+            self._saves_left -= len(saved)
+        if not self._keeps:
+            return None
+        for array in inputs:
+            if isinstance(array.node, Leaf):
+                array.node.num_awaited += 1
+        node = Node(tuple(array.node for array in inputs), (), self._in_part(backward))
+        self._nodes.append(node)
+        self._keep(node, saved)
+        return node
+
+    def save_output(self, node: Node | None, *outputs: Array) -> None:
+        """Keeps what an operation made, too, for its backward; it comes after the arrays that `save` was given."""
+        if node is not None:
+            self._keep(node, outputs)
+
+    def _keep(self, node: Node, arrays: tuple[Array, ...]) -> None:
+        for array in arrays:
+            if array.storage.label[0] == "workspace":
+                array.storage.relabel(("saved_bytes", self._part))
+        node.saved += tuple(Array(array.shape, array.dtype, array.storage) for array in arrays)
+
+    def _in_part(self, backward: Backward) -> Backward:
+        def run(*arrays: Array) -> tuple[Array | None, ...]:
+            outer, self._part = self._part, part
+            gradients = backward(*arrays)
+            self._part = outer
+            return gradients
+
+        part = self._part
+        return run
+
+    def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None, label: str = "workspace") -> Array:
+        """A new array."""
+        num_bytes = 0 if self._has_stopped else prod(shape) * _BYTES[dtype]
+        return Array(shape, dtype, Storage(self.live, num_bytes, (label, self._part)), node)
+
+    def elementwise(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
+        """A new array that is not made by a contraction."""
+        if not self._recomputes:
+            self.counts["elementwise_ops", self._part] += prod(shape)
+        return self.new(shape, dtype, node)
+
+    def contract(self, flops: int, model_flops: int | None = None) -> None:
+        """Counts a contraction of a forward pass.
+
+        Args:
+            flops: what is executed.
+            model_flops: what the model asks for, where that is less. Backward asks for twice as much again.
+        """
+        self.execute(flops)
+        if not self._recomputes:
+            self.counts["model_flops", self._part] += 3 * (flops if model_flops is None else model_flops)
+
+    def execute(self, flops: int) -> None:
+        """Counts contractions that are executed."""
+        if not self._has_stopped:
+            self.counts["executed_flops", self._part] += flops
+
+    @property
+    def _has_stopped(self) -> bool:
+        return self._saves_left is not None and self._saves_left <= 0
+
+    def checkpoint(self, run: Callable[[Array], Array], x: Array) -> Array:
+        """Runs a part of the forward pass that keeps its input alone and runs again in backward (Chen et al. 2016)."""
+        self._keeps, before = False, self._num_saves
+        y = run(x)
+        self._keeps = True
+        again = partial(self._again, run, self._num_saves - before, self._path)
+        with self.within("", "layer inputs"):
+            node = self.save((x,), (x,), again)
+        return Array(y.shape, y.dtype, y.storage, node)
+
+    def _again(
+        self, run: Callable[[Array], Array], num_saves: int, path: tuple[str, ...], gradient: Array, x: Array
+    ) -> tuple[Array | None]:
+        start = Array(x.shape, x.dtype, x.storage, Node())
+        outer = self._nodes, self._path
+        self._nodes, self._path = [], path
+        self._recomputes, self._saves_left = True, num_saves
+        end = run(start).node
+        self._recomputes, self._saves_left = False, None
+        self._casts.clear()
+        assert end is not None
+        assert start.node is not None
+        end.accumulate(gradient)
+        del gradient
+        self._play_back()
+        self._nodes, self._path = outer
+        return (start.node.gradient,)
+
+    def end_forward(self) -> None:
+        """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""
+        self._casts.clear()
+        for (kind, part), num_bytes in self.live.now.items():
+            if kind in ("saved_bytes", "batch_bytes"):
+                self.counts[kind, part] = num_bytes  # type: ignore[index]
+
+    def backward(self, loss: Array) -> None:
+        """Plays the backward pass of a scalar."""
+        assert loss.node is not None
+        loss.node.accumulate(self.new(loss.shape, loss.dtype))
+        self._play_back()
+
+    def _play_back(self) -> None:
+        while self._nodes:
+            node = self._nodes.pop()
+            gradient, node.gradient = node.gradient, None
+            if gradient is None or node.backward is None:
+                continue
+            gradients = list(node.backward(gradient, *node.saved))[::-1]
+            node.saved = ()
+            del gradient
+            for below in node.inputs:
+                arrived = gradients.pop()
+                if below is not None and arrived is not None:
+                    below.accumulate(arrived)
+                del arrived

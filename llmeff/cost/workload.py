@@ -1,0 +1,37 @@
+"""What one optimizer step is asked to do, as far as it decides the price."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmeff.core.precision import Precision, PrecisionName, precision
+
+Kernel = Literal["flash", "math"]
+"""How softmax attention is computed: `flash` never makes the (T, T) weights (torch's flash, memory-efficient and CPU
+kernels); `math` is plain matrix products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One optimizer step of one rank, on token sequences."""
+
+    num_sequences: int
+    """B, sequences in a micro-batch."""
+    num_tokens: int
+    """T, tokens in a sequence."""
+    num_micro_batches: int = 1
+    """Micro-batches in a step."""
+    precision_name: PrecisionName = "fp32"
+    """The number formats."""
+    recompute: bool = False
+    """Only each layer's input is kept for backward."""
+    loss_chunk: int | None = None
+    """Tokens whose logits live at once; None for all."""
+    packed: bool = False
+    """Rows hold several documents, which do not see one another."""
+    kernel: Kernel = "flash"
+    """Of softmax attention."""
+
+    @property
+    def precision(self) -> Precision:
+        """The number formats, spelt out."""
+        return precision(self.precision_name)

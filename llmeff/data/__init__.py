@@ -1,0 +1,15 @@
+from llmeff.data.bpe import Bpe as Bpe
+from llmeff.data.builtin import Builtin as Builtin
+from llmeff.data.byte_tokenizer import Bytes as Bytes
+from llmeff.data.character_tokenizer import Characters as Characters
+from llmeff.data.data import DataConfig as DataConfig
+from llmeff.data.hf_tokenizer import HfTokenizer as HfTokenizer
+from llmeff.data.hub import Datasets as Datasets
+from llmeff.data.jsonl import JsonLines as JsonLines
+from llmeff.data.parquet import Parquet as Parquet
+from llmeff.data.source import SourceConfig as SourceConfig
+from llmeff.data.splits import SplitConfig as SplitConfig
+from llmeff.data.text import TextCorpus as TextCorpus
+from llmeff.data.text import TextData as TextData
+from llmeff.data.text_files import TextFiles as TextFiles
+from llmeff.data.tokenizer import TokenizerConfig as TokenizerConfig

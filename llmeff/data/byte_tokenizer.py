@@ -1,0 +1,41 @@
+"""One token a byte of UTF-8."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes, 256 is the end token."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        """The bytes of each text."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+
+class Bytes(TokenizerConfig):
+    """257 ids: nothing to train, and bits per byte are bits per token."""
+
+    name: Literal["bytes"] = "bytes"
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """Needs no text."""
+        # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for 256, 257, ...
+        printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        symbols = {byte: chr(byte) for byte in printable}
+        symbols |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+        vocabulary = {symbols[byte]: byte for byte in range(256)}
+        backend = byte_level(tokenizers.models.BPE(vocab=vocabulary, merges=[]), words=False)
+        backend.add_special_tokens([END])
+        return ByteTokenizer(backend)
+
+    def load(self, folder: Path) -> Tokenizer:
+        """Reads the saved tokenizer."""
+        return ByteTokenizer.load(folder)

@@ -1,0 +1,259 @@
+"""The token cache: a corpus as memory-mapped tokens, in a folder named by the hash of all that decides them."""
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmeff.core import files
+from llmeff.core.config import ConfigError
+from llmeff.core.log import logger
+from llmeff.data.baseline import Gzip
+from llmeff.data.splits import Document, Split
+from llmeff.data.tokenizer import Tokenizer
+
+FORMAT = 1
+"""Changes when a cache that an older version wrote must not be read."""
+SAMPLE_BLOCKS = 64
+SAMPLE_BLOCK_BYTES = 256 * 1024
+"""Opening a cache hashes 64 blocks of 256 KiB spread over each file: all of a file of up to 16 MiB."""
+ENCODED_CHARACTERS = 2**20
+"""Documents are handed to the tokenizer together until they have so many."""
+ABANDONED_S = 3600.0
+"""A half-written folder whose files have not grown for so long has no writer any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """What a split holds."""
+
+    num_documents: int
+    """Documents, or spans of documents."""
+    num_tokens: int
+    """Tokens of all documents, with the end token that closes each."""
+    num_bytes: int
+    """Of UTF-8 text."""
+    gzip_bits_per_byte: float | None
+    """What `gzip -9` needs for the documents one after another; not computed for train."""
+
+
+class TokenStream:
+    """The tokens of a split: [end] document [end] document ... [end].
+
+    Args:
+        tokens: (N,) unsigned.
+        starts: (documents + 1,) int64: where the end token before each document stands, then where the last one does.
+        document_bytes: (documents,) int64, of UTF-8.
+        read_units: gives the documents' names.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.unsignedinteger],
+        starts: NDArray[np.int64],
+        document_bytes: NDArray[np.int64],
+        read_units: Callable[[], list[str]],
+    ):
+        self.tokens = tokens
+        self.starts = starts
+        self.document_bytes = document_bytes
+        self._read_units = read_units
+
+    @cached_property
+    def units(self) -> list[str]:
+        """The documents' names."""
+        return self._read_units()
+
+
+class TokenCache:
+    """A cache that is whole.
+
+    Args:
+        folder: what `ensure` made.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        content = (folder / "meta.json").read_bytes()
+        meta = json.loads(content)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = meta["vocab_size"]
+        self.end_id: int = meta["end_id"]
+        self.dtype = np.dtype(meta["dtype"])
+        self.splits: dict[Split, SplitFacts] = {split: SplitFacts(**facts) for split, facts in meta["splits"].items()}
+
+    def stream(self, split: Split) -> TokenStream:
+        """The tokens of a split that is not empty."""
+
+        def read(kind: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+            return np.memmap(self.folder / f"{split}.{kind}", dtype=dtype, mode="r").view(np.ndarray)
+
+        def units() -> list[str]:
+            text = (self.folder / f"{split}.units.jsonl").read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.splitlines()]
+
+        index = np.dtype("<i8")
+        return TokenStream(read("tokens", self.dtype), read("starts", index), read("bytes", index), units)
+
+
+def ensure(folder: Path, write: Callable[[Path], None]) -> None:
+    """Makes the cache unless a whole one is there; a damaged one is set aside, with a warning, and made again.
+
+    Args:
+        folder: where the cache lies; its name is the hash of what decides its content.
+        write: fills a new folder by `write_corpus`.
+
+    Raises:
+        ConfigError: the disk is full, or the folder cannot be written.
+    """
+    if folder.exists():
+        damage = _damage(folder)
+        if damage is None:
+            return
+        aside = folder.with_name(f"damaged-{folder.name}-{uuid.uuid4().hex[:8]}")
+        folder.rename(aside)
+        logger.warning("the token cache is damaged (%s): made again; the old one is kept as %s", damage, aside)
+    try:
+        _sweep_abandoned(folder.parent)
+        with files.new_folder(folder) as part:
+            write(part)
+            _seal(part)
+    except OSError as error:
+        if (folder / "meta.json").exists():  # another process was faster
+            return
+        raise ConfigError(
+            f"the token cache {folder} cannot be written ({error.strerror or error}): "
+            "make room, or set LLMEFF_CACHE to a folder that has it"
+        ) from None
+
+
+def write_corpus(
+    folder: Path, documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, max_tokens: int | None
+) -> None:
+    """Encodes the documents into the folder; with `max_tokens`, up to the document that reaches so many in all."""
+    dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
+    writers: dict[Split, _SplitWriter] = {}
+    num_tokens = 0
+    for split, document, ids in _encoded(documents, tokenizer):
+        if split not in writers:
+            writers[split] = _SplitWriter(folder, split, tokenizer.end_id, dtype)
+        writers[split].add(document, ids)
+        num_tokens += len(ids) + 1
+        if max_tokens is not None and num_tokens >= max_tokens:
+            break
+    if not writers:
+        raise ConfigError("data.source: there is no text in it: every document is empty")
+    tokenizer.save(folder)
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "end_id": tokenizer.end_id,
+        "dtype": dtype.str,
+        "splits": {split: asdict(writer.close()) for split, writer in writers.items()},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _encoded(
+    documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
+    def encode() -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
+        for (split, document), ids in zip(
+            waiting, tokenizer.encode_batch([document.text for _, document in waiting]), strict=True
+        ):
+            yield split, document, ids
+
+    waiting: list[tuple[Split, Document]] = []
+    num_characters = 0
+    for split, document in documents:
+        waiting.append((split, document))
+        num_characters += len(document.text)
+        if num_characters >= ENCODED_CHARACTERS:
+            yield from encode()
+            waiting, num_characters = [], 0
+    yield from encode()
+
+
+class _SplitWriter:
+    """Writes one split's files, with no more than the documents' places in memory."""
+
+    def __init__(self, folder: Path, split: Split, end_id: int, dtype: np.dtype[Any]):
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._end = np.array([end_id], dtype=dtype).tobytes()
+        self._tokens = (folder / f"{split}.tokens").open("wb")
+        self._units = (folder / f"{split}.units.jsonl").open("w", encoding="utf-8")
+        self._starts, self._bytes = array("q", [0]), array("q")
+        self._gzip = Gzip() if split != "train" else None
+        self._tokens.write(self._end)
+
+    def add(self, document: Document, ids: NDArray[np.unsignedinteger]) -> None:
+        content = document.text.encode()
+        self._tokens.write(ids.astype(self._dtype).tobytes())
+        self._tokens.write(self._end)
+        self._units.write(json.dumps(document.unit) + "\n")
+        self._starts.append(self._starts[-1] + len(ids) + 1)
+        self._bytes.append(len(content))
+        if self._gzip is not None:
+            self._gzip.add(content)
+
+    def close(self) -> SplitFacts:
+        self._tokens.close()
+        self._units.close()
+        for kind, values in (("starts", self._starts), ("bytes", self._bytes)):
+            content = np.array(values, dtype="<i8").tobytes()
+            (self._folder / f"{self._split}.{kind}").write_bytes(content)
+        return SplitFacts(
+            num_documents=len(self._bytes),
+            num_tokens=self._starts[-1],
+            num_bytes=sum(self._bytes),
+            gzip_bits_per_byte=self._gzip.bits_per_byte() if self._gzip is not None else None,
+        )
+
+
+def _sample(path: Path) -> str:
+    """A hash of the file's size and of blocks spread evenly over it."""
+    size = path.stat().st_size
+    hasher = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BLOCK_BYTES)
+    step = max(SAMPLE_BLOCK_BYTES, -(-last // (SAMPLE_BLOCKS - 1)))
+    with path.open("rb") as file:
+        for place in [*range(0, last, step), last]:
+            file.seek(place)
+            hasher.update(file.read(SAMPLE_BLOCK_BYTES))
+    return hasher.hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Writes down each file's hashes: the whole one names the content, the sampled one is checked at every opening."""
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    names = sorted(file.name for file in folder.iterdir() if file != path)
+    hashes = {name: {"sha256": files.sha256(folder / name), "sample": _sample(folder / name)} for name in names}
+    path.write_text(json.dumps({"format": FORMAT, **meta, "files": hashes}, indent=1), encoding="utf-8")
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the cache; None where it is whole."""
+    try:
+        hashes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
+        wrong = [name for name, known in hashes.items() if _sample(folder / name) != known["sample"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(wrong)} changed" if wrong else None
+
+
+def _sweep_abandoned(folder: Path) -> None:
+    """Removes half-written caches whose writer was killed; a living writer's files grow."""
+    for part in folder.glob(f"{files.PARTIAL}*"):
+        times = [entry.stat().st_mtime for entry in (part, *part.glob("*"))]
+        if time.time() - max(times) > ABANDONED_S:
+            shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""The tokenizer of a Hugging Face model."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+
+from llmeff.core import files
+from llmeff.core.config import ConfigError, Text
+from llmeff.data.source import fingerprint_of
+from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+"""What decides a tokenizer in its folder."""
+
+
+class HfTokenizer(TokenizerConfig):
+    """tokenizer.json, or GPT-2's vocab.json and merges.txt, from a folder.
+
+    Text is encoded as transformers does it, special tokens in it included, but none is added.
+    """
+
+    name: Literal["hf"] = "hf"
+    path: Text
+    """The folder."""
+    end_token: Text | None = None
+    """What stands before and after every document: what the model saw there. None: the tokenizer's `eos_token`."""
+
+    def fingerprint(self) -> str:
+        """Of the tokenizer's files and the end token."""
+        folder = self._folder()
+        there = [name for name in FILES if (folder / name).is_file()]
+        return fingerprint_of([self.end_token, *([name, files.sha256(folder / name)] for name in there)])
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """Reads the folder; needs no text."""
+        folder = self._folder()
+        settings = {"eos_token": END, **_json(folder / "special_tokens_map.json")}
+        settings |= _json(folder / "tokenizer_config.json")
+        backend = _backend(folder)
+        backend.no_truncation()
+        backend.no_padding()
+        return Tokenizer(backend, settings, self.end_token)
+
+    def load(self, folder: Path) -> Tokenizer:
+        """Reads the saved tokenizer; the folder of the config may be gone."""
+        return Tokenizer.load(folder, self.end_token)
+
+    def _folder(self) -> Path:
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"data.tokenizer.path: there is no folder {self.path}")
+        return folder
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON ({error})") from None
+    return dict(content)
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    whole, vocabulary, merges = (folder / name for name in FILES[:3])
+    try:
+        if whole.is_file():
+            return tokenizers.Tokenizer.from_file(str(whole))
+        if vocabulary.is_file() and merges.is_file():
+            backend = byte_level(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)), words=True)
+            if backend.token_to_id(END) is not None:
+                backend.add_special_tokens([END])
+            return backend
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more exact
+        raise ConfigError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    raise ConfigError(f"{folder}: holds no tokenizer.json, and no vocab.json with merges.txt")

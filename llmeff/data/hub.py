@@ -1,0 +1,81 @@
+"""Whatever the `datasets` library loads as a source: a name on the Hugging Face Hub, a folder, or a format with files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from llmeff.core.config import ConfigError, Flag, Text
+from llmeff.core.registry import nearest
+from llmeff.data.source import SourceConfig, digest, fingerprint_of
+from llmeff.data.splits import Document
+
+
+class Datasets(SourceConfig):
+    """The rows of a dataset.
+
+    What lies on this machine is known by its content; a name on the Hub by the name and the revision, so give the
+    revision of a corpus that must not change.
+    """
+
+    name: Literal["datasets"] = "datasets"
+    path: Text
+    """The first argument of `datasets.load_dataset`: "wikitext", a folder, or "json"."""
+    subset: Text | None = None
+    """Which of the dataset's configurations."""
+    data_files: tuple[Text, ...] = ()
+    """The files, where `path` is a format."""
+    revision: Text | None = None
+    """A commit on the Hub."""
+    split: Text = "train"
+    """The dataset's own split whose rows are read; they are shared out again by the data's settings."""
+    column: Text = "text"
+    """Which column holds the text."""
+    streaming: Flag = False
+    """Read row by row as the token cache is written, instead of fetching all first; with `data.max_tokens`, only so
+    much is fetched."""
+
+    def documents(self) -> Iterator[Document]:
+        """One document a row."""
+        for row, entry in enumerate(self._load()):
+            if self.column not in entry:
+                raise ConfigError(
+                    f"data.source: {self.path} has no column {self.column!r}.{nearest(self.column, entry)}"
+                )
+            text = entry[self.column]
+            if not isinstance(text, str):
+                raise ConfigError(
+                    f"data.source: {self.path}, row {row}: the column {self.column!r} holds "
+                    f"{type(text).__name__}, not text"
+                )
+            yield Document(unit=f"{self.split}:{row}", text=text)
+
+    def fingerprint(self) -> str:
+        """Of the settings, and of the names and content of what lies on this machine."""
+        folder = Path(self.path).expanduser()
+        local = [Path(name) for name in self.data_files]
+        if folder.exists():
+            local += [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        settings = self.model_dump(mode="json", exclude={"data_files", "streaming"})
+        if folder.exists():
+            settings["path"] = folder.name
+        return fingerprint_of([settings, *([path.name, digest(path)] for path in local if path.is_file())])
+
+    def _load(self) -> Iterator[dict[str, object]]:
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(
+                'data.source: the source "datasets" needs the package datasets: pip install "llmeff[data]"'
+            ) from None
+        try:
+            rows = datasets.load_dataset(
+                self.path,
+                self.subset,
+                data_files=list(self.data_files) or None,
+                revision=self.revision,
+                split=self.split,
+                streaming=self.streaming,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data.source: datasets cannot load {self.path!r} ({error})") from None
+        return iter(rows)

@@ -1,0 +1,48 @@
+"""A shuffled pass that needs no state and no permutation in memory."""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDS = 8
+"""Half-rounds; four leave visible structure in permutations of few elements."""
+
+
+def permuted(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where a pseudo-random permutation of 0 ... size - 1, one for each (seed, epoch), sends the indices.
+
+    The generalized Feistel cipher of Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002,
+    section 5), over a x b >= size with a and b near its root, with cycle walking for what falls outside; the round
+    function is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+
+    Args:
+        indices: each in [0, size).
+        size: how many elements are permuted.
+        seed: of the run.
+        epoch: which pass.
+    """
+    a = int(np.ceil(np.sqrt(size)))
+    b = -(-size // a)
+    keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), dtype="<u8")
+    result = _encipher(indices.astype(np.uint64), a, b, keys)
+    outside = np.flatnonzero(result >= size)
+    while outside.size:
+        result[outside] = _encipher(result[outside], a, b, keys)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+def _encipher(x: NDArray[np.uint64], a: int, b: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    left, right = np.divmod(x, np.uint64(b))
+    for turn in range(0, ROUNDS, 2):
+        left = (left + _mix(right, keys[turn]) % np.uint64(a)) % np.uint64(a)
+        right = (right + _mix(left, keys[turn + 1]) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right
+
+
+def _mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    x = x + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

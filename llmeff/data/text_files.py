@@ -1,0 +1,27 @@
+"""Plain text files as a source."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from llmeff.core.config import Text
+from llmeff.data.source import FileSource, decode
+
+
+class TextFiles(FileSource):
+    """UTF-8 text: each file one document, or several with a separator between them."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".txt",)
+
+    name: Literal["text"] = "text"
+    separator: Text | None = None
+    """The text between two documents of a file; belongs to neither. None: a file is one document."""
+
+    def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
+        """The file, or its parts."""
+        text = decode(path.read_bytes(), str(path))
+        if self.separator is None:
+            yield unit, text
+        else:
+            for place, part in enumerate(text.split(self.separator)):
+                yield f"{unit}:{place}", part

@@ -1,0 +1,106 @@
+"""The contract of a tokenizer, kept as the two files that transformers' AutoTokenizer loads."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from llmeff.core import files
+from llmeff.core.config import Component, ConfigError, Text
+from llmeff.data.source import fingerprint_of
+
+END = "<|endoftext|>"
+"""The token before and after every document, where the tokenizer is ours."""
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        backend: the tokenizer as the `tokenizers` library knows it.
+        settings: the content of tokenizer_config.json.
+        end_token: what stands before and after every document. None: the `eos_token` of the settings.
+
+    Raises:
+        ConfigError: there is no end token, or it is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any] | None = None,
+        end_token: str | None = None,
+    ):
+        self.backend = backend
+        self.settings = dict(settings or {"bos_token": END, "eos_token": END})
+        # The generic class: whatever model lies beside it, the tokenizer is what tokenizer.json says.
+        self.settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        token = end_token if end_token is not None else self.settings.get("eos_token")
+        token = token["content"] if isinstance(token, Mapping) else token
+        if token not in vocabulary:
+            raise ConfigError(
+                f"data.tokenizer: the end token is {token!r}, which the vocabulary lacks: set data.tokenizer.end_token"
+            )
+        self.end_id: int = vocabulary[token]
+
+    @classmethod
+    def load(cls, folder: Path, end_token: str | None = None) -> "Tokenizer":
+        """Reads what `save` wrote."""
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings, end_token)
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads."""
+        files.write_text(folder / "tokenizer.json", self.backend.to_str())
+        files.write_text(folder / "tokenizer_config.json", json.dumps(self.settings, indent=2))
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids."""
+        return hashlib.sha256(f"{self.end_id}\n{self.backend.to_str()}".encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        """The ids of each text, without an end token."""
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(entry.ids, dtype=np.uint32) for entry in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, end tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+
+class TokenizerConfig(Component, family="tokenizer"):
+    """How text becomes token ids."""
+
+    name: Text
+    """The tokenizer's name."""
+
+    def fingerprint(self) -> str:
+        """A hash of what decides the tokenizer beside the training text."""
+        return fingerprint_of([self.model_dump(mode="json")])
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """The tokenizer.
+
+        Args:
+            texts: gives the texts of the train split, in order, as often as it is called.
+        """
+        raise NotImplementedError(type(self))
+
+    def load(self, folder: Path) -> Tokenizer:
+        """The tokenizer that `build` gave, from the folder where it was saved."""
+        return Tokenizer.load(folder)
+
+
+def byte_level(model: Any, *, words: bool) -> tokenizers.Tokenizer:
+    """A backend over UTF-8 bytes; with `words`, text is first cut into words, numbers and spaces as GPT-2 does."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend

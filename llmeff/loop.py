@@ -1,0 +1,388 @@
+"""The training loop, top to bottom: set up, step, evaluate, save, finish."""
+
+import math
+import statistics
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from llmeff.checkpoint import Checkpoints, restore_random_states
+from llmeff.core.optimizer_state import set_learning_rate
+from llmeff.core.precision import precision
+from llmeff.core.seed import derive
+from llmeff.compare.plots import loss_curves
+from llmeff.cost.devices import mfu, peak_flops_per_s
+from llmeff.cost.price import Kind
+from llmeff.predict import predict
+from llmeff.prepare import check_same_run, prepare, prepare_device
+from llmeff.record import schema
+from llmeff.record.clocks import Clocks, StepClock, StepTimes
+from llmeff.record.environment import environment
+from llmeff.record.meters import (
+    EnergyMeter,
+    PeakLiveBytes,
+    SavedBytes,
+    allocator_peaks,
+    count_flops,
+    resident_bytes,
+)
+from llmeff.record.progress import Shown, open_display
+from llmeff.record.reader import read_run
+from llmeff.record.schema import EvalRow, Quartiles, Result, StepRow, Timings, relative_errors
+from llmeff.record.writer import RunWriter
+from llmeff.runconfig import RunConfig
+from llmeff.tasks.task import Batch, UnitResult
+
+METERED_STEP = 2
+"""The step whose FLOPs and live bytes are counted: the first in which the optimizer has its state."""
+
+
+_PREDICTED: tuple[Kind, ...] = (
+    "parameters",
+    "model_flops",
+    "executed_flops",
+    "saved_bytes",
+    "peak_bytes",
+)
+
+
+class DivergedError(Exception):
+    """A run that cannot go on; what it had saved is whole."""
+
+
+def train(
+    config: RunConfig, folder: Path, *, resume: bool = False, is_silent: bool = True
+) -> Result:
+    """Trains from beginning to end, or goes on from the newest whole checkpoint.
+
+    Args:
+        config: the run; `auto` values are resolved before anything is written.
+        folder: the run's folder, absent or empty, unless resumed.
+        resume: go on with the run in the folder.
+        is_silent: show nothing at the terminal.
+
+    Raises:
+        ConfigError: something is wrong with the config, the data or the folder.
+        DivergedError: a loss or norm was not finite.
+    """
+    with Trainer(config, folder, resume=resume, is_silent=is_silent) as trainer:
+        while trainer.step < trainer.config.train.steps:
+            trainer.train_step()
+            trainer.evaluate_if_due()
+            trainer.save_if_due()
+        return trainer.finish()
+
+
+class Trainer:
+    """A run under way: what `train` calls in order, and what benchmarks step through."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, resume: bool, is_silent: bool):
+        self._closing = ExitStack()
+        self.config, self._task = prepare(config)
+        self.device = prepare_device(self.config)
+        self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
+        checkpoint = None
+        if resume:
+            check_same_run(self.config, folder)
+            self._writer = RunWriter.resume(folder, environment(self.device))
+            self._closing.push(self._writer)
+            checkpoint = self._checkpoints.newest()
+            self._writer.truncate_after(0 if checkpoint is None else checkpoint.step)
+        else:
+            self._writer = RunWriter.create(folder, self.config, environment(self.device))
+            self._closing.push(self._writer)
+
+        torch.manual_seed(derive(self.config.seed, "init"))
+        self._model = self.config.model.build().to(self.device)
+        _set_up_model(self._model, self.config)
+        self._rows = self._task.table(self._model)
+        self._optimizer = self.config.optim.build(self._rows)
+        self._precision = precision(self.config.precision)
+        self._strategy = self.config.parallel.build(
+            self._model, self._rows, self._optimizer, self.device, self._precision
+        )
+        torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
+
+        self.step = 0
+        self._items_seen = 0
+        self._measured: dict[str, float] = {}
+        self._metrics: dict[str, dict[str, float]] = {}
+        earlier = None
+        if checkpoint is not None:
+            self._strategy.load(checkpoint.folder)
+            restore_random_states(checkpoint)
+            self.step = checkpoint.step
+            self._items_seen = checkpoint.state["items_seen"]
+            self._measured = checkpoint.state["measured"]
+            self._metrics = checkpoint.state["metrics"]
+            earlier = Timings(**checkpoint.state["timings"])
+        self.price = predict(self.config)
+        self._clocks = Clocks(self.device, earlier)
+        self._clock = StepClock(self.device)
+        self._energy = EnergyMeter(self.device)
+        self._saved_meter: SavedBytes | None = None
+        self._shares = _shares(self.config, self._strategy.world.rank)
+        self._pending: dict[int, dict[str, Any]] = {}
+        self._display = open_display(
+            self._shown(), is_silent=is_silent or not self._strategy.world.is_main
+        )
+        self._clocks.add("startup", time.time() - psutil.Process().create_time())
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._display.close()
+        self._closing.close()
+
+    def _shown(self) -> Shown:
+        is_gpu = self.device.type == "cuda"
+        return Shown(
+            total_steps=self.config.train.steps,
+            item=self._task.item,
+            model_flops_per_item=self.price.total("model_flops") / self._task.items_per_step,
+            peak_flops_per_s=peak_flops_per_s(self.device, self._precision.compute),
+            memory_bytes=(lambda: torch.cuda.memory_allocated(self.device))
+            if is_gpu
+            else resident_bytes,
+        )
+
+    # -- a step
+
+    def train_step(self) -> None:
+        """One optimizer step: batch, forward, backward, clip, update, record."""
+        if self.step + 1 == METERED_STEP and "executed_flops" not in self._measured:
+            self._metered_update()
+        else:
+            self._update()
+
+    def _metered_update(self) -> None:
+        """An update under meters, which change no number; compiled layers run eagerly meanwhile."""
+        parameters = list(self._model.parameters())
+        buffers = list(self._model.buffers())
+        self._saved_meter = saved = SavedBytes([*parameters, *buffers])
+        with PeakLiveBytes(parameters, self._optimizer, buffers) as live:
+            self._measured["executed_flops"] = count_flops(self._update)
+        self._measured["saved_bytes"] = saved.total
+        self._measured["peak_bytes"] = live.peak.total
+
+    def _update(self) -> None:
+        clock, strategy, number = self._clock, self._strategy, self.step + 1
+        clock.begin(number)
+        batches = [self._task.batch(self.step, rows, self.device) for rows in self._shares]
+        counts = self._global_counts(batches)
+        clock.mark("data")
+
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            with self._saved_meter or nullcontext():
+                sums = self._task.loss(strategy.model, batch)
+            self._saved_meter = None
+            share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))
+            clock.mark("forward")
+            strategy.backward(share)
+            clock.mark("backward")
+            total += share.detach()
+
+        grad_norm = strategy.clip(self.config.train.clip_norm)
+        loss, norm = torch.stack((strategy.reduce_sum(total), grad_norm.float())).tolist()
+        if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.loss_scale is not None)):
+            strategy.skip()
+            self._fail(loss, norm)
+        rate = set_learning_rate(
+            self._optimizer, self.config.schedule.factor(self.step, self.config.train.steps)
+        )
+        strategy.step()
+        clock.mark("optimizer")
+
+        items = sum(counts.values())
+        self.step = number
+        self._items_seen += items
+        self._pending[number] = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "items": items,
+            "items_seen": self._items_seen,
+            "peak_allocated_bytes": allocator_peaks(self.device).get("peak_allocated_bytes"),
+            "loss_scale": strategy.loss_scale,
+        }
+        self._record(clock.end())
+
+    def _global_counts(self, batches: list[Batch]) -> dict[str, int]:
+        """Over all micro-batches and ranks: what each named sum is divided by, once."""
+        names = list(batches[0].counts)
+        local = torch.tensor([sum(batch.counts[name] for batch in batches) for name in names])
+        totals = self._strategy.reduce_sum(local).tolist()
+        # A step in which every target is masked has no loss, and no gradient.
+        return {name: max(1, total) for name, total in zip(names, totals, strict=True)}
+
+    def _record(self, finished: list[StepTimes]) -> None:
+        start = time.perf_counter()
+        for times in finished:
+            known = self._pending.pop(times.step)
+            row = StepRow(
+                **known,
+                step=times.step,
+                step_s=times.step_s,
+                data_s=times.data_s,
+                items_per_s=known["items"] / times.step_s,
+                forward_s=times.forward_s,
+                backward_s=times.backward_s,
+                optimizer_s=times.optimizer_s,
+                is_warmup=times.is_warmup,
+            )
+            self._clocks.add("data", times.data_s)
+            self._clocks.add("train", times.step_s - times.data_s)
+            if self._strategy.world.is_main:
+                self._writer.step(row)
+                self._display.step(row)
+        self._clocks.add("record", time.perf_counter() - start)
+
+    def _fail(self, loss: float, norm: float) -> None:
+        ids = [unit for rows in self._shares for unit in self._task.unit_ids(self.step, rows)]
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        saved = self._checkpoints.newest()
+        kept = (
+            "no checkpoint was saved yet"
+            if saved is None
+            else f"the checkpoint of step {saved.step} is kept"
+        )
+        diagnosis = (
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the update was not made, and {kept}. "
+            f"The step read: {shown}"
+        )
+        self._record(self._clock.flush())
+        self._writer.finish(self._result("diverged", diagnosis, sample=None))
+        raise DivergedError(diagnosis)
+
+    # -- once in a while
+
+    def evaluate_if_due(self) -> None:
+        """Held-out loss on a few units."""
+        every = self.config.evaluation.every
+        if every and self.step % every == 0 and self.step < self.config.train.steps:
+            self._evaluate(self.config.evaluation.max_units)
+
+    def save_if_due(self) -> None:
+        """A checkpoint."""
+        every = self.config.checkpoint.every
+        if every and self.step % every == 0 and self.step < self.config.train.steps:
+            self._save()
+
+    def _evaluate(self, max_units: int | None) -> None:
+        self._record(self._clock.flush())
+        with self._clocks.hold("eval"):
+            model = self._strategy.model
+            model.eval()
+            results = list(self._task.evaluate(model, "validation", max_units, self.device))
+            model.train()
+        self._metrics["validation"] = self._task.summary(results)
+        self._writer.evaluation([_eval_row(self.step, "validation", result) for result in results])
+        shown = ", ".join(
+            f"{name} {value:.4f}" for name, value in self._metrics["validation"].items()
+        )
+        self._display.note(f"step {self.step}, validation: {shown}")
+
+    def _save(self) -> None:
+        self._record(self._clock.flush())
+        self._writer.sync()
+        with self._clocks.hold("checkpoint"):
+            state = {
+                "items_seen": self._items_seen,
+                "measured": self._measured,
+                "metrics": self._metrics,
+                "timings": self._clocks.timings().model_dump(),
+            }
+            self._checkpoints.save(self.step, state, self._strategy.save)
+
+    # -- the end
+
+    def finish(self) -> Result:
+        """The last evaluation, checkpoint, model, sample and curve; then the result."""
+        self._record(self._clock.flush())
+        self._evaluate(max_units=None)
+        self._save()
+        with self._clocks.hold("checkpoint"):
+            self._task.save_model(self._model, self._writer.folder / schema.MODEL)
+        with self._clocks.hold("eval"):
+            tokens = self.config.evaluation.sample_tokens
+            sample = self._task.sample(self._model, tokens, self.device) if tokens else None
+        plot = self._writer.folder / "loss.png"
+        with self._clocks.hold("record"):
+            loss_curves([self._writer.folder], plot)
+        result = self._result("finished", None, sample)
+        self._writer.finish(result)
+        self._display.summary(result, self._writer.folder, plot)
+        return result
+
+    def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
+        steps = read_run(self._writer.folder).steps
+        timed = [
+            rate
+            for rate, warm in zip(steps["items_per_s"], steps["is_warmup"], strict=True)
+            if not warm
+        ]
+        quartiles = statistics.quantiles(timed, n=4) if len(timed) > 1 else None
+        last = list(steps["loss"][-schema.LAST_STEPS :])
+        predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
+        measured = self._measured | {"parameters": sum(p.numel() for p in self._model.parameters())}
+        rate = None
+        if quartiles is not None:
+            per_step = self._items_seen / max(1, self.step)
+            rate = predicted["model_flops"] * quartiles[1] / per_step
+        return Result(
+            status=status,
+            diagnosis=diagnosis,
+            steps=self.step,
+            item=self._task.item,
+            items_seen=self._items_seen,
+            parameters=int(measured["parameters"]),
+            train_loss=statistics.fmean(last) if last else math.nan,
+            metrics=self._metrics,
+            references=self._task.references(),
+            timings=self._clocks.timings(),
+            items_per_s=quartiles
+            and Quartiles(lower=quartiles[0], median=quartiles[1], upper=quartiles[2]),
+            model_flops_per_s=rate,
+            mfu=None if rate is None else mfu(rate, self.device, self._precision.compute),
+            energy_j=self._energy.energy_j(),
+            predicted=predicted,
+            measured=measured,
+            error=relative_errors(predicted, measured),
+            sample=sample,
+            data=self._task.facts(),
+        )
+
+
+def _set_up_model(model: nn.Module, config: RunConfig) -> None:
+    model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
+    if config.runtime.compile == "model":
+        model.compile()
+    elif config.runtime.compile == "layers":
+        for layer in model.layers:  # type: ignore[union-attr]
+            layer.compile()
+
+
+def _shares(config: RunConfig, rank: int) -> list[range]:
+    """The rows of the global batch that this rank reads, a range for each micro-batch."""
+    share = config.train.batch // config.parallel.ranks
+    size = config.train.micro_batch
+    assert isinstance(size, int)
+    return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def _eval_row(step: int, split: str, result: UnitResult) -> EvalRow:
+    return EvalRow(
+        step=step,
+        split=split,
+        unit=result.unit,
+        loss_sum=result.loss_sum,
+        count=result.count,
+        metrics=result.metrics,
+    )

@@ -1,0 +1,257 @@
+"""Decoders as folders of safetensors and JSON that transformers loads: stock Llama or Qwen3 wherever the model is one."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmeff.attention.softmax import Softmax
+from llmeff.core import files
+from llmeff.core.config import ConfigError, validate
+from llmeff.core.tensors import stored_tensors
+from llmeff.models.model import save_model
+from llmeff.models.transformer import Decoder, DecoderConfig
+
+HEAD = "lm_head.weight"
+"""The output embedding: under one name here and in transformers, and in no file where the embeddings are tied."""
+
+_STOCK = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
+
+
+def is_stock(config: DecoderConfig) -> bool:
+    """Whether transformers has the model: softmax attention, and the same widths in every layer."""
+    shapes = {
+        (
+            config.layer_heads(index),
+            config.layer_mlp_width(index),
+            layer.has_mixer and layer.has_mlp,
+        )
+        for index in range(config.num_layers)
+        for layer in [config.layer(index)]
+    }
+    return (
+        isinstance(config.mixer, Softmax)
+        and len(shapes) == 1
+        and all(whole for *_, whole in shapes)
+    )
+
+
+def shared_name(name: str) -> str:
+    """A `Decoder` parameter's name in transformers' models and files."""
+    return name if name == HEAD else f"model.{name}"
+
+
+def own_fields(config: DecoderConfig) -> dict[str, Any]:
+    """What llmeff's own format keeps of a config beside the vocabulary and the tying, which are transformers' fields."""
+    fields = config.model_dump(mode="json", exclude={"name", "vocab_size", "tied_embeddings"})
+    return {"name": "decoder", **fields}
+
+
+def from_own_fields(
+    fields: Mapping[str, Any], vocab_size: int, tied_embeddings: bool
+) -> DecoderConfig:
+    """The reverse of `own_fields`.
+
+    Raises:
+        ConfigError: the fields make no decoder.
+    """
+    return validate(
+        DecoderConfig, {**fields, "vocab_size": vocab_size, "tied_embeddings": tied_embeddings}
+    )
+
+
+def _architecture(config: DecoderConfig) -> dict[str, Any]:
+    if not is_stock(config):
+        return {
+            "architectures": ["LlmeffForCausalLM"],
+            "model_type": "llmeff",
+            "decoder_config": own_fields(config),
+        }
+    assert isinstance(config.mixer, Softmax)
+    model_type = "qwen3" if config.mixer.qk_norm else "llama"
+    num_heads, num_kv_heads = config.layer_heads(0)
+    return {
+        "architectures": [_STOCK[model_type]],
+        "model_type": model_type,
+        "hidden_size": config.width,
+        "intermediate_size": config.layer_mlp_width(0),
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where readers older than transformers 5 look for it
+        "initializer_range": config.initial_std("embed_tokens.weight"),
+    }
+
+
+def save(
+    decoder: Decoder,
+    folder: Path,
+    *,
+    max_position_embeddings: int,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> None:
+    """Writes config.json, generation_config.json and model.safetensors, each whole or not at all, the config last.
+
+    A model that `is_stock` is read by plain transformers; any other one needs `import llmeff.models.pretrained` first.
+
+    Args:
+        decoder: the model, in the precision that the file shall have.
+        folder: made if absent.
+        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
+        bos_token_id: begins a text; None: the tokenizer has none, as for the next two.
+        eos_token_id: ends a text.
+        pad_token_id: fills up the rows of a batch.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        shared_name(name): tensor.detach().cpu().contiguous()
+        for name, tensor in stored_tensors(decoder).items()
+    }
+    tokens = {
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    config = (
+        _architecture(decoder.config)
+        | tokens
+        | {
+            "vocab_size": decoder.config.vocabulary(),
+            "tie_word_embeddings": decoder.config.tied_embeddings,
+            "max_position_embeddings": max_position_embeddings,
+            "dtype": str(decoder.norm.weight.dtype).removeprefix("torch."),
+        }
+    )
+    with files.new_file(folder / "model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    known = {name: token for name, token in tokens.items() if token is not None}
+    files.write_text(folder / "generation_config.json", json.dumps(known, indent=2) + "\n")
+    files.write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a model's config is a table, this is {type(content).__name__}")
+    return content
+
+
+def _stock_fields(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    problems = [f"{name} is {raw[name]!r}" for name in _REFUSED if raw.get(name)]
+    if raw.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act is {raw['hidden_act']!r}, not 'silu'")
+    if kind != "default":
+        problems.append(f"rotary positions are {kind!r}, not 'default'")
+    if problems:
+        raise ConfigError(f"no decoder of llmeff's: {'; '.join(problems)}")
+    num_heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    head_dim = raw.get("head_dim") or (width // num_heads if model_type == "llama" else 128)
+    return {
+        "width": width,
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_kv_heads": raw.get("num_key_value_heads") or num_heads,
+        "head_dim": head_dim,
+        "mlp_width": raw["intermediate_size"],
+        "mixer": {"name": "softmax", "qk_norm": model_type == "qwen3"},
+        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0)),
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "init_std": raw.get("initializer_range", 0.02),
+    }
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The decoder that a folder's config.json describes.
+
+    Raises:
+        ConfigError: it cannot be read, or describes a model that `Decoder` is not.
+    """
+    path = folder / "config.json"
+    raw = _read_json(path)
+    model_type = raw.get("model_type")
+    try:
+        if model_type == "llmeff":
+            fields = raw["decoder_config"]
+        elif model_type in _STOCK:
+            fields = _stock_fields(raw, model_type)
+        else:
+            known = ", ".join([*_STOCK, "llmeff"])
+            raise ConfigError(f"model_type is {model_type!r}; a decoder is read from {known}")
+        return from_own_fields(fields, raw["vocab_size"], raw.get("tie_word_embeddings", False))
+    except KeyError as error:
+        raise ConfigError(f"{path}: lacks {error.args[0]}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {problem}" for problem in error.problems) from None
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder / name}: cannot be read ({error})") from None
+    return tensors
+
+
+def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """Reads a decoder saved by `save`, or by transformers as a Llama or Qwen3 that `Decoder` can be.
+
+    Returns:
+        its config, and its tensors as `core.tensors.copy_tensors` takes them: a tied output embedding is left out.
+
+    Raises:
+        ConfigError: something is absent or damaged, or the tensors are not those of the config.
+    """
+    config = read_config(folder)
+    tensors = _read_tensors(folder)
+    if config.tied_embeddings:
+        tensors.pop(HEAD, None)
+    with torch.device("meta"):
+        expected = stored_tensors(Decoder(config))
+    problems = []
+    for name, tensor in expected.items():
+        found = tensors.get(shared_name(name))
+        if found is None:
+            problems.append(f"lacks {shared_name(name)}")
+        elif found.shape != tensor.shape:
+            problems.append(
+                f"{shared_name(name)} is {tuple(found.shape)}, its config says {tuple(tensor.shape)}"
+            )
+    problems += [
+        f"{name} is unexpected" for name in sorted(tensors.keys() - set(map(shared_name, expected)))
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConfigError(f"{folder}: the weights do not fit: {'; '.join(problems[:3])}{more}")
+    return config, {name: tensors[shared_name(name)] for name in expected}
+
+
+@save_model.register
+def _save_decoder(decoder: Decoder, folder: Path, *, max_length: int, end_id: int) -> None:
+    save(decoder, folder, max_position_embeddings=max_length, bos_token_id=end_id, eos_token_id=end_id)

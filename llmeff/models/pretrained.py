@@ -1,0 +1,317 @@
+"""The Hugging Face face of the decoder: its layers as a transformers model, with cache, `generate` and the Auto classes."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from llmeff.attention.norm import RMSNorm
+from llmeff.core.layout import Layout
+from llmeff.models.llama_format import from_own_fields, own_fields, shared_name
+from llmeff.models.transformer import Decoder, DecoderConfig, Layer
+
+# B batch, T queries, S cached and new tokens, D width, V vocabulary
+
+
+class LlmeffConfig(PreTrainedConfig):
+    """A `DecoderConfig` as transformers keeps it: `decoder_config` beside the fields that transformers knows."""
+
+    model_type = "llmeff"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    decoder_config: dict[str, Any] | None = None
+    """`DecoderConfig`'s fields, less the vocabulary and the tying; those left out have its defaults."""
+    vocab_size: int = 256
+    """V."""
+    tie_word_embeddings: bool = True
+    """One matrix embeds the tokens and gives the logits."""
+    max_position_embeddings: int = 1024
+    """The longest sequence, in tokens, that the model is meant for."""
+    use_cache: bool = True
+    """Keep keys and values for decoding unless a call says otherwise."""
+    bos_token_id: int | None = None
+    """Begins a text."""
+    eos_token_id: int | list[int] | None = None
+    """Ends a text."""
+    pad_token_id: int | None = None
+    """Fills up the rows of a batch."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.decoder_config = own_fields(self._read(self.decoder_config or {}))
+        super().__post_init__(**kwargs)
+
+    def _read(self, fields: dict[str, Any]) -> DecoderConfig:
+        return from_own_fields(fields, self.vocab_size, self.tie_word_embeddings)
+
+    @classmethod
+    def wrap(cls, config: DecoderConfig, **kwargs: Any) -> "LlmeffConfig":
+        """The decoder's config with transformers' further fields."""
+        return cls(
+            decoder_config=own_fields(config),
+            vocab_size=config.vocabulary(),
+            tie_word_embeddings=config.tied_embeddings,
+            **kwargs,
+        )
+
+    def unwrap(self) -> DecoderConfig:
+        """The decoder's config, with the vocabulary as it now is."""
+        assert self.decoder_config is not None
+        return self._read(self.decoder_config)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.unwrap().width
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many layers."""
+        return self.unwrap().num_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the first layer."""
+        return self.unwrap().layer_heads(0)[0]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key and value heads of the first layer."""
+        return self.unwrap().layer_heads(0)[1]
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.unwrap().head_width
+
+
+@dataclass(frozen=True)
+class _LayerCache:
+    """One layer's part of a transformers cache, as a mixer takes it."""
+
+    cache: Cache
+    index: int
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache.update(key, value, self.index)
+        return keys, values
+
+
+def _documents(positions: Tensor) -> Tensor | None:
+    """Numbers the documents packed in each row, by where positions do not go on by one; None if each row is one."""
+    follows = positions.diff(dim=-1) == 1
+    if bool(follows.all()):
+        return None
+    return nn.functional.pad((~follows).cumsum(-1), (1, 0))
+
+
+def _layout(
+    length: int,
+    positions: Tensor | None,
+    padding: Tensor | None,
+    cache: Cache | None,
+    device: torch.device,
+) -> Layout:
+    """What transformers says of a batch, as the mixers take it.
+
+    Documents are told apart by their positions, as transformers does, where there is neither a cache nor a mask.
+    """
+    if padding is not None and padding.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(padding.shape)}; give (batch, tokens), True for real ones"
+        )
+    past = 0 if cache is None else int(cache.get_seq_length())
+    documents = None
+    if positions is None:
+        positions = torch.arange(past, past + length, device=device)[None]
+    elif cache is None and padding is None:
+        documents = _documents(positions)
+    if padding is not None:
+        padding = None if bool(padding.all()) else padding.bool()
+    return Layout(positions=positions, documents=documents, padding=padding, past=past)
+
+
+class LlmeffPreTrainedModel(PreTrainedModel):
+    """What the two models below have in common."""
+
+    config_class = LlmeffConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Layer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": Layer}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by transformers for each module, a part before the whole; leaves what came from a file."""
+        config = self.config.unwrap()
+        if isinstance(module, nn.Linear | nn.Embedding):
+            initialization.normal_(module.weight, 0.0, config.initial_std(""))
+        elif isinstance(module, RMSNorm):
+            initialization.ones_(module.weight)
+        elif isinstance(module, Layer):
+            for name, parameter in module.named_parameters():
+                if config.initial_std(name) != config.initial_std(""):
+                    initialization.normal_(parameter, 0.0, config.initial_std(name))
+
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """Asked by `generate` for a cache of fixed size: the layout makes the mask from the padding itself."""
+        return attention_mask
+
+
+class LlmeffModel(LlmeffPreTrainedModel):
+    """Tokens to the states before the output embedding."""
+
+    def __init__(self, config: LlmeffConfig):
+        super().__init__(config)
+        plain = config.unwrap()
+        self.embed_tokens = nn.Embedding(plain.vocabulary(), plain.width)
+        self.layers = nn.ModuleList(Layer(plain, index) for index in range(plain.num_layers))
+        self.norm = RMSNorm(plain.width, plain.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """(B, T) tokens or (B, T, D) embeddings to (B, T, D) states; arguments as transformers' Llama has them."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        layout = _layout(x.shape[1], position_ids, attention_mask, past_key_values, x.device)
+        if use_cache and past_key_values is None and layout.documents is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_mixers = 0
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, layout)
+                continue
+            # a layer without a mixer has no cache: counting mixers makes the first one's length the cache's
+            cache = None if past_key_values is None else _LayerCache(past_key_values, num_mixers)
+            x = layer(x, layout, cache)
+            num_mixers += layer.has_mixer
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+
+class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
+    """Tokens to logits, with parameter names as in transformers' Llama."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LlmeffConfig):
+        super().__init__(config)
+        self.model = LlmeffModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean loss where labels are given.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S), nonzero for real tokens, zero for padding.
+            position_ids: (B, T); without mask and cache, documents packed in a row are told by where it starts anew.
+            past_key_values: what was kept of earlier tokens; extended in place.
+            inputs_embeds: (B, T, D), in place of input_ids.
+            labels: (B, T), the input tokens themselves, -100 where one does not count; shifted here.
+            use_cache: make a cache and return it.
+            logits_to_keep: only the last so many positions' logits, or those at these positions; 0: all.
+            kwargs: `output_hidden_states`, `num_items_in_batch` and what else transformers passes along.
+
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds, or a mask that is not (B, S).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def from_decoder(decoder: Decoder, **kwargs: Any) -> LlmeffForCausalLM:
+    """The same model as transformers sees it: the parameters are shared, not copied.
+
+    Args:
+        decoder: a built model.
+        kwargs: further fields of `LlmeffConfig` (`max_position_embeddings`, `eos_token_id`).
+    """
+    with torch.device("meta"):
+        model = LlmeffForCausalLM(LlmeffConfig.wrap(decoder.config, **kwargs))
+    tensors = {
+        shared_name(name): tensor for name, tensor in decoder.state_dict(keep_vars=True).items()
+    }
+    model.load_state_dict(tensors, assign=True)
+    return model.train(decoder.training)
+
+
+def to_decoder(model: LlmeffForCausalLM) -> Decoder:
+    """The reverse of `from_decoder`, sharing the parameters too."""
+    with torch.device("meta"):
+        decoder = Decoder(model.config.unwrap())
+    tensors = model.state_dict(keep_vars=True)
+    decoder.load_state_dict(
+        {name: tensors[shared_name(name)] for name in decoder.state_dict()}, assign=True
+    )
+    return decoder.train(model.training)
+
+
+AutoConfig.register("llmeff", LlmeffConfig)
+AutoModel.register(LlmeffConfig, LlmeffModel)
+AutoModelForCausalLM.register(LlmeffConfig, LlmeffForCausalLM)

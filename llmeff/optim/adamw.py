@@ -1,0 +1,42 @@
+"""AdamW: adaptive moments with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
+
+from typing import ClassVar, Literal
+
+import torch
+
+from llmeff.core.config import Fraction, NotNegative, Positive
+from llmeff.optim.optimizer import OptimizerConfig, Sharding
+from llmeff.core.table import Row
+
+
+class AdamW(OptimizerConfig):
+    """torch.optim.AdamW in its fused form, which every device that torch trains on has for floating-point parameters."""
+
+    sharding: ClassVar[Sharding] = "elementwise"
+
+    name: Literal["adamw"] = "adamw"
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+
+    def build(self, rows: list[Row]) -> torch.optim.AdamW:
+        """One group with decay and one without."""
+        groups = [
+            {
+                "params": [row.parameter for row in rows if row.decayed],
+                "weight_decay": self.weight_decay,
+            },
+            {"params": [row.parameter for row in rows if not row.decayed], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=True,
+        )

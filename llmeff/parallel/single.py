@@ -1,0 +1,125 @@
+"""One process on one device, through Accelerate."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmeff.core.dist import world
+from llmeff.core.precision import Precision
+from llmeff.core.tensors import copy_tensors, stored_tensors
+from llmeff.core.optimizer_state import load_named_state, named_state
+from llmeff.core.table import Row
+from llmeff.parallel.strategy import Strategy, StrategyConfig
+
+
+class Single(StrategyConfig):
+    """One process."""
+
+    name: Literal["single"] = "single"
+
+    @model_validator(mode="after")
+    def _alone(self) -> "Single":
+        if self.ranks != 1:
+            raise ValueError(f"ranks is {self.ranks}, but the strategy 'single' is one process")
+        return self
+
+    def build(
+        self,
+        model: nn.Module,
+        rows: list[Row],
+        optimizer: Optimizer,
+        device: torch.device,
+        precision: Precision,
+    ) -> "SingleProcess":
+        """Sets the model and the optimizer up on the device."""
+        return SingleProcess(model, rows, optimizer, device, precision)
+
+
+class SingleProcess(Strategy):
+    """Accelerate places the model, casts its forward and scales its loss; the step itself is plain PyTorch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: list[Row],
+        optimizer: Optimizer,
+        device: torch.device,
+        precision: Precision,
+    ):
+        from accelerate import Accelerator
+
+        mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision=mixed if precision.autocast else "no"
+        )
+        self.device = device
+        self.world = world()
+        self.model, self._optimizer = self.accelerator.prepare(model, optimizer)
+        self._plain, self._rows = model, rows
+        self._parameters = [row.parameter for row in rows]
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of the loss, scaled in fp16."""
+        self.accelerator.backward(loss)
+
+    def reduce_sum(self, value: Tensor) -> Tensor:
+        """The value: there is one rank."""
+        return value
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Clips to the norm; unscales fp16's gradients first."""
+        self.accelerator.unscale_gradients(self._optimizer)
+        limit = float("inf") if max_norm is None else max_norm
+        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+
+    def step(self) -> bool:
+        """Updates and clears."""
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return not self._optimizer.step_was_skipped
+
+    def skip(self) -> None:
+        """Clears."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The scaler's factor in fp16."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else float(scaler.get_scale())
+
+    def barrier(self) -> None:
+        """Returns at once."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights and buffers."""
+        return stored_tensors(self._plain)
+
+    def save(self, folder: Path) -> None:
+        """Weights, moments and loss scaling, as safetensors and JSON."""
+        save_file(_plain_copies(self.state_dict()), folder / "weights.safetensors")
+        tensors, others = named_state(self._optimizer.optimizer, self._rows)
+        save_file(_plain_copies(tensors), folder / "optimizer.safetensors")
+        scaler = self.accelerator.scaler
+        others["scaler"] = None if scaler is None else scaler.state_dict()
+        (folder / "optimizer.json").write_text(json.dumps(others), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Puts back what `save` wrote."""
+        copy_tensors(self._plain, load_file(folder / "weights.safetensors"))
+        others = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+        scaler = others.pop("scaler")
+        if self.accelerator.scaler is not None and scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        tensors = load_file(folder / "optimizer.safetensors")
+        load_named_state(self._optimizer.optimizer, self._rows, tensors, others)
+
+
+def _plain_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

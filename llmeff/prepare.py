@@ -1,0 +1,92 @@
+"""From a config to a run that can begin: the data opened, every `auto` resolved, the device set up."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmeff.core.config import ConfigError, read
+from llmeff.core.dist import world
+from llmeff.predict import resolve_micro_batch
+from llmeff.record import schema
+from llmeff.runconfig import RunConfig
+from llmeff.tasks.task import Task
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
+    """Opens the data and resolves every `auto` value.
+
+    Raises:
+        ConfigError: the data is wrong, or the model does not fit it.
+    """
+    check_world(config)
+    task = config.task.open(config.data, config.seed, config.train.batch, is_main=world().is_main)
+    config = config.model_copy(update={"model": task.resolve(config.model)})
+    device = "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    threads = config.runtime.threads
+    if threads == "auto":
+        threads = max(1, len(os.sched_getaffinity(0)) // config.parallel.ranks)
+    runtime = config.runtime.model_copy(update={"device": device, "threads": threads})
+    config = config.model_copy(update={"runtime": runtime})
+    train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
+    return config.model_copy(update={"train": train_config}), task
+
+
+def check_world(config: RunConfig) -> None:
+    """What the launcher started must be what the config says.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    ranks = world().ranks
+    if ranks != config.parallel.ranks:
+        raise ConfigError(
+            f"parallel.ranks is {config.parallel.ranks} in the config, but the launcher started {ranks} (WORLD_SIZE)"
+        )
+
+
+def prepare_device(config: RunConfig) -> torch.device:
+    """Sets threads and determinism; returns where this process computes.
+
+    Raises:
+        ConfigError: the device is not there, or cannot compute in the run's precision.
+    """
+    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'"
+        )
+    torch.set_num_threads(config.runtime.threads)
+    if config.runtime.device == "cuda":
+        device = torch.device("cuda", world().local_rank)
+        torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(config.runtime.deterministic)
+        return device
+    if config.precision == "fp16":
+        raise ConfigError(
+            "precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'"
+        )
+    return torch.device("cpu")
+
+
+def check_same_run(config: RunConfig, folder: Path) -> None:
+    """A resumed run goes on with the config that it began with, and says where another was asked for."""
+    saved = read(folder / schema.CONFIG)
+    asked = config.model_dump(mode="json")
+    changed = [
+        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
+        for key, was, now in _differences(saved, asked)
+    ]
+    if changed:
+        raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
+
+
+def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        found = []
+        for name in saved | asked:
+            found += _differences(
+                saved.get(name), asked.get(name), f"{key}.{name}" if key else name
+            )
+        return found
+    return [] if saved == asked else [(key, saved, asked)]

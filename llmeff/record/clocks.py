@@ -1,0 +1,156 @@
+"""Wall time by what it was spent on, and the time of each step without stopping the device for it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from llmeff.record.schema import Timings
+
+ClockName = Literal["startup", "eval", "checkpoint", "record"]
+"""What each holds stands in `Timings`; steps are counted by `Clocks.add_step`."""
+Part = Literal["data", "forward", "backward", "optimizer"]
+"""The parts of a step."""
+
+SYNCHRONISED_EVERY = 50
+"""One step in so many is broken down into its parts, which on a GPU means waiting for the device after each."""
+WARMUP_STEPS = 5
+"""Steps at the beginning of a process whose times are marked."""
+
+
+class Clocks:
+    """Sums of wall seconds by name.
+
+    Args:
+        device: is waited for before and after evaluations and checkpoints, so that none holds another's work.
+        earlier: what processes before this one spent on the run.
+    """
+
+    def __init__(self, device: torch.device, earlier: Timings | None = None):
+        self._device = device
+        self._seconds: dict[str, float] = (earlier or Timings()).model_dump()
+
+    @contextlib.contextmanager
+    def hold(self, name: ClockName) -> Iterator[None]:
+        """Counts the block's time; blocks do not nest."""
+        if name != "record":  # writing a row must not stop the device
+            _wait(self._device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if name != "record":
+                _wait(self._device)
+            self._seconds[f"{name}_s"] += time.perf_counter() - start
+
+    def add_step(self, times: "StepTimes") -> None:
+        """Counts a step that a StepClock timed, as training and data."""
+        self._seconds["data_s"] += times.data_s
+        self._seconds["train_s"] += times.step_s - times.data_s
+
+    def timings(self) -> Timings:
+        """All clocks, as they stand."""
+        return Timings(**self._seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """How long one step took, in seconds, as `StepRow` describes it."""
+
+    step: int
+    step_s: float
+    data_s: float
+    forward_s: float | None
+    backward_s: float | None
+    optimizer_s: float | None
+    is_warmup: bool
+
+
+class StepClock:
+    """Times steps: `begin`, work, `mark("data")`, work, `mark("forward")`, ..., `end`.
+
+    A mark gives the time since the mark before to a part of the step; a part may come again (micro-batches). On a GPU
+    a step's time lies between two device events, read while the next step is under way.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._steps_done = 0
+        self._pending: list[_Step] = []
+
+    def begin(self, step: int) -> None:
+        """Starts the step, counted from 1."""
+        self._current = _Step(number=step, is_warmup=self._steps_done < WARMUP_STEPS)
+        self._current.is_synchronised = step % SYNCHRONISED_EVERY == 0
+        if self._on_gpu:
+            self._current.began = _event()
+            if self._current.is_synchronised:
+                _wait(self._device)
+        self._last = self._start = time.perf_counter()
+
+    def mark(self, part: Part) -> None:
+        """Ends a part."""
+        current = self._current
+        if self._on_gpu and current.is_synchronised:
+            _wait(self._device)
+        now = time.perf_counter()
+        current.parts[part] = current.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def end(self) -> list[StepTimes]:
+        """Ends the step; returns the steps whose times are known now, in order: on a GPU the one before this."""
+        current = self._current
+        self._steps_done += 1
+        if not self._on_gpu:
+            current.wall_s = time.perf_counter() - self._start
+            return [current.times()]
+        current.ended = _event()
+        ready, self._pending = self._pending, [current]
+        return [step.times() for step in ready]
+
+    def flush(self) -> list[StepTimes]:
+        """The steps that `end` has not returned yet; waits for the device."""
+        ready, self._pending = self._pending, []
+        return [step.times() for step in ready]
+
+
+@dataclass
+class _Step:
+    number: int
+    is_warmup: bool
+    is_synchronised: bool = False
+    parts: dict[str, float] = field(default_factory=dict)
+    wall_s: float = 0.0
+    began: torch.cuda.Event | None = None
+    ended: torch.cuda.Event | None = None
+
+    def times(self) -> StepTimes:
+        step_s = self.wall_s
+        if self.began is not None and self.ended is not None:
+            self.ended.synchronize()
+            step_s = self.began.elapsed_time(self.ended) / 1e3
+        breakdown = self.parts if self.is_synchronised else {}
+        return StepTimes(
+            step=self.number,
+            step_s=step_s,
+            data_s=self.parts.get("data", 0.0),
+            forward_s=breakdown.get("forward"),
+            backward_s=breakdown.get("backward"),
+            optimizer_s=breakdown.get("optimizer"),
+            is_warmup=self.is_warmup,
+        )
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,93 @@
+"""Where a run runs: versions and hardware, by an allow-list; no environment variable, path or host name."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import llmeff
+from llmeff.record.schema import Environment
+
+_PACKAGES = (
+    "torch", "accelerate", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "datasets", "peft",
+)  # fmt: skip
+
+
+def environment(device: torch.device) -> Environment:
+    """The environment of this process, which computes on the device."""
+    package = Path(llmeff.__file__).parent
+    commit = _commit(package)
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return Environment(
+        llmeff=importlib.metadata.version("llmeff"),
+        commit=commit,
+        diff_sha256=None if commit is None else _diff_sha256(package),
+        python=platform.python_version(),
+        packages={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        device="cpu" if gpu is None else gpu.name,
+        device_memory_bytes=None if gpu is None else gpu.total_memory,
+        cuda=None if gpu is None else torch.version.cuda,
+        driver=None if gpu is None else _driver(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    """What git says; None where there is no git, or it fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _commit(package: Path) -> str | None:
+    # A package that is installed inside someone's checkout, but not tracked by it, has no commit of its own.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    head = _git(package, "rev-parse", "HEAD")
+    return None if head is None else head.decode().strip()
+
+
+def _diff_sha256(package: Path) -> str | None:
+    diff = _git(package, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", ".")
+    new = _git(package, "ls-files", "--others", "--exclude-standard", "-z", "--", ".")
+    if not diff and not new:
+        return None
+    digest = hashlib.sha256(diff or b"")
+    for name in sorted((new or b"").split(b"\0")[:-1]):
+        file = package / os.fsdecode(name)
+        digest.update(name + b"\0" + (file.read_bytes() if file.is_file() else b""))
+    return digest.hexdigest()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _driver() -> str | None:
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
+        return None
+    return next((word for word in first.split() if word[0].isdigit() and "." in word), None)

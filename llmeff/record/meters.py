@@ -1,0 +1,252 @@
+"""What a step really takes: bytes live at once, bytes kept for backward, FLOPs executed, energy drawn."""
+
+import contextlib
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmeff.core.log import logger
+
+Kind = Literal["parameters", "gradients", "optimizer", "other"]
+"""What live bytes are; `other` is activations, batches and temporaries."""
+
+
+def allocator_peaks(device: torch.device) -> dict[str, int]:
+    """The most that CUDA's allocator has handed out and reserved at once, in bytes, since `reset_allocator_peaks`."""
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def reset_allocator_peaks(device: torch.device) -> None:
+    """Forgets the peaks so far."""
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident_bytes() -> int:
+    """What the process holds of the machine's memory now: libraries and freed but unreturned memory included."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:  # no Linux
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most that the process has held of the machine's memory since it began."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveBytes:
+    """Bytes of tensors that were live together."""
+
+    total: int
+    """Of all kinds."""
+    by_kind: dict[Kind, int]
+    """At the moment when the total was highest."""
+
+
+class _Watch(TorchDispatchMode):
+    """Hands every tensor that an operation returns to `see`."""
+
+    see: Callable[[Tensor], None]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return result
+
+
+class PeakLiveBytes:
+    """Meters the bytes of live tensors while it is entered; after it, `peak` is the moment of the most.
+
+    Each storage counts once, whole, from the operation that returns it until it is freed. What a kernel allocates and
+    frees inside itself is not seen, nor is a storage that is resized in place. A step takes about twice its time under
+    it, and compiled code runs eagerly: meter one step, and time others.
+
+    Args:
+        parameters: live from the start; so are the gradients that they hold.
+        optimizer: its state is told apart, also where the metered step makes it.
+        held: more tensors that are live from the start: buffers, the batch.
+    """
+
+    peak: LiveBytes
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer: Optimizer | None = None,
+        held: Iterable[Tensor] = (),
+    ):
+        self._parameters = list(parameters)
+        self._optimizer = optimizer
+        self._held = list(held)
+        self._live: dict[int, tuple[int, weakref.finalize[Any, Any]]] = {}
+        self._kinds: dict[int, Kind] = {}
+        self._events: list[tuple[int, int]] = []
+        self._entered = contextlib.ExitStack()
+
+    def __enter__(self) -> "PeakLiveBytes":
+        for parameter in self._parameters:
+            self._see(parameter, "parameters")
+            self._see_gradient(parameter)
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(self._see_gradient)
+                self._entered.callback(hook.remove)
+        self._see_state()
+        for tensor in self._held:
+            self._see(tensor)
+        watch = _Watch()  # type: ignore[no-untyped-call]
+        watch.see = self._see
+        self._entered.enter_context(watch)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._entered.close()
+        self._see_state()
+        for _, finalizer in self._live.values():
+            finalizer.detach()
+        self.peak = self._replay()
+
+    def _see(self, tensor: Tensor, kind: Kind | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            # The serial tells storages apart that have the same address one after the other.
+            self._live[key] = len(self._events), weakref.finalize(storage, self._free, key, size)
+            self._events.append((self._live[key][0], size))
+        if kind is not None:
+            self._kinds[self._live[key][0]] = kind
+
+    def _free(self, key: int, size: int) -> None:
+        serial, _ = self._live.pop(key)
+        self._events.append((serial, -size))
+
+    def _see_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._see(parameter.grad, "gradients")
+
+    def _see_state(self) -> None:
+        if self._optimizer is not None:
+            for leaf in tree_leaves(dict(self._optimizer.state)):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf, "optimizer")
+
+    def _replay(self) -> LiveBytes:
+        # At the end, since what a storage is (a gradient, a moment) may show only after it was made.
+        live: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
+        total, best = 0, LiveBytes(total=0, by_kind=dict(live))
+        for serial, size in self._events:
+            live[self._kinds.get(serial, "other")] += size
+            total += size
+            if total > best.total:
+                best = LiveBytes(total=total, by_kind=dict(live))
+        return best
+
+
+def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for backward in a call, a forward pass with its loss.
+
+    Each storage counts once, whole, however many operations keep it or views of it.
+
+    Args:
+        run: the call.
+        excluded: tensors that are live anyway: parameters, buffers, the batch.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in excluded}
+    # Held, not only counted: were a storage freed meanwhile, the next could take its address.
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+_Shape = tuple[int, ...]
+
+
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """Scores and their product with the values: 2 products of 2 B N T S H; masked pairs are computed too."""
+    B, N, T, H = query
+    return 2 * B * N * T * key[2] * (H + value[3])
+
+
+def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """The scores again, and a product for each of the gradients of scores, query, key and value."""
+    B, N, T, H = query
+    return 2 * B * N * T * key[2] * (3 * H + 2 * value[3])
+
+
+# torch has no formula for its CPU kernel of scaled dot product attention, and would count nothing.
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs that a call executes: contractions only (a multiply-add is 2), recomputation in, causal attention in full.
+
+    Convolutions, matrix products and attention count; elementwise work, norms, embeddings, matrix-vector products and
+    custom operations without a formula do not. Compiled code runs eagerly meanwhile.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+class EnergyMeter:
+    """The energy that a GPU has drawn since this was made, from NVML's counter (Volta and newer)."""
+
+    def __init__(self, device: torch.device):
+        self._read = _energy_counter(device) if device.type == "cuda" else None
+        self._start_j = self._read() if self._read is not None else 0.0
+
+    def energy_j(self) -> float | None:
+        """Joules of the whole GPU, whoever used it; None where nothing counts them."""
+        return None if self._read is None else self._read() - self._start_j
+
+
+def _energy_counter(device: torch.device) -> Callable[[], float] | None:
+    try:
+        import pynvml
+    except ImportError:
+        logger.info('energy is not measured: pip install "llmeff[gpu]" to have it')
+        return None
+    try:
+        pynvml.nvmlInit()
+        # By UUID: NVML numbers the machine's devices, torch those that are visible to it.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        logger.info("energy is not measured: %s", error)
+        return None
+    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3

@@ -1,0 +1,241 @@
+"""Writes a run folder: rows as they come, the result last; one writer at a time, nothing half-written ever read."""
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from llmeff.core import files
+from llmeff.core.config import ConfigError
+from llmeff.core.log import logger
+from llmeff.record import schema
+from llmeff.record.reader import read_environment, read_evals, whole_rows
+from llmeff.record.schema import Environment, EvalRow, Result, StepRow
+
+_LOCK = ".lock"
+
+
+class RunWriter:
+    """The one writer of a run folder. Use `create` or `resume`, and close it, or use it as a context.
+
+    Every method that writes raises ConfigError where the disk is full or the folder not writable; all rows written
+    before are then whole.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock: int | None = _lock(folder)
+        self._metrics: io.FileIO | None = None
+        self._evals: Any = None
+
+    @classmethod
+    def create(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
+        """Begins a run in a folder that is absent or empty.
+
+        Raises:
+            ConfigError: something lies there, it is not writable, or another process writes there.
+        """
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file))
+        if lying:
+            raise ConfigError(_not_empty(folder, lying))
+        with contextlib.ExitStack() as undo:
+            writer = undo.enter_context(cls(folder))
+            with writer._writing(schema.CONFIG):
+                files.sweep_partial(folder)
+                _write_json(folder / schema.ENVIRONMENT, environment)
+                # Last: from now on the folder is a run.
+                _write_json(folder / schema.CONFIG, config)
+            writer._open()
+            undo.pop_all()
+        return writer
+
+    @classmethod
+    def resume(cls, folder: Path, environment: Environment) -> "RunWriter":
+        """Goes on with an unfinished run; call `truncate_after` with the checkpoint's step before the first row.
+
+        Raises:
+            ConfigError: no run was begun there, it has ended, or another process writes there.
+        """
+        if not (folder / schema.CONFIG).is_file():
+            raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
+        with contextlib.ExitStack() as undo:
+            writer = undo.enter_context(cls(folder))
+            if (folder / schema.RESULT).exists():
+                raise ConfigError(f"{folder}: this run has ended; there is nothing to resume")
+            with writer._writing(schema.ENVIRONMENT):
+                files.sweep_partial(folder)
+                _write_json(folder / schema.ENVIRONMENT, _with_earlier(environment, read_environment(folder)))
+            writer._evals = read_evals(folder)
+            undo.pop_all()
+        return writer
+
+    def truncate_after(self, step: int) -> None:
+        """Drops what lies beyond a checkpoint's step (0: everything), and a line that was left half-written.
+
+        Raises:
+            ConfigError: rows up to the step are missing, so that the record would have a hole.
+        """
+        path = self.folder / schema.METRICS
+        content = path.read_bytes() if path.exists() else b""
+        kept = [(number, line) for number, line in whole_rows(content) if number <= step]
+        if [number for number, _ in kept] != list(range(1, step + 1)):
+            raise ConfigError(f"{path}: the checkpoint is of step {step}, but not every row up to it is there")
+        whole = b"".join(line for _, line in kept)
+        if whole != content:
+            with self._writing(schema.METRICS):
+                files.write_bytes(path, whole)
+        self._open()
+        if self._evals is not None:
+            before = self._evals.num_rows
+            self._evals = self._evals.filter(pc.field("step") <= step)
+            if self._evals.num_rows != before:
+                self._write_evals()
+
+    def step(self, row: StepRow) -> None:
+        """Appends one line to `metrics.jsonl`; it survives a killed process, and after `sync` a dead machine."""
+        assert self._metrics is not None
+        line = memoryview(row.model_dump_json().encode() + b"\n")
+        end = self._metrics.tell()
+        with self._writing(schema.METRICS):
+            try:
+                while line:  # a disk that fills takes a part
+                    line = line[self._metrics.write(line) :]
+            except OSError:
+                self._metrics.truncate(end)
+                self._metrics.seek(end)
+                raise
+
+    def sync(self) -> None:
+        """Flushes the rows to disk; call it before a checkpoint that stands on them."""
+        assert self._metrics is not None
+        with self._writing(schema.METRICS):
+            os.fsync(self._metrics.fileno())
+
+    def evaluation(self, rows: Sequence[EvalRow]) -> None:
+        """Adds the rows of one evaluation to `evals.parquet`."""
+        if not rows:
+            return
+        new = _eval_table(rows)
+        tables = [new] if self._evals is None else [self._evals, new]
+        self._evals = pa.concat_tables(tables, promote_options="default")
+        self._write_evals()
+
+    def finish(self, result: Result) -> None:
+        """Ends the run: writes `result.json`, whole or not at all, after everything else is on disk."""
+        self.sync()
+        with self._writing(schema.RESULT):
+            _write_json(self.folder / schema.RESULT, result)
+
+    def close(self) -> None:
+        """Lets the folder go, for another writer."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        path = self.folder / schema.METRICS
+        with self._writing(schema.METRICS):
+            self._metrics = path.open("ab", buffering=0)
+
+    def _write_evals(self) -> None:
+        buffer = io.BytesIO()
+        metadata = {b"schema_version": str(schema.SCHEMA_VERSION).encode()}
+        pq.write_table(self._evals.replace_schema_metadata(metadata), buffer, compression="zstd")
+        with self._writing(schema.EVALS):
+            files.write_bytes(self.folder / schema.EVALS, buffer.getvalue())
+
+    def _writing(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return _writing(self.folder / name)
+
+
+def _write_json(path: Path, content: BaseModel) -> None:
+    files.write_text(path, content.model_dump_json(indent=1) + "\n")
+
+
+def _with_earlier(now: Environment, before: Environment) -> Environment:
+    """This process's environment, with those before it where they differ."""
+    last, earlier = before.model_copy(update={"earlier": ()}), before.earlier
+    return now.model_copy(update={"earlier": earlier if last == now else (*earlier, last)})
+
+
+_FIXED = ("step", "split", "unit", "loss_sum", "count")
+
+
+def _eval_table(rows: Iterable[EvalRow]) -> Any:
+    flat = []
+    for row in rows:
+        taken = sorted(row.metrics.keys() & set(_FIXED))
+        if taken:
+            raise ValueError(f"metrics named like a column of {schema.EVALS}: {', '.join(taken)}")
+        flat.append({name: getattr(row, name) for name in _FIXED} | row.metrics)
+    return pa.Table.from_pylist(flat)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file is a lock, or what a process left that was killed before its run began."""
+    return file.name == _LOCK or file.name.startswith(files.PARTIAL) or file.name == schema.ENVIRONMENT
+
+
+def _not_empty(folder: Path, lying: list[str]) -> str:
+    named = ", ".join(lying[:4]) + (f" and {len(lying) - 4} more" if len(lying) > 4 else "")
+    if schema.RESULT in lying:
+        advice = "a run that has ended; choose another --out"
+    elif schema.CONFIG in lying:
+        advice = "an unfinished run; go on with it by --resume, or choose another --out"
+    else:
+        advice = "no run; choose another --out"
+    return f"{folder}: is not empty ({named}): {advice}"
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = " Free some, then go on by --resume." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}).{advice}") from error
+
+
+def _lock(folder: Path) -> int:
+    """Takes the folder for this process; the kernel lets go when the process ends, however it ends."""
+    path = folder / _LOCK
+    with _writing(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"{folder}: another process is writing this run; wait, or choose another --out") from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning(
+            "%s: the folder cannot be locked (%s): start no second run in it",
+            folder,
+            error.strerror,
+        )
+    return handle

@@ -1,0 +1,134 @@
+"""RunConfig: all that a run is, and the pairs in it that cannot work."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+import llmeff.attention
+import llmeff.models  # noqa: F401  registers the models
+from llmeff.core.config import (
+    Config,
+    Count,
+    CountOrZero,
+    Flag,
+    Integer,
+    Positive,
+    Text,
+    component,
+)
+from llmeff.core.precision import PrecisionName
+from llmeff.data import DataConfig, TextData
+from llmeff.models import DecoderConfig, ModelConfig
+from llmeff.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
+from llmeff.parallel import Single, StrategyConfig
+from llmeff.tasks import CausalLM, TaskConfig
+
+
+class TrainConfig(Config):
+    """How long a run is and what a step holds."""
+
+    steps: Count = 1000
+    """Optimizer steps."""
+    batch: Count = 16
+    """Sequences (or images) a step, over all ranks and micro-batches."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Sequences a forward pass on one rank; divides batch / ranks. auto: the most whose predicted peak fits."""
+    clip_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm where they exceed it. null: never."""
+
+
+class EvalConfig(Config):
+    """When held-out loss is measured."""
+
+    every: CountOrZero = 250
+    """Steps between evaluations; 0: only at the end."""
+    max_units: Count | None = 64
+    """Documents (or images) of the validation split while training; null: all. At the end it is always all."""
+    sample_tokens: CountOrZero = 64
+    """Tokens of sample text at the end; 0: none."""
+
+
+class CheckpointConfig(Config):
+    """When the state is saved."""
+
+    every: CountOrZero = 500
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Count = 2
+    """How many of the newest are kept."""
+
+
+class RuntimeConfig(Config):
+    """How the machine is used; nothing here changes what is computed, beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA device where there is one."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads of one process. auto: the cores that this process may use, shared among the ranks."""
+    compile: Literal["off", "layers", "model"] = "off"
+    """torch.compile of nothing, of each layer (a short start), or of the model as a whole."""
+    recompute: Flag = False
+    """Keep only each layer's input for backward and run the layer again (activation checkpointing)."""
+    deterministic: Flag = False
+    """Have CUDA use deterministic kernels only; CPU runs always are."""
+
+
+class RunConfig(Config):
+    """A run: what is trained, on what, how, and what is recorded."""
+
+    name: Text = "run"
+    """Names the run in tables, and its folder where none is given."""
+    seed: Integer = 0
+    """Of initialization and data order."""
+    task: component(TaskConfig) = CausalLM()
+    """What is trained towards what."""
+    model: component(ModelConfig) = DecoderConfig()
+    """The model."""
+    data: component(DataConfig) = TextData()
+    """What it reads."""
+    optim: component(OptimizerConfig) = AdamW()
+    """What updates it."""
+    schedule: component(ScheduleConfig) = Cosine(warmup_steps=100)
+    """How the learning rate moves."""
+    precision: PrecisionName = "fp32"
+    """The number formats."""
+    parallel: component(StrategyConfig) = Single()
+    """Processes, and what each holds."""
+    train: TrainConfig = TrainConfig()
+    """Length and batch."""
+    evaluation: EvalConfig = EvalConfig()
+    """Held-out loss."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saved states."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """The machine."""
+
+    @model_validator(mode="after")
+    def _works(self) -> "RunConfig":
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Any:
+        train, ranks = self.train, self.parallel.ranks
+        if self.schedule.warmup_steps >= train.steps:
+            yield (
+                f"schedule.warmup_steps is {self.schedule.warmup_steps}, but the run has train.steps = {train.steps}: "
+                "the peak rate would never be reached"
+            )
+        if train.batch % ranks:
+            yield f"train.batch {train.batch} is not divisible by parallel.ranks {ranks}"
+        elif train.micro_batch != "auto" and (train.batch // ranks) % train.micro_batch:
+            share = f"train.batch {train.batch}" + (
+                f" / parallel.ranks {ranks}" if ranks > 1 else ""
+            )
+            allowed = [
+                n for n in range(1, train.batch // ranks + 1) if (train.batch // ranks) % n == 0
+            ]
+            yield (
+                f"train.micro_batch {train.micro_batch} does not divide {share}; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+        if self.precision == "fp16" and self.runtime.device == "cpu":
+            yield "precision 'fp16' needs a GPU: on a CPU use 'fp32' or 'bf16'"
+        yield from self.task.problems(self.model, self.data)

@@ -1,0 +1,3 @@
+from llmeff.tasks.causal_lm import CausalLM as CausalLM
+from llmeff.tasks.task import Task as Task
+from llmeff.tasks.task import TaskConfig as TaskConfig

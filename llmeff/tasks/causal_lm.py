@@ -1,0 +1,186 @@
+"""Causal language modelling: predict each token from those before it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+from llmeff.core.seed import derive
+from llmeff.core.table import Row, table
+from llmeff.data import DataConfig, TextCorpus, TextData
+from llmeff.data.packing import TokenBatch
+from llmeff.data.splits import Split
+from llmeff.models import LanguageModelConfig, ModelConfig, save_model
+from llmeff.models.cross_entropy import IGNORED
+from llmeff.tasks.task import Batch, Task, TaskConfig, UnitResult
+
+_EVAL_LOGITS = 2**24
+"""Logits that live at once in evaluation, in numbers."""
+_TEMPERATURE = 0.8
+"""Of sampled text."""
+
+
+class CausalLM(TaskConfig):
+    """Cross-entropy of the next token, in nats, and bits per byte of held-out documents."""
+
+    name: Literal["causal_lm"] = "causal_lm"
+    loss_chunk: Count | Literal["auto"] | None = "auto"
+    """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 where the vocabulary has more
+    than 1,024 tokens, else all."""
+
+    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+        """A model of tokens and text to read are needed."""
+        if not isinstance(model, LanguageModelConfig):
+            yield f"task 'causal_lm' needs a language model; model {model.name!r} is none"
+        if not isinstance(data, TextData):
+            yield f"task 'causal_lm' needs text; data {data.name!r} is none"
+
+    def open(
+        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool
+    ) -> "CausalLMTask":
+        """The task over the tokenized corpus."""
+        assert isinstance(data, TextData)
+        return CausalLMTask(self, data, data.open(is_main=is_main), seed, batch_size)
+
+
+class CausalLMTask(Task):
+    """The corpus, and what is done with it."""
+
+    item = "token"
+
+    def __init__(self, config: CausalLM, data: TextData, corpus: TextCorpus, seed: int, batch_size: int):
+        self.corpus = corpus
+        self._data = data
+        self._sample_seed, self._order_seed = derive(seed, "sample"), derive(seed, "data")
+        self._batch_size = batch_size
+        self._loss_chunk = config.resolve_chunk(corpus.vocab_size)
+        corpus.train  # noqa: B018  a corpus that is too short is an error now, not at the first step
+
+    def resolve(self, model: ModelConfig) -> ModelConfig:
+        """Fills in the vocabulary's size."""
+        assert isinstance(model, LanguageModelConfig)
+        if model.vocab_size == "auto":
+            return model.model_copy(update={"vocab_size": self.corpus.vocab_size})
+        self.corpus.check_vocabulary(model.vocab_size)
+        return model
+
+    def table(self, model: nn.Module) -> list[Row]:
+        """All that is trained, with the roles that the model gives."""
+        return table(model, model.roles())  # type: ignore[operator]  # a method of every language model
+
+    def batch(self, step: int, rows: range, device: torch.device) -> Batch:
+        """(B, T) tokens and targets, with their layout where documents are kept apart."""
+        packed = self.corpus.batch(self._order_seed, step, rows, self._batch_size)
+        targets = torch.from_numpy(packed.targets)
+        inputs = {
+            "tokens": torch.from_numpy(packed.tokens).to(device, non_blocking=True),
+            "layout": _layout(packed, device),
+            "targets": targets.to(device, non_blocking=True),
+            "loss_chunk": self._loss_chunk,
+        }
+        return Batch(inputs=inputs, counts={"loss": int((packed.targets != IGNORED).sum())})
+
+    def unit_ids(self, step: int, rows: range) -> list[str]:
+        """The documents' names."""
+        return self.corpus.batch(self._order_seed, step, rows, self._batch_size).units()
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy summed over the share's targets."""
+        return {"loss": model(**batch.inputs)}
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, split: str, max_units: int | None, device: torch.device
+    ) -> Iterator[UnitResult]:
+        """Each document's cross-entropy over all its tokens and the end token that closes it.
+
+        A document that spans windows is read without what stood in the window before.
+        """
+        split = cast(Split, split)
+        stream = self.corpus.stream(split)
+        limit = None
+        if max_units is not None and max_units < len(stream.document_bytes):
+            limit = int(stream.starts[max_units])
+        windows = self.corpus.eval_windows(split, max_tokens=limit)
+        sums = np.zeros(len(windows.document_bytes))
+        counts = np.zeros(len(windows.document_bytes), dtype=np.int64)
+        logits_a_row = self._data.sequence_length * self.corpus.vocab_size
+        rows = max(1, _EVAL_LOGITS // logits_a_row)
+        for start in range(0, windows.num_windows, rows):
+            packed = windows.batch(range(start, min(start + rows, windows.num_windows)))
+            tokens = torch.from_numpy(packed.tokens).to(device)
+            logits = model(tokens, _layout(packed, device)).float()
+            targets = torch.from_numpy(packed.targets).to(device)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            counted = packed.target_documents.ravel() >= 0
+            documents = packed.target_documents.ravel()[counted]
+            sums += np.bincount(documents, losses.double().cpu().numpy()[counted], len(sums))
+            counts += np.bincount(documents, minlength=len(counts))
+        for unit, loss_sum, count, num_bytes in zip(
+            windows.units, sums, counts, windows.document_bytes, strict=True
+        ):
+            yield UnitResult(
+                unit=unit, loss_sum=float(loss_sum), count=int(count), metrics={"bytes": float(num_bytes)}
+            )
+
+    def summary(self, results: list[UnitResult]) -> dict[str, float]:
+        """Nats per token, and bits per byte of the documents' text."""
+        loss_sum = math.fsum(result.loss_sum for result in results)
+        num_bytes = sum(result.metrics["bytes"] for result in results)
+        return {
+            "loss": loss_sum / sum(result.count for result in results),
+            "bits_per_byte": loss_sum / math.log(2) / max(1.0, num_bytes),
+        }
+
+    def references(self) -> dict[str, float]:
+        """Bits per byte of `gzip -9` over the validation documents one after another."""
+        facts = self.corpus.splits.get("validation")
+        if facts is None or facts.gzip_bits_per_byte is None:
+            return {}
+        return {"gzip_bits_per_byte": facts.gzip_bits_per_byte}
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, num_tokens: int, device: torch.device) -> str:
+        """Text drawn from the model, a token at a time, from the beginning of a document."""
+        generator = torch.Generator().manual_seed(self._sample_seed)
+        ids = [self.corpus.end_id]
+        for _ in range(num_tokens):
+            context = torch.tensor([ids[-self._data.sequence_length :]], device=device)
+            logits = model(context)[0, -1, : self.corpus.vocab_size]
+            probabilities = F.softmax(logits.float().cpu() / _TEMPERATURE, dim=-1)
+            ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        return self.corpus.tokenizer.decode(ids[1:])
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """A folder that transformers' Auto classes load: weights, config and tokenizer."""
+        save_model(model, folder, max_length=self._data.sequence_length, end_id=self.corpus.end_id)
+        self.corpus.tokenizer.save(folder)
+
+    def facts(self) -> dict[str, Any]:
+        """The corpus's name, hash and sizes."""
+        return {
+            "name": self.corpus.name,
+            "sha256": self.corpus.fingerprint,
+            "vocab_size": self.corpus.vocab_size,
+            "splits": {split: asdict(facts) for split, facts in self.corpus.splits.items()},
+        }
+
+
+def _layout(packed: TokenBatch, device: torch.device) -> Layout | None:
+    """None where rows are read as one text each, which lets the model use plain causal attention."""
+    if packed.positions is None or packed.documents is None:
+        return None
+    return Layout(
+        positions=torch.from_numpy(packed.positions).to(device),
+        documents=torch.from_numpy(packed.documents).to(device),
+    )

@@ -1,0 +1,118 @@
+"""The contract of a task: what is trained, on what, towards what, and how well it does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmeff.core.config import Component, Text
+from llmeff.data import DataConfig
+from llmeff.models import ModelConfig
+from llmeff.core.table import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A share of one step's global batch."""
+
+    inputs: dict[str, Any]
+    """What the model's forward takes, by argument name."""
+    counts: dict[str, int]
+    """How many units (tokens, pixels) each named loss sums over in this share, known from the data alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitResult:
+    """One held-out unit's result: a document, an image."""
+
+    unit: str
+    """Its id."""
+    loss_sum: float
+    """Summed over the unit, in nats."""
+    count: int
+    """What the sum is over (tokens, pixels)."""
+    metrics: dict[str, float]
+    """More sums over this unit, by name (`bytes`)."""
+
+
+class Task(ABC):
+    """Joins model, data, loss and metric. What a step trains on is a pure function of (seed, step)."""
+
+    item: str
+    """What the loss is a mean over, in the singular (`token`, `pixel`)."""
+
+    @abstractmethod
+    def resolve(self, model: ModelConfig) -> ModelConfig:
+        """The model's config with what only the data knows (a vocabulary's size) filled in.
+
+        Raises:
+            ConfigError: the model does not fit the data.
+        """
+
+    @abstractmethod
+    def table(self, model: nn.Module) -> list[Row]:
+        """The parameters to train."""
+
+    @abstractmethod
+    def batch(self, step: int, rows: range, device: torch.device) -> Batch:
+        """Rows of the global batch of a step (from 0); any split of the rows gives the same step."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Named sums; the loop divides each once by its global count and adds them up."""
+
+    @abstractmethod
+    def unit_ids(self, step: int, rows: range) -> list[str]:
+        """The documents or images in rows of a step, for a diagnosis."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, split: str, max_units: int | None, device: torch.device
+    ) -> Iterator[UnitResult]:
+        """The results of a split's units, of at most so many of them."""
+
+    @abstractmethod
+    def summary(self, results: list[UnitResult]) -> dict[str, float]:
+        """The metrics of units taken together (`loss`, `bits_per_byte`)."""
+
+    @abstractmethod
+    def references(self) -> dict[str, float]:
+        """What a run's metrics are set beside, made without a model (`gzip_bits_per_byte`)."""
+
+    @abstractmethod
+    def sample(self, model: nn.Module, num_tokens: int, device: torch.device) -> str | None:
+        """Something that the trained model makes, for people to look at; None where the task has none."""
+
+    @abstractmethod
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Writes the trained model and all that is needed to use it, as safetensors and JSON."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the data: names, sizes, hashes."""
+
+
+class TaskConfig(Component, family="task"):
+    """What a run trains for."""
+
+    name: Text
+    """The task's name."""
+
+    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+        """What keeps this task from working with the model and the data."""
+        raise NotImplementedError(type(self))
+
+    def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool) -> Task:
+        """The task over opened data.
+
+        Args:
+            data: what to read.
+            seed: of the data order.
+            batch_size: rows of a step's global batch.
+            is_main: whether this process writes caches.
+        """
+        raise NotImplementedError(type(self))

@@ -1,0 +1,104 @@
+"""Softmax attention against the formula written out, over every layout."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmeff.attention import Softmax
+from llmeff.attention.mixer import MixerShape
+from llmeff.attention.softmax import attend, rotate
+from llmeff.core.layout import Layout
+
+DEVICE = torch.device("cpu")
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, sees: Tensor) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    return scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value
+
+
+def heads(num: int, num_kv: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, num, queries, 8), torch.randn(2, num_kv, keys, 8), torch.randn(2, num_kv, keys, 8)
+
+
+def packed(*lengths: int) -> Layout:
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    return Layout(positions=positions, documents=documents)
+
+
+@pytest.mark.parametrize("num_kv", [4, 2, 1])
+@pytest.mark.parametrize("past", [0, 3])
+def test_causal_attention_after_cached_tokens(num_kv: int, past: int) -> None:
+    query, key, value = heads(4, num_kv, 5, 5 + past)
+    sees = torch.ones(5, 5 + past, dtype=torch.bool).tril(past)
+    found = attend(query, key, value, Layout.plain(5, DEVICE, past=past))
+    torch.testing.assert_close(found, written_out(query, key, value, sees))
+
+
+def test_documents_see_only_themselves() -> None:
+    query, key, value = heads(2, 2, 6, 6)
+    layout = packed(1, 3, 2)
+    found = attend(query, key, value, layout)
+    alone = [
+        attend(*(x[:, :, part] for x in (query, key, value)), Layout.plain(part.stop - part.start, DEVICE))
+        for part in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(found, torch.cat(alone, dim=2))
+
+
+def test_padding_is_seen_by_nobody_and_makes_no_nan() -> None:
+    query, key, value = (x.requires_grad_() for x in heads(2, 2, 4, 4))
+    padding = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    layout = Layout(positions=torch.arange(4)[None], padding=padding)
+    found = attend(query, key, value, layout)
+    torch.testing.assert_close(
+        found[:1, :, 2:], attend(query[:1, :, 2:], key[:1, :, 2:], value[:1, :, 2:], Layout.plain(2, DEVICE))
+    )
+    torch.testing.assert_close(found[1:], attend(query[1:], key[1:], value[1:], Layout.plain(4, DEVICE)))
+    found[padding[:, None].expand(-1, 2, -1)].sum().backward()
+    assert found.isfinite().all()
+    assert key.grad is not None
+    assert value.grad is not None
+    assert key.grad.isfinite().all()
+    assert not value.grad[0, :, :2].any()
+
+
+def test_room_in_a_cache_of_fixed_size_is_not_seen() -> None:
+    query, key, value = heads(2, 2, 1, 8)
+    layout = Layout(positions=torch.tensor([[3]]), padding=torch.tensor([[False, True, True, True]] * 2), past=3)
+    found = attend(query, key, value, layout)
+    sees = torch.tensor([[False, True, True, True, False, False, False, False]])
+    torch.testing.assert_close(found, written_out(query, key, value, sees))
+
+
+def test_rotated_scores_depend_on_the_distance_alone() -> None:
+    query, key, _ = heads(1, 1, 1, 1)
+
+    def score(at: int, distance: int) -> Tensor:
+        turned = [
+            rotate(x, *Layout(positions=torch.tensor([[place]])).rotary(8, 100.0))
+            for x, place in ((query, at), (key, at - distance))
+        ]
+        return (turned[0] * turned[1]).sum(-1)
+
+    torch.testing.assert_close(score(5, 3), score(40, 3), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(score(5, 3), score(5, 2))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_mixer_on_packed_documents_is_the_mixer_on_each(qk_norm: bool) -> None:
+    torch.manual_seed(0)
+    shape = MixerShape(width=16, num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
+    mixer, x = Softmax(qk_norm=qk_norm).build(shape), torch.randn(1, 7, 16)
+    alone = [mixer(part, Layout.plain(part.shape[1], DEVICE)) for part in x.split((4, 3), dim=1)]
+    torch.testing.assert_close(mixer(x, packed(4, 3)), torch.cat(alone, dim=1))
+
+
+def test_output_projections_write_into_the_stream() -> None:
+    shape = MixerShape(width=16, num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
+    mixer = Softmax().build(shape)
+    assert [projection.out_features for projection in mixer.output_projections()] == [16]
