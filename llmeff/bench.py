@@ -92,6 +92,7 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
     from transformers import Trainer as HFTrainer
     from transformers import TrainerCallback, TrainingArguments
 
+    from llmeff.models import Decoder
     from llmeff.models.pretrained import LlmeffForCausalLM
     from llmeff.prepare import prepare, prepare_device
 
@@ -128,7 +129,9 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
             disable_tqdm=True,
             train_sampling_strategy="sequential",
         )
-        model = LlmeffForCausalLM.from_decoder(config.model.build())
+        decoder = config.model.build()
+        assert isinstance(decoder, Decoder)
+        model = LlmeffForCausalLM.from_decoder(decoder)
         HFTrainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[Ticker()]).train()
 
 

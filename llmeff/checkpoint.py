@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Saves a checkpoint; older ones go only once it is whole on disk.
+        """Saves a checkpoint; older ones go only once it is whole on disk. One that is there already is left.
 
         Args:
             step: optimizer steps done.
@@ -52,33 +53,27 @@ class Checkpoints:
             write: writes the strategy's files into a folder.
 
         Raises:
-            OSError: the disk is full or not writable; checkpoints already there are untouched.
+            ConfigError: the disk is full or not writable; checkpoints already there are untouched.
         """
         place = self.folder / f"step-{step:08d}"
-        if place.exists():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.sweep_partial(self.folder)
-        with files.new_folder(place) as part:
-            write(part)
-            save_file(_random_states(), part / _RNG)
-            (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
-            sums = {file.name: files.sha256(file) for file in sorted(part.iterdir())}
-            manifest = {"schema_version": SCHEMA_VERSION, "step": step, "sha256": sums}
-            (part / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for old in self._places()[self.keep :]:
-            doomed = old.with_name(f"{files.PARTIAL}{old.name}")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+        with files.reported(place):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.sweep_partial(self.folder)
+            if place.exists():
+                if _whole(place) is not None:
+                    return
+                place.rename(place.with_name(f"damaged-{place.name}-{uuid.uuid4().hex[:8]}"))
+            with files.new_folder(place) as part:
+                write(part)
+                _seal(part, {"step": step, "state": state})
+            for old in [old for old in self._places() if old.name < place.name][self.keep - 1 :]:
+                doomed = old.with_name(f"{files.PARTIAL}{old.name}")
+                old.rename(doomed)
+                shutil.rmtree(doomed)
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; a damaged one is passed over with a warning. None where there is none."""
-        for place in self._places():
-            try:
-                return _verify(place)
-            except (OSError, ValueError, KeyError) as problem:
-                logger.warning("checkpoint %s is damaged and passed over: %s", place.name, problem)
-        return None
+        return next(filter(None, map(_whole, self._places())), None)
 
     def _places(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
@@ -99,14 +94,29 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
+def _seal(part: Path, state: dict[str, Any]) -> None:
+    """Adds what is not the strategy's, and last the checksums of all."""
+    save_file(_random_states(), part / _RNG)
+    (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    sums = {file.name: files.sha256(file) for file in sorted(part.iterdir())}
+    manifest = {"schema_version": SCHEMA_VERSION, "sha256": sums}
+    (part / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _whole(place: Path) -> Checkpoint | None:
+    """The checkpoint; None, with a warning, where it is damaged."""
+    try:
+        return _verify(place)
+    except (OSError, ValueError, KeyError) as problem:
+        logger.warning("checkpoint %s is damaged and passed over: %s", place.name, problem)
+        return None
+
+
 def _verify(place: Path) -> Checkpoint:
     manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
     if manifest["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"its format is {manifest['schema_version']}, this version reads {SCHEMA_VERSION}"
-        )
+        raise ValueError(f"its format is {manifest['schema_version']}, this version reads {SCHEMA_VERSION}")
     for name, expected in manifest["sha256"].items():
         if files.sha256(place / name) != expected:
             raise ValueError(f"{name} is not what was written")
-    state = json.loads((place / _STATE).read_text(encoding="utf-8"))
-    return Checkpoint(folder=place, step=manifest["step"], state=state)
+    return Checkpoint(folder=place, **json.loads((place / _STATE).read_text(encoding="utf-8")))

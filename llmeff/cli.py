@@ -55,33 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llmeff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train", help="train a model; record what it cost beside what was predicted"
-    )
+    train = commands.add_parser("train", help="train a model; record what it cost beside what was predicted")
     _add_config_options(train)
-    train.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out"
-    )
-    train.add_argument(
-        "--resume", action="store_true", help="go on from the newest whole checkpoint in --out"
-    )
-    train.add_argument(
-        "--print-config", action="store_true", help="print the config as JSON and stop"
-    )
+    train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out")
+    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    train.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
     train.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     train.add_argument("--json", action="store_true", help="print the result as one JSON object")
     train.set_defaults(command=_train)
 
-    plan = commands.add_parser(
-        "plan", help="what a run will cost: parameters, memory by kind, FLOPs"
-    )
+    plan = commands.add_parser("plan", help="what a run will cost: parameters, memory by kind, FLOPs")
     _add_config_options(plan)
     plan.add_argument("--json", action="store_true", help="print the price as one JSON object")
     plan.set_defaults(command=_plan)
 
-    compare = commands.add_parser(
-        "compare", help="runs side by side, predictions beside measurements"
-    )
+    compare = commands.add_parser("compare", help="runs side by side, predictions beside measurements")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     compare.add_argument(
         "--format",
@@ -89,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         default="terminal",
         help="of the table",
     )
-    compare.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the runs' loss curves as a PNG"
-    )
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the runs' loss curves as a PNG")
     compare.set_defaults(command=_compare)
 
     bench = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
@@ -110,9 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--recipe", metavar="NAME", help="a named run; `default` if nothing is given"
-    )
+    source.add_argument("--recipe", metavar="NAME", help="a named run; `default` if nothing is given")
     source.add_argument("--config", type=Path, metavar="FILE", help="a run's config, TOML or JSON")
     parser.add_argument(
         "--set",
@@ -138,9 +122,7 @@ def _load_components(modules: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name != name.split(".")[0] and error.name != name:
                 raise
-            raise ConfigError(
-                f"--import {name}: there is no such module here or on the Python path"
-            ) from None
+            raise ConfigError(f"--import {name}: there is no such module here or on the Python path") from None
 
 
 def _config(options: argparse.Namespace) -> "RunConfig":
@@ -176,9 +158,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume and options.out is None:
         raise ConfigError("--resume needs --out DIR, the folder of the run to go on with")
     if options.resume and not (options.out / "config.json").is_file():
-        raise ConfigError(
-            f"--resume: {options.out} holds no config.json, so there is no run to go on with"
-        )
+        raise ConfigError(f"--resume: {options.out} holds no config.json, so there is no run to go on with")
     config = None if options.resume and not _given(options) else _config(options)
     if options.print_config and config is not None:
         sys.stdout.write(config.model_dump_json(indent=2) + "\n")
@@ -194,9 +174,7 @@ def _train(options: argparse.Namespace) -> int:
         config = validate(RunConfig, read(options.out / "config.json"))
     folder = options.out or _free_folder(config.name)
     try:
-        result = train(
-            config, folder, resume=options.resume, is_silent=options.quiet or options.json
-        )
+        result = train(config, folder, resume=options.resume, is_silent=options.quiet or options.json)
     except DivergedError as failure:
         _complain([str(failure)])
         return EXIT_FAILED
@@ -207,30 +185,31 @@ def _train(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from llmeff.predict import predict, show
+    from llmeff.prepare import prepare
 
-    config = _config(options)
+    config, _ = prepare(_config(options))
     price = predict(config)
     sys.stdout.write((json.dumps(price.as_dict()) if options.json else show(price)) + "\n")
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from llmeff.compare.table import compare
+    from llmeff.compare.table import compare, render
 
-    sys.stdout.write(compare(options.runs, form=options.format) + "\n")
+    rows = compare(options.runs)
+    sys.stdout.write(render(rows, options.format) + "\n")
     if options.plot is not None:
-        from llmeff.compare.plots import loss_curves
+        from llmeff.compare.plots import loss_curve
+        from llmeff.record.reader import read_run
 
-        loss_curves(options.runs, options.plot)
+        loss_curve([read_run(folder) for folder in options.runs], options.plot)
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
     from llmeff.bench import bench, show
 
-    result = bench(
-        _config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup
-    )
+    result = bench(_config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup)
     if options.out is not None:
         options.out.write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.write(show(result) + "\n")

@@ -1,9 +1,8 @@
 """The training loop, top to bottom: set up, step, evaluate, save, finish."""
 
 import math
-import statistics
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 from torch import nn
 
 from llmeff.checkpoint import Checkpoints, restore_random_states
+from llmeff.compare.plots import loss_curve
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.precision import precision
 from llmeff.core.seed import derive
-from llmeff.compare.plots import loss_curves
 from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
 from llmeff.predict import predict
@@ -26,14 +25,14 @@ from llmeff.record.environment import environment
 from llmeff.record.meters import (
     EnergyMeter,
     PeakLiveBytes,
-    SavedBytes,
     allocator_peaks,
     count_flops,
     resident_bytes,
+    saved_bytes,
 )
 from llmeff.record.progress import Shown, open_display
-from llmeff.record.reader import read_run
-from llmeff.record.schema import EvalRow, Quartiles, Result, StepRow, Timings, relative_errors
+from llmeff.record.reader import final_loss, read_run, throughput
+from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
 from llmeff.record.writer import RunWriter
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Batch, UnitResult
@@ -55,9 +54,7 @@ class DivergedError(Exception):
     """A run that cannot go on; what it had saved is whole."""
 
 
-def train(
-    config: RunConfig, folder: Path, *, resume: bool = False, is_silent: bool = True
-) -> Result:
+def train(config: RunConfig, folder: Path, *, resume: bool = False, is_silent: bool = True) -> Result:
     """Trains from beginning to end, or goes on from the newest whole checkpoint.
 
     Args:
@@ -86,15 +83,16 @@ class Trainer:
         self.config, self._task = prepare(config)
         self.device = prepare_device(self.config)
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
+        self._environment = environment(self.device)
         checkpoint = None
         if resume:
             check_same_run(self.config, folder)
-            self._writer = RunWriter.resume(folder, environment(self.device))
+            self._writer = RunWriter.resume(folder, self._environment)
             self._closing.push(self._writer)
             checkpoint = self._checkpoints.newest()
             self._writer.truncate_after(0 if checkpoint is None else checkpoint.step)
         else:
-            self._writer = RunWriter.create(folder, self.config, environment(self.device))
+            self._writer = RunWriter.create(folder, self.config, self._environment)
             self._closing.push(self._writer)
 
         torch.manual_seed(derive(self.config.seed, "init"))
@@ -112,7 +110,7 @@ class Trainer:
         self._items_seen = 0
         self._measured: dict[str, float] = {}
         self._metrics: dict[str, dict[str, float]] = {}
-        earlier = None
+        earlier = Timings()
         if checkpoint is not None:
             self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
@@ -122,16 +120,14 @@ class Trainer:
             self._metrics = checkpoint.state["metrics"]
             earlier = Timings(**checkpoint.state["timings"])
         self.price = predict(self.config)
-        self._clocks = Clocks(self.device, earlier)
         self._clock = StepClock(self.device)
         self._energy = EnergyMeter(self.device)
-        self._saved_meter: SavedBytes | None = None
         self._shares = _shares(self.config, self._strategy.world.rank)
         self._pending: dict[int, dict[str, Any]] = {}
-        self._display = open_display(
-            self._shown(), is_silent=is_silent or not self._strategy.world.is_main
-        )
-        self._clocks.add("startup", time.time() - psutil.Process().create_time())
+        self._display = open_display(self._shown(), is_silent=is_silent or not self._strategy.world.is_main)
+        age_s = time.time() - psutil.Process().create_time()
+        startup = earlier.model_copy(update={"startup_s": earlier.startup_s + age_s})
+        self._clocks = Clocks(self.device, startup)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -146,10 +142,8 @@ class Trainer:
             total_steps=self.config.train.steps,
             item=self._task.item,
             model_flops_per_item=self.price.total("model_flops") / self._task.items_per_step,
-            peak_flops_per_s=peak_flops_per_s(self.device, self._precision.compute),
-            memory_bytes=(lambda: torch.cuda.memory_allocated(self.device))
-            if is_gpu
-            else resident_bytes,
+            peak_flops_per_s=peak_flops_per_s(self._environment.device, self._precision.compute),
+            memory_bytes=(lambda: torch.cuda.memory_allocated(self.device)) if is_gpu else resident_bytes,
         )
 
     # -- a step
@@ -162,14 +156,20 @@ class Trainer:
             self._update()
 
     def _metered_update(self) -> None:
-        """An update under meters, which change no number; compiled layers run eagerly meanwhile."""
-        parameters = list(self._model.parameters())
-        buffers = list(self._model.buffers())
-        self._saved_meter = saved = SavedBytes([*parameters, *buffers])
-        with PeakLiveBytes(parameters, self._optimizer, buffers) as live:
+        """An update under meters, which change no number; what is compiled runs eagerly meanwhile."""
+        with self._clocks.hold("record"):
+            self._measured["saved_bytes"] = self._saved_bytes()
+        with PeakLiveBytes(self._model.parameters(), self._optimizer, self._model.buffers()) as live:
             self._measured["executed_flops"] = count_flops(self._update)
-        self._measured["saved_bytes"] = saved.total
         self._measured["peak_bytes"] = live.peak.total
+
+    def _saved_bytes(self) -> int:
+        """What a forward pass of one micro-batch keeps for backward."""
+        batch = self._task.batch(self.step, self._shares[0], self.device)
+        given = [value for value in batch.inputs.values() if isinstance(value, torch.Tensor)]
+        held = [*self._model.parameters(), *self._model.buffers(), *given]
+        with torch.random.fork_rng():
+            return saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)
 
     def _update(self) -> None:
         clock, strategy, number = self._clock, self._strategy, self.step + 1
@@ -180,9 +180,7 @@ class Trainer:
 
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with self._saved_meter or nullcontext():
-                sums = self._task.loss(strategy.model, batch)
-            self._saved_meter = None
+            sums = self._task.loss(strategy.model, batch)
             share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))
             clock.mark("forward")
             strategy.backward(share)
@@ -194,9 +192,7 @@ class Trainer:
         if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.loss_scale is not None)):
             strategy.skip()
             self._fail(loss, norm)
-        rate = set_learning_rate(
-            self._optimizer, self.config.schedule.factor(self.step, self.config.train.steps)
-        )
+        rate = set_learning_rate(self._optimizer, self.config.schedule.factor(self.step, self.config.train.steps))
         strategy.step()
         clock.mark("optimizer")
 
@@ -223,36 +219,21 @@ class Trainer:
         return {name: max(1, total) for name, total in zip(names, totals, strict=True)}
 
     def _record(self, finished: list[StepTimes]) -> None:
-        start = time.perf_counter()
+        if not self._strategy.world.is_main:
+            return
         for times in finished:
-            known = self._pending.pop(times.step)
-            row = StepRow(
-                **known,
-                step=times.step,
-                step_s=times.step_s,
-                data_s=times.data_s,
-                items_per_s=known["items"] / times.step_s,
-                forward_s=times.forward_s,
-                backward_s=times.backward_s,
-                optimizer_s=times.optimizer_s,
-                is_warmup=times.is_warmup,
-            )
-            self._clocks.add("data", times.data_s)
-            self._clocks.add("train", times.step_s - times.data_s)
-            if self._strategy.world.is_main:
+            self._clocks.add_step(times)
+            with self._clocks.hold("record"):
+                known = self._pending.pop(times.step)
+                row = StepRow(**known, items_per_s=known["items"] / times.step_s, **vars(times))
                 self._writer.step(row)
                 self._display.step(row)
-        self._clocks.add("record", time.perf_counter() - start)
 
     def _fail(self, loss: float, norm: float) -> None:
         ids = [unit for rows in self._shares for unit in self._task.unit_ids(self.step, rows)]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         saved = self._checkpoints.newest()
-        kept = (
-            "no checkpoint was saved yet"
-            if saved is None
-            else f"the checkpoint of step {saved.step} is kept"
-        )
+        kept = "no checkpoint was saved yet" if saved is None else f"the checkpoint of step {saved.step} is kept"
         diagnosis = (
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the update was not made, and {kept}. "
             f"The step read: {shown}"
@@ -284,9 +265,7 @@ class Trainer:
             model.train()
         self._metrics["validation"] = self._task.summary(results)
         self._writer.evaluation([_eval_row(self.step, "validation", result) for result in results])
-        shown = ", ".join(
-            f"{name} {value:.4f}" for name, value in self._metrics["validation"].items()
-        )
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._metrics["validation"].items())
         self._display.note(f"step {self.step}, validation: {shown}")
 
     def _save(self) -> None:
@@ -315,7 +294,7 @@ class Trainer:
             sample = self._task.sample(self._model, tokens, self.device) if tokens else None
         plot = self._writer.folder / "loss.png"
         with self._clocks.hold("record"):
-            loss_curves([self._writer.folder], plot)
+            loss_curve([read_run(self._writer.folder)], plot)
         result = self._result("finished", None, sample)
         self._writer.finish(result)
         self._display.summary(result, self._writer.folder, plot)
@@ -323,19 +302,12 @@ class Trainer:
 
     def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
         steps = read_run(self._writer.folder).steps
-        timed = [
-            rate
-            for rate, warm in zip(steps["items_per_s"], steps["is_warmup"], strict=True)
-            if not warm
-        ]
-        quartiles = statistics.quantiles(timed, n=4) if len(timed) > 1 else None
-        last = list(steps["loss"][-schema.LAST_STEPS :])
+        speed = throughput(steps)
         predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
         measured = self._measured | {"parameters": sum(p.numel() for p in self._model.parameters())}
         rate = None
-        if quartiles is not None:
-            per_step = self._items_seen / max(1, self.step)
-            rate = predicted["model_flops"] * quartiles[1] / per_step
+        if speed is not None:
+            rate = predicted["model_flops"] * speed.median * self.step / self._items_seen
         return Result(
             status=status,
             diagnosis=diagnosis,
@@ -343,14 +315,13 @@ class Trainer:
             item=self._task.item,
             items_seen=self._items_seen,
             parameters=int(measured["parameters"]),
-            train_loss=statistics.fmean(last) if last else math.nan,
+            train_loss=final_loss(steps) or math.nan,
             metrics=self._metrics,
             references=self._task.references(),
             timings=self._clocks.timings(),
-            items_per_s=quartiles
-            and Quartiles(lower=quartiles[0], median=quartiles[1], upper=quartiles[2]),
+            items_per_s=speed,
             model_flops_per_s=rate,
-            mfu=None if rate is None else mfu(rate, self.device, self._precision.compute),
+            mfu=None if rate is None else mfu(rate, self._environment.device, self._precision.compute),
             energy_j=self._energy.energy_j(),
             predicted=predicted,
             measured=measured,

@@ -1,4 +1,210 @@
-"""STUB by the lead to try the loop; helper 4 replaces it."""
-from llmeff.cost.price import Price
-def predict(config): return Price({})
-def resolve_micro_batch(config): return config.train.batch if config.train.micro_batch=="auto" else config.train.micro_batch
+"""What a run will cost, asked of each of its parts before it begins."""
+
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmeff.core.config import ConfigError
+from llmeff.core.layout import Layout
+from llmeff.core.precision import BYTES
+from llmeff.core.units import show_bytes, show_quantity
+from llmeff.cost.price import KINDS, Kind, Price
+from llmeff.cost.tape import Weight
+from llmeff.cost.workload import Workload
+from llmeff.models import ModelConfig
+from llmeff.optim import OptimizerConfig
+from llmeff.record.meters import PeakLiveBytes, count_flops, saved_bytes
+from llmeff.runconfig import RunConfig
+
+USABLE = 0.8
+"""How much of the free memory a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
+fragmentation, evaluation and whatever else runs."""
+
+
+def predict(config: RunConfig) -> Price:
+    """The price of one optimizer step of a run on one rank.
+
+    Args:
+        config: its vocabulary resolved; a micro-batch that is still `auto` counts as the whole batch.
+
+    Raises:
+        ConfigError: the vocabulary is still `auto`.
+    """
+    share = config.train.batch // config.parallel.ranks
+    micro_batch = share if config.train.micro_batch == "auto" else config.train.micro_batch
+    return price_step(config.model, config.optim, workload(config, micro_batch))
+
+
+def workload(config: RunConfig, micro_batch: int) -> Workload:
+    """What a step of the run does on one rank, in micro-batches of so many sequences.
+
+    Raises:
+        ConfigError: the vocabulary is still `auto`.
+    """
+    if getattr(config.model, "vocab_size", None) == "auto":
+        raise ConfigError("model.vocab_size is auto: only a tokenizer tells it; give a number to plan without data")
+    one: Workload = config.task.workload(config.model, config.data)
+    return replace(
+        one,
+        num_sequences=micro_batch,
+        num_micro_batches=config.train.batch // config.parallel.ranks // micro_batch,
+        precision_name=config.precision,
+        recompute=config.runtime.recompute,
+    )
+
+
+def price_step(model: ModelConfig, optim: OptimizerConfig, work: Workload) -> Price:
+    """The price of a model's and an optimizer's step: by their laws, or traced where the model has none."""
+    try:
+        return model.price(work) + optim.price(model.weights(), work.precision)
+    except NotImplementedError:
+        with torch.device("meta"):
+            module = model.build()
+        return trace(module, optim, work)
+
+
+def resolve_micro_batch(config: RunConfig) -> int:
+    """`train.micro_batch` as a number.
+
+    Raises:
+        ConfigError: it is auto, and not even one sequence fits.
+    """
+    if config.train.micro_batch != "auto":
+        return config.train.micro_batch
+    if config.runtime.device == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+    else:
+        free_bytes = psutil.virtual_memory().available
+    return fit_micro_batch(config, int(USABLE * free_bytes))
+
+
+def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
+    """The largest divisor of a rank's batch whose predicted peak is within the budget.
+
+    Raises:
+        ConfigError: not even one sequence is.
+    """
+    share = config.train.batch // config.parallel.ranks
+    peak_bytes = 0
+    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
+        price = price_step(config.model, config.optim, workload(config, micro_batch))
+        peak_bytes = price.total("peak_bytes")
+        if peak_bytes <= budget_bytes:
+            return micro_batch
+    raise ConfigError(
+        f"train.micro_batch: one sequence at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
+        "may be used: shorten data.sequence_length, set runtime.recompute = true, or choose a smaller model"
+    )
+
+
+def show(price: Price) -> str:
+    """The price as a table of totals, each with its largest parts."""
+    lines = []
+    for kind in KINDS:
+        parts = sorted(price.parts(kind).items(), key=lambda part: -part[1])
+        if parts:
+            total = show_quantity(kind, price.total(kind))
+            named = ", ".join(f"{part} {show_quantity(kind, count)}" for part, count in parts[:4])
+            lines.append(f"{kind:<16} {total:>14}   {named}")
+    if price.source == "traced":
+        lines.append("traced: counted in a run of the model on shapes, since it states no law")
+    return "\n".join(lines)
+
+
+def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
+    """Counts a module's step by running it on tensors without numbers, which takes no memory.
+
+    Args:
+        module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
+        optim: whose state the step finds.
+        work: what the step does.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _move(module)
+        module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
+                loss: Tensor = module(**_batch(work))
+            return loss
+
+        def step() -> None:
+            for _ in range(min(work.num_micro_batches, 2)):
+                forward().backward()
+            module.zero_grad(set_to_none=True)
+
+        flops = count_flops(lambda: forward().backward())
+        module.recompute = False  # type: ignore[assignment]
+        with _Attention() as attention:  # type: ignore[no-untyped-call]
+            model_flops = count_flops(lambda: forward().backward()) - attention.surplus_flops
+        module.recompute = work.recompute  # type: ignore[assignment]
+        module.zero_grad(set_to_none=True)
+        saved = saved_bytes(forward, [*module.parameters(), *module.buffers()])
+        with PeakLiveBytes(module.parameters(), held=module.buffers()) as live:
+            step()
+    count = sum(parameter.numel() for parameter in parameters)
+    num_bytes = count * BYTES[work.precision.parameters]
+    entries: dict[tuple[Kind, str], int] = {
+        ("parameters", "model"): count,
+        ("parameter_bytes", "model"): num_bytes,
+        ("gradient_bytes", "model"): count * BYTES[work.precision.gradients],
+        ("executed_flops", "model"): flops * work.num_micro_batches,
+        ("model_flops", "model"): model_flops * work.num_micro_batches,
+        ("saved_bytes", "model"): saved,
+        ("peak_bytes", "model"): live.peak.total,
+    }
+    weights = [
+        Weight(name, tuple(parameter.shape), work.precision.parameters, "model")
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return Price(entries, "traced") + optim.price(weights, work.precision)
+
+
+def _move(module: nn.Module) -> None:
+    """Puts empty CPU tensors in the place of all parameters and buffers; shared ones stay shared."""
+    moved: dict[Tensor, Any] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor not in moved:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                if tensor is not None:
+                    table[name] = moved[tensor]
+
+
+def _batch(work: Workload) -> dict[str, Any]:
+    tokens = torch.zeros(work.num_sequences, work.num_tokens, dtype=torch.int64)
+    layout = None
+    if work.packed:
+        layout = Layout(positions=torch.zeros_like(tokens), documents=torch.zeros_like(tokens))
+    return {
+        "tokens": tokens,
+        "layout": layout,
+        "targets": torch.zeros_like(tokens),
+        "loss_chunk": work.loss_chunk,
+    }
+
+
+class _Attention(TorchDispatchMode):
+    """Adds up what attention's kernel computes beyond what the model asks for."""
+
+    surplus_flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            query, num_keys = args[0], args[1].shape[2]
+            causal_pairs = query.shape[2] + 1  # twice the mean over queries
+            # a pass of each kind: 4 and 10 for every pair in the kernels, 4 and 8 for a causal pair in the model
+            self.surplus_flops += query.numel() * (14 * num_keys - 6 * causal_pairs)
+        return func(*args, **(kwargs or {}))

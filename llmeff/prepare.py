@@ -53,9 +53,8 @@ def prepare_device(config: RunConfig) -> torch.device:
         ConfigError: the device is not there, or cannot compute in the run's precision.
     """
     if config.runtime.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'"
-        )
+        raise ConfigError("runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'")
+    assert isinstance(config.runtime.threads, int)
     torch.set_num_threads(config.runtime.threads)
     if config.runtime.device == "cuda":
         device = torch.device("cuda", world().local_rank)
@@ -63,9 +62,7 @@ def prepare_device(config: RunConfig) -> torch.device:
         torch.use_deterministic_algorithms(config.runtime.deterministic)
         return device
     if config.precision == "fp16":
-        raise ConfigError(
-            "precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'"
-        )
+        raise ConfigError("precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'")
     return torch.device("cpu")
 
 
@@ -74,8 +71,7 @@ def check_same_run(config: RunConfig, folder: Path) -> None:
     saved = read(folder / schema.CONFIG)
     asked = config.model_dump(mode="json")
     changed = [
-        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
-        for key, was, now in _differences(saved, asked)
+        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}" for key, was, now in _differences(saved, asked)
     ]
     if changed:
         raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
@@ -85,8 +81,6 @@ def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, 
     if isinstance(saved, dict) and isinstance(asked, dict):
         found = []
         for name in saved | asked:
-            found += _differences(
-                saved.get(name), asked.get(name), f"{key}.{name}" if key else name
-            )
+            found += _differences(saved.get(name), asked.get(name), f"{key}.{name}" if key else name)
         return found
     return [] if saved == asked else [(key, saved, asked)]

@@ -14,7 +14,6 @@ from llmeff.core.config import (
     Integer,
     Positive,
     Text,
-    component,
 )
 from llmeff.core.precision import PrecisionName
 from llmeff.data import DataConfig, TextData
@@ -79,19 +78,19 @@ class RunConfig(Config):
     """Names the run in tables, and its folder where none is given."""
     seed: Integer = 0
     """Of initialization and data order."""
-    task: component(TaskConfig) = CausalLM()
+    task: TaskConfig = CausalLM()
     """What is trained towards what."""
-    model: component(ModelConfig) = DecoderConfig()
+    model: ModelConfig = DecoderConfig()
     """The model."""
-    data: component(DataConfig) = TextData()
+    data: DataConfig = TextData()
     """What it reads."""
-    optim: component(OptimizerConfig) = AdamW()
+    optim: OptimizerConfig = AdamW()
     """What updates it."""
-    schedule: component(ScheduleConfig) = Cosine(warmup_steps=100)
+    schedule: ScheduleConfig = Cosine(warmup_steps=100)
     """How the learning rate moves."""
     precision: PrecisionName = "fp32"
     """The number formats."""
-    parallel: component(StrategyConfig) = Single()
+    parallel: StrategyConfig = Single()
     """Processes, and what each holds."""
     train: TrainConfig = TrainConfig()
     """Length and batch."""
@@ -119,12 +118,8 @@ class RunConfig(Config):
         if train.batch % ranks:
             yield f"train.batch {train.batch} is not divisible by parallel.ranks {ranks}"
         elif train.micro_batch != "auto" and (train.batch // ranks) % train.micro_batch:
-            share = f"train.batch {train.batch}" + (
-                f" / parallel.ranks {ranks}" if ranks > 1 else ""
-            )
-            allowed = [
-                n for n in range(1, train.batch // ranks + 1) if (train.batch // ranks) % n == 0
-            ]
+            share = f"train.batch {train.batch}" + (f" / parallel.ranks {ranks}" if ranks > 1 else "")
+            allowed = [n for n in range(1, train.batch // ranks + 1) if (train.batch // ranks) % n == 0]
             yield (
                 f"train.micro_batch {train.micro_batch} does not divide {share}; "
                 f"allowed: {', '.join(map(str, allowed))}"

@@ -1,5 +1,6 @@
 """Root-mean-square normalization that keeps only its input and one number a row for backward."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,9 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+_rms_norm: Callable[[Tensor, Tensor, float], Tensor] = _RMSNorm.apply
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square layer normalization (Zhang and Sennrich 2019), computed in float32 or wider.
 
@@ -54,8 +58,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
-        return normed
+        return _rms_norm(x, self.weight, self.eps)
 
 
 def law(tape: Tape, x: Array) -> Array:

@@ -1,14 +1,14 @@
 """Softmax attention: multi-head, grouped-query or multi-query, with rotary positions."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention.mixer import KeyValueCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention import norm
+from llmeff.attention.mixer import KeyValueCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.norm import RMSNorm
 from llmeff.core.config import Flag
 from llmeff.core.layout import Layout
@@ -38,9 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """
     bias = layout.bias(key.shape[2], value.dtype)
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
 
 
 class Softmax(MixerConfig):
@@ -106,7 +104,7 @@ class SoftmaxMixer(Mixer):
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed = attend(query, key, value, layout)
-        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return cast(Tensor, self.o_proj(mixed.transpose(1, 2).flatten(-2)))
 
     def output_projections(self) -> list[nn.Linear]:
         """The projection of the heads' outputs."""

@@ -33,17 +33,15 @@ def loss_curve(runs: Sequence[Run], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    window = max(1, min(len(run.steps["step"]) for run in drawn) // 50)
+    window = max(1, min(int(np.isfinite(run.steps["loss"]).sum()) for run in drawn) // 50)
     for number, run in enumerate(drawn):
         name = f"{run.name}: " if len(drawn) > 1 else ""
         _draw(axes, run, window, _COLOURS[number % len(_COLOURS)], name)
     _dress(axes, drawn, window)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    try:
+    with files.reported(path):
         files.write_bytes(path, picture.getvalue())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def held_out_loss(run: Run) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
@@ -61,8 +59,11 @@ def held_out_loss(run: Run) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any
 
 def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
     """One run: raw losses thin, their running mean over `window` steps, and its evaluations with the last value."""
-    steps, losses = run.steps["step"], run.steps["loss"]
-    steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
+    is_finite = np.isfinite(run.steps["loss"])
+    steps, losses = run.steps["step"][is_finite], run.steps["loss"][is_finite]
+    if len(losses) < window:
+        axes.plot([], [], color=colour, label=f"{name}no finite loss")
+        return
     if window > 1:
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.6)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")

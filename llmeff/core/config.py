@@ -2,12 +2,12 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from llmeff.core.registry import Registry, nearest
 
@@ -46,6 +46,19 @@ class Config(BaseModel):
         ser_json_inf_nan="strings",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_components(cls, data: Any) -> Any:
+        """A table without a name, where a component is expected, is of the kind that the field has by default."""
+        if not isinstance(data, Mapping):
+            return data
+        named = {
+            name: {"name": field.default.name, **data[name]}
+            for name, field in cls.model_fields.items()
+            if isinstance(field.default, Component) and isinstance(data.get(name), Mapping) and "name" not in data[name]
+        }
+        return {**data, **named}
+
 
 class Component(Config):
     """A config that is chosen by its `name` among all of its family (`optim.name = "adamw"`).
@@ -55,8 +68,39 @@ class Component(Config):
 
     registry: ClassVar[Registry[Any]]
 
+    name: str
+    """The component's name."""
+
     def __init_subclass__(cls, family: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A field typed by the family holds any of it: validated by its name, dumped whole."""
+        schema = handler(source)
+        if "registry" not in cls.__dict__:
+            return schema
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda value, info: value.model_dump(mode=info.mode), info_arg=True
+        )
+        return core_schema.no_info_before_validator_function(cls._by_name, schema, serialization=dump)
+
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError(
+                "component",
+                "give a name or a table with a name, one of {known}",
+                {"known": ", ".join(cls.registry.names())},
+            )
+        name = value.get("name")
+        if not isinstance(name, str) or name not in cls.registry:
+            raise PydanticCustomError("component", "{problem}", {"problem": cls.registry.unknown(name)})
+        return cls.registry[name].model_validate(dict(value))
 
     @classmethod
     def __pydantic_init_subclass__(cls, family: str | None = None, **kwargs: Any) -> None:
@@ -70,36 +114,6 @@ class Component(Config):
             cls.registry.add(names[0], cls)
 
 
-C = TypeVar("C", bound=Component)
-
-
-def _resolver(base: type[C]) -> Callable[[Any], Any]:
-    def resolve(value: Any) -> Any:
-        if isinstance(value, base):
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping):
-            raise PydanticCustomError(
-                "component",
-                "give a name or a table with a name, one of {known}",
-                {"known": ", ".join(base.registry.names())},
-            )
-        name = value.get("name")
-        if not isinstance(name, str) or name not in base.registry:
-            raise PydanticCustomError(
-                "component", "{problem}", {"problem": base.registry.unknown(name)}
-            )
-        return base.registry[name].model_validate(dict(value))
-
-    return resolve
-
-
-def component(base: type[C]) -> Any:
-    """The type of a field that holds a component of the family `base`: dumped whole, validated by its name."""
-    return Annotated[SerializeAsAny[base], BeforeValidator(_resolver(base))]  # type: ignore[valid-type]
-
-
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """Splits `a.b=value`; the value is TOML (`3e-4`, `true`, `[1, 2]`, `"x"`), `null`, or else a plain string.
 
@@ -109,9 +123,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     key, equals, raw = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise ConfigError(
-            f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4"
-        )
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4")
     raw = raw.strip()
     if raw in ("null", "none", "None"):
         return path, None
@@ -157,13 +169,8 @@ def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...
         field = fields.model_fields.get(str(part))
         if field is None:
             break
-        resolver = next((m for m in field.metadata if isinstance(m, BeforeValidator)), None)
         annotation: Any = field.annotation
-        if (
-            resolver is not None
-            and isinstance(annotation, type)
-            and issubclass(annotation, Component)
-        ):
+        if isinstance(annotation, type) and issubclass(annotation, Component):
             name = value.get("name") if isinstance(value, Mapping) else value
             if isinstance(name, str) and name in annotation.registry:
                 annotation = annotation.registry[name]

@@ -1,15 +1,23 @@
 """Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from llmeff.core.config import ConfigError
+
 PARTIAL = ".partial-"
 """Names that begin so are what a killed process left behind; nothing reads them."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _beside(path: Path) -> Path:
@@ -71,9 +79,33 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextlib.contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while the block writes a file or folder into the one error that a user sees.
+
+    Raises:
+        ConfigError: names the path and the reason; where the disk is full, what to do.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        advice = " Free some, then try again; a run goes on by --resume." if number in _FULL else ""
+        raise ConfigError(f"{path}: cannot be written ({os.strerror(number)}).{advice}") from error
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors keeps the number in its text only
+    return int(said[1]) if said else None
+
+
 def sweep_partial(folder: Path) -> None:
-    """Removes what killed processes left half-written directly under the folder."""
-    for left in folder.glob(f"{PARTIAL}*"):
+    """Removes what killed processes left half-written anywhere under the folder."""
+    for left in list(folder.rglob(f"{PARTIAL}*")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -23,9 +23,7 @@ class Layout:
     """(B, S) bool over cached and new tokens, False where a token is padding. None: none is."""
     past: int = 0
     """How many tokens lie in the cache before this batch's first."""
-    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False
-    )
+    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
     _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
@@ -43,9 +41,7 @@ class Layout:
         """
         key = (head_dim, theta)
         if key not in self._rotary:
-            exponents = (
-                torch.arange(0, head_dim, 2, device=self.positions.device).float() / head_dim
-            )
+            exponents = torch.arange(0, head_dim, 2, device=self.positions.device).float() / head_dim
             angles_BTR = self.positions[..., None].float() * (1.0 / theta**exponents)
             angles = torch.cat((angles_BTR, angles_BTR), dim=-1)[:, None]
             self._rotary[key] = angles.cos(), angles.sin()

@@ -17,15 +17,11 @@ def named_state(optimizer: Optimizer, rows: list[Row]) -> tuple[dict[str, Tensor
     others: dict[str, Any] = {}
     for row in rows:
         for kind, value in optimizer.state.get(row.parameter, {}).items():
-            (tensors if isinstance(value, Tensor) else others)[f"{row.name}{_BETWEEN}{kind}"] = (
-                value
-            )
+            (tensors if isinstance(value, Tensor) else others)[f"{row.name}{_BETWEEN}{kind}"] = value
     return tensors, others
 
 
-def load_named_state(
-    optimizer: Optimizer, rows: list[Row], tensors: dict[str, Tensor], others: dict[str, Any]
-) -> None:
+def load_named_state(optimizer: Optimizer, rows: list[Row], tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
     """Puts a state back.
 
     Raises:
@@ -35,19 +31,11 @@ def load_named_state(
     for key, value in (tensors | others).items():
         name, _, kind = key.rpartition(_BETWEEN)
         if name not in parameters:
-            raise ValueError(
-                f"optimizer state of {name!r}, which is no trained parameter of this model"
-            )
+            raise ValueError(f"optimizer state of {name!r}, which is no trained parameter of this model")
         parameter = parameters[name]
         if isinstance(value, Tensor):
-            if (
-                value.dim()
-                and value.numel() == parameter.numel()
-                and value.shape != parameter.shape
-            ):
-                raise ValueError(
-                    f"{key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}"
-                )
+            if value.dim() and value.numel() == parameter.numel() and value.shape != parameter.shape:
+                raise ValueError(f"{key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
             value = value.to(parameter.device if value.dim() else "cpu", copy=True)
         optimizer.state[parameter][kind] = value
 

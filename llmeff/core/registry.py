@@ -33,9 +33,7 @@ class Registry(Generic[T]):
             ValueError: the name is taken.
         """
         if name in self._entries:
-            raise ValueError(
-                f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}"
-            )
+            raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}")
         self._entries[name] = entry
 
     def unknown(self, name: object) -> str:

@@ -40,9 +40,7 @@ def table(model: nn.Module, roles: Mapping[str, Role]) -> list[Row]:
     """
     missing = [name for name, _ in model.named_parameters() if name not in roles]
     if missing:
-        raise ValueError(
-            f"parameters without a role: {', '.join(missing[:3])} ({len(missing)} in all)"
-        )
+        raise ValueError(f"parameters without a role: {', '.join(missing[:3])} ({len(missing)} in all)")
     return [
         Row(name=name, parameter=parameter, role=roles[name])
         for name, parameter in model.named_parameters()

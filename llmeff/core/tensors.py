@@ -24,12 +24,8 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = stored_tensors(module)
     if own.keys() != tensors.keys():
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        raise ValueError(
-            f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}"
-        )
+        raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
-            raise ValueError(
-                f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}")
         tensor.copy_(tensors[name])

@@ -19,23 +19,20 @@ class Batch:
         self._tape = tape
         self.shape = workload.num_sequences, workload.num_tokens
         self._rows = workload.num_sequences if workload.packed else 1
-        self._integers = [self._constant("int64", *self.shape) for _ in ("tokens", "targets")]
-        self._integers.append(self._constant("int64", self._rows, self.shape[1]))
+        self.tokens = tape.given(self.shape, "int64")
+        self.targets = tape.given(self.shape, "int64")
+        self._places = [tape.given((self._rows, workload.num_tokens), "int64")]
         if workload.packed:
-            self._integers.append(self._constant("int64", *self.shape))
+            self._places.append(tape.given(self.shape, "int64"))
         self._biases: dict[str, tuple[Array, Array]] = {}
         self._rotary: dict[tuple[int, float], tuple[Array, Array]] = {}
-
-    def _constant(self, dtype: str, *shape: int) -> Array:
-        with self._tape.within("", "batch"):
-            return self._tape.new(shape, dtype, label="batch_bytes")
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Array, Array]:
         """Cosines and sines, each (B or 1, 1, T, head_dim)."""
         key = (head_dim, theta)
         if key not in self._rotary:
             shape = (self._rows, 1, self.shape[1], head_dim)
-            self._rotary[key] = self._constant("float32", *shape), self._constant("float32", *shape)
+            self._rotary[key] = self._tape.given(shape, "float32"), self._tape.given(shape, "float32")
         return self._rotary[key]
 
     def bias(self, dtype: str) -> Array | None:
@@ -45,12 +42,12 @@ class Batch:
         if dtype not in self._biases:
             shape = (self.shape[0], 1, self.shape[1], self.shape[1])
             # beside the summand lives the boolean mask that it is made from
-            self._biases[dtype] = self._constant(dtype, *shape), self._constant("bool", *shape)
+            self._biases[dtype] = self._tape.given(shape, dtype), self._tape.given(shape, "bool")
         return self._biases[dtype][0]
 
 
 def cast(tape: Tape, x: Array, dtype: str) -> Array:
-    """x in another format; x itself where it has it."""
+    """An array in another format; itself where it has that."""
     if x.dtype == dtype:
         return x
     node = tape.save((x,), (), partial(_cast_back, tape, x.dtype))
@@ -62,7 +59,7 @@ def _cast_back(tape: Tape, dtype: str, gradient: Array) -> tuple[Array]:
 
 
 def autocast(tape: Tape, x: Array) -> Array:
-    """x as autocast gives it to a contraction."""
+    """An array as autocast gives it to a contraction."""
     return cast(tape, x, tape.precision.compute) if tape.precision.autocast else x
 
 
@@ -87,11 +84,11 @@ def _linear_back(tape: Tape, gradient: Array, x: Array, weight: Array) -> tuple[
 
 def embedding(tape: Tape, batch: Batch, weight: Array) -> Array:
     """(B, T) tokens, rows of (V, D), to (B, T, D)."""
-    node = tape.save((weight,), (), partial(_cast_shape_back, tape, weight.shape))
+    node = tape.save((weight,), (batch.tokens,), partial(_new_back, tape, weight.shape))
     return tape.elementwise((*batch.shape, weight.shape[1]), weight.dtype, node)
 
 
-def _cast_shape_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Array]:
+def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) -> tuple[Array]:
     return (tape.new(shape, gradient.dtype),)
 
 
@@ -124,7 +121,7 @@ def _multiply_back(tape: Tape, gradient: Array, left: Array, right: Array) -> tu
 
 
 def scale(tape: Tape, x: Array, constant: Array) -> Array:
-    """x times a constant that broadcasts to it, which is kept."""
+    """The product with a constant that broadcasts to it, which is kept."""
     node = tape.save((x,), (constant,), partial(_scale_back, tape))
     return tape.elementwise(x.shape, x.dtype, node)
 
@@ -134,7 +131,7 @@ def _scale_back(tape: Tape, gradient: Array, constant: Array) -> tuple[Array]:
 
 
 def silu(tape: Tape, x: Array) -> Array:
-    """x sigmoid(x); x is kept."""
+    """`torch.nn.functional.silu`; its input is kept."""
     node = tape.save((x,), (x,), partial(_scale_back, tape))
     return tape.elementwise(x.shape, x.dtype, node)
 
@@ -157,18 +154,15 @@ def attention(tape: Tape, query: Array, key: Array, value: Array, bias: Array | 
     return (_flash if flash else _math)(tape, query, key, value, bias)
 
 
-def _count_attention(tape: Tape, query: Array, key: Array) -> None:
-    num_batch, num_heads, num_queries, head_dim = query.shape
-    flops = 4 * num_batch * num_heads * head_dim
-    tape.contract(
-        flops * num_queries * key.shape[2], model_flops=flops * num_queries * (num_queries + 1) // 2
-    )
+def _pairs(query: Array) -> int:
+    """Products over H that causal attention asks for."""
+    return query.size * (query.shape[2] + 1) // 2
 
 
 def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
     saved = (query, key, value) if bias is None else (query, key, value, bias)
     node = tape.save((query, key, value), saved, partial(_flash_back, tape))
-    _count_attention(tape, query, key)
+    tape.contract(4 * query.size * key.shape[2], model_flops=4 * _pairs(query))
     mixed = tape.new(query.shape, query.dtype, node)
     log_sums = tape.elementwise(query.shape[:-1], "float32")
     tape.save_output(node, mixed, log_sums)
@@ -187,41 +181,74 @@ def _flash_back(
     )
 
 
+def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+    num_heads, num_keys = query.shape[1], key.shape[2]
+    product = partial(_product, tape, 2 * query.size * num_keys, 2 * _pairs(query))
+    key, value = _repeat(tape, key, num_heads), _repeat(tape, value, num_heads)
+    scores = product(_copy(tape, query), _copy(tape, key), (*query.shape[:3], num_keys))
+    scores = _copy(tape, scores)  # with the bias added
+    node = tape.save((scores,), (), partial(_scale_back, tape))
+    weights = tape.elementwise(scores.shape, scores.dtype, node)
+    tape.save_output(node, weights)
+    del scores
+    return product(weights, _copy(tape, value), query.shape)
+
+
+def _repeat(tape: Tape, x: Array, num_heads: int) -> Array:
+    if x.shape[1] == num_heads:
+        return x
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return tape.elementwise((x.shape[0], num_heads, *x.shape[2:]), x.dtype, node)
+
+
+def _copy(tape: Tape, x: Array) -> Array:
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return tape.elementwise(x.shape, x.dtype, node)
+
+
+def _product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:
+    node = tape.save((left, right), (left, right), partial(_product_back, tape, flops))
+    tape.contract(flops, model_flops)
+    return tape.new(shape, left.dtype, node)
+
+
+def _product_back(tape: Tape, flops: int, gradient: Array, left: Array, right: Array) -> tuple[Array, Array]:
+    tape.execute(2 * flops)
+    grad_right = tape.new(right.shape, right.dtype)
+    return tape.new(left.shape, left.dtype), grad_right
+
+
 def joined_heads(tape: Tape, mixed: Array) -> Array:
     """(B, N, T, H) to (B, T, N H): a view of what `flash` makes, a copy of what `math` makes."""
     num_batch, num_heads, num_tokens, head_dim = mixed.shape
     joined = mixed.view(num_batch, num_tokens, num_heads * head_dim)
     if tape.workload.kernel == "flash":
         return joined
-    node = tape.save((mixed,), (), partial(_cast_back, tape, mixed.dtype))
-    return tape.elementwise(joined.shape, mixed.dtype, node)
+    return _copy(tape, mixed).view(*joined.shape)
 
 
 def log_softmax(tape: Tape, x: Array) -> Array:
-    """log softmax over the last dimension; the result is kept."""
+    """`log_softmax` over the last dimension; the result is kept."""
     node = tape.save((x,), (), partial(_scale_back, tape))
     result = tape.elementwise(x.shape, x.dtype, node)
     tape.save_output(node, result)
     return result
 
 
-def pick_and_sum(tape: Tape, log_probabilities: Array) -> Array:
-    """The negative log-likelihood, summed."""
-    node = tape.save((log_probabilities,), (log_probabilities,), partial(_pick_back, tape))
+def pick_and_sum(tape: Tape, log_probabilities: Array, batch: Batch) -> Array:
+    """The negative log-likelihood of the targets, summed."""
+    saved = (log_probabilities, batch.targets)
+    node = tape.save((log_probabilities,), saved, partial(_pick_back, tape))
     total_weight = tape.new((), log_probabilities.dtype)
     tape.save_output(node, total_weight)
     return tape.elementwise((), log_probabilities.dtype, node)
 
 
-def _pick_back(tape: Tape, gradient: Array, log_probabilities: Array, _: Array) -> tuple[Array]:
+def _pick_back(tape: Tape, gradient: Array, log_probabilities: Array, *_: Array) -> tuple[Array]:
     return (tape.new(log_probabilities.shape, log_probabilities.dtype),)
 
 
-def cross_entropy(tape: Tape, logits: Array) -> Array:
+def cross_entropy(tape: Tape, logits: Array, batch: Batch) -> Array:
     """`torch.nn.functional.cross_entropy` of (M, V), summed."""
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
-    return pick_and_sum(tape, log_softmax(tape, logits))
-
-
-def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-    raise NotImplementedError
+    return pick_and_sum(tape, log_softmax(tape, logits), batch)

@@ -34,6 +34,8 @@ recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pa
 `elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: full payload of
 the collectives."""
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 Source = Literal["law", "traced"]
 """`law`: computed from the config alone; `traced`: counted in a run of the module."""
 
@@ -51,9 +53,9 @@ class Price:
     source: Source = "law"
 
     def __post_init__(self) -> None:
-        unknown = {kind for kind, _ in self.entries} - set(get_args(Kind))
+        unknown = {kind for kind, _ in self.entries} - set(KINDS)
         if unknown:
-            raise ValueError(f"no kinds of cost: {', '.join(sorted(unknown))}; known: {', '.join(get_args(Kind))}")
+            raise ValueError(f"no kinds of cost: {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
         object.__setattr__(self, "entries", {key: count for key, count in self.entries.items() if count})
 
     def __add__(self, other: "Price") -> "Price":
@@ -81,20 +83,13 @@ class Price:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the source, and by kind the parts with their `total`."""
-        kinds = [kind for kind in get_args(Kind) if any(own == kind for own, _ in self.entries)]
-        return {"source": self.source} | {
-            kind: self.parts(kind) | {"total": self.total(kind)} for kind in kinds
-        }
+        kinds = [kind for kind in KINDS if any(own == kind for own, _ in self.entries)]
+        return {"source": self.source} | {kind: self.parts(kind) | {"total": self.total(kind)} for kind in kinds}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Price":
         """Reads what `as_dict` gives."""
         return cls(
-            {
-                (kind, part): count
-                for kind in get_args(Kind)
-                for part, count in data.get(kind, {}).items()
-                if part != "total"
-            },
+            {(kind, part): count for kind in KINDS for part, count in data.get(kind, {}).items() if part != "total"},
             data["source"],
         )

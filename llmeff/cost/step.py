@@ -6,7 +6,7 @@ from collections.abc import Callable
 from llmeff.core.precision import BYTES
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Kind, Price
-from llmeff.cost.tape import Array, Tape
+from llmeff.cost.tape import Array, Tape, Weight
 from llmeff.cost.workload import Workload
 
 _REPEATED: tuple[Kind, ...] = ("model_flops", "executed_flops", "elementwise_ops")
@@ -39,6 +39,13 @@ def price_step(law: Callable[[Tape, Batch], Array], workload: Workload) -> Price
     once = Price(tape.counts)
     repeated = once.only(_REPEATED)
     return once + repeated * (workload.num_micro_batches - 1) + _state(tape)
+
+
+def weights(law: Callable[[Tape, Batch], Array]) -> list[Weight]:
+    """The trained parameters that a law uses."""
+    tape = Tape(Workload(num_sequences=1, num_tokens=1))
+    law(tape, Batch(tape))
+    return list(tape.weights.values())
 
 
 def _state(tape: Tape) -> Price:

@@ -13,7 +13,7 @@ from functools import partial
 from math import prod
 
 from llmeff.core.precision import BYTES
-from llmeff.cost.price import Kind, Price
+from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
 
 Backward = Callable[..., "tuple[Array | None, ...]"]
@@ -211,8 +211,9 @@ class Tape:
 
     def _keep(self, node: Node, arrays: tuple[Array, ...]) -> None:
         for array in arrays:
-            if array.storage.label[0] == "workspace":
-                array.storage.relabel(("saved_bytes", self._part))
+            if array.storage.label[0] in ("workspace", "batch_bytes"):
+                is_batch = array.storage.label[0] == "batch_bytes"
+                array.storage.relabel(("saved_bytes", "batch" if is_batch else self._part))
         node.saved += tuple(Array(array.shape, array.dtype, array.storage) for array in arrays)
 
     def _in_part(self, backward: Backward) -> Backward:
@@ -225,10 +226,16 @@ class Tape:
         part = self._part
         return run
 
-    def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None, label: str = "workspace") -> Array:
+    def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
         """A new array."""
         num_bytes = 0 if self._has_stopped else prod(shape) * _BYTES[dtype]
-        return Array(shape, dtype, Storage(self.live, num_bytes, (label, self._part)), node)
+        return Array(shape, dtype, Storage(self.live, num_bytes, ("workspace", self._part)), node)
+
+    def given(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A new array of the batch, or made once from it."""
+        array = Array(shape, dtype, Storage(self.live, prod(shape) * _BYTES[dtype], ("batch_bytes", "batch")))
+        self.counts["batch_bytes", "batch"] += array.storage.num_bytes
+        return array
 
     def elementwise(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
         """A new array that is not made by a contraction."""
@@ -287,9 +294,9 @@ class Tape:
     def end_forward(self) -> None:
         """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""
         self._casts.clear()
-        for (kind, part), num_bytes in self.live.now.items():
-            if kind in ("saved_bytes", "batch_bytes"):
-                self.counts[kind, part] = num_bytes  # type: ignore[index]
+        for (label, part), num_bytes in self.live.now.items():
+            if label == "saved_bytes":
+                self.counts["saved_bytes", part] = num_bytes
 
     def backward(self, loss: Array) -> None:
         """Plays the backward pass of a scalar."""

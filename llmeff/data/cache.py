@@ -1,5 +1,6 @@
 """The token cache: a corpus as memory-mapped tokens, in a folder named by the hash of all that decides them."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -144,21 +145,22 @@ def write_corpus(
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
     writers: dict[Split, _SplitWriter] = {}
     num_tokens = 0
-    for split, document, ids in _encoded(documents, tokenizer):
-        if split not in writers:
-            writers[split] = _SplitWriter(folder, split, tokenizer.end_id, dtype)
-        writers[split].add(document, ids)
-        num_tokens += len(ids) + 1
-        if max_tokens is not None and num_tokens >= max_tokens:
-            break
+    with contextlib.ExitStack() as opened:
+        for split, document, ids in _encoded(documents, tokenizer):
+            if split not in writers:
+                writers[split] = _SplitWriter(folder, split, tokenizer.end_id, dtype, opened)
+            writers[split].add(document, ids)
+            num_tokens += len(ids) + 1
+            if max_tokens is not None and num_tokens >= max_tokens:
+                break
     if not writers:
-        raise ConfigError("data.source: there is no text in it: every document is empty")
+        raise ConfigError("data.source: there is no text in it: no document, or only empty ones")
     tokenizer.save(folder)
     meta = {
         "vocab_size": tokenizer.vocab_size,
         "end_id": tokenizer.end_id,
         "dtype": dtype.str,
-        "splits": {split: asdict(writer.close()) for split, writer in writers.items()},
+        "splits": {split: asdict(writer.finish()) for split, writer in writers.items()},
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -186,11 +188,11 @@ def _encoded(
 class _SplitWriter:
     """Writes one split's files, with no more than the documents' places in memory."""
 
-    def __init__(self, folder: Path, split: Split, end_id: int, dtype: np.dtype[Any]):
+    def __init__(self, folder: Path, split: Split, end_id: int, dtype: np.dtype[Any], opened: contextlib.ExitStack):
         self._folder, self._split, self._dtype = folder, split, dtype
         self._end = np.array([end_id], dtype=dtype).tobytes()
-        self._tokens = (folder / f"{split}.tokens").open("wb")
-        self._units = (folder / f"{split}.units.jsonl").open("w", encoding="utf-8")
+        self._tokens = opened.enter_context((folder / f"{split}.tokens").open("wb"))
+        self._units = opened.enter_context((folder / f"{split}.units.jsonl").open("w", encoding="utf-8"))
         self._starts, self._bytes = array("q", [0]), array("q")
         self._gzip = Gzip() if split != "train" else None
         self._tokens.write(self._end)
@@ -205,9 +207,7 @@ class _SplitWriter:
         if self._gzip is not None:
             self._gzip.add(content)
 
-    def close(self) -> SplitFacts:
-        self._tokens.close()
-        self._units.close()
+    def finish(self) -> SplitFacts:
         for kind, values in (("starts", self._starts), ("bytes", self._bytes)):
             content = np.array(values, dtype="<i8").tobytes()
             (self._folder / f"{self._split}.{kind}").write_bytes(content)

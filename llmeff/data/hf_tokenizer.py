@@ -12,7 +12,8 @@ from llmeff.core.config import ConfigError, Text
 from llmeff.data.source import fingerprint_of
 from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TEMPLATE = "chat_template.jinja"
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE)
 """What decides a tokenizer in its folder."""
 
 
@@ -39,6 +40,8 @@ class HfTokenizer(TokenizerConfig):
         folder = self._folder()
         settings = {"eos_token": END, **_json(folder / "special_tokens_map.json")}
         settings |= _json(folder / "tokenizer_config.json")
+        if (folder / TEMPLATE).is_file():
+            settings["chat_template"] = (folder / TEMPLATE).read_text(encoding="utf-8")
         backend = _backend(folder)
         backend.no_truncation()
         backend.no_padding()

@@ -1,5 +1,6 @@
 """Whatever the `datasets` library loads as a source: a name on the Hugging Face Hub, a folder, or a format with files."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -51,14 +52,17 @@ class Datasets(SourceConfig):
 
     def fingerprint(self) -> str:
         """Of the settings, and of the names and content of what lies on this machine."""
+        settings = self.model_dump(mode="json", exclude={"path", "data_files", "streaming"})
         folder = Path(self.path).expanduser()
-        local = [Path(name) for name in self.data_files]
-        if folder.exists():
-            local += [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        settings = self.model_dump(mode="json", exclude={"data_files", "streaming"})
-        if folder.exists():
-            settings["path"] = folder.name
-        return fingerprint_of([settings, *([path.name, digest(path)] for path in local if path.is_file())])
+        if folder.is_dir():
+            below = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            parts: list[object] = [[file.relative_to(folder).as_posix(), digest(file)] for file in below]
+        else:
+            parts = [self.path]
+        for name in self.data_files:
+            local = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            parts += [[file.name, digest(file)] for file in local if file.is_file()] if local else [name]
+        return fingerprint_of([settings, *parts])
 
     def _load(self) -> Iterator[dict[str, object]]:
         try:
@@ -68,7 +72,7 @@ class Datasets(SourceConfig):
                 'data.source: the source "datasets" needs the package datasets: pip install "llmeff[data]"'
             ) from None
         try:
-            rows = datasets.load_dataset(
+            yield from datasets.load_dataset(
                 self.path,
                 self.subset,
                 data_files=list(self.data_files) or None,
@@ -76,6 +80,5 @@ class Datasets(SourceConfig):
                 split=self.split,
                 streaming=self.streaming,
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.source: datasets cannot load {self.path!r} ({error})") from None
-        return iter(rows)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError(f"data.source: datasets cannot read {self.path!r} ({error})") from None

@@ -1,6 +1,7 @@
 """JSON Lines files, plain or compressed, as a source."""
 
 import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,12 @@ class JsonLines(FileSource):
         text = entry[self.field]
         if not isinstance(text, str):
             raise ConfigError(f"{where}: the field {self.field!r} holds {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{where}: the field {self.field!r} holds half a surrogate pair, which is no text"
+            ) from None
         return text
 
 
@@ -51,5 +58,5 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.endswith(".zst"):
         import pyarrow as pa
 
-        return cast(IO[bytes], pa.input_stream(str(path), compression="zstd"))
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return cast(IO[bytes], gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")

@@ -1,5 +1,6 @@
 """The contract of a text source, and what the sources that are files have in common."""
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -57,8 +58,9 @@ def digest(path: Path) -> str:
         known = {}
     if known.get("stamp") != stamp:
         known = {"stamp": stamp, "sha256": files.sha256(path)}
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(memo, json.dumps(known))
+        with contextlib.suppress(OSError):  # without a place for it, it is computed again
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(memo, json.dumps(known))
     return str(known["sha256"])
 
 
@@ -111,6 +113,15 @@ class FileSource(SourceConfig):
         """
         raise NotImplementedError(type(self))
 
+    def check_suffix(self, path: Path) -> None:
+        """Refuses a file of another kind.
+
+        Raises:
+            ConfigError: its name does not end as this source's files do.
+        """
+        if not path.name.endswith(self.suffixes):
+            raise ConfigError(f"{path}: the source {self.name!r} reads files that end in {', '.join(self.suffixes)}")
+
     def documents(self) -> Iterator[Document]:
         """The files' documents, in the order of their names within each split."""
         for split, unit, path in self._files():
@@ -152,9 +163,5 @@ class FileSource(SourceConfig):
                 raise ConfigError(f"data.source: there is no {wanted} {text}")
             found.update(path.absolute() for path in matches)
         for file in sorted(found):
-            self._check_suffix(file)
+            self.check_suffix(file)
         return sorted(found)
-
-    def _check_suffix(self, path: Path) -> None:
-        if not path.name.endswith(self.suffixes):
-            raise ConfigError(f"{path}: the source {self.name!r} reads files that end in {', '.join(self.suffixes)}")

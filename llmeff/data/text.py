@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from llmeff.core.config import ConfigError, Count, component
+from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import cache_folder
 from llmeff.data import cache
 from llmeff.data.builtin import Builtin
@@ -21,9 +21,9 @@ class TextData(DataConfig):
     """Documents as tokens."""
 
     name: Literal["text"] = "text"
-    source: component(SourceConfig) = Builtin()
+    source: SourceConfig = Builtin()
     """Where the documents come from."""
-    tokenizer: component(TokenizerConfig) = Bytes()
+    tokenizer: TokenizerConfig = Bytes()
     """How they become token ids."""
     splits: SplitConfig = SplitConfig()
     """What is trained on and what is held out."""
@@ -131,7 +131,10 @@ class TextCorpus:
         """
         if split not in self._tokens.splits:
             there = ", ".join(f"{name} {facts.num_documents}" for name, facts in self.splits.items())
-            raise ConfigError(f"data.splits: no document fell in the split {split!r} (documents there: {there})")
+            raise ConfigError(
+                f"data.splits: nothing fell in the split {split!r} (documents: {there}): give it a larger share, or "
+                'cut each document of a corpus of few by data.splits.by = "span"'
+            )
         return self._tokens.stream(split)
 
     def check_vocabulary(self, vocab_size: int) -> None:

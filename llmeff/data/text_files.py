@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from llmeff.core.config import Text
+from llmeff.core.config import ConfigError, Text
 from llmeff.data.source import FileSource, decode
 
 
@@ -16,6 +16,13 @@ class TextFiles(FileSource):
     name: Literal["text"] = "text"
     separator: Text | None = None
     """The text between two documents of a file; belongs to neither. None: a file is one document."""
+
+    def check_suffix(self, path: Path) -> None:
+        """Takes any name but those that another source reads."""
+        for name in self.registry.names():
+            other = self.registry[name]
+            if other is not type(self) and path.name.endswith(getattr(other, "suffixes", ())):
+                raise ConfigError(f"{path}: the source {self.name!r} reads plain text; for this file use {name!r}")
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
         """The file, or its parts."""

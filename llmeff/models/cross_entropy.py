@@ -1,5 +1,6 @@
 """Cross-entropy over a vocabulary without the whole logits in memory."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 if grad.dtype == wide:
-                    grad_weight.addmm_(grad.T, hidden[part])
+                    torch.addmm(grad_weight, grad.T, hidden[part], out=grad_weight)
                 else:
                     grad_weight += (grad.T @ hidden[part]).to(wide)
             del log_probabilities, grad  # they would live on beside the next chunk's
@@ -64,12 +65,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+_chunked_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _ChunkedCrossEntropy.apply
+
+
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy, in nats, of (...) targets under (..., V) logits; a scalar in float32 or wider."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(
-        wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
@@ -93,18 +95,15 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: in
         # autocast does not reach inside a Function: its casts are made here, where autograd sees them
         compute = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(compute), weight.to(compute)
-    total: Tensor = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), chunk
-    )
-    return total
+    return _chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), chunk)
 
 
-def law(tape: Tape, hidden: Array, weight: Array) -> Array:
+def law(tape: Tape, hidden: Array, weight: Array, batch: laws.Batch) -> Array:
     """The price of `cross_entropy_sum`, by the workload's chunk."""
     num_tokens, vocabulary = hidden.size // hidden.shape[-1], weight.shape[0]
     if tape.workload.loss_chunk is None:
         logits = laws.linear(tape, hidden.view(num_tokens, hidden.shape[-1]), weight)
-        return laws.cross_entropy(tape, laws.cast(tape, logits, tape.precision.logits))
+        return laws.cross_entropy(tape, laws.cast(tape, logits, tape.precision.logits), batch)
     hidden, weight = laws.autocast(tape, hidden), laws.autocast(tape, weight)
     num_chunk = min(tape.workload.loss_chunk, num_tokens)
     node = tape.save((hidden, weight), (), partial(_law_back, tape, hidden.dtype, weight.dtype))

@@ -1,12 +1,14 @@
 """Any transformers causal language model, from a folder or the hub, with the forward of `Decoder`."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmeff.core.config import ConfigError, Flag, Text
 from llmeff.core.layout import Layout
@@ -48,6 +50,7 @@ class HFModelConfig(LanguageModelConfig):
 
     def _network(self) -> "PreTrainedModel":
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
         import llmeff.models.pretrained  # noqa: F401  (enters llmeff's own format into the Auto classes)
 
@@ -61,16 +64,14 @@ class HFModelConfig(LanguageModelConfig):
             network, loaded = models.from_pretrained(
                 self.path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except (OSError, ValueError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"model.path: {self.path!r} is neither a folder with a causal language model in safetensors nor one "
                 f"that the hub gives now: {reason}"
             ) from None
         if loaded["missing_keys"]:
-            raise ConfigError(
-                f"model.path: {self.path} lacks weights: {_some(loaded['missing_keys'])}"
-            )
+            raise ConfigError(f"model.path: {self.path} lacks weights: {_some(loaded['missing_keys'])}")
         if loaded["unexpected_keys"]:
             logger.warning(
                 "%s: weights that the model does not use: %s",
@@ -106,16 +107,16 @@ class HFModel(nn.Module):
     @property
     def recompute(self) -> bool:
         """Keep only each layer's input for backward and run the layer again."""
-        return bool(self.network.is_activation_checkpointing)
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules())
 
     @recompute.setter
     def recompute(self, value: bool) -> None:
-        if not value:
-            self.network.activation_checkpointing_disable()
-        elif self.network.supports_gradient_checkpointing:
-            self.network.activation_checkpointing_enable()
-        else:
-            raise ConfigError(f"recompute: {type(self.network).__name__} of transformers cannot")
+        if not self.network.supports_gradient_checkpointing:
+            if value:
+                raise ConfigError(f"recompute: {type(self.network).__name__} of transformers cannot")
+            return
+        # the public name of this differs between the releases of transformers 5
+        self.network._set_gradient_checkpointing(value, partial(checkpoint, use_reentrant=False))
 
     def forward(
         self,
@@ -142,14 +143,10 @@ class HFModel(nn.Module):
         if targets is not None and loss_chunk is not None:
             if not self.projects:
                 kind = type(self.network).__name__
-                raise ConfigError(
-                    f"loss_chunk: {kind} computes its logits in a way of its own; give null"
-                )
+                raise ConfigError(f"loss_chunk: {kind} computes its logits in a way of its own; give null")
             states = self.network.base_model(**inputs).last_hidden_state
-            return cross_entropy_sum(
-                states, self.network.get_output_embeddings().weight, targets, loss_chunk
-            )
-        logits = self.network(**inputs).logits
+            return cross_entropy_sum(states, self.network.get_output_embeddings().weight, targets, loss_chunk)
+        logits: Tensor = self.network(**inputs).logits
         return logits if targets is None else cross_entropy_of_logits(logits, targets)
 
     def _placed(self, layout: Layout | None) -> dict[str, Tensor]:
@@ -157,11 +154,7 @@ class HFModel(nn.Module):
             return {}
         if layout.documents is None:
             placed = {"position_ids": layout.positions}
-            return (
-                placed
-                if layout.padding is None
-                else placed | {"attention_mask": layout.padding.long()}
-            )
+            return placed if layout.padding is None else placed | {"attention_mask": layout.padding.long()}
         if not self.separates_documents:
             raise ConfigError(
                 f"documents packed in one row would see one another in {type(self.network).__name__}: "
@@ -174,9 +167,7 @@ class HFModel(nn.Module):
         """What each parameter is, by name, told by the module that holds it."""
         head = self.network.get_output_embeddings()
         return {
-            f"{prefix}.{name}" if prefix else name: "head"
-            if module is head
-            else _role(module, name, parameter)
+            f"{prefix}.{name}" if prefix else name: "head" if module is head else _role(module, name, parameter)
             for prefix, module in self.named_modules()
             for name, parameter in module.named_parameters(recurse=False)
         }
@@ -193,7 +184,7 @@ def _role(module: nn.Module, name: str, parameter: Tensor) -> Role:
 
 
 def _probe(network: "PreTrainedModel") -> Tensor:
-    weight = network.get_input_embeddings().weight
+    weight: Tensor = network.get_input_embeddings().weight
     return torch.arange(4, device=weight.device)[None] % weight.shape[0]
 
 
@@ -221,9 +212,7 @@ def _projects(network: "PreTrainedModel") -> bool:
         return False
     tokens = _probe(network)
     states: Any = getattr(network.base_model(tokens, use_cache=False), "last_hidden_state", None)
-    return states is not None and torch.equal(
-        F.linear(states, head.weight), network(tokens, use_cache=False).logits
-    )
+    return states is not None and torch.equal(F.linear(states, head.weight), network(tokens, use_cache=False).logits)
 
 
 @save_model.register

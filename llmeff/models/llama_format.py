@@ -35,11 +35,7 @@ def is_stock(config: DecoderConfig) -> bool:
         for index in range(config.num_layers)
         for layer in [config.layer(index)]
     }
-    return (
-        isinstance(config.mixer, Softmax)
-        and len(shapes) == 1
-        and all(whole for *_, whole in shapes)
-    )
+    return isinstance(config.mixer, Softmax) and len(shapes) == 1 and all(whole for *_, whole in shapes)
 
 
 def shared_name(name: str) -> str:
@@ -53,17 +49,13 @@ def own_fields(config: DecoderConfig) -> dict[str, Any]:
     return {"name": "decoder", **fields}
 
 
-def from_own_fields(
-    fields: Mapping[str, Any], vocab_size: int, tied_embeddings: bool
-) -> DecoderConfig:
+def from_own_fields(fields: Mapping[str, Any], vocab_size: int, tied_embeddings: bool) -> DecoderConfig:
     """The reverse of `own_fields`.
 
     Raises:
         ConfigError: the fields make no decoder.
     """
-    return validate(
-        DecoderConfig, {**fields, "vocab_size": vocab_size, "tied_embeddings": tied_embeddings}
-    )
+    return validate(DecoderConfig, {**fields, "vocab_size": vocab_size, "tied_embeddings": tied_embeddings})
 
 
 def _architecture(config: DecoderConfig) -> dict[str, Any]:
@@ -117,8 +109,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        shared_name(name): tensor.detach().cpu().contiguous()
-        for name, tensor in stored_tensors(decoder).items()
+        shared_name(name): tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(decoder).items()
     }
     tokens = {
         "bos_token_id": bos_token_id,
@@ -140,6 +131,11 @@ def save(
     known = {name: token for name, token in tokens.items() if token is not None}
     files.write_text(folder / "generation_config.json", json.dumps(known, indent=2) + "\n")
     files.write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@save_model.register
+def _save_decoder(model: Decoder, folder: Path, *, max_length: int, end_id: int) -> None:
+    save(model, folder, max_position_embeddings=max_length, bos_token_id=end_id, eos_token_id=end_id)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -240,18 +236,9 @@ def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
         if found is None:
             problems.append(f"lacks {shared_name(name)}")
         elif found.shape != tensor.shape:
-            problems.append(
-                f"{shared_name(name)} is {tuple(found.shape)}, its config says {tuple(tensor.shape)}"
-            )
-    problems += [
-        f"{name} is unexpected" for name in sorted(tensors.keys() - set(map(shared_name, expected)))
-    ]
+            problems.append(f"{shared_name(name)} is {tuple(found.shape)}, its config says {tuple(tensor.shape)}")
+    problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - set(map(shared_name, expected)))]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ConfigError(f"{folder}: the weights do not fit: {'; '.join(problems[:3])}{more}")
     return config, {name: tensors[shared_name(name)] for name in expected}
-
-
-@save_model.register
-def _save_decoder(decoder: Decoder, folder: Path, *, max_length: int, end_id: int) -> None:
-    save(decoder, folder, max_position_embeddings=max_length, bos_token_id=end_id, eos_token_id=end_id)

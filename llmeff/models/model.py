@@ -9,8 +9,8 @@ from torch import nn
 from llmeff.core.config import Component, Count, Text
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Price
-from llmeff.cost.step import price_step
-from llmeff.cost.tape import Array, Tape
+from llmeff.cost.step import price_step, weights
+from llmeff.cost.tape import Array, Tape, Weight
 from llmeff.cost.workload import Workload
 
 
@@ -27,6 +27,10 @@ class ModelConfig(Component, family="model"):
     def law(self, tape: Tape, batch: Batch) -> Array:
         """The price of a micro-batch's forward in training, to its summed loss."""
         raise NotImplementedError(type(self))
+
+    def weights(self) -> list[Weight]:
+        """The trained parameters, by their names in the module."""
+        return weights(self.law)
 
     def price(self, workload: Workload) -> Price:
         """What an optimizer step costs, without the optimizer."""

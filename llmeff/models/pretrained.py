@@ -131,9 +131,7 @@ def _layout(
     Documents are told apart by their positions, as transformers does, where there is neither a cache nor a mask.
     """
     if padding is not None and padding.dim() != 2:
-        raise ValueError(
-            f"attention_mask has shape {tuple(padding.shape)}; give (batch, tokens), True for real ones"
-        )
+        raise ValueError(f"attention_mask has shape {tuple(padding.shape)}; give (batch, tokens), True for real ones")
     past = 0 if cache is None else int(cache.get_seq_length())
     documents = None
     if positions is None:
@@ -157,20 +155,15 @@ class LlmeffPreTrainedModel(PreTrainedModel):
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": Layer}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for each module, a part before the whole; leaves what came from a file."""
-        config = self.config.unwrap()
+        """Called by transformers for each module that holds parameters; leaves alone what came from a file."""
         if isinstance(module, nn.Linear | nn.Embedding):
-            initialization.normal_(module.weight, 0.0, config.initial_std(""))
+            # transformers tells no name here, so the layers' projections carry their scale
+            std = getattr(module, "initial_std", self.config.unwrap().initial_std(""))
+            initialization.normal_(module.weight, 0.0, std)
         elif isinstance(module, RMSNorm):
             initialization.ones_(module.weight)
-        elif isinstance(module, Layer):
-            for name, parameter in module.named_parameters():
-                if config.initial_std(name) != config.initial_std(""):
-                    initialization.normal_(parameter, 0.0, config.initial_std(name))
 
-    def create_masks_for_generate(
-        self, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor | None:
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Asked by `generate` for a cache of fixed size: the layout makes the mask from the padding itself."""
         return attention_mask
 
@@ -184,6 +177,12 @@ class LlmeffModel(LlmeffPreTrainedModel):
         self.embed_tokens = nn.Embedding(plain.vocabulary(), plain.width)
         self.layers = nn.ModuleList(Layer(plain, index) for index in range(plain.num_layers))
         self.norm = RMSNorm(plain.width, plain.norm_eps)
+        # the first cached layer's length is the cache's, so layers without a mixer are not counted
+        mixers = [plain.layer(index).has_mixer for index in range(plain.num_layers)]
+        self._cache_indices = [sum(mixers[:index]) for index in range(plain.num_layers)]
+        for name, module in self.layers.named_modules():
+            if isinstance(module, nn.Linear):
+                module.initial_std = plain.initial_std(f"{name}.weight")  # type: ignore[assignment]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -206,18 +205,13 @@ class LlmeffModel(LlmeffPreTrainedModel):
         layout = _layout(x.shape[1], position_ids, attention_mask, past_key_values, x.device)
         if use_cache and past_key_values is None and layout.documents is None:
             past_key_values = DynamicCache(config=self.config)
-        num_mixers = 0
-        for layer in self.layers:
+        for layer, index in zip(self.layers, self._cache_indices, strict=True):
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, layout)
-                continue
-            # a layer without a mixer has no cache: counting mixers makes the first one's length the cache's
-            cache = None if past_key_values is None else _LayerCache(past_key_values, num_mixers)
-            x = layer(x, layout, cache)
-            num_mixers += layer.has_mixer
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
-        )
+            else:
+                cache = None if past_key_values is None else _LayerCache(past_key_values, index)
+                x = layer(x, layout, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
 class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
@@ -274,9 +268,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -284,32 +276,28 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    @classmethod
+    def from_decoder(cls, decoder: Decoder, **kwargs: Any) -> "LlmeffForCausalLM":
+        """The same model as transformers sees it: the parameters are shared, not copied.
 
-def from_decoder(decoder: Decoder, **kwargs: Any) -> LlmeffForCausalLM:
-    """The same model as transformers sees it: the parameters are shared, not copied.
+        Args:
+            decoder: a built model.
+            kwargs: further fields of `LlmeffConfig` (`max_position_embeddings`, `eos_token_id`).
+        """
+        with torch.device("meta"):
+            model = cls(LlmeffConfig.wrap(decoder.config, **kwargs))
+        tensors = {shared_name(name): tensor for name, tensor in decoder.state_dict(keep_vars=True).items()}
+        model.load_state_dict(tensors, assign=True)
+        model.train(decoder.training)
+        return model
 
-    Args:
-        decoder: a built model.
-        kwargs: further fields of `LlmeffConfig` (`max_position_embeddings`, `eos_token_id`).
-    """
-    with torch.device("meta"):
-        model = LlmeffForCausalLM(LlmeffConfig.wrap(decoder.config, **kwargs))
-    tensors = {
-        shared_name(name): tensor for name, tensor in decoder.state_dict(keep_vars=True).items()
-    }
-    model.load_state_dict(tensors, assign=True)
-    return model.train(decoder.training)
-
-
-def to_decoder(model: LlmeffForCausalLM) -> Decoder:
-    """The reverse of `from_decoder`, sharing the parameters too."""
-    with torch.device("meta"):
-        decoder = Decoder(model.config.unwrap())
-    tensors = model.state_dict(keep_vars=True)
-    decoder.load_state_dict(
-        {name: tensors[shared_name(name)] for name in decoder.state_dict()}, assign=True
-    )
-    return decoder.train(model.training)
+    def to_decoder(self) -> Decoder:
+        """The reverse of `from_decoder`, sharing the parameters too."""
+        with torch.device("meta"):
+            decoder = Decoder(self.config.unwrap())
+        tensors = self.state_dict(keep_vars=True)
+        decoder.load_state_dict({name: tensors[shared_name(name)] for name in decoder.state_dict()}, assign=True)
+        return decoder.train(self.training)
 
 
 AutoConfig.register("llmeff", LlmeffConfig)

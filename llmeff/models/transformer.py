@@ -14,14 +14,14 @@ from llmeff.attention import norm
 from llmeff.attention.mixer import KeyValueCache, MixerConfig, MixerShape
 from llmeff.attention.norm import RMSNorm
 from llmeff.attention.softmax import Softmax
-from llmeff.core.config import Config, Count, Flag, Positive, component
+from llmeff.core.config import Config, Count, Flag, Positive
 from llmeff.core.layout import Layout
+from llmeff.core.table import Role
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 from llmeff.models import cross_entropy
 from llmeff.models.cross_entropy import cross_entropy_sum
 from llmeff.models.model import LanguageModelConfig
-from llmeff.core.table import Role
 
 # B batch, T sequence, D width, F MLP width, V vocabulary, N heads, H head width
 
@@ -57,7 +57,7 @@ class DecoderConfig(LanguageModelConfig):
     """H. auto: width / num_heads."""
     mlp_width: Count | Literal["auto"] = "auto"
     """F. auto: 8/3 width, rounded up to a multiple of 32, so that SwiGLU has the parameters of a 4-fold MLP."""
-    mixer: component(MixerConfig) = Softmax()
+    mixer: MixerConfig = Softmax()
     """What mixes the sequence in every layer."""
     tied_embeddings: Flag = True
     """One matrix embeds the tokens and gives the logits."""
@@ -147,7 +147,7 @@ class DecoderConfig(LanguageModelConfig):
             x = norm.law(tape, x)
         with tape.within("lm_head", "head"):
             head = embedding if self.tied_embeddings else tape.weight("weight", self.vocabulary(), self.width)
-            return cross_entropy.law(tape, x, head)
+            return cross_entropy.law(tape, x, head, batch)
 
     def _layer_law(self, tape: Tape, batch: laws.Batch, index: int, x: Array) -> Array:
         own = self.layer(index)

@@ -1,12 +1,17 @@
 """AdamW: adaptive moments with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
 
 from llmeff.core.config import Fraction, NotNegative, Positive
-from llmeff.optim.optimizer import OptimizerConfig, Sharding
+from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Row
+from llmeff.cost.price import Kind, Price
+from llmeff.cost.tape import Weight
+from llmeff.optim.optimizer import OptimizerConfig, Sharding
 
 
 class AdamW(OptimizerConfig):
@@ -40,3 +45,13 @@ class AdamW(OptimizerConfig):
             eps=self.eps,
             fused=True,
         )
+
+    def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
+        """Two moments in the format of what is updated, and a float32 step counter a parameter."""
+        moment_bytes = BYTES[precision.master or precision.parameters]
+        entries: Counter[tuple[Kind, str]] = Counter()
+        for weight in weights:
+            num_bytes = 2 * weight.size * moment_bytes + BYTES["float32"]
+            entries["optimizer_bytes", weight.part] += num_bytes
+            entries["peak_bytes", "optimizer"] += num_bytes
+        return Price(entries)

@@ -1,11 +1,15 @@
 """The contract of an optimizer."""
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from torch.optim import Optimizer
 
 from llmeff.core.config import Component, Positive, Text
+from llmeff.core.precision import Precision
 from llmeff.core.table import Row
+from llmeff.cost.price import Price
+from llmeff.cost.tape import Weight
 
 Sharding = Literal["elementwise", "whole_tensor", "none"]
 """What may be split over ranks without changing the update: any slice, only whole tensors, or nothing."""
@@ -23,4 +27,8 @@ class OptimizerConfig(Component, family="optimizer"):
 
     def build(self, rows: list[Row]) -> Optimizer:
         """The optimizer of these parameters; each group's `lr` is the peak."""
+        raise NotImplementedError(type(self))
+
+    def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
+        """Its state, which lives at every moment of a step."""
         raise NotImplementedError(type(self))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmeff.core.dist import world
-from llmeff.core.precision import Precision
-from llmeff.core.tensors import copy_tensors, stored_tensors
 from llmeff.core.optimizer_state import load_named_state, named_state
+from llmeff.core.precision import Precision
 from llmeff.core.table import Row
+from llmeff.core.tensors import copy_tensors, stored_tensors
 from llmeff.parallel.strategy import Strategy, StrategyConfig
 
 
@@ -55,9 +55,7 @@ class SingleProcess(Strategy):
         from accelerate import Accelerator
 
         mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision=mixed if precision.autocast else "no"
-        )
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed if precision.autocast else "no")
         self.device = device
         self.world = world()
         self.model, self._optimizer = self.accelerator.prepare(model, optimizer)

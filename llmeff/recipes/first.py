@@ -4,7 +4,7 @@ from llmeff.data import Bpe, Builtin, Bytes, TextData
 from llmeff.models import DecoderConfig
 from llmeff.optim import AdamW, Cosine
 from llmeff.recipes.recipe import recipe
-from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, TrainConfig
+from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
 
 
 @recipe
@@ -13,12 +13,13 @@ def debug() -> RunConfig:
     return RunConfig(
         name="debug",
         model=DecoderConfig(width=32, num_layers=2, num_heads=2, mlp_width=64),
-        data=TextData(source=Builtin(max_bytes=200_000), tokenizer=Bytes(), sequence_length=64),
+        data=TextData(source=Builtin(max_bytes=2_000_000), tokenizer=Bytes(), sequence_length=64),
         schedule=Cosine(warmup_steps=5),
         optim=AdamW(lr=5e-3),
         train=TrainConfig(steps=30, batch=4),
         evaluation=EvalConfig(every=15, max_units=4, sample_tokens=32),
         checkpoint=CheckpointConfig(every=15),
+        runtime=RuntimeConfig(threads=1),
     )
 
 

@@ -194,7 +194,7 @@ def show_summary(console: Console, result: Result, folder: Path, plot: Path | No
         console.print(Text.assemble((f"{name:<12} ", "bright_black"), value), soft_wrap=True)
     if result.sample:
         console.print(Text("sample", "bright_black"))
-        console.print(Text(_printable(result.sample)))
+        console.print(Text(_printable(result.sample)), soft_wrap=True)
     for name, path in [("run", folder), ("loss curve", plot)]:
         if path is not None:
             console.print(Text.assemble((f"{name:<12} ", "bright_black"), str(path)), soft_wrap=True)

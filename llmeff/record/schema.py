@@ -1,6 +1,7 @@
 """What a run writes down: the rows and files of a run folder, typed, with their units."""
 
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +15,8 @@ MODEL, CHECKPOINTS = "model", "checkpoints"
 
 LAST_STEPS: Final = 50
 """Steps at the end of a run that its final training loss is a mean over."""
+
+Q = TypeVar("Q", bound=str)
 
 
 class Record(BaseModel):
@@ -123,7 +126,7 @@ class Timings(Record):
     """Wall seconds by what they were spent on, over all processes that one run took."""
 
     startup_s: float = 0.0
-    """From the first import to the first step: building, loading, resuming."""
+    """Before the first step, after the imports: building, loading, resuming."""
     train_s: float = 0.0
     """Steps, without their data."""
     data_s: float = 0.0
@@ -197,7 +200,7 @@ class Result(Record):
     """What was read: names, sizes, SHA-256."""
 
 
-def relative_errors(predicted: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+def relative_errors(predicted: Mapping[Q, float], measured: Mapping[str, float]) -> dict[str, float]:
     """For each quantity that both hold, predicted / measured - 1; infinite where only the measured is 0."""
     return {
         quantity: _relative_error(value, measured[quantity])

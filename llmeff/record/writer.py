@@ -1,11 +1,10 @@
 """Writes a run folder: rows as they come, the result last; one writer at a time, nothing half-written ever read."""
 
 import contextlib
-import errno
 import fcntl
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,7 +44,7 @@ class RunWriter:
         Raises:
             ConfigError: something lies there, it is not writable, or another process writes there.
         """
-        with _writing(folder):
+        with files.reported(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file))
         if lying:
@@ -124,11 +123,13 @@ class RunWriter:
             os.fsync(self._metrics.fileno())
 
     def evaluation(self, rows: Sequence[EvalRow]) -> None:
-        """Adds the rows of one evaluation to `evals.parquet`."""
+        """Adds the rows of an evaluation to `evals.parquet`, in place of any of the same step and split."""
         if not rows:
             return
-        new = _eval_table(rows)
-        tables = [new] if self._evals is None else [self._evals, new]
+        tables = [_eval_table(rows)]
+        if self._evals is not None:
+            again = (pc.field("step") == rows[0].step) & (pc.field("split") == rows[0].split)
+            tables.insert(0, self._evals.filter(~again))
         self._evals = pa.concat_tables(tables, promote_options="default")
         self._write_evals()
 
@@ -171,7 +172,7 @@ class RunWriter:
             files.write_bytes(self.folder / schema.EVALS, buffer.getvalue())
 
     def _writing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return _writing(self.folder / name)
+        return files.reported(self.folder / name)
 
 
 def _write_json(path: Path, content: BaseModel) -> None:
@@ -213,19 +214,10 @@ def _not_empty(folder: Path, lying: list[str]) -> str:
     return f"{folder}: is not empty ({named}): {advice}"
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = " Free some, then go on by --resume." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}).{advice}") from error
-
-
 def _lock(folder: Path) -> int:
     """Takes the folder for this process; the kernel lets go when the process ends, however it ends."""
     path = folder / _LOCK
-    with _writing(path):
+    with files.reported(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
+from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig, TextCorpus, TextData
 from llmeff.data.packing import TokenBatch
 from llmeff.data.splits import Split
@@ -43,9 +44,24 @@ class CausalLM(TaskConfig):
         if not isinstance(data, TextData):
             yield f"task 'causal_lm' needs text; data {data.name!r} is none"
 
-    def open(
-        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool
-    ) -> "CausalLMTask":
+    def resolve_chunk(self, vocab_size: int) -> int | None:
+        """The chunk as a number of tokens; None for whole logits."""
+        if self.loss_chunk == "auto":
+            return 256 if vocab_size > 1024 else None
+        return self.loss_chunk
+
+    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+        """One window; the logits in chunks as in training."""
+        assert isinstance(model, LanguageModelConfig)
+        assert isinstance(data, TextData)
+        return Workload(
+            num_sequences=1,
+            num_tokens=data.sequence_length,
+            loss_chunk=self.resolve_chunk(model.vocabulary()),
+            packed=data.packing == "documents",
+        )
+
+    def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool) -> "CausalLMTask":
         """The task over the tokenized corpus."""
         assert isinstance(data, TextData)
         return CausalLMTask(self, data, data.open(is_main=is_main), seed, batch_size)
@@ -61,8 +77,11 @@ class CausalLMTask(Task):
         self._data = data
         self._sample_seed, self._order_seed = derive(seed, "sample"), derive(seed, "data")
         self._batch_size = batch_size
+        self.items_per_step = batch_size * data.sequence_length
         self._loss_chunk = config.resolve_chunk(corpus.vocab_size)
-        corpus.train  # noqa: B018  a corpus that is too short is an error now, not at the first step
+        # A corpus that cannot be trained or evaluated on is an error now, not hours later.
+        self._windows = corpus.train
+        corpus.stream("validation")
 
     def resolve(self, model: ModelConfig) -> ModelConfig:
         """Fills in the vocabulary's size."""
@@ -78,7 +97,7 @@ class CausalLMTask(Task):
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
         """(B, T) tokens and targets, with their layout where documents are kept apart."""
-        packed = self.corpus.batch(self._order_seed, step, rows, self._batch_size)
+        packed = self._windows.batch(self._order_seed, step, rows, self._batch_size)
         targets = torch.from_numpy(packed.targets)
         inputs = {
             "tokens": torch.from_numpy(packed.tokens).to(device, non_blocking=True),
@@ -90,7 +109,7 @@ class CausalLMTask(Task):
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
         """The documents' names."""
-        return self.corpus.batch(self._order_seed, step, rows, self._batch_size).units()
+        return self._windows.batch(self._order_seed, step, rows, self._batch_size).units()
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy summed over the share's targets."""
@@ -119,19 +138,13 @@ class CausalLMTask(Task):
             tokens = torch.from_numpy(packed.tokens).to(device)
             logits = model(tokens, _layout(packed, device)).float()
             targets = torch.from_numpy(packed.targets).to(device)
-            losses = F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-            )
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
             counted = packed.target_documents.ravel() >= 0
             documents = packed.target_documents.ravel()[counted]
             sums += np.bincount(documents, losses.double().cpu().numpy()[counted], len(sums))
             counts += np.bincount(documents, minlength=len(counts))
-        for unit, loss_sum, count, num_bytes in zip(
-            windows.units, sums, counts, windows.document_bytes, strict=True
-        ):
-            yield UnitResult(
-                unit=unit, loss_sum=float(loss_sum), count=int(count), metrics={"bytes": float(num_bytes)}
-            )
+        for unit, loss_sum, count, num_bytes in zip(windows.units, sums, counts, windows.document_bytes, strict=True):
+            yield UnitResult(unit=unit, loss_sum=float(loss_sum), count=int(count), metrics={"bytes": float(num_bytes)})
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
         """Nats per token, and bits per byte of the documents' text."""

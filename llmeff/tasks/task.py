@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from llmeff.core.config import Component, Text
+from llmeff.core.table import Row
+from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.models import ModelConfig
-from llmeff.core.table import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class Task(ABC):
 
     item: str
     """What the loss is a mean over, in the singular (`token`, `pixel`)."""
+    items_per_step: int
+    """The most that a step's loss is a mean over."""
 
     @abstractmethod
     def resolve(self, model: ModelConfig) -> ModelConfig:
@@ -104,6 +107,10 @@ class TaskConfig(Component, family="task"):
 
     def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
         """What keeps this task from working with the model and the data."""
+        raise NotImplementedError(type(self))
+
+    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+        """A step of one sequence (or image), as the laws see it."""
         raise NotImplementedError(type(self))
 
     def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool) -> Task:

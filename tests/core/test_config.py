@@ -14,7 +14,6 @@ from llmeff.core.config import (
     Fraction,
     NotNegative,
     Positive,
-    component,
     override,
     parse_override,
     read,
@@ -46,7 +45,7 @@ class Wheels(Config):
 
 
 class Car(Config):
-    engine: component(Engine) = Steam()
+    engine: Engine = Steam()
     """What drives it"""
     wheels: Wheels = Wheels()
     """What it stands on"""
@@ -68,6 +67,10 @@ def test_component_is_dumped_whole_and_read_back_equal():
 def test_a_named_component_replaces_the_other_before_its_fields_are_set(settings):
     data = override(Car(engine=Steam(pressure=9)).model_dump(mode="json"), settings)
     assert validate(Car, data) == Car(engine=Electric(recovery=0.1), wheels=Wheels(count=3))
+
+
+def test_a_component_without_a_name_is_of_the_default_kind():
+    assert validate(Car, {"engine": {"pressure": 7}}) == Car(engine=Steam(pressure=7))
 
 
 def test_of_two_settings_of_one_key_the_later_wins():
@@ -113,7 +116,7 @@ def test_all_problems_come_in_one_error_each_with_the_nearest_name():
     assert "wheels.count: Input should be a valid integer (given: True)" in text
 
 
-@pytest.mark.parametrize("given", ["stem", {"name": "stem"}, {"name": None}, {}, 3, None])
+@pytest.mark.parametrize("given", ["stem", {"name": "stem"}, {"name": None}, 3, None])
 def test_an_unknown_component_names_the_known_ones(given):
     with pytest.raises(ConfigError, match=r"^engine: .*electric, steam"):
         validate(Car, {"engine": given})

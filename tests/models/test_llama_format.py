@@ -12,7 +12,7 @@ import transformers
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.tensors import copy_tensors
-from llmeff.models import llama_format
+from llmeff.models import llama_format, save_model
 from llmeff.models.transformer import Decoder, DecoderConfig
 
 QK_NORM = {"mixer": {"name": "softmax", "qk_norm": True}}
@@ -99,6 +99,15 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
     model = own.build()
     copy_tensors(model, tensors)
     torch.testing.assert_close(model(tokens()), theirs(tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_the_loop_saves_it_by_its_kind(tmp_path: Path) -> None:
+    model = build()
+    save_model(model, tmp_path, max_length=32, end_id=5)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()))
+    assert loaded.config.max_position_embeddings == 32
+    assert loaded.generation_config.eos_token_id == loaded.generation_config.bos_token_id == 5
 
 
 def test_a_model_in_bf16_is_saved_in_bf16(tmp_path: Path) -> None:

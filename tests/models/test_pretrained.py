@@ -1,10 +1,8 @@
 """The Hugging Face face: what transformers, its `generate`, and PEFT do with a decoder."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -13,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.models import llama_format
-from llmeff.models.pretrained import LlmeffConfig, LlmeffForCausalLM, from_decoder, to_decoder
+from llmeff.models.pretrained import LlmeffConfig, LlmeffForCausalLM
 from llmeff.models.transformer import Decoder, DecoderConfig
 
 VOCABULARY, PAD = 61, 0
@@ -34,9 +32,8 @@ stock_shapes = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 def build(**fields: Any) -> Decoder:
@@ -45,7 +42,7 @@ def build(**fields: Any) -> Decoder:
 
 
 def face(**fields: Any) -> LlmeffForCausalLM:
-    return from_decoder(build(**fields), pad_token_id=PAD, max_position_embeddings=64)
+    return LlmeffForCausalLM.from_decoder(build(**fields), pad_token_id=PAD, max_position_embeddings=64)
 
 
 def tokens(*shape: int) -> Tensor:
@@ -53,7 +50,7 @@ def tokens(*shape: int) -> Tensor:
 
 
 def stock(model: LlmeffForCausalLM, folder: Path) -> transformers.PreTrainedModel:
-    llama_format.save(to_decoder(model), folder, max_position_embeddings=64, pad_token_id=PAD)
+    llama_format.save(model.to_decoder(), folder, max_position_embeddings=64, pad_token_id=PAD)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -64,7 +61,12 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 def generated(model: Any, prompt: Tensor, **options: Any) -> Tensor:
-    defaults = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": PAD, "attention_mask": torch.ones_like(prompt)}
+    defaults = {
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "attention_mask": torch.ones_like(prompt),
+    }
     return model.generate(prompt, **(defaults | options))[:, prompt.shape[1] :]
 
 
@@ -78,10 +80,10 @@ def equal(found: Tensor, expected: Tensor) -> None:
 @every_shape
 def test_both_faces_are_one_model(fields: dict[str, Any]) -> None:
     decoder = build(**fields)
-    model = from_decoder(decoder)
+    model = LlmeffForCausalLM.from_decoder(decoder)
     assert torch.equal(model(tokens()).logits, decoder(tokens()))
     assert {id(p) for p in model.parameters()} == {id(p) for p in decoder.parameters()}
-    back = to_decoder(model)
+    back = model.to_decoder()
     assert {id(p) for p in back.parameters()} == {id(p) for p in decoder.parameters()}
     assert torch.equal(back(tokens()), decoder(tokens()))
 
@@ -130,7 +132,9 @@ def test_embeddings_in_place_of_tokens() -> None:
         model()
 
 
-@pytest.mark.parametrize(("kept", "expected"), [(0, slice(None)), (1, [8]), (3, [6, 7, 8]), (torch.tensor([2, 5]), [2, 5])])
+@pytest.mark.parametrize(
+    ("kept", "expected"), [(0, slice(None)), (1, [8]), (3, [6, 7, 8]), (torch.tensor([2, 5]), [2, 5])]
+)
 def test_logits_to_keep(kept: Any, expected: Any) -> None:
     model = face()
     equal(model(tokens(), logits_to_keep=kept).logits, model(tokens()).logits[:, expected])
@@ -259,7 +263,7 @@ def test_a_wrong_field_is_one_clear_error() -> None:
 
 def test_from_config_initializes_as_the_decoder_does() -> None:
     model = AutoModelForCausalLM.from_config(LlmeffConfig.wrap(build(width=128, tied_embeddings=False).config))
-    for name, parameter in to_decoder(model).named_parameters():
+    for name, parameter in model.to_decoder().named_parameters():
         expected = model.config.unwrap().initial_std(name)
         if parameter.dim() == 2:
             assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
@@ -274,7 +278,7 @@ def test_from_config_initializes_as_the_decoder_does() -> None:
 def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> None:
     model = face(**fields).train()
     found = []
-    for switch in (model.activation_checkpointing_enable, model.activation_checkpointing_disable):
+    for switch in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
         switch()
         model.zero_grad()
         model(tokens(), labels=tokens(), use_cache=False).loss.backward()
@@ -291,7 +295,7 @@ def test_the_vocabulary_can_be_resized(tied: bool, size: int, tmp_path: Path) ->
     equal(model(tokens() % 50).logits[..., :50], before[..., :50])
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.config.unwrap().vocab_size == size
-    assert to_decoder(model)(tokens() % 50).shape[-1] == size
+    assert model.to_decoder()(tokens() % 50).shape[-1] == size
     model.save_pretrained(tmp_path)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -300,12 +304,14 @@ def test_the_vocabulary_can_be_resized(tied: bool, size: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_lora_trains_saves_loads_and_merges(recompute: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    peft = pytest.importorskip("peft")
     face().save_pretrained(tmp_path / "base")
     base = LlmeffForCausalLM.from_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     if recompute:
-        model.base_model.model.activation_checkpointing_enable()
+        model.base_model.model.gradient_checkpointing_enable()
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     losses = []

@@ -75,6 +75,26 @@ def test_no_token_sees_a_later_one(fields: dict[str, Any]) -> None:
     assert moved[7] > 0
 
 
+class GrowingCache:
+    def __init__(self) -> None:
+        self.pieces: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.pieces.append((key, value))
+        keys, values = zip(*self.pieces, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+@pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
+def test_cached_pieces_are_the_whole(fields: dict[str, Any]) -> None:
+    model, (tokens, _) = build(**fields), batch()
+    caches, past, pieces = [GrowingCache() for _ in model.layers], 0, []
+    for piece in tokens.split((5, 1, 6), dim=1):
+        pieces.append(model.hidden(piece, Layout.plain(piece.shape[1], tokens.device, past), caches))
+        past += piece.shape[1]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model.hidden(tokens), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
 def test_first_gradients_agree_with_float64(fields: dict[str, Any], chunk: int | None) -> None:
@@ -105,6 +125,20 @@ def test_recompute_respects_documents() -> None:
     model.recompute = True
     model(tokens, documents(5, 7), targets).backward()
     assert torch.equal(expected, model.embed_tokens.weight.grad)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_torch_compile_takes_it_whole(recompute: bool) -> None:
+    model, (tokens, targets) = build(num_kv_heads=2), batch(rows=1)
+    model.recompute = recompute
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(tokens, documents(5, 7), targets, 5)
+    found.backward()
+    grad, model.embed_tokens.weight.grad = model.embed_tokens.weight.grad, None
+    expected = model(tokens, documents(5, 7), targets, 5)
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grad, model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_sums_what_is_counted() -> None:
@@ -150,7 +184,9 @@ def test_presets_have_the_size_that_they_name(name: str) -> None:
     config = validate(PRESETS[name], {"vocab_size": 16})
     with torch.device("meta"):
         model = config.build()
-    embeddings = sum({id(weight): weight.numel() for weight in (model.embed_tokens.weight, model.lm_head.weight)}.values())
+    embeddings = sum(
+        {id(weight): weight.numel() for weight in (model.embed_tokens.weight, model.lm_head.weight)}.values()
+    )
     assert sum(p.numel() for p in model.parameters()) - embeddings == pytest.approx(sizes[name], rel=0.01)
 
 

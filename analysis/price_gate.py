@@ -1,0 +1,250 @@
+"""Predicted against measured, over random models and steps: `python analysis/price_gate.py` writes results/price_gate.json."""
+
+import json
+import random
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmeff.attention import Softmax
+from llmeff.core.files import write_text
+from llmeff.core.layout import Layout
+from llmeff.core.table import table
+from llmeff.cost.price import Kind, Price
+from llmeff.cost.workload import Workload
+from llmeff.models import Decoder, DecoderConfig
+from llmeff.models.transformer import LayerConfig
+from llmeff.optim import AdamW
+from llmeff.predict import price_step
+from llmeff.record.meters import count_flops
+
+NUM_CASES = 40
+KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what a step of it does."""
+
+    model: DecoderConfig
+    workload: Workload
+
+
+def random_case(seed: int, **workload: Any) -> Case:
+    """Any shape that the decoder allows, small; `workload` may fix fields of its `Workload`."""
+    pick = random.Random(seed)
+
+    def heads() -> dict[str, int]:
+        kv_heads = pick.choice((1, 1, 2, 3))
+        return {"num_kv_heads": kv_heads, "num_heads": kv_heads * pick.choice((1, 1, 2, 4))}
+
+    def layer() -> LayerConfig:
+        present = {"has_mixer": pick.random() < 0.75, "has_mlp": pick.random() < 0.75}
+        return LayerConfig(**heads(), mlp_width=pick.randint(8, 200), **present)
+
+    num_layers = pick.randint(1, 4)
+    model = DecoderConfig(
+        vocab_size=pick.choice((17, 60, 300, 1000, 4000)),
+        width=pick.choice((16, 24, 40, 64, 96)),
+        num_layers=num_layers,
+        head_dim=pick.choice((8, 12, 16, 32)),
+        mlp_width=pick.choice(("auto", 24, 100, 256)),
+        mixer=Softmax(qk_norm=pick.random() < 0.4),
+        tied_embeddings=pick.random() < 0.5,
+        layers=tuple(layer() for _ in range(num_layers)) if pick.random() < 0.4 else None,
+        **heads(),
+    )
+    num_sequences, num_tokens = pick.randint(1, 6), pick.randint(16, 96)
+    drawn = Workload(
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        num_micro_batches=pick.choice((1, 1, 3)),
+        recompute=pick.random() < 0.4,
+        loss_chunk=pick.choice((None, pick.randint(8, num_sequences * num_tokens))),
+        packed=pick.random() < 0.4,
+    )
+    return Case(model, replace(drawn, **workload))
+
+
+class Step:
+    """A training step of the case, as plain as can be."""
+
+    def __init__(self, case: Case):
+        torch.manual_seed(0)
+        self.case = case
+        self.model: Decoder = case.model.build()
+        self.model.recompute = case.workload.recompute
+        self.optimizer = AdamW().build(table(self.model, self.model.roles()))
+
+    def forward(self, tokens: Tensor, targets: Tensor, layout: Layout) -> Tensor:
+        """The summed loss."""
+        precision = self.case.workload.precision
+        with torch.autocast("cpu", getattr(torch, precision.compute), enabled=precision.autocast):
+            loss: Tensor = self.model(tokens, layout, targets, self.case.workload.loss_chunk)
+        return loss
+
+    def batch(self) -> tuple[Tensor, Tensor, Layout]:
+        """Tokens, targets and layout of a micro-batch."""
+        work = self.case.workload
+        shape = (work.num_sequences, work.num_tokens)
+        tokens, targets = (torch.randint(self.case.model.vocabulary(), shape) for _ in range(2))
+        if not work.packed:
+            return tokens, targets, Layout.plain(work.num_tokens, tokens.device)
+        places = torch.arange(work.num_tokens).repeat(work.num_sequences, 1)
+        half = work.num_tokens // 2
+        return tokens, targets, Layout(positions=places % half, documents=places // half)
+
+    def run(self) -> None:
+        """One optimizer step."""
+        work = self.case.workload
+        for _ in range(work.num_micro_batches):
+            batch = self.batch()
+            loss = self.forward(*batch)
+            (loss / (work.num_sequences * work.num_tokens * work.num_micro_batches)).backward()
+            del loss
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Saved:
+    """Bytes that autograd keeps, by the part of the model that first keeps them, and the widest logits."""
+
+    def __init__(self, step: Step):
+        self._parts: list[str] = ["layer inputs"]
+        self._held: dict[int, tuple[torch.UntypedStorage, str]] = {}
+        for name, module in step.model.named_modules():
+            if part := _part(name):
+                module.register_forward_pre_hook(lambda *_, part=part: self._parts.append(part))
+                module.register_forward_hook(lambda *_: self._parts.pop() and None)
+        step.model.norm.register_forward_hook(lambda *_: self._parts.__setitem__(0, "head"))
+        weights = {parameter.untyped_storage()._cdata for parameter in step.model.parameters()}
+        tokens, targets, layout = step.batch()
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                self._held.setdefault(storage._cdata, (storage, self._parts[-1]))
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            step.forward(tokens, targets, layout)
+        tables = [*layout._biases.values(), *(x for pair in layout._rotary.values() for x in pair)]
+        batch = {tensor.untyped_storage()._cdata for tensor in (tokens, targets, *tables)}
+        self.num_bytes: Counter[str] = Counter()
+        for key, (storage, part) in self._held.items():
+            self.num_bytes["batch" if key in batch else part] += storage.nbytes()
+
+
+class Logits(TorchDispatchMode):
+    """The widest array over which a softmax is taken in the loss."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten._log_softmax:
+            self.num_bytes = max(self.num_bytes, result.nbytes)
+        return result
+
+
+def _part(name: str) -> str | None:
+    last = name.rpartition(".")[2]
+    known = {"self_attn": "attention", "mlp": "mlp", "embed_tokens": "embedding", "norm": "norms"}
+    return "norms" if last.endswith("_layernorm") else known.get(last)
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most that CPU tensors came to take in a call, by the allocator's own events.
+
+    A dispatch mode (`PeakLiveBytes`) makes autograd add gradients into new tensors where it else adds in place.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def measure(case: Case) -> Price:
+    """What the case really takes."""
+    flash = case.workload.kernel == "flash"
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH):
+        return _measure(Step(case))
+
+
+def _measure(step: Step) -> Price:
+    step.run()  # the optimizer makes its state
+    state = [x for own in step.optimizer.state.values() for x in own.values()]
+    always = sum(x.nbytes for x in (*step.model.parameters(), *state))
+    entries: Counter[tuple[Kind, str]] = Counter(
+        {
+            ("parameters", "model"): sum(p.numel() for p in step.model.parameters()),
+            ("optimizer_bytes", "model"): sum(x.nbytes for x in state),
+            ("executed_flops", "step"): count_flops(step.run),
+            ("peak_bytes", "step"): always + allocated_peak(step.run),
+        }
+    )
+    with Logits() as logits:
+        saved = Saved(step)
+    entries["logits_bytes", "loss"] = logits.num_bytes
+    entries.update({("saved_bytes", part): num_bytes for part, num_bytes in saved.num_bytes.items()})
+    return Price(entries, "traced")
+
+
+def predict(case: Case) -> Price:
+    """What it should take."""
+    return price_step(case.model, AdamW(), case.workload)
+
+
+def errors(predicted: Price, measured: Price) -> dict[str, float]:
+    """Relative errors by kind, and of saved bytes by part."""
+    pairs = {kind: (predicted.total(kind), measured.total(kind)) for kind in KINDS if measured.total(kind)}
+    parts = measured.parts("saved_bytes")
+    pairs |= {f"saved_bytes: {part}": (predicted.parts("saved_bytes").get(part, 0), parts[part]) for part in parts}
+    return {name: given / real - 1 for name, (given, real) in pairs.items()}
+
+
+def main(path: Path) -> None:
+    """Measures all cases, prints the table of errors, writes everything."""
+    rows = []
+    for seed in range(NUM_CASES):
+        case = random_case(seed)
+        predicted, measured = predict(case), measure(case)
+        rows.append(
+            {
+                "seed": seed,
+                "model": case.model.model_dump(mode="json"),
+                "workload": asdict(case.workload),
+                "predicted": predicted.as_dict(),
+                "measured": measured.as_dict(),
+                "error": errors(predicted, measured),
+            }
+        )
+    names = sorted({name for row in rows for name in row["error"]})
+    print(f"{'relative error':<28}{'cases':>6}{'median':>12}{'worst':>12}")
+    for name in names:
+        sizes = [abs(row["error"][name]) for row in rows if name in row["error"]]
+        print(f"{name:<28}{len(sizes):>6}{statistics.median(sizes):>12.5%}{max(sizes):>12.5%}")
+    write_text(path, json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "price_gate.json")

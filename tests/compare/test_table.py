@@ -1,0 +1,79 @@
+import csv
+import io
+import json
+
+import pytest
+
+from llmeff.compare.table import CAVEAT, compare, render
+from llmeff.core.config import ConfigError
+
+
+@pytest.fixture
+def rows(make_run):
+    return compare([make_run("done", steps=4), make_run("cut", steps=3, is_finished=False)])
+
+
+def test_finished_and_unfinished_runs_stand_side_by_side(rows):
+    done, cut = rows
+    assert (done.name, done.status, done.steps, done.items) == ("done", "finished", 4, 256)
+    assert done.train_loss == pytest.approx((4 + 2 + 4 / 3 + 1) / 4)
+    assert (done.validation_loss, done.bits_per_byte, done.parameters) == (2.5, 1.75, 1000)
+    assert (done.items_per_s, done.peak_bytes) == (103.5, 100 * 2**20)
+    assert done.errors == {"parameters": 0.0, "peak_bytes": pytest.approx(-0.05)}
+    assert (cut.status, cut.steps, cut.items_per_s) == ("unfinished at step 3", 3, 103.0)
+    assert (cut.validation_loss, cut.parameters, cut.errors) == (None, None, {})
+
+
+def test_all_folders_that_are_no_runs_are_named_at_once(make_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        compare([make_run("done"), tmp_path / "empty", tmp_path / "nowhere"])
+    assert len(caught.value.problems) == 2
+    assert "empty: is no run folder" in str(caught.value)
+    assert "nowhere: there is no such folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["terminal", "markdown", "json"])
+def test_it_says_that_one_run_has_no_interval(rows, kind):
+    assert CAVEAT in render(rows, kind, width=100)
+
+
+def test_markdown(rows):
+    header, rule, done, cut, *_ = render(rows, "markdown").splitlines()
+    cells = dict(zip(header.split(" | "), done.split(" | "), strict=True))
+    assert cells["tokens/s"] == "103.5"
+    assert cells["peak memory"] == "100.00 MiB"
+    assert cells["validation loss"] == "2.5000"
+    assert len(rule.split("|")) == len(cut.split("|"))
+    assert " - " in cut
+
+
+def test_a_bar_in_a_name_does_not_break_markdown(make_run):
+    header, _, row, *_ = render(compare([make_run("a|b")]), "markdown").splitlines()
+    assert row.replace(r"\|", "").count("|") == header.count("|")
+
+
+def test_csv_and_json_hold_plain_numbers(rows):
+    done, cut = csv.DictReader(io.StringIO(render(rows, "csv")))
+    assert (done["peak_bytes"], done["error_of_parameters"]) == (str(100.0 * 2**20), "0.0")
+    assert (cut["peak_bytes"], cut["error_of_parameters"]) == ("", "")
+    done, cut = json.loads(render(rows, "json"))["runs"]
+    assert (done["peak_bytes"], cut["peak_bytes"]) == (100 * 2**20, None)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_terminal_cuts_nothing_off(make_run, width):
+    runs = [make_run(f"run-{n}", steps=4, is_finished=n != 2) for n in range(5)]
+    text = render(compare(runs), "terminal", width)
+    assert "…" not in text
+    assert [f"run-{n}" in text for n in range(5)] == [True] * 5
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_an_unknown_format_names_the_nearest(rows):
+    with pytest.raises(ConfigError, match="Did you mean 'markdown'"):
+        render(rows, "markdwn")
+
+
+def test_no_runs_are_an_empty_table():
+    assert render([], "csv") == "\n"

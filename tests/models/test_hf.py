@@ -1,0 +1,247 @@
+"""Foreign models of transformers with the decoder's forward."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from llmeff.core.config import ConfigError, validate
+from llmeff.core.layout import Layout
+from llmeff.core.table import numel, table
+from llmeff.core.tensors import copy_tensors
+from llmeff.models import ModelConfig, llama_format, save_model
+from llmeff.models.cross_entropy import IGNORED
+from llmeff.models.hf import HFModel, HFModelConfig
+from llmeff.models.transformer import DecoderConfig
+
+VOCABULARY = 61
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "qwen2": transformers.Qwen2Config(**_LLAMA, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=64),
+}
+every_model = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def folder(kind: str, path: Path) -> Path:
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]).save_pretrained(path)
+    return path
+
+
+def build(path: Path | str, **fields: Any) -> HFModel:
+    torch.manual_seed(0)
+    return validate(HFModelConfig, {"path": str(path), "vocab_size": VOCABULARY} | fields).build()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(1))
+    targets = tokens[:, 1:].clone()
+    targets[0, :4] = IGNORED
+    return tokens[:, :-1], targets
+
+
+def packed(*lengths: int) -> Layout:
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].expand(2, -1)
+    return Layout(positions=positions, documents=documents)
+
+
+def equal(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_it_is_a_model_by_name() -> None:
+    assert ModelConfig.registry["hf"] is HFModelConfig
+
+
+@every_model
+def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder(kind, tmp_path))
+    assert torch.equal(build(tmp_path).eval()(batch()[0]), theirs(batch()[0]).logits)
+
+
+@every_model
+def test_packed_documents_are_separate_documents(kind: str, tmp_path: Path) -> None:
+    model, (tokens, _) = build(folder(kind, tmp_path)).eval(), batch()
+    alone = torch.cat([model(part) for part in tokens.split((5, 1, 6), dim=1)], dim=1)
+    equal(model(tokens, packed(5, 1, 6)), alone)
+    assert not torch.allclose(model(tokens), alone, atol=1e-3)
+
+
+@every_model
+def test_padding_is_seen_by_nobody(kind: str, tmp_path: Path) -> None:
+    model, (tokens, _) = build(folder(kind, tmp_path)).eval(), batch()
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[:, :3] = False
+    layout = Layout(positions=(torch.arange(12) - 3).clamp(min=0)[None].expand(2, -1), padding=padding)
+    equal(model(tokens, layout)[:, 3:], model(tokens[:, 3:]))
+
+
+@every_model
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_the_loss_sums_what_is_counted(kind: str, chunk: int | None, tmp_path: Path) -> None:
+    model, (tokens, targets) = build(folder(kind, tmp_path)).eval(), batch()
+    surprise = -model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    loss = model(tokens, targets=targets, loss_chunk=chunk)
+    torch.testing.assert_close(loss, surprise[targets != IGNORED].sum())
+
+
+@every_model
+def test_recompute_changes_no_gradient(kind: str, tmp_path: Path) -> None:
+    model, (tokens, targets) = build(folder(kind, tmp_path)), batch()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        assert model.recompute == recompute
+        model.zero_grad()
+        model(tokens, packed(7, 5), targets).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@every_model
+def test_from_scratch_is_a_function_of_the_seed(kind: str, tmp_path: Path) -> None:
+    folder(kind, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    first, second = build(tmp_path, from_scratch=True).eval(), build(tmp_path, from_scratch=True).eval()
+    assert torch.equal(first(batch()[0]), second(batch()[0]))
+
+
+@every_model
+def test_on_meta_only_the_config_is_read(kind: str, tmp_path: Path) -> None:
+    expected = sum(parameter.numel() for parameter in build(folder(kind, tmp_path)).parameters())
+    (tmp_path / "model.safetensors").unlink()
+    with torch.device("meta"):
+        model = build(tmp_path)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_roles_come_from_the_modules(tmp_path: Path) -> None:
+    gpt2 = build(folder("gpt2", tmp_path / "gpt2"))
+    roles = gpt2.roles()
+    assert numel(table(gpt2, roles)) == sum(parameter.numel() for parameter in gpt2.parameters())
+    assert roles["network.transformer.wpe.weight"] == roles["network.transformer.wte.weight"] == "embedding"
+    assert roles["network.transformer.h.0.attn.c_attn.weight"] == "matrix"
+    assert roles["network.transformer.h.0.attn.c_attn.bias"] == "bias"
+    assert roles["network.transformer.h.0.ln_1.weight"] == "norm"
+    assert roles["network.transformer.h.0.ln_1.bias"] == "bias"
+    assert build(folder("mistral", tmp_path / "mistral")).roles()["network.lm_head.weight"] == "head"
+
+
+def test_a_recurrent_model_is_kept_from_packed_documents(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    config.save_pretrained(tmp_path)
+    model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
+    assert model(tokens, targets=targets).isfinite()
+    with pytest.raises(ConfigError, match="would see one another in MambaForCausalLM"):
+        model(tokens, packed(7, 5), targets)
+
+
+def test_a_model_with_logits_of_its_own_kind_is_kept_from_chunks(tmp_path: Path) -> None:
+    config = transformers.Gemma2Config(**_LLAMA, head_dim=8, final_logit_softcapping=30.0)
+    config.save_pretrained(tmp_path)
+    model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
+    assert model(tokens, targets=targets).isfinite()
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM computes its logits in a way of its own; give null"):
+        model(tokens, targets=targets, loss_chunk=5)
+
+
+def test_a_decoder_in_llmeff_format_is_a_foreign_model_too(tmp_path: Path) -> None:
+    fields = {"vocab_size": VOCABULARY, "width": 32, "num_layers": 2, "layers": [{"num_heads": 2}, {"has_mlp": False}]}
+    decoder = validate(DecoderConfig, fields).build()
+    llama_format.save(decoder, tmp_path, max_position_embeddings=64)
+    model, (tokens, targets) = build(tmp_path), batch()
+    assert torch.equal(model(tokens, packed(7, 5), targets, 5), decoder(tokens, packed(7, 5), targets, 5))
+
+
+@every_model
+def test_a_saved_model_loads_whole(kind: str, tmp_path: Path) -> None:
+    model = build(folder(kind, tmp_path / "first"))
+    save_model(model, tmp_path / "second", max_length=16, end_id=0)
+    assert torch.equal(build(tmp_path / "second").eval()(batch()[0]), model.eval()(batch()[0]))
+
+
+def _without_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def _with_a_layer_more(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    more = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (path / "config.json").write_text(json.dumps(config | more))
+
+
+def _at_odds(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+def _of_no_known_type(path: Path) -> None:
+    (path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+
+
+def _pickled(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    torch.save({}, path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_without_weights, "is neither a folder with a causal language model in safetensors"),
+        (_pickled, "is neither a folder with a causal language model in safetensors"),
+        (_of_no_known_type, "is neither a folder with a causal language model in safetensors"),
+        (_at_odds, r"`num_hidden_layers` \(3\) must be equal"),
+        (_with_a_layer_more, "lacks weights: model.layers.2.* and 9 more"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(damage: Any, said: str, tmp_path: Path) -> None:
+    damage(folder("qwen2", tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["/nowhere/at/all", "./nowhere"])
+def test_no_folder_is_one_clear_error(given: str) -> None:
+    with pytest.raises(ConfigError, match=given):
+        build(given)
+
+
+def test_more_tokens_than_embeddings_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.vocab_size is 62, but .* embeds 61 tokens"):
+        build(folder("qwen2", tmp_path), vocab_size=62)
+
+
+@pytest.fixture
+def stories() -> Path:
+    data = Path(os.environ.get("LLMEFF_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    path = data / "models" / "stories260K"
+    if not path.is_dir():
+        pytest.skip(f"there is no {path}")
+    return path
+
+
+def test_stories260k_loads_both_ways_with_equal_logits(stories: Path) -> None:
+    tokens = torch.randint(512, (1, 32), generator=torch.Generator().manual_seed(1))
+    config, tensors = llama_format.load(stories)
+    decoder = config.build()
+    copy_tensors(decoder, tensors)
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == 260_032
+    equal(build(stories, vocab_size=512)(tokens), decoder(tokens))

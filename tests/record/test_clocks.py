@@ -1,0 +1,78 @@
+import contextlib
+
+import pytest
+import torch
+
+from llmeff.record import clocks
+from llmeff.record.clocks import SYNCHRONISED_EVERY, WARMUP_STEPS, Clocks, StepClock
+from llmeff.record.schema import Timings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands until it is moved: now[0] += seconds."""
+    time = [100.0]
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: time[0])
+    return time
+
+
+def _step(clock, now, number):
+    clock.begin(number)
+    for seconds, part in [(1, "data"), (2, "forward"), (4, "backward"), (1, "data"), (2, "forward"), (4, "backward")]:
+        now[0] += seconds
+        clock.mark(part)
+    now[0] += 8
+    clock.mark("optimizer")
+    return clock.end()
+
+
+def test_parts_of_micro_batches_add_up(now):
+    (times,) = _step(StepClock(CPU), now, SYNCHRONISED_EVERY)
+    assert (times.step, times.step_s, times.data_s) == (SYNCHRONISED_EVERY, 22, 2)
+    assert (times.forward_s, times.backward_s, times.optimizer_s) == (4, 8, 8)
+
+
+def test_other_steps_have_no_breakdown(now):
+    clock = StepClock(CPU)
+    (times,) = _step(clock, now, SYNCHRONISED_EVERY + 1)
+    assert (times.step_s, times.data_s) == (22, 2)
+    assert (times.forward_s, times.backward_s, times.optimizer_s) == (None, None, None)
+    assert clock.flush() == []
+
+
+def test_the_first_steps_of_a_process_are_marked(now):
+    clock = StepClock(CPU)
+    marked = [_step(clock, now, step)[0].is_warmup for step in range(101, 111)]
+    assert marked == [True] * WARMUP_STEPS + [False] * (10 - WARMUP_STEPS)
+
+
+def test_each_second_is_counted_once_and_goes_on_after_a_resume(now):
+    sums = Clocks(CPU, Timings(eval_s=1000.0))
+    with sums.hold("startup"):
+        now[0] += 3
+    sums.add_step(_step(StepClock(CPU), now, 1)[0])
+    with contextlib.suppress(KeyError), sums.hold("eval"):
+        now[0] += 5
+        raise KeyError
+    assert sums.timings() == Timings(startup_s=3, train_s=20, data_s=2, eval_s=1005)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_is_read_while_the_next_is_under_way():
+    clock = StepClock(torch.device("cuda"))
+    matrix = torch.ones(1024, 1024, device="cuda")
+    seen = []
+    for step in range(1, SYNCHRONISED_EVERY + 3):
+        clock.begin(step)
+        clock.mark("data")
+        matrix = (matrix @ matrix).clamp(max=1)
+        clock.mark("forward")
+        ended = clock.end()
+        assert [times.step for times in ended] == [step - 1] * (step > 1)
+        seen += ended
+    seen += clock.flush()
+    assert [times.step for times in seen] == list(range(1, SYNCHRONISED_EVERY + 3))
+    assert all(times.step_s > 0 for times in seen)
+    assert [times.step for times in seen if times.forward_s is not None] == [SYNCHRONISED_EVERY]

@@ -1,0 +1,79 @@
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmeff
+from llmeff.record import environment as module
+from llmeff.record.environment import environment
+from llmeff.record.schema import Environment
+
+CPU = torch.device("cpu")
+
+
+def test_it_says_what_runs_here():
+    here = environment(CPU)
+    assert here.device == "cpu"
+    assert here.packages["torch"] == torch.__version__
+    assert here.threads == torch.get_num_threads()
+    assert here.cores >= 1
+    assert here.memory_bytes > 2**28
+    assert Environment.model_validate_json(here.model_dump_json()) == here
+
+
+def test_it_tells_nobody_whose_machine_it_is(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2-in-the-environment")
+    written = environment(CPU).model_dump_json()
+    private = [str(Path.home()), str(Path(llmeff.__file__).parent), "hunter2", os.getcwd()]
+    if len(socket.gethostname()) > 3:
+        private.append(socket.gethostname())
+    assert [text for text in private if text in written and text != "/"] == []
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git checkout whose package is taken for llmeff."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("one = 1\n")
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "First"], check=True)
+    monkeypatch.setattr(module.llmeff, "__file__", str(package / "__init__.py"))
+    return package
+
+
+def test_every_uncommitted_change_has_its_hash(checkout):
+    clean = environment(CPU)
+    assert len(clean.commit) == 40
+    assert clean.diff_sha256 is None
+    (checkout / "__init__.pyc").write_text("ignored")
+    assert environment(CPU).diff_sha256 is None
+
+    (checkout / "__init__.py").write_text("one = 2\n")
+    changed = environment(CPU)
+    (checkout / "new.py").write_text("two = 2\n")
+    added = environment(CPU)
+    (checkout / "new.py").write_text("two = 3\n")
+    edited = environment(CPU)
+    assert len({here.diff_sha256 for here in (clean, changed, added, edited)}) == 4
+    assert {here.commit for here in (changed, added, edited)} == {clean.commit}
+
+
+def test_a_package_in_someone_else_s_checkout_has_no_commit(checkout, monkeypatch):
+    foreign = checkout / "installed"
+    foreign.mkdir()
+    (foreign / "__init__.py").write_text("")
+    monkeypatch.setattr(module.llmeff, "__file__", str(foreign / "__init__.py"))
+    here = environment(CPU)
+    assert (here.commit, here.diff_sha256) == (None, None)
+
+
+def test_there_may_be_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment(CPU).commit is None

@@ -1,0 +1,223 @@
+import gc
+import sys
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from llmeff.record.meters import (
+    EnergyMeter,
+    PeakLiveBytes,
+    count_flops,
+    peak_resident_bytes,
+    resident_bytes,
+    saved_bytes,
+)
+
+# B rows, D width: x is (B, D), w is (D, D), in floats of 4 bytes
+B, D = 8, 32
+X, W = 4 * B * D, 4 * D * D
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, D)
+
+
+@pytest.fixture
+def w():
+    return nn.Parameter(torch.randn(D, D))
+
+
+def test_a_forward_pass_without_gradients_holds_two_neighbours_at_most(x, w):
+    with PeakLiveBytes([w], held=[x]) as meter, torch.no_grad():
+        h = x
+        for _ in range(5):
+            h = h @ w
+    assert meter.peak.total == W + 3 * X
+    assert meter.peak.by_kind == {"parameters": W, "gradients": 0, "optimizer": 0, "other": 3 * X}
+
+
+def test_a_chain_keeps_every_product_for_backward(x, w):
+    weights = [w, nn.Parameter(torch.randn(D, D))]
+
+    def forward():
+        return x @ weights[0] @ weights[1]
+
+    with PeakLiveBytes(weights, held=[x]) as meter:
+        output = forward()
+    assert meter.peak.by_kind == {"parameters": 2 * W, "gradients": 0, "optimizer": 0, "other": 3 * X}
+    with PeakLiveBytes(weights, held=[x]) as meter:
+        output = forward()
+        ones = torch.ones_like(output)
+        output.backward(ones)
+    # When the last gradient is made: x, the output, its gradient, and that of x @ w, which is freed by then.
+    assert meter.peak.by_kind == {"parameters": 2 * W, "gradients": 2 * W, "optimizer": 0, "other": 4 * X}
+
+
+@pytest.mark.parametrize("step_before", [0, 1], ids=["makes its moments", "has its moments"])
+def test_moments_are_the_optimizer_s(x, w, step_before):
+    optimizer = torch.optim.AdamW([w], fused=True)
+
+    def step():
+        (x @ w).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(step_before):
+        step()
+    with PeakLiveBytes([w], optimizer, [x]) as meter:
+        step()
+    kinds = meter.peak.by_kind
+    assert (kinds["parameters"], kinds["gradients"], kinds["optimizer"]) == (W, W, 2 * W + 4)
+    assert meter.peak.total == sum(kinds.values())
+
+
+def test_gradients_held_from_before_count(x, w):
+    (x @ w).sum().backward()
+    with PeakLiveBytes([w]) as meter:
+        pass
+    assert meter.peak.by_kind == {"parameters": W, "gradients": W, "optimizer": 0, "other": 0}
+
+
+def test_a_shared_storage_counts_once(x, w):
+    with PeakLiveBytes([w, w], held=[x, x.t(), x[:2]]) as meter:
+        views = [x.view(-1), x[1:], x.t()]
+    assert len(views) == 3
+    assert meter.peak.total == W + X
+
+
+def test_what_is_freed_while_metered_is_gone_and_what_is_freed_later_does_not_matter(x):
+    with PeakLiveBytes([]) as meter:
+        for _ in range(10):
+            kept = x + 1
+    del kept
+    assert meter.peak.total == 2 * X
+
+
+def test_the_meter_keeps_nothing_alive(x):
+    w = nn.Parameter(torch.randn(D, D))
+    storage = weakref.ref(w.untyped_storage())
+    meter = PeakLiveBytes([w], held=[x])
+    with meter:
+        y = x @ w
+    del w, y, meter
+    gc.collect()
+    assert storage() is None
+
+
+def test_it_agrees_with_torch_s_tracker(x):
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.LayerNorm(4 * D), nn.Linear(4 * D, D))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        loss = F.cross_entropy(model(x), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    targets = torch.arange(B)
+    step()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, x, targets)
+    with tracker:
+        step()
+    theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    with PeakLiveBytes(model.parameters(), optimizer, [x, targets]) as meter:
+        step()
+    assert meter.peak.total == theirs
+
+
+def test_saved_for_backward(x, w):
+    # x is the batch; x @ w is kept by the square and again by the product with w; w is a parameter.
+    def forward():
+        h = x @ w
+        return (h.square() + h @ w).sum()
+
+    assert saved_bytes(forward, [x, w]) == X
+    assert saved_bytes(forward, [w]) == 2 * X
+    assert saved_bytes(lambda: forward().detach(), []) == 2 * X + W
+
+
+def test_nothing_is_saved_without_gradients(x, w):
+    with torch.no_grad():
+        assert saved_bytes(lambda: (x @ w).square(), []) == 0
+
+
+def test_recomputed_layers_keep_their_input_alone(x, w):
+    def layer(h):
+        return (h @ w).exp() @ w
+
+    def forward():
+        h = checkpoint(layer, x.clone().requires_grad_(), use_reentrant=False)
+        return checkpoint(layer, h, use_reentrant=False).sum()
+
+    assert saved_bytes(forward, [w]) == 2 * X
+
+
+def test_matrix_products_are_counted_exactly(x, w):
+    forward = 2 * B * D * D
+    assert count_flops(lambda: x @ w) == forward
+    # The gradient of w, and none of x, which needs none.
+    assert count_flops(lambda: (x @ w).sum().backward()) == 2 * forward
+    assert count_flops(lambda: F.gelu(x)) == 0
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_is_counted_in_full(kv_heads, is_causal):
+    heads, queries, width = 4, 16, 8
+    q = torch.randn(2, heads, queries, width, requires_grad=True)
+    k = torch.randn(2, kv_heads, queries, width, requires_grad=True)
+    product = 2 * 2 * heads * queries * queries * width
+
+    def attend():
+        return F.scaled_dot_product_attention(q, k, k, is_causal=is_causal, enable_gqa=True)
+
+    assert count_flops(attend) == 2 * product
+    # Backward makes the scores again: five products after the two of forward.
+    assert count_flops(lambda: attend().sum().backward()) == 7 * product
+
+
+def test_attention_over_more_keys_than_queries():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 11, 8)
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 2 * 3 * 11 * 8)
+
+
+def test_the_process_holds_memory():
+    assert 2**20 < resident_bytes() <= peak_resident_bytes() * 1.05
+
+
+def test_there_is_no_energy_on_a_cpu():
+    assert EnergyMeter(torch.device("cpu")).energy_j() is None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA device by name, with its UUID; nothing is computed on it."""
+    properties = types.SimpleNamespace(uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return torch.device("cuda")
+
+
+def test_energy_is_the_counter_s_difference(gpu, monkeypatch):
+    readings = iter([0, 5_000, 12_500])
+    nvml = types.SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID={"GPU-1234": "handle"}.__getitem__,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert EnergyMeter(gpu).energy_j() == 7.5
+
+
+def test_no_counter_no_energy(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert EnergyMeter(gpu).energy_j() is None

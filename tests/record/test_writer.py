@@ -1,0 +1,238 @@
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmeff.core.config import Config, ConfigError
+from llmeff.record.reader import read_run
+from llmeff.record.schema import EvalRow, StepRow
+from llmeff.record.writer import RunWriter
+
+
+def test_what_is_written_is_read(make_run, step_row, environment, result):
+    run = read_run(make_run("run", steps=4))
+
+    assert run.name == "run"
+    assert run.config == {"seed": 7}
+    assert run.environment == environment
+    assert run.result == result
+    for name in StepRow.model_fields:
+        expected = [getattr(step_row(step), name) for step in (1, 2, 3, 4)]
+        np.testing.assert_array_equal(run.steps[name], np.array(expected, run.steps[name].dtype))
+    assert run.evals.to_pylist()[-1] == {
+        "step": 4, "split": "validation", "unit": "document-3", "loss_sum": 7.5, "count": 3, "bytes": 90.0,
+    }  # fmt: skip
+    assert run.evals.num_rows == 4
+
+
+def test_each_file_says_its_version(make_run):
+    folder = make_run("run")
+    for name in ("env.json", "result.json"):
+        assert json.loads((folder / name).read_text())["schema_version"] == 1
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["schema_version"] for line in lines] == [1, 1, 1, 1]
+    assert read_run(folder).evals.schema.metadata[b"schema_version"] == b"1"
+
+
+def test_what_is_not_finite_is_json_and_comes_back(make_run):
+    folder = make_run("run", steps=3, loss=math.nan, grad_norm=math.inf, loss_scale=-math.inf)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    steps = read_run(folder).steps
+    assert np.isnan(steps["loss"]).all()
+    assert (steps["grad_norm"] == np.inf).all()
+    assert (steps["loss_scale"] == -np.inf).all()
+    assert np.isnan(steps["forward_s"]).all()
+    assert steps["step"].tolist() == [1, 2, 3]
+    assert steps["is_warmup"].tolist() == [True, True, False]
+
+
+def test_evaluations_may_have_other_metrics(tmp_path, environment):
+    row = {"split": "validation", "unit": "a", "loss_sum": 1.0, "count": 2}
+    with RunWriter.create(tmp_path / "run", Config(), environment) as writer:
+        writer.evaluation([EvalRow(step=1, **row, metrics={"bytes": 3.0})])
+        writer.evaluation([EvalRow(step=2, **row, metrics={"correct": 1.0})])
+        with pytest.raises(ValueError, match="count"):
+            writer.evaluation([EvalRow(step=3, **row, metrics={"count": 1.0})])
+    evals = read_run(tmp_path / "run").evals
+    assert evals["bytes"].to_pylist() == [3.0, None]
+    assert evals["correct"].to_pylist() == [None, 1.0]
+
+
+def test_an_evaluation_made_again_counts_once(tmp_path, environment):
+    def row(step, split, loss_sum):
+        return EvalRow(step=step, split=split, unit="a", loss_sum=loss_sum, count=2)
+
+    with RunWriter.create(tmp_path / "run", Config(), environment) as writer:
+        for rows in (
+            [row(1, "validation", 1)],
+            [row(2, "validation", 2)],
+            [row(2, "test", 3)],
+            [row(2, "validation", 4)],
+        ):
+            writer.evaluation(rows)
+    evals = read_run(tmp_path / "run").evals
+    assert evals["loss_sum"].to_pylist() == [1.0, 3.0, 4.0]
+
+
+def test_no_result_means_unfinished(make_run):
+    assert read_run(make_run("run", is_finished=False)).result is None
+
+
+def _resume(folder, environment, step):
+    writer = RunWriter.resume(folder, environment)
+    writer.truncate_after(step)
+    return writer
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3])
+def test_resuming_drops_what_the_checkpoint_does_not_know(make_run, step_row, environment, kept):
+    folder = make_run("run", steps=5, is_finished=False)
+    with _resume(folder, environment, kept) as writer:
+        writer.step(step_row(kept + 1))
+    run = read_run(folder)
+    assert run.steps["step"].tolist() == list(range(1, kept + 2))
+    assert set(run.evals["step"].to_pylist()) == {2} - set(range(kept + 1, 3))
+
+
+def test_a_run_resumed_is_byte_for_byte_the_run_that_was_not(make_run, step_row, environment):
+    whole = make_run("whole", steps=5, is_finished=False)
+    cut = make_run("cut", steps=3, is_finished=False)
+    with _resume(cut, environment, 2) as writer:
+        for step in (3, 4, 5):
+            writer.step(step_row(step))
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (cut / "env.json").read_bytes() == (whole / "env.json").read_bytes()
+
+
+def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_alone(make_run, step_row, environment):
+    folder = make_run("run", steps=3, is_finished=False)
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    two = whole[: whole[:-1].rfind(b"\n") + 1]
+    for end in range(len(two), len(whole)):
+        metrics.write_bytes(whole[:end])
+        assert read_run(folder).steps["step"].tolist() == [1, 2]
+        with _resume(folder, environment, 2) as writer:
+            writer.step(step_row(3))
+        assert metrics.read_bytes() == whole
+
+
+def test_a_record_with_a_hole_is_refused(make_run, environment):
+    folder = make_run("run", steps=3, is_finished=False)
+    with RunWriter.resume(folder, environment) as writer, pytest.raises(ConfigError, match="step 4"):
+        writer.truncate_after(4)
+    assert read_run(folder).steps["step"].tolist() == [1, 2, 3]
+
+
+def test_a_run_that_moves_keeps_every_environment(make_run, environment):
+    folder = make_run("run", steps=2, is_finished=False)
+    elsewhere = environment.model_copy(update={"cpu": "another CPU"})
+    for place in (elsewhere, elsewhere, environment):
+        _resume(folder, place, 2).close()
+    now = read_run(folder).environment
+    assert (now.cpu, [before.cpu for before in now.earlier]) == ("a CPU", ["a CPU", "another CPU"])
+
+
+@pytest.mark.parametrize(
+    ("lying", "message"),
+    [
+        (["thesis.tex"], r"not empty \(thesis.tex\): no run; choose another --out"),
+        (["config.json", "env.json"], "unfinished run; go on with it by --resume"),
+        (["config.json", "result.json"], "a run that has ended"),
+        (list("abcdef"), r"\(a, b, c, d and 2 more\)"),
+    ],
+)
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, environment, lying, message):
+    for name in lying:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=message):
+        RunWriter.create(tmp_path, Config(), environment)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(lying)
+
+
+def test_a_run_killed_before_it_began_may_begin(tmp_path, environment):
+    for name in (".lock", "env.json", ".partial-config.json-12345678"):
+        (tmp_path / name).write_text("")
+    RunWriter.create(tmp_path, Config(), environment).close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".lock", "config.json", "env.json", "metrics.jsonl",
+    ]  # fmt: skip
+
+
+def test_there_must_be_something_to_resume(make_run, tmp_path, environment):
+    with pytest.raises(ConfigError, match="no run to resume; start it without --resume"):
+        RunWriter.resume(tmp_path / "nowhere", environment)
+    with pytest.raises(ConfigError, match="has ended"):
+        RunWriter.resume(make_run("run"), environment)
+
+
+def test_two_writers_are_one_too_many(tmp_path, make_run, environment):
+    folder = make_run("run", steps=2, is_finished=False)
+    with RunWriter.resume(folder, environment), pytest.raises(ConfigError, match="another process"):
+        RunWriter.resume(folder, environment)
+    RunWriter.resume(folder, environment).close()
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from llmeff.record.writer import RunWriter
+writer = RunWriter(Path(sys.argv[1]))
+sys.stdout.write("held"); sys.stdout.flush()
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_lets_go(make_run, environment):
+    folder = make_run("run", steps=2, is_finished=False)
+    command = [sys.executable, "-c", _HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.read(4) == b"held"
+        with pytest.raises(ConfigError, match="another process"):
+            RunWriter.resume(folder, environment)
+        os.kill(process.pid, signal.SIGKILL)
+    RunWriter.resume(folder, environment).close()
+
+
+def test_a_full_disk_costs_no_row(tmp_path, step_row, environment, monkeypatch):
+    folder = tmp_path / "run"
+    with RunWriter.create(folder, Config(), environment) as writer:
+        writer.step(step_row(1))
+
+        class Full:
+            """The file, on a disk with room for ten more bytes."""
+
+            def __init__(self, file):
+                self.file, self.room = file, 10
+
+            def write(self, content):
+                if not self.room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                written, self.room = self.file.write(content[: self.room]), 0
+                return written
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+        file = writer._metrics
+        writer._metrics = Full(file)
+        with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be written \(No space left.*--resume"):
+            writer.step(step_row(2))
+        writer._metrics = file
+        assert (folder / "metrics.jsonl").read_bytes().count(b"\n") == 1
+        writer.step(step_row(2))
+    assert read_run(folder).steps["step"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("out", ["/proc/run", "/dev/null/run"])
+def test_an_unwritable_folder_is_one_clear_error(out, environment):
+    with pytest.raises(ConfigError, match=f"{out}: cannot be written"):
+        RunWriter.create(Path(out), Config(), environment)
