@@ -129,22 +129,20 @@ class Saved:
                 module.register_forward_pre_hook(lambda *_, part=part: self._parts.append(part))
                 module.register_forward_hook(lambda *_: self._parts.pop() and None)
         step.model.norm.register_forward_hook(lambda *_: self._parts.__setitem__(0, "head"))
-        weights = {parameter.untyped_storage()._cdata for parameter in step.model.parameters()}
         tokens, targets, layout = step.batch()
+        known = {x.untyped_storage()._cdata for x in (*step.model.parameters(), tokens, targets)}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
+            if storage._cdata not in known:
                 self._held.setdefault(storage._cdata, (storage, self._parts[-1]))
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             step.forward(tokens, targets, layout)
-        tables = [*layout._biases.values(), *(x for pair in layout._rotary.values() for x in pair)]
-        batch = {tensor.untyped_storage()._cdata for tensor in (tokens, targets, *tables)}
         self.num_bytes: Counter[str] = Counter()
-        for key, (storage, part) in self._held.items():
-            self.num_bytes["batch" if key in batch else part] += storage.nbytes()
+        for storage, part in self._held.values():
+            self.num_bytes[part] += storage.nbytes()
 
 
 class Logits(TorchDispatchMode):

@@ -60,16 +60,11 @@ def bare(config: RunConfig, tick: Tick) -> None:
     """The same model, batches and optimizer in the shortest loop that trains."""
     import torch
 
-    from llmeff.prepare import prepare, prepare_device
+    from llmeff.prepare import prepare, prepare_device, prepare_model
 
     config, task = prepare(config)
     device = prepare_device(config)
-    model = config.model.build().to(device)
-    if config.runtime.compile == "model":
-        model.compile()
-    elif config.runtime.compile == "layers":
-        for layer in model.layers:  # type: ignore[union-attr]
-            layer.compile()
+    model = prepare_model(config, device)
     optimizer = config.optim.build(task.table(model))
     parameters = list(model.parameters())
     for step in itertools.count():
@@ -109,7 +104,7 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
             tokens = task.batch(step, range(row, row + 1), device).inputs["tokens"][0]
             return {"input_ids": tokens, "labels": tokens}
 
-    class Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    class Ticker(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             tick()
 
@@ -151,7 +146,8 @@ def find_arm(name: str) -> Arm:
     if not function or not Path(path).is_file():
         raise ConfigError(f"unknown arm {name!r}: give one of {', '.join(ARMS)}, or FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     arm = getattr(module, function, None)

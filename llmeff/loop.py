@@ -8,17 +8,17 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from llmeff.checkpoint import Checkpoints, restore_random_states
 from llmeff.compare.plots import loss_curve
+from llmeff.core import files
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.precision import precision
 from llmeff.core.seed import derive
 from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
 from llmeff.predict import predict
-from llmeff.prepare import check_same_run, prepare, prepare_device
+from llmeff.prepare import check_same_run, prepare, prepare_device, prepare_model
 from llmeff.record import schema
 from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
@@ -35,19 +35,13 @@ from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
 from llmeff.record.writer import RunWriter
 from llmeff.runconfig import RunConfig
-from llmeff.tasks.task import Batch, UnitResult
+from llmeff.tasks.task import Batch
 
 METERED_STEP = 2
 """The step whose FLOPs and live bytes are counted: the first in which the optimizer has its state."""
 
 
-_PREDICTED: tuple[Kind, ...] = (
-    "parameters",
-    "model_flops",
-    "executed_flops",
-    "saved_bytes",
-    "peak_bytes",
-)
+_PREDICTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "saved_bytes", "peak_bytes")
 
 
 class DivergedError(Exception):
@@ -95,9 +89,7 @@ class Trainer:
             self._writer = RunWriter.create(folder, self.config, self._environment)
             self._closing.push(self._writer)
 
-        torch.manual_seed(derive(self.config.seed, "init"))
-        self._model = self.config.model.build().to(self.device)
-        _set_up_model(self._model, self.config)
+        self._model = prepare_model(self.config, self.device)
         self._rows = self._task.table(self._model)
         self._optimizer = self.config.optim.build(self._rows)
         self._precision = precision(self.config.precision)
@@ -264,7 +256,7 @@ class Trainer:
             results = list(self._task.evaluate(model, "validation", max_units, self.device))
             model.train()
         self._metrics["validation"] = self._task.summary(results)
-        self._writer.evaluation([_eval_row(self.step, "validation", result) for result in results])
+        self._writer.evaluation([EvalRow(step=self.step, split="validation", **vars(result)) for result in results])
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._metrics["validation"].items())
         self._display.note(f"step {self.step}, validation: {shown}")
 
@@ -287,8 +279,9 @@ class Trainer:
         self._record(self._clock.flush())
         self._evaluate(max_units=None)
         self._save()
-        with self._clocks.hold("checkpoint"):
-            self._task.save_model(self._model, self._writer.folder / schema.MODEL)
+        folder = self._writer.folder / schema.MODEL
+        with self._clocks.hold("checkpoint"), files.reported(folder):
+            self._task.save_model(self._model, folder)
         with self._clocks.hold("eval"):
             tokens = self.config.evaluation.sample_tokens
             sample = self._task.sample(self._model, tokens, self.device) if tokens else None
@@ -331,29 +324,9 @@ class Trainer:
         )
 
 
-def _set_up_model(model: nn.Module, config: RunConfig) -> None:
-    model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
-    if config.runtime.compile == "model":
-        model.compile()
-    elif config.runtime.compile == "layers":
-        for layer in model.layers:  # type: ignore[union-attr]
-            layer.compile()
-
-
 def _shares(config: RunConfig, rank: int) -> list[range]:
     """The rows of the global batch that this rank reads, a range for each micro-batch."""
     share = config.train.batch // config.parallel.ranks
     size = config.train.micro_batch
     assert isinstance(size, int)
     return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
-
-
-def _eval_row(step: int, split: str, result: UnitResult) -> EvalRow:
-    return EvalRow(
-        step=step,
-        split=split,
-        unit=result.unit,
-        loss_sum=result.loss_sum,
-        count=result.count,
-        metrics=result.metrics,
-    )

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmeff.core.config import ConfigError, read
 from llmeff.core.dist import world
+from llmeff.core.seed import derive
 from llmeff.predict import resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
@@ -18,12 +20,16 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     """Opens the data and resolves every `auto` value.
 
     Raises:
-        ConfigError: the data is wrong, or the model does not fit it.
+        ConfigError: the data is wrong, the model does not fit it, or the device is not there.
     """
     check_world(config)
+    device = config.runtime.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     task = config.task.open(config.data, config.seed, config.train.batch, is_main=world().is_main)
     config = config.model_copy(update={"model": task.resolve(config.model)})
-    device = "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     threads = config.runtime.threads
     if threads == "auto":
         threads = max(1, len(os.sched_getaffinity(0)) // config.parallel.ranks)
@@ -50,10 +56,8 @@ def prepare_device(config: RunConfig) -> torch.device:
     """Sets threads and determinism; returns where this process computes.
 
     Raises:
-        ConfigError: the device is not there, or cannot compute in the run's precision.
+        ConfigError: the device cannot compute in the run's precision.
     """
-    if config.runtime.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'")
     assert isinstance(config.runtime.threads, int)
     torch.set_num_threads(config.runtime.threads)
     if config.runtime.device == "cuda":
@@ -64,6 +68,19 @@ def prepare_device(config: RunConfig) -> torch.device:
     if config.precision == "fp16":
         raise ConfigError("precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'")
     return torch.device("cpu")
+
+
+def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The run's model as its seed makes it, on the device, compiled as asked for."""
+    torch.manual_seed(derive(config.seed, "init"))
+    model = config.model.build().to(device)
+    model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
+    if config.runtime.compile == "model":
+        model.compile()
+    elif config.runtime.compile == "layers":
+        for layer in model.layers:  # type: ignore[union-attr]
+            layer.compile()
+    return model
 
 
 def check_same_run(config: RunConfig, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """RunConfig: all that a run is, and the pairs in it that cannot work."""
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import model_validator
 
@@ -108,9 +109,9 @@ class RunConfig(Config):
             raise ValueError("\n".join(problems))
         return self
 
-    def _problems(self) -> Any:
+    def _problems(self) -> Iterator[str]:
         train, ranks = self.train, self.parallel.ranks
-        if self.schedule.warmup_steps >= train.steps:
+        if self.schedule.warmup_steps > train.steps:
             yield (
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, but the run has train.steps = {train.steps}: "
                 "the peak rate would never be reached"
@@ -124,6 +125,9 @@ class RunConfig(Config):
                 f"train.micro_batch {train.micro_batch} does not divide {share}; "
                 f"allowed: {', '.join(map(str, allowed))}"
             )
+        if self.precision not in self.parallel.precisions:
+            allowed_names = ", ".join(map(repr, self.parallel.precisions))
+            yield f"precision {self.precision!r} is not for parallel {self.parallel.name!r}; allowed: {allowed_names}"
         if self.precision == "fp16" and self.runtime.device == "cpu":
             yield "precision 'fp16' needs a GPU: on a CPU use 'fp32' or 'bf16'"
         yield from self.task.problems(self.model, self.data)

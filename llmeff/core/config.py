@@ -19,6 +19,7 @@ Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
 Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
+BelowOne = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 
@@ -207,7 +208,7 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        problems = [_describe(model, data, entry) for entry in error.errors()]
+        problems = [line for entry in error.errors() for line in _describe(model, data, entry).splitlines()]
         raise ConfigError(problems) from None
 
 

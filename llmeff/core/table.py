@@ -1,6 +1,6 @@
 """The table of parameters: one row for each, with what an optimizer must know to treat it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,8 +46,3 @@ def table(model: nn.Module, roles: Mapping[str, Role]) -> list[Row]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-
-
-def numel(rows: Iterable[Row]) -> int:
-    """The parameters of all rows together."""
-    return sum(row.parameter.numel() for row in rows)

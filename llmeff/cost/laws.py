@@ -32,7 +32,7 @@ class Batch:
         key = (head_dim, theta)
         if key not in self._rotary:
             shape = (self._rows, 1, self.shape[1], head_dim)
-            self._rotary[key] = self._tape.given(shape, "float32"), self._tape.given(shape, "float32")
+            self._rotary[key] = self._tape.new(shape, "float32"), self._tape.new(shape, "float32")
         return self._rotary[key]
 
     def bias(self, dtype: str) -> Array | None:
@@ -42,7 +42,7 @@ class Batch:
         if dtype not in self._biases:
             shape = (self.shape[0], 1, self.shape[1], self.shape[1])
             # beside the summand lives the boolean mask that it is made from
-            self._biases[dtype] = self._tape.given(shape, dtype), self._tape.given(shape, "bool")
+            self._biases[dtype] = self._tape.new(shape, dtype), self._tape.new(shape, "bool")
         return self._biases[dtype][0]
 
 

@@ -24,9 +24,9 @@ Kind = Literal[
 """What is counted, of one optimizer step on one rank:
 
 `parameters`: how many numbers are trained; `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
-`frozen_bytes`: what each kind of state takes. `batch_bytes`: one micro-batch, with its masks and rotary tables.
-`saved_bytes`: activations kept for backward when a micro-batch's forward ends, each storage once, in the part that
-first keeps it; no weights, nothing of the batch. `logits_bytes`: one copy of the logits in the loss's format.
+`frozen_bytes`: what each kind of state takes. `batch_bytes`: tokens, targets and places of a micro-batch.
+`saved_bytes`: what autograd keeps of a micro-batch when its forward pass ends, weights and `batch_bytes` apart; each
+storage once, in the part that first keeps it. `logits_bytes`: one copy of the logits in the loss's format.
 `peak_bytes`: what lives at the moment of the step when most does, by kind.
 
 `model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without

@@ -211,9 +211,8 @@ class Tape:
 
     def _keep(self, node: Node, arrays: tuple[Array, ...]) -> None:
         for array in arrays:
-            if array.storage.label[0] in ("workspace", "batch_bytes"):
-                is_batch = array.storage.label[0] == "batch_bytes"
-                array.storage.relabel(("saved_bytes", "batch" if is_batch else self._part))
+            if array.storage.label[0] == "workspace":
+                array.storage.relabel(("saved_bytes", self._part))
         node.saved += tuple(Array(array.shape, array.dtype, array.storage) for array in arrays)
 
     def _in_part(self, backward: Backward) -> Backward:
@@ -232,7 +231,7 @@ class Tape:
         return Array(shape, dtype, Storage(self.live, num_bytes, ("workspace", self._part)), node)
 
     def given(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A new array of the batch, or made once from it."""
+        """A new array of the batch, which is there before the forward pass."""
         array = Array(shape, dtype, Storage(self.live, prod(shape) * _BYTES[dtype], ("batch_bytes", "batch")))
         self.counts["batch_bytes", "batch"] += array.storage.num_bytes
         return array
@@ -268,17 +267,23 @@ class Tape:
         self._keeps, before = False, self._num_saves
         y = run(x)
         self._keeps = True
-        again = partial(self._again, run, self._num_saves - before, self._path)
+        place = self._path, self._part
+        again = partial(self._again, run, self._num_saves - before, place)
         with self.within("", "layer inputs"):
             node = self.save((x,), (x,), again)
         return Array(y.shape, y.dtype, y.storage, node)
 
     def _again(
-        self, run: Callable[[Array], Array], num_saves: int, path: tuple[str, ...], gradient: Array, x: Array
+        self,
+        run: Callable[[Array], Array],
+        num_saves: int,
+        place: tuple[tuple[str, ...], str],
+        gradient: Array,
+        x: Array,
     ) -> tuple[Array | None]:
         start = Array(x.shape, x.dtype, x.storage, Node())
         outer = self._nodes, self._path
-        self._nodes, self._path = [], path
+        self._nodes, (self._path, self._part) = [], place
         self._recomputes, self._saves_left = True, num_saves
         end = run(start).node
         self._recomputes, self._saves_left = False, None

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llmeff.core.config import Fraction, NotNegative, Positive
+from llmeff.core.config import BelowOne, NotNegative, Positive
 from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Row
 from llmeff.cost.price import Kind, Price
@@ -20,9 +20,9 @@ class AdamW(OptimizerConfig):
     sharding: ClassVar[Sharding] = "elementwise"
 
     name: Literal["adamw"] = "adamw"
-    beta1: Fraction = 0.9
+    beta1: BelowOne = 0.9
     """Decay of the first moment."""
-    beta2: Fraction = 0.95
+    beta2: BelowOne = 0.95
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -31,12 +31,11 @@ class AdamW(OptimizerConfig):
 
     def build(self, rows: list[Row]) -> torch.optim.AdamW:
         """One group with decay and one without."""
+        decayed = [row.parameter for row in rows if row.decayed]
+        others = [row.parameter for row in rows if not row.decayed]
         groups = [
-            {
-                "params": [row.parameter for row in rows if row.decayed],
-                "weight_decay": self.weight_decay,
-            },
-            {"params": [row.parameter for row in rows if not row.decayed], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],

@@ -57,7 +57,7 @@ class Linear(ScheduleConfig):
 
     def after_warmup(self, progress: float) -> float:
         """From 1 to `final`."""
-        return 1 + (self.final - 1) * progress
+        return self.final + (1 - self.final) * (1 - progress)
 
 
 class WSD(ScheduleConfig):
@@ -71,7 +71,7 @@ class WSD(ScheduleConfig):
 
     def after_warmup(self, progress: float) -> float:
         """1, then from 1 to `final`."""
-        stable = 1 - self.decay
-        if progress <= stable:
+        left = 1 - progress
+        if left >= self.decay:
             return 1.0
-        return 1 + (self.final - 1) * (progress - stable) / self.decay
+        return self.final + (1 - self.final) * left / self.decay

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from llmeff.core.dist import world
 from llmeff.core.optimizer_state import load_named_state, named_state
-from llmeff.core.precision import Precision
+from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row
 from llmeff.core.tensors import copy_tensors, stored_tensors
 from llmeff.parallel.strategy import Strategy, StrategyConfig
@@ -20,6 +20,8 @@ from llmeff.parallel.strategy import Strategy, StrategyConfig
 
 class Single(StrategyConfig):
     """One process."""
+
+    precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "fp16")
 
     name: Literal["single"] = "single"
 

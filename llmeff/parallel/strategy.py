@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 
 from llmeff.core.config import Component, Count, Text
 from llmeff.core.dist import World
-from llmeff.core.precision import Precision
+from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row
 
 
@@ -67,6 +68,9 @@ class Strategy(ABC):
 
 class StrategyConfig(Component, family="strategy"):
     """How many processes train together, and what each holds."""
+
+    precisions: ClassVar[tuple[PrecisionName, ...]]
+    """The precisions that it can train in."""
 
     name: Text
     """The strategy's name."""

@@ -1,0 +1,61 @@
+"""The laws of mixers and norms, by hand."""
+
+import pytest
+
+from llmeff.attention import MixerConfig, Softmax, norm
+from llmeff.attention.mixer import MixerShape
+from llmeff.cost import laws
+from llmeff.cost.tape import Tape
+from llmeff.cost.workload import Workload
+
+B, T, D, N, K, H = 2, 8, 12, 4, 2, 6
+SHAPE = MixerShape(width=D, num_heads=N, num_kv_heads=K, head_dim=H, rope_theta=1e4, norm_eps=1e-5)
+
+
+def play(mixer, **workload):
+    tape = Tape(Workload(num_sequences=B, num_tokens=T, **workload))
+    batch = laws.Batch(tape)
+    x = laws.embedding(tape, batch, tape.weight("embedding", 10, D))
+    with tape.within("mixer", "attention"):
+        mixer.law(SHAPE, tape, x, batch)
+    tape.end_forward()
+    return tape
+
+
+def test_softmax_keeps_its_input_the_heads_a_number_a_head_and_the_rotary_tables():
+    kept = play(Softmax()).counts["saved_bytes", "attention"]
+    assert kept == 4 * B * T * (D + 2 * N * H + 2 * K * H + N) + 4 * 2 * T * H
+
+
+def test_the_norms_of_queries_and_keys_keep_what_they_normalize():
+    more = play(Softmax(qk_norm=True)).counts["saved_bytes", "attention"]
+    assert more - play(Softmax()).counts["saved_bytes", "attention"] == 4 * B * T * (N + K) * (H + 1)
+
+
+def test_packed_documents_have_a_mask_and_tables_a_row():
+    plain, packed = play(Softmax()).counts, play(Softmax(), packed=True).counts
+    more = packed["saved_bytes", "attention"] - plain["saved_bytes", "attention"]
+    assert more == 4 * (B * T * T + 2 * (B - 1) * T * H)
+
+
+def test_softmax_flops():
+    products = 2 * B * T * D * H * (2 * N + 2 * K)
+    pairs = T * (T + 1) // 2
+    assert play(Softmax()).counts["model_flops", "attention"] == 3 * (products + 4 * B * N * H * pairs)
+
+
+def test_norm_keeps_its_input_and_a_number_a_row():
+    tape = Tape(Workload(num_sequences=B, num_tokens=T))
+    x = laws.embedding(tape, laws.Batch(tape), tape.weight("embedding", 10, D))
+    with tape.within("norm", "norms"):
+        norm.law(tape, x)
+    tape.end_forward()
+    assert tape.counts["saved_bytes", "norms"] == 4 * B * T * (D + 1)
+
+
+@pytest.mark.parametrize("name", MixerConfig.registry.names())
+def test_every_mixer_states_its_parameters(name):
+    config = MixerConfig.registry[name]()
+    tape = play(config)
+    declared = {n.removeprefix("mixer."): w.shape for n, w in tape.weights.items() if n.startswith("mixer.")}
+    assert declared == {n: tuple(p.shape) for n, p in config.build(SHAPE).named_parameters()}
