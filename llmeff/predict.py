@@ -129,25 +129,26 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-        def forward() -> Tensor:
+        def forward(batch: dict[str, Any]) -> Tensor:
             with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
-                loss: Tensor = module(**_batch(work))
+                loss: Tensor = module(**batch)
             return loss
 
-        def step() -> None:
-            for _ in range(min(work.num_micro_batches, 2)):
-                forward().backward()
-            module.zero_grad(set_to_none=True)
+        def run() -> None:
+            forward(_batch(work)).backward()
 
-        flops = count_flops(lambda: forward().backward())
+        flops = count_flops(run)
         module.recompute = False  # type: ignore[assignment]
         with _Attention() as attention:  # type: ignore[no-untyped-call]
-            model_flops = count_flops(lambda: forward().backward()) - attention.surplus_flops
+            model_flops = count_flops(run) - attention.surplus_flops
         module.recompute = work.recompute  # type: ignore[assignment]
         module.zero_grad(set_to_none=True)
-        saved = saved_bytes(forward, [*module.parameters(), *module.buffers()])
+        batch = _batch(work)
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
+        saved = saved_bytes(lambda: forward(batch), [*module.parameters(), *module.buffers(), *given])
         with PeakLiveBytes(module.parameters(), held=module.buffers()) as live:
-            step()
+            for _ in range(min(work.num_micro_batches, 2)):
+                run()
     count = sum(parameter.numel() for parameter in parameters)
     num_bytes = count * BYTES[work.precision.parameters]
     entries: dict[tuple[Kind, str], int] = {

@@ -1,6 +1,6 @@
-"""Small records and run folders for all tests."""
+"""Small records and run folders for all tests, and a token cache that is not the user's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ from llmeff.record.writer import RunWriter
 
 class SeedOnly(Config):
     seed: int = 7
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all tests of this process and the processes that they start."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMEFF_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture

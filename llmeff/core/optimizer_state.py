@@ -28,6 +28,7 @@ def load_named_state(optimizer: Optimizer, rows: list[Row], tensors: dict[str, T
         ValueError: it is of a parameter that is not there, or of another shape.
     """
     parameters = {row.name: row.parameter for row in rows}
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for key, value in (tensors | others).items():
         name, _, kind = key.rpartition(_BETWEEN)
         if name not in parameters:
@@ -36,7 +37,9 @@ def load_named_state(optimizer: Optimizer, rows: list[Row], tensors: dict[str, T
         if isinstance(value, Tensor):
             if value.dim() and value.numel() == parameter.numel() and value.shape != parameter.shape:
                 raise ValueError(f"{key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-            value = value.to(parameter.device if value.dim() else "cpu", copy=True)
+            group = groups[parameter]
+            beside = value.dim() or group.get("fused") or group.get("capturable")  # where torch keeps step counters
+            value = value.to(parameter.device if beside else "cpu", copy=True)
         optimizer.state[parameter][kind] = value
 
 

@@ -21,7 +21,7 @@ def show_count(count: float, unit: str = "") -> str:
     ('804.1k', '91.0 GFLOP/s')
     """
     space = " " if unit else ""
-    for prefix in ("", "k" if not unit else "K", "M", "G", "T", "P", "E"):
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(count) < 1000:
             number = f"{count:.0f}" if prefix == "" and float(count).is_integer() else f"{count:.1f}"
             return f"{number}{space}{prefix}{unit}"
@@ -37,7 +37,7 @@ def show_seconds(seconds: float) -> str:
     """
     if seconds < 1:
         return f"{seconds * 1e3:.1f} ms"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

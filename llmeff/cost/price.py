@@ -25,9 +25,9 @@ Kind = Literal[
 
 `parameters`: how many numbers are trained; `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
 `frozen_bytes`: what each kind of state takes. `batch_bytes`: tokens, targets and places of a micro-batch.
-`saved_bytes`: what autograd keeps of a micro-batch when its forward pass ends, weights and `batch_bytes` apart; each
-storage once, in the part that first keeps it. `logits_bytes`: one copy of the logits in the loss's format.
-`peak_bytes`: what lives at the moment of the step when most does, by kind.
+`saved_bytes`: what autograd keeps of a micro-batch when its forward pass ends, weights and `batch_bytes` apart but
+autocast's copies of weights in; each storage once, in the part that first keeps it. `logits_bytes`: one copy of the
+logits in the loss's format. `peak_bytes`: what lives at the moment of the step when most does, by kind.
 
 `model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
 recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pairs, and what is computed again.

@@ -55,9 +55,12 @@ class SingleProcess(Strategy):
         precision: Precision,
     ):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        # Accelerate keeps one state for the process, and a run before this one may have had another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
         mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed if precision.autocast else "no")
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
         self.device = device
         self.world = world()
         self.model, self._optimizer = self.accelerator.prepare(model, optimizer)

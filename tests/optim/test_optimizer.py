@@ -1,0 +1,73 @@
+"""What every optimizer must be: the one that is named, convergent, repeatable, and as large as it says."""
+
+import pytest
+import torch
+from torch import nn
+
+from llmeff.core.optimizer_state import state_bytes
+from llmeff.core.precision import precision
+from llmeff.core.table import table
+from llmeff.cost.tape import Weight
+from llmeff.optim import OptimizerConfig
+
+CONVERGENT = {"adamw": {"lr": 0.05, "weight_decay": 0.0}}
+"""With which each reaches the minimum of the quadratic below."""
+UPDATES = {"adamw": (torch.optim.AdamW, torch._fused_adamw_)}
+"""The class, and the operation of torch, that each one's step must be."""
+
+ROLES = {"weight": "matrix", "bias": "bias"}
+
+every_optimizer = pytest.mark.parametrize("name", OptimizerConfig.registry.names())
+
+
+def train(name, steps, **settings):
+    """Fits a layer to another by least squares, which is a quadratic in its parameters."""
+    torch.manual_seed(0)
+    layer, target = nn.Linear(4, 3), nn.Linear(4, 3)
+    inputs = torch.eye(4)
+    optimizer = OptimizerConfig.registry[name](**settings).build(table(layer, ROLES))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (layer(inputs) - target(inputs)).square().sum()
+        loss.backward()
+        optimizer.step()
+    return layer, optimizer, loss.item()
+
+
+def test_the_tables_are_complete():
+    names = OptimizerConfig.registry.names()
+    assert sorted(CONVERGENT) == sorted(UPDATES) == names
+
+
+@every_optimizer
+def test_it_converges_on_a_quadratic(name):
+    first = train(name, 1)[2]
+    assert train(name, 300, **CONVERGENT[name])[2] < 1e-4 * first
+
+
+@every_optimizer
+def test_it_does_the_same_twice(name):
+    one, other = train(name, 10)[0], train(name, 10)[0]
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@every_optimizer
+def test_the_update_that_runs_is_the_named_one(name):
+    kind, operation = UPDATES[name]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer = train(name, 1)[1]
+    assert type(optimizer) is kind
+    assert f"aten::{operation.__name__}" in {event.name for event in profile.events()}
+
+
+@every_optimizer
+def test_its_rate_is_the_peak(name):
+    assert {group["lr"] for group in train(name, 1, lr=0.25)[1].param_groups} == {0.25}
+
+
+@every_optimizer
+def test_its_state_is_as_large_as_predicted(name):
+    layer, optimizer, _ = train(name, 1)
+    weights = [Weight(key, tuple(tensor.shape), "float32", "layer") for key, tensor in layer.named_parameters()]
+    price = OptimizerConfig.registry[name]().price(weights, precision("fp32"))
+    assert price.total("optimizer_bytes") == price.total("peak_bytes") == state_bytes(optimizer)
