@@ -5,7 +5,6 @@ import random
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmeff.attention import Softmax
@@ -27,7 +25,7 @@ from llmeff.models import Decoder, DecoderConfig
 from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
 from llmeff.predict import price_step
-from llmeff.record.meters import count_flops
+from llmeff.record.meters import count_flops, peak_bytes
 
 NUM_CASES = 40
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
@@ -165,21 +163,6 @@ def _part(name: str) -> str | None:
     return "norms" if last.endswith("_layernorm") else known.get(last)
 
 
-def allocated_peak(run: Callable[[], object]) -> int:
-    """The most that CPU tensors came to take in a call, by the allocator's own events.
-
-    A dispatch mode (`PeakLiveBytes`) makes autograd add gradients into new tensors where it else adds in place.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def measure(case: Case) -> Price:
     """What the case really takes."""
     flash = case.workload.kernel == "flash"
@@ -190,13 +173,13 @@ def measure(case: Case) -> Price:
 def _measure(step: Step) -> Price:
     step.run()  # the optimizer makes its state
     state = [x for own in step.optimizer.state.values() for x in own.values()]
-    always = sum(x.nbytes for x in (*step.model.parameters(), *state))
+    held = [*step.model.parameters(), *state]
     entries: Counter[tuple[Kind, str]] = Counter(
         {
             ("parameters", "model"): sum(p.numel() for p in step.model.parameters()),
             ("optimizer_bytes", "model"): sum(x.nbytes for x in state),
             ("executed_flops", "step"): count_flops(step.run),
-            ("peak_bytes", "step"): always + allocated_peak(step.run),
+            ("peak_bytes", "step"): peak_bytes(step.run, held, torch.device("cpu")),
         }
     )
     with Logits() as logits:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
 from llmeff.record.meters import (
     EnergyMeter,
-    PeakLiveBytes,
     allocator_peaks,
     count_flops,
+    peak_bytes,
     resident_bytes,
     saved_bytes,
 )
@@ -37,8 +37,8 @@ from llmeff.record.writer import RunWriter
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Batch
 
-METERED_STEP = 2
-"""The step whose FLOPs and live bytes are counted: the first in which the optimizer has its state."""
+COUNTED_STEP, METERED_STEP = 2, 3
+"""The steps whose FLOPs are counted and whose memory is metered: in both the optimizer has its state."""
 
 
 _PREDICTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "saved_bytes", "peak_bytes")
@@ -142,18 +142,22 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step: batch, forward, backward, clip, update, record."""
-        if self.step + 1 == METERED_STEP and "executed_flops" not in self._measured:
-            self._metered_update()
+        number = self.step + 1
+        if number == COUNTED_STEP:
+            # Counting runs compiled code eagerly and makes autograd add gradients out of place: another step meters memory.
+            self._measured["executed_flops"] = count_flops(self._update)
+        elif number == METERED_STEP:
+            with self._clocks.hold("record"):
+                self._measured["saved_bytes"] = self._saved_bytes()
+            self._measured["peak_bytes"] = peak_bytes(self._update, self._held(), self.device)
         else:
             self._update()
 
-    def _metered_update(self) -> None:
-        """An update under meters, which change no number; what is compiled runs eagerly meanwhile."""
-        with self._clocks.hold("record"):
-            self._measured["saved_bytes"] = self._saved_bytes()
-        with PeakLiveBytes(self._model.parameters(), self._optimizer, self._model.buffers()) as live:
-            self._measured["executed_flops"] = count_flops(self._update)
-        self._measured["peak_bytes"] = live.peak.total
+    def _held(self) -> list[torch.Tensor]:
+        """What lives between steps."""
+        states = self._optimizer.state.values()
+        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        return [*self._model.parameters(), *self._model.buffers(), *moments]
 
     def _saved_bytes(self) -> int:
         """What a forward pass of one micro-batch keeps for backward."""
@@ -171,7 +175,8 @@ class Trainer:
         clock.mark("data")
 
         total = torch.zeros((), device=self.device)
-        for batch in batches:
+        while batches:
+            batch = batches.pop(0)  # its masks and tables go with it
             sums = self._task.loss(strategy.model, batch)
             share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))
             clock.mark("forward")
@@ -251,14 +256,18 @@ class Trainer:
     def _evaluate(self, max_units: int | None) -> None:
         self._record(self._clock.flush())
         with self._clocks.hold("eval"):
-            model = self._strategy.model
-            model.eval()
-            results = list(self._task.evaluate(model, "validation", max_units, self.device))
-            model.train()
+            self._model.eval()
+            with self._eagerly():
+                results = list(self._task.evaluate(self._model, "validation", max_units, self.device))
+            self._model.train()
         self._metrics["validation"] = self._task.summary(results)
         self._writer.evaluation([EvalRow(step=self.step, split="validation", **vars(result)) for result in results])
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._metrics["validation"].items())
         self._display.note(f"step {self.step}, validation: {shown}")
+
+    def _eagerly(self) -> AbstractContextManager[object]:
+        """Runs what is compiled as it is written: other shapes than the step's would be compiled anew, each."""
+        return nullcontext() if self.config.runtime.compile == "off" else torch.compiler.set_stance("force_eager")
 
     def _save(self) -> None:
         self._record(self._clock.flush())
@@ -284,7 +293,8 @@ class Trainer:
             self._task.save_model(self._model, folder)
         with self._clocks.hold("eval"):
             tokens = self.config.evaluation.sample_tokens
-            sample = self._task.sample(self._model, tokens, self.device) if tokens else None
+            with self._eagerly():
+                sample = self._task.sample(self._model, tokens, self.device) if tokens else None
         plot = self._writer.folder / "loss.png"
         with self._clocks.hold("record"):
             loss_curve([read_run(self._writer.folder)], plot)

@@ -45,7 +45,10 @@ def fails(capsys, *arguments):
         (["precision=fp8"], "precision: Input should be 'fp32', 'bf16', 'fp16' or 'bf16_master' (given: 'fp8')"),
         (["train.steps=ten"], "train.steps: Input should be a valid integer (given: 'ten')"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1 (given: 0)"),
-        (["train.batch=6", "train.micro_batch=4"], "train.micro_batch 4 does not divide train.batch 6; allowed: 1, 2, 3, 6"),
+        (
+            ["train.batch=6", "train.micro_batch=4"],
+            "train.micro_batch 4 does not divide train.batch 6; allowed: 1, 2, 3, 6",
+        ),
         (["model.width=33"], "width 33 is no multiple of num_heads 2"),
         (["model.vocab_size=200"], "model.vocab_size: 200 given, but the tokenizer 'bytes' gives ids up to 256"),
         (["precision=fp16", "runtime.device=cpu"], "precision 'fp16' needs a GPU"),

@@ -38,3 +38,8 @@ def cache_folder() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "llmeff"
+
+
+def silence_profiler() -> None:
+    """Keeps torch's profiler from writing its stages to standard error."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -10,7 +10,7 @@ from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, RuntimeCon
 
 @recipe
 def yardstick() -> RunConfig:
-    """nanoGPT has 804,096 parameters there, reads 12 x 64 characters a step and ends 2,000 steps at 1.8857 nats.
+    """NanoGPT has 804,096 parameters there, reads 12 x 64 characters a step and ends 2,000 steps at 1.8857 nats.
 
     Give the corpus: `--set 'data.source.path=["input.txt"]'` (tinyshakespeare). Its first nine tenths train, its last
     tenth is held out, as there. Few wide layers spend more of a step in matrix products than many narrow ones.

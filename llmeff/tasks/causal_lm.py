@@ -24,7 +24,7 @@ from llmeff.models.cross_entropy import IGNORED
 from llmeff.tasks.task import Batch, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
-"""Logits that live at once in evaluation, in numbers."""
+"""Logits that live at once in evaluation, in numbers; a vocabulary counts as 2,048 at least, for the activations."""
 _TEMPERATURE = 0.8
 """Of sampled text."""
 
@@ -78,7 +78,7 @@ class CausalLMTask(Task):
         self._sample_seed, self._order_seed = derive(seed, "sample"), derive(seed, "data")
         self._batch_size = batch_size
         self.items_per_step = batch_size * data.sequence_length
-        self._loss_chunk = config.resolve_chunk(corpus.vocab_size)
+        self._config = config
         # A corpus that cannot be trained or evaluated on is an error now, not hours later.
         self._windows = corpus.train
         corpus.stream("validation")
@@ -87,8 +87,9 @@ class CausalLMTask(Task):
         """Fills in the vocabulary's size."""
         assert isinstance(model, LanguageModelConfig)
         if model.vocab_size == "auto":
-            return model.model_copy(update={"vocab_size": self.corpus.vocab_size})
-        self.corpus.check_vocabulary(model.vocab_size)
+            model = model.model_copy(update={"vocab_size": self.corpus.vocab_size})
+        self.corpus.check_vocabulary(model.vocabulary())
+        self._loss_chunk = self._config.resolve_chunk(model.vocabulary())
         return model
 
     def table(self, model: nn.Module) -> list[Row]:
@@ -131,8 +132,7 @@ class CausalLMTask(Task):
         windows = self.corpus.eval_windows(split, max_tokens=limit)
         sums = np.zeros(len(windows.document_bytes))
         counts = np.zeros(len(windows.document_bytes), dtype=np.int64)
-        logits_a_row = self._data.sequence_length * self.corpus.vocab_size
-        rows = max(1, _EVAL_LOGITS // logits_a_row)
+        rows = max(1, _EVAL_LOGITS // max(self.corpus.vocab_size, 2048) // self._data.sequence_length)
         for start in range(0, windows.num_windows, rows):
             packed = windows.batch(range(start, min(start + rows, windows.num_windows)))
             tokens = torch.from_numpy(packed.tokens).to(device)
