@@ -326,6 +326,7 @@ class Trainer:
             model_flops_per_s=rate,
             mfu=None if rate is None else mfu(rate, self._environment.device, self._precision.compute),
             energy_j=self._energy.energy_j(),
+            prediction=self.price.source,
             predicted=predicted,
             measured=measured,
             error=relative_errors(predicted, measured),

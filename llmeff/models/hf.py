@@ -56,6 +56,7 @@ class HFModelConfig(LanguageModelConfig):
 
         if Path(self.path).is_absolute() and not Path(self.path).is_dir():
             raise ConfigError(f"model.path: there is no folder {self.path}")
+        transformers.utils.logging.disable_progress_bar()  # it would draw over the run's own
         models = transformers.AutoModelForCausalLM
         try:
             config = transformers.AutoConfig.from_pretrained(self.path)

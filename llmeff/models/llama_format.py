@@ -45,8 +45,7 @@ def shared_name(name: str) -> str:
 
 def own_fields(config: DecoderConfig) -> dict[str, Any]:
     """What llmeff's own format keeps of a config beside the vocabulary and the tying, which are transformers' fields."""
-    fields = config.model_dump(mode="json", exclude={"name", "vocab_size", "tied_embeddings"})
-    return {"name": "decoder", **fields}
+    return config.model_dump(mode="json", exclude={"name", "vocab_size", "tied_embeddings"})
 
 
 def from_own_fields(fields: Mapping[str, Any], vocab_size: int, tied_embeddings: bool) -> DecoderConfig:
@@ -169,7 +168,7 @@ def _stock_fields(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         "num_kv_heads": raw.get("num_key_value_heads") or num_heads,
         "head_dim": head_dim,
         "mlp_width": raw["intermediate_size"],
-        "mixer": {"name": "softmax", "qk_norm": model_type == "qwen3"},
+        "mixer": Softmax(qk_norm=model_type == "qwen3"),
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0)),
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "init_std": raw.get("initializer_range", 0.02),

@@ -25,9 +25,7 @@ Kind = Literal["parameters", "gradients", "optimizer", "other"]
 
 
 def allocator_peaks(device: torch.device) -> dict[str, int]:
-    """The most that CUDA's allocator has handed out and reserved at once, in bytes, since `peak_bytes` last reset it, or
-    since the process began.
-    """
+    """The most bytes that CUDA's allocator has handed out and reserved at once since `peak_bytes` last forgot them."""
     return {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),

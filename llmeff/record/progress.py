@@ -175,7 +175,13 @@ def show_summary(console: Console, result: Result, folder: Path, plot: Path | No
     """The end of a run: what it was predicted to take and took, what it learned, where it lies."""
     if result.status == "diverged":
         console.print(Text(f"The run diverged after step {result.steps}. {result.diagnosis}", "bold red"))
-    table = Table("", "predicted", "measured", "error", title_justify="left")
+    table = Table(
+        "",
+        "predicted" if result.prediction == "law" else "predicted (traced)",
+        "measured",
+        "error",
+        title_justify="left",
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for quantity in [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
-from llmeff.core.table import numel, table
+from llmeff.core.table import table
 from llmeff.core.tensors import copy_tensors
 from llmeff.models import ModelConfig, llama_format, save_model
 from llmeff.models.cross_entropy import IGNORED
@@ -136,7 +136,7 @@ def test_on_meta_only_the_config_is_read(kind: str, tmp_path: Path) -> None:
 def test_roles_come_from_the_modules(tmp_path: Path) -> None:
     gpt2 = build(folder("gpt2", tmp_path / "gpt2"))
     roles = gpt2.roles()
-    assert numel(table(gpt2, roles)) == sum(parameter.numel() for parameter in gpt2.parameters())
+    assert sum(row.parameter.numel() for row in table(gpt2, roles)) == sum(parameter.numel() for parameter in gpt2.parameters())
     assert roles["network.transformer.wpe.weight"] == roles["network.transformer.wte.weight"] == "embedding"
     assert roles["network.transformer.h.0.attn.c_attn.weight"] == "matrix"
     assert roles["network.transformer.h.0.attn.c_attn.bias"] == "bias"

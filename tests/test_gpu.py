@@ -1,0 +1,47 @@
+"""What needs a CUDA device: every precision trains there, and a deterministic run repeats and resumes to the last bit."""
+
+import pytest
+import torch
+
+from llmeff.core.config import override, validate
+from llmeff.loop import Trainer, train
+from llmeff.record.reader import read_run
+from llmeff.runconfig import RunConfig
+from tests.test_loop import TINY
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def on_gpu(*settings):
+    config = override(TINY, ["runtime.device=cuda", "train.steps=12", "checkpoint.every=4", *settings])
+    return validate(RunConfig, config)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_trains_in_every_precision_and_meets_its_price(tmp_path, precision):
+    result = train(on_gpu(f"precision={precision}"), tmp_path / "run")
+    assert result.status == "finished"
+    assert result.error["parameters"] == 0
+    assert result.energy_j is None or result.energy_j > 0
+    steps = read_run(tmp_path / "run").steps
+    assert steps["loss"][-1] < steps["loss"][0]
+    assert (steps["peak_allocated_bytes"] > 0).all()
+    assert (steps["step_s"] > 0).all()
+
+
+def test_a_deterministic_run_repeats_and_resumes_to_the_last_bit(tmp_path):
+    config = on_gpu("runtime.deterministic=true")
+    train(config, tmp_path / "whole")
+    with Trainer(config, tmp_path / "cut", resume=False, is_silent=True) as trainer:
+        for _ in range(6):
+            trainer.train_step()
+            trainer.evaluate_if_due()
+            trainer.save_if_due()
+    train(config, tmp_path / "cut", resume=True)
+    whole, cut = read_run(tmp_path / "whole"), read_run(tmp_path / "cut")
+    for name in ("loss", "grad_norm"):
+        assert whole.steps[name].tolist() == cut.steps[name].tolist()
+    assert whole.result.metrics == cut.result.metrics
