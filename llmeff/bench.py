@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 
 from llmeff.core.config import ConfigError, validate
-from llmeff.core.units import show_seconds
 from llmeff.runconfig import RunConfig
 
 Tick = Callable[[], None]
@@ -247,12 +246,13 @@ def _summarize(names: Sequence[str], rounds: list[dict[str, Turn]]) -> dict[str,
         "noisy_rounds_dropped": len(rounds) - len(used),
         "arms": {name: _spread([each[name].step_s for each in used]) for name in names},
         "ratios": {
-            f"{name} / {first}": _interval([each[name].step_s / each[first].step_s for each in used])
-            for name in names[1:]
+            f"{name} / {first}": _ratio([each[name].step_s / each[first].step_s for each in used]) for name in names[1:]
+        },
+        "differences_s": {
+            f"{name} - {first}": _mean([each[name].step_s - each[first].step_s for each in used]) for name in names[1:]
         },
         "cpu_ratios": {
-            f"{name} / {first}": _interval([each[name].cpu_s / each[first].cpu_s for each in used])
-            for name in names[1:]
+            f"{name} / {first}": _ratio([each[name].cpu_s / each[first].cpu_s for each in used]) for name in names[1:]
         },
         "turns": [{name: vars(turn) for name, turn in each.items()} for each in rounds],
     }
@@ -263,33 +263,36 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median_step_s": median, "lower_quartile_s": lower, "upper_quartile_s": upper}
 
 
-def _interval(ratios: list[float]) -> dict[str, float]:
-    """The geometric mean and its 95 % interval: Student's t on the logarithms, one for each round."""
+def _mean(values: list[float]) -> dict[str, float]:
+    """The mean over rounds with its 95 % interval, by Student's t."""
     from scipy.stats import t
 
-    logs = [math.log(ratio) for ratio in ratios]
-    mean = statistics.fmean(logs)
-    half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return {
-        "ratio": math.exp(mean),
-        "lower": math.exp(mean - half),
-        "upper": math.exp(mean + half),
-        "median": statistics.median(ratios),
-        "n": len(ratios),
-    }
+    mean = statistics.fmean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "lower": mean - half, "upper": mean + half, "n": len(values)}
+
+
+def _ratio(ratios: list[float]) -> dict[str, float]:
+    """The geometric mean with its 95 % interval."""
+    logs = _mean([math.log(ratio) for ratio in ratios])
+    return {name: value if name == "n" else math.exp(value) for name, value in logs.items()}
 
 
 def show(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [
-        f"{name:<24} {show_seconds(arm['median_step_s'])} a step "
-        f"({show_seconds(arm['lower_quartile_s'])} to {show_seconds(arm['upper_quartile_s'])})"
+        f"{name:<24} {1e3 * arm['median_step_s']:.2f} ms a step (half of the rounds between "
+        f"{1e3 * arm['lower_quartile_s']:.2f} and {1e3 * arm['upper_quartile_s']:.2f})"
         for name, arm in result["arms"].items()
     ]
     for pair, value in result["ratios"].items():
         lines.append(
-            f"{pair:<24} {value['ratio']:.3f} (95 % of rounds' mean: {value['lower']:.3f} to {value['upper']:.3f}, "
+            f"{pair:<24} {value['mean']:.3f} (95 % of rounds' mean: {value['lower']:.3f} to {value['upper']:.3f}, "
             f"n = {value['n']})"
+        )
+    for pair, value in result["differences_s"].items():
+        lines.append(
+            f"{pair:<24} {1e3 * value['mean']:.2f} ms ({1e3 * value['lower']:.2f} to {1e3 * value['upper']:.2f})"
         )
     if result["noisy_rounds_dropped"]:
         lines.append(f"{result['noisy_rounds_dropped']} of {result['rounds']} rounds were noisy and are left out")

@@ -1,4 +1,4 @@
-"""Small records and run folders for all tests, and a token cache that is not the user's."""
+"""Small records and run folders for all tests, and caches that are not the user's."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +24,12 @@ class SeedOnly(Config):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One for all tests of this process and the processes that they start."""
-    folder = tmp_path_factory.mktemp("cache")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Folders that all tests of this process, and the processes that they start, share in place of the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMEFF_CACHE", str(folder))
-        yield folder
+        patch.setenv("LLMEFF_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The rules of the house that no linter knows."""
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -56,12 +57,17 @@ def names_read(tree: ast.Module) -> Iterator[str]:
         yield from (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
+@functools.cache
+def all_names_read() -> set[str]:
+    return {name for tree in TREES.values() for name in names_read(tree)}
+
+
 @every_config
 def test_every_field_is_read(config):
-    read = {name for tree in TREES.values() for name in names_read(tree)}
-    assert set(config.__annotations__) & set(config.model_fields) <= read
+    assert set(config.__annotations__) & set(config.model_fields) <= all_names_read()
 
 
+@functools.cache
 def component_files() -> dict[str, set[Path]]:
     """The files of each registered name."""
     found: dict[str, set[Path]] = {}

@@ -136,7 +136,9 @@ def test_on_meta_only_the_config_is_read(kind: str, tmp_path: Path) -> None:
 def test_roles_come_from_the_modules(tmp_path: Path) -> None:
     gpt2 = build(folder("gpt2", tmp_path / "gpt2"))
     roles = gpt2.roles()
-    assert sum(row.parameter.numel() for row in table(gpt2, roles)) == sum(parameter.numel() for parameter in gpt2.parameters())
+    assert sum(row.parameter.numel() for row in table(gpt2, roles)) == sum(
+        parameter.numel() for parameter in gpt2.parameters()
+    )
     assert roles["network.transformer.wpe.weight"] == roles["network.transformer.wte.weight"] == "embedding"
     assert roles["network.transformer.h.0.attn.c_attn.weight"] == "matrix"
     assert roles["network.transformer.h.0.attn.c_attn.bias"] == "bias"
