@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from llmeff.core.config import ConfigError, validate
+from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
 
 Tick = Callable[[], None]
@@ -57,8 +59,6 @@ def ours(config: RunConfig, tick: Tick) -> None:
 
 def bare(config: RunConfig, tick: Tick) -> None:
     """The same model, batches and optimizer in the shortest loop that trains."""
-    import torch
-
     from llmeff.prepare import prepare, prepare_device, prepare_model
 
     config, task = prepare(config)
@@ -81,7 +81,6 @@ def bare(config: RunConfig, tick: Tick) -> None:
 
 def hf_trainer(config: RunConfig, tick: Tick) -> None:
     """Hugging Face's Trainer over the same model, by its Hugging Face face, and batches of the same size."""
-    import torch
     from torch.utils.data import Dataset
     from transformers import Trainer as HFTrainer
     from transformers import TrainerCallback, TrainingArguments
@@ -195,7 +194,10 @@ def bench(config: RunConfig, arms: Sequence[str], rounds: int, steps: int, warmu
     finally:
         for process in processes:
             process.kill()
-    return {"config": config.model_dump(mode="json")} | _summarize(arms, results)
+    is_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
+    where = environment(torch.device("cuda" if is_gpu else "cpu"))
+    facts = {"environment": where.model_dump(mode="json"), "config": config.model_dump(mode="json")}
+    return facts | _summarize(arms, results)
 
 
 def _turn(name: str, lane: Connection, steps: int) -> Turn:

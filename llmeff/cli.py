@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,7 +212,8 @@ def _bench(options: argparse.Namespace) -> int:
 
     result = bench(_config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup)
     if options.out is not None:
-        options.out.write_text(json.dumps(result), encoding="utf-8")
+        command = shlex.join(["llmeff", *sys.argv[1:]])
+        options.out.write_text(json.dumps({"command": command} | result), encoding="utf-8")
     sys.stdout.write(show(result) + "\n")
     return 0
 

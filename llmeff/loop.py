@@ -144,10 +144,11 @@ class Trainer:
         """One optimizer step: batch, forward, backward, clip, update, record."""
         number = self.step + 1
         if number == COUNTED_STEP:
-            # Counting runs compiled code eagerly and makes autograd add gradients out of place: another step meters memory.
-            self._measured["executed_flops"] = count_flops(self._update)
+            # Counting makes autograd add gradients out of place: another step meters memory.
+            with self._eagerly():
+                self._measured["executed_flops"] = count_flops(self._update)
         elif number == METERED_STEP:
-            with self._clocks.hold("record"):
+            with self._clocks.hold("record"), self._eagerly():
                 self._measured["saved_bytes"] = self._saved_bytes()
             self._measured["peak_bytes"] = peak_bytes(self._update, self._held(), self.device)
         else:

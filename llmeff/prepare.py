@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError, read
-from llmeff.core.dist import world
+from llmeff.core.dist import launched_precision, world
 from llmeff.core.seed import derive
 from llmeff.predict import resolve_micro_batch
 from llmeff.record import schema
@@ -45,11 +45,20 @@ def check_world(config: RunConfig) -> None:
     Raises:
         ConfigError: it is not.
     """
-    ranks = world().ranks
-    if ranks != config.parallel.ranks:
-        raise ConfigError(
-            f"parallel.ranks is {config.parallel.ranks} in the config, but the launcher started {ranks} (WORLD_SIZE)"
+    problems = []
+    if world().ranks != config.parallel.ranks:
+        problems.append(
+            f"parallel.ranks is {config.parallel.ranks} in the config, but the launcher started {world().ranks} "
+            "(WORLD_SIZE)"
         )
+    asked = launched_precision()
+    if asked is not None and asked != config.precision:
+        problems.append(
+            f"precision is {config.precision!r} in the config, but accelerate launch was given --mixed_precision "
+            f"{asked}: leave the flag out, or --set precision={asked}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def prepare_device(config: RunConfig) -> torch.device:

@@ -183,3 +183,28 @@ def test_the_launchers_world_must_be_the_configs(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"parallel\.ranks is 1 in the config, but the launcher started 2"):
         train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_launchers_precision_must_be_the_configs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match=r"precision is 'fp32' in the config, but .* --mixed_precision bf16"):
+        train(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["layers", "model"])
+def test_a_compiled_run_is_the_eager_run_to_rounding_and_stays_compiled(tmp_path, finished, compiled):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    train(tiny(f"runtime.compile={compiled}"), tmp_path / "run")
+    eager, run = read_run(finished[0]), read_run(tmp_path / "run")
+    assert run.steps["loss"] == pytest.approx(eager.steps["loss"], rel=1e-4)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 2 * trainable_layers(compiled)
+
+
+def trainable_layers(compiled):
+    """Graphs that a run may have: one for each compiled module, with and without gradients."""
+    return TINY["model"]["num_layers"] if compiled == "layers" else 1

@@ -31,6 +31,12 @@ def world() -> World:
     )
 
 
+def launched_precision() -> str | None:
+    """What `accelerate launch --mixed_precision` asked for ("bf16"); None where it asked for nothing."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return None if asked == "no" else asked
+
+
 def cache_folder() -> Path:
     """Where token caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
     given = os.environ.get("LLMEFF_CACHE")

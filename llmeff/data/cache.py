@@ -139,9 +139,24 @@ def ensure(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_corpus(
-    folder: Path, documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, max_tokens: int | None
+    folder: Path,
+    documents: Iterable[tuple[Split, Document]],
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    source: str = "it",
 ) -> None:
-    """Encodes the documents into the folder; with `max_tokens`, up to the document that reaches so many in all."""
+    """Encodes documents into a folder.
+
+    Args:
+        folder: to fill.
+        documents: with the split of each.
+        tokenizer: makes their ids.
+        max_tokens: up to the document that reaches so many in all; None: all.
+        source: where they come from, for an error.
+
+    Raises:
+        ConfigError: there is no document, or all are empty.
+    """
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
     writers: dict[Split, _SplitWriter] = {}
     num_tokens = 0
@@ -154,7 +169,7 @@ def write_corpus(
             if max_tokens is not None and num_tokens >= max_tokens:
                 break
     if not writers:
-        raise ConfigError("data.source: there is no text in it: no document, or only empty ones")
+        raise ConfigError(f"data.source: there is no text in {source}: no document, or only empty ones")
     tokenizer.save(folder)
     meta = {
         "vocab_size": tokenizer.vocab_size,

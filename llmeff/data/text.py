@@ -72,7 +72,8 @@ class TextData(DataConfig):
 
     def _write(self, folder: Path) -> None:
         tokenizer = self.tokenizer.build(self._train_texts)
-        cache.write_corpus(folder, self._documents(), tokenizer, self.max_tokens)
+        source = self.source.model_dump_json(exclude_defaults=True)
+        cache.write_corpus(folder, self._documents(), tokenizer, self.max_tokens, source)
 
 
 class TextCorpus:

@@ -1,6 +1,5 @@
 """The yardstick: characters of Shakespeare, as much model, data and work a step as nanoGPT's documented CPU command."""
 
-from llmeff.attention import Softmax
 from llmeff.data import Characters, SplitConfig, TextData, TextFiles
 from llmeff.models import DecoderConfig
 from llmeff.optim import AdamW, Cosine
@@ -17,7 +16,7 @@ def yardstick() -> RunConfig:
     """
     return RunConfig(
         name="yardstick",
-        model=DecoderConfig(width=192, num_layers=2, num_heads=3, num_kv_heads=1, mlp_width=512, mixer=Softmax()),
+        model=DecoderConfig(width=256, num_layers=1, num_heads=4, num_kv_heads=1, mlp_width=808),
         data=TextData(
             source=TextFiles(path=("input.txt",)),
             tokenizer=Characters(),
