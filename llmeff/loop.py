@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from pydantic import BaseModel
 
-from llmeff.checkpoint import Checkpoints, restore_random_states
+from llmeff.checkpoint import Checkpoint, Checkpoints, restore_random_states
 from llmeff.compare.plots import loss_curve
 from llmeff.core import files
 from llmeff.core.optimizer_state import set_learning_rate
@@ -18,7 +18,7 @@ from llmeff.core.seed import derive
 from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
 from llmeff.predict import predict
-from llmeff.prepare import check_same_run, prepare, prepare_device, prepare_model
+from llmeff.prepare import begun_config, micro_batches, prepare, prepare_device, prepare_model
 from llmeff.record import schema
 from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
@@ -33,7 +33,7 @@ from llmeff.record.meters import (
 from llmeff.record.progress import Shown, open_display
 from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
-from llmeff.record.writer import RunWriter
+from llmeff.record.writer import RunWriter, check_free
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Batch
 
@@ -69,26 +69,29 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, is_silent: b
         return trainer.finish()
 
 
+class _State(BaseModel):
+    """What a run remembers in a checkpoint beside weights and optimizer."""
+
+    items_seen: int = 0
+    measured: dict[str, float] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    timings: Timings = Timings()
+    energy_j: float | None = None
+
+
 class Trainer:
     """A run under way: what `train` calls in order, and what benchmarks step through."""
 
     def __init__(self, config: RunConfig, folder: Path, *, resume: bool, is_silent: bool):
         self._closing = ExitStack()
+        start_s = time.perf_counter()
+        if resume:
+            config = begun_config(config, folder)
+        else:
+            check_free(folder)
         self.config, self._task = prepare(config)
         self.device = prepare_device(self.config)
-        self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self._environment = environment(self.device)
-        checkpoint = None
-        if resume:
-            check_same_run(self.config, folder)
-            self._writer = RunWriter.resume(folder, self._environment)
-            self._closing.push(self._writer)
-            checkpoint = self._checkpoints.newest()
-            self._writer.truncate_after(0 if checkpoint is None else checkpoint.step)
-        else:
-            self._writer = RunWriter.create(folder, self.config, self._environment)
-            self._closing.push(self._writer)
-
         self._model = prepare_model(self.config, self.device)
         self._rows = self._task.table(self._model)
         self._optimizer = self.config.optim.build(self._rows)
@@ -97,29 +100,36 @@ class Trainer:
             self._model, self._rows, self._optimizer, self.device, self._precision
         )
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
+        self.price = predict(self.config)
+        self._shares = micro_batches(self.config, self._strategy.world.rank)
 
+        # All that can be wrong has been asked for: now the folder is touched.
+        self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
-        self._items_seen = 0
-        self._measured: dict[str, float] = {}
-        self._metrics: dict[str, dict[str, float]] = {}
-        earlier = Timings()
+        self._state = _State()
+        if resume:
+            self._writer = RunWriter.resume(folder, self._environment)
+            self._closing.push(self._writer)
+            self._go_back(self._checkpoints.newest())
+        else:
+            self._writer = RunWriter.create(folder, self.config, self._environment)
+            self._closing.push(self._writer)
+        self._clock = StepClock(self.device)
+        self._energy = EnergyMeter(self.device)
+        self._pending: dict[int, dict[str, Any]] = {}
+        self._display = open_display(self._shown(), is_silent=is_silent or not self._strategy.world.is_main)
+        earlier = self._state.timings
+        startup_s = earlier.startup_s + time.perf_counter() - start_s
+        self._clocks = Clocks(self.device, earlier.model_copy(update={"startup_s": startup_s}))
+
+    def _go_back(self, checkpoint: Checkpoint | None) -> None:
+        """To the checkpoint, or where there is none to the beginning."""
+        self._writer.truncate_after(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
             self.step = checkpoint.step
-            self._items_seen = checkpoint.state["items_seen"]
-            self._measured = checkpoint.state["measured"]
-            self._metrics = checkpoint.state["metrics"]
-            earlier = Timings(**checkpoint.state["timings"])
-        self.price = predict(self.config)
-        self._clock = StepClock(self.device)
-        self._energy = EnergyMeter(self.device)
-        self._shares = _shares(self.config, self._strategy.world.rank)
-        self._pending: dict[int, dict[str, Any]] = {}
-        self._display = open_display(self._shown(), is_silent=is_silent or not self._strategy.world.is_main)
-        age_s = time.time() - psutil.Process().create_time()
-        startup = earlier.model_copy(update={"startup_s": earlier.startup_s + age_s})
-        self._clocks = Clocks(self.device, startup)
+            self._state = _State.model_validate(checkpoint.state)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -146,11 +156,11 @@ class Trainer:
         if number == COUNTED_STEP:
             # Counting makes autograd add gradients out of place: another step meters memory.
             with self._eagerly():
-                self._measured["executed_flops"] = count_flops(self._update)
+                self._state.measured["executed_flops"] = count_flops(self._update)
         elif number == METERED_STEP:
             with self._clocks.hold("record"), self._eagerly():
-                self._measured["saved_bytes"] = self._saved_bytes()
-            self._measured["peak_bytes"] = peak_bytes(self._update, self._held(), self.device)
+                self._state.measured["saved_bytes"] = self._saved_bytes()
+            self._state.measured["peak_bytes"] = peak_bytes(self._update, self._held(), self.device)
         else:
             self._update()
 
@@ -196,13 +206,13 @@ class Trainer:
 
         items = sum(counts.values())
         self.step = number
-        self._items_seen += items
+        self._state.items_seen += items
         self._pending[number] = {
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": rate,
             "items": items,
-            "items_seen": self._items_seen,
+            "items_seen": self._state.items_seen,
             "peak_allocated_bytes": allocator_peaks(self.device).get("peak_allocated_bytes"),
             "loss_scale": strategy.loss_scale,
         }
@@ -261,9 +271,9 @@ class Trainer:
             with self._eagerly():
                 results = list(self._task.evaluate(self._model, "validation", max_units, self.device))
             self._model.train()
-        self._metrics["validation"] = self._task.summary(results)
+        self._state.metrics["validation"] = self._task.summary(results)
         self._writer.evaluation([EvalRow(step=self.step, split="validation", **vars(result)) for result in results])
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._metrics["validation"].items())
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._state.metrics["validation"].items())
         self._display.note(f"step {self.step}, validation: {shown}")
 
     def _eagerly(self) -> AbstractContextManager[object]:
@@ -274,13 +284,15 @@ class Trainer:
         self._record(self._clock.flush())
         self._writer.sync()
         with self._clocks.hold("checkpoint"):
-            state = {
-                "items_seen": self._items_seen,
-                "measured": self._measured,
-                "metrics": self._metrics,
-                "timings": self._clocks.timings().model_dump(),
-            }
-            self._checkpoints.save(self.step, state, self._strategy.save)
+            state = self._state.model_copy(update={"timings": self._clocks.timings(), "energy_j": self._energy_j()})
+            self._checkpoints.save(self.step, state.model_dump(), self._strategy.save)
+
+    def _energy_j(self) -> float | None:
+        """By all processes of the run; None where one of them could not tell."""
+        now = self._energy.energy_j()
+        if self._state.timings == Timings():
+            return now
+        return None if now is None or self._state.energy_j is None else now + self._state.energy_j
 
     # -- the end
 
@@ -306,27 +318,27 @@ class Trainer:
 
     def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
         steps = read_run(self._writer.folder).steps
-        speed = throughput(steps)
+        speed, loss = throughput(steps), final_loss(steps)
         predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
-        measured = self._measured | {"parameters": sum(p.numel() for p in self._model.parameters())}
+        measured = self._state.measured | {"parameters": sum(p.numel() for p in self._model.parameters())}
         rate = None
         if speed is not None:
-            rate = predicted["model_flops"] * speed.median * self.step / self._items_seen
+            rate = predicted["model_flops"] * speed.median * self.step / self._state.items_seen
         return Result(
             status=status,
             diagnosis=diagnosis,
             steps=self.step,
             item=self._task.item,
-            items_seen=self._items_seen,
+            items_seen=self._state.items_seen,
             parameters=int(measured["parameters"]),
-            train_loss=final_loss(steps) or math.nan,
-            metrics=self._metrics,
+            train_loss=math.nan if loss is None else loss,
+            metrics=self._state.metrics,
             references=self._task.references(),
             timings=self._clocks.timings(),
             items_per_s=speed,
             model_flops_per_s=rate,
             mfu=None if rate is None else mfu(rate, self._environment.device, self._precision.compute),
-            energy_j=self._energy.energy_j(),
+            energy_j=self._energy_j(),
             prediction=self.price.source,
             predicted=predicted,
             measured=measured,
@@ -334,11 +346,3 @@ class Trainer:
             sample=sample,
             data=self._task.facts(),
         )
-
-
-def _shares(config: RunConfig, rank: int) -> list[range]:
-    """The rows of the global batch that this rank reads, a range for each micro-batch."""
-    share = config.train.batch // config.parallel.ranks
-    size = config.train.micro_batch
-    assert isinstance(size, int)
-    return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]

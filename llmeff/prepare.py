@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmeff.core.config import ConfigError, read
+from llmeff.core.config import ConfigError, read, validate
 from llmeff.core.dist import launched_precision, world
 from llmeff.core.seed import derive
 from llmeff.predict import resolve_micro_batch
@@ -92,15 +92,35 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
     return model
 
 
-def check_same_run(config: RunConfig, folder: Path) -> None:
-    """A resumed run goes on with the config that it began with, and says where another was asked for."""
-    saved = read(folder / schema.CONFIG)
-    asked = config.model_dump(mode="json")
+def micro_batches(config: RunConfig, rank: int) -> list[range]:
+    """The rows of the global batch that this rank reads, a range for each micro-batch."""
+    share = config.train.batch // config.parallel.ranks
+    size = config.train.micro_batch
+    assert isinstance(size, int)
+    return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
+    """The config that the run in a folder was begun with; where another is asked for, that is an error.
+
+    Args:
+        asked: by the user; its `auto` values agree with anything.
+        folder: the run's.
+
+    Raises:
+        ConfigError: naming each difference, or that there is no run.
+    """
+    path = folder / schema.CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
+    saved = read(path)
     changed = [
-        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}" for key, was, now in _differences(saved, asked)
+        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
+        for key, was, now in _differences(saved, asked.model_dump(mode="json"))
     ]
     if changed:
         raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
+    return validate(RunConfig, saved)
 
 
 def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -109,4 +129,4 @@ def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, 
         for name in saved | asked:
             found += _differences(saved.get(name), asked.get(name), f"{key}.{name}" if key else name)
         return found
-    return [] if saved == asked else [(key, saved, asked)]
+    return [] if asked in (saved, "auto") else [(key, saved, asked)]

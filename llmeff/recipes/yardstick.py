@@ -16,7 +16,7 @@ def yardstick() -> RunConfig:
     """
     return RunConfig(
         name="yardstick",
-        model=DecoderConfig(width=256, num_layers=1, num_heads=4, num_kv_heads=1, mlp_width=808),
+        model=DecoderConfig(width=256, num_layers=1, num_heads=4, num_kv_heads=1, mlp_width=800),
         data=TextData(
             source=TextFiles(path=("input.txt",)),
             tokenizer=Characters(),

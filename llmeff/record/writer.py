@@ -46,9 +46,7 @@ class RunWriter:
         """
         with files.reported(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file))
-        if lying:
-            raise ConfigError(_not_empty(folder, lying))
+        check_free(folder)
         with contextlib.ExitStack() as undo:
             writer = undo.enter_context(cls(folder))
             with writer._writing(schema.CONFIG):
@@ -201,6 +199,18 @@ def _eval_table(rows: Iterable[EvalRow]) -> Any:
 def _is_ours(file: Path) -> bool:
     """Whether a file is a lock, or what a process left that was killed before its run began."""
     return file.name == _LOCK or file.name.startswith(files.PARTIAL) or file.name == schema.ENVIRONMENT
+
+
+def check_free(folder: Path) -> None:
+    """Says early whether a run may begin in a folder; touches nothing.
+
+    Raises:
+        ConfigError: something lies there.
+    """
+    with files.reported(folder):
+        lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file)) if folder.is_dir() else []
+    if lying:
+        raise ConfigError(_not_empty(folder, lying))
 
 
 def _not_empty(folder: Path, lying: list[str]) -> str:
