@@ -5,12 +5,15 @@ STAMP = .venv/.installed
 
 .PHONY: setup check format train test test-slow test-system test-gpu
 
-setup: $(STAMP)
-
 # A fresh environment, unless PYTHON names one that exists. constraints.txt pins what was tested.
+ifeq ($(PYTHON),.venv/bin/python)
+setup: $(STAMP)
+else
+setup:
+endif
+
 $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 

@@ -214,28 +214,28 @@ def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
     process = psutil.Process()
     left = 0
     steps = 0
-    began: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    began, cpu_began = 0.0, (0.0, 0.0)
 
-    def stamp() -> tuple[float, float, float]:
-        machine = psutil.cpu_times()
-        own = process.cpu_times()
-        return time.perf_counter(), own.user + own.system, machine.user + machine.system + machine.nice
+    def cpu_times() -> tuple[float, float]:
+        own, machine = process.cpu_times(), psutil.cpu_times()
+        return own.user + own.system, machine.user + machine.system + machine.nice
 
     def tick() -> None:
-        nonlocal left, steps, began
+        nonlocal left, steps, began, cpu_began
         left -= 1
         if left > 0:
             return
         if steps:
-            wall, own, machine = (now - then for now, then in zip(stamp(), began, strict=True))
+            wall = time.perf_counter() - began
+            own, machine = (now - then for now, then in zip(cpu_times(), cpu_began, strict=True))
             lane.send(Turn(step_s=wall / steps, cpu_s=own / steps, others=max(0.0, machine - own) / wall))
         left = steps = lane.recv()
-        began = stamp()
+        cpu_began, began = cpu_times(), time.perf_counter()
 
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 1)
     left = steps = lane.recv()
-    began = stamp()
+    cpu_began, began = cpu_times(), time.perf_counter()
     find_arm(name)(validate(RunConfig, config), tick)
 
 
