@@ -62,6 +62,10 @@ def bare(config: RunConfig, tick: Tick) -> None:
     from llmeff.prepare import prepare, prepare_device, prepare_model
 
     config, task = prepare(config)
+    if config.precision != "fp32" or config.train.micro_batch != config.train.batch:
+        raise ConfigError(
+            "arm 'bare' trains in fp32, a step as one micro-batch: set precision and train.micro_batch so"
+        )
     device = prepare_device(config)
     model = prepare_model(config, device)
     optimizer = config.optim.build(task.table(model))
@@ -90,6 +94,8 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
     from llmeff.prepare import prepare, prepare_device
 
     config, task = prepare(config)
+    if config.precision != "fp32" or config.train.micro_batch != config.train.batch or config.runtime.recompute:
+        raise ConfigError("arm 'hf-trainer' trains in fp32, a step as one micro-batch, without recomputation")
     device = prepare_device(config)
     batch_size = config.train.batch
 
@@ -171,6 +177,12 @@ def bench(config: RunConfig, arms: Sequence[str], rounds: int, steps: int, warmu
     Raises:
         ConfigError: an arm is unknown or ended.
     """
+    if len(set(arms)) < max(2, len(arms)):
+        raise ConfigError(f"--arm: give at least two different arms, given: {', '.join(arms)}")
+    if rounds < 2 or min(steps, warmup_steps) < 1:
+        raise ConfigError(
+            f"--rounds {rounds} --steps {steps} --warmup {warmup_steps}: at least 2 rounds, 1 step and 1 warm-up step"
+        )
     for name in arms:
         find_arm(name)
     context = multiprocessing.get_context("spawn")
@@ -246,6 +258,7 @@ def _summarize(names: Sequence[str], rounds: list[dict[str, Turn]]) -> dict[str,
     return {
         "rounds": len(rounds),
         "noisy_rounds_dropped": len(rounds) - len(used),
+        "quiet_rounds": len(quiet),
         "arms": {name: _spread([each[name].step_s for each in used]) for name in names},
         "ratios": {
             f"{name} / {first}": _ratio([each[name].step_s / each[first].step_s for each in used]) for name in names[1:]
@@ -295,6 +308,10 @@ def show(result: dict[str, Any]) -> str:
     for pair, value in result["differences_s"].items():
         lines.append(
             f"{pair:<24} {1e3 * value['mean']:.2f} ms ({1e3 * value['lower']:.2f} to {1e3 * value['upper']:.2f})"
+        )
+    if result["quiet_rounds"] < result["rounds"] and not result["noisy_rounds_dropped"]:
+        lines.append(
+            f"the machine was busy: {result['quiet_rounds']} of {result['rounds']} rounds were quiet; all are used"
         )
     if result["noisy_rounds_dropped"]:
         lines.append(f"{result['noisy_rounds_dropped']} of {result['rounds']} rounds were noisy and are left out")

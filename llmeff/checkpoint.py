@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmeff.core import files
+from llmeff.core.config import ConfigError
 from llmeff.core.log import logger
 
 _MANIFEST = "manifest.json"
@@ -70,6 +71,20 @@ class Checkpoints:
                 doomed = old.with_name(f"{files.PARTIAL}{old.name}")
                 old.rename(doomed)
                 shutil.rmtree(doomed)
+
+    def resume_point(self) -> Checkpoint | None:
+        """The newest whole checkpoint; None where none was saved yet.
+
+        Raises:
+            ConfigError: there are some, and none can be read: going on would begin the run anew and drop its record.
+        """
+        checkpoint = self.newest()
+        if checkpoint is None and any(self.folder.glob("step-*")):
+            raise ConfigError(
+                f"{self.folder}: no checkpoint there can be read, for the reasons above, and the run is left as it is; "
+                "to begin it anew, move them away"
+            )
+        return checkpoint
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; a damaged one is passed over with a warning. None where there is none."""

@@ -160,19 +160,15 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError("--resume needs --out DIR, the folder of the run to go on with")
     if options.resume and not (options.out / "config.json").is_file():
         raise ConfigError(f"--resume: {options.out} holds no config.json, so there is no run to go on with")
-    config = None if options.resume and not _given(options) else _config(options)
-    if options.print_config and config is not None:
+    if options.resume and not _given(options):
+        options.config = options.out / "config.json"
+    config = _config(options)
+    if options.print_config:
         sys.stdout.write(config.model_dump_json(indent=2) + "\n")
         return 0
 
     from llmeff.loop import DivergedError, train
 
-    if config is None:
-        from llmeff.core.config import read, validate
-        from llmeff.runconfig import RunConfig
-
-        _load_components(options.imports)
-        config = validate(RunConfig, read(options.out / "config.json"))
     folder = options.out or _free_folder(config.name)
     try:
         result = train(config, folder, resume=options.resume, is_silent=options.quiet or options.json)
@@ -209,12 +205,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from llmeff.bench import bench, show
+    from llmeff.core.files import reported, write_text
 
     result = bench(_config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup)
+    sys.stdout.write(show(result) + "\n")
     if options.out is not None:
         command = shlex.join(["llmeff", *sys.argv[1:]])
-        options.out.write_text(json.dumps({"command": command} | result), encoding="utf-8")
-    sys.stdout.write(show(result) + "\n")
+        with reported(options.out):
+            write_text(options.out, json.dumps({"command": command} | result))
     return 0
 
 

@@ -110,7 +110,7 @@ class Trainer:
         if resume:
             self._writer = RunWriter.resume(folder, self._environment)
             self._closing.push(self._writer)
-            self._go_back(self._checkpoints.newest())
+            self._go_back(self._checkpoints.resume_point())
         else:
             self._writer = RunWriter.create(folder, self.config, self._environment)
             self._closing.push(self._writer)
@@ -124,12 +124,12 @@ class Trainer:
 
     def _go_back(self, checkpoint: Checkpoint | None) -> None:
         """To the checkpoint, or where there is none to the beginning."""
-        self._writer.truncate_after(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
             self.step = checkpoint.step
             self._state = _State.model_validate(checkpoint.state)
+        self._writer.truncate_after(self.step)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -197,7 +197,7 @@ class Trainer:
 
         grad_norm = strategy.clip(self.config.train.clip_norm)
         loss, norm = torch.stack((strategy.reduce_sum(total), grad_norm.float())).tolist()
-        if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.loss_scale is not None)):
+        if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.may_overflow)):
             strategy.skip()
             self._fail(loss, norm)
         rate = set_learning_rate(self._optimizer, self.config.schedule.factor(self.step, self.config.train.steps))

@@ -1,6 +1,5 @@
 """From a config to a run that can begin: the data opened, every `auto` resolved, the device set up."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError, read, validate
-from llmeff.core.dist import launched_precision, world
+from llmeff.core.dist import launched_precision, make_cublas_repeatable, usable_cores, world
 from llmeff.core.seed import derive
 from llmeff.predict import resolve_micro_batch
 from llmeff.record import schema
@@ -32,7 +31,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     config = config.model_copy(update={"model": task.resolve(config.model)})
     threads = config.runtime.threads
     if threads == "auto":
-        threads = max(1, len(os.sched_getaffinity(0)) // config.parallel.ranks)
+        threads = max(1, usable_cores() // config.parallel.ranks)
     runtime = config.runtime.model_copy(update={"device": device, "threads": threads})
     config = config.model_copy(update={"runtime": runtime})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
@@ -72,6 +71,8 @@ def prepare_device(config: RunConfig) -> torch.device:
     if config.runtime.device == "cuda":
         device = torch.device("cuda", world().local_rank)
         torch.cuda.set_device(device)
+        if config.runtime.deterministic:
+            make_cublas_repeatable()
         torch.use_deterministic_algorithms(config.runtime.deterministic)
         return device
     if config.precision == "fp16":
@@ -87,7 +88,12 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
     if config.runtime.compile == "model":
         model.compile()
     elif config.runtime.compile == "layers":
-        for layer in model.layers:  # type: ignore[union-attr]
+        layers = getattr(model, "layers", None)
+        if layers is None:
+            raise ConfigError(
+                f"runtime.compile = 'layers': model {config.model.name!r} has no layers of ours: use 'model'"
+            )
+        for layer in layers:
             layer.compile()
     return model
 

@@ -54,8 +54,16 @@ def test_a_file_without_the_function_is_refused(tmp_path):
 
 
 def test_an_unknown_arm_is_wrong_input(capsys):
-    assert main(["bench", "--recipe=debug", "--arm=theirs"]) == 2
+    assert main(["bench", "--recipe=debug", "--arm=ours", "--arm=theirs"]) == 2
     assert "unknown arm 'theirs'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--arm=ours"], ["--arm=ours", "--arm=ours"], ["--rounds=1"], ["--steps=0"], ["--warmup=0"]]
+)
+def test_a_race_that_cannot_be_run_is_wrong_input(capsys, wrong):
+    assert main(["bench", "--recipe=debug", *wrong]) == 2
+    assert "at least" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -176,3 +176,15 @@ def test_random_numbers_go_on_where_they_were(checkpoints):
     torch.manual_seed(6)
     restore_random_states(checkpoints.newest())
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_checkpoints_that_cannot_be_read_are_no_reason_to_begin_anew(tmp_path):
+    from llmeff.core.config import ConfigError
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.resume_point() is None
+    place = tmp_path / "checkpoints" / "step-00000004"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text('{"schema_version": 99, "sha256": {}}')
+    with pytest.raises(ConfigError, match="no checkpoint there can be read"):
+        checkpoints.resume_point()

@@ -46,6 +46,16 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "llmeff"
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_cublas_repeatable() -> None:
+    """What cuBLAS needs to give the same bits again; before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def silence_profiler() -> None:
     """Keeps torch's profiler from writing its stages to standard error."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -50,7 +50,10 @@ class Characters(TokenizerConfig):
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Collects the characters."""
-        characters = sorted(set[str]().union(*texts()))
+        found: set[str] = set()
+        for text in texts():
+            found.update(text)
+        characters = sorted(found)
         vocabulary = {character: place for place, character in enumerate(characters)}
         # Without a token for the unknown, the library refuses an unknown character, as we do.
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, ClassVar, Literal, cast
@@ -30,7 +31,7 @@ class JsonLines(FileSource):
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         yield f"{unit}:{number}", self._text(line, f"{path}, line {number}")
-            except EOFError as error:
+            except (EOFError, zlib.error) as error:
                 raise ConfigError(f"{path}: is damaged ({error})") from None
 
     def _text(self, line: bytes, where: str) -> str:

@@ -106,6 +106,11 @@ class SingleProcess(Strategy):
         """The scaler's factor in fp16."""
         return None if self._scaler is None else float(self._scaler.get_scale())
 
+    @property
+    def may_overflow(self) -> bool:
+        """In fp16, until the factor has fallen to 1: then the gradients themselves are not finite."""
+        return self._scaler is not None and self._scaler.get_scale() > 1
+
     def barrier(self) -> None:
         """Returns at once."""
 

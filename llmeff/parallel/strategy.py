@@ -49,6 +49,11 @@ class Strategy(ABC):
     def loss_scale(self) -> float | None:
         """The factor of fp16's loss scaling; None where there is none."""
 
+    @property
+    @abstractmethod
+    def may_overflow(self) -> bool:
+        """Whether gradients that are not finite only mean that loss scaling skips this step and goes lower."""
+
     @abstractmethod
     def barrier(self) -> None:
         """Returns when every rank has come here."""

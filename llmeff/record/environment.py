@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import llmeff
+from llmeff.core.dist import usable_cores
 from llmeff.record.schema import Environment
 
 _PACKAGES = (
@@ -30,7 +31,7 @@ def environment(device: torch.device) -> Environment:
         packages={name: version for name in _PACKAGES if (version := _version(name)) is not None},
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         device="cpu" if gpu is None else gpu.name,
