@@ -57,15 +57,32 @@ def ours(config: RunConfig, tick: Tick) -> None:
             tick()
 
 
+def _refuse_unlike(arm: str, config: RunConfig, *, recompute: bool) -> None:
+    """An arm that would train otherwise than it is told to is not raced.
+
+    Raises:
+        ConfigError: the config asks for what the arm does not do; `recompute` says whether it recomputes.
+    """
+    problems = []
+    if config.precision != "fp32":
+        problems.append(f"arm {arm!r} trains in fp32: precision is {config.precision!r}")
+    if config.train.micro_batch != config.train.batch:
+        problems.append(
+            f"arm {arm!r} makes a step of one micro-batch: train.micro_batch is {config.train.micro_batch}, "
+            f"train.batch {config.train.batch}"
+        )
+    if config.runtime.recompute and not recompute:
+        problems.append(f"arm {arm!r} does not recompute: runtime.recompute is true")
+    if problems:
+        raise ConfigError(problems)
+
+
 def bare(config: RunConfig, tick: Tick) -> None:
     """The same model, batches and optimizer in the shortest loop that trains."""
     from llmeff.prepare import prepare, prepare_device, prepare_model
 
     config, task = prepare(config)
-    if config.precision != "fp32" or config.train.micro_batch != config.train.batch:
-        raise ConfigError(
-            "arm 'bare' trains in fp32, a step as one micro-batch: set precision and train.micro_batch so"
-        )
+    _refuse_unlike("bare", config, recompute=True)
     device = prepare_device(config)
     model = prepare_model(config, device)
     optimizer = config.optim.build(task.table(model))
@@ -94,8 +111,7 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
     from llmeff.prepare import prepare, prepare_device
 
     config, task = prepare(config)
-    if config.precision != "fp32" or config.train.micro_batch != config.train.batch or config.runtime.recompute:
-        raise ConfigError("arm 'hf-trainer' trains in fp32, a step as one micro-batch, without recomputation")
+    _refuse_unlike("hf-trainer", config, recompute=False)
     device = prepare_device(config)
     batch_size = config.train.batch
 
