@@ -239,14 +239,13 @@ def _turn(name: str, lane: Connection, steps: int) -> Turn:
 
 def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
     """An arm's process: lets it go for as many steps as it is told to, and answers how long they took."""
-    process = psutil.Process()
     left = 0
     steps = 0
     began, cpu_began = 0.0, (0.0, 0.0)
 
     def cpu_times() -> tuple[float, float]:
-        own, machine = process.cpu_times(), psutil.cpu_times()
-        return own.user + own.system, machine.user + machine.system + machine.nice
+        machine = psutil.cpu_times()
+        return time.process_time(), machine.user + machine.system + machine.nice
 
     def tick() -> None:
         nonlocal left, steps, began, cpu_began
