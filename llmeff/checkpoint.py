@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmeff.core import files
+from llmeff.core import files, group
 from llmeff.core.config import ConfigError
+from llmeff.core.dist import world
 from llmeff.core.log import logger
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
-_RNG = "rng.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +48,50 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
         """Saves a checkpoint; older ones go only once it is whole on disk. One that is there already is left.
 
+        All ranks call it: each writes its own files, the main one makes and seals the folder.
+
         Args:
             step: optimizer steps done.
             state: what the loop must remember, as JSON.
-            write: writes the strategy's files into a folder.
+            write: writes this rank's files into a folder.
 
         Raises:
             ConfigError: the disk is full or not writable; checkpoints already there are untouched.
         """
         place = self.folder / f"step-{step:08d}"
-        with files.reported(place):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            files.sweep_partial(self.folder)
-            if place.exists():
-                if _whole(place) is not None:
-                    return
-                place.rename(place.with_name(f"damaged-{place.name}-{uuid.uuid4().hex[:8]}"))
-            with files.new_folder(place) as part:
+        part = place.with_name(f"{files.PARTIAL}{place.name}")
+        is_main = world().is_main
+        with group.agreed(), files.reported(place):
+            if is_main:
+                self._make_room(place, part)
+        if not group.total(torch.tensor(int(is_main and part.exists()))):
+            return
+        try:
+            with group.agreed(), files.reported(place):
                 write(part)
-                _seal(part, {"step": step, "state": state})
-            for old in [old for old in self._places() if old.name < place.name][self.keep - 1 :]:
+                save_file(_random_states(), part / _rng(world().rank))
+            with group.agreed(), files.reported(place):
+                if is_main:
+                    _seal(part, {"step": step, "state": state})
+                    files.settle(part, place)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        with group.agreed(), files.reported(place):
+            for old in [old for old in self._places() if old.name < place.name][self.keep - 1 :] if is_main else ():
                 doomed = old.with_name(f"{files.PARTIAL}{old.name}")
                 old.rename(doomed)
                 shutil.rmtree(doomed)
+
+    def _make_room(self, place: Path, part: Path) -> None:
+        """An empty folder to write into; none where the checkpoint is there already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.sweep_partial(self.folder)
+        if place.exists():
+            if _whole(place) is not None:
+                return
+            place.rename(place.with_name(f"damaged-{place.name}-{uuid.uuid4().hex[:8]}"))
+        part.mkdir()
 
     def resume_point(self) -> Checkpoint | None:
         """The newest whole checkpoint; None where none was saved yet.
@@ -95,11 +116,18 @@ class Checkpoints:
 
 
 def restore_random_states(checkpoint: Checkpoint) -> None:
-    """Puts torch's generators back."""
-    states = load_file(checkpoint.folder / _RNG)
+    """Puts torch's generators back; a rank that was not there before keeps its own."""
+    path = checkpoint.folder / _rng(world().rank)
+    if not path.exists():
+        return
+    states = load_file(path)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _rng(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
 
 
 def _random_states() -> dict[str, torch.Tensor]:
@@ -110,8 +138,7 @@ def _random_states() -> dict[str, torch.Tensor]:
 
 
 def _seal(part: Path, state: dict[str, Any]) -> None:
-    """Adds what is not the strategy's, and last the checksums of all."""
-    save_file(_random_states(), part / _RNG)
+    """Adds what the loop remembers, and last the checksums of all."""
     (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
     sums = {file.name: files.sha256(file) for file in sorted(part.iterdir())}
     manifest = {"schema_version": SCHEMA_VERSION, "sha256": sums}

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ from pydantic import BaseModel
 
 from llmeff.checkpoint import Checkpoint, Checkpoints, restore_random_states
 from llmeff.compare.plots import loss_curve
-from llmeff.core import files
+from llmeff.core import files, group
+from llmeff.core.config import ConfigError
+from llmeff.core.dist import world
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.precision import precision
 from llmeff.core.seed import derive
 from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
 from llmeff.predict import predict
-from llmeff.prepare import begun_config, micro_batches, prepare, prepare_device, prepare_model
+from llmeff.prepare import begun_config, build_strategy, micro_batches, prepare, prepare_device, whole_model
 from llmeff.record import schema
 from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
@@ -33,7 +35,7 @@ from llmeff.record.meters import (
 from llmeff.record.progress import Shown, open_display
 from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
-from llmeff.record.writer import RunWriter, check_free
+from llmeff.record.writer import Bystander, RunWriter, check_free
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Batch
 
@@ -92,32 +94,27 @@ class Trainer:
         self.config, self._task = prepare(config)
         self.device = prepare_device(self.config)
         self._environment = environment(self.device)
-        self._model = prepare_model(self.config, self.device)
-        self._rows = self._task.table(self._model)
-        self._optimizer = self.config.optim.build(self._rows)
         self._precision = precision(self.config.precision)
-        self._strategy = self.config.parallel.build(
-            self._model, self._rows, self._optimizer, self.device, self._precision
-        )
+        self._shares = micro_batches(self.config, world().rank)
+        self._strategy = self._closing.enter_context(closing(build_strategy(self.config, self._task, self.device)))
+        self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
         self.price = predict(self.config)
-        self._shares = micro_batches(self.config, self._strategy.world.rank)
 
         # All that can be wrong has been asked for: now the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
         self._state = _State()
+        with group.agreed():
+            begin = RunWriter.resume if resume else RunWriter.create
+            opened = begin(folder, self.config, self._environment) if self._is_main else Bystander(folder)
+            self._writer = self._closing.enter_context(opened)
         if resume:
-            self._writer = RunWriter.resume(folder, self._environment)
-            self._closing.push(self._writer)
             self._go_back(self._checkpoints.resume_point())
-        else:
-            self._writer = RunWriter.create(folder, self.config, self._environment)
-            self._closing.push(self._writer)
         self._clock = StepClock(self.device)
         self._energy = EnergyMeter(self.device)
         self._pending: dict[int, dict[str, Any]] = {}
-        self._display = open_display(self._shown(), is_silent=is_silent or not self._strategy.world.is_main)
+        self._display = open_display(self._shown(), is_silent=is_silent or not self._is_main)
         earlier = self._state.timings
         startup_s = earlier.startup_s + time.perf_counter() - start_s
         self._clocks = Clocks(self.device, earlier.model_copy(update={"startup_s": startup_s}))
@@ -125,7 +122,10 @@ class Trainer:
     def _go_back(self, checkpoint: Checkpoint | None) -> None:
         """To the checkpoint, or where there is none to the beginning."""
         if checkpoint is not None:
-            self._strategy.load(checkpoint.folder)
+            try:
+                self._strategy.load(checkpoint.folder)
+            except ValueError as error:
+                raise ConfigError(f"{checkpoint.folder}: {error}") from error
             restore_random_states(checkpoint)
             self.step = checkpoint.step
             self._state = _State.model_validate(checkpoint.state)
@@ -160,22 +160,16 @@ class Trainer:
         elif number == METERED_STEP:
             with self._clocks.hold("record"), self._eagerly():
                 self._state.measured["saved_bytes"] = self._saved_bytes()
-            self._state.measured["peak_bytes"] = peak_bytes(self._update, self._held(), self.device)
+            self._state.measured["peak_bytes"] = peak_bytes(self._update, self._strategy.held(), self.device)
         else:
             self._update()
-
-    def _held(self) -> list[torch.Tensor]:
-        """What lives between steps."""
-        states = self._optimizer.state.values()
-        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-        return [*self._model.parameters(), *self._model.buffers(), *moments]
 
     def _saved_bytes(self) -> int:
         """What a forward pass of one micro-batch keeps for backward."""
         batch = self._task.batch(self.step, self._shares[0], self.device)
         given = [value for value in batch.inputs.values() if isinstance(value, torch.Tensor)]
-        held = [*self._model.parameters(), *self._model.buffers(), *given]
-        with torch.random.fork_rng():
+        held = [*self._strategy.held(), *given]
+        with torch.random.fork_rng(), self._strategy.accumulate(is_last=False):
             return saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)
 
     def _update(self) -> None:
@@ -188,11 +182,12 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         while batches:
             batch = batches.pop(0)  # its masks and tables go with it
-            sums = self._task.loss(strategy.model, batch)
-            share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))
-            clock.mark("forward")
-            strategy.backward(share)
-            clock.mark("backward")
+            with strategy.accumulate(is_last=not batches):
+                sums = self._task.loss(strategy.model, batch)
+                share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))
+                clock.mark("forward")
+                strategy.backward(share)
+                clock.mark("backward")
             total += share.detach()
 
         grad_norm = strategy.clip(self.config.train.clip_norm)
@@ -200,7 +195,7 @@ class Trainer:
         if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.may_overflow)):
             strategy.skip()
             self._fail(loss, norm)
-        rate = set_learning_rate(self._optimizer, self.config.schedule.factor(self.step, self.config.train.steps))
+        rate = set_learning_rate(strategy.optimizer, self.config.schedule.factor(self.step, self.config.train.steps))
         strategy.step()
         clock.mark("optimizer")
 
@@ -227,8 +222,6 @@ class Trainer:
         return {name: max(1, total) for name, total in zip(names, totals, strict=True)}
 
     def _record(self, finished: list[StepTimes]) -> None:
-        if not self._strategy.world.is_main:
-            return
         for times in finished:
             self._clocks.add_step(times)
             with self._clocks.hold("record"):
@@ -238,7 +231,7 @@ class Trainer:
                 self._display.step(row)
 
     def _fail(self, loss: float, norm: float) -> None:
-        ids = [unit for rows in self._shares for unit in self._task.unit_ids(self.step, rows)]
+        ids = self._task.unit_ids(self.step, range(self.config.train.batch))
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         saved = self._checkpoints.newest()
         kept = "no checkpoint was saved yet" if saved is None else f"the checkpoint of step {saved.step} is kept"
@@ -247,7 +240,8 @@ class Trainer:
             f"The step read: {shown}"
         )
         self._record(self._clock.flush())
-        self._writer.finish(self._result("diverged", diagnosis, sample=None))
+        if self._is_main:
+            self._writer.finish(self._result("diverged", diagnosis, sample=None))
         raise DivergedError(diagnosis)
 
     # -- once in a while
@@ -266,11 +260,8 @@ class Trainer:
 
     def _evaluate(self, max_units: int | None) -> None:
         self._record(self._clock.flush())
-        with self._clocks.hold("eval"):
-            self._model.eval()
-            with self._eagerly():
-                results = list(self._task.evaluate(self._model, "validation", max_units, self.device))
-            self._model.train()
+        with self._clocks.hold("eval"), self._eagerly(), self._strategy.evaluating() as model:
+            results = list(self._task.evaluate(model, "validation", max_units, self.device, self._strategy.world))
         self._state.metrics["validation"] = self._task.summary(results)
         self._writer.evaluation([EvalRow(step=self.step, split="validation", **vars(result)) for result in results])
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self._state.metrics["validation"].items())
@@ -297,30 +288,37 @@ class Trainer:
     # -- the end
 
     def finish(self) -> Result:
-        """The last evaluation, checkpoint, model, sample and curve; then the result."""
+        """The last evaluation, checkpoint, model, sample and curve; then the result, the same on all ranks."""
         self._record(self._clock.flush())
         self._evaluate(max_units=None)
         self._save()
-        folder = self._writer.folder / schema.MODEL
+        tokens = self.config.evaluation.sample_tokens
+        with self._clocks.hold("eval"), self._eagerly(), self._strategy.evaluating() as model:
+            sample = self._task.sample(model, tokens, self.device) if tokens else None
+        with self._clocks.hold("checkpoint"):
+            weights = self._strategy.state_dict()
+        with group.agreed():
+            if self._is_main:
+                self._finish(weights, sample)
+        result = read_run(self._writer.folder).result
+        assert result is not None
+        return result
+
+    def _finish(self, weights: dict[str, torch.Tensor], sample: str | None) -> None:
+        folder, plot = self._writer.folder / schema.MODEL, self._writer.folder / "loss.png"
         with self._clocks.hold("checkpoint"), files.reported(folder):
-            self._task.save_model(self._model, folder)
-        with self._clocks.hold("eval"):
-            tokens = self.config.evaluation.sample_tokens
-            with self._eagerly():
-                sample = self._task.sample(self._model, tokens, self.device) if tokens else None
-        plot = self._writer.folder / "loss.png"
+            self._task.save_model(whole_model(self.config, weights), folder)
         with self._clocks.hold("record"):
             loss_curve([read_run(self._writer.folder)], plot)
         result = self._result("finished", None, sample)
         self._writer.finish(result)
         self._display.summary(result, self._writer.folder, plot)
-        return result
 
     def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
         steps = read_run(self._writer.folder).steps
         speed, loss = throughput(steps), final_loss(steps)
         predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
-        measured = self._state.measured | {"parameters": sum(p.numel() for p in self._model.parameters())}
+        measured = self._state.measured | {"parameters": self._strategy.num_parameters}
         rate = None
         if speed is not None:
             rate = predicted["model_flops"] * speed.median * self.step / self._state.items_seen

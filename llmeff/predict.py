@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmeff.core.config import ConfigError
 from llmeff.core.layout import Layout
 from llmeff.core.precision import BYTES
+from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
 from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.tape import Weight
@@ -125,7 +126,7 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         work: what the step does.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _move(module)
+        empty_on(module, "cpu")
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -166,20 +167,6 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         if parameter.requires_grad
     ]
     return Price(entries, "traced") + optim.price(weights, work.precision)
-
-
-def _move(module: nn.Module) -> None:
-    """Puts empty CPU tensors in the place of all parameters and buffers; shared ones stay shared."""
-    moved: dict[Tensor, Any] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and tensor not in moved:
-                    empty = torch.empty_like(tensor, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                if tensor is not None:
-                    table[name] = moved[tensor]
 
 
 def _batch(work: Workload) -> dict[str, Any]:

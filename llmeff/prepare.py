@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llmeff.core import group
 from llmeff.core.config import ConfigError, read, validate
 from llmeff.core.dist import launched_precision, make_cublas_repeatable, usable_cores, world
+from llmeff.core.precision import precision
 from llmeff.core.seed import derive
+from llmeff.core.tensors import copy_tensors, empty_on
+from llmeff.parallel import Parts, Strategy
 from llmeff.predict import resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
@@ -27,7 +31,12 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
         raise ConfigError("runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = config.task.open(config.data, config.seed, config.train.batch, is_main=world().is_main)
+    if config.parallel.joins:
+        group.connect(_device(device), config.parallel.timeout_s)
+    with group.agreed():
+        task = config.task.open(
+            config.data, config.seed, config.train.batch, is_main=world().is_main, wait=group.barrier
+        )
     config = config.model_copy(update={"model": task.resolve(config.model)})
     threads = config.runtime.threads
     if threads == "auto":
@@ -36,6 +45,11 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     config = config.model_copy(update={"runtime": runtime})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
     return config.model_copy(update={"train": train_config}), task
+
+
+def _device(kind: str) -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", world().local_rank) if kind == "cuda" else torch.device("cpu")
 
 
 def check_world(config: RunConfig) -> None:
@@ -69,7 +83,7 @@ def prepare_device(config: RunConfig) -> torch.device:
     assert isinstance(config.runtime.threads, int)
     torch.set_num_threads(config.runtime.threads)
     if config.runtime.device == "cuda":
-        device = torch.device("cuda", world().local_rank)
+        device = _device("cuda")
         torch.cuda.set_device(device)
         if config.runtime.deterministic:
             make_cublas_repeatable()
@@ -77,7 +91,7 @@ def prepare_device(config: RunConfig) -> torch.device:
         return device
     if config.precision == "fp16":
         raise ConfigError("precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'")
-    return torch.device("cpu")
+    return _device("cpu")
 
 
 def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
@@ -98,6 +112,32 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
     return model
 
 
+def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
+    """The run's model and optimizer, shared among the processes as the config says."""
+    shares = micro_batches(config, world().rank)
+    return config.parallel.build(
+        Parts(
+            model=prepare_model(config, device),
+            table=task.table,
+            optimizer=config.optim.build,
+            device=device,
+            precision=precision(config.precision),
+            micro_batch=len(shares[0]),
+            num_micro_batches=len(shares),
+            clip_norm=config.train.clip_norm,
+        )
+    )
+
+
+def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """The run's model on the CPU with trained weights, whatever it was split into."""
+    with torch.device("meta"):
+        model = config.model.build()
+    empty_on(model, "cpu")
+    copy_tensors(model, weights)
+    return model
+
+
 def micro_batches(config: RunConfig, rank: int) -> list[range]:
     """The rows of the global batch that this rank reads, a range for each micro-batch."""
     share = config.train.batch // config.parallel.ranks
@@ -107,10 +147,11 @@ def micro_batches(config: RunConfig, rank: int) -> list[range]:
 
 
 def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
-    """The config that the run in a folder was begun with; where another is asked for, that is an error.
+    """The config that the run in a folder goes on with: as it was begun, but for what changes no loss beyond rounding.
 
     Args:
-        asked: by the user; its `auto` values agree with anything.
+        asked: by the user; its `auto` values agree with anything. Ranks, strategy, micro-batch and what lies under
+            `runtime` may differ; anything else that does is an error.
         folder: the run's.
 
     Raises:
@@ -123,10 +164,17 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     changed = [
         f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
         for key, was, now in _differences(saved, asked.model_dump(mode="json"))
+        if not key.startswith(_FREE)
     ]
     if changed:
         raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
-    return validate(RunConfig, saved)
+    free = {"parallel": asked.parallel, "runtime": asked.runtime}
+    train = saved["train"] | {"micro_batch": asked.train.micro_batch}
+    return validate(RunConfig, saved | free | {"train": train})
+
+
+_FREE = ("parallel", "runtime", "train.micro_batch")
+"""What may change when a run is resumed."""
 
 
 def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:

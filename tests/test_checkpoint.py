@@ -115,14 +115,18 @@ def other_format(path):
 DAMAGES = {
     "a flipped bit": ("weights.safetensors", flip, "weights.safetensors is not what was written"),
     "a flipped bit in the state": ("state.json", flip, "state.json is not what was written"),
-    "a flipped bit in the random states": ("rng.safetensors", flip, "rng.safetensors is not what was written"),
+    "a flipped bit in the random states": (
+        "rng-00000.safetensors",
+        flip,
+        "rng-00000.safetensors is not what was written",
+    ),
     "a cut file": ("weights.safetensors", cut, "weights.safetensors is not what was written"),
     "an empty file": ("state.json", lambda path: path.write_bytes(b""), "state.json is not what was written"),
     "a missing file": ("weights.safetensors", os.remove, "No such file or directory"),
     "a missing manifest": ("manifest.json", os.remove, "No such file or directory"),
     "a cut manifest": ("manifest.json", cut, "Expecting"),
     "an empty manifest": ("manifest.json", lambda path: path.write_bytes(b""), "Expecting value"),
-    "a manifest of another format": ("manifest.json", other_format, "its format is 99, this version reads 1"),
+    "a manifest of another format": ("manifest.json", other_format, "its format is 99, this version reads 2"),
 }
 
 

@@ -158,13 +158,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(tmp_path, 
             trainer.train_step()
             trainer.evaluate_if_due()
             trainer.save_if_due()
-    weights = folder / schema.CHECKPOINTS / "step-00000004" / "weights.safetensors"
+    weights = folder / schema.CHECKPOINTS / "step-00000004" / "rank-00000.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with caplog.at_level("WARNING", logger="llmeff"):
         train(tiny(), folder, resume=True)
-    assert "step-00000004 is damaged and passed over: weights.safetensors" in caplog.text
+    assert "step-00000004 is damaged and passed over: rank-00000.safetensors" in caplog.text
     assert read_run(folder).steps["loss"].tolist() == whole.steps["loss"].tolist()
 
 

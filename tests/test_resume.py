@@ -66,7 +66,7 @@ def arm(moment, number):
 
     from llmeff import checkpoint
     from llmeff.core import files
-    from llmeff.parallel import single
+    from llmeff.parallel import saved
     from llmeff.record import writer
 
     def nothing(*_args, **_kwargs):
@@ -88,7 +88,7 @@ def arm(moment, number):
         "update": (torch.optim.AdamW, "step", nothing),
         "after update": (torch.optim.AdamW, "step", after),
         "row": (writer.RunWriter, "step", half_a_line),
-        "weights": (single, "save_file", half_a_file),
+        "weights": (saved, "save_file", half_a_file),
         "random state": (checkpoint, "save_file", half_a_file),
         "checksum": (files, "sha256", nothing),
         "before rename": (pathlib.Path, "rename", nothing),

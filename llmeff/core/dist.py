@@ -31,6 +31,13 @@ def world() -> World:
     )
 
 
+def stand_alone(port: int) -> None:
+    """Makes this process a world of its own, where no launcher made one: what a process group asks for."""
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update({name: str(value) for name, value in alone.items()})
+
+
 def launched_precision() -> str | None:
     """What `accelerate launch --mixed_precision` asked for ("bf16"); None where it asked for nothing."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -69,13 +69,22 @@ def new_folder(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        for file in sorted(part.rglob("*")):
-            sync(file)
-        sync(part)
-        part.rename(path)
+        settle(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def settle(part: Path, path: Path) -> None:
+    """Puts a filled folder in its place, once all that is in it is on disk.
+
+    Raises:
+        FileExistsError: something not empty is already there.
+    """
+    for file in sorted(part.rglob("*")):
+        sync(file)
+    sync(part)
+    part.rename(path)
     sync(path.parent)
 
 

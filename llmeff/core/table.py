@@ -9,6 +9,9 @@ from torch import nn
 Role = Literal["embedding", "head", "norm", "bias", "matrix", "conv", "fused_heads"]
 """What a parameter is; said by the model, since its shape does not tell (an embedding is a matrix too)."""
 
+Sharding = Literal["elementwise", "whole_tensor", "none"]
+"""What of an optimizer may be split over ranks without changing the update: any slice, only whole tensors, nothing."""
+
 UNDECAYED: frozenset[Role] = frozenset(("norm", "bias"))
 """Roles that weight decay leaves alone."""
 

@@ -1,6 +1,7 @@
 """A module's stored tensors by name: each parameter once, and the buffers that are saved."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,3 +30,17 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}")
         tensor.copy_(tensors[name])
+
+
+def empty_on(module: nn.Module, device: str) -> None:
+    """Puts empty tensors on a device in the place of all parameters and buffers; shared ones stay shared."""
+    moved: dict[Tensor, Any] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor not in moved:
+                    empty = torch.empty_like(tensor, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                if tensor is not None:
+                    table[name] = moved[tensor]

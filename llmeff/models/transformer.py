@@ -215,6 +215,16 @@ class Layer(nn.Module):
         return x
 
 
+class Head(nn.Linear):
+    """The output embedding with the loss: a module of its own, so that a strategy gathers its weight when it runs."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, loss_chunk: int | None = None) -> Tensor:
+        """(B, T, D) states to (B, T, V) logits, or to the summed loss, see `Decoder.forward`."""
+        if targets is None:
+            return F.linear(x, self.weight)
+        return cross_entropy_sum(x, self.weight, targets, loss_chunk)
+
+
 class Decoder(nn.Module):
     """Tokens to logits, or to a summed loss. Parameter names are those of transformers' Llama, less its `model.`."""
 
@@ -225,7 +235,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(vocabulary, config.width)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.lm_head = nn.Linear(config.width, vocabulary, bias=False)
+        self.lm_head = Head(config.width, vocabulary, bias=False)
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False
@@ -277,10 +287,7 @@ class Decoder(nn.Module):
         Returns:
             (B, T, V) logits, or the cross-entropy in nats summed over the counted targets, a float32 scalar.
         """
-        states = self.hidden(tokens, layout)
-        if targets is None:
-            return cast(Tensor, self.lm_head(states))
-        return cross_entropy_sum(states, self.lm_head.weight, targets, loss_chunk)
+        return cast(Tensor, self.lm_head(self.hidden(tokens, layout), targets, loss_chunk))
 
     def roles(self) -> dict[str, Role]:
         """What each parameter is, by name; the optimizer's groups follow it."""

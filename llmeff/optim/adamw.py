@@ -8,10 +8,10 @@ import torch
 
 from llmeff.core.config import BelowOne, NotNegative, Positive
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row
+from llmeff.core.table import Row, Sharding
 from llmeff.cost.price import Kind, Price
 from llmeff.cost.tape import Weight
-from llmeff.optim.optimizer import OptimizerConfig, Sharding
+from llmeff.optim.optimizer import OptimizerConfig
 
 
 class AdamW(OptimizerConfig):

@@ -1,18 +1,15 @@
 """The contract of an optimizer."""
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch.optim import Optimizer
 
 from llmeff.core.config import Component, Positive, Text
 from llmeff.core.precision import Precision
-from llmeff.core.table import Row
+from llmeff.core.table import Row, Sharding
 from llmeff.cost.price import Price
 from llmeff.cost.tape import Weight
-
-Sharding = Literal["elementwise", "whole_tensor", "none"]
-"""What may be split over ranks without changing the update: any slice, only whole tensors, or nothing."""
 
 
 class OptimizerConfig(Component, family="optimizer"):

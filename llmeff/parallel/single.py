@@ -1,27 +1,23 @@
-"""One process on one device, through Accelerate."""
+"""One process, without collectives."""
 
-import json
-from pathlib import Path
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from llmeff.core.dist import world
-from llmeff.core.optimizer_state import load_named_state, named_state
 from llmeff.core.precision import Precision, PrecisionName
-from llmeff.core.table import Row
-from llmeff.core.tensors import copy_tensors, stored_tensors
-from llmeff.parallel.strategy import Strategy, StrategyConfig
+from llmeff.core.table import Row, Sharding
+from llmeff.parallel.saved import Holder, Saved, load_whole, whole
+from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
 
 
 class Single(StrategyConfig):
     """One process."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "fp16")
+    joins: ClassVar[bool] = False
 
     name: Literal["single"] = "single"
 
@@ -31,56 +27,51 @@ class Single(StrategyConfig):
             raise ValueError(f"ranks is {self.ranks}, but the strategy 'single' is one process")
         return self
 
-    def build(
-        self,
-        model: nn.Module,
-        rows: list[Row],
-        optimizer: Optimizer,
-        device: torch.device,
-        precision: Precision,
-    ) -> "SingleProcess":
+    def refusal(self, sharding: Sharding) -> str | None:
+        """None: nothing is split."""
+        return None
+
+    def build(self, parts: Parts) -> "SingleProcess":
         """Sets the model and the optimizer up on the device."""
-        return SingleProcess(model, rows, optimizer, device, precision)
+        return SingleProcess(parts)
+
+
+def accelerator(device: torch.device, precision: Precision, **settings: Any) -> Any:
+    """A fresh Accelerator of this process, whatever an earlier run in it was."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    # Accelerate keeps one state for the process, and a run before this one may have had another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, **settings)
 
 
 class SingleProcess(Strategy):
     """Accelerate places the model, casts its forward and scales its loss; the step itself is plain PyTorch."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: list[Row],
-        optimizer: Optimizer,
-        device: torch.device,
-        precision: Precision,
-    ):
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-        # Accelerate keeps one state for the process, and a run before this one may have had another precision.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
-        self.device = device
-        self.world = world()
-        self.model = self.accelerator.prepare(model)
+    def __init__(self, parts: Parts, **settings: Any):
+        super().__init__(parts)
+        self._accelerator = accelerator(parts.device, parts.precision, **settings)
+        self._rows = parts.table(parts.model)
+        self._parameters = [row.parameter for row in self._rows]
         # Not prepared: Accelerate's optimizer looks for other packages on disk at every step, which takes 0.4 ms.
-        self._optimizer, self._scaler = optimizer, self.accelerator.scaler
-        self._plain, self._rows = model, rows
-        self._parameters = [row.parameter for row in rows]
+        self.optimizer, self._scaler = parts.optimizer(self._owned()), self._accelerator.scaler
+        self.model = self._accelerator.prepare(parts.model)
+
+    def _owned(self) -> list[Row]:
+        """The parameters that this process updates."""
+        return self._rows
 
     def backward(self, loss: Tensor) -> None:
         """Backward of the loss, scaled in fp16."""
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
-    def reduce_sum(self, value: Tensor) -> Tensor:
-        """The value: there is one rank."""
-        return value
-
     def clip(self, max_norm: float | None) -> Tensor:
         """Clips to the norm; unscales fp16's gradients first."""
         if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
+            self._scaler.unscale_(self.optimizer)
         limit = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
 
@@ -88,18 +79,19 @@ class SingleProcess(Strategy):
         """Updates and clears."""
         updated = True
         if self._scaler is None:
-            self._optimizer.step()
+            self.optimizer.step()
         else:
             scale = self._scaler.get_scale()
-            self._scaler.step(self._optimizer)
+            self._scaler.step(self.optimizer)
             self._scaler.update()
             updated = self._scaler.get_scale() >= scale  # it falls where a gradient overflowed
-        self._optimizer.zero_grad(set_to_none=True)
+        self.skip()
         return updated
 
     def skip(self) -> None:
         """Clears."""
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @property
     def loss_scale(self) -> float | None:
@@ -111,31 +103,19 @@ class SingleProcess(Strategy):
         """In fp16, until the factor has fallen to 1: then the gradients themselves are not finite."""
         return self._scaler is not None and self._scaler.get_scale() > 1
 
-    def barrier(self) -> None:
-        """Returns at once."""
+    def holders(self) -> list[Holder]:
+        """Every parameter, whole."""
+        return [whole(row) for row in self._owned()]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights and buffers."""
-        return stored_tensors(self._plain)
+    def remembered(self) -> dict[str, Any]:
+        """Of fp16, the loss scaling."""
+        return {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
 
-    def save(self, folder: Path) -> None:
-        """Weights, moments and loss scaling, as safetensors and JSON."""
-        save_file(_plain_copies(self.state_dict()), folder / "weights.safetensors")
-        tensors, others = named_state(self._optimizer, self._rows)
-        save_file(_plain_copies(tensors), folder / "optimizer.safetensors")
-        others["scaler"] = None if self._scaler is None else self._scaler.state_dict()
-        (folder / "optimizer.json").write_text(json.dumps(others), encoding="utf-8")
+    def recall(self, others: Mapping[str, Any]) -> None:
+        """Puts the loss scaling back."""
+        if self._scaler is not None and "scaler" in others:
+            self._scaler.load_state_dict(others["scaler"])
 
-    def load(self, folder: Path) -> None:
-        """Puts back what `save` wrote."""
-        copy_tensors(self._plain, load_file(folder / "weights.safetensors"))
-        others = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-        scaler = others.pop("scaler")
-        if self._scaler is not None and scaler is not None:
-            self._scaler.load_state_dict(scaler)
-        tensors = load_file(folder / "optimizer.safetensors")
-        load_named_state(self._optimizer, self._rows, tensors, others)
-
-
-def _plain_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    def load_weights(self, saved: Saved) -> None:
+        """Every parameter and buffer."""
+        load_whole(self._plain, self._rows, saved)

@@ -1,36 +1,80 @@
 """The contract of a strategy: how the processes of a run share a step."""
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llmeff.core.config import Component, Count, Text
-from llmeff.core.dist import World
+from llmeff.core import group
+from llmeff.core.config import Component, Count, Positive, Text
+from llmeff.core.dist import World, world
 from llmeff.core.precision import Precision, PrecisionName
-from llmeff.core.table import Row
+from llmeff.core.table import Row, Sharding
+from llmeff.core.tensors import stored_tensors
+from llmeff.parallel.saved import Holder, Saved, save
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a strategy sets up on this process."""
+
+    model: nn.Module
+    """The whole model, on the device."""
+    table: Callable[[nn.Module], list[Row]]
+    """The parameters to train, of the model as it is when asked."""
+    optimizer: Callable[[list[Row]], Optimizer]
+    """Builds the optimizer of parameters."""
+    device: torch.device
+    """Where this process computes."""
+    precision: Precision
+    """The number formats."""
+    micro_batch: int
+    """Rows a forward pass on one rank."""
+    num_micro_batches: int
+    """Micro-batches a step on one rank."""
+    clip_norm: float | None
+    """The norm that gradients are scaled down to; None: never."""
 
 
 class Strategy(ABC):
     """A model and its optimizer, set up on this process, and the collective parts of a step."""
 
-    device: torch.device
-    """Where this process computes."""
-    world: World
-    """This process among the others."""
     model: nn.Module
-    """The model whose forward a step calls."""
+    """The model whose forward a step calls; under no_grad too."""
+    optimizer: Optimizer
+    """What updates this process's share; its groups hold the learning rate."""
+
+    def __init__(self, parts: Parts):
+        self.device = parts.device
+        self.world: World = world()
+        self.num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+        """Trained and frozen, of the whole model, shared ones once."""
+        self._plain = parts.model
+
+    def accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; after the last one's, gradients are those of all ranks."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model as it is when it does not learn."""
+        self.model.eval()
+        yield self.model
+        self.model.train()
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds this share's gradients; `loss` is the share's sum over the step's global count."""
 
-    @abstractmethod
     def reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks."""
+        return group.total(value)
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> Tensor:
@@ -45,30 +89,62 @@ class Strategy(ABC):
         """Clears the gradients without an update."""
 
     @property
-    @abstractmethod
     def loss_scale(self) -> float | None:
         """The factor of fp16's loss scaling; None where there is none."""
+        return None
 
     @property
-    @abstractmethod
     def may_overflow(self) -> bool:
         """Whether gradients that are not finite only mean that loss scaling skips this step and goes lower."""
+        return False
 
     @abstractmethod
-    def barrier(self) -> None:
-        """Returns when every rank has come here."""
+    def holders(self) -> list[Holder]:
+        """What this rank owns of weights and optimizer state; together the ranks own everything once."""
 
-    @abstractmethod
+    def held(self) -> Iterable[Tensor]:
+        """The tensors that live between steps on this process."""
+        yield from self._plain.parameters()
+        yield from self._plain.buffers()
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's weights and buffers, on the main rank; elsewhere it may be empty."""
+        """The whole model's weights and buffers, on the main rank; elsewhere it may be empty. All ranks call it."""
+        return stored_tensors(self._plain)
 
-    @abstractmethod
+    def remembered(self) -> dict[str, Any]:
+        """What else training goes on from, as JSON: the loss scaling."""
+        return {}
+
+    def recall(self, others: Mapping[str, Any]) -> None:  # noqa: B027  there may be nothing
+        """Puts back what `remembered` gave."""
+
     def save(self, folder: Path) -> None:
-        """Writes all that training goes on from: weights, optimizer state, loss scaling."""
+        """Writes this rank's share of all that training goes on from: weights, optimizer state, loss scaling."""
+        buffers = {
+            name: tensor for name, tensor in stored_tensors(self._plain).items() if _is_buffer(self._plain, name)
+        }
+        save(folder, self.world.rank, self.holders(), self.optimizer, buffers, self.remembered())
+
+    def load(self, folder: Path) -> None:
+        """Puts back what any strategy's `save` wrote on any number of ranks."""
+        saved = Saved(folder)
+        self.load_weights(saved)
+        saved.load(self.holders(), self.optimizer)
+        self.recall(saved.others)
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Puts back what `save` wrote."""
+    def load_weights(self, saved: Saved) -> None:
+        """Puts the model's weights and buffers back, in the form in which forward reads them."""
+
+    def close(self) -> None:  # noqa: B027  there may be nothing
+        """Lets go of what the process keeps for the engine."""
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    return last in model.get_submodule(module)._buffers
 
 
 class StrategyConfig(Component, family="strategy"):
@@ -76,19 +152,20 @@ class StrategyConfig(Component, family="strategy"):
 
     precisions: ClassVar[tuple[PrecisionName, ...]]
     """The precisions that it can train in."""
+    joins: ClassVar[bool] = True
+    """Whether its processes make a group, be it of one."""
 
     name: Text
     """The strategy's name."""
     ranks: Count = 1
     """How many processes."""
+    timeout_s: Positive = 600.0
+    """How long a rank may go without progress before the run is ended everywhere."""
 
-    def build(
-        self,
-        model: nn.Module,
-        rows: list[Row],
-        optimizer: Optimizer,
-        device: torch.device,
-        precision: Precision,
-    ) -> Strategy:
-        """Sets the model, its parameters' table and their optimizer up on this process."""
+    def refusal(self, sharding: Sharding) -> str | None:
+        """Why an optimizer of this kind would not be itself here; None where it is."""
+        raise NotImplementedError(type(self))
+
+    def build(self, parts: Parts) -> Strategy:
+        """Sets the model, its parameters and their optimizer up on this process."""
         raise NotImplementedError(type(self))

@@ -59,8 +59,8 @@ class RunWriter:
         return writer
 
     @classmethod
-    def resume(cls, folder: Path, environment: Environment) -> "RunWriter":
-        """Goes on with an unfinished run; call `truncate_after` with the checkpoint's step before the first row.
+    def resume(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
+        """Goes on with an unfinished run, as the config now is; call `truncate_after` with the checkpoint's step before the first row.
 
         Raises:
             ConfigError: no run was begun there, it has ended, or another process writes there.
@@ -74,6 +74,7 @@ class RunWriter:
             with writer._writing(schema.ENVIRONMENT):
                 files.sweep_partial(folder)
                 _write_json(folder / schema.ENVIRONMENT, _with_earlier(environment, read_environment(folder)))
+                _write_json(folder / schema.CONFIG, config)
             writer._evals = read_evals(folder)
             undo.pop_all()
         return writer
@@ -171,6 +172,29 @@ class RunWriter:
 
     def _writing(self, name: str) -> contextlib.AbstractContextManager[None]:
         return files.reported(self.folder / name)
+
+
+class Bystander(RunWriter):
+    """What ranks beside the main one have in a writer's place: it writes nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = self._metrics = None
+
+    def truncate_after(self, step: int) -> None:
+        """Nothing."""
+
+    def step(self, row: StepRow) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def evaluation(self, rows: Sequence[EvalRow]) -> None:
+        """Nothing."""
+
+    def finish(self, result: Result) -> None:
+        """Nothing."""
 
 
 def _write_json(path: Path, content: BaseModel) -> None:

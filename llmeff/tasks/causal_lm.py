@@ -1,7 +1,7 @@
 """Causal language modelling: predict each token from those before it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmeff.core import group
 from llmeff.core.config import Count
+from llmeff.core.dist import World
 from llmeff.core.layout import Layout
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
@@ -61,10 +63,12 @@ class CausalLM(TaskConfig):
             packed=data.packing == "documents",
         )
 
-    def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool) -> "CausalLMTask":
+    def open(
+        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
+    ) -> "CausalLMTask":
         """The task over the tokenized corpus."""
         assert isinstance(data, TextData)
-        return CausalLMTask(self, data, data.open(is_main=is_main), seed, batch_size)
+        return CausalLMTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
 
 
 class CausalLMTask(Task):
@@ -118,7 +122,7 @@ class CausalLMTask(Task):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, split: str, max_units: int | None, device: torch.device
+        self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
         """Each document's cross-entropy over all its tokens and the end token that closes it.
 
@@ -133,16 +137,22 @@ class CausalLMTask(Task):
         sums = np.zeros(len(windows.document_bytes))
         counts = np.zeros(len(windows.document_bytes), dtype=np.int64)
         rows = max(1, _EVAL_LOGITS // max(self.corpus.vocab_size, 2048) // self._data.sequence_length)
-        for start in range(0, windows.num_windows, rows):
-            packed = windows.batch(range(start, min(start + rows, windows.num_windows)))
+        for start in range(0, windows.num_windows, rows * world.ranks):
+            low = start + rows * world.rank
+            mine = range(low, min(low + rows, windows.num_windows))
+            # a rank that is left without work goes along with the others, who may need its part of the parameters
+            packed = windows.batch(mine or range(1))
             tokens = torch.from_numpy(packed.tokens).to(device)
             logits = model(tokens, _layout(packed, device)).float()
             targets = torch.from_numpy(packed.targets).to(device)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+            if not mine:
+                continue
             counted = packed.target_documents.ravel() >= 0
             documents = packed.target_documents.ravel()[counted]
             sums += np.bincount(documents, losses.double().cpu().numpy()[counted], len(sums))
             counts += np.bincount(documents, minlength=len(counts))
+        sums, counts = (group.total(torch.from_numpy(mine)).numpy() for mine in (sums, counts))
         for unit, loss_sum, count, num_bytes in zip(windows.units, sums, counts, windows.document_bytes, strict=True):
             yield UnitResult(unit=unit, loss_sum=float(loss_sum), count=int(count), metrics={"bytes": float(num_bytes)})
 

@@ -1,7 +1,7 @@
 """The contract of a task: what is trained, on what, towards what, and how well it does."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmeff.core.config import Component, Text
+from llmeff.core.dist import World
 from llmeff.core.table import Row
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
@@ -74,9 +75,9 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: nn.Module, split: str, max_units: int | None, device: torch.device
+        self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
-        """The results of a split's units, of at most so many of them."""
+        """The results of a split's units, of at most so many of them; the ranks share the work, and each has them all."""
 
     @abstractmethod
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
@@ -113,7 +114,7 @@ class TaskConfig(Component, family="task"):
         """A step of one sequence (or image), as the laws see it."""
         raise NotImplementedError(type(self))
 
-    def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool) -> Task:
+    def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]) -> Task:
         """The task over opened data.
 
         Args:
@@ -121,5 +122,6 @@ class TaskConfig(Component, family="task"):
             seed: of the data order.
             batch_size: rows of a step's global batch.
             is_main: whether this process writes caches.
+            wait: returns when all processes have called it.
         """
         raise NotImplementedError(type(self))

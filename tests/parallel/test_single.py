@@ -8,8 +8,8 @@ from torch import nn
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.precision import precision
-from llmeff.core.table import Row, table
-from llmeff.parallel import Single, Strategy
+from llmeff.core.table import Role, Row, table
+from llmeff.parallel import Parts, Single, Strategy
 from llmeff.runconfig import RunConfig
 
 CPU = torch.device("cpu")
@@ -33,16 +33,31 @@ class Tied(nn.Module):
 ROLES = {"inner.weight": "matrix", "inner.bias": "bias", "norm.weight": "norm", "norm.bias": "bias"}
 
 
-def parts(seed: int = 0) -> tuple[nn.Module, list[Row], torch.optim.Optimizer]:
+def adamw(rows: list[Row]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([row.parameter for row in rows], lr=0.05, fused=True)
+
+
+def parts(model: nn.Module, roles: dict[str, Role] = ROLES, name: str = "fp32", device: torch.device = CPU) -> Parts:
+    return Parts(
+        model=model,
+        table=lambda model: table(model, roles),
+        optimizer=adamw,
+        device=device,
+        precision=precision(name),
+        micro_batch=5,
+        num_micro_batches=2,
+        clip_norm=None,
+    )
+
+
+def tied(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    model = Tied()
-    rows = table(model, ROLES)
-    return model, rows, torch.optim.AdamW([row.parameter for row in rows], lr=0.05, fused=True)
+    return Tied()
 
 
 def single(name: str = "fp32", seed: int = 0) -> tuple[nn.Module, Strategy]:
-    model, rows, optimizer = parts(seed)
-    return model, Single().build(model, rows, optimizer, CPU, precision(name))
+    model = tied(seed)
+    return model, Single().build(parts(model, name=name))
 
 
 def step(strategy: Strategy, max_norm: float | None = 0.1) -> tuple[float, float]:
@@ -65,7 +80,9 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 @pytest.mark.parametrize("max_norm", [0.1, None])
 def test_a_step_is_the_plain_step_to_the_last_bit(name, max_norm):
     ours, strategy = single(name)
-    theirs, rows, optimizer = parts()
+    theirs = tied()
+    rows = table(theirs, ROLES)
+    optimizer = adamw(rows)
     for _ in range(3):
         loss, norm = step(strategy, max_norm)
         expected_loss = 0.0
@@ -109,13 +126,12 @@ def test_a_skipped_step_changes_no_weight_and_leaves_no_gradient():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_alone_there_is_nothing_to_reduce_or_wait_for():
+def test_alone_there_is_nothing_to_reduce():
     _, strategy = single()
     value = torch.tensor([1, 2])
     assert torch.equal(strategy.reduce_sum(value), value)
     assert strategy.loss_scale is None
     assert strategy.world.ranks == 1
-    strategy.barrier()
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -142,8 +158,7 @@ def test_the_state_of_another_model_is_refused(tmp_path):
     single()[1].save(tmp_path)
     torch.manual_seed(0)
     other = nn.Linear(4, 4)
-    rows = table(other, {"weight": "matrix", "bias": "bias"})
-    strategy = Single().build(other, rows, torch.optim.AdamW(other.parameters()), CPU, precision("fp32"))
+    strategy = Single().build(parts(other, {"weight": "matrix", "bias": "bias"}))
     with pytest.raises(ValueError, match="the weights do not fit the model"):
         strategy.load(tmp_path)
 
@@ -163,9 +178,7 @@ def test_what_one_process_cannot_do_is_refused(settings, message):
 @pytest.mark.gpu
 def test_fp16_scales_its_loss_and_the_scale_is_saved(tmp_path):
     device = torch.device("cuda")
-    model, rows, _ = parts()
-    model.to(device)
-    strategy = Single().build(model, rows, torch.optim.AdamW(model.parameters(), fused=True), device, precision("fp16"))
+    strategy = Single().build(parts(tied().to(device), name="fp16", device=device))
     before = strategy.loss_scale
     for _ in range(2):
         strategy.backward(strategy.model(INPUTS.to(device)))

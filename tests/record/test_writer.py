@@ -14,6 +14,7 @@ from llmeff.core.config import Config, ConfigError
 from llmeff.record.reader import read_run
 from llmeff.record.schema import EvalRow, StepRow
 from llmeff.record.writer import RunWriter
+from tests.conftest import SeedOnly
 
 
 def test_what_is_written_is_read(make_run, step_row, environment, result):
@@ -87,7 +88,7 @@ def test_no_result_means_unfinished(make_run):
 
 
 def _resume(folder, environment, step):
-    writer = RunWriter.resume(folder, environment)
+    writer = RunWriter.resume(folder, SeedOnly(), environment)
     writer.truncate_after(step)
     return writer
 
@@ -127,7 +128,7 @@ def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_alone(make_run, ste
 
 def test_a_record_with_a_hole_is_refused(make_run, environment):
     folder = make_run("run", steps=3, is_finished=False)
-    with RunWriter.resume(folder, environment) as writer, pytest.raises(ConfigError, match="step 4"):
+    with RunWriter.resume(folder, SeedOnly(), environment) as writer, pytest.raises(ConfigError, match="step 4"):
         writer.truncate_after(4)
     assert read_run(folder).steps["step"].tolist() == [1, 2, 3]
 
@@ -169,16 +170,16 @@ def test_a_run_killed_before_it_began_may_begin(tmp_path, environment):
 
 def test_there_must_be_something_to_resume(make_run, tmp_path, environment):
     with pytest.raises(ConfigError, match="no run to resume; start it without --resume"):
-        RunWriter.resume(tmp_path / "nowhere", environment)
+        RunWriter.resume(tmp_path / "nowhere", SeedOnly(), environment)
     with pytest.raises(ConfigError, match="has ended"):
-        RunWriter.resume(make_run("run"), environment)
+        RunWriter.resume(make_run("run"), SeedOnly(), environment)
 
 
 def test_two_writers_are_one_too_many(tmp_path, make_run, environment):
     folder = make_run("run", steps=2, is_finished=False)
-    with RunWriter.resume(folder, environment), pytest.raises(ConfigError, match="another process"):
-        RunWriter.resume(folder, environment)
-    RunWriter.resume(folder, environment).close()
+    with RunWriter.resume(folder, SeedOnly(), environment), pytest.raises(ConfigError, match="another process"):
+        RunWriter.resume(folder, SeedOnly(), environment)
+    RunWriter.resume(folder, SeedOnly(), environment).close()
 
 
 _HOLD = """
@@ -197,9 +198,9 @@ def test_a_killed_process_lets_go(make_run, environment):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.read(4) == b"held"
         with pytest.raises(ConfigError, match="another process"):
-            RunWriter.resume(folder, environment)
+            RunWriter.resume(folder, SeedOnly(), environment)
         os.kill(process.pid, signal.SIGKILL)
-    RunWriter.resume(folder, environment).close()
+    RunWriter.resume(folder, SeedOnly(), environment).close()
 
 
 def test_a_full_disk_costs_no_row(tmp_path, step_row, environment, monkeypatch):

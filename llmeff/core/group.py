@@ -1,0 +1,79 @@
+"""What the processes of a run say to one another: sums, errors, and that all have come to a place."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from llmeff.core.config import ConfigError
+from llmeff.core.dist import stand_alone
+
+
+def connect(device: torch.device, timeout_s: float) -> None:
+    """Joins the process group that the launcher made, or one of this process alone.
+
+    Args:
+        device: where this process computes: a GPU is reached by NCCL, a CPU by gloo.
+        timeout_s: after which a collective that waits for another rank fails.
+    """
+    if torch.distributed.is_initialized():
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        stand_alone(probe.getsockname()[1])
+    is_gpu = device.type == "cuda"
+    torch.distributed.init_process_group(
+        "nccl" if is_gpu else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if is_gpu else None
+    )
+
+
+def disconnect() -> None:
+    """Leaves the process group, where there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_shared() -> bool:
+    """Whether this process has others to talk to."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Returns when every rank has come here."""
+    if is_shared():
+        torch.distributed.barrier()
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over all ranks, on the value's device; the value itself where there is one rank."""
+    if not is_shared():
+        return value
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    summed = value.detach().cuda() if on_gpu else value.detach().clone()
+    torch.distributed.all_reduce(summed)
+    return summed.to(value.device)
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A block in which the ConfigError of one rank becomes that of all, so that none waits for another.
+
+    Raises:
+        ConfigError: with the problems of the first rank that has any.
+    """
+    own: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as error:
+        own = error
+    everyones: list[list[str] | None] = [own.problems if own else None]
+    if is_shared():
+        everyones *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, own.problems if own else None)
+    first = next(filter(None, everyones), None)
+    if first is not None:
+        raise ConfigError(first) from own

@@ -1,0 +1,113 @@
+"""Who owns which part of which parameter, as data: what a rank updates, keeps moments of, and writes to disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Consecutive numbers of one parameter, counted in its flattened form."""
+
+    name: str
+    """The parameter's."""
+    start: int
+    """The first."""
+    stop: int
+    """One behind the last."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return self.stop - self.start
+
+
+Shard = tuple[Slice, ...]
+"""What one rank owns."""
+
+
+def replicated(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
+    """Every rank owns everything.
+
+    Args:
+        sizes: numbers by parameter, in the model's order.
+        ranks: how many ranks.
+    """
+    return [tuple(Slice(name=name, start=0, stop=size) for name, size in sizes.items())] * ranks
+
+
+def whole_tensors(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
+    """Every parameter has one owner; the largest are dealt first, each to the rank that has least so far.
+
+    >>> [[part.name for part in shard] for shard in whole_tensors({"a": 5, "b": 9, "c": 3}, 2)]
+    [['b'], ['a', 'c']]
+    """
+    owners: dict[str, int] = {}
+    loads = [0] * ranks
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return [
+        tuple(Slice(name=name, start=0, stop=size) for name, size in sizes.items() if owners[name] == rank)
+        for rank in range(ranks)
+    ]
+
+
+def split_group(sizes: Mapping[str, int], ranks: int, alignment: int = 1) -> list[Shard]:
+    """The parameters one after another, padded to a multiple of `alignment`, cut into as many equal parts as ranks.
+
+    >>> split_group({"a": 5, "b": 2}, 2)[1]
+    (Slice(name='a', start=4, stop=5), Slice(name='b', start=0, stop=2))
+    """
+    length = part_length(sum(sizes.values()), ranks, alignment)
+    begins = [0, *accumulate(sizes.values())]
+    places = list(zip(sizes.items(), begins, strict=False))
+    shards = []
+    for rank in range(ranks):
+        low, high = rank * length, (rank + 1) * length
+        shards.append(
+            tuple(
+                Slice(name=name, start=max(0, low - begin), stop=min(size, high - begin))
+                for (name, size), begin in places
+                if begin < high and begin + size > low
+            )
+        )
+    return shards
+
+
+def part_length(size: int, ranks: int, alignment: int = 1) -> int:
+    """The numbers of one rank's part, padding included: `size` rounded up to a multiple of alignment, over the ranks.
+
+    `alignment` is a multiple of the ranks, or 1 for the ranks themselves.
+    """
+    step = max(alignment, ranks)
+    return -(-size // step) * step // ranks
+
+
+def split_each(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
+    """Every parameter by itself in equal parts; the last rank's are the shorter ones, and may be empty."""
+    return [
+        tuple(
+            Slice(name=name, start=min(size, rank * length), stop=min(size, (rank + 1) * length))
+            for name, size in sizes.items()
+            for length in [part_length(size, ranks)]
+        )
+        for rank in range(ranks)
+    ]
+
+
+def split_rows(shapes: Mapping[str, Sequence[int]], ranks: int) -> list[Shard]:
+    """Every parameter by itself along its first dimension, in equal numbers of rows, as FSDP2 does."""
+    shards = []
+    for rank in range(ranks):
+        shard = []
+        for name, shape in shapes.items():
+            rows, width = shape[0], 1
+            for length in shape[1:]:
+                width *= length
+            each = part_length(rows, ranks)
+            shard.append(
+                Slice(name=name, start=min(rows, rank * each) * width, stop=min(rows, (rank + 1) * each) * width)
+            )
+        shards.append(tuple(shard))
+    return shards

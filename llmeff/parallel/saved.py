@@ -1,0 +1,264 @@
+"""A run's weights and optimizer state on disk, in slices that any number of ranks can read back.
+
+Every rank writes what it owns: `rank-00000.safetensors` with the updated weights and each kind of state, and
+`rank-00000.json`, which says which slice of which parameter each is. So a state outlives the strategy and the number of
+ranks that it was made with, and nothing but tensors and JSON is read.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmeff.core.shard import Slice
+from llmeff.core.table import Row
+from llmeff.core.tensors import stored_tensors
+
+_BETWEEN = "::"
+_WEIGHT = "weight"
+_BUFFERS = "buffers.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A tensor that the optimizer updates, and what lies in it."""
+
+    key: Tensor
+    """By which the optimizer's state is found."""
+    parts: tuple[tuple[Slice, int], ...]
+    """Slices of parameters, and where each begins in the flattened local numbers."""
+    is_whole: bool = False
+    """It is one parameter, all of it: its state may have any shape."""
+
+    @property
+    def numbers(self) -> Tensor:
+        """The local numbers, flattened: a view."""
+        return flat(self.key)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A view of the numbers that this rank has of a tensor, in one dimension."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's share
+    return local.detach().view(-1)
+
+
+def save(
+    folder: Path,
+    rank: int,
+    holders: Iterable[Holder],
+    optimizer: Optimizer,
+    buffers: Mapping[str, Tensor],
+    others: Mapping[str, Any],
+) -> None:
+    """Writes what this rank owns.
+
+    Args:
+        folder: into which all ranks write.
+        rank: this process's.
+        holders: what it owns.
+        optimizer: whose state goes with it.
+        buffers: of the model; the main rank's are kept.
+        others: what else the strategy remembers, as JSON.
+    """
+    tensors: dict[str, Tensor] = {}
+    slices: dict[str, tuple[int, int]] = {}
+    whole: list[str] = []
+    plain: dict[str, Any] = {}
+    for holder in holders:
+        state = optimizer.state.get(holder.key, {})
+        for part, at in holder.parts:
+            slices[part.name] = part.start, part.stop
+            if holder.is_whole:
+                whole.append(part.name)
+            span = slice(at, at + part.size)
+            tensors[part.name + _BETWEEN + _WEIGHT] = holder.numbers[span]
+            for kind, value in state.items():
+                name = part.name + _BETWEEN + kind
+                if not isinstance(value, Tensor):
+                    plain[name] = value
+                elif holder.is_whole or value.dim() == 0:
+                    tensors[name] = value
+                else:
+                    tensors[name] = flat(value)[span]
+    save_file(_plain_copies(tensors), folder / f"rank-{rank:05d}.safetensors")
+    content = {"slices": slices, "whole": whole, "state": plain, "others": dict(others)}
+    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(content), encoding="utf-8")
+    if rank == 0:
+        save_file(_plain_copies(buffers), folder / _BUFFERS)
+
+
+class Saved:
+    """What `save` wrote, of all ranks.
+
+    Args:
+        folder: where it lies.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._contents = [
+            (path.with_suffix(".safetensors"), json.loads(path.read_text(encoding="utf-8")))
+            for path in sorted(folder.glob("rank-*.json"))
+        ]
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {str(path): safe_open(path, framework="pt") for path, _ in self._contents}
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[int, int, Any, set[str]]]]:
+        """By parameter: start, stop, the file, and the names in it."""
+        places: dict[str, list[tuple[int, int, Any, set[str]]]] = {}
+        for path, content in self._contents:
+            file = self._files[str(path)]
+            names = set(file.keys())
+            for name, (start, stop) in content["slices"].items():
+                places.setdefault(name, []).append((start, stop, file, names))
+        return places
+
+    @cached_property
+    def _whole(self) -> set[str]:
+        return {name for _, content in self._contents for name in content["whole"]}
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names of all that was saved."""
+        return set(self._places)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """What else the main rank's strategy remembered."""
+        return dict(self._contents[0][1]["others"])
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers."""
+        with safe_open(self._folder / _BUFFERS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+
+    def kinds(self, parameter: str) -> set[str]:
+        """The kinds of tensors in the parameter's optimizer state."""
+        prefix = parameter + _BETWEEN
+        found = {name.removeprefix(prefix) for *_, names in self._places[parameter] for name in names}
+        return {kind for kind in found if _BETWEEN not in kind} - {_WEIGHT}
+
+    def plain(self, parameter: str) -> dict[str, Any]:
+        """What is no tensor in the parameter's optimizer state."""
+        prefix = parameter + _BETWEEN
+        return {
+            name.removeprefix(prefix): value
+            for _, content in self._contents
+            for name, value in content["state"].items()
+            if name.startswith(prefix)
+        }
+
+    def whole(self, parameter: str, kind: str) -> Tensor:
+        """A tensor of the state as it was saved: one number for all slices, or that of a whole parameter."""
+        _, _, file, _ = self._places[parameter][0]
+        tensor: Tensor = file.get_tensor(parameter + _BETWEEN + kind)
+        return tensor
+
+    def read(self, part: Slice, kind: str = _WEIGHT) -> Tensor:
+        """The numbers of a slice, put together from whoever had them.
+
+        Raises:
+            ValueError: some of them were not saved, or there is not one for each number of the parameter.
+        """
+        found: list[Tensor] = []
+        at = part.start
+        for start, stop, file, _ in sorted(self._places.get(part.name, []), key=lambda place: place[:2]):
+            if start <= at < min(stop, part.stop):
+                numbers = file.get_tensor(part.name + _BETWEEN + kind).view(-1)
+                if numbers.numel() != stop - start:
+                    raise ValueError(f"{part.name}: its {kind} belongs to the parameter as a whole and cannot be cut")
+                found.append(numbers[at - start : min(stop, part.stop) - start])
+                at = min(stop, part.stop)
+        if at < part.stop:
+            raise ValueError(f"{part.name}: numbers {at} to {part.stop} were not saved")
+        return torch.cat(found) if found else torch.empty(0)
+
+    @torch.no_grad()
+    def load(self, holders: Iterable[Holder], optimizer: Optimizer) -> None:
+        """Puts weights and state back into what this rank owns.
+
+        Raises:
+            ValueError: they are of another model, or of an optimizer whose state cannot be cut as it must be here.
+        """
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        for holder in holders:
+            for part, at in holder.parts:
+                holder.numbers[at : at + part.size].copy_(self.read(part))
+            named = [part for part, _ in holder.parts]
+            if not named:
+                continue
+            first = named[0].name
+            group = groups.get(holder.key, optimizer.param_groups[0])
+            on_device = group.get("fused") or group.get("capturable")  # where torch keeps step counters
+            state = optimizer.state[holder.key]
+            for kind in sorted(self.kinds(first)):
+                value = self.whole(first, kind)
+                if value.dim() == 0:
+                    state[kind] = value.to(holder.key.device if on_device else "cpu")
+                elif holder.is_whole and first in self._whole:
+                    state[kind] = value.to(holder.key.device)
+                else:
+                    state[kind] = self._cut(holder, kind, value.dtype)
+            state.update(self.plain(first))
+
+    def _cut(self, holder: Holder, kind: str, dtype: torch.dtype) -> Tensor:
+        made = torch.zeros_like(holder.key, dtype=dtype, requires_grad=False)
+        for part, at in holder.parts:
+            flat(made)[at : at + part.size].copy_(self.read(part, kind))
+        return made
+
+
+def _plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def whole(row: Row) -> Holder:
+    """A parameter that is updated as a whole."""
+    part = Slice(name=row.name, start=0, stop=row.parameter.numel())
+    return Holder(key=row.parameter, parts=((part, 0),), is_whole=True)
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, rows: list[Row], saved: Saved) -> None:
+    """Reads the weights of parameters that this process has whole, and the buffers.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    check_fit(rows, saved)
+    for row in rows:
+        values = saved.read(Slice(name=row.name, start=0, stop=row.parameter.numel()))
+        row.parameter.view(-1).copy_(values)
+    load_buffers(model, saved)
+
+
+def check_fit(rows: list[Row], saved: Saved) -> None:
+    """Refuses the weights of another model.
+
+    Raises:
+        ValueError: names or sizes differ.
+    """
+    own = {row.name for row in rows}
+    if own != saved.parameters:
+        missing, extra = sorted(own - saved.parameters), sorted(saved.parameters - own)
+        raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, saved: Saved) -> None:
+    """Reads the model's buffers."""
+    own = stored_tensors(model)
+    for name, values in saved.buffers.items():
+        own[name].copy_(values)

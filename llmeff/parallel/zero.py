@@ -1,0 +1,413 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters split over the ranks by stage, and kept in CPU memory."""
+
+import contextlib
+import importlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
+from llmeff.core.precision import PrecisionName
+from llmeff.core.registry import nearest
+from llmeff.core.shard import Shard, Slice, split_each, split_group
+from llmeff.core.table import Sharding
+from llmeff.core.tensors import stored_tensors
+from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole
+from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
+
+Stage = Literal[0, 1, 2, 3]
+
+_FIELDS = {
+    "stage": "stage",
+    "offload_optimizer": "offload_optimizer",
+    "offload_param": "offload_parameters",
+    "overlap_comm": "overlap_comm",
+    "reduce_bucket_size": "reduce_bucket_size",
+    "allgather_bucket_size": "allgather_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "stage3_param_persistence_threshold": "persistence_threshold",
+}
+"""A DeepSpeed file's `zero_optimization`, and the fields here that they fill."""
+_OURS = {
+    "train_batch_size": "train.batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch, train.micro_batch and parallel.ranks",
+    "gradient_clipping": "train.clip_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+}
+"""What a DeepSpeed file may hold and the run's config decides."""
+_ALIGNMENT = 2
+"""ZeRO-1 and -2 pad a group of parameters to a multiple of so many numbers a rank."""
+
+
+class DeepSpeed(StrategyConfig):
+    """ZeRO (Rajbhandari et al. 2020; with offload, Ren et al. 2021) by the DeepSpeed library, through Accelerate."""
+
+    precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "bf16_master")
+
+    name: Literal["deepspeed"] = "deepspeed"
+    file: Text | None = None
+    """A DeepSpeed JSON file with stage, offload and buckets, which are taken over here."""
+    stage: Stage = 2
+    """What is split over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: Flag = False
+    """Keep the optimizer's state in CPU memory and update there, by the optimizer of the config."""
+    offload_parameters: Flag = False
+    """Keep parameters that are not in use in CPU memory (stage 3)."""
+    overlap_comm: Flag = False
+    """Reduce gradients while backward goes on, on a stream of its own."""
+    reduce_bucket_size: Count = 50_000_000
+    """Gradients are reduced so many numbers at a time; never more than the model has."""
+    allgather_bucket_size: Count = 50_000_000
+    """Updated parameters are gathered so many numbers at a time (stages 1 and 2)."""
+    prefetch_bucket_size: CountOrZero = 50_000_000
+    """Numbers that are gathered ahead of their use (stage 3)."""
+    max_live_parameters: CountOrZero = 1_000_000_000
+    """Numbers that may stay gathered (stage 3)."""
+    max_reuse_distance: CountOrZero = 1_000_000_000
+    """A parameter stays gathered if it is used again within so many numbers (stage 3)."""
+    persistence_threshold: CountOrZero = 0
+    """Parameters with fewer numbers are never split (stage 3)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_file(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("file"), str):
+            return data
+        stated = read_file(Path(data["file"]))
+        given = {name: value for name, value in data.items() if name != "file"}
+        problems = [
+            f"{name} is {given[name]!r} in the config, but {value!r} in {data['file']}"
+            for name, value in stated.items()
+            if given.get(name, value) != value
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return {**given, **stated}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DeepSpeed":
+        assert self.file is None, "what it states was taken over above"
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs a stage from 1 on: at stage 0 nothing is split or moved")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"offload_parameters needs stage 3, given is stage {self.stage}")
+        return self
+
+    def refusal(self, sharding: Sharding) -> str | None:
+        """From stage 1 on DeepSpeed hands the optimizer one flat slice of many parameters."""
+        if self.stage == 0 or sharding == "elementwise":
+            return None
+        return (
+            f"it must see whole parameters, and at stage {self.stage} it would silently be given flat slices of many; "
+            'use stage 0, or parallel = "ddp" with shard_optimizer'
+        )
+
+    def settings(self, parts: Parts) -> dict[str, Any]:
+        """DeepSpeed's own config of this run."""
+        most = max(1, sum(row.parameter.numel() for row in parts.table(parts.model)))
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": self.overlap_comm,
+            # a bucket of the whole model is one that is never full, and DeepSpeed allocates what it is told
+            "reduce_bucket_size": min(self.reduce_bucket_size, most),
+            "allgather_bucket_size": _even(self.allgather_bucket_size),
+            "stage3_prefetch_bucket_size": self.prefetch_bucket_size,
+            "stage3_max_live_parameters": self.max_live_parameters,
+            "stage3_max_reuse_distance": self.max_reuse_distance,
+            "stage3_param_persistence_threshold": self.persistence_threshold,
+        }
+        pin = parts.device.type == "cuda"
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+        if self.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": parts.micro_batch,
+            "gradient_accumulation_steps": parts.num_micro_batches,
+            "gradient_clipping": 0.0 if self.stage == 0 else parts.clip_norm or 0.0,
+            "zero_optimization": zero,
+            # or DeepSpeed puts its own Adam in the place of any optimizer that is offloaded
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if parts.precision.master is not None:
+            settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+            settings["data_types"] = {"grad_accum_dtype": "bf16"}
+        elif parts.precision.autocast:
+            # with modules named here their gradients would travel in the format of autocast
+            named: list[str] = []
+            settings["torch_autocast"] = {
+                "enabled": True,
+                "dtype": parts.precision.compute,
+                "lower_precision_safe_modules": named,
+            }
+        return settings
+
+    def build(self, parts: Parts) -> "Engine":
+        """Hands the model and the optimizer to DeepSpeed."""
+        engines = {0: Engine, 1: FlatEngine, 2: FlatEngine, 3: GatheredEngine}
+        return engines[self.stage](parts, self)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file as fields of `DeepSpeed`.
+
+    Raises:
+        ValueError: it is absent, no JSON, or states what the run's config decides; names each.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        there = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        hint = f" There are: {', '.join(there)}." if there else ""
+        raise ValueError(f"file: {path} cannot be read ({error.strerror}).{hint}") from None
+    except ValueError as error:
+        raise ValueError(f"file: {path} does not parse ({error})") from None
+    problems = [
+        f'file: {path} states {key} = {json.dumps(content[key])}, which {owner} decides: leave it out or write "auto"'
+        for key, owner in _OURS.items()
+        if content.get(key, "auto") != "auto"
+    ]
+    zero = content.get("zero_optimization", {})
+    known = {"zero_optimization", *_OURS}
+    problems += [f"file: {path}: {key} is not read.{nearest(key, known)}" for key in content if key not in known]
+    problems += [
+        f"file: {path}: zero_optimization.{key} is not read.{nearest(key, _FIELDS)}"
+        for key in zero
+        if key not in _FIELDS
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {_FIELDS[key]: _plain(value) for key, value in zero.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Offload as a switch, sizes as integers (DeepSpeed's files write 5e7)."""
+    if isinstance(value, Mapping):
+        return value.get("device", "none") != "none"
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _even(count: int) -> int:
+    """DeepSpeed wants a multiple of two."""
+    return count + count % 2
+
+
+class Engine(Strategy):
+    """Stage 0: DeepSpeed sums the gradients, and the rest is plain."""
+
+    def __init__(self, parts: Parts, config: DeepSpeed):
+        super().__init__(parts)
+        self._config = config
+        rows = parts.table(parts.model)
+        self._rows = rows
+        self._sizes = {row.name: row.parameter.numel() for row in rows}
+        self._names = {id(row.parameter): row.name for row in rows}
+        self.optimizer = parts.optimizer(rows)
+        self._groups = [[self._names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        self._engine = _engine(parts, self.optimizer, config.settings(parts))
+        self.model = self._engine
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's own optimizer around ours."""
+        return self._engine.optimizer
+
+    @contextlib.contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        """Tells DeepSpeed where a step ends."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed takes the mean over ranks, and is told not to over micro-batches."""
+        self._engine.backward(loss * self.world.ranks, scale_wrt_gas=False)
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Clips to the norm: DeepSpeed tells none at this stage."""
+        parameters = [row.parameter for row in self._rows]
+        return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+
+    def step(self) -> bool:
+        """DeepSpeed updates and clears."""
+        self._engine.step()
+        return True
+
+    def skip(self) -> None:
+        """Clears."""
+        self._engine.zero_grad()
+
+    def holders(self) -> list[Holder]:
+        """Every parameter, whole, of the main rank."""
+        if not self.world.is_main:
+            return []
+        return [
+            Holder(
+                key=row.parameter,
+                parts=((Slice(name=row.name, start=0, stop=self._sizes[row.name]), 0),),
+                is_whole=True,
+            )
+            for row in self._rows
+        ]
+
+    def load_weights(self, saved: Saved) -> None:
+        """Every parameter and buffer."""
+        load_whole(self._plain, self._rows, saved)
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks away."""
+        self._engine.destroy()
+
+
+class FlatEngine(Engine):
+    """Stages 1 and 2: each group of parameters is one flat tensor, of which a rank updates a slice."""
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """The norm, asked for once and handed back to the step, which clips by it."""
+        norm = cast(Tensor, self._zero.scaled_global_norm())
+        self._zero.scaled_global_norm = lambda norm_type=2: norm
+        return _finite_or_nan(norm)
+
+    def step(self) -> bool:
+        """DeepSpeed clips, updates, gathers and clears."""
+        super().step()
+        del self._zero.scaled_global_norm  # the class's own again
+        return True
+
+    def _flats(self) -> list[tuple[Tensor, Shard]]:
+        shards = []
+        for flat, names in zip(self._zero.single_partition_of_fp32_groups, self._groups, strict=True):
+            sizes = {name: self._sizes[name] for name in names}
+            shards.append((flat, split_group(sizes, self.world.ranks, _ALIGNMENT * self.world.ranks)[self.world.rank]))
+        return shards
+
+    def holders(self) -> list[Holder]:
+        """This rank's slice of every group."""
+        return [Holder(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
+
+    def held(self) -> Iterable[Tensor]:
+        """The groups, this rank's slices of them, and their moments."""
+        yield from super().held()
+        yield from self._zero.bit16_groups_flat
+        yield from self._zero.single_partition_of_fp32_groups
+
+
+class GatheredEngine(Engine):
+    """Stage 3: a rank has a part of every parameter, and a module gathers its own when it runs."""
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """The norm, asked for once and handed back to the step, which clips by it."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        norms = self._zero._get_norm_groups()
+        self._zero._get_norm_groups = lambda: norms
+        return _finite_or_nan(combine_grad_norm_groups(norms))
+
+    def step(self) -> bool:
+        """DeepSpeed clips, updates and clears."""
+        super().step()
+        del self._zero._get_norm_groups  # the class's own again
+        return True
+
+    def holders(self) -> list[Holder]:
+        """This rank's part of every parameter; a group is one flat tensor of parts, each padded to the same size."""
+        found = []
+        for flat, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
+            parts, at = [], 0
+            for parameter in parameters:
+                name = self._names[id(parameter)]
+                (part,) = split_each({name: self._sizes[name]}, self.world.ranks)[self.world.rank]
+                if part.size:
+                    parts.append((part, at))
+                at += parameter.partition_numel()
+            found.append(Holder(key=flat, parts=tuple(parts)))
+        return found
+
+    def held(self) -> Iterable[Tensor]:
+        """The parts of the parameters, of their updated copies and moments, and of the gradients."""
+        yield from self._plain.buffers()
+        for row in self._rows:
+            yield row.parameter.data
+            yield row.parameter.ds_tensor  # type: ignore[attr-defined]
+        yield from self._zero.fp32_partitioned_groups_flat
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Gathered on all ranks, a parameter at a time, and kept by the main one."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        whole = {}
+        for name, tensor in stored_tensors(self._plain).items():
+            with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                if self.world.is_main:
+                    whole[name] = tensor.detach().cpu().clone()
+        return whole
+
+    @torch.no_grad()
+    def load_weights(self, saved: Saved) -> None:
+        """This rank's part of every parameter, in the format that forward reads."""
+        check_fit(self._rows, saved)
+        load_buffers(self._plain, saved)
+        for row in self._rows:
+            (part,) = split_each({row.name: self._sizes[row.name]}, self.world.ranks)[self.world.rank]
+            row.parameter.ds_tensor.data[: part.size].copy_(saved.read(part))  # type: ignore[attr-defined]
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            for parameter in persistent:
+                parameter.partition()
+            persistent[0].all_gather(persistent)
+
+
+def _in_row(shard: Shard) -> tuple[tuple[Slice, int], ...]:
+    places, at = [], 0
+    for part in shard:
+        places.append((part, at))
+        at += part.size
+    return tuple(places)
+
+
+def _finite_or_nan(norm: Tensor) -> Tensor:
+    """DeepSpeed says -1 for a norm that is not finite."""
+    return torch.where(norm < 0, torch.nan, norm)
+
+
+def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """DeepSpeed's engine, through Accelerate.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or another number of processes came together.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    try:
+        backend = importlib.import_module("deepspeed.comm.torch")
+    except ImportError:
+        raise ConfigError('parallel "deepspeed" needs DeepSpeed: pip install "llmeff[deepspeed]"') from None
+    # It would be compiled at the first start, for two minutes; gloo does the same sums.
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # DeepSpeed still calls collectives by the names that torch deprecates.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        mixed_precision="no" if parts.precision.master is None else "bf16",
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if parts.device.type == "cuda" else "gloo")],
+    )
+    engine, _ = accelerator.prepare(parts.model, optimizer)
+    return engine
