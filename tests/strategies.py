@@ -1,0 +1,118 @@
+"""Runs of a tiny model under every strategy: what a rank does, for the gates of parity, resume, world size and artefact."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmeff.core.config import override, validate
+from llmeff.runconfig import RunConfig
+from tests.ranks import ranks
+
+BATCH, LENGTH, STEPS = 8, 16, 10
+
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "ddp": ("parallel=ddp",),
+    "ddp, optimizer shared out": ("parallel=ddp", "parallel.shard_optimizer=true"),
+    "fsdp": ("parallel=fsdp",),
+    "zero 0": ("parallel=deepspeed", "parallel.stage=0"),
+    "zero 1": ("parallel=deepspeed", "parallel.stage=1"),
+    "zero 2": ("parallel=deepspeed", "parallel.stage=2"),
+    "zero 3": ("parallel=deepspeed", "parallel.stage=3"),
+    "zero 2, offload": ("parallel=deepspeed", "parallel.stage=2", "parallel.offload_optimizer=true"),
+    "zero 3, offload": (
+        "parallel=deepspeed", "parallel.stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true",
+    ),
+}  # fmt: skip
+"""Settings of each, for any number of ranks."""
+
+
+def config(*settings: str, num_ranks: int = 1, accumulation: int = 1) -> RunConfig:
+    """A small run with ragged documents, tied embeddings, grouped queries, and sizes that no number of ranks divides."""
+    data = {
+        "model": {"name": "decoder", "width": 18, "num_layers": 2, "num_heads": 3, "num_kv_heads": 1, "mlp_width": 35},
+        "data": {
+            "name": "text",
+            "source": {"name": "builtin", "max_bytes": 200_000},
+            "splits": {"by": "span"},
+            "sequence_length": LENGTH,
+            "packing": "documents",
+        },
+        "optim": {"name": "adamw", "lr": 3e-4},
+        "schedule": {"name": "constant"},
+        "train": {"steps": STEPS, "batch": BATCH, "micro_batch": BATCH // num_ranks // accumulation},
+        "evaluation": {"every": 0, "max_units": 2, "sample_tokens": 8},
+        "checkpoint": {"every": 0, "keep": 2},
+        "runtime": {"device": "cpu", "threads": 1},
+    }
+    if num_ranks > 1:
+        settings = (*settings, f"parallel.ranks={num_ranks}")
+    return validate(RunConfig, override(data, settings))
+
+
+def mask_raggedly() -> None:
+    """From now on the rows of this process's batches have different numbers of targets; row 0 has none but one."""
+    from llmeff.data.packing import MASKED, TrainWindows
+
+    if hasattr(TrainWindows.batch, "ragged"):
+        return
+    whole = TrainWindows.batch
+
+    def batch(self: TrainWindows, seed: int, step: int, rows: range, global_batch: int) -> Any:
+        packed = whole(self, seed, step, rows, global_batch)
+        targets = packed.targets.copy()
+        for place, row in enumerate(rows):
+            targets[place, 1 + (row * 5) % LENGTH :] = MASKED
+        return dataclasses.replace(packed, targets=targets)
+
+    batch.ragged = True  # type: ignore[attr-defined]
+    TrainWindows.batch = batch  # type: ignore[method-assign]
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """What a run did."""
+
+    losses: list[float]
+    norms: list[float]
+    begin: dict[str, Any]
+    """The weights before the first step."""
+    end: dict[str, Any]
+    """The weights after the last, on the main rank."""
+
+    def distance(self, other: "Trajectory") -> float:
+        """How far the other's update is from this one, over the size of this one."""
+        apart = sum(np.square(self.end[name] - other.end[name]).sum() for name in self.end)
+        size = sum(np.square(self.end[name] - self.begin[name]).sum() for name in self.end)
+        return float((apart / size) ** 0.5)
+
+
+def numbers(strategy: Any) -> dict[str, Any]:
+    """The whole model's weights, in double precision; empty but on the main rank."""
+    whole = strategy.state_dict()
+    return {name: tensor.detach().double().numpy() for name, tensor in whole.items()} if strategy.world.is_main else {}
+
+
+def trajectory(settings: RunConfig, folder: Path) -> Trajectory:
+    """Trains on this rank."""
+    from llmeff.loop import Trainer
+    from llmeff.record.reader import read_run
+
+    mask_raggedly()
+    with Trainer(settings, folder, resume=False, is_silent=True) as trainer:
+        begin = numbers(trainer._strategy)
+        while trainer.step < settings.train.steps:
+            trainer.train_step()
+        end = numbers(trainer._strategy)
+        steps = read_run(folder).steps
+    return Trajectory(steps["loss"].tolist(), steps["grad_norm"].tolist(), begin, end)
+
+
+def trained(settings: RunConfig, folder: Path) -> Trajectory:
+    """Trains on as many ranks as the config says; what the main one saw.
+
+    One rank, too, is a process of its own: batches are masked in it.
+    """
+    first: Trajectory = ranks(settings.parallel.ranks).run(trajectory, settings, folder)[0]
+    return first

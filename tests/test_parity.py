@@ -1,0 +1,81 @@
+"""The parity gate: the same config gives the same losses, norms and updates under every strategy.
+
+The bounds: losses and norms within 1e-5 relative over ten steps, and the difference of the updates at most 1e-4 of
+their size, in fp32. Another split of the batch only adds the same numbers in another order.
+"""
+
+import functools
+import itertools
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.strategies import STRATEGIES, Trajectory, config, trained
+
+RELATIVE, OF_THE_UPDATE = 1e-5, 1e-4
+
+MODELS = {
+    "documents, tied": (),
+    "documents, untied": ("model.tied_embeddings=false",),
+    "plain, recomputed": ("data.packing=plain", "runtime.recompute=true", "task.loss_chunk=5"),
+}
+
+
+@functools.cache
+def one_process(model: str, precision: str = "fp32", accumulation: int = 1) -> Trajectory:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config(*MODELS[model], f"precision={precision}", accumulation=accumulation)
+        return trained(settings, Path(folder) / "run")
+
+
+def assert_the_same(found: Trajectory, expected: Trajectory) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=RELATIVE)
+    assert found.norms == pytest.approx(expected.norms, rel=RELATIVE)
+    assert found.begin.keys() == expected.begin.keys()
+    assert expected.distance(found) <= OF_THE_UPDATE
+
+
+def run(tmp_path, strategy, model, accumulation, *settings):
+    settings = config(*MODELS[model], *STRATEGIES[strategy], *settings, num_ranks=2, accumulation=accumulation)
+    return trained(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_as_one_process_does(tmp_path, strategy):
+    found = run(tmp_path, strategy, "documents, tied", 4)
+    assert_the_same(found, one_process("documents, tied"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "model", "accumulation"), list(itertools.product(STRATEGIES, MODELS, (1, 4))))
+def test_every_strategy_trains_as_one_process_does_in_every_way(tmp_path, strategy, model, accumulation):
+    assert_the_same(run(tmp_path, strategy, model, accumulation), one_process(model))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_one_process_accumulates_exactly(accumulation):
+    assert_the_same(one_process("documents, tied", accumulation=accumulation), one_process("documents, tied"))
+
+
+BF16 = [name for name in STRATEGIES if "offload" not in name]
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=pytest.mark.slow) for name in BF16 if name != "zero 2"] + ["zero 2"]
+)
+def test_bf16_rounds_alike_under_every_strategy(tmp_path, strategy):
+    """Micro-batches of the same size round alike, and what is summed over them is fp32: the bounds are fp32's."""
+    found = run(tmp_path, strategy, "documents, tied", 4, "precision=bf16")
+    assert_the_same(found, one_process("documents, tied", "bf16", accumulation=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero 2", "zero 3", "zero 2, offload", "zero 3, offload"])
+def test_bf16_master_is_the_same_number_for_number_at_every_stage(tmp_path, strategy):
+    """Of two ranks' gradients there is one sum, rounded once whoever makes it: every stage has the same bits."""
+    expected = run(tmp_path / "1", "zero 1", "documents, tied", 1, "precision=bf16_master")
+    found = run(tmp_path / "2", strategy, "documents, tied", 1, "precision=bf16_master")
+    assert found.losses == expected.losses
+    assert found.norms == pytest.approx(expected.norms, rel=RELATIVE)
+    assert expected.distance(found) <= OF_THE_UPDATE
