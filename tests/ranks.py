@@ -24,14 +24,21 @@ class Ranks:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.number = number
-        self._lanes, self._processes = [], []
+        self._lanes = []
+        self.processes: list[Any] = []
+        """By rank."""
         for rank in range(number):
             lane, end = CONTEXT.Pipe()
             process = CONTEXT.Process(target=_serve, args=(rank, number, port, end), daemon=True)
             process.start()
             end.close()
             self._lanes.append(lane)
-            self._processes.append(process)
+            self.processes.append(process)
+
+    def start(self, function: Any, *arguments: Any) -> None:
+        """Has each rank call a module's function."""
+        for lane in self._lanes:
+            lane.send((function.__module__, function.__qualname__, arguments))
 
     def run(self, function: Any, *arguments: Any) -> list[Any]:
         """What a module's function gives on each rank.
@@ -39,8 +46,7 @@ class Ranks:
         Raises:
             RuntimeError: it raised on a rank; its traceback is the message.
         """
-        for lane in self._lanes:
-            lane.send((function.__module__, function.__qualname__, arguments))
+        self.start(function, *arguments)
         answers = [lane.recv() if lane.poll(TIMEOUT_S) else ("error", "no answer in time") for lane in self._lanes]
         errors = [f"rank {rank}: {value}" for rank, (kind, value) in enumerate(answers) if kind == "error"]
         if errors:
@@ -49,7 +55,7 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the processes."""
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
 
 
