@@ -161,8 +161,14 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         ("saved_bytes", "model"): saved,
         ("peak_bytes", "model"): live.peak.total,
     }
+    roles = module.roles()  # type: ignore[operator]  # a method of every language model
     weights = [
-        Weight(name, tuple(parameter.shape), work.precision.parameters, "model")
+        Weight(
+            name,
+            tuple(parameter.shape),
+            work.precision.parameters,
+            roles[name] if roles[name] in ("embedding", "head") else "model",
+        )
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from llmeff.core.config import override, validate
 from llmeff.runconfig import RunConfig
@@ -70,6 +71,32 @@ def mask_raggedly() -> None:
     TrainWindows.batch = batch  # type: ignore[method-assign]
 
 
+NEWTON_SCHULZ: list[tuple[int, ...]] = []
+"""The shapes that this process's Muon has made orthogonal, in order."""
+
+
+def count_newton_schulz() -> None:
+    """From now on Muon's iterations are counted, and made in double precision.
+
+    In bfloat16 a difference of 1e-7 in the gradient flips roundings, and the update by a hundredth of its size.
+    """
+    from torch.optim import _muon
+
+    NEWTON_SCHULZ.clear()
+
+    def iterate(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+        NEWTON_SCHULZ.append(tuple(grad.shape))
+        a, b, c = coefficients
+        x = grad.double().T if grad.shape[0] > grad.shape[1] else grad.double()
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return (x.T if grad.shape[0] > grad.shape[1] else x).to(grad.dtype)
+
+    _muon._zeropower_via_newtonschulz = iterate
+
+
 @dataclasses.dataclass
 class Trajectory:
     """What a run did."""
@@ -80,6 +107,8 @@ class Trajectory:
     """The weights before the first step."""
     end: dict[str, Any]
     """The weights after the last, on the main rank."""
+    newton_schulz: list[tuple[int, ...]]
+    """The shapes that were made orthogonal on this rank."""
 
     def distance(self, other: "Trajectory") -> float:
         """How far the other's update is from this one, over the size of this one."""
@@ -100,19 +129,19 @@ def trajectory(settings: RunConfig, folder: Path) -> Trajectory:
     from llmeff.record.reader import read_run
 
     mask_raggedly()
+    count_newton_schulz()
     with Trainer(settings, folder, resume=False, is_silent=True) as trainer:
         begin = numbers(trainer._strategy)
         while trainer.step < settings.train.steps:
             trainer.train_step()
         end = numbers(trainer._strategy)
         steps = read_run(folder).steps
-    return Trajectory(steps["loss"].tolist(), steps["grad_norm"].tolist(), begin, end)
+    return Trajectory(steps["loss"].tolist(), steps["grad_norm"].tolist(), begin, end, list(NEWTON_SCHULZ))
 
 
-def trained(settings: RunConfig, folder: Path) -> Trajectory:
-    """Trains on as many ranks as the config says; what the main one saw.
+def trained(settings: RunConfig, folder: Path) -> list[Trajectory]:
+    """Trains on as many ranks as the config says; what each saw, the main one first.
 
     One rank, too, is a process of its own: batches are masked in it.
     """
-    first: Trajectory = ranks(settings.parallel.ranks).run(trajectory, settings, folder)[0]
-    return first
+    return ranks(settings.parallel.ranks).run(trajectory, settings, folder)

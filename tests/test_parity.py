@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.strategies import STRATEGIES, Trajectory, config, trained
+from tests.strategies import STEPS, STRATEGIES, Trajectory, config, trained
 
 RELATIVE, OF_THE_UPDATE = 1e-5, 1e-4
 
@@ -23,10 +23,9 @@ MODELS = {
 
 
 @functools.cache
-def one_process(model: str, precision: str = "fp32", accumulation: int = 1) -> Trajectory:
+def one_process(model: str, *settings: str, accumulation: int = 1) -> Trajectory:
     with tempfile.TemporaryDirectory() as folder:
-        settings = config(*MODELS[model], f"precision={precision}", accumulation=accumulation)
-        return trained(settings, Path(folder) / "run")
+        return trained(config(*MODELS[model], *settings, accumulation=accumulation), Path(folder) / "run")[0]
 
 
 def assert_the_same(found: Trajectory, expected: Trajectory) -> None:
@@ -38,7 +37,7 @@ def assert_the_same(found: Trajectory, expected: Trajectory) -> None:
 
 def run(tmp_path, strategy, model, accumulation, *settings):
     settings = config(*MODELS[model], *STRATEGIES[strategy], *settings, num_ranks=2, accumulation=accumulation)
-    return trained(settings, tmp_path / "run")
+    return trained(settings, tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -67,7 +66,7 @@ BF16 = [name for name in STRATEGIES if "offload" not in name]
 def test_bf16_rounds_alike_under_every_strategy(tmp_path, strategy):
     """Micro-batches of the same size round alike, and what is summed over them is fp32: the bounds are fp32's."""
     found = run(tmp_path, strategy, "documents, tied", 4, "precision=bf16")
-    assert_the_same(found, one_process("documents, tied", "bf16", accumulation=8))
+    assert_the_same(found, one_process("documents, tied", "precision=bf16", accumulation=8))
 
 
 @pytest.mark.slow
@@ -79,3 +78,23 @@ def test_bf16_master_is_the_same_number_for_number_at_every_stage(tmp_path, stra
     assert found.losses == expected.losses
     assert found.norms == pytest.approx(expected.norms, rel=RELATIVE)
     assert expected.distance(found) <= OF_THE_UPDATE
+
+
+MUON = ("optim=muon", "optim.lr=3e-4")
+
+
+@pytest.mark.parametrize("shared_out", ["true", "false"])
+def test_muon_sees_every_matrix_as_a_whole(tmp_path, shared_out):
+    """Shared out over ranks, each matrix is made orthogonal by one of them, once a step; else by every one."""
+    expected = one_process("documents, tied", *MUON)
+    settings = ("parallel=ddp", f"parallel.shard_optimizer={shared_out}", *MUON)
+    found = trained(config(*settings, num_ranks=2, accumulation=2), tmp_path / "run")
+    assert_the_same(found[0], expected)
+    matrices = expected.newton_schulz[: len(expected.newton_schulz) // STEPS]
+    assert len(matrices) == 2 * 7  # of two layers
+    own = [rank.newton_schulz for rank in found]
+    if shared_out == "true":
+        assert all(shapes for shapes in own)
+        assert sorted(own[0] + own[1]) == sorted(matrices * STEPS)
+    else:
+        assert own[0] == own[1] == matrices * STEPS

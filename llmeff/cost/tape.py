@@ -113,6 +113,11 @@ class Weight:
         """What it takes."""
         return self.size * _BYTES[self.dtype]
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix within a layer: neither embedding nor head, nor a norm or bias."""
+        return len(self.shape) == 2 and self.part not in ("embedding", "head")
+
 
 @dataclass(slots=True, kw_only=True)
 class Leaf(Node):

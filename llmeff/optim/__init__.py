@@ -1,4 +1,5 @@
 from llmeff.optim.adamw import AdamW as AdamW
+from llmeff.optim.muon import Muon as Muon
 from llmeff.optim.optimizer import OptimizerConfig as OptimizerConfig
 from llmeff.optim.schedule import WSD as WSD
 from llmeff.optim.schedule import Constant as Constant

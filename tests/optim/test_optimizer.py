@@ -10,10 +10,13 @@ from llmeff.core.table import table
 from llmeff.cost.tape import Weight
 from llmeff.optim import OptimizerConfig
 
-CONVERGENT = {"adamw": {"lr": 0.05, "weight_decay": 0.0}}
+CONVERGENT = {"adamw": {"lr": 0.05, "weight_decay": 0.0}, "muon": {"lr": 0.01, "weight_decay": 0.0}}
 """With which each reaches the minimum of the quadratic below."""
-UPDATES = {"adamw": (torch.optim.AdamW, torch._fused_adamw_)}
-"""The class, and the operation of torch, that each one's step must be."""
+UPDATES = {
+    "adamw": {torch.optim.AdamW: torch._fused_adamw_},
+    "muon": {torch.optim.Muon: torch.addmm, torch.optim.AdamW: torch._fused_adamw_},
+}
+"""The classes, and an operation of torch of each, that each one's step must be."""
 
 ROLES = {"weight": "matrix", "bias": "bias"}
 
@@ -53,11 +56,11 @@ def test_it_does_the_same_twice(name):
 
 @every_optimizer
 def test_the_update_that_runs_is_the_named_one(name):
-    kind, operation = UPDATES[name]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer = train(name, 1)[1]
-    assert type(optimizer) is kind
-    assert f"aten::{operation.__name__}" in {event.name for event in profile.events()}
+    assert {type(part) for part in getattr(optimizer, "optimizers", [optimizer])} == set(UPDATES[name])
+    names = {event.name for event in profile.events()}
+    assert {f"aten::{operation.__name__}" for operation in UPDATES[name].values()} <= names
 
 
 @every_optimizer

@@ -1,0 +1,60 @@
+"""Several optimizers as one, each with parameters of its own."""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Joined(Optimizer):
+    """Steps several optimizers that share no parameter; its groups and its state are theirs, not copies.
+
+    Args:
+        optimizers: at least one.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self.optimizers = tuple(optimizers)
+        super().__init__([{"params": list(_parameters(optimizer))} for optimizer in self.optimizers], {})
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.state = _States(self.optimizers)  # type: ignore[assignment]  # a mapping is all that is asked of it
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of each."""
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+class _States(MutableMapping[Tensor, Any]):
+    """The states of all, each parameter's where its own optimizer looks for it."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self._optimizers = optimizers
+        self._owners = {parameter: own for own in optimizers for parameter in _parameters(own)}
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self._owners[parameter].state[parameter]
+
+    def __setitem__(self, parameter: Tensor, state: Any) -> None:
+        self._owners[parameter].state[parameter] = state
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._owners[parameter].state[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for optimizer in self._optimizers:
+            yield from optimizer.state
+
+    def __len__(self) -> int:
+        return sum(len(optimizer.state) for optimizer in self._optimizers)
+
+    def __contains__(self, parameter: object) -> bool:
+        return any(parameter in optimizer.state for optimizer in self._optimizers)

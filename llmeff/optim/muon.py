@@ -1,0 +1,82 @@
+"""Muon: momentum made orthogonal by Newton-Schulz iterations for matrices (Jordan et al. 2024), AdamW for the rest."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from llmeff.core.config import BelowOne, Count, Flag, NotNegative
+from llmeff.core.precision import BYTES, Precision
+from llmeff.core.table import Row, Sharding
+from llmeff.cost.price import Kind, Price
+from llmeff.cost.tape import Weight
+from llmeff.optim.adamw import AdamW
+from llmeff.optim.joined import Joined
+from llmeff.optim.optimizer import OptimizerConfig
+
+
+class Muon(OptimizerConfig):
+    """torch.optim.Muon for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
+
+    Matrices move as far as AdamW would move them, 0.2 sqrt(max(rows, columns)) times the orthogonal update (Liu et al.
+    2025, equation 4), so that both have one learning rate. torch iterates in bfloat16 on every device.
+    """
+
+    sharding: ClassVar[Sharding] = "whole_tensor"
+
+    name: Literal["muon"] = "muon"
+    momentum: BelowOne = 0.95
+    """Decay of the momentum of matrices."""
+    nesterov: Flag = True
+    """Look ahead along the momentum."""
+    ns_steps: Count = 5
+    """Newton-Schulz iterations."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+    beta1: BelowOne = 0.9
+    """Of AdamW: decay of the first moment."""
+    beta2: BelowOne = 0.95
+    """Of AdamW: decay of the second moment."""
+
+    def build(self, rows: list[Row]) -> Optimizer:
+        """Both as one; the one alone that has parameters, if the other has none."""
+        matrices = [row.parameter for row in rows if row.role == "matrix"]
+        others = [row for row in rows if row.role != "matrix"]
+        optimizers: list[Optimizer] = []
+        if matrices:
+            optimizers.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=self.lr,
+                    weight_decay=self.weight_decay,
+                    momentum=self.momentum,
+                    nesterov=self.nesterov,
+                    ns_steps=self.ns_steps,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if others:
+            optimizers.append(self._adamw.build(others))
+        return Joined(optimizers)
+
+    @property
+    def _adamw(self) -> AdamW:
+        return AdamW(lr=self.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
+
+    def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
+        """One moment of each matrix and the products of its iterations; AdamW's state of the rest."""
+        entries: Counter[tuple[Kind, str]] = Counter()
+        rest = []
+        for weight in weights:
+            if not weight.is_matrix:
+                rest.append(weight)
+                continue
+            num_bytes = weight.size * BYTES[precision.master or precision.parameters]
+            entries["optimizer_bytes", weight.part] += num_bytes
+            entries["peak_bytes", "optimizer"] += num_bytes
+            short, long = sorted(weight.shape)
+            # X X', the square of that, and that times X
+            entries["executed_flops", "optimizer"] += self.ns_steps * (4 * short**2 * long + 2 * short**3)
+        return Price(entries) + self._adamw.price(rest, precision)

@@ -1,0 +1,83 @@
+"""Muon is torch's on matrices and AdamW elsewhere; its price is what its iterations execute and its moments take."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from llmeff.core.optimizer_state import state_bytes
+from llmeff.core.precision import precision
+from llmeff.core.table import Row, table
+from llmeff.cost.tape import Weight
+from llmeff.optim import Muon
+from llmeff.record.meters import count_flops
+
+SETTINGS = Muon(lr=0.01, momentum=0.9, weight_decay=0.3, beta1=0.8, beta2=0.9)
+ROLES = {"0.weight": "embedding", "1.weight": "norm", "1.bias": "bias", "2.weight": "matrix", "3.weight": "head"}
+
+
+def model_and_rows() -> tuple[nn.Module, list[Row]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False), nn.Linear(6, 7, bias=False))
+    return model, table(model, ROLES)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.arange(7)).square().sum().backward()
+        optimizer.step()
+
+
+def test_each_parameter_has_its_own_optimizer_to_the_last_bit():
+    ours, rows = model_and_rows()
+    theirs = copy.deepcopy(ours)
+    embedding, norm, matrix, head = theirs
+    muon = torch.optim.Muon([matrix.weight], 0.01, 0.3, 0.9, adjust_lr_fn="match_rms_adamw")
+    groups = [
+        {"params": [embedding.weight, head.weight], "weight_decay": 0.3},
+        {"params": [norm.weight, norm.bias], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), fused=True)
+    train(ours, SETTINGS.build(rows))
+    for _ in range(5):
+        theirs.zero_grad()
+        theirs(torch.arange(7)).square().sum().backward()
+        muon.step()
+        adamw.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+def test_state_and_groups_are_those_of_the_parts():
+    model, rows = model_and_rows()
+    optimizer = SETTINGS.build(rows)
+    assert len(optimizer.state) == 0
+    train(model, optimizer, 1)
+    assert set(optimizer.state) == set(model.parameters())
+    assert optimizer.state[model[2].weight].keys() == {"momentum_buffer"}
+    assert optimizer.state[model[0].weight].keys() == {"exp_avg", "exp_avg_sq", "step"}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(model)
+    train(model, optimizer, 1)
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("role", ["matrix", "norm"])
+def test_a_rank_may_own_one_kind_alone(role):
+    model, rows = model_and_rows()
+    own = [row for row in rows if row.role == role]
+    optimizer = SETTINGS.build(own)
+    train(model, optimizer, 1)
+    assert set(optimizer.state) == {row.parameter for row in own}
+
+
+def test_the_price_is_what_a_step_takes():
+    model, rows = model_and_rows()
+    optimizer = SETTINGS.build(rows)
+    train(model, optimizer, 1)
+    parts = {"embedding": "embedding", "head": "head", "matrix": "mlp", "norm": "norms", "bias": "norms"}
+    price = SETTINGS.price([Weight(row.name, row.shape, "float32", parts[row.role]) for row in rows], precision("fp32"))
+    assert price.total("optimizer_bytes") == state_bytes(optimizer)
+    assert price.total("executed_flops") == count_flops(optimizer.step)
