@@ -1,13 +1,21 @@
 """What a run will cost, asked of each of its parts before it begins."""
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llmeff.core.config import ConfigError
 from llmeff.core.layout import Layout
@@ -24,6 +32,8 @@ from llmeff.runconfig import RunConfig
 USABLE = 0.8
 """How much of the free memory a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
 fragmentation, evaluation and whatever else runs."""
+_FEW = 2**22
+"""Integers that a trace may really hold in one tensor: the positions of a micro-batch, not every mask made of them."""
 
 
 def predict(config: RunConfig) -> Price:
@@ -117,14 +127,18 @@ def show(price: Price) -> str:
 
 
 def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
-    """Counts a module's step by running it on tensors without numbers, which takes no memory.
+    """Counts a module's step by running it on tensors without numbers, which takes next to no memory.
+
+    Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
+    mask, and without a mask no copies of the keys for grouped queries. What is chosen by activations cannot be traced: the
+    routing of experts, for whose grouped products torch moreover knows no shapes in float32.
 
     Args:
         module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
         optim: whose state the step finds.
         work: what the step does.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():  # type: ignore[no-untyped-call]
         _move(module)
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -193,6 +207,33 @@ def _batch(work: Workload) -> dict[str, Any]:
         "targets": torch.zeros_like(tokens),
         "loss_chunk": work.loss_chunk,
     }
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Gives integers and truth values their numbers where these are all that decides them, and they are few."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = _tensors((args, kwargs))
+        if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not _counts(tensor) for tensor in given):
+            return func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            # first without numbers, which tells how many there would be
+            with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+                result = func(*args, **(kwargs or {}))
+                if not all(_counts(tensor) and tensor.numel() <= _FEW for tensor in _tensors(result)):
+                    return result
+        with unset_fake_temporarily():
+            return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 class _Attention(TorchDispatchMode):

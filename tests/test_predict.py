@@ -1,6 +1,7 @@
 """The price gate: what is predicted is what a step takes, over random models and steps."""
 
 import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 
 from llmeff.core.config import ConfigError
+from llmeff.core.layout import Layout
+from llmeff.core.table import table
 from llmeff.cost.workload import Workload
 from llmeff.models import DecoderConfig
 from llmeff.optim import AdamW
 from llmeff.predict import fit_micro_batch, predict, price_step, resolve_micro_batch, show, trace
+from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.runconfig import RunConfig
 
 _PATH = Path(__file__).parents[1] / "analysis" / "price_gate.py"
@@ -86,6 +90,91 @@ def test_a_transformers_model_is_traced(tmp_path):
     assert price.source == "traced"
     assert price.total("parameters") == sum(parameter.numel() for parameter in model.build().parameters())
     assert price.total("peak_bytes") > 4 * price.total("parameter_bytes")
+
+
+class Foreign:
+    """A training step of a model, as plain as can be."""
+
+    def __init__(self, config, work):
+        torch.manual_seed(0)
+        self.work, self.vocabulary = work, config.vocabulary()
+        self.model = config.build()
+        self.model.recompute = work.recompute
+        self.optimizer = AdamW().build(table(self.model, self.model.roles()))
+
+    def batch(self):
+        shape = (self.work.num_sequences, self.work.num_tokens)
+        tokens, targets = (torch.randint(self.vocabulary, shape) for _ in range(2))
+        layout = None
+        if self.work.packed:
+            places = torch.arange(shape[1]).repeat(shape[0], 1)
+            layout = Layout(positions=places % 10, documents=places // 10)
+        return {"tokens": tokens, "layout": layout, "targets": targets, "loss_chunk": self.work.loss_chunk}
+
+    def run(self):
+        for _ in range(self.work.num_micro_batches):
+            loss = self.model(**self.batch())
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def measure(self):
+        self.run()  # the optimizer makes its state
+        state = [x for own in self.optimizer.state.values() for x in own.values()]
+        batch, held = self.batch(), [*self.model.parameters(), *self.model.buffers()]
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "executed_flops": count_flops(self.run),
+            "peak_bytes": peak_bytes(self.run, [*held, *state], torch.device("cpu")),
+            "saved_bytes": saved_bytes(lambda: self.model(**batch), [*held, batch["tokens"], batch["targets"]]),
+        }
+
+
+def assert_traced_as_measured(model, work):
+    price, measured = price_step(model, AdamW(), work), Foreign(model, work).measure()
+    assert price.source == "traced"
+    for kind in ("parameters", "executed_flops", "saved_bytes"):
+        assert price.total(kind) == measured[kind], kind
+    assert price.total("peak_bytes") == pytest.approx(measured["peak_bytes"], rel=PEAK_TOLERANCE)
+
+
+WORK = Workload(num_sequences=3, num_tokens=40)
+every_step = pytest.mark.parametrize(
+    "work",
+    [
+        WORK,
+        replace(WORK, packed=True),
+        replace(WORK, recompute=True),
+        replace(WORK, loss_chunk=32, num_micro_batches=2),
+    ],
+    ids=["plain", "packed", "recomputed", "chunked"],
+)
+
+
+@every_step
+@pytest.mark.parametrize("kind", ["GPT2", "Qwen3", "Llama"])
+def test_a_trace_is_what_a_foreign_models_step_takes(kind, work, tmp_path):
+    import transformers
+
+    from llmeff.models.hf import HFModelConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    grouped = {} if kind == "GPT2" else {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+    getattr(transformers, f"{kind}Config")(**sizes, **grouped).save_pretrained(tmp_path)
+    assert_traced_as_measured(HFModelConfig(path=str(tmp_path), from_scratch=True, vocab_size=60), work)
+
+
+@every_step
+def test_a_trace_is_what_a_step_of_pretrained_weights_takes(work):
+    from llmeff.models.hf import HFModelConfig
+
+    data = Path(os.environ.get("LLMEFF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    path = data / "models" / "stories260K"
+    if not path.is_dir():
+        pytest.skip(f"there is no {path}")
+    assert_traced_as_measured(HFModelConfig(path=str(path), vocab_size=512), work)
 
 
 def run_config(**train):
