@@ -185,7 +185,8 @@ class Result(Record):
     model_flops_per_s: float | None = None
     """Of steps after warm-up, at the median step: contractions of the model only, recomputation not counted."""
     mfu: float | None = None
-    """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown."""
+    """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown, or would be
+    exceeded, which cannot be."""
     energy_j: float | None = None
     """That the GPU drew from the first step to the end; null where it has no counter."""
     prediction: Literal["law", "traced"] = "law"
