@@ -152,8 +152,9 @@ class Trainer:
             with self._eagerly():
                 self._state.measured["executed_flops"] = count_flops(self._update)
         elif number == METERED_STEP:
-            with self._clocks.hold("record"), self._eagerly():
-                self._state.measured["saved_bytes"] = self._saved_bytes()
+            if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
+                with self._clocks.hold("record"):
+                    self._state.measured["saved_bytes"] = self._saved_bytes()
             self._state.measured["peak_bytes"] = peak_bytes(self._update, self._held(), self.device)
         else:
             self._update()

@@ -204,6 +204,16 @@ def test_the_launchers_precision_must_be_the_configs(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("compiled", ["layers", "model"])
+def test_a_compiled_run_measures_no_bytes_that_it_does_not_see(tmp_path, finished, compiled):
+    with torch.compiler.set_stance("force_eager"):  # the compiling itself is none of this
+        result = train(tiny(f"runtime.compile={compiled}"), tmp_path / "run")
+    assert set(finished[1].measured) - set(result.measured) == {"saved_bytes"}
+    assert result.predicted == finished[1].predicted
+    assert result.error["executed_flops"] == 0
+    assert "saved_bytes" not in result.error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["layers", "model"])
 def test_a_compiled_run_is_the_eager_run_to_rounding_and_stays_compiled(tmp_path, finished, compiled):

@@ -154,8 +154,9 @@ class Result(Record):
     """`result.json`, written last: its presence means that the run has ended.
 
     `predicted`, `measured` and `error` are keyed by quantity; a quantity's name ends with its unit: `parameters`,
-    `executed_flops` (of one step), `peak_bytes` (live at once: the allocator's peak on a GPU, live tensors on a CPU),
-    `saved_bytes` (kept for backward), ...
+    `executed_flops` (of one step; counted as it runs uncompiled, which has the same contractions), `peak_bytes` (live at
+    once: the allocator's peak on a GPU, live tensors on a CPU), `saved_bytes` (kept for backward; not measured where the
+    run is compiled, and then predicted for it uncompiled), ...
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
