@@ -78,6 +78,21 @@ def price_step(model: ModelConfig, optim: OptimizerConfig, work: Workload) -> Pr
         return trace(module, optim, work)
 
 
+def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
+    """Refuses a model that cannot do what a step asks of it.
+
+    Args:
+        config: the run, its vocabulary resolved.
+        built: see `ModelConfig.problems`.
+
+    Raises:
+        ConfigError: with all that it cannot.
+    """
+    problems = list(config.model.problems(workload(config, 1), built))
+    if problems:
+        raise ConfigError(problems)
+
+
 def resolve_micro_batch(config: RunConfig) -> int:
     """`train.micro_batch` as a number.
 
@@ -130,8 +145,9 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
     """Counts a module's step by running it on tensors without numbers, which takes next to no memory.
 
     Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
-    mask, and without a mask no copies of the keys for grouped queries. What is chosen by activations cannot be traced: the
-    routing of experts, for whose grouped products torch moreover knows no shapes in float32.
+    mask, and without a mask no copies of the keys for grouped queries. So a packed step is traced with documents that end
+    within a row; where none happens to, it keeps less. What is chosen by activations cannot be traced: the routing of
+    experts, for whose grouped products torch moreover knows no shapes in float32.
 
     Args:
         module: with the forward of `Decoder`; on any device, "meta" included. It is moved.

@@ -9,7 +9,7 @@ from torch import nn
 from llmeff.core.config import ConfigError, read, validate
 from llmeff.core.dist import launched_precision, make_cublas_repeatable, usable_cores, world
 from llmeff.core.seed import derive
-from llmeff.predict import resolve_micro_batch
+from llmeff.predict import check_model, resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Task
@@ -29,6 +29,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     task = config.task.open(config.data, config.seed, config.train.batch, is_main=world().is_main)
     config = config.model_copy(update={"model": task.resolve(config.model)})
+    check_model(config)
     threads = config.runtime.threads
     if threads == "auto":
         threads = max(1, usable_cores() // config.parallel.ranks)
@@ -81,9 +82,15 @@ def prepare_device(config: RunConfig) -> torch.device:
 
 
 def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model as its seed makes it, on the device, compiled as asked for."""
+    """The run's model as its seed makes it, on the device, compiled as asked for.
+
+    Raises:
+        ConfigError: it cannot be built, or cannot do what a step asks of it.
+    """
     torch.manual_seed(derive(config.seed, "init"))
-    model = config.model.build().to(device)
+    model = config.model.build()
+    check_model(config, model)
+    model = model.to(device)
     model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
     if config.runtime.compile == "model":
         model.compile()

@@ -1,5 +1,6 @@
 """The contract of a model's config."""
 
+from collections.abc import Iterator
 from functools import singledispatch
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,15 @@ class ModelConfig(Component, family="model"):
     def build(self) -> nn.Module:
         """The module, initialized from torch's default generator."""
         raise NotImplementedError(type(self))
+
+    def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
+        """What a step asks for that the model cannot do. What is merely unwise is a warning.
+
+        Args:
+            workload: the step.
+            built: what `build` gave; None: nothing is built yet, and asked for is what the config alone tells.
+        """
+        yield from ()
 
     def law(self, tape: Tape, batch: Batch) -> Array:
         """The price of a micro-batch's forward in training, to its summed loss."""
@@ -52,6 +62,10 @@ class LanguageModelConfig(ModelConfig):
         if self.vocab_size == "auto":
             raise ValueError("vocab_size is auto: it must be resolved from the tokenizer before the model is built")
         return self.vocab_size
+
+    def chunks_logits(self) -> bool:
+        """Whether the loss can be made of a few tokens' logits at a time."""
+        return True
 
 
 @singledispatch
