@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.data import Bpe
 from llmeff.loop import train
 from llmeff.runconfig import RunConfig
 
@@ -52,6 +53,14 @@ def test_what_a_model_cannot_is_an_error_before_the_folder_is_made(config, tmp_p
     with pytest.raises(ConfigError, match=said) as raised:
         train(asked, tmp_path / "run")
     assert len(raised.value.problems) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_with_a_tokenizer_of_others_are_an_error_before_the_folder_is_made(config, tmp_path):
+    asked = config("rotary")
+    Bpe(vocab_size=300).build(lambda: ["the cat and the hat " * 9]).save(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"data.tokenizer: id 0 is .*, but .* to the weights in"):
+        train(asked, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

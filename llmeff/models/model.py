@@ -13,6 +13,7 @@ from llmeff.cost.price import Price
 from llmeff.cost.step import price_step, weights
 from llmeff.cost.tape import Array, Tape, Weight
 from llmeff.cost.workload import Workload
+from llmeff.data.tokenizer import Tokenizer
 
 
 class ModelConfig(Component, family="model"):
@@ -62,6 +63,10 @@ class LanguageModelConfig(ModelConfig):
         if self.vocab_size == "auto":
             raise ValueError("vocab_size is auto: it must be resolved from the tokenizer before the model is built")
         return self.vocab_size
+
+    def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Why the model cannot be trained on a tokenizer's ids, beside how many these are."""
+        yield from ()
 
     def chunks_logits(self) -> bool:
         """Whether the loss can be made of a few tokens' logits at a time."""

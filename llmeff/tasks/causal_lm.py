@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.core.config import Count
+from llmeff.core.config import ConfigError, Count
 from llmeff.core.layout import Layout
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
@@ -89,6 +89,9 @@ class CausalLMTask(Task):
         if model.vocab_size == "auto":
             model = model.model_copy(update={"vocab_size": self.corpus.vocab_size})
         self.corpus.check_vocabulary(model.vocabulary())
+        problems = list(model.tokenizer_problems(self.corpus.tokenizer))
+        if problems:
+            raise ConfigError(problems)
         self._loss_chunk = self._config.resolve_chunk(model)
         return model
 

@@ -17,6 +17,8 @@ from llmeff.core.layout import Layout
 from llmeff.core.table import table
 from llmeff.core.tensors import copy_tensors
 from llmeff.cost.workload import Workload
+from llmeff.data import Bpe, Bytes, Characters, HfTokenizer
+from llmeff.data.tokenizer import Tokenizer
 from llmeff.models import ModelConfig, llama_format, save_model
 from llmeff.models.cross_entropy import IGNORED
 from llmeff.models.hf import HFModel, HFModelConfig
@@ -263,6 +265,64 @@ def test_rotary_positions_go_on_with_a_warning(
     with caplog.at_level("WARNING", logger="llmeff"):
         assert list(foreign("rotary", tmp_path).problems(replace(WORK, num_tokens=num_tokens))) == []
     assert ("data.sequence_length is 33, but" in caplog.text) == warned
+
+
+TEXT = "the cat and the hat and the bat " * 20
+
+
+@pytest.fixture
+def trained_on(tmp_path: Path) -> Tokenizer:
+    """The tokenizer of the pretrained model in the folder."""
+    tokenizer = Bpe(vocab_size=280).build(lambda: [TEXT])
+    tokenizer.save(folder("gpt2", tmp_path))
+    return tokenizer
+
+
+def with_more(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.backend.add_tokens(["<think>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        lambda path: HfTokenizer(path=str(path)).build(list),
+        lambda path: HfTokenizer(path=str(path), end_token="a").build(list),
+        lambda path: with_more(HfTokenizer(path=str(path)).build(list)),
+        lambda path: Bpe(vocab_size=280).build(lambda: [TEXT]),
+    ],
+    ids=["its own", "with another end", "with more tokens", "trained alike"],
+)
+def test_a_tokenizer_that_keeps_the_ids_is_the_models(tokenizer: Any, tmp_path: Path, trained_on: Tokenizer) -> None:
+    model = validate(HFModelConfig, {"path": str(tmp_path)})
+    assert list(model.tokenizer_problems(tokenizer(tmp_path))) == []
+
+
+OTHER_TOKENIZERS = {
+    "bytes": lambda: Bytes().build(list),
+    "characters": lambda: Characters().build(lambda: [TEXT]),
+    "trained on another text": lambda: Bpe(vocab_size=280).build(lambda: ["zebras graze " * 20]),
+}
+
+
+@pytest.mark.parametrize("tokenizer", OTHER_TOKENIZERS.values(), ids=OTHER_TOKENIZERS)
+def test_pretrained_weights_refuse_a_tokenizer_with_other_ids(
+    tokenizer: Any, tmp_path: Path, trained_on: Tokenizer
+) -> None:
+    model = validate(HFModelConfig, {"path": str(tmp_path)})
+    (problem,) = model.tokenizer_problems(tokenizer())
+    assert re.search(r"data.tokenizer: id \d+ is '.+', but '.+' to the weights in", problem)
+    assert "model.from_scratch = true" in problem
+    scratch = model.model_copy(update={"from_scratch": True})
+    assert list(scratch.tokenizer_problems(tokenizer())) == []
+    (tmp_path / "tokenizer.json").unlink()
+    assert list(model.tokenizer_problems(tokenizer())) == []
+
+
+def test_a_damaged_tokenizer_beside_the_weights_is_one_clear_error(tmp_path: Path, trained_on: Tokenizer) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
+        list(validate(HFModelConfig, {"path": str(tmp_path)}).tokenizer_problems(trained_on))
 
 
 def test_a_decoder_in_llmeff_format_is_a_foreign_model_too(tmp_path: Path) -> None:
