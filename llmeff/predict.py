@@ -1,7 +1,8 @@
 """What a run will cost, asked of each of its parts before it begins."""
 
 import contextlib
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -93,6 +94,16 @@ def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
         raise ConfigError(problems)
 
 
+def usable_bytes(device: str) -> int | None:
+    """What a step may take of the memory that is free now, on the device of this machine; None: it has no such device."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        return None
+    if device == "cpu" or not has_cuda:
+        return int(USABLE * psutil.virtual_memory().available)
+    return int(USABLE * torch.cuda.mem_get_info()[0])
+
+
 def resolve_micro_batch(config: RunConfig) -> int:
     """`train.micro_batch` as a number.
 
@@ -101,11 +112,7 @@ def resolve_micro_batch(config: RunConfig) -> int:
     """
     if config.train.micro_batch != "auto":
         return config.train.micro_batch
-    if config.runtime.device == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info()
-    else:
-        free_bytes = psutil.virtual_memory().available
-    return fit_micro_batch(config, int(USABLE * free_bytes))
+    return fit_micro_batch(config, usable_bytes(config.runtime.device) or 0)
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
@@ -114,17 +121,94 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     Raises:
         ConfigError: not even one sequence is.
     """
-    share = config.train.batch // config.parallel.ranks
-    peak_bytes = 0
-    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
-        price = price_step(config.model, config.optim, workload(config, micro_batch))
-        peak_bytes = price.total("peak_bytes")
-        if peak_bytes <= budget_bytes:
-            return micro_batch
+    micro_batch, price = _fit(config, budget_bytes)
+    peak_bytes = price.total("peak_bytes")
+    if peak_bytes <= budget_bytes:
+        return micro_batch
     raise ConfigError(
         f"train.micro_batch: one sequence at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
         "may be used: shorten data.sequence_length, set runtime.recompute = true, or choose a smaller model"
     )
+
+
+def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
+    """The largest micro-batch within the budget, with its price; one sequence where none is."""
+    share = config.train.batch // config.parallel.ranks
+    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
+        price = price_step(config.model, config.optim, workload(config, micro_batch))
+        if price.total("peak_bytes") <= budget_bytes:
+            break
+    return micro_batch, price
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run's price, and what of it hangs on this machine."""
+
+    price: Price
+    """Of an optimizer step on one rank."""
+    micro_batch: int
+    """Sequences of a micro-batch, as priced."""
+    is_auto: bool
+    """Whether it was chosen here."""
+    usable_bytes: int | None
+    """What a step may take on this machine; None: it lacks the run's device."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether this machine could make the step; None: it lacks the run's device."""
+        return None if self.usable_bytes is None else self.price.total("peak_bytes") <= self.usable_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The price's entries, and beside them `micro_batch`, `usable_bytes` and `fits`."""
+        beside = {"micro_batch": self.micro_batch, "usable_bytes": self.usable_bytes, "fits": self.fits}
+        return self.price.as_dict() | beside
+
+
+def plan(config: RunConfig) -> Plan:
+    """Prices a run of which nothing is resolved, for a machine that need not be this one.
+
+    The data are opened only where they alone tell the vocabulary's size. Of a micro-batch that is auto, the largest is
+    priced that fits this machine, or one sequence where none does; without the run's device here, a rank's whole batch.
+
+    Raises:
+        ConfigError: the model cannot do what a step asks of it, or the data are needed and wrong.
+    """
+    model = config.task.foresee(config.model, config.data) or _resolved(config)
+    config = config.model_copy(update={"model": model})
+    check_model(config)
+    usable, micro_batch = usable_bytes(config.runtime.device), config.train.micro_batch
+    is_auto = micro_batch == "auto"
+    if micro_batch == "auto":
+        micro_batch, price = _fit(config, math.inf if usable is None else usable)
+    else:
+        price = predict(config)
+    return Plan(price=price, micro_batch=micro_batch, is_auto=is_auto, usable_bytes=usable)
+
+
+def _resolved(config: RunConfig) -> ModelConfig:
+    """The model's config with what only the data tell."""
+    try:
+        task = config.task.open(config.data, config.seed, config.train.batch, is_main=True)
+    except ConfigError as error:
+        if getattr(config.model, "vocab_size", None) != "auto":
+            raise
+        hint = "only the training text tells model.vocab_size: give it as a number to plan without the data"
+        raise ConfigError([*error.problems, hint]) from None
+    return task.resolve(config.model)
+
+
+def show_plan(planned: Plan) -> str:
+    """The price as a table, and below it which micro-batch it is of."""
+    text = f"priced with train.micro_batch {planned.micro_batch}"
+    if planned.usable_bytes is None:
+        text += " (a rank's whole batch)" if planned.is_auto else ""
+        text += "; this machine has no such device to say whether it fits"
+    elif planned.fits:
+        text += " (auto: the most that fits this machine now)" if planned.is_auto else ""
+    else:
+        text += f"; it does not fit this machine, where {show_bytes(planned.usable_bytes)} may be used now"
+    return f"{show(planned.price)}\n{text}"
 
 
 def show(price: Price) -> str:

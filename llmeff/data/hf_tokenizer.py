@@ -35,6 +35,10 @@ class HfTokenizer(TokenizerConfig):
         there = [name for name in FILES if (folder / name).is_file()]
         return fingerprint_of([self.end_token, *([name, files.sha256(folder / name)] for name in there)])
 
+    def vocabulary(self) -> int:
+        """Read from the folder."""
+        return self.build(tuple).vocab_size
+
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Reads the folder; needs no text."""
         folder = self._folder()

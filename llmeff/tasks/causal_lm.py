@@ -50,6 +50,16 @@ class CausalLM(TaskConfig):
             return 256 if model.vocabulary() > 1024 and model.chunks_logits() else None
         return self.loss_chunk
 
+    def foresee(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig | None:
+        """Fills in the vocabulary's size, where the tokenizer's config tells it."""
+        assert isinstance(model, LanguageModelConfig)
+        assert isinstance(data, TextData)
+        known = data.tokenizer.vocabulary()
+        if model.vocab_size == "auto":
+            return None if known is None else model.model_copy(update={"vocab_size": known})
+        # one that is trained may turn out smaller, and then be small enough
+        return model if known is None or known <= model.vocab_size else None
+
     def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
         """One window; the logits in chunks as in training."""
         assert isinstance(model, LanguageModelConfig)
