@@ -181,12 +181,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from llmeff.predict import predict, show
-    from llmeff.prepare import prepare
+    from llmeff.predict import plan, show_plan
 
-    config, _ = prepare(_config(options))
-    price = predict(config)
-    sys.stdout.write((json.dumps(price.as_dict()) if options.json else show(price)) + "\n")
+    planned = plan(_config(options))
+    sys.stdout.write((json.dumps(planned.as_dict()) if options.json else show_plan(planned)) + "\n")
     return 0
 
 

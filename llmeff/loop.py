@@ -14,6 +14,7 @@ from llmeff.compare.plots import loss_curve
 from llmeff.core import files, group
 from llmeff.core.config import ConfigError
 from llmeff.core.dist import world
+from llmeff.core.log import logger
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.precision import precision
 from llmeff.core.seed import derive
@@ -24,14 +25,7 @@ from llmeff.prepare import begun_config, build_strategy, micro_batches, prepare,
 from llmeff.record import schema
 from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
-from llmeff.record.meters import (
-    EnergyMeter,
-    allocator_peaks,
-    count_flops,
-    peak_bytes,
-    resident_bytes,
-    saved_bytes,
-)
+from llmeff.record.meters import EnergyMeter, allocator_peaks, count_flops, peak_bytes, resident_bytes, saved_bytes
 from llmeff.record.progress import Shown, open_display
 from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
@@ -158,8 +152,9 @@ class Trainer:
             with self._eagerly():
                 self._state.measured["executed_flops"] = count_flops(self._update)
         elif number == METERED_STEP:
-            with self._clocks.hold("record"), self._eagerly():
-                self._state.measured["saved_bytes"] = self._saved_bytes()
+            if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
+                with self._clocks.hold("record"):
+                    self._state.measured["saved_bytes"] = self._saved_bytes()
             self._state.measured["peak_bytes"] = peak_bytes(self._update, self._strategy.held(), self.device)
         else:
             self._update()
@@ -319,9 +314,13 @@ class Trainer:
         speed, loss = throughput(steps), final_loss(steps)
         predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
         measured = self._state.measured | {"parameters": self._strategy.num_parameters}
-        rate = None
+        rate = utilization = None
         if speed is not None:
             rate = predicted["model_flops"] * speed.median * self.step / self._state.items_seen
+            try:
+                utilization = mfu(rate, self._environment.device, self._precision.compute)
+            except ValueError as error:  # a figure that cannot be is no reason to lose the others
+                logger.warning("no MFU is recorded: %s", error)
         return Result(
             status=status,
             diagnosis=diagnosis,
@@ -335,7 +334,7 @@ class Trainer:
             timings=self._clocks.timings(),
             items_per_s=speed,
             model_flops_per_s=rate,
-            mfu=None if rate is None else mfu(rate, self._environment.device, self._precision.compute),
+            mfu=utilization,
             energy_j=self._energy_j(),
             prediction=self.price.source,
             predicted=predicted,

@@ -1,14 +1,24 @@
 """What a run will cost, asked of each of its parts before it begins."""
 
-from dataclasses import replace
+import contextlib
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from llmeff.core import group
 from llmeff.core.config import ConfigError
 from llmeff.core.layout import Layout
 from llmeff.core.precision import BYTES
@@ -25,6 +35,8 @@ from llmeff.runconfig import RunConfig
 USABLE = 0.8
 """How much of the free memory a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
 fragmentation, evaluation and whatever else runs."""
+_FEW = 2**22
+"""Integers that a trace may really hold in one tensor: the positions of a micro-batch, not every mask made of them."""
 
 
 def predict(config: RunConfig) -> Price:
@@ -69,6 +81,31 @@ def price_step(model: ModelConfig, optim: OptimizerConfig, work: Workload) -> Pr
         return trace(module, optim, work)
 
 
+def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
+    """Refuses a model that cannot do what a step asks of it.
+
+    Args:
+        config: the run, its vocabulary resolved.
+        built: see `ModelConfig.problems`.
+
+    Raises:
+        ConfigError: with all that it cannot.
+    """
+    problems = list(config.model.problems(workload(config, 1), built))
+    if problems:
+        raise ConfigError(problems)
+
+
+def usable_bytes(device: str) -> int | None:
+    """What a step may take of the memory that is free now, on the device of this machine; None: it has no such device."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        return None
+    if device == "cpu" or not has_cuda:
+        return int(USABLE * psutil.virtual_memory().available)
+    return int(USABLE * torch.cuda.mem_get_info()[0])
+
+
 def resolve_micro_batch(config: RunConfig) -> int:
     """`train.micro_batch` as a number.
 
@@ -77,11 +114,7 @@ def resolve_micro_batch(config: RunConfig) -> int:
     """
     if config.train.micro_batch != "auto":
         return config.train.micro_batch
-    if config.runtime.device == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info()
-    else:
-        free_bytes = psutil.virtual_memory().available
-    return fit_micro_batch(config, int(USABLE * free_bytes))
+    return fit_micro_batch(config, usable_bytes(config.runtime.device) or 0)
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
@@ -90,17 +123,94 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     Raises:
         ConfigError: not even one sequence is.
     """
-    share = config.train.batch // config.parallel.ranks
-    peak_bytes = 0
-    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
-        price = price_step(config.model, config.optim, workload(config, micro_batch))
-        peak_bytes = price.total("peak_bytes")
-        if peak_bytes <= budget_bytes:
-            return micro_batch
+    micro_batch, price = _fit(config, budget_bytes)
+    peak_bytes = price.total("peak_bytes")
+    if peak_bytes <= budget_bytes:
+        return micro_batch
     raise ConfigError(
         f"train.micro_batch: one sequence at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
         "may be used: shorten data.sequence_length, set runtime.recompute = true, or choose a smaller model"
     )
+
+
+def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
+    """The largest micro-batch within the budget, with its price; one sequence where none is."""
+    share = config.train.batch // config.parallel.ranks
+    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
+        price = price_step(config.model, config.optim, workload(config, micro_batch))
+        if price.total("peak_bytes") <= budget_bytes:
+            break
+    return micro_batch, price
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run's price, and what of it hangs on this machine."""
+
+    price: Price
+    """Of an optimizer step on one rank."""
+    micro_batch: int
+    """Sequences of a micro-batch, as priced."""
+    is_auto: bool
+    """Whether it was chosen here."""
+    usable_bytes: int | None
+    """What a step may take on this machine; None: it lacks the run's device."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether this machine could make the step; None: it lacks the run's device."""
+        return None if self.usable_bytes is None else self.price.total("peak_bytes") <= self.usable_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The price's entries, and beside them `micro_batch`, `usable_bytes` and `fits`."""
+        beside = {"micro_batch": self.micro_batch, "usable_bytes": self.usable_bytes, "fits": self.fits}
+        return self.price.as_dict() | beside
+
+
+def plan(config: RunConfig) -> Plan:
+    """Prices a run of which nothing is resolved, for a machine that need not be this one.
+
+    The data are opened only where they alone tell the vocabulary's size. Of a micro-batch that is auto, the largest is
+    priced that fits this machine, or one sequence where none does; without the run's device here, a rank's whole batch.
+
+    Raises:
+        ConfigError: the model cannot do what a step asks of it, or the data are needed and wrong.
+    """
+    model = config.task.foresee(config.model, config.data) or _resolved(config)
+    config = config.model_copy(update={"model": model})
+    check_model(config)
+    usable, micro_batch = usable_bytes(config.runtime.device), config.train.micro_batch
+    is_auto = micro_batch == "auto"
+    if micro_batch == "auto":
+        micro_batch, price = _fit(config, math.inf if usable is None else usable)
+    else:
+        price = predict(config)
+    return Plan(price=price, micro_batch=micro_batch, is_auto=is_auto, usable_bytes=usable)
+
+
+def _resolved(config: RunConfig) -> ModelConfig:
+    """The model's config with what only the data tell."""
+    try:
+        task = config.task.open(config.data, config.seed, config.train.batch, is_main=True, wait=group.barrier)
+    except ConfigError as error:
+        if getattr(config.model, "vocab_size", None) != "auto":
+            raise
+        hint = "only the training text tells model.vocab_size: give it as a number to plan without the data"
+        raise ConfigError([*error.problems, hint]) from None
+    return task.resolve(config.model)
+
+
+def show_plan(planned: Plan) -> str:
+    """The price as a table, and below it which micro-batch it is of."""
+    text = f"priced with train.micro_batch {planned.micro_batch}"
+    if planned.usable_bytes is None:
+        text += " (a rank's whole batch)" if planned.is_auto else ""
+        text += "; this machine has no such device to say whether it fits"
+    elif planned.fits:
+        text += " (auto: the most that fits this machine now)" if planned.is_auto else ""
+    else:
+        text += f"; it does not fit this machine, where {show_bytes(planned.usable_bytes)} may be used now"
+    return f"{show(planned.price)}\n{text}"
 
 
 def show(price: Price) -> str:
@@ -118,14 +228,19 @@ def show(price: Price) -> str:
 
 
 def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
-    """Counts a module's step by running it on tensors without numbers, which takes no memory.
+    """Counts a module's step by running it on tensors without numbers, which takes next to no memory.
+
+    Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
+    mask, and without a mask no copies of the keys for grouped queries. So a packed step is traced with documents that end
+    within a row; where none happens to, it keeps less. What is chosen by activations cannot be traced: the routing of
+    experts, for whose grouped products torch moreover knows no shapes in float32.
 
     Args:
         module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
         optim: whose state the step finds.
         work: what the step does.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():  # type: ignore[no-untyped-call]
         empty_on(module, "cpu")
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -186,6 +301,33 @@ def _batch(work: Workload) -> dict[str, Any]:
         "targets": torch.zeros_like(tokens),
         "loss_chunk": work.loss_chunk,
     }
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Gives integers and truth values their numbers where these are all that decides them, and they are few."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = _tensors((args, kwargs))
+        if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not _counts(tensor) for tensor in given):
+            return func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            # first without numbers, which tells how many there would be
+            with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+                result = func(*args, **(kwargs or {}))
+                if not all(_counts(tensor) and tensor.numel() <= _FEW for tensor in _tensors(result)):
+                    return result
+        with unset_fake_temporarily():
+            return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 class _Attention(TorchDispatchMode):

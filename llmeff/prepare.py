@@ -13,7 +13,7 @@ from llmeff.core.precision import precision
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
 from llmeff.parallel import Parts, Strategy
-from llmeff.predict import resolve_micro_batch
+from llmeff.predict import check_model, resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Task
@@ -38,6 +38,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
             config.data, config.seed, config.train.batch, is_main=world().is_main, wait=group.barrier
         )
     config = config.model_copy(update={"model": task.resolve(config.model)})
+    check_model(config)
     threads = config.runtime.threads
     if threads == "auto":
         threads = max(1, usable_cores() // config.parallel.ranks)
@@ -95,9 +96,15 @@ def prepare_device(config: RunConfig) -> torch.device:
 
 
 def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model as its seed makes it, on the device, compiled as asked for."""
+    """The run's model as its seed makes it, on the device, compiled as asked for.
+
+    Raises:
+        ConfigError: it cannot be built, or cannot do what a step asks of it.
+    """
     torch.manual_seed(derive(config.seed, "init"))
-    model = config.model.build().to(device)
+    model = config.model.build()
+    check_model(config, model)
+    model = model.to(device)
     model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
     if config.runtime.compile == "model":
         model.compile()

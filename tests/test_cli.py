@@ -170,9 +170,14 @@ def test_a_run_prints_its_result_as_one_json_object(capsys, tmp_path):
 
 def test_plan_prices_a_run_without_touching_anything(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMEFF_CACHE", str(tmp_path))
     assert main(["plan", *SMALL, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["parameters"]["total"] > 0
+    assert (printed["micro_batch"], printed["fits"]) == (4, True)
     assert list(tmp_path.iterdir()) == []
+    assert main(["plan", *SMALL]) == 0
+    assert "priced with train.micro_batch 4 (auto" in capsys.readouterr().out
 
 
 def test_users_components_come_in_by_a_module(capsys, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.cost.devices import DEVICES, Device
 from llmeff.loop import DivergedError, Trainer, train
 from llmeff.record import schema
 from llmeff.record.reader import read_run
@@ -61,6 +62,17 @@ def test_predictions_stand_beside_measurements(finished):
     assert result.error["executed_flops"] == 0
     assert abs(result.error["saved_bytes"]) <= 0.05
     assert abs(result.error["peak_bytes"]) <= 0.05
+
+
+def test_an_impossible_mfu_costs_no_result(tmp_path, monkeypatch, caplog):
+    slow = Device(half_flops_per_s=1.0, single_flops_per_s=1.0, memory_bytes_per_s=1.0)
+    monkeypatch.setitem(DEVICES, "cpu", slow)
+    with caplog.at_level("WARNING", logger="llmeff"):
+        result = train(tiny(), tmp_path / "run")
+    assert "no MFU is recorded: MFU " in caplog.text
+    assert result.mfu is None
+    assert result.model_flops_per_s > 1
+    assert read_run(tmp_path / "run").result == result
 
 
 def test_the_saved_config_is_resolved_and_runs_again(finished, tmp_path):
@@ -190,6 +202,16 @@ def test_the_launchers_precision_must_be_the_configs(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"precision is 'fp32' in the config, but .* --mixed_precision bf16"):
         train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("compiled", ["layers", "model"])
+def test_a_compiled_run_measures_no_bytes_that_it_does_not_see(tmp_path, finished, compiled):
+    with torch.compiler.set_stance("force_eager"):  # the compiling itself is none of this
+        result = train(tiny(f"runtime.compile={compiled}"), tmp_path / "run")
+    assert set(finished[1].measured) - set(result.measured) == {"saved_bytes"}
+    assert result.predicted == finished[1].predicted
+    assert result.error["executed_flops"] == 0
+    assert "saved_bytes" not in result.error
 
 
 @pytest.mark.slow

@@ -1,17 +1,34 @@
 """The price gate: what is predicted is what a step takes, over random models and steps."""
 
 import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from llmeff.core.config import ConfigError
+from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.layout import Layout
+from llmeff.core.table import table
+from llmeff.cost.price import Price
 from llmeff.cost.workload import Workload
+from llmeff.data import Bpe, HfTokenizer, TextData
 from llmeff.models import DecoderConfig
 from llmeff.optim import AdamW
-from llmeff.predict import fit_micro_batch, predict, price_step, resolve_micro_batch, show, trace
+from llmeff.predict import (
+    fit_micro_batch,
+    plan,
+    predict,
+    price_step,
+    resolve_micro_batch,
+    show,
+    show_plan,
+    trace,
+    usable_bytes,
+)
+from llmeff.recipes import RECIPES
+from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.runconfig import RunConfig
 
 _PATH = Path(__file__).parents[1] / "analysis" / "price_gate.py"
@@ -88,6 +105,91 @@ def test_a_transformers_model_is_traced(tmp_path):
     assert price.total("peak_bytes") > 4 * price.total("parameter_bytes")
 
 
+class Foreign:
+    """A training step of a model, as plain as can be."""
+
+    def __init__(self, config, work):
+        torch.manual_seed(0)
+        self.work, self.vocabulary = work, config.vocabulary()
+        self.model = config.build()
+        self.model.recompute = work.recompute
+        self.optimizer = AdamW().build(table(self.model, self.model.roles()))
+
+    def batch(self):
+        shape = (self.work.num_sequences, self.work.num_tokens)
+        tokens, targets = (torch.randint(self.vocabulary, shape) for _ in range(2))
+        layout = None
+        if self.work.packed:
+            places = torch.arange(shape[1]).repeat(shape[0], 1)
+            layout = Layout(positions=places % 10, documents=places // 10)
+        return {"tokens": tokens, "layout": layout, "targets": targets, "loss_chunk": self.work.loss_chunk}
+
+    def run(self):
+        for _ in range(self.work.num_micro_batches):
+            loss = self.model(**self.batch())
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def measure(self):
+        self.run()  # the optimizer makes its state
+        state = [x for own in self.optimizer.state.values() for x in own.values()]
+        batch, held = self.batch(), [*self.model.parameters(), *self.model.buffers()]
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "executed_flops": count_flops(self.run),
+            "peak_bytes": peak_bytes(self.run, [*held, *state], torch.device("cpu")),
+            "saved_bytes": saved_bytes(lambda: self.model(**batch), [*held, batch["tokens"], batch["targets"]]),
+        }
+
+
+def assert_traced_as_measured(model, work):
+    price, measured = price_step(model, AdamW(), work), Foreign(model, work).measure()
+    assert price.source == "traced"
+    for kind in ("parameters", "executed_flops", "saved_bytes"):
+        assert price.total(kind) == measured[kind], kind
+    assert price.total("peak_bytes") == pytest.approx(measured["peak_bytes"], rel=PEAK_TOLERANCE)
+
+
+WORK = Workload(num_sequences=3, num_tokens=40)
+every_step = pytest.mark.parametrize(
+    "work",
+    [
+        WORK,
+        replace(WORK, packed=True),
+        replace(WORK, recompute=True),
+        replace(WORK, loss_chunk=32, num_micro_batches=2),
+    ],
+    ids=["plain", "packed", "recomputed", "chunked"],
+)
+
+
+@every_step
+@pytest.mark.parametrize("kind", ["GPT2", "Qwen3", "Llama"])
+def test_a_trace_is_what_a_foreign_models_step_takes(kind, work, tmp_path):
+    import transformers
+
+    from llmeff.models.hf import HFModelConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    grouped = {} if kind == "GPT2" else {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+    getattr(transformers, f"{kind}Config")(**sizes, **grouped).save_pretrained(tmp_path)
+    assert_traced_as_measured(HFModelConfig(path=str(tmp_path), from_scratch=True, vocab_size=60), work)
+
+
+@every_step
+def test_a_trace_is_what_a_step_of_pretrained_weights_takes(work):
+    from llmeff.models.hf import HFModelConfig
+
+    data = Path(os.environ.get("LLMEFF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    path = data / "models" / "stories260K"
+    if not path.is_dir():
+        pytest.skip(f"there is no {path}")
+    assert_traced_as_measured(HFModelConfig(path=str(path), vocab_size=512), work)
+
+
 def run_config(**train):
     return RunConfig.model_validate(
         {"model": MODEL, "data": {"name": "text", "sequence_length": 32}, "train": {"batch": 12, **train}}
@@ -115,6 +217,108 @@ def test_nothing_fits():
 def test_micro_batch_is_resolved():
     assert resolve_micro_batch(run_config(micro_batch=4)) == 4
     assert resolve_micro_batch(run_config()) == 12
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Whoever opens the data fails."""
+    monkeypatch.setattr(TextData, "open", None)
+
+
+def planned(*settings, recipe="default"):
+    return plan(validate(RunConfig, override(RECIPES[recipe]().model_dump(mode="json"), settings)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "vocabulary"),
+    [
+        (["data.tokenizer=bytes"], 257),
+        (["data.tokenizer=bpe", "data.tokenizer.vocab_size=3000"], 3000),
+        (["data.tokenizer=characters", "model.vocab_size=90"], 90),
+        (["data.tokenizer=bytes", "model.vocab_size=300"], 300),
+    ],
+)
+def test_a_plan_needs_no_data_where_the_config_tells_the_vocabulary(no_data, settings, vocabulary):
+    assert planned(*settings, "model.width=64").price.parts("parameters")["embedding"] == 64 * vocabulary
+
+
+def test_a_plan_reads_a_tokenizers_folder(no_data, tmp_path):
+    Bpe(vocab_size=300).build(lambda: ["the cat and the hat " * 9]).save(tmp_path)
+    ids = HfTokenizer(path=str(tmp_path)).build(tuple).vocab_size
+    price = planned("data.tokenizer=hf", f'data.tokenizer.path="{tmp_path}"', "model.width=64").price
+    assert price.parts("parameters")["embedding"] == 64 * ids
+
+
+def characters_of(path):
+    return [f'data.source={{name = "text", path = "{path}"}}', "data.tokenizer=characters", "data.splits.by=span"]
+
+
+def test_a_plan_opens_the_data_where_only_they_tell_the_vocabulary(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefg\n" * 1000)
+    price = planned(*characters_of(tmp_path / "text.txt"), "data.sequence_length=16", "model.width=64").price
+    assert price.parts("parameters")["embedding"] == 64 * (8 + 1)
+
+
+def test_a_plan_says_how_to_do_without_data_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        planned(*characters_of(tmp_path / "none.txt"))
+    missing, hint = raised.value.problems
+    assert "none.txt" in missing
+    assert "give it as a number to plan without the data" in hint
+
+
+def test_a_vocabulary_that_may_be_too_small_is_asked_of_the_data():
+    with pytest.raises(ConfigError, match=r"model.vocab_size: 200 given, but .* 'bytes' gives ids up to 256"):
+        planned("model.vocab_size=200", recipe="debug")
+
+
+def test_a_plan_of_what_a_model_cannot_is_an_error(no_data, tmp_path):
+    import transformers
+
+    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=32).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.sequence_length is 256, but"):
+        planned("model=hf", f'model.path="{tmp_path}"')
+
+
+def test_a_model_of_7b_is_planned_on_any_machine(no_data, monkeypatch):
+    monkeypatch.setattr("llmeff.predict.usable_bytes", lambda device: 2**30)
+    large = planned("model=llama-7b", "model.vocab_size=32000", "train.batch=16")
+    assert large.price.total("parameters") == 6_738_415_616  # Llama 2 7B's
+    assert (large.micro_batch, large.is_auto, large.fits) == (1, True, False)
+    shown = show_plan(large)
+    assert shown.endswith(
+        "priced with train.micro_batch 1; it does not fit this machine, where 1.00 GiB may be used now"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "usable", "micro_batch", "said"),
+    [
+        ("auto", 2**40, 4, "micro_batch 4 (auto: the most that fits this machine now)"),
+        ("2", 2**40, 2, "micro_batch 2"),
+        ("2", 1000, 2, "micro_batch 2; it does not fit this machine, where 1000 B may be used now"),
+        (
+            "auto",
+            None,
+            4,
+            "micro_batch 4 (a rank's whole batch); this machine has no such device to say whether it fits",
+        ),
+        ("2", None, 2, "micro_batch 2; this machine has no such device to say whether it fits"),
+    ],
+)
+def test_a_plan_says_what_was_priced(no_data, monkeypatch, setting, usable, micro_batch, said):
+    monkeypatch.setattr("llmeff.predict.usable_bytes", lambda device: usable)
+    small = planned(f"train.micro_batch={setting}")
+    assert small.micro_batch == micro_batch
+    assert show_plan(small).endswith(said)
+    assert small.as_dict()["fits"] == (None if usable is None else usable > 1000)
+    assert Price.from_dict(small.as_dict()) == small.price
+
+
+def test_a_device_that_is_not_here_has_no_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usable_bytes("cuda") is None
+    assert 0 < usable_bytes("auto") == pytest.approx(usable_bytes("cpu"), rel=0.5)
 
 
 def test_an_unresolved_vocabulary_is_an_error():

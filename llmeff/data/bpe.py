@@ -33,6 +33,10 @@ class Bpe(TokenizerConfig):
     training_bytes: Count = 4_000_000
     """Trained on the first documents of the train split up to the one that reaches so many bytes."""
 
+    def vocabulary(self) -> int:
+        """What is asked for: the most that it can be."""
+        return self.vocab_size
+
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Trains; the same texts give the same tokenizer."""
         backend = byte_level(tokenizers.models.BPE(), words=True)

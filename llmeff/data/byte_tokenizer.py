@@ -24,6 +24,10 @@ class Bytes(TokenizerConfig):
 
     name: Literal["bytes"] = "bytes"
 
+    def vocabulary(self) -> int:
+        """The bytes and the end token."""
+        return 257
+
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Needs no text."""
         # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for 256, 257, ...

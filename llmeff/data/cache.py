@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import time
 import uuid
@@ -30,6 +31,9 @@ SAMPLE_BLOCK_BYTES = 256 * 1024
 """Opening a cache hashes 64 blocks of 256 KiB spread over each file: all of a file of up to 16 MiB."""
 ENCODED_CHARACTERS = 2**20
 """Documents are handed to the tokenizer together until they have so many."""
+CHARACTER_TOKENS = 8
+"""More than a character becomes with the end token: no document behind the one that reaches `max_tokens` is encoded, which
+might hold what the tokenizer does not know."""
 ABANDONED_S = 3600.0
 """A half-written folder whose files have not grown for so long has no writer any more."""
 
@@ -159,15 +163,11 @@ def write_corpus(
     """
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
     writers: dict[Split, _SplitWriter] = {}
-    num_tokens = 0
     with contextlib.ExitStack() as opened:
-        for split, document, ids in _encoded(documents, tokenizer):
+        for split, document, ids in _encoded(documents, tokenizer, max_tokens):
             if split not in writers:
                 writers[split] = _SplitWriter(folder, split, tokenizer.end_id, dtype, opened)
             writers[split].add(document, ids)
-            num_tokens += len(ids) + 1
-            if max_tokens is not None and num_tokens >= max_tokens:
-                break
     if not writers:
         raise ConfigError(f"data.source: there is no text in {source}: no document, or only empty ones")
     tokenizer.save(folder)
@@ -181,23 +181,28 @@ def write_corpus(
 
 
 def _encoded(
-    documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer
+    documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
-    def encode() -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
-        for (split, document), ids in zip(
-            waiting, tokenizer.encode_batch([document.text for _, document in waiting]), strict=True
-        ):
+    """The documents with their ids, up to the one that reaches `max_tokens`."""
+    remaining, num_left = iter(documents), math.inf if max_tokens is None else max_tokens
+    while batch := _batch(remaining, min(ENCODED_CHARACTERS, num_left / CHARACTER_TOKENS)):
+        all_ids = tokenizer.encode_batch([document.text for _, document in batch])
+        for (split, document), ids in zip(batch, all_ids, strict=True):
             yield split, document, ids
+            num_left -= len(ids) + 1
+            if num_left <= 0:
+                return
 
-    waiting: list[tuple[Split, Document]] = []
-    num_characters = 0
+
+def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> list[tuple[Split, Document]]:
+    """The next documents, until they have so many characters."""
+    batch, num_characters = [], 0
     for split, document in documents:
-        waiting.append((split, document))
+        batch.append((split, document))
         num_characters += len(document.text)
-        if num_characters >= ENCODED_CHARACTERS:
-            yield from encode()
-            waiting, num_characters = [], 0
-    yield from encode()
+        if num_characters >= num_wanted:
+            break
+    return batch
 
 
 class _SplitWriter:

@@ -35,6 +35,10 @@ class HfTokenizer(TokenizerConfig):
         there = [name for name in FILES if (folder / name).is_file()]
         return fingerprint_of([self.end_token, *([name, files.sha256(folder / name)] for name in there)])
 
+    def vocabulary(self) -> int:
+        """Read from the folder."""
+        return self.build(tuple).vocab_size
+
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Reads the folder; needs no text."""
         folder = self._folder()
@@ -42,7 +46,7 @@ class HfTokenizer(TokenizerConfig):
         settings |= _json(folder / "tokenizer_config.json")
         if (folder / TEMPLATE).is_file():
             settings["chat_template"] = (folder / TEMPLATE).read_text(encoding="utf-8")
-        backend = _backend(folder)
+        backend = read_backend(folder)
         backend.no_truncation()
         backend.no_padding()
         return Tokenizer(backend, settings, self.end_token)
@@ -68,7 +72,12 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _backend(folder: Path) -> tokenizers.Tokenizer:
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """A folder's tokenizer as the `tokenizers` library knows it.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
     whole, vocabulary, merges = (folder / name for name in FILES[:3])
     try:
         if whole.is_file():

@@ -16,6 +16,10 @@ from llmeff.data.source import SourceConfig, fingerprint_of
 from llmeff.data.splits import Document, Split, SplitConfig
 from llmeff.data.tokenizer import Tokenizer, TokenizerConfig
 
+TOKEN_BYTES = 8
+"""For each of `max_tokens`, so many bytes of the source are read to train a tokenizer. No character takes more than half
+of them, and few tokenizers' tokens hold so many on average: it sees all the text that it is to encode."""
+
 
 class TextData(DataConfig):
     """Documents as tokens."""
@@ -32,7 +36,8 @@ class TextData(DataConfig):
     packing: Packing = "plain"
     """plain: a window is read as one text. documents: its documents do not see one another."""
     max_tokens: Count | None = None
-    """Read the source up to the document that reaches so many tokens, in all splits together. None: all of it."""
+    """Read the source up to the document that reaches so many tokens, in all splits together; to train the tokenizer, up
+    to the one that reaches eight times as many bytes. None: all of it."""
 
     def open(self, *, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> "TextCorpus":
         """The corpus, from the token cache; one process makes the cache where there is none.
@@ -50,7 +55,7 @@ class TextData(DataConfig):
                 self.source.fingerprint(),
                 self.tokenizer.fingerprint(),
                 self.splits.model_dump(mode="json"),
-                self.max_tokens,
+                None if self.max_tokens is None else [self.max_tokens, TOKEN_BYTES],
             ]
         )
         folder = cache_folder() / "tokens" / key[:32]
@@ -68,7 +73,13 @@ class TextData(DataConfig):
             yield from self.splits.assign(document)
 
     def _train_texts(self) -> Iterator[str]:
-        return (document.text for split, document in self._documents() if split == "train")
+        num_bytes = 0
+        for split, document in self._documents():
+            if split == "train":
+                yield document.text
+            num_bytes += len(document.text.encode())
+            if self.max_tokens is not None and num_bytes >= self.max_tokens * TOKEN_BYTES:
+                return
 
     def _write(self, folder: Path) -> None:
         tokenizer = self.tokenizer.build(self._train_texts)

@@ -85,6 +85,10 @@ class TokenizerConfig(Component, family="tokenizer"):
         """A hash of what decides the tokenizer beside the training text."""
         return fingerprint_of([self.model_dump(mode="json")])
 
+    def vocabulary(self) -> int | None:
+        """V, as far as the config tells it; None: only the training text does."""
+        return None
+
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """The tokenizer.
 

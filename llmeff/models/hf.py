@@ -1,19 +1,24 @@
 """Any transformers causal language model, from a folder or the hub, with the forward of `Decoder`."""
 
-from collections.abc import Iterable
-from functools import partial
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from llmeff.core.config import ConfigError, Flag, Text
 from llmeff.core.layout import Layout
 from llmeff.core.log import logger
 from llmeff.core.table import Role
+from llmeff.cost.workload import Workload
+from llmeff.data.hf_tokenizer import read_backend
+from llmeff.data.tokenizer import Tokenizer
 from llmeff.models.cross_entropy import cross_entropy_of_logits, cross_entropy_sum
 from llmeff.models.model import LanguageModelConfig, save_model
 
@@ -23,6 +28,24 @@ if TYPE_CHECKING:
 # B batch, T sequence, D width, V vocabulary
 
 _CANNOT = (TypeError, ValueError, NotImplementedError)
+_OFFSETS = (0, 1, 2)
+"""Rows that a table of learned positions may have before the first position's (OPT has two)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Abilities:
+    """What is known of a model before its weights are read."""
+
+    kind: str
+    """Its class."""
+    projects: bool
+    """See `HFModel`."""
+    recomputes: bool
+    """Whether its layers can be run again in backward."""
+    num_positions: int | None
+    """Tokens of the sequences that it is for, by its config; None: it says nothing."""
+    learns_positions: bool
+    """Whether these are rows of a table, behind which there is nothing."""
 
 
 class HFModelConfig(LanguageModelConfig):
@@ -47,6 +70,87 @@ class HFModelConfig(LanguageModelConfig):
                 f"model.vocab_size is {self.vocab_size}, but {self.path} embeds {rows} tokens: use its own tokenizer"
             )
         return HFModel(network)
+
+    def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Weights know what each id stood for when they were trained, where a tokenizer.json beside them tells it.
+
+        Ids that only one of the two has do no harm: tokens may be added on purpose, and need not all be used.
+        """
+        folder = Path(self.path)
+        if self.from_scratch or not (folder / "tokenizer.json").is_file():
+            return
+        own, given = (
+            {place: token for token, place in backend.get_vocab(with_added_tokens=True).items()}
+            for backend in (read_backend(folder), tokenizer.backend)
+        )
+        changed = sorted(place for place in own.keys() & given.keys() if own[place] != given[place])
+        if changed:
+            first = changed[0]
+            yield (
+                f"data.tokenizer: id {first} is {given[first]!r}, but {own[first]!r} to the weights in {self.path}, and so "
+                f"on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
+                f"'{self.path}'}}), one that adds tokens to it or leaves some out, or any with model.from_scratch = true"
+            )
+
+    def chunks_logits(self) -> bool:
+        """Only where the logits are a product and nothing else."""
+        return self._abilities.projects
+
+    def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
+        """Of its class and config; of the built model, what only a run tells."""
+        able, num_tokens = self._abilities, workload.num_tokens
+        limit = num_tokens if able.num_positions is None else able.num_positions
+        if built is None:
+            if workload.loss_chunk is not None and not able.projects:
+                yield (
+                    f"task.loss_chunk is {workload.loss_chunk}, but {able.kind} computes its logits in a way of its own, "
+                    "which gives them whole: use 'auto' or null"
+                )
+            if workload.recompute and not able.recomputes:
+                yield f"runtime.recompute is true, but {able.kind} of transformers cannot: use false"
+            if num_tokens > limit and able.learns_positions:
+                yield (
+                    f"data.sequence_length is {num_tokens}, but {self.path} learns a vector for each of {limit} positions "
+                    "and has no more: use at most so many"
+                )
+            elif num_tokens > limit:
+                logger.warning(
+                    "data.sequence_length is %d, but %s is for %d positions: nobody says how it fares beyond",
+                    num_tokens,
+                    self.path,
+                    limit,
+                )
+            return
+        assert isinstance(built, HFModel)
+        if workload.packed and not built.separates_documents:
+            yield (
+                f"data.packing is 'documents', but documents packed in one row would see one another in {able.kind}: use "
+                "'plain'"
+            )
+        if num_tokens > limit and not built.reaches(num_tokens):
+            yield f"data.sequence_length is {num_tokens}, but {self.path} has {limit} positions: use at most so many"
+
+    @cached_property
+    def _abilities(self) -> _Abilities:
+        try:
+            with torch.device("meta"):
+                model = HFModel(self._network())
+        except RuntimeError as error:  # of torch, where it does not know an operation without numbers
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"model.path: {self.path} cannot be run on shapes, so it has no price ({reason})"
+            ) from None
+        network = model.network
+        limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        tables = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+        rows = [table.num_embeddings for table in tables if table is not network.get_input_embeddings()]
+        return _Abilities(
+            kind=type(network).__name__,
+            projects=model.projects,
+            recomputes=network.supports_gradient_checkpointing,
+            num_positions=limit,
+            learns_positions=limit is not None and any(count - limit in _OFFSETS for count in rows),
+        )
 
     def _network(self) -> "PreTrainedModel":
         import transformers
@@ -164,6 +268,15 @@ class HFModel(nn.Module):
         # Padding is a document of its own, or behind one: a mask would only make transformers overlook the documents.
         return {"position_ids": layout.positions}
 
+    @torch.no_grad()
+    def reaches(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens has a place for each, found by running one."""
+        try:
+            self(torch.zeros(1, num_tokens, dtype=torch.int64, device=self.network.device))
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
     def roles(self) -> dict[str, Role]:
         """What each parameter is, by name, told by the module that holds it."""
         head = self.network.get_output_embeddings()
@@ -197,23 +310,56 @@ def _separates_documents(network: "PreTrainedModel") -> bool:
     positions = torch.tensor([[0, 1, 0, 1]], device=embedded.device)
     try:
         with torch.enable_grad():
-            logits = network(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits
+            given = embedded.clone()  # some models scale it in place
+            logits = network(inputs_embeds=given, position_ids=positions, use_cache=False).logits
             (grad,) = torch.autograd.grad(logits[:, 2:].square().sum(), embedded)
     except _CANNOT:
         return False
     return bool(grad[:, 2:].any() and not grad[:, :2].any())
 
 
-@torch.no_grad()
 def _projects(network: "PreTrainedModel") -> bool:
-    head = network.get_output_embeddings()
-    if network.device.type == "meta":
-        return True
-    if not isinstance(head, nn.Linear):
+    """Asks whether the output embedding is given the body's states as they are, and the logits are what it makes."""
+    body, head = network.base_model, network.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
         return False
     tokens = _probe(network)
-    states: Any = getattr(network.base_model(tokens, use_cache=False), "last_hidden_state", None)
-    return states is not None and torch.equal(F.linear(states, head.weight), network(tokens, use_cache=False).logits)
+    with FakeTensorMode(allow_non_fake_inputs=True) if tokens.is_meta else contextlib.nullcontext():
+        seen, logits = _run_watched(network, tokens, [*body.modules(), head])
+        alone, states = _run_watched(body, tokens, body.modules())
+    given, made = seen.get(head, (None, None))
+    # some run a part of the body alone: what matters is what that part gives both times
+    ends = [part for part, (_, end) in alone.items() if end == states and part in seen]
+    return made == logits and any(seen[part][1] == given for part in ends)
+
+
+_Watched = dict[nn.Module, tuple[object, object]]
+
+
+@torch.no_grad()
+def _run_watched(network: nn.Module, tokens: Tensor, parts: Iterable[nn.Module]) -> tuple[_Watched, object]:
+    """Which tensor each part is given and which it makes in a run, and which the run gives."""
+    seen: _Watched = {}
+    held = []
+
+    def see(part: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        held.append((given, made))  # lest another takes its place in memory
+        seen[part] = _identity(given[0] if given else None), _identity(made)
+
+    hooks = [part.register_forward_hook(see) for part in parts]
+    try:
+        return seen, _identity(network(tokens, use_cache=False))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _identity(made: Any) -> object:
+    """Equal for views of the same numbers, unless these changed in between; of an output's logits or last states."""
+    tensor = getattr(made, "logits", getattr(made, "last_hidden_state", made))
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor._version
 
 
 @save_model.register

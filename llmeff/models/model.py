@@ -1,5 +1,6 @@
 """The contract of a model's config."""
 
+from collections.abc import Iterator
 from functools import singledispatch
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from llmeff.cost.price import Price
 from llmeff.cost.step import price_step, weights
 from llmeff.cost.tape import Array, Tape, Weight
 from llmeff.cost.workload import Workload
+from llmeff.data.tokenizer import Tokenizer
 
 
 class ModelConfig(Component, family="model"):
@@ -23,6 +25,15 @@ class ModelConfig(Component, family="model"):
     def build(self) -> nn.Module:
         """The module, initialized from torch's default generator."""
         raise NotImplementedError(type(self))
+
+    def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
+        """What a step asks for that the model cannot do. What is merely unwise is a warning.
+
+        Args:
+            workload: the step.
+            built: what `build` gave; None: nothing is built yet, and asked for is what the config alone tells.
+        """
+        yield from ()
 
     def law(self, tape: Tape, batch: Batch) -> Array:
         """The price of a micro-batch's forward in training, to its summed loss."""
@@ -52,6 +63,14 @@ class LanguageModelConfig(ModelConfig):
         if self.vocab_size == "auto":
             raise ValueError("vocab_size is auto: it must be resolved from the tokenizer before the model is built")
         return self.vocab_size
+
+    def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Why the model cannot be trained on a tokenizer's ids, beside how many these are."""
+        yield from ()
+
+    def chunks_logits(self) -> bool:
+        """Whether the loss can be made of a few tokens' logits at a time."""
+        return True
 
 
 @singledispatch

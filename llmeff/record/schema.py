@@ -154,8 +154,9 @@ class Result(Record):
     """`result.json`, written last: its presence means that the run has ended.
 
     `predicted`, `measured` and `error` are keyed by quantity; a quantity's name ends with its unit: `parameters`,
-    `executed_flops` (of one step), `peak_bytes` (live at once: the allocator's peak on a GPU, live tensors on a CPU),
-    `saved_bytes` (kept for backward), ...
+    `executed_flops` (of one step; counted as it runs uncompiled, which has the same contractions), `peak_bytes` (live at
+    once: the allocator's peak on a GPU, live tensors on a CPU), `saved_bytes` (kept for backward; not measured where the
+    run is compiled, and then predicted for it uncompiled), ...
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -185,7 +186,8 @@ class Result(Record):
     model_flops_per_s: float | None = None
     """Of steps after warm-up, at the median step: contractions of the model only, recomputation not counted."""
     mfu: float | None = None
-    """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown."""
+    """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown, or would be
+    exceeded, which cannot be."""
     energy_j: float | None = None
     """That the GPU drew from the first step to the end; null where it has no counter."""
     prediction: Literal["law", "traced"] = "law"

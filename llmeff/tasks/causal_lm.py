@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.core import group
-from llmeff.core.config import Count
+from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import World
 from llmeff.core.layout import Layout
 from llmeff.core.seed import derive
@@ -37,7 +37,7 @@ class CausalLM(TaskConfig):
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
     """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 where the vocabulary has more
-    than 1,024 tokens, else all."""
+    than 1,024 tokens and the model can, else all."""
 
     def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
         """A model of tokens and text to read are needed."""
@@ -46,11 +46,21 @@ class CausalLM(TaskConfig):
         if not isinstance(data, TextData):
             yield f"task 'causal_lm' needs text; data {data.name!r} is none"
 
-    def resolve_chunk(self, vocab_size: int) -> int | None:
+    def resolve_chunk(self, model: LanguageModelConfig) -> int | None:
         """The chunk as a number of tokens; None for whole logits."""
         if self.loss_chunk == "auto":
-            return 256 if vocab_size > 1024 else None
+            return 256 if model.vocabulary() > 1024 and model.chunks_logits() else None
         return self.loss_chunk
+
+    def foresee(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig | None:
+        """Fills in the vocabulary's size, where the tokenizer's config tells it."""
+        assert isinstance(model, LanguageModelConfig)
+        assert isinstance(data, TextData)
+        known = data.tokenizer.vocabulary()
+        if model.vocab_size == "auto":
+            return None if known is None else model.model_copy(update={"vocab_size": known})
+        # one that is trained may turn out smaller, and then be small enough
+        return model if known is None or known <= model.vocab_size else None
 
     def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
         """One window; the logits in chunks as in training."""
@@ -59,7 +69,7 @@ class CausalLM(TaskConfig):
         return Workload(
             num_sequences=1,
             num_tokens=data.sequence_length,
-            loss_chunk=self.resolve_chunk(model.vocabulary()),
+            loss_chunk=self.resolve_chunk(model),
             packed=data.packing == "documents",
         )
 
@@ -93,7 +103,10 @@ class CausalLMTask(Task):
         if model.vocab_size == "auto":
             model = model.model_copy(update={"vocab_size": self.corpus.vocab_size})
         self.corpus.check_vocabulary(model.vocabulary())
-        self._loss_chunk = self._config.resolve_chunk(model.vocabulary())
+        problems = list(model.tokenizer_problems(self.corpus.tokenizer))
+        if problems:
+            raise ConfigError(problems)
+        self._loss_chunk = self._config.resolve_chunk(model)
         return model
 
     def table(self, model: nn.Module) -> list[Row]:

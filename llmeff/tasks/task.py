@@ -110,6 +110,10 @@ class TaskConfig(Component, family="task"):
         """What keeps this task from working with the model and the data."""
         raise NotImplementedError(type(self))
 
+    def foresee(self, model: ModelConfig, data: DataConfig) -> ModelConfig | None:
+        """What `Task.resolve` will make of the model's config, told without the data; None: only the data tell."""
+        return None
+
     def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
         """A step of one sequence (or image), as the laws see it."""
         raise NotImplementedError(type(self))

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import pytest
 from llmeff.core.config import ConfigError, validate
 from llmeff.data import text as module
 from llmeff.data.packing import MASKED
+from llmeff.data.splits import Document
 from llmeff.data.text import TextData
 
 DATA = Path(os.environ.get("LLMEFF_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -97,6 +99,36 @@ class TestCache:
         assert waited
         with pytest.raises(ConfigError, match="the main process says why"):
             config(corpus).open(is_main=False)
+
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzäöü☃🙂"
+
+
+@pytest.mark.parametrize("tokenizer", ["characters", {"name": "bpe", "vocab_size": 290}])
+def test_a_source_without_end_is_read_as_far_as_max_tokens_asks(corpus, monkeypatch, tokenizer):
+    data = config(corpus, tokenizer=tokenizer, splits={"by": "span"}, max_tokens=1000)
+    read = []
+
+    def documents(source):
+        for i in itertools.count():
+            read.append(i)
+            yield Document(unit=str(i), text=ALPHABET * 2 if i else ALPHABET)
+
+    monkeypatch.setattr(type(data.source), "documents", documents)
+    opened = data.open()
+    assert sum(facts.num_tokens for facts in opened.splits.values()) >= 1000
+    assert len(read) < (1000 + 8000) / len(ALPHABET)
+
+
+def test_a_tokenizer_knows_all_that_max_tokens_lets_in(corpus, monkeypatch):
+    data = config(corpus, tokenizer="characters", splits={"by": "span"}, max_tokens=100)
+    texts = ["🙂" * 98, "z", "y" * 20_000, "x"]
+    documents = [Document(unit=str(i), text=text, split="train") for i, text in enumerate(texts)]
+    monkeypatch.setattr(type(data.source), "documents", lambda source: iter(documents))
+    opened = data.open()
+    assert opened.splits["train"].num_documents == 2
+    assert opened.tokenizer.decode(opened.stream("train").tokens) == "🙂" * 98 + "z"
+    assert opened.vocab_size == 4  # y, z, the smile and the end: x comes after enough bytes
 
 
 def test_losses_in_bits_per_byte(corpus):

@@ -58,6 +58,13 @@ def test_text_survives(tokenizer):
     assert tokenizer.decode([tokenizer.end_id, *encoded[0], tokenizer.end_id]) == TEXT
 
 
+def test_the_vocabulary_is_foretold_or_is_the_texts(config, tokenizer):
+    foretold = config.vocabulary()
+    assert (foretold is None) == (config.name == "characters")
+    assert foretold is None or foretold >= tokenizer.vocab_size
+    assert config.name not in ("bytes", "hf") or foretold == tokenizer.vocab_size
+
+
 def test_our_way_to_encode_equals_the_saved_tokenizer(tokenizer):
     encoded = tokenizer.backend.encode(TEXT, add_special_tokens=False).ids
     assert tokenizer.encode_batch([TEXT])[0].tolist() == encoded

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
 from llmeff.core.tensors import copy_tensors
+from llmeff.cost.workload import Workload
+from llmeff.data import Bpe, Bytes, Characters, HfTokenizer
+from llmeff.data.tokenizer import Tokenizer
 from llmeff.models import ModelConfig, llama_format, save_model
 from llmeff.models.cross_entropy import IGNORED
 from llmeff.models.hf import HFModel, HFModelConfig
@@ -163,6 +168,161 @@ def test_a_model_with_logits_of_its_own_kind_is_kept_from_chunks(tmp_path: Path)
     assert model(tokens, targets=targets).isfinite()
     with pytest.raises(ConfigError, match="Gemma2ForCausalLM computes its logits in a way of its own; give null"):
         model(tokens, targets=targets, loss_chunk=5)
+
+
+WORK = Workload(num_sequences=1, num_tokens=64)
+_SHORT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
+OTHERS = {
+    "capped": transformers.Gemma2Config(**_LLAMA, head_dim=8, final_logit_softcapping=30.0),
+    "scaled": transformers.CohereConfig(**_LLAMA, logit_scale=0.5),
+    "biased": transformers.PhiConfig(**_LLAMA),
+    "uncapped": transformers.Gemma2Config(**_LLAMA, head_dim=8, final_logit_softcapping=None),
+    "half a body": transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    ),
+    "recurrent": transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4),
+    "old": transformers.OpenAIGPTConfig(**_SHORT),
+    "learned": transformers.GPT2Config(**_SHORT),
+    "tabulated": transformers.GPTJConfig(**_SHORT, rotary_dim=8),
+    "rotary": transformers.LlamaConfig(**_LLAMA, max_position_embeddings=32),
+}
+
+
+def foreign(kind: str, path: Path) -> HFModelConfig:
+    (CONFIGS | OTHERS)[kind].save_pretrained(path)
+    return validate(HFModelConfig, {"path": str(path), "vocab_size": VOCABULARY, "from_scratch": True})
+
+
+@pytest.mark.parametrize(
+    ("kind", "does"),
+    [
+        *((kind, True) for kind in [*CONFIGS, "uncapped", "half a body", "recurrent", "rotary"]),
+        *((kind, False) for kind in ["capped", "scaled", "biased"]),
+    ],
+)
+def test_whether_logits_come_in_chunks_is_known_before_the_weights(kind: str, does: bool, tmp_path: Path) -> None:
+    config = foreign(kind, tmp_path)
+    assert config.chunks_logits() is does
+    model = config.build().eval()
+    assert model.projects is does
+    if does:
+        tokens, targets = batch()
+        equal(model(tokens, targets=targets, loss_chunk=5), model(tokens, targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("kind", "work", "said"),
+    [
+        ("gpt2", replace(WORK, loss_chunk=5, recompute=True), None),
+        ("capped", replace(WORK, loss_chunk=5), "task.loss_chunk is 5, but Gemma2ForCausalLM computes"),
+        ("old", replace(WORK, num_tokens=32, recompute=True), "runtime.recompute is true, but OpenAIGPTLMHeadModel"),
+        ("learned", WORK, "data.sequence_length is 64, but .* learns a vector for each of 32 positions"),
+        ("half a body", WORK, "data.sequence_length is 64, but .* learns a vector for each of 32 positions"),
+        ("learned", replace(WORK, num_tokens=32), None),
+    ],
+)
+def test_what_a_model_cannot_is_told_by_its_config(kind: str, work: Workload, said: str | None, tmp_path: Path) -> None:
+    problems = list(foreign(kind, tmp_path).problems(work))
+    assert len(problems) == (said is not None)
+    assert said is None or re.search(said, problems[0])
+
+
+def test_all_that_a_model_cannot_is_told_at_once(tmp_path: Path) -> None:
+    problems = list(foreign("old", tmp_path).problems(replace(WORK, recompute=True)))
+    assert [problem.split()[0] for problem in problems] == ["runtime.recompute", "data.sequence_length"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "work", "said"),
+    [
+        ("gpt2", replace(WORK, packed=True), None),
+        ("recurrent", WORK, None),
+        ("recurrent", replace(WORK, packed=True), "would see one another in MambaForCausalLM: use 'plain'"),
+        ("tabulated", WORK, "data.sequence_length is 64, but .* has 32 positions"),
+        ("tabulated", replace(WORK, num_tokens=32), None),
+        ("rotary", WORK, None),
+    ],
+)
+def test_what_only_a_run_tells_is_told_when_it_is_built(
+    kind: str, work: Workload, said: str | None, tmp_path: Path
+) -> None:
+    config = foreign(kind, tmp_path)
+    assert list(config.problems(work)) == []
+    problems = list(config.problems(work, config.build()))
+    assert len(problems) == (said is not None)
+    assert said is None or re.search(said, problems[0])
+
+
+@pytest.mark.parametrize(("num_tokens", "warned"), [(32, False), (33, True)])
+def test_rotary_positions_go_on_with_a_warning(
+    num_tokens: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="llmeff"):
+        assert list(foreign("rotary", tmp_path).problems(replace(WORK, num_tokens=num_tokens))) == []
+    assert ("data.sequence_length is 33, but" in caplog.text) == warned
+
+
+TEXT = "the cat and the hat and the bat " * 20
+
+
+@pytest.fixture
+def trained_on(tmp_path: Path) -> Tokenizer:
+    """The tokenizer of the pretrained model in the folder."""
+    tokenizer = Bpe(vocab_size=280).build(lambda: [TEXT])
+    tokenizer.save(folder("gpt2", tmp_path))
+    return tokenizer
+
+
+def with_more(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.backend.add_tokens(["<think>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        lambda path: HfTokenizer(path=str(path)).build(list),
+        lambda path: HfTokenizer(path=str(path), end_token="a").build(list),
+        lambda path: with_more(HfTokenizer(path=str(path)).build(list)),
+        lambda path: Bpe(vocab_size=280).build(lambda: [TEXT]),
+    ],
+    ids=["its own", "with another end", "with more tokens", "trained alike"],
+)
+def test_a_tokenizer_that_keeps_the_ids_is_the_models(tokenizer: Any, tmp_path: Path, trained_on: Tokenizer) -> None:
+    model = validate(HFModelConfig, {"path": str(tmp_path)})
+    assert list(model.tokenizer_problems(tokenizer(tmp_path))) == []
+
+
+OTHER_TOKENIZERS = {
+    "bytes": lambda: Bytes().build(list),
+    "characters": lambda: Characters().build(lambda: [TEXT]),
+    "trained on another text": lambda: Bpe(vocab_size=280).build(lambda: ["zebras graze " * 20]),
+}
+
+
+@pytest.mark.parametrize("tokenizer", OTHER_TOKENIZERS.values(), ids=OTHER_TOKENIZERS)
+def test_pretrained_weights_refuse_a_tokenizer_with_other_ids(
+    tokenizer: Any, tmp_path: Path, trained_on: Tokenizer
+) -> None:
+    model = validate(HFModelConfig, {"path": str(tmp_path)})
+    (problem,) = model.tokenizer_problems(tokenizer())
+    assert re.search(r"data.tokenizer: id \d+ is '.+', but '.+' to the weights in", problem)
+    assert "model.from_scratch = true" in problem
+    scratch = model.model_copy(update={"from_scratch": True})
+    assert list(scratch.tokenizer_problems(tokenizer())) == []
+    (tmp_path / "tokenizer.json").unlink()
+    assert list(model.tokenizer_problems(tokenizer())) == []
+
+
+def test_a_damaged_tokenizer_beside_the_weights_is_one_clear_error(tmp_path: Path, trained_on: Tokenizer) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
+        list(validate(HFModelConfig, {"path": str(tmp_path)}).tokenizer_problems(trained_on))
 
 
 def test_a_decoder_in_llmeff_format_is_a_foreign_model_too(tmp_path: Path) -> None:

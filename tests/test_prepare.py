@@ -1,0 +1,72 @@
+"""What keeps a run from beginning is said before its folder is made."""
+
+import pytest
+import torch
+import transformers
+
+from llmeff.core.config import ConfigError, override, validate
+from llmeff.data import Bpe
+from llmeff.loop import train
+from llmeff.runconfig import RunConfig
+
+SIZES = {"vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+MODELS = {
+    "learned": transformers.GPT2Config(**SIZES, n_positions=32),
+    "old": transformers.OpenAIGPTConfig(**SIZES, n_positions=64),
+    "capped": transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=30.0),
+    "recurrent": transformers.MambaConfig(vocab_size=2000, hidden_size=16, num_hidden_layers=1, state_size=4),
+    "rotary": transformers.LlamaConfig(**LLAMA, max_position_embeddings=32),
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(kind, *settings):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(MODELS[kind]).save_pretrained(tmp_path / "model")
+        data = {
+            "model": {"name": "hf", "path": str(tmp_path / "model"), "vocab_size": 2000},
+            "data": {"source": {"name": "builtin", "max_bytes": 300_000}, "sequence_length": 40},
+            "schedule": {"name": "constant"},
+            "train": {"steps": 3, "batch": 2},
+            "evaluation": {"every": 0, "sample_tokens": 0},
+            "runtime": {"device": "cpu", "threads": 1},
+        }
+        return validate(RunConfig, override(data, ["data.splits.by=span", *settings]))
+
+    return make
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", 1])
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("learned", [], "data.sequence_length is 40, but .* 32 positions"),
+        ("old", ["runtime.recompute=true"], "runtime.recompute is true, but OpenAIGPTLMHeadModel"),
+        ("capped", ["task.loss_chunk=8"], "task.loss_chunk is 8, but Gemma2ForCausalLM"),
+        ("recurrent", ["data.packing=documents"], "would see one another in MambaForCausalLM"),
+    ],
+)
+def test_what_a_model_cannot_is_an_error_before_the_folder_is_made(config, tmp_path, kind, settings, said, micro_batch):
+    asked = config(kind, f"train.micro_batch={micro_batch}", *settings)
+    with pytest.raises(ConfigError, match=said) as raised:
+        train(asked, tmp_path / "run")
+    assert len(raised.value.problems) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_with_a_tokenizer_of_others_are_an_error_before_the_folder_is_made(config, tmp_path):
+    asked = config("rotary")
+    Bpe(vocab_size=300).build(lambda: ["the cat and the hat " * 9]).save(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"data.tokenizer: id 0 is .*, but .* to the weights in"):
+        train(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["capped", "rotary"])
+def test_what_a_model_can_is_done_at_the_price_that_was_named(config, tmp_path, kind):
+    result = train(config(kind), tmp_path / "run")
+    assert result.prediction == "traced"
+    assert result.error["executed_flops"] == result.error["saved_bytes"] == 0
+    assert abs(result.error["peak_bytes"]) < 0.03
