@@ -87,9 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         "--arm", action="append", default=[], dest="arms", metavar="ARM",
         help="ours, bare, hf-trainer, or FILE.py:FUNCTION (repeatable; the first is set beside all others)",
     )  # fmt: skip
-    bench.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm")
+    bench.add_argument(
+        "--processes", type=int, default=5, metavar="N",
+        help="fresh processes of each arm, one after another; the intervals are over them",
+    )  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm, over all its processes")
     bench.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a turn")
-    bench.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of each arm before the first round")
+    bench.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of a process before its first round")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
     bench.set_defaults(command=_bench)
     return parser
@@ -207,7 +211,14 @@ def _bench(options: argparse.Namespace) -> int:
     from llmeff.bench import bench, show
     from llmeff.core.files import reported, write_text
 
-    result = bench(_config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup)
+    result = bench(
+        _config(options),
+        options.arms or ["ours", "bare"],
+        rounds=options.rounds,
+        steps=options.steps,
+        warmup_steps=options.warmup,
+        processes=options.processes,
+    )
     sys.stdout.write(show(result) + "\n")
     if options.out is not None:
         command = shlex.join(["llmeff", *sys.argv[1:]])
