@@ -14,13 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, validate
 from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
@@ -181,7 +184,14 @@ def find_arm(name: str) -> Arm:
 
 
 def bench(
-    config: RunConfig, arms: Sequence[str], *, rounds: int, steps: int, warmup_steps: int, processes: int
+    config: RunConfig,
+    arms: Sequence[str],
+    *,
+    rounds: int,
+    steps: int,
+    warmup_steps: int,
+    processes: int,
+    modules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Times arms against one another.
 
@@ -196,6 +206,7 @@ def bench(
         steps: steps of a turn.
         warmup_steps: steps of each process before its first round.
         processes: of each arm, one after another: the number of generations.
+        modules: imported in every process, for the components that they register.
 
     Returns:
         for JSON: by arm the median step time and its quartiles over rounds; by pair with the first arm the ratio of step
@@ -216,7 +227,8 @@ def bench(
         find_arm(name)
     order = random.Random(config.seed)
     shares = [len(range(number, rounds, processes)) for number in range(processes)]
-    generations = [_generation(config, arms, share, steps, warmup_steps, order) for share in shares]
+    start = partial(_start, config.model_dump(mode="json"), list(modules))
+    generations = [_generation(start, arms, share, steps, warmup_steps, order) for share in shares]
     is_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     where = environment(torch.device("cuda" if is_gpu else "cpu"))
     facts = {"environment": where.model_dump(mode="json"), "config": config.model_dump(mode="json")}
@@ -225,21 +237,21 @@ def bench(
 
 
 def _generation(
-    config: RunConfig, arms: Sequence[str], rounds: int, steps: int, warmup_steps: int, order: random.Random
+    start: Callable[[str], tuple[BaseProcess, Connection]],
+    arms: Sequence[str],
+    rounds: int,
+    steps: int,
+    warmup_steps: int,
+    order: random.Random,
 ) -> list[dict[str, Turn]]:
-    """The rounds of one fresh process of each arm."""
-    context = multiprocessing.get_context("spawn")
+    """The rounds of one fresh process of each arm; `start` starts an arm's."""
     lanes: dict[str, Connection] = {}
     processes = []
     try:
         for name in order.sample(arms, len(arms)):
-            lane, end = context.Pipe()
-            process = context.Process(target=_work, args=(name, config.model_dump(mode="json"), end), daemon=True)
-            process.start()
-            end.close()
-            lanes[name] = lane
+            process, lanes[name] = start(name)
             processes.append(process)
-            _turn(name, lane, warmup_steps)
+            _turn(name, lanes[name], warmup_steps)
         results = [
             {name: _turn(name, lanes[name], steps) for name in order.sample(arms, len(arms))} for _ in range(rounds)
         ]
@@ -257,6 +269,16 @@ def _generation(
     return results
 
 
+def _start(config: dict[str, Any], modules: Sequence[str], name: str) -> tuple[BaseProcess, Connection]:
+    """An arm's process, and the lane to it."""
+    context = multiprocessing.get_context("spawn")
+    lane, end = context.Pipe()
+    process = context.Process(target=_work, args=(config, modules, name, end), daemon=True)
+    process.start()
+    end.close()
+    return process, lane
+
+
 def _turn(name: str, lane: Connection, steps: int) -> Turn:
     try:
         lane.send(steps)
@@ -266,7 +288,7 @@ def _turn(name: str, lane: Connection, steps: int) -> Turn:
     return turn
 
 
-def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
+def _work(config: dict[str, Any], modules: Sequence[str], name: str, lane: Connection) -> None:
     """An arm's process: lets it go for as many steps as it is told to, and answers how long they took; None ends it."""
     left = 0
     steps = 0
@@ -293,6 +315,7 @@ def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
 
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 1)
+    load_components(modules)
     left = steps = lane.recv()
     cpu_began, began = cpu_times(), time.perf_counter()
     find_arm(name)(validate(RunConfig, config), tick)

@@ -1,8 +1,6 @@
 """The command line. Commands import what they need when they run, so that `--help` is quick."""
 
 import argparse
-import importlib
-import importlib.metadata
 import json
 import shlex
 import sys
@@ -116,26 +114,13 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _load_components(modules: Sequence[str]) -> None:
-    """Imports users' own components: installed packages by their entry points, and the modules asked for."""
-    for entry in importlib.metadata.entry_points(group="llmeff"):
-        entry.load()
-    sys.path.append(str(Path.cwd()))
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name.split(".")[0] and error.name != name:
-                raise
-            raise ConfigError(f"--import {name}: there is no such module here or on the Python path") from None
-
-
 def _config(options: argparse.Namespace) -> "RunConfig":
+    from llmeff.core.components import load_components
     from llmeff.core.config import override, read, validate
     from llmeff.recipes import RECIPES
     from llmeff.runconfig import RunConfig
 
-    _load_components(options.imports)
+    load_components(options.imports)
     if options.config is not None:
         data = read(options.config)
     else:
@@ -218,6 +203,7 @@ def _bench(options: argparse.Namespace) -> int:
         steps=options.steps,
         warmup_steps=options.warmup,
         processes=options.processes,
+        modules=options.imports,
     )
     sys.stdout.write(show(result) + "\n")
     if options.out is not None:

@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import random
+import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -96,7 +98,7 @@ def test_measurements_are_written_with_six_digits():
 def test_rounds_are_shared_out_evenly(monkeypatch):
     shares = []
 
-    def generation(config, arms, rounds, *others):
+    def generation(start, arms, rounds, *others):
         shares.append(rounds)
         return [dict.fromkeys(arms, BenchTurn(step_s=1.0, cpu_s=1.0, others=0.0))] * rounds
 
@@ -125,9 +127,9 @@ def arm(config, tick):
 
 def test_each_generation_has_a_process_of_its_own_and_ends_it(tmp_path):
     (tmp_path / "arms.py").write_text(ARM)
-    config, began_s = validate(RunConfig, TINY), time.monotonic()
+    start, began_s = partial(lane._start, TINY, []), time.monotonic()
     for _ in range(2):
-        rounds = lane._generation(config, [f"{tmp_path / 'arms.py'}:arm"], 3, 2, 1, random.Random(0))
+        rounds = lane._generation(start, [f"{tmp_path / 'arms.py'}:arm"], 3, 2, 1, random.Random(0))
         assert len(rounds) == 3
     assert time.monotonic() - began_s < 2 * lane.END_S  # none had to be killed
     assert len(set((tmp_path / "ended").read_text().splitlines())) == 2
@@ -136,7 +138,42 @@ def test_each_generation_has_a_process_of_its_own_and_ends_it(tmp_path):
 def test_an_arm_that_ends_is_an_error(tmp_path):
     (tmp_path / "arms.py").write_text("def arm(config, tick):\n    tick()\n")
     with pytest.raises(ConfigError, match="ended before its turn"):
-        lane._generation(validate(RunConfig, TINY), [f"{tmp_path / 'arms.py'}:arm"], 3, 1, 1, random.Random(0))
+        lane._generation(partial(lane._start, TINY, []), [f"{tmp_path / 'arms.py'}:arm"], 3, 1, 1, random.Random(0))
+
+
+OWN = """
+from typing import Literal
+from llmeff.optim import ScheduleConfig
+
+class Halved(ScheduleConfig):
+    name: Literal["halved"] = "halved"
+
+    def after_warmup(self, progress):
+        return 1.0 if progress < 0.5 else 0.5
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder, the one worked in, that holds a user's own schedule and arm."""
+    (tmp_path / "own_schedules.py").write_text(OWN)
+    (tmp_path / "arms.py").write_text(ARM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def test_users_components_come_into_an_arms_process(own):
+    start = partial(lane._start, TINY | {"schedule": {"name": "halved"}}, ["own_schedules"])
+    assert len(lane._generation(start, ["arms.py:arm"], 1, 1, 1, random.Random(0))) == 1
+
+
+@pytest.mark.slow
+def test_users_components_come_into_a_bench(own):
+    (own / "other.py").write_text(ARM)
+    arms = ["--arm=arms.py:arm", "--arm=other.py:arm", "--processes=3", "--rounds=3", "--steps=1", "--warmup=1"]
+    assert main(["bench", "--recipe=debug", "--import=own_schedules", "--set=schedule=halved", *arms, "--out=it"]) == 0
+    assert json.loads((own / "it").read_text())["config"]["schedule"]["name"] == "halved"
 
 
 @pytest.mark.parametrize("name", ["our", "arms.py:run", "arms.py", ""])
