@@ -1,5 +1,6 @@
 """The timing lane: arms take turns in random order, each in a process of its own; speed is a ratio within a round."""
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -8,17 +9,21 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, validate
 from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
@@ -30,6 +35,8 @@ Arm = Callable[[RunConfig, Tick], None]
 
 NOISE = 0.1
 """Cores that other processes may use in a round before it is dropped."""
+END_S = 30.0
+"""How long an arm's process may take to end before it is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,69 +183,113 @@ def find_arm(name: str) -> Arm:
     return arm  # type: ignore[no-any-return]
 
 
-def bench(config: RunConfig, arms: Sequence[str], rounds: int, steps: int, warmup_steps: int) -> dict[str, Any]:
+def bench(
+    config: RunConfig,
+    arms: Sequence[str],
+    *,
+    rounds: int,
+    steps: int,
+    warmup_steps: int,
+    processes: int,
+    modules: Sequence[str] = (),
+) -> dict[str, Any]:
     """Times arms against one another.
+
+    Processes of one and the same arm differ for as long as they live, by a few per cent, with where their memory lies:
+    the rounds of one process are not independent. So the rounds are divided over generations, in each of which every
+    arm has a fresh process; a generation gives one value, and the intervals are over generations.
 
     Args:
         config: what every arm trains.
         arms: their names; the first is what the others are set beside.
-        rounds: how often every arm has its turn.
+        rounds: how often every arm has its turn, over all generations.
         steps: steps of a turn.
-        warmup_steps: steps of each arm before the first round.
+        warmup_steps: steps of each process before its first round.
+        processes: of each arm, one after another: the number of generations.
+        modules: imported in every process, for the components that they register.
 
     Returns:
-        for JSON: by arm the median step time and its quartiles; by pair with the first arm the ratio of step times
-        (theirs / the first's: above 1, the first is faster) with a 95 % interval over rounds; the rounds themselves.
+        for JSON: by arm the median step time and its quartiles over rounds; by pair with the first arm the ratio of step
+        times (theirs / the first's: above 1, the first is faster) with a 95 % interval over generations; the rounds of
+        each generation. Measurements have six significant digits.
 
     Raises:
-        ConfigError: an arm is unknown or ended.
+        ConfigError: an arm is unknown or ended, or there is too little to make an interval of.
     """
     if len(set(arms)) < max(2, len(arms)):
         raise ConfigError(f"--arm: give at least two different arms, given: {', '.join(arms)}")
-    if rounds < 2 or min(steps, warmup_steps) < 1:
+    if processes < 3 or rounds < processes or min(steps, warmup_steps) < 1:
         raise ConfigError(
-            f"--rounds {rounds} --steps {steps} --warmup {warmup_steps}: at least 2 rounds, 1 step and 1 warm-up step"
+            f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: at least 3 processes of "
+            "each arm, a round in each, 1 step and 1 warm-up step"
         )
     for name in arms:
         find_arm(name)
-    context = multiprocessing.get_context("spawn")
-    lanes: dict[str, Connection] = {}
-    processes = []
-    try:
-        for name in arms:
-            lane, end = context.Pipe()
-            process = context.Process(target=_work, args=(name, config.model_dump(mode="json"), end), daemon=True)
-            process.start()
-            end.close()
-            lanes[name] = lane
-            processes.append(process)
-            _turn(name, lane, warmup_steps)
-        order = random.Random(config.seed)
-        results: list[dict[str, Turn]] = []
-        for _ in range(rounds):
-            names = list(lanes)
-            order.shuffle(names)
-            results.append({name: _turn(name, lanes[name], steps) for name in names})
-    finally:
-        for process in processes:
-            process.kill()
+    order = random.Random(config.seed)
+    shares = [len(range(number, rounds, processes)) for number in range(processes)]
+    start = partial(_start, config.model_dump(mode="json"), list(modules))
+    generations = [_generation(start, arms, share, steps, warmup_steps, order) for share in shares]
     is_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     where = environment(torch.device("cuda" if is_gpu else "cpu"))
     facts = {"environment": where.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    return facts | _summarize(arms, results)
+    measured: dict[str, Any] = _rounded(_summarize(arms, generations))
+    return facts | measured
+
+
+def _generation(
+    start: Callable[[str], tuple[BaseProcess, Connection]],
+    arms: Sequence[str],
+    rounds: int,
+    steps: int,
+    warmup_steps: int,
+    order: random.Random,
+) -> list[dict[str, Turn]]:
+    """The rounds of one fresh process of each arm; `start` starts an arm's."""
+    lanes: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name in order.sample(arms, len(arms)):
+            process, lanes[name] = start(name)
+            processes.append(process)
+            _turn(name, lanes[name], warmup_steps)
+        results = [
+            {name: _turn(name, lanes[name], steps) for name in order.sample(arms, len(arms))} for _ in range(rounds)
+        ]
+        for lane in lanes.values():
+            with contextlib.suppress(OSError):
+                lane.send(None)
+        for process in processes:
+            process.join(END_S)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for lane in lanes.values():
+            lane.close()
+    return results
+
+
+def _start(config: dict[str, Any], modules: Sequence[str], name: str) -> tuple[BaseProcess, Connection]:
+    """An arm's process, and the lane to it."""
+    context = multiprocessing.get_context("spawn")
+    lane, end = context.Pipe()
+    process = context.Process(target=_work, args=(config, modules, name, end), daemon=True)
+    process.start()
+    end.close()
+    return process, lane
 
 
 def _turn(name: str, lane: Connection, steps: int) -> Turn:
-    lane.send(steps)
     try:
+        lane.send(steps)
         turn: Turn = lane.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise ConfigError(f"arm {name!r} ended before its turn did: its error stands above") from None
     return turn
 
 
-def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
-    """An arm's process: lets it go for as many steps as it is told to, and answers how long they took."""
+def _work(config: dict[str, Any], modules: Sequence[str], name: str, lane: Connection) -> None:
+    """An arm's process: lets it go for as many steps as it is told to, and answers how long they took; None ends it."""
     left = 0
     steps = 0
     began, cpu_began = 0.0, (0.0, 0.0)
@@ -256,35 +307,53 @@ def _work(name: str, config: dict[str, Any], lane: Connection) -> None:
             wall = time.perf_counter() - began
             own, machine = (now - then for now, then in zip(cpu_times(), cpu_began, strict=True))
             lane.send(Turn(step_s=wall / steps, cpu_s=own / steps, others=max(0.0, machine - own) / wall))
-        left = steps = lane.recv()
+        told = lane.recv()
+        if told is None:
+            sys.exit()  # through the arm, which takes its folders away
+        left = steps = told
         cpu_began, began = cpu_times(), time.perf_counter()
 
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 1)
+    load_components(modules)
     left = steps = lane.recv()
     cpu_began, began = cpu_times(), time.perf_counter()
     find_arm(name)(validate(RunConfig, config), tick)
 
 
-def _summarize(names: Sequence[str], rounds: list[dict[str, Turn]]) -> dict[str, Any]:
-    quiet = [each for each in rounds if max(turn.others for turn in each.values()) <= NOISE]
-    used = quiet if len(quiet) >= max(3, len(rounds) // 3) else rounds
+def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -> dict[str, Any]:
+    quiet = [[each for each in rounds if max(turn.others for turn in each.values()) <= NOISE] for rounds in generations]
+    used = [
+        few if len(few) >= max(3, len(rounds) // 3) else rounds for few, rounds in zip(quiet, generations, strict=True)
+    ]
+    num_rounds, num_used = (sum(map(len, parts)) for parts in (generations, used))
+    busy = [number for number, (few, some) in enumerate(zip(quiet, used, strict=True), start=1) if len(few) < len(some)]
     first = names[0]
+
+    def over_generations(value: Callable[[Turn, Turn], float], name: str) -> list[float]:
+        return [statistics.fmean(value(each[name], each[first]) for each in rounds) for rounds in used]
+
+    def log_step_ratio(theirs: Turn, firsts: Turn) -> float:
+        return math.log(theirs.step_s / firsts.step_s)
+
+    def log_cpu_ratio(theirs: Turn, firsts: Turn) -> float:
+        return math.log(theirs.cpu_s / firsts.cpu_s)
+
+    def step_difference(theirs: Turn, firsts: Turn) -> float:
+        return theirs.step_s - firsts.step_s
+
     return {
-        "rounds": len(rounds),
-        "noisy_rounds_dropped": len(rounds) - len(used),
-        "quiet_rounds": len(quiet),
-        "arms": {name: _spread([each[name].step_s for each in used]) for name in names},
-        "ratios": {
-            f"{name} / {first}": _ratio([each[name].step_s / each[first].step_s for each in used]) for name in names[1:]
-        },
-        "differences_s": {
-            f"{name} - {first}": _mean([each[name].step_s - each[first].step_s for each in used]) for name in names[1:]
-        },
-        "cpu_ratios": {
-            f"{name} / {first}": _ratio([each[name].cpu_s / each[first].cpu_s for each in used]) for name in names[1:]
-        },
-        "turns": [{name: vars(turn) for name, turn in each.items()} for each in rounds],
+        "rounds": num_rounds,
+        "rounds_used": num_used,
+        "noisy_rounds_dropped": num_rounds - num_used,
+        "busy_generations": busy,
+        "arms": {name: _spread([each[name].step_s for rounds in used for each in rounds]) for name in names},
+        "ratios": {f"{name} / {first}": _ratio(over_generations(log_step_ratio, name)) for name in names[1:]},
+        "differences_s": {f"{name} - {first}": _mean(over_generations(step_difference, name)) for name in names[1:]},
+        "cpu_ratios": {f"{name} / {first}": _ratio(over_generations(log_cpu_ratio, name)) for name in names[1:]},
+        "generations": [
+            [{name: vars(turn) for name, turn in each.items()} for each in rounds] for rounds in generations
+        ],
     }
 
 
@@ -294,7 +363,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> dict[str, float]:
-    """The mean over rounds with its 95 % interval, by Student's t."""
+    """The mean with its 95 % interval, by Student's t; the values are independent."""
     from scipy.stats import t
 
     mean = statistics.fmean(values)
@@ -302,10 +371,17 @@ def _mean(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "lower": mean - half, "upper": mean + half, "n": len(values)}
 
 
-def _ratio(ratios: list[float]) -> dict[str, float]:
-    """The geometric mean with its 95 % interval."""
-    logs = _mean([math.log(ratio) for ratio in ratios])
-    return {name: value if name == "n" else math.exp(value) for name, value in logs.items()}
+def _ratio(logs: list[float]) -> dict[str, float]:
+    """The geometric mean of ratios, given as logarithms, with its 95 % interval."""
+    return {name: value if name == "n" else math.exp(value) for name, value in _mean(logs).items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def show(result: dict[str, Any]) -> str:
@@ -317,17 +393,18 @@ def show(result: dict[str, Any]) -> str:
     ]
     for pair, value in result["ratios"].items():
         lines.append(
-            f"{pair:<24} {value['mean']:.3f} (95 % of rounds' mean: {value['lower']:.3f} to {value['upper']:.3f}, "
-            f"n = {value['n']})"
+            f"{pair:<24} {value['mean']:.3f} (95 %: {value['lower']:.3f} to {value['upper']:.3f}, "
+            f"n = {value['n']} generations, {result['rounds_used']} rounds)"
         )
     for pair, value in result["differences_s"].items():
         lines.append(
             f"{pair:<24} {1e3 * value['mean']:.2f} ms ({1e3 * value['lower']:.2f} to {1e3 * value['upper']:.2f})"
         )
-    if result["quiet_rounds"] < result["rounds"] and not result["noisy_rounds_dropped"]:
-        lines.append(
-            f"the machine was busy: {result['quiet_rounds']} of {result['rounds']} rounds were quiet; all are used"
-        )
     if result["noisy_rounds_dropped"]:
         lines.append(f"{result['noisy_rounds_dropped']} of {result['rounds']} rounds were noisy and are left out")
+    if result["busy_generations"]:
+        lines.append(
+            "the machine was busy: generations with too few quiet rounds, of which all are used: "
+            f"{', '.join(map(str, result['busy_generations']))}"
+        )
     return "\n".join(lines)

@@ -1,8 +1,6 @@
 """The command line. Commands import what they need when they run, so that `--help` is quick."""
 
 import argparse
-import importlib
-import importlib.metadata
 import json
 import shlex
 import sys
@@ -87,9 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         "--arm", action="append", default=[], dest="arms", metavar="ARM",
         help="ours, bare, hf-trainer, or FILE.py:FUNCTION (repeatable; the first is set beside all others)",
     )  # fmt: skip
-    bench.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm")
+    bench.add_argument(
+        "--processes", type=int, default=5, metavar="N",
+        help="fresh processes of each arm, one after another; the intervals are over them",
+    )  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm, over all its processes")
     bench.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a turn")
-    bench.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of each arm before the first round")
+    bench.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of a process before its first round")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
     bench.set_defaults(command=_bench)
     return parser
@@ -112,26 +114,13 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _load_components(modules: Sequence[str]) -> None:
-    """Imports users' own components: installed packages by their entry points, and the modules asked for."""
-    for entry in importlib.metadata.entry_points(group="llmeff"):
-        entry.load()
-    sys.path.append(str(Path.cwd()))
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name.split(".")[0] and error.name != name:
-                raise
-            raise ConfigError(f"--import {name}: there is no such module here or on the Python path") from None
-
-
 def _config(options: argparse.Namespace) -> "RunConfig":
+    from llmeff.core.components import load_components
     from llmeff.core.config import override, read, validate
     from llmeff.recipes import RECIPES
     from llmeff.runconfig import RunConfig
 
-    _load_components(options.imports)
+    load_components(options.imports)
     if options.config is not None:
         data = read(options.config)
     else:
@@ -205,7 +194,15 @@ def _bench(options: argparse.Namespace) -> int:
     from llmeff.bench import bench, show
     from llmeff.core.files import reported, write_text
 
-    result = bench(_config(options), options.arms or ["ours", "bare"], options.rounds, options.steps, options.warmup)
+    result = bench(
+        _config(options),
+        options.arms or ["ours", "bare"],
+        rounds=options.rounds,
+        steps=options.steps,
+        warmup_steps=options.warmup,
+        processes=options.processes,
+        modules=options.imports,
+    )
     sys.stdout.write(show(result) + "\n")
     if options.out is not None:
         command = shlex.join(["llmeff", *sys.argv[1:]])

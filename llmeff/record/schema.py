@@ -22,7 +22,7 @@ Q = TypeVar("Q", bound=str)
 class Record(BaseModel):
     """Base of what is written: frozen, without unknown fields; NaN and infinities are JSON strings ("NaN")."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class StepRow(Record):
