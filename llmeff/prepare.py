@@ -104,6 +104,8 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
     torch.manual_seed(derive(config.seed, "init"))
     model = config.model.build()
     check_model(config, model)
+    for transform in config.transforms:
+        model = transform.apply(model)
     model = model.to(device)
     model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
     if config.runtime.compile == "model":
@@ -137,11 +139,15 @@ def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strat
 
 
 def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """The run's model on the CPU with trained weights, whatever it was split into."""
+    """The run's model on the CPU with trained weights, whatever it was split into, as it was before its transforms."""
     with torch.device("meta"):
         model = config.model.build()
+        for transform in config.transforms:
+            model = transform.apply(model)
     empty_on(model, "cpu")
     copy_tensors(model, weights)
+    for transform in reversed(config.transforms):
+        model = transform.fold(model)
     return model
 
 

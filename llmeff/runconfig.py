@@ -18,7 +18,7 @@ from llmeff.core.config import (
 )
 from llmeff.core.precision import PrecisionName
 from llmeff.data import DataConfig, TextData
-from llmeff.models import DecoderConfig, ModelConfig
+from llmeff.models import DecoderConfig, ModelConfig, TransformConfig
 from llmeff.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 from llmeff.parallel import Single, StrategyConfig
 from llmeff.tasks import CausalLM, TaskConfig
@@ -83,6 +83,8 @@ class RunConfig(Config):
     """What is trained towards what."""
     model: ModelConfig = DecoderConfig()
     """The model."""
+    transforms: tuple[TransformConfig, ...] = ()
+    """What is changed in the built model before it is trained, in order."""
     data: DataConfig = TextData()
     """What it reads."""
     optim: OptimizerConfig = AdamW()

@@ -1,0 +1,66 @@
+"""LoRA: frozen weights with trained updates of low rank beside them (Hu et al. 2022), by the peft library."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import nn
+
+from llmeff.core.config import ConfigError, Count, Flag, Positive, Text
+from llmeff.core.registry import nearest
+from llmeff.models.transform import TransformConfig
+
+
+class LoRA(TransformConfig):
+    """W x + alpha / rank B A x: only A and B are trained; the model that is kept has their product added to W."""
+
+    name: Literal["lora"] = "lora"
+    rank: Count = 8
+    """Of the update."""
+    alpha: Positive = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[Text, ...] = ()
+    """Ends of the names of linear layers that are updated (`q_proj`). None: all but the output embedding."""
+    rank_stabilized: Flag = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023)."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freezes the model and puts the updates beside its layers."""
+        try:
+            import peft
+        except ImportError:
+            raise ConfigError('transform "lora" needs peft: pip install "llmeff[peft]"') from None
+
+        chosen = list(self._chosen(model))
+        settings = peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules=chosen, use_rslora=self.rank_stabilized
+        )
+        changed: nn.Module = peft.inject_adapter_in_model(settings, model)
+        return changed
+
+    def _chosen(self, model: nn.Module) -> Iterator[str]:
+        roles: dict[str, str] = model.roles()  # type: ignore[operator]  # a method of every language model
+        linear = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and roles.get(f"{name}.weight", "head") not in ("head", "embedding")
+        ]
+        ends = {name.rpartition(".")[2] for name in linear}
+        for target in self.targets:
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                raise ConfigError(f"transforms: lora: no linear layer is called {target!r}.{nearest(target, ends)}")
+        for name in linear:
+            if not self.targets or any(name == target or name.endswith(f".{target}") for target in self.targets):
+                yield name
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        """Adds the updates to the weights, and takes the layers beside them away."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers: list[tuple[str, Any]] = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+        ]
+        for name, layer in layers:
+            layer.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.get_base_layer())
+        return model.requires_grad_(True)
