@@ -45,3 +45,27 @@ def test_a_deterministic_run_repeats_and_resumes_to_the_last_bit(tmp_path):
     for name in ("loss", "grad_norm"):
         assert whole.steps[name].tolist() == cut.steps[name].tolist()
     assert whole.result.metrics == cut.result.metrics
+
+
+ZERO = {
+    "zero 0": ("parallel.stage=0",),
+    "zero 1": ("parallel.stage=1",),
+    "zero 2": ("parallel.stage=2",),
+    "zero 3": ("parallel.stage=3",),
+    "zero 2, offload": ("parallel.stage=2", "parallel.offload_optimizer=true"),
+    "zero 3, offload": ("parallel.stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"),
+}
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_every_stage_on_one_device_is_the_run_without_it_and_meets_its_price(tmp_path, stage):
+    """Ten steps of fp32: another kernel adds in another order, so losses agree to 1e-5, on the CPU too to 1e-4."""
+    short = ("train.steps=10", "schedule=constant", "optim.lr=3e-4")
+    train(on_gpu(*short), tmp_path / "plain")
+    train(on_gpu(*short, "runtime.device=cpu"), tmp_path / "cpu")
+    result = train(on_gpu(*short, "parallel=deepspeed", *ZERO[stage]), tmp_path / "zero")
+    losses = {name: read_run(tmp_path / name).steps["loss"] for name in ("plain", "cpu", "zero")}
+    assert losses["zero"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["zero"] == pytest.approx(losses["cpu"], rel=1e-4)
+    assert result.error["parameters"] == 0
+    assert abs(result.error["peak_bytes"]) <= 0.05

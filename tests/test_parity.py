@@ -18,6 +18,7 @@ RELATIVE, OF_THE_UPDATE = 1e-5, 1e-4
 MODELS = {
     "documents, tied": (),
     "documents, untied": ("model.tied_embeddings=false",),
+    "documents, LoRA": ('transforms=[{name="lora", rank=2}]',),
     "plain, recomputed": ("data.packing=plain", "runtime.recompute=true", "task.loss_chunk=5"),
 }
 

@@ -1,0 +1,82 @@
+"""Every strategy against one process, number by number: `python analysis/parity_gate.py` writes results/parity.json.
+
+Two gloo ranks on a CPU, ten steps, each in every way of `tests/test_parity.py`; and the truth table of optimizers and
+strategies: the same update, or refused with the reason.
+"""
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402  the path above must come first
+
+from llmeff.core.config import ConfigError  # noqa: E402
+from llmeff.core.files import write_text  # noqa: E402
+from llmeff.optim import OptimizerConfig  # noqa: E402
+from llmeff.record.environment import environment  # noqa: E402
+from tests.strategies import STRATEGIES, Trajectory, config, trained  # noqa: E402
+from tests.test_parity import MODELS  # noqa: E402
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def run(*settings: str, num_ranks: int, accumulation: int) -> Trajectory:
+    """What the main rank saw."""
+    with tempfile.TemporaryDirectory() as folder:
+        return trained(config(*settings, num_ranks=num_ranks, accumulation=accumulation), Path(folder) / "run")[0]
+
+
+def apart(found: Trajectory, expected: Trajectory) -> dict[str, float]:
+    """The largest relative differences of losses and norms, and that of the updates."""
+
+    def relative(ours: list[float], theirs: list[float]) -> float:
+        return max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
+
+    return {
+        "loss": relative(found.losses, expected.losses),
+        "norm": relative(found.norms, expected.norms),
+        "update": expected.distance(found),
+    }
+
+
+def parity() -> list[dict[str, Any]]:
+    """Rows of strategy, model, precision and accumulation. Equal micro-batches under bf16, which rounds each's."""
+    rows = []
+    for model, precision, accumulation in itertools.product(MODELS, PRECISIONS, (1, 4)):
+        settings = (*MODELS[model], f"precision={precision}")
+        alone = 1 if precision == "fp32" else 2 * accumulation
+        expected = run(*settings, num_ranks=1, accumulation=alone)
+        for strategy, own in STRATEGIES.items():
+            found = run(*settings, *own, num_ranks=2, accumulation=accumulation)
+            case = {"strategy": strategy, "model": model, "precision": precision, "accumulation": accumulation}
+            rows.append(case | apart(found, expected))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def truth() -> list[dict[str, Any]]:
+    """Rows of optimizer and strategy: how far the update is from one process's, or why it is refused."""
+    rows: list[dict[str, Any]] = []
+    for optimizer in OptimizerConfig.registry.names():
+        settings = (f"optim={optimizer}", "optim.lr=3e-4")
+        expected = run(*settings, num_ranks=1, accumulation=1)
+        for strategy, own in STRATEGIES.items():
+            case = {"optimizer": optimizer, "strategy": strategy}
+            try:
+                rows.append(case | apart(run(*settings, *own, num_ranks=2, accumulation=1), expected))
+            except ConfigError as refusal:
+                rows.append(case | {"refused": str(refusal)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    facts = environment(torch.device("cpu")).model_dump(mode="json")
+    content = {"command": "python analysis/parity_gate.py", "environment": facts, "truth": truth(), "parity": parity()}
+    write_text(ROOT / "analysis" / "results" / "parity.json", json.dumps(content, indent=1) + "\n")
