@@ -94,12 +94,12 @@ class Checkpoints:
         part.mkdir()
 
     def resume_point(self) -> Checkpoint | None:
-        """The newest whole checkpoint; None where none was saved yet.
+        """The newest whole checkpoint; None where none was saved yet. The main rank looks for all.
 
         Raises:
             ConfigError: there are some, and none can be read: going on would begin the run anew and drop its record.
         """
-        checkpoint = self.newest()
+        checkpoint = group.from_main(self.newest() if world().is_main else None)
         if checkpoint is None and any(self.folder.glob("step-*")):
             raise ConfigError(
                 f"{self.folder}: no checkpoint there can be read, for the reasons above, and the run is left as it is; "

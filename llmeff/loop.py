@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from llmeff.checkpoint import Checkpoint, Checkpoints, restore_random_states
 from llmeff.compare.plots import loss_curve
 from llmeff.core import files, group
-from llmeff.core.config import ConfigError
 from llmeff.core.dist import world
 from llmeff.core.log import logger
 from llmeff.core.optimizer_state import set_learning_rate
@@ -116,10 +115,8 @@ class Trainer:
     def _go_back(self, checkpoint: Checkpoint | None) -> None:
         """To the checkpoint, or where there is none to the beginning."""
         if checkpoint is not None:
-            try:
+            with group.agreed():
                 self._strategy.load(checkpoint.folder)
-            except ValueError as error:
-                raise ConfigError(f"{checkpoint.folder}: {error}") from error
             restore_random_states(checkpoint)
             self.step = checkpoint.step
             self._state = _State.model_validate(checkpoint.state)

@@ -4,6 +4,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from llmeff.core.config import ConfigError
 from llmeff.core.dist import stand_alone
+
+T = TypeVar("T")
 
 
 def connect(device: torch.device, timeout_s: float) -> None:
@@ -56,6 +59,15 @@ def total(value: Tensor) -> Tensor:
     summed = value.detach().cuda() if on_gpu else value.detach().clone()
     torch.distributed.all_reduce(summed)
     return summed.to(value.device)
+
+
+def from_main(value: T) -> T:
+    """What the main rank gives, on all ranks."""
+    if not is_shared():
+        return value
+    given = [value]
+    torch.distributed.broadcast_object_list(given, src=0)
+    return given[0]
 
 
 @contextlib.contextmanager

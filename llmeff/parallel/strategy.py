@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmeff.core import group
-from llmeff.core.config import Component, Count, Positive, Text
+from llmeff.core.config import Component, ConfigError, Count, Positive, Text
 from llmeff.core.dist import World, world
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
@@ -128,10 +128,17 @@ class Strategy(ABC):
         save(folder, self.world.rank, self.holders(), self.optimizer, buffers, self.remembered())
 
     def load(self, folder: Path) -> None:
-        """Puts back what any strategy's `save` wrote on any number of ranks."""
+        """Puts back what any strategy's `save` wrote on any number of ranks.
+
+        Raises:
+            ConfigError: it is another model's, or an optimizer's whose state cannot be cut as it must be here.
+        """
         saved = Saved(folder)
-        self.load_weights(saved)
-        saved.load(self.holders(), self.optimizer)
+        try:
+            self.load_weights(saved)
+            saved.load(self.holders(), self.optimizer)
+        except ValueError as error:
+            raise ConfigError(f"{folder}: {error}") from error
         self.recall(saved.others)
 
     @abstractmethod
