@@ -1,5 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state are split by rows over the ranks, and gathered where they are used."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -31,6 +32,11 @@ class FSDP(StrategyConfig):
         if sharding == "elementwise":
             return None
         return "it must see whole parameters, and every rank has rows of each"
+
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """A compiled graph ends wherever a layer gathers its parameters."""
+        if compiled != "off":
+            yield f"runtime.compile {compiled!r} is not for parallel {self.name!r}: gathering parameters breaks the graph"
 
     def build(self, parts: Parts) -> "Sharded":
         """Splits this process's copy."""

@@ -166,6 +166,10 @@ class StrategyConfig(Component, family="strategy"):
         """Why an optimizer of this kind would not be itself here; None where it is."""
         raise NotImplementedError(type(self))
 
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """What of a precision that it trains in, or of `runtime.compile`, cannot work with these fields, and why."""
+        yield from ()
+
     def build(self, parts: Parts) -> Strategy:
         """Sets the model, its parameters and their optimizer up on this process."""
         raise NotImplementedError(type(self))

@@ -114,6 +114,16 @@ class DeepSpeed(StrategyConfig):
             'use stage 0, or parallel = "ddp" with shard_optimizer'
         )
 
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """Stage 0 has no master copy of ours, and stage 3 gathers parameters inside of modules."""
+        if precision == "bf16_master" and self.stage == 0:
+            yield (
+                "precision 'bf16_master' is not for parallel.stage 0: there DeepSpeed has another engine, with a state "
+                "that cannot go on at other stages or ranks; use stage 1, which splits the master copy, or 'bf16'"
+            )
+        if compiled != "off" and self.stage == 3:
+            yield f"runtime.compile {compiled!r} is not for parallel.stage 3: gathering parameters breaks the graph"
+
     def settings(self, parts: Parts) -> dict[str, Any]:
         """DeepSpeed's own config of this run."""
         most = max(1, sum(row.parameter.numel() for row in parts.table(parts.model)))
