@@ -23,6 +23,8 @@ class FSDP(StrategyConfig):
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16")
 
+    launch_flags: ClassVar[tuple[str, ...]] = ("--multi_gpu", "--use_fsdp")
+
     name: Literal["fsdp"] = "fsdp"
     reshard_after_forward: Flag = True
     """Let a layer's parameters go after forward and gather them again for backward."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from llmeff.core import group
 from llmeff.core.config import Component, Count, Positive, Text
-from llmeff.core.dist import World, world
+from llmeff.core.dist import Statement, World, world
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.core.tensors import stored_tensors
@@ -154,6 +154,8 @@ class StrategyConfig(Component, family="strategy"):
     """The precisions that it can train in."""
     joins: ClassVar[bool] = True
     """Whether its processes make a group, be it of one."""
+    launch_flags: ClassVar[tuple[str, ...]] = ("--multi_gpu",)
+    """The flags of `accelerate launch` that start its processes, on a CPU too; the first is the one to use."""
 
     name: Text
     """The strategy's name."""
@@ -161,6 +163,10 @@ class StrategyConfig(Component, family="strategy"):
     """How many processes."""
     timeout_s: Positive = 600.0
     """How long a rank may go without progress before the run is ended everywhere."""
+
+    def statements(self) -> list[Statement]:
+        """What a file that it was read from states of fields elsewhere in the config."""
+        return []
 
     def refusal(self, sharding: Sharding) -> str | None:
         """Why an optimizer of this kind would not be itself here; None where it is."""
