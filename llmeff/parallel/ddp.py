@@ -95,5 +95,8 @@ class Replicas(SingleProcess):
 
     def holders(self) -> list[Holder]:
         """What it updates; of what all update, the main rank's."""
-        is_owner = self._config.shard_optimizer or self.world.is_main
-        return [whole(row) for row in self._rows_of(self.world.rank)] if is_owner else []
+        return self.updated() if self._config.shard_optimizer or self.world.is_main else []
+
+    def updated(self) -> list[Holder]:
+        """Every parameter, or where the optimizer is shared out this rank's."""
+        return [whole(row) for row in self._rows_of(self.world.rank)]

@@ -102,6 +102,10 @@ class Strategy(ABC):
     def holders(self) -> list[Holder]:
         """What this rank owns of weights and optimizer state; together the ranks own everything once."""
 
+    def updated(self) -> list[Holder]:
+        """What this rank updates, whoever owns it: where every rank updates everything, one saves and all load."""
+        return self.holders()
+
     def held(self) -> Iterable[Tensor]:
         """The tensors that live between steps on this process."""
         yield from self._plain.parameters()
@@ -131,7 +135,7 @@ class Strategy(ABC):
         """Puts back what any strategy's `save` wrote on any number of ranks."""
         saved = Saved(folder)
         self.load_weights(saved)
-        saved.load(self.holders(), self.optimizer)
+        saved.load(self.updated(), self.optimizer)
         self.recall(saved.others)
 
     @abstractmethod

@@ -19,7 +19,7 @@ from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
-from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole
+from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole, whole
 from llmeff.parallel.single import check_joined
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
 
@@ -282,17 +282,12 @@ class Engine(Strategy):
         self._engine.zero_grad()
 
     def holders(self) -> list[Holder]:
-        """Every parameter, whole, of the main rank."""
-        if not self.world.is_main:
-            return []
-        return [
-            Holder(
-                key=row.parameter,
-                parts=((Slice(name=row.name, start=0, stop=self._sizes[row.name]), 0),),
-                is_whole=True,
-            )
-            for row in self._rows
-        ]
+        """What it updates; of what all update, the main rank's."""
+        return self.updated() if self._config.stage > 0 or self.world.is_main else []
+
+    def updated(self) -> list[Holder]:
+        """Every parameter, whole."""
+        return [whole(row) for row in self._rows]
 
     def load_weights(self, saved: Saved) -> None:
         """Every parameter and buffer."""
@@ -325,7 +320,7 @@ class FlatEngine(Engine):
             shards.append((flat, split_group(sizes, self.world.ranks, _ALIGNMENT * self.world.ranks)[self.world.rank]))
         return shards
 
-    def holders(self) -> list[Holder]:
+    def updated(self) -> list[Holder]:
         """This rank's slice of every group."""
         return [Holder(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
 
@@ -353,7 +348,7 @@ class GatheredEngine(Engine):
         del self._zero._get_norm_groups  # the class's own again
         return True
 
-    def holders(self) -> list[Holder]:
+    def updated(self) -> list[Holder]:
         """This rank's part of every parameter; a group is one flat tensor of parts, each padded to the same size."""
         found = []
         for flat, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
