@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.core.log import logger
+from llmeff.core.pulse import beat
 from llmeff.data.baseline import Gzip
 from llmeff.data.splits import Document, Split
 from llmeff.data.tokenizer import Tokenizer
@@ -192,6 +193,7 @@ def _encoded(
     waiting: list[tuple[Split, Document]] = []
     num_characters = 0
     for split, document in documents:
+        beat()
         waiting.append((split, document))
         num_characters += len(document.text)
         if num_characters >= ENCODED_CHARACTERS:
