@@ -103,6 +103,20 @@ def launcher_file() -> str | None:
     return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
 
 
+def ending_file() -> Path | None:
+    """Where this process leaves its last word for the `llmeff train` that started it; None where none did."""
+    named = os.environ.get("LLMEFF_ENDING")
+    return Path(named) if named else None
+
+
+def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
+    """The environment of processes that `llmeff train` starts."""
+    added = {"LLMEFF_ENDING": str(ending)}
+    if not on_gpu:
+        added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on standard output
+    return dict(os.environ) | added
+
+
 def cache_folder() -> Path:
     """Where token caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
     given = os.environ.get("LLMEFF_CACHE")
