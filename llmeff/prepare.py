@@ -18,6 +18,7 @@ from llmeff.core.dist import (
     world,
 )
 from llmeff.core.precision import precision
+from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
 from llmeff.parallel import Parts, Strategy, StrategyConfig
@@ -40,11 +41,13 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.parallel.joins:
-        group.connect(_device(device), config.parallel.timeout_s)
+        # The watchdog is quicker; this is for a start in which all wait for the first tokenization of their text.
+        group.connect(_device(device), 10 * config.parallel.timeout_s)
     with group.agreed():
         task = config.task.open(
             config.data, config.seed, config.train.batch, is_main=world().is_main, wait=group.barrier
         )
+    beat()
     config = config.model_copy(update={"model": task.resolve(config.model)})
     threads = config.runtime.threads
     if threads == "auto":
@@ -172,6 +175,7 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
 
 def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
     """The run's model and optimizer, shared among the processes as the config says."""
+    beat()
     shares = micro_batches(config, world().rank)
     return config.parallel.build(
         Parts(
