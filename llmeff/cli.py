@@ -1,9 +1,11 @@
 """The command line. Commands import what they need when they run, so that `--help` is quick."""
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmeff import __version__
 from llmeff.core import log
 from llmeff.core.config import ConfigError
+from llmeff.core.dist import is_launched, world
 
 if TYPE_CHECKING:
     from llmeff.runconfig import RunConfig
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+_MAIN_SPEAKS_S = 30.0
+"""A rank that still lives after so long is alone with its error, and says it itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,19 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = options.command(options)
     except ConfigError as error:
-        _complain(error.problems)
-        return EXIT_BAD_INPUT
+        return _fail(error.problems, EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _complain(["interrupted"])
+        if world().is_main:
+            sys.stderr.write(log.complaint(["interrupted"]))
         return EXIT_INTERRUPTED
     return result
 
 
-def _complain(problems: Sequence[str]) -> None:
-    if len(problems) == 1:
-        sys.stderr.write(f"llmeff: error: {problems[0]}\n")
-    else:
-        sys.stderr.write("llmeff: error:\n" + "".join(f"  {problem}\n" for problem in problems))
+def _fail(problems: Sequence[str], code: int) -> int:
+    """Says what is wrong, once: all ranks come here alike, and the launcher ends the others when the main one has."""
+    if not world().is_main:
+        time.sleep(_MAIN_SPEAKS_S)
+    log.say_last(log.complaint(problems), code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(train)
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    train.add_argument(
+        "--restarts", type=int, default=0, metavar="N",
+        help="go on by itself up to N times where the run ended abnormally",
+    )  # fmt: skip
     train.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
     train.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     train.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -117,6 +128,7 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 def _config(options: argparse.Namespace) -> "RunConfig":
     from llmeff.core.components import load_components
     from llmeff.core.config import override, read, validate
+    from llmeff.launch import supplied
     from llmeff.recipes import RECIPES
     from llmeff.runconfig import RunConfig
 
@@ -128,11 +140,26 @@ def _config(options: argparse.Namespace) -> "RunConfig":
         if name not in RECIPES:
             raise ConfigError(RECIPES.unknown(name))
         data = RECIPES[name]().model_dump(mode="json")
-    return validate(RunConfig, override(data, options.set))
+    return validate(RunConfig, supplied(override(data, options.set)))
 
 
-def _given(options: argparse.Namespace) -> bool:
-    return bool(options.recipe or options.config or options.set)
+def _go_on_from(options: argparse.Namespace) -> None:
+    """Where a run is resumed and no config is named, it is the run's own.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    if options.out is None:
+        raise ConfigError("--resume needs --out DIR, the folder of the run to go on with")
+    own = options.out / "config.json"
+    if not own.is_file():
+        raise ConfigError(f"--resume: {options.out} holds no config.json, so there is no run to go on with")
+    if options.recipe or options.config:
+        return
+    options.config = own
+    if any(setting.split("=")[0].split(".")[0].strip() == "parallel" for setting in options.set):
+        # what was resolved for the old ranks; a setting of the user's comes after and wins
+        options.set = ["train.micro_batch=auto", "runtime.threads=auto", *options.set]
 
 
 def _free_folder(name: str) -> Path:
@@ -145,27 +172,63 @@ def _free_folder(name: str) -> Path:
 
 
 def _train(options: argparse.Namespace) -> int:
-    if options.resume and options.out is None:
-        raise ConfigError("--resume needs --out DIR, the folder of the run to go on with")
-    if options.resume and not (options.out / "config.json").is_file():
-        raise ConfigError(f"--resume: {options.out} holds no config.json, so there is no run to go on with")
-    if options.resume and not _given(options):
-        options.config = options.out / "config.json"
+    if options.restarts < 0:
+        raise ConfigError(f"--restarts {options.restarts}: how often a run may go on by itself is 0 or more")
+    given = _arguments(options)
+    if options.resume:
+        _go_on_from(options)
     config = _config(options)
     if options.print_config:
         sys.stdout.write(config.model_dump_json(indent=2) + "\n")
         return 0
+    folder = options.out or _free_folder(config.name)
+    if options.restarts and is_launched():
+        raise ConfigError("--restarts is for llmeff train itself: where a launcher starts it, the launcher restarts")
+    if not is_launched() and (config.parallel.ranks > 1 or options.restarts):
+        return _start(options, config, folder, given)
+    with log.engines_apart() if config.parallel.joins else contextlib.nullcontext():
+        return _train_here(options, config, folder)
 
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """What was given, for the processes that train: all but the folder, and whether they go on."""
+    given = [f"--{name}={value}" for name in ("recipe", "config") if (value := getattr(options, name)) is not None]
+    given += [f"--set={setting}" for setting in options.set] + [f"--import={module}" for module in options.imports]
+    return given + [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]
+
+
+def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given: list[str]) -> int:
+    """Trains in processes of its own."""
+    from llmeff.launch import command, run
+    from llmeff.prepare import check_world
+    from llmeff.record.writer import check_free
+
+    check_world(config, is_started=False)
+    if not options.resume:
+        check_free(folder)
+
+    def start(is_resumed: bool) -> list[str]:
+        going_on = ["--resume"] if is_resumed or options.resume else []
+        return command(config, [*given, f"--out={folder}", *going_on])
+
+    def tell(line: str) -> None:
+        if not (options.quiet or options.json):
+            sys.stderr.write(f"llmeff: starting {line}\n")
+
+    return run(start, folder, restarts=options.restarts, tell=tell)
+
+
+def _train_here(options: argparse.Namespace, config: "RunConfig", folder: Path) -> int:
+    """Trains in this process: the only one of the run, or one that a launcher started."""
     from llmeff.loop import DivergedError, train
 
-    folder = options.out or _free_folder(config.name)
     try:
         result = train(config, folder, resume=options.resume, is_silent=options.quiet or options.json)
     except DivergedError as failure:
-        _complain([str(failure)])
-        return EXIT_FAILED
-    if options.json:
-        sys.stdout.write(json.dumps(result.model_dump(mode="json")) + "\n")
+        return _fail([str(failure)], EXIT_FAILED)
+    if options.json and world().is_main:
+        log.out().write(json.dumps(result.model_dump(mode="json")) + "\n")
+        log.out().flush()
     return 0
 
 

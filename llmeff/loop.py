@@ -16,9 +16,11 @@ from llmeff.core.dist import world
 from llmeff.core.log import logger
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.precision import precision
+from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
+from llmeff.parallel.watchdog import Watchdog
 from llmeff.predict import predict
 from llmeff.prepare import begun_config, build_strategy, micro_batches, prepare, prepare_device, whole_model
 from llmeff.record import schema
@@ -34,7 +36,6 @@ from llmeff.tasks.task import Batch
 
 COUNTED_STEP, METERED_STEP = 2, 3
 """The steps whose FLOPs are counted and whose memory is metered: in both the optimizer has its state."""
-
 
 _PREDICTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "saved_bytes", "peak_bytes")
 
@@ -56,7 +57,11 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, is_silent: b
         ConfigError: something is wrong with the config, the data or the folder.
         DivergedError: a loss or norm was not finite.
     """
-    with Trainer(config, folder, resume=resume, is_silent=is_silent) as trainer:
+    with (
+        Watchdog(folder, config.parallel.timeout_s) as watchdog,
+        Trainer(config, folder, resume=resume, is_silent=is_silent) as trainer,
+    ):
+        watchdog.settle()
         while trainer.step < trainer.config.train.steps:
             trainer.train_step()
             trainer.evaluate_if_due()
@@ -174,6 +179,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         while batches:
             batch = batches.pop(0)  # its masks and tables go with it
+            beat("forward")
             with strategy.accumulate(is_last=not batches):
                 sums = self._task.loss(strategy.model, batch)
                 share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))

@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from llmeff.core import group
 from llmeff.core.config import ConfigError, read, validate
-from llmeff.core.dist import launched_precision, make_cublas_repeatable, usable_cores, world
+from llmeff.core.dist import (
+    Statement,
+    is_cut_short,
+    launcher_engine,
+    launcher_statements,
+    make_cublas_repeatable,
+    usable_cores,
+    world,
+)
 from llmeff.core.precision import precision
+from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
-from llmeff.parallel import Parts, Strategy
+from llmeff.parallel import Parts, Strategy, StrategyConfig
 from llmeff.predict import check_model, resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
@@ -32,11 +41,13 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.parallel.joins:
-        group.connect(_device(device), config.parallel.timeout_s)
+        # The watchdog is quicker; this is for a start in which all wait for the first tokenization of their text.
+        group.connect(_device(device), 10 * config.parallel.timeout_s)
     with group.agreed():
         task = config.task.open(
             config.data, config.seed, config.train.batch, is_main=world().is_main, wait=group.barrier
         )
+    beat()
     config = config.model_copy(update={"model": task.resolve(config.model)})
     check_model(config)
     threads = config.runtime.threads
@@ -45,7 +56,9 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     runtime = config.runtime.model_copy(update={"device": device, "threads": threads})
     config = config.model_copy(update={"runtime": runtime})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
-    return config.model_copy(update={"train": train_config}), task
+    config = config.model_copy(update={"train": train_config})
+    check_world(config)
+    return config, task
 
 
 def _device(kind: str) -> torch.device:
@@ -53,26 +66,74 @@ def _device(kind: str) -> torch.device:
     return torch.device("cuda", world().local_rank) if kind == "cuda" else torch.device("cpu")
 
 
-def check_world(config: RunConfig) -> None:
-    """What the launcher started must be what the config says.
+def check_world(config: RunConfig, *, is_started: bool = True) -> None:
+    """What a DeepSpeed file, the launcher and its flags state must be what the config says.
+
+    Args:
+        config: the run's; what is `auto` in it agrees with anything.
+        is_started: whether this process is one of the run's, or is about to start them.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: naming each value that differs, and who states it.
     """
-    problems = []
-    if world().ranks != config.parallel.ranks:
+    said = [*config.parallel.statements(), *launcher_statements()]
+    problems = [
+        f"{_named(config, one.key, _value(config, one.key))}, but {one.source} says {one.value!r}: {_advice(config, one)}"
+        for one in said
+        if (is_started or one.key != "parallel.ranks") and not _agrees(_value(config, one.key), one)
+    ]
+    engine = launcher_engine()
+    if engine is not None and engine not in config.parallel.launch_flags:
         problems.append(
-            f"parallel.ranks is {config.parallel.ranks} in the config, but the launcher started {world().ranks} "
-            "(WORLD_SIZE)"
+            f"parallel is {config.parallel.name!r} in the config, but accelerate launch was given {engine}: leave the "
+            "flag out, or set parallel to the strategy that it means"
         )
-    asked = launched_precision()
-    if asked is not None and asked != config.precision:
+    if is_cut_short():
         problems.append(
-            f"precision is {config.precision!r} in the config, but accelerate launch was given --mixed_precision "
-            f"{asked}: leave the flag out, or --set precision={asked}"
+            "accelerate launch was given more than one of --num_processes, and without --multi_gpu it started only one "
+            f"(parallel.ranks is {config.parallel.ranks} in the config): add --multi_gpu, which starts processes on a "
+            "CPU too"
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _agrees(value: Any, said: Statement) -> bool:
+    return value == "auto" or value in _MEANT.get((said.key, said.value), (said.value,))
+
+
+def _advice(config: RunConfig, said: Statement) -> str:
+    if said.key == "accumulation":
+        return "change one of the three"
+    advice = f"--set {said.key}={said.value}"
+    if said.key == "parallel.ranks" and not config.parallel.joins:
+        joining = [name for name in StrategyConfig.registry.names() if StrategyConfig.registry[name].joins]
+        return f"{advice} and --set parallel to one of {', '.join(joining)}"
+    return advice
+
+
+_MEANT = {("precision", "no"): ("fp32",), ("precision", "bf16"): ("bf16", "bf16_master")}
+"""What others mean by a name: DeepSpeed users call both of ours bf16."""
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """A field by its dotted key; None where the config has none such."""
+    if key == "accumulation":
+        size = config.train.micro_batch
+        return size if size == "auto" else config.train.batch // (config.parallel.ranks * size)
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _named(config: RunConfig, key: str, value: Any) -> str:
+    if key != "accumulation":
+        return f"{key} is {value!r} in the config"
+    return (
+        f"train.batch {config.train.batch} / (parallel.ranks {config.parallel.ranks} x train.micro_batch "
+        f"{config.train.micro_batch}) is {value} micro-batches a step in the config"
+    )
 
 
 def prepare_device(config: RunConfig) -> torch.device:
@@ -123,6 +184,7 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
 
 def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
     """The run's model and optimizer, shared among the processes as the config says."""
+    beat()
     shares = micro_batches(config, world().rank)
     return config.parallel.build(
         Parts(

@@ -130,6 +130,10 @@ class RunConfig(Config):
         if self.precision not in self.parallel.precisions:
             allowed_names = ", ".join(map(repr, self.parallel.precisions))
             yield f"precision {self.precision!r} is not for parallel {self.parallel.name!r}; allowed: {allowed_names}"
+        refusal = self.parallel.refusal(self.optim.sharding)
+        if refusal is not None:
+            yield f"optim {self.optim.name!r} is not for parallel {self.parallel.name!r}: {refusal}"
+        yield from self.parallel.clashes(self.precision, self.runtime.compile)
         if self.precision == "fp16" and self.runtime.device == "cpu":
             yield "precision 'fp16' needs a GPU: on a CPU use 'fp32' or 'bf16'"
         yield from self.task.problems(self.model, self.data)

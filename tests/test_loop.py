@@ -192,14 +192,16 @@ def test_resuming_with_another_config_names_each_difference(tmp_path):
 
 def test_the_launchers_world_must_be_the_configs(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"parallel\.ranks is 1 in the config, but the launcher started 2"):
+    with pytest.raises(
+        ConfigError, match=r"parallel\.ranks is 1 in the config, but the launcher \(WORLD_SIZE\) says 2"
+    ):
         train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_launchers_precision_must_be_the_configs(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ConfigError, match=r"precision is 'fp32' in the config, but .* --mixed_precision bf16"):
+    with pytest.raises(ConfigError, match=r"precision is 'fp32' in the config, but .* --mixed_precision says 'bf16'"):
         train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,8 +1,10 @@
 """The one place that reads the process environment: who this process is among the ranks, and where caches lie."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +40,81 @@ def stand_alone(port: int) -> None:
         os.environ.update({name: str(value) for name, value in alone.items()})
 
 
-def launched_precision() -> str | None:
-    """What `accelerate launch --mixed_precision` asked for ("bf16"); None where it asked for nothing."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return None if asked == "no" else asked
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """A value of the run that something beside its config states too."""
+
+    key: str
+    """The config's field ("train.clip_norm"); `accumulation` stands for batch / (ranks x micro-batch)."""
+    value: Any
+    """As the config would have it."""
+    source: str
+    """Who states it."""
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process: it alone, or among others."""
+    return "WORLD_SIZE" in os.environ
+
+
+_FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "ACCELERATE_MIXED_PRECISION": ("precision", "--mixed_precision", str),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("accumulation", "--gradient_accumulation_steps", int),
+    "ACCELERATE_GRADIENT_CLIPPING": ("train.clip_norm", "--gradient_clipping", lambda norm: float(norm) or None),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("parallel.stage", "--zero_stage", int),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+        "parallel.offload_optimizer", "--offload_optimizer_device", lambda device: device != "none",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
+        "parallel.offload_parameters", "--offload_param_device", lambda device: device != "none",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": ("runtime.compile", "--dynamo_backend", str),
+}  # fmt: skip
+"""What `accelerate launch` hands on of its flags and of its own config file: the field, the flag, how it is read."""
+_UNSAID = {("ACCELERATE_MIXED_PRECISION", "no"), ("ACCELERATE_DYNAMO_BACKEND", "NO")}
+"""What it sets although nobody asked for it. (All of FSDP_* too, which is therefore not read.)"""
+
+
+def launcher_statements() -> list[Statement]:
+    """What the launcher was told of the run: the ranks, and flags that somebody gave."""
+    found = [Statement(key="parallel.ranks", value=world().ranks, source="the launcher (WORLD_SIZE)")]
+    for name, (key, flag, read) in _FLAGS.items():
+        given = os.environ.get(name, "auto")
+        if given != "auto" and (name, given) not in _UNSAID:
+            found.append(Statement(key=key, value=read(given), source=f"accelerate launch {flag}"))
+    return found
+
+
+def launcher_engine() -> str | None:
+    """The flag of `accelerate launch` that asked for an engine; None where none did."""
+    for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm"):
+        if os.environ.get(f"ACCELERATE_{name.upper()}", "false") == "true":
+            return f"--{name}"
+    return None
+
+
+def is_cut_short() -> bool:
+    """Whether `accelerate launch` was asked for several processes and started one: it then names a port, and no ranks."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and not is_launched()
+
+
+def launcher_file() -> str | None:
+    """What `accelerate launch --deepspeed_config_file` named; None where nothing did."""
+    return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
+
+
+def ending_file() -> Path | None:
+    """Where this process leaves its last word for the `llmeff train` that started it; None where none did."""
+    named = os.environ.get("LLMEFF_ENDING")
+    return Path(named) if named else None
+
+
+def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
+    """The environment of processes that `llmeff train` starts."""
+    added = {"LLMEFF_ENDING": str(ending)}
+    if not on_gpu:
+        added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on standard output
+    return dict(os.environ) | added
 
 
 def cache_folder() -> Path:

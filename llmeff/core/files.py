@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmeff.core.config import ConfigError
+from llmeff.core.pulse import beat
 
 PARTIAL = ".partial-"
 """Names that begin so are what a killed process left behind; nothing reads them."""
@@ -26,6 +27,7 @@ def _beside(path: Path) -> Path:
 
 def sync(path: Path) -> None:
     """Flushes a file or a folder's entries to disk."""
+    beat()
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -123,5 +125,6 @@ def sweep_partial(folder: Path) -> None:
 
 def sha256(path: Path) -> str:
     """The file's SHA-256, in hexadecimal."""
+    beat()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -40,6 +40,17 @@ def disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an error says that another rank is gone, or did not come in time."""
+    lost = (torch.distributed.DistError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def is_joined() -> bool:
+    """Whether this process has come together with the others."""
+    return torch.distributed.is_initialized()
+
+
 def is_shared() -> bool:
     """Whether this process has others to talk to."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -1,14 +1,149 @@
-"""Warnings and diagnoses; what a run prints for people is in the progress display."""
+"""Warnings and diagnoses, last words, and a file of their own for what engines print.
 
+What a run prints for people while it goes well is in the progress display.
+"""
+
+import contextlib
+import json
 import logging
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from llmeff.core.config import ConfigError
+from llmeff.core.dist import ending_file, world
 
 logger = logging.getLogger("llmeff")
 
 
 def configure(*, quiet: bool) -> None:
     """Sends llmeff's messages to standard error: warnings and errors, and notices too unless quiet."""
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(err())
     handler.setFormatter(logging.Formatter("llmeff: %(levelname)s: %(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def out() -> TextIO:
+    """Standard output, as llmeff's own lines reach it."""
+    return sys.stdout if _apart is None else _apart.out
+
+
+def err() -> TextIO:
+    """Standard error, as llmeff's own lines reach it."""
+    return sys.stderr if _apart is None else _apart.err
+
+
+def complaint(problems: Sequence[str]) -> str:
+    """What is wrong, as it stands at the terminal."""
+    if len(problems) == 1:
+        return f"llmeff: error: {problems[0]}\n"
+    return "llmeff: error:\n" + "".join(f"  {problem}\n" for problem in problems)
+
+
+def say_last(text: str, code: int) -> None:
+    """Says why this process ends: to the `llmeff train` that started it, or else at the terminal.
+
+    Of many processes that have something to say, the first is heard.
+    """
+    ending = ending_file()
+    if ending is None:
+        err().write(text)
+        err().flush()
+        return
+    with contextlib.suppress(FileExistsError, FileNotFoundError), ending.open("x", encoding="utf-8") as file:
+        json.dump({"text": text, "code": code}, file)
+
+
+class _Apart:
+    """Standard output and error of the process, kept for llmeff; a file in their place."""
+
+    def __init__(self) -> None:
+        handle, name = tempfile.mkstemp(prefix="llmeff-engine-", suffix=".log")
+        self.path, self.is_settled = Path(name), False
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._kept = [os.dup(1), os.dup(2)]
+        self.out, self.err = (open(os.dup(fd), "w", buffering=1, encoding="utf-8") for fd in self._kept)  # noqa: SIM115  closed in `close`
+        self._turn(handle)
+
+    def _turn(self, handle: int) -> None:
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.close(handle)
+
+    def settle(self, path: Path) -> None:
+        """Goes on in a file, after what was printed so far."""
+        _flush()
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(handle, self.path.read_bytes())
+        self._turn(handle)
+        self.path.unlink()
+        self.path, self.is_settled = path, True
+
+    def close(self) -> None:
+        """Gives standard output and error back."""
+        _flush()
+        for number, fd in enumerate(self._kept, start=1):
+            os.dup2(fd, number)
+            os.close(fd)
+        self.out.close()
+        self.err.close()
+        if not self.is_settled:
+            self.path.unlink()
+
+
+_apart: _Apart | None = None
+
+
+@contextlib.contextmanager
+def engines_apart() -> Iterator[None]:
+    """A block in which what libraries print goes to a file and not to the terminal.
+
+    Where it ends in an error that is not the user's before `settle` was called, what they printed is shown.
+    """
+    global _apart
+    _apart = _Apart()
+    _redirect_logger()
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception:
+        _flush()
+        if not _apart.is_settled:
+            with _apart.path.open(encoding="utf-8", errors="replace") as printed:
+                shutil.copyfileobj(printed, _apart.err)
+        if ending_file() is not None:
+            say_last(f"llmeff: error: rank {world().rank} failed\n{traceback.format_exc()}", 1)
+        raise
+    finally:
+        ended, _apart = _apart, None
+        _redirect_logger()
+        ended.close()
+
+
+def settle(path: Path) -> None:
+    """Keeps what engines print in this file from now on, and what they printed before; nothing where they are not apart.
+
+    A file that is there already is added to.
+    """
+    if _apart is not None:
+        _apart.settle(path)
+
+
+def _redirect_logger() -> None:
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(err())
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

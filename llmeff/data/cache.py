@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.core.log import logger
+from llmeff.core.pulse import beat
 from llmeff.data.baseline import Gzip
 from llmeff.data.splits import Document, Split
 from llmeff.data.tokenizer import Tokenizer
@@ -198,6 +199,7 @@ def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> li
     """The next documents, until they have so many characters."""
     batch, num_characters = [], 0
     for split, document in documents:
+        beat()
         batch.append((split, document))
         num_characters += len(document.text)
         if num_characters >= num_wanted:

@@ -15,7 +15,8 @@ from llmeff.cost.tape import Weight
 class OptimizerConfig(Component, family="optimizer"):
     """Which optimizer updates the parameters."""
 
-    sharding: ClassVar[Sharding]
+    sharding: ClassVar[Sharding] = "none"
+    """What a strategy may split without changing the update; an optimizer that does not say is not split."""
 
     name: Text
     """The optimizer's name."""

@@ -14,7 +14,7 @@ from llmeff.core.precision import PrecisionName
 from llmeff.core.shard import replicated, whole_tensors
 from llmeff.core.table import Row, Sharding
 from llmeff.parallel.saved import Holder, whole
-from llmeff.parallel.single import SingleProcess
+from llmeff.parallel.single import SingleProcess, check_joined
 from llmeff.parallel.strategy import Parts, StrategyConfig
 
 
@@ -52,10 +52,7 @@ class Replicas(SingleProcess):
             broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mib
         )
         super().__init__(parts, kwargs_handlers=[kwargs])
-        if self._accelerator.num_processes != self.world.ranks:
-            raise ConfigError(
-                f"parallel.ranks is {self.world.ranks}, but Accelerate sees {self._accelerator.num_processes} processes"
-            )
+        check_joined(self._accelerator, self.world.ranks)
 
     def _owned(self) -> list[Row]:
         sizes = {row.name: row.parameter.numel() for row in self._rows}
@@ -98,5 +95,8 @@ class Replicas(SingleProcess):
 
     def holders(self) -> list[Holder]:
         """What it updates; of what all update, the main rank's."""
-        is_owner = self._config.shard_optimizer or self.world.is_main
-        return [whole(row) for row in self._rows_of(self.world.rank)] if is_owner else []
+        return self.updated() if self._config.shard_optimizer or self.world.is_main else []
+
+    def updated(self) -> list[Holder]:
+        """Every parameter, or where the optimizer is shared out this rank's."""
+        return [whole(row) for row in self._rows_of(self.world.rank)]

@@ -1,5 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state are split by rows over the ranks, and gathered where they are used."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +23,8 @@ class FSDP(StrategyConfig):
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16")
 
+    launch_flags: ClassVar[tuple[str, ...]] = ("--multi_gpu", "--use_fsdp")
+
     name: Literal["fsdp"] = "fsdp"
     reshard_after_forward: Flag = True
     """Let a layer's parameters go after forward and gather them again for backward."""
@@ -31,6 +34,11 @@ class FSDP(StrategyConfig):
         if sharding == "elementwise":
             return None
         return "it must see whole parameters, and every rank has rows of each"
+
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """A compiled graph ends wherever a layer gathers its parameters."""
+        if compiled != "off":
+            yield f"runtime.compile {compiled!r} is not for parallel {self.name!r}: gathering parameters breaks the graph"
 
     def build(self, parts: Parts) -> "Sharded":
         """Splits this process's copy."""

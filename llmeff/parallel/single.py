@@ -7,6 +7,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from llmeff.core.config import ConfigError
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.parallel.saved import Holder, Saved, load_whole, whole
@@ -18,6 +19,7 @@ class Single(StrategyConfig):
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "fp16")
     joins: ClassVar[bool] = False
+    launch_flags: ClassVar[tuple[str, ...]] = ()
 
     name: Literal["single"] = "single"
 
@@ -46,6 +48,21 @@ def accelerator(device: torch.device, precision: Precision, **settings: Any) -> 
     GradientState._reset_state()
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, **settings)
+
+
+def check_joined(accelerator: Any, ranks: int, engine: str | None = None) -> None:
+    """Accelerate may silently leave each process alone, or another engine in place of the one asked for.
+
+    Raises:
+        ConfigError: naming what came together.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    alone = ranks > 1 and kind == "NO"
+    if accelerator.num_processes != ranks or alone or (engine is not None and kind != engine):
+        wanted = f"parallel.ranks is {ranks}" + (f" by {engine}" if engine else "")
+        raise ConfigError(
+            f"{wanted} in the config, but Accelerate sees {accelerator.num_processes} processes of the kind {kind}"
+        )
 
 
 class SingleProcess(Strategy):

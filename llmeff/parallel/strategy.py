@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from llmeff.core import group
 from llmeff.core.config import Component, ConfigError, Count, Positive, Text
-from llmeff.core.dist import World, world
+from llmeff.core.dist import Statement, World, world
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.core.tensors import stored_tensors
@@ -102,6 +102,10 @@ class Strategy(ABC):
     def holders(self) -> list[Holder]:
         """What this rank owns of weights and optimizer state; together the ranks own everything once."""
 
+    def updated(self) -> list[Holder]:
+        """What this rank updates, whoever owns it: where every rank updates everything, one saves and all load."""
+        return self.holders()
+
     def held(self) -> Iterable[Tensor]:
         """The tensors that live between steps on this process."""
         yield from self._plain.parameters()
@@ -136,7 +140,7 @@ class Strategy(ABC):
         saved = Saved(folder)
         try:
             self.load_weights(saved)
-            saved.load(self.holders(), self.optimizer)
+            saved.load(self.updated(), self.optimizer)
         except ValueError as error:
             raise ConfigError(f"{folder}: {error}") from error
         self.recall(saved.others)
@@ -161,6 +165,8 @@ class StrategyConfig(Component, family="strategy"):
     """The precisions that it can train in."""
     joins: ClassVar[bool] = True
     """Whether its processes make a group, be it of one."""
+    launch_flags: ClassVar[tuple[str, ...]] = ("--multi_gpu",)
+    """The flags of `accelerate launch` that start its processes, on a CPU too; the first is the one to use."""
 
     name: Text
     """The strategy's name."""
@@ -169,9 +175,17 @@ class StrategyConfig(Component, family="strategy"):
     timeout_s: Positive = 600.0
     """How long a rank may go without progress before the run is ended everywhere."""
 
+    def statements(self) -> list[Statement]:
+        """What a file that it was read from states of fields elsewhere in the config."""
+        return []
+
     def refusal(self, sharding: Sharding) -> str | None:
         """Why an optimizer of this kind would not be itself here; None where it is."""
         raise NotImplementedError(type(self))
+
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """What of a precision that it trains in, or of `runtime.compile`, cannot work with these fields, and why."""
+        yield from ()
 
     def build(self, parts: Parts) -> Strategy:
         """Sets the model, its parameters and their optimizer up on this process."""

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import model_validator
+from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
+from llmeff.core.dist import Statement, world
 from llmeff.core.precision import PrecisionName
 from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
-from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole
+from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole, whole
+from llmeff.parallel.single import check_joined
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
 
 Stage = Literal[0, 1, 2, 3]
@@ -39,14 +41,14 @@ _FIELDS = {
 _OURS = {
     "train_batch_size": "train.batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.batch, train.micro_batch and parallel.ranks",
+    "gradient_accumulation_steps": "accumulation",
     "gradient_clipping": "train.clip_norm",
     "bf16": "precision",
     "fp16": "precision",
-    "optimizer": "optim",
-    "scheduler": "schedule",
 }
-"""What a DeepSpeed file may hold and the run's config decides."""
+"""What a DeepSpeed file may state and the run's config must say too."""
+_ELSEWHERE = {"optimizer": "optim", "scheduler": "schedule"}
+"""What a DeepSpeed file may hold and only the run's config decides."""
 _ALIGNMENT = 2
 """ZeRO-1 and -2 pad a group of parameters to a multiple of so many numbers a rank."""
 
@@ -55,6 +57,7 @@ class DeepSpeed(StrategyConfig):
     """ZeRO (Rajbhandari et al. 2020; with offload, Ren et al. 2021) by the DeepSpeed library, through Accelerate."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "bf16_master")
+    launch_flags: ClassVar[tuple[str, ...]] = ("--use_deepspeed", "--multi_gpu")
 
     name: Literal["deepspeed"] = "deepspeed"
     file: Text | None = None
@@ -80,12 +83,14 @@ class DeepSpeed(StrategyConfig):
     persistence_threshold: CountOrZero = 0
     """Parameters with fewer numbers are never split (stage 3)."""
 
-    @model_validator(mode="before")
+    _statements: list[Statement] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _read_file(cls, data: Any) -> Any:
+    def _read_file(cls, data: Any, handler: ModelWrapValidatorHandler["DeepSpeed"]) -> "DeepSpeed":
         if not isinstance(data, Mapping) or not isinstance(data.get("file"), str):
-            return data
-        stated = read_file(Path(data["file"]))
+            return handler(data)
+        stated, elsewhere = read_file(Path(data["file"]))
         given = {name: value for name, value in data.items() if name != "file"}
         problems = [
             f"{name} is {given[name]!r} in the config, but {value!r} in {data['file']}"
@@ -94,7 +99,9 @@ class DeepSpeed(StrategyConfig):
         ]
         if problems:
             raise ValueError("\n".join(problems))
-        return {**given, **stated}
+        config = handler({**given, **stated})
+        config._statements = elsewhere
+        return config
 
     @model_validator(mode="after")
     def _fits(self) -> "DeepSpeed":
@@ -105,6 +112,10 @@ class DeepSpeed(StrategyConfig):
             raise ValueError(f"offload_parameters needs stage 3, given is stage {self.stage}")
         return self
 
+    def statements(self) -> list[Statement]:
+        """What the file states of batch, precision and clipping."""
+        return self._statements
+
     def refusal(self, sharding: Sharding) -> str | None:
         """From stage 1 on DeepSpeed hands the optimizer one flat slice of many parameters."""
         if self.stage == 0 or sharding == "elementwise":
@@ -113,6 +124,16 @@ class DeepSpeed(StrategyConfig):
             f"it must see whole parameters, and at stage {self.stage} it would silently be given flat slices of many; "
             'use stage 0, or parallel = "ddp" with shard_optimizer'
         )
+
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """Stage 0 has no master copy of ours, and stage 3 gathers parameters inside of modules."""
+        if precision == "bf16_master" and self.stage == 0:
+            yield (
+                "precision 'bf16_master' is not for parallel.stage 0: there DeepSpeed has another engine, with a state "
+                "that cannot go on at other stages or ranks; use stage 1, which splits the master copy, or 'bf16'"
+            )
+        if compiled != "off" and self.stage == 3:
+            yield f"runtime.compile {compiled!r} is not for parallel.stage 3: gathering parameters breaks the graph"
 
     def settings(self, parts: Parts) -> dict[str, Any]:
         """DeepSpeed's own config of this run."""
@@ -160,11 +181,11 @@ class DeepSpeed(StrategyConfig):
         return engines[self.stage](parts, self)
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file as fields of `DeepSpeed`.
+def read_file(path: Path) -> tuple[dict[str, Any], list[Statement]]:
+    """A DeepSpeed JSON file as fields of `DeepSpeed`, and what it states of fields elsewhere in the config.
 
     Raises:
-        ValueError: it is absent, no JSON, or states what the run's config decides; names each.
+        ValueError: it is absent, no JSON, or holds what is not read or only the run's config decides; names each.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -176,11 +197,11 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"file: {path} does not parse ({error})") from None
     problems = [
         f'file: {path} states {key} = {json.dumps(content[key])}, which {owner} decides: leave it out or write "auto"'
-        for key, owner in _OURS.items()
+        for key, owner in _ELSEWHERE.items()
         if content.get(key, "auto") != "auto"
     ]
     zero = content.get("zero_optimization", {})
-    known = {"zero_optimization", *_OURS}
+    known = {"zero_optimization", *_OURS, *_ELSEWHERE}
     problems += [f"file: {path}: {key} is not read.{nearest(key, known)}" for key in content if key not in known]
     problems += [
         f"file: {path}: zero_optimization.{key} is not read.{nearest(key, _FIELDS)}"
@@ -189,7 +210,19 @@ def read_file(path: Path) -> dict[str, Any]:
     ]
     if problems:
         raise ValueError("\n".join(problems))
-    return {_FIELDS[key]: _plain(value) for key, value in zero.items()}
+    said = [
+        Statement(key=_OURS[key], value=_meant(key, value), source=f"{path} ({key})")
+        for key, value in content.items()
+        if key in _OURS and _meant(key, value) != "auto"
+    ]
+    return {_FIELDS[key]: _plain(value) for key, value in zero.items()}, said
+
+
+def _meant(key: str, value: Any) -> Any:
+    """A number format by its name where it is switched on, and no clipping as None; `auto` states nothing."""
+    if _OURS[key] == "precision":
+        return key if isinstance(value, Mapping) and value.get("enabled") is True else "auto"
+    return None if key == "gradient_clipping" and value == 0 else value
 
 
 def _plain(value: Any) -> Any:
@@ -249,17 +282,12 @@ class Engine(Strategy):
         self._engine.zero_grad()
 
     def holders(self) -> list[Holder]:
-        """Every parameter, whole, of the main rank."""
-        if not self.world.is_main:
-            return []
-        return [
-            Holder(
-                key=row.parameter,
-                parts=((Slice(name=row.name, start=0, stop=self._sizes[row.name]), 0),),
-                is_whole=True,
-            )
-            for row in self._rows
-        ]
+        """What it updates; of what all update, the main rank's."""
+        return self.updated() if self._config.stage > 0 or self.world.is_main else []
+
+    def updated(self) -> list[Holder]:
+        """Every parameter, whole."""
+        return [whole(row) for row in self._rows]
 
     def load_weights(self, saved: Saved) -> None:
         """Every parameter and buffer."""
@@ -292,7 +320,7 @@ class FlatEngine(Engine):
             shards.append((flat, split_group(sizes, self.world.ranks, _ALIGNMENT * self.world.ranks)[self.world.rank]))
         return shards
 
-    def holders(self) -> list[Holder]:
+    def updated(self) -> list[Holder]:
         """This rank's slice of every group."""
         return [Holder(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
 
@@ -320,7 +348,7 @@ class GatheredEngine(Engine):
         del self._zero._get_norm_groups  # the class's own again
         return True
 
-    def holders(self) -> list[Holder]:
+    def updated(self) -> list[Holder]:
         """This rank's part of every parameter; a group is one flat tensor of parts, each padded to the same size."""
         found = []
         for flat, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
@@ -409,5 +437,6 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
         mixed_precision="no" if parts.precision.master is None else "bf16",
         kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if parts.device.type == "cuda" else "gloo")],
     )
+    check_joined(accelerator, world().ranks, engine="DEEPSPEED")
     engine, _ = accelerator.prepare(parts.model, optimizer)
     return engine

@@ -8,12 +8,17 @@ from typing import Literal
 
 import torch
 
+from llmeff.core.pulse import beat
 from llmeff.record.schema import Timings
 
 ClockName = Literal["startup", "eval", "checkpoint", "record"]
 """What each holds stands in `Timings`; steps are counted by `Clocks.add_step`."""
 Part = Literal["data", "forward", "backward", "optimizer"]
 """The parts of a step."""
+
+_NEXT = {"data": "forward", "forward": "backward", "backward": "update"}
+_HELD = {"eval": "evaluation", "checkpoint": "checkpoint"}
+"""What a run is in after a mark, and while a clock is held."""
 
 SYNCHRONISED_EVERY = 50
 """One step in so many is broken down into its parts, which on a GPU means waiting for the device after each."""
@@ -36,6 +41,7 @@ class Clocks:
     @contextlib.contextmanager
     def hold(self, name: ClockName) -> Iterator[None]:
         """Counts the block's time; blocks do not nest."""
+        beat(_HELD.get(name))
         if name != "record":  # writing a row must not stop the device
             _wait(self._device)
         start = time.perf_counter()
@@ -84,6 +90,7 @@ class StepClock:
 
     def begin(self, step: int) -> None:
         """Starts the step, counted from 1."""
+        beat("data", step)
         self._current = _Step(number=step, is_warmup=self._steps_done < WARMUP_STEPS)
         self._current.is_synchronised = step % SYNCHRONISED_EVERY == 0
         if self._on_gpu:
@@ -100,6 +107,7 @@ class StepClock:
         now = time.perf_counter()
         current.parts[part] = current.parts.get(part, 0.0) + now - self._last
         self._last = now
+        beat(_NEXT.get(part))
 
     def end(self) -> list[StepTimes]:
         """Ends the step; returns the steps whose times are known now, in order: on a GPU the one before this."""

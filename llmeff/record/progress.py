@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmeff.core import log
 from llmeff.core.units import show_bytes, show_count, show_quantity, show_seconds
 from llmeff.record.schema import Result, StepRow
 
@@ -65,7 +66,7 @@ def open_display(shown: Shown, *, is_silent: bool, console: Console | None = Non
     """
     if is_silent:
         return Silent()
-    console = console or Console()
+    console = console or Console(file=log.out())
     return Bar(shown, console) if console.is_terminal and not console.is_dumb_terminal else Lines(shown, console)
 
 

@@ -222,7 +222,7 @@ def _eval_table(rows: Iterable[EvalRow]) -> Any:
 
 def _is_ours(file: Path) -> bool:
     """Whether a file is a lock, or what a process left that was killed before its run began."""
-    return file.name == _LOCK or file.name.startswith(files.PARTIAL) or file.name == schema.ENVIRONMENT
+    return file.name in (_LOCK, schema.ENVIRONMENT) or file.name.startswith(files.PARTIAL)
 
 
 def check_free(folder: Path) -> None:

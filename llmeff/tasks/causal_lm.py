@@ -15,6 +15,7 @@ from llmeff.core import group
 from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import World
 from llmeff.core.layout import Layout
+from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
@@ -153,6 +154,7 @@ class CausalLMTask(Task):
         for start in range(0, windows.num_windows, rows * world.ranks):
             low = start + rows * world.rank
             mine = range(low, min(low + rows, windows.num_windows))
+            beat()
             # a rank that is left without work goes along with the others, who may need its part of the parameters
             packed = windows.batch(mine or range(1))
             tokens = torch.from_numpy(packed.tokens).to(device)
@@ -191,6 +193,7 @@ class CausalLMTask(Task):
         generator = torch.Generator().manual_seed(self._sample_seed)
         ids = [self.corpus.end_id]
         for _ in range(num_tokens):
+            beat()
             context = torch.tensor([ids[-self._data.sequence_length :]], device=device)
             logits = model(context)[0, -1, : self.corpus.vocab_size]
             probabilities = F.softmax(logits.float().cpu() / _TEMPERATURE, dim=-1)

@@ -1,0 +1,258 @@
+"""Ends a run everywhere when one of its ranks is dead or stands still, and says which."""
+
+import json
+import os
+import platform
+import select
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import psutil
+
+from llmeff.core import group, log
+from llmeff.core.dist import world
+from llmeff.core.pulse import PARTS, PULSE
+from llmeff.core.units import show_seconds
+
+FOLDER = ".beats"
+"""Where, in a run's folder, each rank writes what it last did."""
+
+_EVERY_S = 1.0
+_GRACE_S = 5.0
+"""How long an interrupted rank may take to end by itself, and the most that one look counts as standing still: a process
+that was itself stopped begins to count anew."""
+_FAILED, _INTERRUPTED = 1, 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beat:
+    """What a rank last said."""
+
+    rank: int
+    node: str
+    pid: int
+    born_s: float
+    """When its process began, which tells it from a later one of the same number."""
+    step: int
+    part: str
+    waits: bool
+    """Whether it waited for the others."""
+    moved_s: float
+    """Time of its last progress."""
+
+    def state(self) -> str:
+        """`gone`, `stopped` or `alive`, as far as this machine can tell."""
+        if self.node != platform.node():
+            return "alive"
+        try:
+            process = psutil.Process(self.pid)
+            status = process.status()
+            is_same = abs(process.create_time() - self.born_s) < 1
+        except psutil.NoSuchProcess:
+            return "gone"
+        if not is_same or status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return "gone"
+        return "stopped" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "alive"
+
+    def show(self) -> str:
+        """Where and when it was seen."""
+        where = f"in {self.part} of step {self.step}" if self.step else f"in {self.part}"
+        return f"rank {self.rank} was last seen {show_seconds(max(0.0, time.time() - self.moved_s))} ago {where}"
+
+
+class Watchdog:
+    """A thread in each rank of a run with several: it writes what the rank does, and reads it of the others.
+
+    A run in which no rank makes progress for `timeout_s` ends on all of them; so does one that lost a rank, at once.
+    Before the run's folder is there a rank that waits for others lets them work: only who works must make progress.
+    Use as a context around the run, and call `settle` once its folder is there.
+
+    Args:
+        folder: the run's.
+        timeout_s: how long no rank may make progress.
+    """
+
+    def __init__(self, folder: Path, timeout_s: float):
+        self._folder, self._timeout_s = folder, timeout_s
+        self._rank, self._ranks = world().rank, world().ranks
+        self._is_settled = self._is_over = False
+        self._main = threading.main_thread().ident
+        self._parent, self._born_s = os.getppid(), psutil.Process().create_time()
+        self._count, self._idle_s, self._looked_s = PULSE.count, 0.0, time.monotonic()
+        self._interrupted_s: float | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watchdog":
+        PULSE.step, PULSE.part = 0, "start"
+        if self._ranks > 1:
+            self._ear, self._mouth = os.pipe()
+            os.set_blocking(self._mouth, False)
+            self._listen()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def _listen(self) -> None:
+        """Signals reach the thread even while the main thread waits inside an engine."""
+        self._handler = None
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+            self._wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+
+    def settle(self) -> None:
+        """The run's folder is there: from now on the ranks read one another, and engines print into it."""
+        log.settle(self._folder / f"engine-{self._rank:05d}.log")
+        if self._thread is None:
+            return
+        if world().is_main:
+            _clear(self._folder / FOLDER)
+            (self._folder / FOLDER).mkdir(exist_ok=True)
+        group.barrier()
+        self._is_settled = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        if group.is_loss(error):
+            traceback.print_exception(kind, error, trace)
+            self._end("a rank was lost")
+        if self._handler is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            signal.signal(signal.SIGTERM, self._handler)
+        self._is_over = True
+        os.write(self._mouth, b"\0")
+        self._thread.join()
+        os.close(self._ear)
+        os.close(self._mouth)
+        _clear(self._folder / FOLDER, self._rank)
+
+    # -- the thread
+
+    def _watch(self) -> None:
+        while not self._is_over:
+            heard = os.read(self._ear, 64) if select.select([self._ear], [], [], _EVERY_S)[0] else b""
+            if signal.SIGTERM in heard:
+                self._end("the launcher ended this run")
+            if signal.SIGINT in heard:
+                self._interrupted_s = time.monotonic()
+            if not self._is_over:
+                self._look()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._interrupted_s is not None and now - self._interrupted_s > _GRACE_S:
+            os._exit(_INTERRUPTED)
+        elapsed, self._looked_s = now - self._looked_s, now
+        self._idle_s += min(elapsed, _GRACE_S)
+        if PULSE.count != self._count:
+            self._count, self._idle_s = PULSE.count, 0.0
+        own = self._beat()
+        if self._is_settled:
+            self._write(own)
+        if os.getppid() != self._parent:
+            self._end("the launcher is gone")
+        is_waiting_for_data = own.waits and not self._is_settled and group.is_joined()
+        if self._idle_s > self._timeout_s and not is_waiting_for_data:
+            moved_s = max(beat.moved_s for beat in (own, *self._others()))
+            if time.time() - moved_s > self._timeout_s:
+                limit = f"parallel.timeout_s = {self._timeout_s:g}"
+                self._end(f"no rank made progress for {show_seconds(self._idle_s)} ({limit})")
+
+    def _beat(self) -> _Beat:
+        return _Beat(
+            rank=self._rank, node=platform.node(), pid=os.getpid(), born_s=self._born_s, step=PULSE.step,
+            part=PULSE.part, waits=self._waits(), moved_s=time.time() - self._idle_s,
+        )  # fmt: skip
+
+    def _waits(self) -> bool:
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None:
+            if frame.f_code.co_filename.endswith("distributed_c10d.py"):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _write(self, own: _Beat) -> None:
+        """Replaced in one step, but not flushed to disk: it is of no use after the machine."""
+        place = self._folder / FOLDER / f"rank-{self._rank:05d}.json"
+        part = place.with_suffix(".part")
+        try:
+            part.write_text(json.dumps(vars(own)), encoding="utf-8")
+            part.replace(place)
+        except OSError:  # a full disk ends the run where it has something to lose
+            return
+
+    def _others(self) -> list[_Beat]:
+        if not self._is_settled:
+            return []
+        beats = [_read(path) for path in sorted((self._folder / FOLDER).glob("rank-*.json"))]
+        return [beat for beat in beats if beat is not None and beat.rank != self._rank]
+
+    def _end(self, reason: str) -> NoReturn:
+        """Says why, once for all ranks of the machine, and ends this process."""
+        text = self._diagnosis(reason)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._speaks():
+            log.say_last(log.complaint([text]), _FAILED)
+        os._exit(_FAILED)
+
+    def _speaks(self) -> bool:
+        if not self._is_settled:  # what lies there is of the processes before these
+            return True
+        try:
+            os.close(os.open(self._folder / FOLDER / "told", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _diagnosis(self, reason: str) -> str:
+        beats = sorted([self._beat(), *self._others()], key=lambda beat: beat.rank)
+        states = {beat.rank: beat.state() for beat in beats}
+        known = [f"rank {rank} is {state}" for rank, state in states.items() if state != "alive"]
+        if not known:
+            known = [f"rank {rank} is behind" for rank in _behind(beats)]
+        shown = "; ".join([*known, *(beat.show() for beat in beats)])
+        advice = f"To go on: {shlex.join(['llmeff', 'train', '--resume', '--out', str(self._folder)])}"
+        return f"{reason}: {shown}. {advice if self._is_settled else 'The run had not begun.'}"
+
+
+def _read(path: Path) -> _Beat | None:
+    """None where it is just replaced, on a file system that shows it."""
+    try:
+        return _Beat(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _behind(beats: list[_Beat]) -> list[int]:
+    """Those that the others wait for, as far as it can be told: none where all are at one place."""
+
+    def place(beat: _Beat) -> tuple[Any, ...]:
+        return beat.step, PARTS.index(beat.part), beat.waits
+
+    first = min(map(place, beats))
+    found = [beat.rank for beat in beats if place(beat) == first]
+    return found if len(found) < len(beats) else []
+
+
+def _clear(folder: Path, rank: int | None = None) -> None:
+    """Removes one rank's beat, and the folder after the last; or the folder as it is."""
+    try:
+        for path in folder.glob("*" if rank is None else f"rank-{rank:05d}.*"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:  # it is not there, or another rank still has a beat in it
+        return
