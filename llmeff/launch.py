@@ -183,7 +183,7 @@ class _Job:
         if not self._ending.exists():
             return _FAILED if self._process.returncode else 0
         ending = json.loads(self._ending.read_text(encoding="utf-8"))
-        log.err().write(ending["text"])
+        log.err().write(ending["message"])
         code: int = ending["code"]
         return code
 

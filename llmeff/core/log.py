@@ -58,7 +58,7 @@ def say_last(text: str, code: int) -> None:
         err().flush()
         return
     with contextlib.suppress(FileExistsError, FileNotFoundError), ending.open("x", encoding="utf-8") as file:
-        json.dump({"text": text, "code": code}, file)
+        json.dump({"message": text, "code": code}, file)
 
 
 class _Apart:
