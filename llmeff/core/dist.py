@@ -111,7 +111,8 @@ def ending_file() -> Path | None:
 
 def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
     """The environment of processes that `llmeff train` starts."""
-    added = {"LLMEFF_ENDING": str(ending)}
+    # torchrun warns that it sets the number of threads where nobody did; every rank sets its own from the config
+    added = {"LLMEFF_ENDING": str(ending), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if not on_gpu:
         added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on standard output
     return dict(os.environ) | added
