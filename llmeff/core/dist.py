@@ -68,10 +68,15 @@ _FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
         "parallel.offload_parameters", "--offload_param_device", lambda device: device != "none",
     ),
+    "ACCELERATE_USE_CPU": ("runtime.device", "--cpu", lambda _: "cpu"),
     "ACCELERATE_DYNAMO_BACKEND": ("runtime.compile", "--dynamo_backend", str),
 }  # fmt: skip
 """What `accelerate launch` hands on of its flags and of its own config file: the field, the flag, how it is read."""
-_UNSAID = {("ACCELERATE_MIXED_PRECISION", "no"), ("ACCELERATE_DYNAMO_BACKEND", "NO")}
+_UNSAID = {
+    ("ACCELERATE_MIXED_PRECISION", "no"),
+    ("ACCELERATE_DYNAMO_BACKEND", "NO"),
+    ("ACCELERATE_USE_CPU", "False"),
+}
 """What it sets although nobody asked for it. (All of FSDP_* too, which is therefore not read.)"""
 
 
@@ -81,8 +86,16 @@ def launcher_statements() -> list[Statement]:
     for name, (key, flag, read) in _FLAGS.items():
         given = os.environ.get(name, "auto")
         if given != "auto" and (name, given) not in _UNSAID:
-            found.append(Statement(key=key, value=read(given), source=f"accelerate launch {flag}"))
+            found.append(Statement(key=key, value=_as_given(read, given), source=f"accelerate launch {flag}"))
     return found
+
+
+def _as_given(read: Callable[[str], Any], given: str) -> Any:
+    """Read, or where that cannot be as it stands, which then is like nothing in a config."""
+    try:
+        return read(given)
+    except ValueError:
+        return given
 
 
 def launcher_engine() -> str | None:

@@ -86,4 +86,4 @@ def test_the_first_of_many_last_words_is_kept_for_who_started_the_run(tmp_path):
     body = ["log.say_last('first', 2)", "log.say_last('second', 1)"]
     _, err, _ = apart(body, tmp_path, LLMEFF_ENDING=str(ending))
     assert err == ""
-    assert ending.read_text() == '{"text": "first", "code": 2}'
+    assert ending.read_text() == '{"message": "first", "code": 2}'
