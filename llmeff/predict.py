@@ -11,14 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmeff.core.config import ConfigError
 from llmeff.core.layout import Layout
-from llmeff.core.precision import BYTES
+from llmeff.core.table import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
+from llmeff.cost.arrays import Weight
 from llmeff.cost.price import KINDS, Kind, Price
-from llmeff.cost.tape import Weight
+from llmeff.cost.step import price_state
 from llmeff.cost.workload import Workload
 from llmeff.models import ModelConfig
 from llmeff.optim import OptimizerConfig
+from llmeff.parallel import Single, StrategyConfig
 from llmeff.record.meters import PeakLiveBytes, count_flops, saved_bytes
 from llmeff.runconfig import RunConfig
 
@@ -27,18 +29,23 @@ USABLE = 0.8
 fragmentation, evaluation and whatever else runs."""
 
 
-def predict(config: RunConfig) -> Price:
+def predict(config: RunConfig, rank: int = 0) -> Price:
     """The price of one optimizer step of a run on one rank.
 
     Args:
         config: its vocabulary resolved; a micro-batch that is still `auto` counts as the whole batch.
+        rank: which one: shares may differ by padding, and by which parameters are whole in them.
 
     Raises:
         ConfigError: the vocabulary is still `auto`.
     """
     share = config.train.batch // config.parallel.ranks
     micro_batch = share if config.train.micro_batch == "auto" else config.train.micro_batch
-    return price_step(config.model, config.optim, workload(config, micro_batch))
+    return _price(config, micro_batch, rank)
+
+
+def _price(config: RunConfig, micro_batch: int, rank: int) -> Price:
+    return price_step(config.model, config.optim, workload(config, micro_batch), config.parallel, rank)
 
 
 def workload(config: RunConfig, micro_batch: int) -> Workload:
@@ -56,17 +63,25 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         num_micro_batches=config.train.batch // config.parallel.ranks // micro_batch,
         precision_name=config.precision,
         recompute=config.runtime.recompute,
+        by_gloo=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
 
 
-def price_step(model: ModelConfig, optim: OptimizerConfig, work: Workload) -> Price:
-    """The price of a model's and an optimizer's step: by their laws, or traced where the model has none."""
+_ALONE = Single()
+
+
+def price_step(
+    model: ModelConfig, optim: OptimizerConfig, work: Workload, parallel: StrategyConfig = _ALONE, rank: int = 0
+) -> Price:
+    """The price of a model's and an optimizer's step on a rank: by their laws, or traced where the model has none."""
     try:
-        return model.price(work) + optim.price(model.weights(), work.precision)
+        weights = model.weights()
     except NotImplementedError:
         with torch.device("meta"):
             module = model.build()
-        return trace(module, optim, work)
+        return trace(module, optim, work, parallel, rank)
+    keeping = parallel.keeping(weights, optim.groups(model.roles()), work, rank)
+    return model.price(work, keeping) + optim.price(keeping.updated(), work.precision)
 
 
 def resolve_micro_batch(config: RunConfig) -> int:
@@ -90,11 +105,12 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     Raises:
         ConfigError: not even one sequence is.
     """
-    share = config.train.batch // config.parallel.ranks
+    ranks = config.parallel.ranks
+    share = config.train.batch // ranks
+    some = {0, ranks // 2, ranks - 1}  # they differ by little
     peak_bytes = 0
     for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
-        price = price_step(config.model, config.optim, workload(config, micro_batch))
-        peak_bytes = price.total("peak_bytes")
+        peak_bytes = max(_price(config, micro_batch, rank).total("peak_bytes") for rank in some)
         if peak_bytes <= budget_bytes:
             return micro_batch
     raise ConfigError(
@@ -117,18 +133,33 @@ def show(price: Price) -> str:
     return "\n".join(lines)
 
 
-def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
+_SHARED: tuple[Kind, ...] = (
+    "parameters",
+    "parameter_bytes",
+    "master_bytes",
+    "gradient_bytes",
+    "gathered_bytes",
+    "bucket_bytes",
+    "wire_bytes",
+)
+
+
+def trace(
+    module: nn.Module, optim: OptimizerConfig, work: Workload, parallel: StrategyConfig = _ALONE, rank: int = 0
+) -> Price:
     """Counts a module's step by running it on tensors without numbers, which takes no memory.
 
     Args:
         module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
         optim: whose state the step finds.
         work: what the step does.
+        parallel: how the state is shared out: its price is the law's, and the peak is that of one process, more or less
+            by what it takes elsewhere.
+        rank: which share.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         empty_on(module, "cpu")
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
         def forward(batch: dict[str, Any]) -> Tensor:
             with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
@@ -150,23 +181,24 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         with PeakLiveBytes(module.parameters(), held=module.buffers()) as live:
             for _ in range(min(work.num_micro_batches, 2)):
                 run()
-    count = sum(parameter.numel() for parameter in parameters)
-    num_bytes = count * BYTES[work.precision.parameters]
-    entries: dict[tuple[Kind, str], int] = {
-        ("parameters", "model"): count,
-        ("parameter_bytes", "model"): num_bytes,
-        ("gradient_bytes", "model"): count * BYTES[work.precision.gradients],
-        ("executed_flops", "model"): flops * work.num_micro_batches,
-        ("model_flops", "model"): model_flops * work.num_micro_batches,
-        ("saved_bytes", "model"): saved,
-        ("peak_bytes", "model"): live.peak.total,
-    }
     weights = [
         Weight(name, tuple(parameter.shape), work.precision.parameters, "model")
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
-    return Price(entries, "traced") + optim.price(weights, work.precision)
+    roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
+    groups = optim.groups({weight.name: roles[weight.name] for weight in weights})
+    keeping = parallel.keeping(weights, groups, work, rank)
+    state = price_state(weights, work, keeping)
+    alone = price_state(weights, work, _ALONE.keeping(weights, groups, work, rank=0))
+    entries: dict[tuple[Kind, str], int] = {
+        ("executed_flops", "model"): flops * work.num_micro_batches,
+        ("model_flops", "model"): model_flops * work.num_micro_batches,
+        ("saved_bytes", "model"): saved,
+        ("peak_bytes", "model"): live.peak.total + state.total("peak_bytes") - alone.total("peak_bytes"),
+    }
+    shared = state.only(_SHARED) + optim.price(keeping.updated(), work.precision)
+    return Price(entries, "traced") + shared
 
 
 def _batch(work: Workload) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Workload:
     """Rows hold several documents, which do not see one another."""
     kernel: Kernel = "flash"
     """Of softmax attention."""
+    by_gloo: bool = True
+    """Ranks talk through CPU memory, by gloo, which puts parts together, and takes sums apart, in copies of its own."""
 
     @property
     def precision(self) -> Precision:

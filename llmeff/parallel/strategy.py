@@ -17,6 +17,9 @@ from llmeff.core.dist import World, world
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.core.tensors import stored_tensors
+from llmeff.cost.arrays import Weight
+from llmeff.cost.keeping import Keeping
+from llmeff.cost.workload import Workload
 from llmeff.parallel.saved import Holder, Saved, save
 
 
@@ -164,6 +167,17 @@ class StrategyConfig(Component, family="strategy"):
 
     def refusal(self, sharding: Sharding) -> str | None:
         """Why an optimizer of this kind would not be itself here; None where it is."""
+        raise NotImplementedError(type(self))
+
+    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> Keeping:
+        """What a rank keeps and sends in a step: with the laws of the model and the optimizer, the rank's price.
+
+        Args:
+            weights: the trained parameters, in the model's order.
+            groups: their names, by the optimizer's groups.
+            work: what the step does on the rank.
+            rank: which one.
+        """
         raise NotImplementedError(type(self))
 
     def build(self, parts: Parts) -> Strategy:

@@ -3,7 +3,9 @@
 import contextlib
 import resource
 import sys
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmeff.core.dist import silence_profiler
+from llmeff.core.group import is_shared
 from llmeff.core.log import logger
 
 Kind = Literal["parameters", "gradients", "optimizer", "other"]
@@ -163,11 +167,92 @@ class PeakLiveBytes:
         return best
 
 
+_COLLECTIVES = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "reduce_": "reduce",
+}
+_NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor"}
+
+
+class _Wire(TorchDispatchMode):
+    """Adds up the payloads of collectives."""
+
+    num_bytes: Counter[str]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it sends its own, below
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and name not in _NO_PAYLOAD:
+            payloads = [
+                sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+                for value in (*args, *(kwargs or {}).values(), result)
+            ]
+            self.num_bytes[_COLLECTIVES.get(name, name)] += max(payloads)
+        return result
+
+
+def count_wire(run: Callable[[], object]) -> dict[str, int]:
+    """Bytes that the ranks send one another in a call, by collective, as this one sees it.
+
+    Each collective counts with its full payload, the largest of what it reads and writes: of a gather and a scatter the
+    whole, of which a rank has a part. How much of it a backend moves depends on its algorithm. Compiled code runs
+    eagerly meanwhile.
+    """
+    with _Wire() as wire:  # type: ignore[no-untyped-call]
+        wire.num_bytes = Counter()
+        run()
+    return dict(wire.num_bytes)
+
+
+class _Settled(TorchDispatchMode):
+    """Waits after each collective until gloo's thread has let go of what it was given."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.ScriptObject) and leaf._type().name() == "Work":
+                    leaf.wait()  # type: ignore[attr-defined]
+            time.sleep(_SETTLED_S)
+        return result
+
+
+_SETTLED_S = 0.002
+
+
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
     """The most bytes that live at once in a call, by the allocator's own account.
 
     On a GPU the allocator keeps its peak. On a CPU it tells the profiler of every allocation; what lives before the call
-    it does not know, and has to be given. Nothing but a CPU call's speed is changed, compiled code stays compiled.
+    it does not know, and has to be given. Nothing but a CPU call's speed is changed, and compiled code stays compiled
+    where there is one process; where there are more, each collective is waited for, or gloo's own thread would free what
+    the profiler then does not see go.
 
     Args:
         run: the call.
@@ -180,7 +265,8 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
         return torch.cuda.max_memory_allocated(device)
     silence_profiler()
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    settled = _Settled() if is_shared() else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, settled:
         run()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
