@@ -261,7 +261,7 @@ def _gradients(strategy: Strategy) -> Iterator[Tensor]:
     if hasattr(zero, "averaged_gradients"):
         groups = [group for group in zero.averaged_gradients.values() if group is not None]
         if not hasattr(zero, "grad_partitions_flat_buffer"):
-            yield from (x for group in groups for x in group if not getattr(x, "_zero_padding", False))
+            yield from chain.from_iterable(groups)
         else:
             yield zero.grad_partitions_flat_buffer
     yield from (flat.grad for flat in _masters(strategy) if flat.grad is not None)

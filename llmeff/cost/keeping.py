@@ -44,8 +44,8 @@ class Keeping:
             if self.formats.master is not None:
                 self.keep("master_bytes", weight.part, weight.size * BYTES[self.formats.master])
 
-    def rehearsed(self, uses: list[str]) -> None:
-        """Told before the step: the names of the weights in the order of their uses, in forward and backward."""
+    def rehearsed(self, uses: list[tuple[str, bool]]) -> None:
+        """Told before the step: the names of the weights in the order of their uses, and whether in backward."""
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """A micro-batch begins."""

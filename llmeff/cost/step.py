@@ -98,14 +98,14 @@ class _Rehearsal(Keeping):
 
     def __init__(self) -> None:
         super().__init__()
-        self.uses: list[str] = []
+        self.uses: list[tuple[str, bool]] = []
 
     def use(self, weight: Weight, in_backward: bool) -> None:
-        """A module of DeepSpeed's is used once, however many operations read its weight."""
-        self.uses.append(weight.name)
+        """By name."""
+        self.uses.append((weight.name, in_backward))
 
 
-def _uses(law: Law, workload: Workload) -> list[str]:
+def _uses(law: Law, workload: Workload) -> list[tuple[str, bool]]:
     rehearsal = _Rehearsal()
     tape = Tape(replace(workload, num_sequences=1, num_tokens=1), rehearsal)
     loss = law(tape, Batch(tape))

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from llmeff.core.config import Flag
-from llmeff.core.precision import PrecisionName
+from llmeff.core.precision import BYTES, PrecisionName
 from llmeff.core.shard import part_length, split_rows
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
@@ -122,6 +122,7 @@ class ShardKeeping(RankKeeping):
         self._last_buffer = None
         if self._reshards:
             self._whole.pop(_ROOT, None)
+        self._use_backward(_ROOT)  # the loss, too, is its own
 
     def _use_backward(self, unit: str) -> None:
         if unit in self._num_ready:
@@ -171,8 +172,10 @@ class ShardKeeping(RankKeeping):
         return parts
 
     def update(self) -> None:
-        """The norm is summed too."""
+        """Of each parameter the norm is summed too."""
         super().update()
+        if self.ranks > 1:
+            self.send("all_reduce", len(self.weights) * BYTES["float32"])
         self._sums.clear()
 
     def updated(self) -> list[Weight]:

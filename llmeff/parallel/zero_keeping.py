@@ -103,6 +103,8 @@ class FlatKeeping(ZeroKeeping):
                     self._owners.setdefault(part.name, []).append((owner, part.size))
         touched = sum(weight.size for weight in self.weights if weight.name in self._slices)
         self._num_touched_bytes = touched * self.narrow
+        lengths = zip(self._own, self._lengths, strict=True)
+        self._num_padding = sum(length - sum(part.size for part in shard) for shard, length in lengths)
         self._sum: Storage | None = None
         self._new: Storage | None = None
         self._buffer: Storage | None = None
@@ -170,10 +172,15 @@ class FlatKeeping(ZeroKeeping):
         self._buffer = None
         self._sum = self._sum or self._new
         self._new = None
+        if self.is_last and not self._config.offload_optimizer:
+            self.hold("padding", self._num_padding * self.narrow)
 
     def gradients(self) -> Counter[str]:
         """What was copied out of the buckets."""
-        return Counter({"touched": self._sum.num_bytes}) if self._sum is not None else Counter()
+        if self._config.offload_optimizer:
+            return Counter()
+        touched = self._num_touched_bytes if self._slices else 0
+        return Counter({"touched": touched, "padding": self._num_padding * self.narrow})
 
     def update(self) -> None:
         """Norms, then one group after another; at the end each is gathered."""
@@ -189,6 +196,7 @@ class FlatKeeping(ZeroKeeping):
                 for _ in self._widen(len(shard) + is_padded, length):
                     pass
         self._sum = None
+        self.drop("padding")
         if self.ranks > 1:
             for length in self._lengths:
                 self.gather(length * self.ranks * self.narrow)
@@ -221,15 +229,16 @@ class GatheredKeeping(ZeroKeeping):
     def _begin_pass(self) -> None:
         self._whole: dict[str, Storage | None] = dict.fromkeys(self._stays)
         self._in_flight: dict[str, tuple[list[str], Storage]] = {}
-        self._queue = deque(enumerate(self._trace))
+        self._queue = deque((at, name) for at, name in enumerate(self._trace) if name != _AROUND)
         self._fetched_until: Counter[str] = Counter()
         self._num_uses = 0
         self._num_there = 0
         self._current: str | None = None
+        self._is_ahead = False
 
-    def rehearsed(self, uses: list[str]) -> None:
-        """The order of uses, forward and backward."""
-        self._trace = uses
+    def rehearsed(self, uses: list[tuple[str, bool]]) -> None:
+        """The order of modules, forward and backward."""
+        self._trace = list(_modules(uses))
 
     def _padded(self, name: str) -> int:
         return self._parts[name] * self.ranks * self.narrow
@@ -248,16 +257,23 @@ class GatheredKeeping(ZeroKeeping):
         self.hold("bucket_bytes", self._limit * self.narrow)
 
     def begin_micro_batch(self, is_last: bool) -> None:
-        """The model itself is entered, and looks ahead."""
+        """The order begins anew."""
         super().begin_micro_batch(is_last)
         self._begin_pass()
-        self._look_ahead()
 
     def use(self, weight: Weight, in_backward: bool) -> None:
         """What was used before may go; this is fetched, and more ahead."""
-        if self._current != weight.name:
-            self._release()
-            self._fetch(weight.name)
+        if not self._is_ahead:
+            self._enter()
+        self._is_ahead = False
+
+    def _enter(self) -> None:
+        """The next module with a weight of its own, and those around it that are entered with it."""
+        self._release()
+        while self._trace[self._num_uses] == _AROUND:
+            self._num_uses += 1
+            self._look_ahead()
+        self._fetch(self._trace[self._num_uses])
 
     def _fetch(self, name: str) -> None:
         at = self._num_uses
@@ -268,7 +284,8 @@ class GatheredKeeping(ZeroKeeping):
             names, buffer = self._in_flight.pop(name)
             for other in names:
                 if other not in self._whole:
-                    self._whole[other] = self.make("gathered_bytes", self._sizes[other] * self.narrow)
+                    num_bytes = self._sizes[other] * self.narrow if self.ranks > 1 else 0
+                    self._whole[other] = self.make("gathered_bytes", num_bytes)
             del buffer
         if self._fetched_until[name] <= at and self._queue:
             self._fetched_until[name] = self._queue.popleft()[0] + 1
@@ -293,6 +310,8 @@ class GatheredKeeping(ZeroKeeping):
 
     def _gather(self, names: list[str]) -> Storage:
         self._num_there += sum(self._sizes[name] for name in names)
+        if self.ranks == 1:
+            return self.make("gathered_bytes", 0)  # the one part is the parameter
         num_bytes = sum(map(self._padded, names))
         buffer = self.make("gathered_bytes", num_bytes)
         self.gather(num_bytes)
@@ -309,15 +328,14 @@ class GatheredKeeping(ZeroKeeping):
                 break
             if later == name:
                 return
-            distance += self._sizes[later]
+            distance += self._sizes.get(later, 0)
         self._whole.pop(name, None)
         self._num_there -= self._sizes[name]
 
     def end_forward(self) -> None:
         """The last module is left, and backward enters it again before its loss."""
-        self._release()
-        if self._trace:
-            self._fetch(self._trace[self._num_uses])
+        self._enter()
+        self._is_ahead = True
 
     def ready(self, weight: Weight, gradient: Array) -> None:
         """Into the bucket, where there is room for it."""
@@ -364,3 +382,25 @@ class GatheredKeeping(ZeroKeeping):
         dtype = self.formats.master or self.formats.parameters
         lengths = [sum(self._parts[weight.name] for weight in group) for group in self._groups]
         return [Weight(f"group {i}", (length,), dtype, "flat") for i, length in enumerate(lengths)]
+
+
+_AROUND = ""
+"""In the order of modules, one without weights of its own."""
+
+
+def _modules(uses: list[tuple[str, bool]]) -> Iterator[str]:
+    """The weights in the order of their modules, which are entered from the outermost inwards."""
+    inside: list[str] = []
+    was_backward = False
+    for name, in_backward in uses:
+        names = name.split(".")[:-2]  # of the modules around the weight's own
+        around = ["", *(".".join(names[: i + 1]) for i in range(len(names)) if not _is_list(names, i))]
+        if in_backward != was_backward:
+            inside = []
+        yield from (_AROUND for module in around if module not in inside)
+        yield name
+        inside, was_backward = around, in_backward
+
+
+def _is_list(names: list[str], at: int) -> bool:
+    return at + 1 < len(names) and names[at + 1].isdigit()

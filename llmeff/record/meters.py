@@ -181,7 +181,7 @@ _COLLECTIVES = {
     "broadcast": "broadcast",
     "reduce_": "reduce",
 }
-_NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor"}
+_NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}
 
 
 class _Wire(TorchDispatchMode):
