@@ -283,9 +283,9 @@ class GatheredKeeping(ZeroKeeping):
         if name in self._in_flight:
             names, buffer = self._in_flight.pop(name)
             for other in names:
-                if other not in self._whole:
-                    num_bytes = self._sizes[other] * self.narrow if self.ranks > 1 else 0
-                    self._whole[other] = self.make("gathered_bytes", num_bytes)
+                num_bytes = self._sizes[other] * self.narrow if self.ranks > 1 else 0
+                self._whole[other] = self.make("gathered_bytes", num_bytes)
+            names.clear()  # all are taken out at once; the buffer stays until each was used
             del buffer
         if self._fetched_until[name] <= at and self._queue:
             self._fetched_until[name] = self._queue.popleft()[0] + 1
