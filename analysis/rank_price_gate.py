@@ -27,7 +27,7 @@ from llmeff.cost.workload import Workload
 from llmeff.parallel import Strategy
 from llmeff.predict import price_step, workload
 from llmeff.prepare import build_strategy, micro_batches
-from llmeff.record.meters import count_wire, peak_bytes
+from llmeff.record.meters import WireMeter, peak_bytes
 from llmeff.runconfig import RunConfig
 
 COMMAND = "python -m analysis.rank_price_gate"
@@ -119,7 +119,9 @@ SLOW = dict(
         case("stage 3, three ranks, tied", zero(3), 3, model=ODD, tied=True),
         case("stage 3, small buckets", zero(3, **SMALL)),
         case("stage 3, least gathered", zero(3, **LEAST)),
-        case("stage 3, some gathered", zero(3, **LEAST | {"prefetch_bucket_size": 20_000, "max_live_parameters": 60_000})),
+        case(
+            "stage 3, some gathered", zero(3, **LEAST | {"prefetch_bucket_size": 20_000, "max_live_parameters": 60_000})
+        ),
         case("stage 3, bf16_master", zero(3), precision="bf16_master"),
         case("stage 3, offloaded optimizer", zero(3, **OFFLOAD)),
         case("stage 3, all offloaded, accumulated", zero(3, **ALL_OFF), num_micro_batches=2),
@@ -196,7 +198,8 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
         for _ in range(3):  # the optimizer makes its state, DDP its buckets, DeepSpeed its trace
             steps.run()
         steps.count_gradients()
-        wire = count_wire(steps.run)
+        with WireMeter() as wire:
+            steps.run()
         held = _storages(steps.strategy.held())
         unheld = sum(num_bytes for key, num_bytes in _all_storages() if key not in known and key not in held)
         return {
@@ -206,7 +209,7 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
             "optimizer_bytes": _sum_bytes(
                 value for state in steps.strategy.optimizer.state.values() for value in state.values()
             ),
-            "wire_bytes": wire,
+            "wire_bytes": dict(wire.num_bytes),
             "peak_bytes": peak_bytes(steps.run, steps.strategy.held(), CPU),
             "held_bytes": sum(held.values()),
             "unheld_bytes": unheld,

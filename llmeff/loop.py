@@ -26,6 +26,7 @@ from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
 from llmeff.record.meters import (
     EnergyMeter,
+    WireMeter,
     allocator_peaks,
     count_flops,
     peak_bytes,
@@ -43,7 +44,8 @@ COUNTED_STEP, METERED_STEP = 2, 3
 """The steps whose FLOPs are counted and whose memory is metered: in both the optimizer has its state."""
 
 
-_PREDICTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "saved_bytes", "peak_bytes")
+_COUNTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "wire_bytes")
+_PREDICTED: tuple[Kind, ...] = (*_COUNTED, "saved_bytes", "peak_bytes")
 
 
 class DivergedError(Exception):
@@ -99,7 +101,7 @@ class Trainer:
         self._strategy = self._closing.enter_context(closing(build_strategy(self.config, self._task, self.device)))
         self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
-        self.price = predict(self.config)
+        self.price = predict(self.config, self._strategy.world.rank)
 
         # All that can be wrong has been asked for: now the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
@@ -155,12 +157,14 @@ class Trainer:
         number = self.step + 1
         if number == COUNTED_STEP:
             # Counting makes autograd add gradients out of place: another step meters memory.
-            with self._eagerly():
+            with self._eagerly(), WireMeter() as wire:
                 self._state.measured["executed_flops"] = count_flops(self._update)
+            self._state.measured |= {"wire_bytes": wire.num_bytes.total()} if wire.num_bytes else {}
         elif number == METERED_STEP:
+            self._state.measured["peak_bytes"] = peak_bytes(self._update, self._strategy.held(), self.device)
+            # last, since strategies that gather parameters take a forward pass without backward for another kind of step
             with self._clocks.hold("record"), self._eagerly():
                 self._state.measured["saved_bytes"] = self._saved_bytes()
-            self._state.measured["peak_bytes"] = peak_bytes(self._update, self._strategy.held(), self.device)
         else:
             self._update()
 
@@ -317,7 +321,7 @@ class Trainer:
     def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
         steps = read_run(self._writer.folder).steps
         speed, loss = throughput(steps), final_loss(steps)
-        predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
+        predicted = {kind: float(total) for kind in _PREDICTED if (total := self.price.total(kind))}
         measured = self._state.measured | {"parameters": self._strategy.num_parameters}
         rate = None
         if speed is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmeff.core import group
 from llmeff.core.config import ConfigError
 from llmeff.core.layout import Layout
 from llmeff.core.table import Role
@@ -85,7 +86,7 @@ def price_step(
 
 
 def resolve_micro_batch(config: RunConfig) -> int:
-    """`train.micro_batch` as a number.
+    """`train.micro_batch` as a number, the same on all ranks; on CPUs they are taken to share one machine's memory.
 
     Raises:
         ConfigError: it is auto, and not even one sequence fits.
@@ -95,8 +96,8 @@ def resolve_micro_batch(config: RunConfig) -> int:
     if config.runtime.device == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info()
     else:
-        free_bytes = psutil.virtual_memory().available
-    return fit_micro_batch(config, int(USABLE * free_bytes))
+        free_bytes = psutil.virtual_memory().available // config.parallel.ranks
+    return fit_micro_batch(config, int(USABLE * group.least(free_bytes)))
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:

@@ -50,12 +50,21 @@ def barrier() -> None:
 
 def total(value: Tensor) -> Tensor:
     """The sum over all ranks, on the value's device; the value itself where there is one rank."""
+    return _reduced(value, torch.distributed.ReduceOp.SUM)
+
+
+def _reduced(value: Tensor, by: torch.distributed.ReduceOp.RedOpType) -> Tensor:
     if not is_shared():
         return value
     on_gpu = torch.distributed.get_backend() == "nccl"
-    summed = value.detach().cuda() if on_gpu else value.detach().clone()
-    torch.distributed.all_reduce(summed)
-    return summed.to(value.device)
+    reduced = value.detach().cuda() if on_gpu else value.detach().clone()
+    torch.distributed.all_reduce(reduced, by)
+    return reduced.to(value.device)
+
+
+def least(value: int) -> int:
+    """The smallest of all ranks' numbers."""
+    return -int(_reduced(torch.tensor(-value), torch.distributed.ReduceOp.MAX))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -184,10 +184,20 @@ _COLLECTIVES = {
 _NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}
 
 
-class _Wire(TorchDispatchMode):
-    """Adds up the payloads of collectives."""
+class WireMeter(TorchDispatchMode):
+    """Counts the bytes that the ranks send one another while it is entered, as this one sees it.
+
+    Each collective counts with its full payload, the largest of what it reads and writes: of a gather and a scatter the
+    whole, of which a rank has a part. How much of it a backend moves depends on its algorithm. Compiled code runs
+    eagerly meanwhile.
+    """
 
     num_bytes: Counter[str]
+    """By collective: all_reduce, all_gather, reduce_scatter, broadcast, reduce."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = Counter()
 
     def __torch_dispatch__(
         self,
@@ -207,19 +217,6 @@ class _Wire(TorchDispatchMode):
             ]
             self.num_bytes[_COLLECTIVES.get(name, name)] += max(payloads)
         return result
-
-
-def count_wire(run: Callable[[], object]) -> dict[str, int]:
-    """Bytes that the ranks send one another in a call, by collective, as this one sees it.
-
-    Each collective counts with its full payload, the largest of what it reads and writes: of a gather and a scatter the
-    whole, of which a rank has a part. How much of it a backend moves depends on its algorithm. Compiled code runs
-    eagerly meanwhile.
-    """
-    with _Wire() as wire:  # type: ignore[no-untyped-call]
-        wire.num_bytes = Counter()
-        run()
-    return dict(wire.num_bytes)
 
 
 class _Settled(TorchDispatchMode):
@@ -281,11 +278,12 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
 def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for backward in a call, a forward pass with its loss.
 
-    Each storage counts once, whole, however many operations keep it or views of it.
+    Each storage counts once, whole, however many operations keep it or views of it. Parameters do not, gathered ones
+    included.
 
     Args:
         run: the call.
-        excluded: tensors that are live anyway: parameters, buffers, the batch.
+        excluded: tensors that are live anyway: buffers, the batch.
     """
     known = {tensor.untyped_storage()._cdata for tensor in excluded}
     # Held, not only counted: were a storage freed meanwhile, the next could take its address.
@@ -293,7 +291,8 @@ def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
+        base = tensor._base if tensor._is_view() else tensor
+        if storage._cdata not in known and not isinstance(base, nn.Parameter):
             saved[storage._cdata] = storage
         return tensor
 
