@@ -22,7 +22,7 @@ from llmeff.core.files import write_text
 from llmeff.core.layout import Layout
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.table import table
-from llmeff.cost.price import Price
+from llmeff.cost.price import Kind, Price
 from llmeff.cost.workload import Workload
 from llmeff.parallel import Strategy
 from llmeff.predict import price_step, workload
@@ -31,7 +31,17 @@ from llmeff.record.meters import WireMeter, peak_bytes
 from llmeff.runconfig import RunConfig
 
 COMMAND = "python -m analysis.rank_price_gate"
-EXACT = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
+EXACT: tuple[Kind, ...] = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
+SHOWN: tuple[Kind, ...] = (
+    "parameter_bytes",
+    "master_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "gathered_bytes",
+    "bucket_bytes",
+    "peak_bytes",
+    "wire_bytes",
+)
 CPU = torch.device("cpu")
 SLACK_BYTES = 4096
 """What may live beside what a strategy says it holds: norms, counters, lists of offsets."""
@@ -278,7 +288,7 @@ def error(predicted: int, measured: int) -> float:
 
 def errors(predicted: Price, measured: dict[str, Any]) -> dict[str, float]:
     """By kind, the wire by collective."""
-    found = {kind: error(predicted.total(kind), measured[kind]) for kind in (*EXACT, "peak_bytes")}  # type: ignore[arg-type]
+    found = {kind: error(predicted.total(kind), measured[kind]) for kind in (*EXACT, "peak_bytes")}
     wire = predicted.parts("wire_bytes")
     for name in sorted(wire.keys() | measured["wire_bytes"].keys()):
         found[f"wire_bytes: {name}"] = error(wire.get(name, 0), measured["wire_bytes"].get(name, 0))
@@ -295,29 +305,31 @@ def measure_all(raw: dict[str, Any]) -> list[dict[str, Any]]:
     return ranks(raw["parallel"]["ranks"]).run(rank_price_gate.measure, raw)
 
 
+def _strategy(raw: dict[str, Any]) -> str:
+    parallel = raw["parallel"]
+    return parallel["name"] + (f" stage {parallel['stage']}" if "stage" in parallel else "")
+
+
 def main(path: Path) -> None:
     """Measures all cases, prints the table of errors, writes everything."""
     rows = []
+    by_strategy = defaultdict(list)
     for name, raw in (FAST | SLOW).items():
+        by_rank = []
         for rank, measured in enumerate(measure_all(raw)):
             predicted = predict(raw, rank)
             own = errors(predicted, measured)
-            rows.append(
-                {"name": name, "rank": rank, "config": raw, "predicted": predicted.as_dict(), "measured": measured}
-                | {"error": own}
-            )
+            by_rank.append({"predicted": predicted.only(SHOWN).as_dict(), "measured": measured, "error": own})
+            by_strategy[_strategy(raw)].append(abs(own["peak_bytes"]))
             wrong = {kind: f"{size:+.2%}" for kind, size in own.items() if size and kind != "peak_bytes"}
             print(f"{name:<50} {rank}  peak {own['peak_bytes']:+.3%}  {wrong or ''}", flush=True)
+        rows.append({"name": name, "config": raw, "ranks": by_rank})
     print(f"\n{'peak_bytes, relative error':<34}{'ranks':>6}{'median':>12}{'worst':>12}")
-    by_strategy = defaultdict(list)
-    for row in rows:
-        parallel = row["config"]["parallel"]
-        strategy = parallel["name"] + (f" stage {parallel['stage']}" if "stage" in parallel else "")
-        by_strategy[strategy].append(abs(row["error"]["peak_bytes"]))
-        by_strategy["all"].append(abs(row["error"]["peak_bytes"]))
+    by_strategy["all"] = list(chain.from_iterable(by_strategy.values()))
     for strategy, sizes in by_strategy.items():
         print(f"{strategy:<34}{len(sizes):>6}{statistics.median(sizes):>12.3%}{max(sizes):>12.3%}")
-    write_text(path, json.dumps({"command": COMMAND, "rows": rows}, indent=1) + "\n")
+    worst = {name: {"median": statistics.median(sizes), "worst": max(sizes)} for name, sizes in by_strategy.items()}
+    write_text(path, json.dumps({"command": COMMAND, "peak_error": worst, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ from llmeff.record.writer import Bystander, RunWriter, check_free
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Batch
 
-COUNTED_STEP, METERED_STEP = 2, 3
-"""The steps whose FLOPs are counted and whose memory is metered: in both the optimizer has its state."""
+COUNTED_STEP, METERED_STEP = 3, 4
+"""What is computed and sent is counted, then memory metered: by then strategies have all that they build as they go."""
 
 
 _COUNTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "wire_bytes")

@@ -16,6 +16,7 @@ from llmeff.core.table import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
 from llmeff.cost.arrays import Weight
+from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.step import price_state
 from llmeff.cost.workload import Workload
@@ -64,7 +65,7 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         num_micro_batches=config.train.batch // config.parallel.ranks // micro_batch,
         precision_name=config.precision,
         recompute=config.runtime.recompute,
-        by_gloo=config.runtime.device == "cpu" or not torch.cuda.is_available(),
+        on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
 
 
@@ -82,7 +83,13 @@ def price_step(
             module = model.build()
         return trace(module, optim, work, parallel, rank)
     keeping = parallel.keeping(weights, optim.groups(model.roles()), work, rank)
-    return model.price(work, keeping) + optim.price(keeping.updated(), work.precision)
+    return model.price(work, keeping) + _state(optim, work, keeping)
+
+
+def _state(optim: OptimizerConfig, work: Workload, keeping: Keeping) -> Price:
+    """The optimizer's; it fills no memory of a GPU where it is updated on the CPU."""
+    price = optim.price(keeping.updated(), work.precision)
+    return price.only(["optimizer_bytes"]) if keeping.updates_on_host and not work.on_cpu else price
 
 
 def resolve_micro_batch(config: RunConfig) -> int:
@@ -198,7 +205,7 @@ def trace(
         ("saved_bytes", "model"): saved,
         ("peak_bytes", "model"): live.peak.total + state.total("peak_bytes") - alone.total("peak_bytes"),
     }
-    shared = state.only(_SHARED) + optim.price(keeping.updated(), work.precision)
+    shared = state.only(_SHARED) + _state(optim, work, keeping)
     return Price(entries, "traced") + shared
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,23 @@ def test_a_traced_price_shares_the_state_as_the_law_does(parallel):
     for kind in ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes", "wire_bytes"):
         assert traced.total(kind) == law.total(kind), kind
     assert math.isclose(traced.total("peak_bytes"), law.total("peak_bytes"), rel_tol=0.25)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_offloaded_is_not_in_the_peak_of_a_gpu(stage):
+    def price(offloads, on_cpu):
+        config = run_config(
+            {"name": "deepspeed", "stage": stage, "offload_optimizer": offloads, "ranks": 2}, micro_batch=2
+        )
+        work = replace(gate.work_of(config), on_cpu=on_cpu)
+        return price_step(config.model, config.optim, work, config.parallel)
+
+    kept, offloaded = price(offloads=False, on_cpu=False), price(offloads=True, on_cpu=False)
+    for kind in ("optimizer_bytes", "master_bytes"):
+        assert offloaded.total(kind) == kept.total(kind) > 0
+    state = kept.total("optimizer_bytes") + kept.total("master_bytes")
+    assert offloaded.total("peak_bytes") <= kept.total("peak_bytes") - 0.6 * state
+    assert price(offloads=True, on_cpu=True).total("peak_bytes") > kept.total("peak_bytes")
 
 
 def is_linear_torchs():

@@ -19,6 +19,9 @@ class Keeping:
         formats: of the numbers.
     """
 
+    updates_on_host = False
+    """Whether the optimizer's state lies in CPU memory, wherever the model is."""
+
     def __init__(self, weights: Iterable[Weight] = (), formats: Precision | None = None):
         self.formats = formats or precision("fp32")
         self.weights = [replace(weight, dtype=self.formats.parameters) for weight in weights]

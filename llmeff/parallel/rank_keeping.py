@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from llmeff.core.precision import BYTES
 from llmeff.cost.arrays import Storage, Weight
 from llmeff.cost.keeping import Keeping
+from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
 
 _OWN_BYTES = 8 + 4
@@ -28,12 +29,19 @@ class RankKeeping(Keeping):
         """Bytes of a number of what is updated."""
         self.narrow = BYTES[work.precision.parameters]
         """Bytes of a number of a parameter, and of its gradient."""
-        self._copies = work.by_gloo
+        self._on_cpu = work.on_cpu
 
     def update(self) -> None:
         """Our own sums; a strategy's come with them."""
         if self.ranks > 1:
             self.send("all_reduce", _OWN_BYTES)
+
+    def offload(self, kind: Kind, part: str, num_bytes: int) -> None:
+        """Bytes that live in CPU memory at every moment: counted as what they are, in the peak only where all is there."""
+        if self._on_cpu:
+            self.keep(kind, part, num_bytes)
+        else:
+            self.counts[kind, part] += num_bytes
 
     def gather(self, num_bytes: int) -> None:
         """All ranks' parts are put together in a buffer of so many bytes."""
@@ -47,7 +55,7 @@ class RankKeeping(Keeping):
 
     def copy(self, num_bytes: int) -> None:
         """Gloo gathers into, and scatters from, a copy, which goes with the call."""
-        if self._copies:
+        if self._on_cpu:
             self.make("bucket_bytes", num_bytes)
 
     def flatten(self, sizes: Iterable[int], width: int) -> Storage | None:

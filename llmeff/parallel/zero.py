@@ -160,7 +160,11 @@ class DeepSpeed(StrategyConfig):
         return min(self.reduce_bucket_size, max(1, size))
 
     def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroKeeping:
-        """What the stage leaves on a rank; on a GPU, what is offloaded lies in CPU memory and is counted all the same."""
+        """What the stage leaves on a rank.
+
+        What is offloaded is counted by its kind wherever it lies. In `peak_bytes` it is only on a CPU, where all is one
+        memory: on a GPU that is the peak of the device, which is what must fit.
+        """
         own = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
         stages: dict[int, type[ZeroKeeping]] = {0: SumKeeping, 1: FlatKeeping, 2: FlatKeeping, 3: GatheredKeeping}
         return stages[self.stage](weights, own, work, self, rank)

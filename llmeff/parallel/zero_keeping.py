@@ -42,6 +42,9 @@ class ZeroKeeping(RankKeeping):
         self._accumulates = work.num_micro_batches > 1
         self._limit = config.bucket_size(sum(weight.size for weight in weights))
         self._bucket: list[Weight] = []
+        self.updates_on_host = config.offload_optimizer
+        self._keep_state = self.offload if config.offload_optimizer else self.keep
+        self._keep_parameters = self.offload if config.offload_parameters else self.keep
 
     @property
     def _num_in_bucket(self) -> int:
@@ -114,14 +117,15 @@ class FlatKeeping(ZeroKeeping):
         largest = max(weight.size for weight in self.weights)
         for length in self._lengths:
             self.keep("parameter_bytes", "flat", length * self.ranks * self.narrow)
-            self.keep("master_bytes", "flat", length * self.wide)
+            self._keep_state("master_bytes", "flat", length * self.wide)
             if self._config.offload_optimizer:
-                self.keep("gradient_bytes", "flat", length * self.wide)
-                self.hold("bucket_bytes", length * self.narrow)
+                self.offload("gradient_bytes", "flat", length * self.wide)
+                if self._on_cpu:
+                    self.hold("bucket_bytes", length * self.narrow)
         if self._config.offload_optimizer:
-            self.hold("bucket_bytes", 2 * largest * self.narrow)
+            self.hold("bucket_bytes", (2 if self._on_cpu else 1) * largest * self.narrow)
             if self._accumulates:
-                self.keep("gradient_bytes", "earlier micro-batches", self._num_touched_bytes)
+                self.offload("gradient_bytes", "earlier micro-batches", self._num_touched_bytes)
 
     def ready(self, weight: Weight, gradient: Array) -> None:
         """Into the bucket, or at stage 1 to the others until the end."""
@@ -247,11 +251,11 @@ class GatheredKeeping(ZeroKeeping):
         """Parts of parameters, of their updated copies and of gradients, and the bucket."""
         for weight in self.weights:
             length = self._parts[weight.name]
-            self.keep("parameter_bytes", weight.part, length * self.narrow)
-            self.keep("master_bytes", weight.part, length * self.wide)
-            self.keep("gradient_bytes", weight.part, length * self.narrow)
+            self._keep_parameters("parameter_bytes", weight.part, length * self.narrow)
+            self._keep_state("master_bytes", weight.part, length * self.wide)
+            self._keep_state("gradient_bytes", weight.part, length * self.narrow)
             if self._config.offload_optimizer:
-                self.keep("gradient_bytes", weight.part, length * self.wide)
+                self.offload("gradient_bytes", weight.part, length * self.wide)
             if weight.name in self._stays:
                 self.hold("gathered_bytes", weight.num_bytes)
         self.hold("bucket_bytes", self._limit * self.narrow)

@@ -219,8 +219,12 @@ class WireMeter(TorchDispatchMode):
         return result
 
 
+_SETTLED_S = 0.002
+"""After which gloo's thread has surely let go of a collective's tensors, though nothing says so."""
+
+
 class _Settled(TorchDispatchMode):
-    """Waits after each collective until gloo's thread has let go of what it was given."""
+    """Waits after each collective until gloo's thread has let go of what it was given, which no profiler would see."""
 
     def __torch_dispatch__(
         self,
@@ -233,14 +237,11 @@ class _Settled(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.ScriptObject) and leaf._type().name() == "Work":
-                    leaf.wait()  # type: ignore[attr-defined]
+            works: list[Any] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.ScriptObject)]
+            for work in works:
+                work.wait()
             time.sleep(_SETTLED_S)
         return result
-
-
-_SETTLED_S = 0.002
 
 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
