@@ -23,21 +23,21 @@ from llmeff.cost.price import Kind
 from llmeff.parallel.watchdog import Watchdog
 from llmeff.predict import predict
 from llmeff.prepare import begun_config, build_strategy, micro_batches, prepare, prepare_device, whole_model
-from llmeff.record import schema
+from llmeff.record import meters, schema
 from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
-from llmeff.record.meters import EnergyMeter, allocator_peaks, count_flops, peak_bytes, resident_bytes, saved_bytes
 from llmeff.record.progress import Shown, open_display
 from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
 from llmeff.record.writer import Bystander, RunWriter, check_free
 from llmeff.runconfig import RunConfig
-from llmeff.tasks.task import Batch
 
-COUNTED_STEP, METERED_STEP = 2, 3
-"""The steps whose FLOPs are counted and whose memory is metered: in both the optimizer has its state."""
+COUNTED_STEP, METERED_STEP = 3, 4
+"""What is computed and sent is counted, then memory metered: by then strategies have all that they build as they go."""
 
-_PREDICTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "saved_bytes", "peak_bytes")
+
+_COUNTED: tuple[Kind, ...] = ("parameters", "model_flops", "executed_flops", "wire_bytes")
+_PREDICTED: tuple[Kind, ...] = (*_COUNTED, "saved_bytes", "peak_bytes")
 
 
 class DivergedError(Exception):
@@ -97,7 +97,7 @@ class Trainer:
         self._strategy = self._closing.enter_context(closing(build_strategy(self.config, self._task, self.device)))
         self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
-        self.price = predict(self.config)
+        self.price = predict(self.config, self._strategy.world.rank)
 
         # All that can be wrong has been asked for: now the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
@@ -110,7 +110,7 @@ class Trainer:
         if resume:
             self._go_back(self._checkpoints.resume_point())
         self._clock = StepClock(self.device)
-        self._energy = EnergyMeter(self.device)
+        self._energy = meters.EnergyMeter(self.device)
         self._pending: dict[int, dict[str, Any]] = {}
         self._display = open_display(self._shown(), is_silent=is_silent or not self._is_main)
         earlier = self._state.timings
@@ -141,7 +141,7 @@ class Trainer:
             item=self._task.item,
             model_flops_per_item=self.price.total("model_flops") / self._task.items_per_step,
             peak_flops_per_s=peak_flops_per_s(self._environment.device, self._precision.compute),
-            memory_bytes=(lambda: torch.cuda.memory_allocated(self.device)) if is_gpu else resident_bytes,
+            memory_bytes=(lambda: torch.cuda.memory_allocated(self.device)) if is_gpu else meters.resident_bytes,
         )
 
     # -- a step
@@ -151,13 +151,15 @@ class Trainer:
         number = self.step + 1
         if number == COUNTED_STEP:
             # Counting makes autograd add gradients out of place: another step meters memory.
-            with self._eagerly():
-                self._state.measured["executed_flops"] = count_flops(self._update)
+            with self._eagerly(), meters.WireMeter() as wire:
+                self._state.measured["executed_flops"] = meters.count_flops(self._update)
+            self._state.measured |= {"wire_bytes": wire.num_bytes.total()} if wire.num_bytes else {}
         elif number == METERED_STEP:
+            self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.held(), self.device)
+            # last, since strategies that gather parameters take a forward pass without backward for another kind of step
             if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
                 with self._clocks.hold("record"):
                     self._state.measured["saved_bytes"] = self._saved_bytes()
-            self._state.measured["peak_bytes"] = peak_bytes(self._update, self._strategy.held(), self.device)
         else:
             self._update()
 
@@ -167,13 +169,13 @@ class Trainer:
         given = [value for value in batch.inputs.values() if isinstance(value, torch.Tensor)]
         held = [*self._strategy.held(), *given]
         with torch.random.fork_rng(), self._strategy.accumulate(is_last=False):
-            return saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)
+            return meters.saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)
 
     def _update(self) -> None:
         clock, strategy, number = self._clock, self._strategy, self.step + 1
         clock.begin(number)
         batches = [self._task.batch(self.step, rows, self.device) for rows in self._shares]
-        counts = self._global_counts(batches)
+        counts = group.totals([batch.counts for batch in batches])
         clock.mark("data")
 
         total = torch.zeros((), device=self.device)
@@ -206,18 +208,10 @@ class Trainer:
             "learning_rate": rate,
             "items": items,
             "items_seen": self._state.items_seen,
-            "peak_allocated_bytes": allocator_peaks(self.device).get("peak_allocated_bytes"),
+            "peak_allocated_bytes": meters.allocator_peaks(self.device).get("peak_allocated_bytes"),
             "loss_scale": strategy.loss_scale,
         }
         self._record(clock.end())
-
-    def _global_counts(self, batches: list[Batch]) -> dict[str, int]:
-        """Over all micro-batches and ranks: what each named sum is divided by, once."""
-        names = list(batches[0].counts)
-        local = torch.tensor([sum(batch.counts[name] for batch in batches) for name in names])
-        totals = self._strategy.reduce_sum(local).tolist()
-        # A step in which every target is masked has no loss, and no gradient.
-        return {name: max(1, total) for name, total in zip(names, totals, strict=True)}
 
     def _record(self, finished: list[StepTimes]) -> None:
         for times in finished:
@@ -315,8 +309,8 @@ class Trainer:
     def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
         steps = read_run(self._writer.folder).steps
         speed, loss = throughput(steps), final_loss(steps)
-        predicted = {kind: float(self.price.total(kind)) for kind in _PREDICTED}
-        measured = self._state.measured | {"parameters": self._strategy.num_parameters}
+        predicted = {kind: float(total) for kind in _PREDICTED if (total := self.price.total(kind))}
+        measured = self._state.measured | {"parameters": self._strategy.num_trained}
         rate = utilization = None
         if speed is not None:
             rate = predicted["model_flops"] * speed.median * self.step / self._state.items_seen
@@ -330,7 +324,7 @@ class Trainer:
             steps=self.step,
             item=self._task.item,
             items_seen=self._state.items_seen,
-            parameters=int(measured["parameters"]),
+            parameters=self._strategy.num_parameters,
             train_loss=math.nan if loss is None else loss,
             metrics=self._state.metrics,
             references=self._task.references(),

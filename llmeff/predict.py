@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +22,17 @@ from torch.utils._pytree import tree_leaves
 from llmeff.core import group
 from llmeff.core.config import ConfigError
 from llmeff.core.layout import Layout
-from llmeff.core.precision import BYTES
+from llmeff.core.table import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
+from llmeff.cost.arrays import Weight
+from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import KINDS, Kind, Price
-from llmeff.cost.tape import Weight
+from llmeff.cost.step import price_state
 from llmeff.cost.workload import Workload
-from llmeff.models import ModelConfig
+from llmeff.models import ModelConfig, TransformConfig
 from llmeff.optim import OptimizerConfig
+from llmeff.parallel import Single, StrategyConfig
 from llmeff.record.meters import PeakLiveBytes, count_flops, saved_bytes
 from llmeff.runconfig import RunConfig
 
@@ -39,18 +43,24 @@ _FEW = 2**22
 """Integers that a trace may really hold in one tensor: the positions of a micro-batch, not every mask made of them."""
 
 
-def predict(config: RunConfig) -> Price:
+def predict(config: RunConfig, rank: int = 0) -> Price:
     """The price of one optimizer step of a run on one rank.
 
     Args:
         config: its vocabulary resolved; a micro-batch that is still `auto` counts as the whole batch.
+        rank: which one: shares may differ by padding, and by which parameters are whole in them.
 
     Raises:
         ConfigError: the vocabulary is still `auto`.
     """
     share = config.train.batch // config.parallel.ranks
     micro_batch = share if config.train.micro_batch == "auto" else config.train.micro_batch
-    return price_step(config.model, config.optim, workload(config, micro_batch))
+    return _price(config, micro_batch, rank)
+
+
+def _price(config: RunConfig, micro_batch: int, rank: int) -> Price:
+    work = workload(config, micro_batch)
+    return price_step(config.model, config.optim, work, config.parallel, rank, config.transforms)
 
 
 def workload(config: RunConfig, micro_batch: int) -> Workload:
@@ -68,17 +78,43 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         num_micro_batches=config.train.batch // config.parallel.ranks // micro_batch,
         precision_name=config.precision,
         recompute=config.runtime.recompute,
+        on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
 
 
-def price_step(model: ModelConfig, optim: OptimizerConfig, work: Workload) -> Price:
-    """The price of a model's and an optimizer's step: by their laws, or traced where the model has none."""
-    try:
-        return model.price(work) + optim.price(model.weights(), work.precision)
-    except NotImplementedError:
+_ALONE = Single()
+
+
+def price_step(
+    model: ModelConfig,
+    optim: OptimizerConfig,
+    work: Workload,
+    parallel: StrategyConfig = _ALONE,
+    rank: int = 0,
+    transforms: Sequence[TransformConfig] = (),
+) -> Price:
+    """The price of a model's and an optimizer's step on a rank: by their laws, or traced where the model has none.
+
+    Transforms have no law: a model that is changed by one is traced.
+    """
+    weights = None
+    if not transforms:
+        with contextlib.suppress(NotImplementedError):
+            weights = model.weights()
+    if weights is None:
         with torch.device("meta"):
             module = model.build()
-        return trace(module, optim, work)
+            for transform in transforms:
+                module = transform.apply(module)
+        return trace(module, optim, work, parallel, rank)
+    keeping = parallel.keeping(weights, optim.groups(model.roles()), work, rank)
+    return model.price(work, keeping) + _state(optim, work, keeping)
+
+
+def _state(optim: OptimizerConfig, work: Workload, keeping: Keeping) -> Price:
+    """The optimizer's; it fills no memory of a GPU where it is updated on the CPU."""
+    price = optim.price(keeping.updated(), work.precision)
+    return price.only(["optimizer_bytes"]) if keeping.updates_on_host and not work.on_cpu else price
 
 
 def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
@@ -96,25 +132,28 @@ def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
         raise ConfigError(problems)
 
 
-def usable_bytes(device: str) -> int | None:
-    """What a step may take of the memory that is free now, on the device of this machine; None: it has no such device."""
-    has_cuda = torch.cuda.is_available()
+def usable_bytes(config: RunConfig) -> int | None:
+    """What a step of one rank may take of the memory that is free now on this machine; None: it lacks the run's device.
+
+    On a CPU the ranks are taken to share one machine's memory.
+    """
+    device, has_cuda = config.runtime.device, torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         return None
     if device == "cpu" or not has_cuda:
-        return int(USABLE * psutil.virtual_memory().available)
+        return int(USABLE * psutil.virtual_memory().available) // config.parallel.ranks
     return int(USABLE * torch.cuda.mem_get_info()[0])
 
 
 def resolve_micro_batch(config: RunConfig) -> int:
-    """`train.micro_batch` as a number.
+    """`train.micro_batch` as a number, the same on all ranks.
 
     Raises:
         ConfigError: it is auto, and not even one sequence fits.
     """
     if config.train.micro_batch != "auto":
         return config.train.micro_batch
-    return fit_micro_batch(config, usable_bytes(config.runtime.device) or 0)
+    return fit_micro_batch(config, group.least(usable_bytes(config) or 0))
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
@@ -134,10 +173,15 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
 
 
 def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
-    """The largest micro-batch within the budget, with its price; one sequence where none is."""
-    share = config.train.batch // config.parallel.ranks
+    """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence."""
+    ranks = config.parallel.ranks
+    share = config.train.batch // ranks
     for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
-        price = price_step(config.model, config.optim, workload(config, micro_batch))
+        # ranks differ by little
+        price = max(
+            (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1}),
+            key=lambda price: price.total("peak_bytes"),
+        )
         if price.total("peak_bytes") <= budget_bytes:
             break
     return micro_batch, price
@@ -179,7 +223,7 @@ def plan(config: RunConfig) -> Plan:
     model = config.task.foresee(config.model, config.data) or _resolved(config)
     config = config.model_copy(update={"model": model})
     check_model(config)
-    usable, micro_batch = usable_bytes(config.runtime.device), config.train.micro_batch
+    usable, micro_batch = usable_bytes(config), config.train.micro_batch
     is_auto = micro_batch == "auto"
     if micro_batch == "auto":
         micro_batch, price = _fit(config, math.inf if usable is None else usable)
@@ -227,7 +271,20 @@ def show(price: Price) -> str:
     return "\n".join(lines)
 
 
-def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
+_SHARED: tuple[Kind, ...] = (
+    "parameters",
+    "parameter_bytes",
+    "master_bytes",
+    "gradient_bytes",
+    "gathered_bytes",
+    "bucket_bytes",
+    "wire_bytes",
+)
+
+
+def trace(
+    module: nn.Module, optim: OptimizerConfig, work: Workload, parallel: StrategyConfig = _ALONE, rank: int = 0
+) -> Price:
     """Counts a module's step by running it on tensors without numbers, which takes next to no memory.
 
     Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
@@ -239,11 +296,13 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
         optim: whose state the step finds.
         work: what the step does.
+        parallel: how the state is shared out: its price is the law's, and the peak is that of one process, more or less
+            by what it takes elsewhere. Frozen parameters count as whole.
+        rank: which share.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():  # type: ignore[no-untyped-call]
         empty_on(module, "cpu")
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
         def forward(batch: dict[str, Any]) -> Tensor:
             with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
@@ -265,18 +324,7 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         with PeakLiveBytes(module.parameters(), held=module.buffers()) as live:
             for _ in range(min(work.num_micro_batches, 2)):
                 run()
-    count = sum(parameter.numel() for parameter in parameters)
-    num_bytes = count * BYTES[work.precision.parameters]
-    entries: dict[tuple[Kind, str], int] = {
-        ("parameters", "model"): count,
-        ("parameter_bytes", "model"): num_bytes,
-        ("gradient_bytes", "model"): count * BYTES[work.precision.gradients],
-        ("executed_flops", "model"): flops * work.num_micro_batches,
-        ("model_flops", "model"): model_flops * work.num_micro_batches,
-        ("saved_bytes", "model"): saved,
-        ("peak_bytes", "model"): live.peak.total,
-    }
-    roles = module.roles()  # type: ignore[operator]  # a method of every language model
+    roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
     weights = [
         Weight(
             name,
@@ -287,7 +335,20 @@ def trace(module: nn.Module, optim: OptimizerConfig, work: Workload) -> Price:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
-    return Price(entries, "traced") + optim.price(weights, work.precision)
+    frozen = sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
+    groups = optim.groups({weight.name: roles[weight.name] for weight in weights})
+    keeping = parallel.keeping(weights, groups, work, rank)
+    state = price_state(weights, work, keeping)
+    alone = price_state(weights, work, _ALONE.keeping(weights, groups, work, rank=0))
+    entries: dict[tuple[Kind, str], int] = {
+        ("executed_flops", "model"): flops * work.num_micro_batches,
+        ("model_flops", "model"): model_flops * work.num_micro_batches,
+        ("saved_bytes", "model"): saved,
+        ("frozen_bytes", "model"): frozen,
+        ("peak_bytes", "model"): live.peak.total + state.total("peak_bytes") - alone.total("peak_bytes"),
+    }
+    shared = state.only(_SHARED) + _state(optim, work, keeping)
+    return Price(entries, "traced") + shared
 
 
 def _batch(work: Workload) -> dict[str, Any]:

@@ -317,8 +317,14 @@ def test_a_plan_says_what_was_priced(no_data, monkeypatch, setting, usable, micr
 
 def test_a_device_that_is_not_here_has_no_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert usable_bytes("cuda") is None
-    assert 0 < usable_bytes("auto") == pytest.approx(usable_bytes("cpu"), rel=0.5)
+
+    def usable(device, ranks=1):
+        parallel = {"name": "ddp", "ranks": ranks}
+        return usable_bytes(validate(RunConfig, {"runtime": {"device": device}, "parallel": parallel}))
+
+    assert usable("cuda") is None
+    assert 0 < usable("auto") == pytest.approx(usable("cpu"), rel=0.5)
+    assert usable("cpu", ranks=4) == pytest.approx(usable("cpu") / 4, rel=0.5)
 
 
 def test_an_unresolved_vocabulary_is_an_error():

@@ -2,7 +2,7 @@
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -64,12 +64,31 @@ def barrier() -> None:
 
 def total(value: Tensor) -> Tensor:
     """The sum over all ranks, on the value's device; the value itself where there is one rank."""
+    return _reduced(value, torch.distributed.ReduceOp.SUM)
+
+
+def _reduced(value: Tensor, by: torch.distributed.ReduceOp.RedOpType) -> Tensor:
     if not is_shared():
         return value
     on_gpu = torch.distributed.get_backend() == "nccl"
-    summed = value.detach().cuda() if on_gpu else value.detach().clone()
-    torch.distributed.all_reduce(summed)
-    return summed.to(value.device)
+    reduced = value.detach().cuda() if on_gpu else value.detach().clone()
+    torch.distributed.all_reduce(reduced, by)
+    return reduced.to(value.device)
+
+
+def least(value: int) -> int:
+    """The smallest of all ranks' numbers."""
+    return -int(_reduced(torch.tensor(-value), torch.distributed.ReduceOp.MAX))
+
+
+def totals(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by name over micro-batches and ranks, at least 1: what each named sum of losses is divided by, once.
+
+    A step in which every target is masked has no loss, and no gradient.
+    """
+    names = list(counts[0])
+    summed = total(torch.tensor([sum(count[name] for count in counts) for name in names])).tolist()
+    return {name: max(1, number) for name, number in zip(names, summed, strict=True)}
 
 
 def from_main(value: T) -> T:

@@ -15,6 +15,8 @@ Kind = Literal[
     "batch_bytes",
     "saved_bytes",
     "logits_bytes",
+    "gathered_bytes",
+    "bucket_bytes",
     "peak_bytes",
     "model_flops",
     "executed_flops",
@@ -25,14 +27,16 @@ Kind = Literal[
 
 `parameters`: how many numbers are trained; `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
 `frozen_bytes`: what each kind of state takes. `batch_bytes`: tokens, targets and places of a micro-batch.
+`gradient_bytes` is counted when the last backward pass is over, and padding is in them all.
 `saved_bytes`: what autograd keeps of a micro-batch when its forward pass ends, weights and `batch_bytes` apart but
 autocast's copies of weights in; each storage once, in the part that first keeps it. `logits_bytes`: one copy of the
-logits in the loss's format. `peak_bytes`: what lives at the moment of the step when most does, by kind.
+logits in the loss's format. `gathered_bytes`, `bucket_bytes`: the most that parameters put together from all ranks,
+and buffers that gradients travel in, take at any time. `peak_bytes`: what lives at the moment of the step when most does, by kind.
 
 `model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
 recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pairs, and what is computed again.
-`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: full payload of
-the collectives."""
+`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: the full payload
+of each collective, whatever part of it a rank sends, by collective."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

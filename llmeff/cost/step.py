@@ -1,63 +1,122 @@
 """The price of a whole optimizer step, from the law of a forward pass."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
-from llmeff.core.precision import BYTES
+from llmeff.cost.arrays import Array, Weight
+from llmeff.cost.keeping import Keeping
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Kind, Price
-from llmeff.cost.tape import Array, Tape, Weight
+from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 
 _REPEATED: tuple[Kind, ...] = ("model_flops", "executed_flops", "elementwise_ops")
 _AT_PEAK = {
+    "parameter_bytes": "parameters",
+    "master_bytes": "master copy",
     "gradient_bytes": "gradients",
     "saved_bytes": "saved activations",
     "batch_bytes": "batch",
-    "workspace": "workspace",
+    "gathered_bytes": "gathered parameters",
+    "bucket_bytes": "buckets",
 }
+Law = Callable[[Tape, Batch], Array]
 
 
-def price_step(law: Callable[[Tape, Batch], Array], workload: Workload) -> Price:
-    """Plays forward and backward of a step's micro-batches.
+def price_step(law: Law, workload: Workload, keeping: Keeping | None = None) -> Price:
+    """Plays forward and backward of a step's micro-batches, and its update.
 
     The optimizer's state, which lives at every moment, is not in it: an optimizer's own price adds it.
 
     Args:
         law: the forward pass of a micro-batch to its summed loss.
         workload: what the step does.
+        keeping: what becomes of weights and gradients; None: one process alone keeps them.
     """
-    tape = Tape(workload)
-    # the second and all later micro-batches find gradients there, and are alike
-    for _ in range(min(workload.num_micro_batches, 2)):
+    keeping = keeping or Keeping(weights(law), workload.precision)
+    keeping.rehearsed(_uses(law, workload))
+    tape = Tape(workload, keeping)
+    num_played = min(workload.num_micro_batches, 3)
+    wire: Counter[str] = Counter()
+    for index in range(num_played):
         tape.counts.clear()
+        keeping.wire.clear()
+        keeping.begin_micro_batch(is_last=index == num_played - 1)
         batch = Batch(tape)
         loss = law(tape, batch)
         tape.end_forward()
         tape.backward(loss)
         del batch, loss
+        # the second stands for all that are neither first nor last
+        times = workload.num_micro_batches - 2 if index == 1 and num_played == 3 else 1
+        wire.update({name: num_bytes * times for name, num_bytes in keeping.wire.items()})
+    gradients = keeping.gradients()
+    keeping.wire.clear()
+    keeping.update()
+    wire.update(keeping.wire)
     once = Price(tape.counts)
     repeated = once.only(_REPEATED)
-    return once + repeated * (workload.num_micro_batches - 1) + _state(tape)
+    entries: Counter[tuple[Kind, str]] = Counter(keeping.counts)
+    for weight in tape.weights.values():
+        entries["parameters", weight.part] += weight.size
+    entries.update({("gradient_bytes", part): num_bytes for part, num_bytes in gradients.items()})
+    entries.update({("wire_bytes", name): num_bytes for name, num_bytes in wire.items()})
+    for kind in ("gathered_bytes", "bucket_bytes"):
+        entries[kind, "at most"] = tape.live.most[kind]
+    for (label, _), num_bytes in tape.live.peak.items():
+        entries["peak_bytes", _AT_PEAK.get(label, label)] += num_bytes
+    return once + repeated * (workload.num_micro_batches - 1) + Price(entries)
 
 
-def weights(law: Callable[[Tape, Batch], Array]) -> list[Weight]:
+def price_state(own: Sequence[Weight], workload: Workload, keeping: Keeping) -> Price:
+    """The same without a model: weights that are used one after another, and nothing else.
+
+    Args:
+        own: the weights, in the order of their uses.
+        workload: what the step does.
+        keeping: what becomes of them and their gradients.
+    """
+
+    def law(tape: Tape, batch: Batch) -> Array:
+        x = tape.new((), "float32")
+        for weight in own:
+            array = tape.weight(weight.name, *weight.shape)
+            node = tape.save((x, array), (), partial(_gradient_of, tape, array))
+            x = tape.new((), "float32", node)
+        return x
+
+    return price_step(law, workload, keeping)
+
+
+def _gradient_of(tape: Tape, weight: Array, gradient: Array) -> tuple[Array, Array]:
+    return tape.new((), "float32"), tape.new(weight.shape, weight.dtype)
+
+
+class _Rehearsal(Keeping):
+    """Notes the uses of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: list[tuple[str, bool]] = []
+
+    def use(self, weight: Weight, in_backward: bool) -> None:
+        """By name."""
+        self.uses.append((weight.name, in_backward))
+
+
+def _uses(law: Law, workload: Workload) -> list[tuple[str, bool]]:
+    rehearsal = _Rehearsal()
+    tape = Tape(replace(workload, num_sequences=1, num_tokens=1), rehearsal)
+    loss = law(tape, Batch(tape))
+    tape.end_forward()
+    tape.backward(loss)
+    return rehearsal.uses
+
+
+def weights(law: Law) -> list[Weight]:
     """The trained parameters that a law uses."""
     tape = Tape(Workload(num_sequences=1, num_tokens=1))
     law(tape, Batch(tape))
     return list(tape.weights.values())
-
-
-def _state(tape: Tape) -> Price:
-    entries: Counter[tuple[Kind, str]] = Counter()
-    master = tape.precision.master
-    for weight in tape.weights.values():
-        entries["parameters", weight.part] += weight.size
-        entries["parameter_bytes", weight.part] += weight.num_bytes
-        entries["gradient_bytes", weight.part] += weight.size * BYTES[tape.precision.gradients]
-        entries["master_bytes", weight.part] += weight.size * BYTES[master] if master else 0
-    for (label, _), num_bytes in tape.live.peak.items():
-        entries["peak_bytes", _AT_PEAK[label]] += num_bytes
-    held = Price(entries)
-    always = {"parameters": held.total("parameter_bytes"), "master copy": held.total("master_bytes")}
-    return held + Price({("peak_bytes", part): num_bytes for part, num_bytes in always.items()})

@@ -8,115 +8,16 @@ backward. So a law whose names live as long as the module's own gives its memory
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-from llmeff.core.precision import BYTES
+from llmeff.cost.arrays import NUM_BYTES, Backward, Live, Node, Storage
+from llmeff.cost.arrays import Array as Array
+from llmeff.cost.arrays import Weight as Weight
+from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
-
-Backward = Callable[..., "tuple[Array | None, ...]"]
-"""(gradient of the output, *saved arrays) to the gradients of the node's inputs."""
-
-_BYTES = {**BYTES, "int64": 8, "bool": 1}
-
-
-class Storage:
-    """Bytes that live while something refers to them."""
-
-    __slots__ = ("_live", "label", "num_bytes")
-
-    def __init__(self, live: "Live", num_bytes: int, label: tuple[str, str]):
-        self._live, self.num_bytes, self.label = live, num_bytes, label
-        live.change(label, num_bytes)
-
-    def __del__(self) -> None:
-        self._live.change(self.label, -self.num_bytes)
-
-    def relabel(self, label: tuple[str, str]) -> None:
-        """Says anew what the bytes are for."""
-        self._live.change(self.label, -self.num_bytes)
-        self.label = label
-        self._live.change(label, self.num_bytes)
-
-
-class Live:
-    """How many bytes live now, and what lived when most did."""
-
-    def __init__(self) -> None:
-        self.now: Counter[tuple[str, str]] = Counter()
-        self.total = self.peak_total = 0
-        self.peak: Counter[tuple[str, str]] = Counter()
-
-    def change(self, label: tuple[str, str], num_bytes: int) -> None:
-        """Counts bytes that come, or, below zero, go."""
-        self.now[label] += num_bytes
-        self.total += num_bytes
-        if self.total > self.peak_total:
-            self.peak_total, self.peak = self.total, self.now.copy()
-
-
-@dataclass(slots=True)
-class Array:
-    """A tensor without its numbers. Views share their storage."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    storage: Storage
-    node: "Node | None" = None
-    """What made it, where a gradient is to flow there."""
-
-    @property
-    def size(self) -> int:
-        """How many numbers it has."""
-        return prod(self.shape)
-
-    def view(self, *shape: int) -> "Array":
-        """The same bytes in another shape."""
-        assert prod(shape) == self.size, (shape, self.shape)
-        return Array(shape, self.dtype, self.storage, self.node)
-
-
-@dataclass(slots=True)
-class Node:
-    """One operation, as backward will meet it; without a backward, a place where a gradient is wanted."""
-
-    inputs: tuple["Node | None", ...] = ()
-    saved: tuple[Array, ...] = ()
-    backward: Backward | None = None
-    gradient: Array | None = None
-
-    def accumulate(self, gradient: Array) -> None:
-        """Adds to the gradient of the node's output: in the first one's place, as PyTorch does where it may."""
-        if self.gradient is None:
-            self.gradient = gradient
-
-
-@dataclass(slots=True)
-class Weight:
-    """A trained parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    part: str
-    gradient: Array | None = field(default=None, repr=False)
-
-    @property
-    def size(self) -> int:
-        """How many numbers it has."""
-        return prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes."""
-        return self.size * _BYTES[self.dtype]
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is a matrix within a layer: neither embedding nor head, nor a norm or bias."""
-        return len(self.shape) == 2 and self.part not in ("embedding", "head")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,6 +25,7 @@ class Leaf(Node):
     """Where a weight's gradients meet: it is kept once all the uses of a backward pass have given theirs."""
 
     weight: Weight
+    keeping: Keeping
     num_awaited: int = 0
 
     def accumulate(self, gradient: Array) -> None:
@@ -132,10 +34,8 @@ class Leaf(Node):
         self.num_awaited -= 1
         if self.num_awaited or self.gradient is None:
             return
-        if self.weight.gradient is None:
-            self.weight.gradient = self.gradient
-            self.gradient.storage.relabel(("gradient_bytes", self.weight.part))
-        self.gradient = None
+        whole, self.gradient = self.gradient, None
+        self.keeping.ready(self.weight, whole)
 
 
 class Tape:
@@ -143,10 +43,12 @@ class Tape:
 
     Args:
         workload: what the step is to do.
+        keeping: what becomes of weights and gradients.
     """
 
-    def __init__(self, workload: Workload):
+    def __init__(self, workload: Workload, keeping: Keeping | None = None):
         self.workload = workload
+        self.keeping = keeping or Keeping()
         self.precision = workload.precision
         self.weights: dict[str, Weight] = {}
         self.live = Live()
@@ -160,7 +62,8 @@ class Tape:
         self._keeps = True
         self._saves_left: int | None = None
         self._num_saves = 0
-        self._recomputes = False
+        self._recomputes = self._in_backward = False
+        self.keeping.begin(self.live)
 
     @contextmanager
     def within(self, name: str, part: str | None = None) -> Iterator[None]:
@@ -177,7 +80,8 @@ class Tape:
         full = ".".join((*self._path, name))
         if full not in self.weights:
             self.weights[full] = Weight(full, shape, self.precision.parameters, self._part)
-        leaf = self._leaves.setdefault(full, Leaf(weight=self.weights[full]))
+        leaf = self._leaves.setdefault(full, Leaf(weight=self.weights[full], keeping=self.keeping))
+        self.keeping.use(self.weights[full], in_backward=self._in_backward)
         return Array(shape, self.precision.parameters, self._static, leaf)
 
     def cached(self, weight: Array, make: Callable[[], Array]) -> Array:
@@ -232,12 +136,12 @@ class Tape:
 
     def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
         """A new array."""
-        num_bytes = 0 if self._has_stopped else prod(shape) * _BYTES[dtype]
+        num_bytes = 0 if self._has_stopped else prod(shape) * NUM_BYTES[dtype]
         return Array(shape, dtype, Storage(self.live, num_bytes, ("workspace", self._part)), node)
 
     def given(self, shape: tuple[int, ...], dtype: str) -> Array:
         """A new array of the batch, which is there before the forward pass."""
-        array = Array(shape, dtype, Storage(self.live, prod(shape) * _BYTES[dtype], ("batch_bytes", "batch")))
+        array = Array(shape, dtype, Storage(self.live, prod(shape) * NUM_BYTES[dtype], ("batch_bytes", "batch")))
         self.counts["batch_bytes", "batch"] += array.storage.num_bytes
         return array
 
@@ -304,6 +208,7 @@ class Tape:
     def end_forward(self) -> None:
         """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""
         self._casts.clear()
+        self.keeping.end_forward()
         for (label, part), num_bytes in self.live.now.items():
             if label == "saved_bytes":
                 self.counts["saved_bytes", part] = num_bytes
@@ -312,7 +217,10 @@ class Tape:
         """Plays the backward pass of a scalar."""
         assert loss.node is not None
         loss.node.accumulate(self.new(loss.shape, loss.dtype))
+        self._in_backward = True
         self._play_back()
+        self._in_backward = False
+        self.keeping.end_backward()
 
     def _play_back(self) -> None:
         while self._nodes:
@@ -320,6 +228,9 @@ class Tape:
             gradient, node.gradient = node.gradient, None
             if gradient is None or node.backward is None:
                 continue
+            for below in node.inputs:
+                if isinstance(below, Leaf):
+                    self.keeping.use(below.weight, in_backward=True)
             gradients = list(node.backward(gradient, *node.saved))[::-1]
             node.saved = ()
             del gradient

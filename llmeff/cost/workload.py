@@ -30,6 +30,9 @@ class Workload:
     """Rows hold several documents, which do not see one another."""
     kernel: Kernel = "flash"
     """Of softmax attention."""
+    on_cpu: bool = True
+    """Ranks talk by gloo, which puts parts together and takes sums apart in copies of its own, and what is offloaded lies
+    in the same memory as all else."""
 
     @property
     def precision(self) -> Precision:

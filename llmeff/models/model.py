@@ -5,13 +5,17 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from llmeff.core.config import Component, Count, Text
+from llmeff.core.table import Role
+from llmeff.cost.arrays import Array, Weight
+from llmeff.cost.keeping import Keeping
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Price
 from llmeff.cost.step import price_step, weights
-from llmeff.cost.tape import Array, Tape, Weight
+from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from llmeff.data.tokenizer import Tokenizer
 
@@ -43,9 +47,21 @@ class ModelConfig(Component, family="model"):
         """The trained parameters, by their names in the module."""
         return weights(self.law)
 
-    def price(self, workload: Workload) -> Price:
-        """What an optimizer step costs, without the optimizer."""
-        return price_step(self.law, workload)
+    def roles(self) -> dict[str, Role]:
+        """What each trained parameter is, by its name in the module."""
+        with torch.device("meta"):
+            module = self.build()
+        roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
+        return {name: roles[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    def price(self, workload: Workload, keeping: Keeping | None = None) -> Price:
+        """What an optimizer step costs, without the optimizer.
+
+        Args:
+            workload: what the step does.
+            keeping: what becomes of weights and gradients; None: one process alone keeps them.
+        """
+        return price_step(self.law, workload, keeping)
 
 
 class LanguageModelConfig(ModelConfig):

@@ -134,6 +134,10 @@ class DecoderConfig(LanguageModelConfig):
         """The module, initialized from torch's default generator."""
         return Decoder(self)
 
+    def roles(self) -> dict[str, Role]:
+        """By the names that the law has in common with the module."""
+        return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights()}
+
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
         """The price of `Decoder.forward` with targets; names live as long as there."""
         with tape.within("embed_tokens", "embedding"):
@@ -291,15 +295,15 @@ class Decoder(nn.Module):
 
     def roles(self) -> dict[str, Role]:
         """What each parameter is, by name; the optimizer's groups follow it."""
-        return {name: _role(name, parameter) for name, parameter in self.named_parameters()}
+        return {name: _role(name, parameter.dim()) for name, parameter in self.named_parameters()}
 
 
-def _role(name: str, parameter: Tensor) -> Role:
+def _role(name: str, num_dims: int) -> Role:
     if name.startswith("embed_tokens"):
         return "embedding"
     if name.startswith("lm_head"):
         return "head"
-    return "matrix" if parameter.dim() == 2 else "norm"
+    return "matrix" if num_dims == 2 else "norm"
 
 
 # name: width, layers, heads, key-value heads, MLP width, tied. The parameters that a name states are counted with the

@@ -1,16 +1,16 @@
 """AdamW: adaptive moments with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 import torch
 
 from llmeff.core.config import BelowOne, NotNegative, Positive
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row, Sharding
+from llmeff.core.table import UNDECAYED, Role, Row, Sharding
+from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
-from llmeff.cost.tape import Weight
 from llmeff.optim.optimizer import OptimizerConfig
 
 
@@ -29,16 +29,24 @@ class AdamW(OptimizerConfig):
     weight_decay: NotNegative = 0.1
     """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
 
+    def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
+        """One with decay and one without."""
+        decayed = [name for name, role in roles.items() if role not in UNDECAYED]
+        others = [name for name, role in roles.items() if role in UNDECAYED]
+        return [names for names in (decayed, others) if names]
+
     def build(self, rows: list[Row]) -> torch.optim.AdamW:
-        """One group with decay and one without."""
-        decayed = [row.parameter for row in rows if row.decayed]
-        others = [row.parameter for row in rows if not row.decayed]
+        """The groups, with their decay."""
+        by_name = {row.name: row for row in rows}
         groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {
+                "params": [by_name[name].parameter for name in names],
+                "weight_decay": self.weight_decay if by_name[names[0]].decayed else 0.0,
+            }
+            for names in self.groups({row.name: row.role for row in rows})
         ]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=self.lr,
             betas=(self.beta1, self.beta2),
             eps=self.eps,

@@ -1,7 +1,7 @@
 """Muon: momentum made orthogonal by Newton-Schulz iterations for matrices (Jordan et al. 2024), AdamW for the rest."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 from llmeff.core.config import BelowOne, Count, Flag, NotNegative
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row, Sharding
+from llmeff.core.table import Role, Row, Sharding
+from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
-from llmeff.cost.tape import Weight
 from llmeff.optim.adamw import AdamW
 from llmeff.optim.joined import Joined
 from llmeff.optim.optimizer import OptimizerConfig
@@ -39,6 +39,12 @@ class Muon(OptimizerConfig):
     """Of AdamW: decay of the first moment."""
     beta2: BelowOne = 0.95
     """Of AdamW: decay of the second moment."""
+
+    def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
+        """The matrices, then AdamW's groups of the rest."""
+        matrices = [name for name, role in roles.items() if role == "matrix"]
+        rest = {name: role for name, role in roles.items() if role != "matrix"}
+        return [names for names in (matrices, *self._adamw.groups(rest)) if names]
 
     def build(self, rows: list[Row]) -> Optimizer:
         """Both as one; the one alone that has parameters, if the other has none."""

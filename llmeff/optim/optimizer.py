@@ -1,15 +1,15 @@
 """The contract of an optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from torch.optim import Optimizer
 
 from llmeff.core.config import Component, Positive, Text
 from llmeff.core.precision import Precision
-from llmeff.core.table import Row, Sharding
+from llmeff.core.table import Role, Row, Sharding
+from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Price
-from llmeff.cost.tape import Weight
 
 
 class OptimizerConfig(Component, family="optimizer"):
@@ -22,6 +22,14 @@ class OptimizerConfig(Component, family="optimizer"):
     """The optimizer's name."""
     lr: Positive = 1e-3
     """Peak learning rate, which the schedule scales."""
+
+    def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
+        """The names of the parameters of each of the optimizer's groups, none of them empty.
+
+        Args:
+            roles: of the parameters, by name, in the model's order.
+        """
+        raise NotImplementedError(type(self))
 
     def build(self, rows: list[Row]) -> Optimizer:
         """The optimizer of these parameters; each group's `lr` is the peak."""

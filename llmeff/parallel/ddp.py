@@ -1,7 +1,7 @@
 """Distributed data parallel: every rank has the whole model, gradients are summed; the optimizer may be shared out."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +13,9 @@ from llmeff.core.config import ConfigError, Count, Flag
 from llmeff.core.precision import PrecisionName
 from llmeff.core.shard import replicated, whole_tensors
 from llmeff.core.table import Row, Sharding
+from llmeff.cost.arrays import Array, Weight
+from llmeff.cost.workload import Workload
+from llmeff.parallel.rank_keeping import RankKeeping
 from llmeff.parallel.saved import Holder, whole
 from llmeff.parallel.single import SingleProcess, check_joined
 from llmeff.parallel.strategy import Parts, StrategyConfig
@@ -40,6 +43,51 @@ class DDP(StrategyConfig):
         """Joins this process's replica to the others."""
         return Replicas(parts, self)
 
+    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ReplicaKeeping":
+        """Everything, and buckets of all gradients that stay from step to step."""
+        return ReplicaKeeping(weights, work, self, rank)
+
+
+class ReplicaKeeping(RankKeeping):
+    """Backward copies gradients into the buckets; those of earlier micro-batches lie beside until then."""
+
+    def __init__(self, weights: list[Weight], work: Workload, config: DDP, rank: int):
+        super().__init__(weights, work, config.ranks, rank)
+        deal = whole_tensors if config.shard_optimizer else replicated
+        sizes = {weight.name: weight.size for weight in self.weights}
+        self._owned = [{part.name for part in shard} for shard in deal(sizes, config.ranks)]
+        self._shares_optimizer = config.shard_optimizer
+
+    def stand(self) -> None:
+        """Every weight, and the buckets."""
+        super().stand()
+        for weight in self.weights:
+            self.keep("gradient_bytes", weight.part, weight.num_bytes)
+
+    def ready(self, weight: Weight, gradient: Array) -> None:
+        """With the last micro-batch it goes into its bucket, which is summed over the ranks."""
+        if not self.is_last:
+            super().ready(weight, gradient)
+            return
+        self.whole.pop(weight.name, None)
+        self.send("all_reduce", weight.num_bytes)
+
+    def update(self) -> None:
+        """Where the optimizer is shared out, every owner sends its parameters in one piece."""
+        super().update()
+        if self._shares_optimizer:
+            before = None
+            for owned in self._owned:
+                sizes = [weight.size for weight in self.weights if weight.name in owned]
+                flat = self.flatten(sizes, self.narrow)
+                self.send("broadcast", sum(sizes) * self.narrow)
+                del before  # the one before goes when the next is there
+                before = flat
+
+    def updated(self) -> list[Weight]:
+        """What it owns."""
+        return [weight for weight in super().updated() if weight.name in self._owned[self.rank]]
+
 
 class Replicas(SingleProcess):
     """Accelerate wraps the model; an optimizer that is shared out is stepped where its parameters are owned."""
@@ -48,6 +96,8 @@ class Replicas(SingleProcess):
         from accelerate import DistributedDataParallelKwargs
 
         self._config = config
+        self._num_steps = 0
+        self._buckets: list[Tensor] = []
         kwargs = DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mib
         )
@@ -78,6 +128,9 @@ class Replicas(SingleProcess):
 
     def step(self) -> bool:
         """Updates what this rank owns; then every owner sends its parameters to all."""
+        self._num_steps += 1
+        if self._num_steps == 2:  # in the first DDP learns the order of gradients, and makes its buckets anew
+            self._buckets = [row.parameter.grad for row in self._rows if row.parameter.grad is not None]
         updated = super().step()
         if self._config.shard_optimizer and updated:
             self._send()
@@ -92,6 +145,11 @@ class Replicas(SingleProcess):
             if rank != self.world.rank:
                 for tensor, values in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
                     tensor.copy_(values)
+
+    def held(self) -> Iterable[Tensor]:
+        """The buckets too, from the second step on."""
+        yield from super().held()
+        yield from self._buckets
 
     def holders(self) -> list[Holder]:
         """What it updates; of what all update, the main rank's."""

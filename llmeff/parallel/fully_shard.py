@@ -1,6 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state are split by rows over the ranks, and gathered where they are used."""
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from math import prod
 from typing import ClassVar, Literal
 
 import torch
@@ -10,10 +12,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from llmeff.core.config import Flag
-from llmeff.core.precision import PrecisionName
-from llmeff.core.shard import split_rows
+from llmeff.core.precision import BYTES, PrecisionName
+from llmeff.core.shard import part_length, split_rows
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
+from llmeff.cost.arrays import Array, Storage, Weight
+from llmeff.cost.workload import Workload
+from llmeff.parallel.rank_keeping import RankKeeping
 from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
 
@@ -43,6 +48,153 @@ class FSDP(StrategyConfig):
     def build(self, parts: Parts) -> "Sharded":
         """Splits this process's copy."""
         return Sharded(parts, self)
+
+    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ShardKeeping":
+        """Rows of everything, and the units that are gathered."""
+        return ShardKeeping(weights, work, self, rank)
+
+
+_ROOT = ""
+"""The unit of all that is in no layer."""
+
+
+class ShardKeeping(RankKeeping):
+    """Units come and go as fully_shard's hooks have them: gathered for their first use, let go after their last.
+
+    A gathered buffer is split into parameters. In forward it stays until the next unit is gathered, in backward it goes
+    at once, and the next unit's is gathered ahead.
+    """
+
+    def __init__(self, weights: list[Weight], work: Workload, config: FSDP, rank: int):
+        super().__init__(weights, work, config.ranks, rank)
+        self._reshards = config.reshard_after_forward
+        self._units: defaultdict[str, list[Weight]] = defaultdict(list)
+        for weight in self.weights:
+            self._units[_unit(weight)].append(weight)
+        self._order: list[str] = []
+        self._whole: dict[str, Storage] = {}
+        self._buffers: dict[str, Storage] = {}
+        self._last_buffer: Storage | None = None
+        self._last_input: Storage | None = None
+        self._sums: dict[str, Storage] = {}
+        self._num_ready: Counter[str] = Counter()
+
+    def _padded(self, weight: Weight) -> int:
+        """Bytes of a weight whose rows are filled up to a multiple of the ranks."""
+        return part_length(weight.shape[0], self.ranks) * self.ranks * prod(weight.shape[1:]) * self.narrow
+
+    def _size(self, unit: str) -> int:
+        return sum(map(self._padded, self._units[unit]))
+
+    def stand(self) -> None:
+        """This rank's rows."""
+        for weight in self.weights:
+            self.keep("parameter_bytes", weight.part, self._padded(weight) // self.ranks)
+
+    def use(self, weight: Weight, in_backward: bool) -> None:
+        """Gathers the unit, where it is not there."""
+        unit = _unit(weight)
+        if in_backward:
+            self._use_backward(_ROOT)
+            self._use_backward(unit)
+        else:
+            self._leave_layer(unit)
+            self._use_forward(_ROOT)
+            self._use_forward(unit)
+
+    def _leave_layer(self, next_unit: str) -> None:
+        last = self._order[-1] if self._order else _ROOT
+        if last not in (next_unit, _ROOT) and self._reshards:
+            self._whole.pop(last, None)
+
+    def _use_forward(self, unit: str) -> None:
+        if unit != _ROOT and unit not in self._order:
+            self._order.append(unit)
+        if unit not in self._whole:
+            buffer = self._gather(unit)
+            self._last_buffer = None
+            self._whole[unit] = self.make("gathered_bytes", self._size(unit))
+            self._last_buffer = buffer
+
+    def _gather(self, unit: str) -> Storage | None:
+        if self.ranks == 1:
+            return None
+        buffer = self.make("gathered_bytes", self._size(unit))
+        self.gather(self._size(unit))
+        return buffer
+
+    def end_forward(self) -> None:
+        """The model's own forward is over, and its unit goes too."""
+        self._leave_layer(_ROOT)
+        self._last_buffer = None
+        if self._reshards:
+            self._whole.pop(_ROOT, None)
+        self._use_backward(_ROOT)  # the loss, too, is its own
+
+    def _use_backward(self, unit: str) -> None:
+        if unit in self._num_ready:
+            return  # already under way
+        self._num_ready[unit] = 0
+        if unit not in self._whole:
+            buffer = self._buffers.pop(unit, None) or self._gather(unit)
+            self._whole[unit] = self.make("gathered_bytes", self._size(unit))
+            del buffer
+        ahead = self._order.pop() if self._order else None
+        if ahead is not None and ahead not in self._whole:
+            buffer = self._gather(ahead)
+            if buffer is not None:
+                self._buffers[ahead] = buffer
+
+    def ready(self, weight: Weight, gradient: Array) -> None:
+        """A unit that has all its gradients sums them over the ranks and goes."""
+        super().ready(weight, gradient)
+        unit = _unit(weight)
+        self._num_ready[unit] += 1
+        if unit != _ROOT and self._num_ready[unit] == len(self._units[unit]):
+            self._reduce(unit)
+
+    def _reduce(self, unit: str) -> None:
+        self._whole.pop(unit, None)
+        self._last_input = None
+        size = self._size(unit)
+        self._last_input = self.make("bucket_bytes", size)
+        for weight in self._units[unit]:
+            self.whole.pop(weight.name)
+        part = self.make("gradient_bytes", size // self.ranks)
+        if self.ranks > 1:
+            self.scatter(size)
+        self._sums.setdefault(unit, part)
+
+    def end_backward(self) -> None:
+        """The rest is summed."""
+        self._reduce(_ROOT)
+        self._last_input = None
+        self._num_ready.clear()
+
+    def gradients(self) -> Counter[str]:
+        """Those of this rank's rows."""
+        parts: Counter[str] = Counter()
+        for weight in self.weights:
+            parts[weight.part] += self._padded(weight) // self.ranks
+        return parts
+
+    def update(self) -> None:
+        """Of each parameter the norm is summed too."""
+        super().update()
+        if self.ranks > 1:
+            self.send("all_reduce", len(self.weights) * BYTES["float32"])
+        self._sums.clear()
+
+    def updated(self) -> list[Weight]:
+        """This rank's rows; padding has no state."""
+        shapes = {weight.name: weight.shape for weight in self.weights}
+        shard = split_rows(shapes, self.ranks)[self.rank]
+        return [Weight(w.name, (part.size,), w.dtype, w.part) for w, part in zip(self.weights, shard, strict=True)]
+
+
+def _unit(weight: Weight) -> str:
+    first, _, rest = weight.name.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first == "layers" else _ROOT
 
 
 class Sharded(Strategy):
@@ -90,6 +242,11 @@ class Sharded(Strategy):
             Holder(key=row.parameter, parts=((part, 0),) if part.size else ())
             for row, part in zip(self._rows, shard, strict=True)
         ]
+
+    def held(self) -> Iterable[Tensor]:
+        """This rank's rows."""
+        for tensor in super().held():
+            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gathered on all ranks, a parameter at a time, and kept by the main one."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from llmeff.core.config import ConfigError
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
+from llmeff.cost.arrays import Weight
+from llmeff.cost.keeping import Keeping
+from llmeff.cost.workload import Workload
 from llmeff.parallel.saved import Holder, Saved, load_whole, whole
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
 
@@ -32,6 +35,10 @@ class Single(StrategyConfig):
     def refusal(self, sharding: Sharding) -> str | None:
         """None: nothing is split."""
         return None
+
+    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> Keeping:
+        """Everything."""
+        return Keeping(weights, work.precision)
 
     def build(self, parts: Parts) -> "SingleProcess":
         """Sets the model and the optimizer up on the device."""

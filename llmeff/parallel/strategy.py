@@ -17,6 +17,9 @@ from llmeff.core.dist import Statement, World, world
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.core.tensors import stored_tensors
+from llmeff.cost.arrays import Weight
+from llmeff.cost.keeping import Keeping
+from llmeff.cost.workload import Workload
 from llmeff.parallel.saved import Holder, Saved, save
 
 
@@ -55,6 +58,8 @@ class Strategy(ABC):
         self.world: World = world()
         self.num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
         """Trained and frozen, of the whole model, shared ones once."""
+        self.num_trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+        """Trained."""
         self._plain = parts.model
 
     def accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -186,6 +191,17 @@ class StrategyConfig(Component, family="strategy"):
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
         """What of a precision that it trains in, or of `runtime.compile`, cannot work with these fields, and why."""
         yield from ()
+
+    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> Keeping:
+        """What a rank keeps and sends in a step: with the laws of the model and the optimizer, the rank's price.
+
+        Args:
+            weights: the trained parameters, in the model's order.
+            groups: their names, by the optimizer's groups.
+            work: what the step does on the rank.
+            rank: which one.
+        """
+        raise NotImplementedError(type(self))
 
     def build(self, parts: Parts) -> Strategy:
         """Sets the model, its parameters and their optimizer up on this process."""

@@ -19,9 +19,12 @@ from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
+from llmeff.cost.arrays import Weight
+from llmeff.cost.workload import Workload
 from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole, whole
 from llmeff.parallel.single import check_joined
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
+from llmeff.parallel.zero_keeping import ALIGNMENT, FlatKeeping, GatheredKeeping, SumKeeping, ZeroKeeping
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -49,8 +52,6 @@ _OURS = {
 """What a DeepSpeed file may state and the run's config must say too."""
 _ELSEWHERE = {"optimizer": "optim", "scheduler": "schedule"}
 """What a DeepSpeed file may hold and only the run's config decides."""
-_ALIGNMENT = 2
-"""ZeRO-1 and -2 pad a group of parameters to a multiple of so many numbers a rank."""
 
 
 class DeepSpeed(StrategyConfig):
@@ -137,12 +138,11 @@ class DeepSpeed(StrategyConfig):
 
     def settings(self, parts: Parts) -> dict[str, Any]:
         """DeepSpeed's own config of this run."""
-        most = max(1, sum(row.parameter.numel() for row in parts.table(parts.model)))
+        size = sum(row.parameter.numel() for row in parts.table(parts.model))
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": self.overlap_comm,
-            # a bucket of the whole model is one that is never full, and DeepSpeed allocates what it is told
-            "reduce_bucket_size": min(self.reduce_bucket_size, most),
+            "reduce_bucket_size": self.bucket_size(size),
             "allgather_bucket_size": _even(self.allgather_bucket_size),
             "stage3_prefetch_bucket_size": self.prefetch_bucket_size,
             "stage3_max_live_parameters": self.max_live_parameters,
@@ -174,6 +174,21 @@ class DeepSpeed(StrategyConfig):
                 "lower_precision_safe_modules": named,
             }
         return settings
+
+    def bucket_size(self, size: int) -> int:
+        """Numbers in a bucket of gradients, of a model of so many."""
+        # a bucket of the whole model is one that is never full, and DeepSpeed allocates what it is told
+        return min(self.reduce_bucket_size, max(1, size))
+
+    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroKeeping:
+        """What the stage leaves on a rank.
+
+        What is offloaded is counted by its kind wherever it lies. In `peak_bytes` it is only on a CPU, where all is one
+        memory: on a GPU that is the peak of the device, which is what must fit.
+        """
+        own = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
+        stages: dict[int, type[ZeroKeeping]] = {0: SumKeeping, 1: FlatKeeping, 2: FlatKeeping, 3: GatheredKeeping}
+        return stages[self.stage](weights, own, work, self, rank)
 
     def build(self, parts: Parts) -> "Engine":
         """Hands the model and the optimizer to DeepSpeed."""
@@ -281,6 +296,12 @@ class Engine(Strategy):
         """Clears."""
         self._engine.zero_grad()
 
+    def held(self) -> Iterable[Tensor]:
+        """The copies that are updated in place of bf16 parameters, too."""
+        yield from super().held()
+        for group in getattr(self._zero, "fp32_groups", ()):
+            yield from group
+
     def holders(self) -> list[Holder]:
         """What it updates; of what all update, the main rank's."""
         return self.updated() if self._config.stage > 0 or self.world.is_main else []
@@ -317,7 +338,7 @@ class FlatEngine(Engine):
         shards = []
         for flat, names in zip(self._zero.single_partition_of_fp32_groups, self._groups, strict=True):
             sizes = {name: self._sizes[name] for name in names}
-            shards.append((flat, split_group(sizes, self.world.ranks, _ALIGNMENT * self.world.ranks)[self.world.rank]))
+            shards.append((flat, split_group(sizes, self.world.ranks, ALIGNMENT * self.world.ranks)[self.world.rank]))
         return shards
 
     def updated(self) -> list[Holder]:
@@ -325,14 +346,29 @@ class FlatEngine(Engine):
         return [Holder(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
 
     def held(self) -> Iterable[Tensor]:
-        """The groups, this rank's slices of them, and their moments."""
+        """The groups, this rank's slices of them, their moments, and what offloading goes by way of."""
         yield from super().held()
         yield from self._zero.bit16_groups_flat
         yield from self._zero.single_partition_of_fp32_groups
+        if self._config.offload_optimizer:
+            yield from (flat.grad for flat in self._zero.single_partition_of_fp32_groups)
+            yield from self._zero.param_buffer_of_bit16_for_cpu_offload_groups
+            yield from self._zero.accumulated_grads_in_cpu.values()
+            yield self._zero.temp_grad_buffer_for_cpu_offload
+            yield self._zero.temp_grad_buffer_for_gpu_offload
 
 
 class GatheredEngine(Engine):
     """Stage 3: a rank has a part of every parameter, and a module gathers its own when it runs."""
+
+    def __init__(self, parts: Parts, config: DeepSpeed):
+        self._linear = nn.functional.linear
+        super().__init__(parts, config)
+
+    def close(self) -> None:
+        """Takes DeepSpeed's own linear layer away too, which it leaves to all that comes after."""
+        super().close()
+        nn.functional.linear = self._linear
 
     def clip(self, max_norm: float | None) -> Tensor:
         """The norm, asked for once and handed back to the step, which clips by it."""
@@ -363,12 +399,16 @@ class GatheredEngine(Engine):
         return found
 
     def held(self) -> Iterable[Tensor]:
-        """The parts of the parameters, of their updated copies and moments, and of the gradients."""
+        """The parts of the parameters, of their updated copies and moments, and of the gradients, and the bucket."""
         yield from self._plain.buffers()
         for row in self._rows:
             yield row.parameter.data
             yield row.parameter.ds_tensor  # type: ignore[attr-defined]
-        yield from self._zero.fp32_partitioned_groups_flat
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            yield flat
+            yield from () if flat.grad is None else (flat.grad,)
+        yield self._zero.grad_partitions_flat_buffer
+        yield from (bucket.buffer for bucket in self._zero.ipg_buckets.values())
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 

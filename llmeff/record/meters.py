@@ -3,14 +3,17 @@
 import contextlib
 import resource
 import sys
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmeff.core.dist import silence_profiler
+from llmeff.core.group import is_shared
 from llmeff.core.log import logger
 
 Kind = Literal["parameters", "gradients", "optimizer", "other"]
@@ -163,11 +167,90 @@ class PeakLiveBytes:
         return best
 
 
+_COLLECTIVES = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "reduce_": "reduce",
+}
+_NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}
+
+
+class WireMeter(TorchDispatchMode):
+    """Counts the bytes that the ranks send one another while it is entered, as this one sees it.
+
+    Each collective counts with its full payload, the largest of what it reads and writes: of a gather and a scatter the
+    whole, of which a rank has a part. How much of it a backend moves depends on its algorithm. Compiled code runs
+    eagerly meanwhile.
+    """
+
+    num_bytes: Counter[str]
+    """By collective: all_reduce, all_gather, reduce_scatter, broadcast, reduce."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = Counter()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it sends its own, below
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and name not in _NO_PAYLOAD:
+            payloads = [
+                sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+                for value in (*args, *(kwargs or {}).values(), result)
+            ]
+            self.num_bytes[_COLLECTIVES.get(name, name)] += max(payloads)
+        return result
+
+
+_SETTLED_S = 0.002
+"""After which gloo's thread has surely let go of a collective's tensors, though nothing says so."""
+
+
+class _Settled(TorchDispatchMode):
+    """Waits after each collective until gloo's thread has let go of what it was given, which no profiler would see."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            works: list[Any] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.ScriptObject)]
+            for work in works:
+                work.wait()
+            time.sleep(_SETTLED_S)
+        return result
+
+
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
     """The most bytes that live at once in a call, by the allocator's own account.
 
     On a GPU the allocator keeps its peak. On a CPU it tells the profiler of every allocation; what lives before the call
-    it does not know, and has to be given. Nothing but a CPU call's speed is changed, compiled code stays compiled.
+    it does not know, and has to be given. Nothing but a CPU call's speed is changed, and compiled code stays compiled
+    where there is one process; where there are more, each collective is waited for, or gloo's own thread would free what
+    the profiler then does not see go.
 
     Args:
         run: the call.
@@ -180,7 +263,8 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
         return torch.cuda.max_memory_allocated(device)
     silence_profiler()
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    settled = _Settled() if is_shared() else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, settled:
         run()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
@@ -195,11 +279,12 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
 def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for backward in a call, a forward pass with its loss.
 
-    Each storage counts once, whole, however many operations keep it or views of it.
+    Each storage counts once, whole, however many operations keep it or views of it. Parameters do not, gathered ones
+    included.
 
     Args:
         run: the call.
-        excluded: tensors that are live anyway: parameters, buffers, the batch.
+        excluded: tensors that are live anyway: buffers, the batch.
     """
     known = {tensor.untyped_storage()._cdata for tensor in excluded}
     # Held, not only counted: were a storage freed meanwhile, the next could take its address.
@@ -207,7 +292,8 @@ def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
+        base = tensor._base if tensor._is_view() else tensor
+        if storage._cdata not in known and not isinstance(base, nn.Parameter):
             saved[storage._cdata] = storage
         return tensor
 

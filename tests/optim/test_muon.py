@@ -9,7 +9,7 @@ from torch import nn
 from llmeff.core.optimizer_state import state_bytes
 from llmeff.core.precision import precision
 from llmeff.core.table import Row, table
-from llmeff.cost.tape import Weight
+from llmeff.cost.arrays import Weight
 from llmeff.optim import Muon
 from llmeff.record.meters import count_flops
 

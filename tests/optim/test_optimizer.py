@@ -6,8 +6,8 @@ from torch import nn
 
 from llmeff.core.optimizer_state import state_bytes
 from llmeff.core.precision import precision
-from llmeff.core.table import table
-from llmeff.cost.tape import Weight
+from llmeff.core.table import Row, table
+from llmeff.cost.arrays import Weight
 from llmeff.optim import OptimizerConfig
 
 CONVERGENT = {"adamw": {"lr": 0.05, "weight_decay": 0.0}, "muon": {"lr": 0.01, "weight_decay": 0.0}}
@@ -40,6 +40,16 @@ def train(name, steps, **settings):
 def test_the_tables_are_complete():
     names = OptimizerConfig.registry.names()
     assert sorted(CONVERGENT) == sorted(UPDATES) == names
+
+
+@every_optimizer
+def test_the_groups_that_are_stated_are_those_that_are_built(name):
+    roles = {"first.weight": "matrix", "first.bias": "bias", "norm": "norm", "last.weight": "head"}
+    rows = [Row(name=own, parameter=nn.Parameter(torch.zeros(2, 2)), role=role) for own, role in roles.items()]
+    names = {row.parameter: row.name for row in rows}
+    config = OptimizerConfig.registry[name]()
+    built = [[names[parameter] for parameter in group["params"]] for group in config.build(rows).param_groups]
+    assert config.groups(roles) == built
 
 
 @every_optimizer

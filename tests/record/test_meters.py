@@ -5,18 +5,24 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from llmeff.record.meters import (
     EnergyMeter,
     PeakLiveBytes,
+    WireMeter,
     count_flops,
+    peak_bytes,
     peak_resident_bytes,
     resident_bytes,
     saved_bytes,
 )
+from tests.ranks import ranks
 
 # B rows, D width: x is (B, D), w is (D, D), in floats of 4 bytes
 B, D = 8, 32
@@ -142,7 +148,9 @@ def test_saved_for_backward(x, w):
 
     assert saved_bytes(forward, [x, w]) == X
     assert saved_bytes(forward, [w]) == 2 * X
-    assert saved_bytes(lambda: forward().detach(), []) == 2 * X + W
+    assert saved_bytes(lambda: forward().detach(), []) == 2 * X
+    plain = w.detach().clone().requires_grad_()
+    assert saved_bytes(lambda: (x @ plain).sum(), []) == X + W
 
 
 def test_nothing_is_saved_without_gradients(x, w):
@@ -188,6 +196,48 @@ def test_attention_is_counted_in_full(kv_heads, is_causal):
 def test_attention_over_more_keys_than_queries():
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 11, 8)
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 2 * 3 * 11 * 8)
+
+
+def sent():
+    """What each kind of collective counts for, over four floats a rank."""
+    own, all_of_them = torch.ones(4), torch.ones(4 * dist.get_world_size())
+    with WireMeter() as wire:
+        dist.all_reduce(own)
+        dist.broadcast(own, src=0)
+        dist.reduce(own, dst=0)
+        dist.all_gather_single(all_of_them, own)
+        dist.reduce_scatter_single(own, all_of_them)
+        dist.barrier()
+    return dict(wire.num_bytes)
+
+
+def test_collectives_count_with_their_full_payload():
+    part, whole = 4 * 4, 2 * 4 * 4
+    kinds = {"all_reduce": part, "broadcast": part, "reduce": part, "all_gather": whole, "reduce_scatter": whole}
+    assert ranks(2).run(sent) == [kinds, kinds]
+
+
+def sent_by_a_sharded_norm():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    with WireMeter() as wire:
+        norm = rows.norm().full_tensor()
+    return float(norm), dict(wire.num_bytes)
+
+
+def test_what_a_sharded_tensor_sends_by_itself_counts():
+    assert ranks(2).run(sent_by_a_sharded_norm) == [(pytest.approx(12**0.5), {"all_reduce": 4})] * 2
+
+
+def peak_of_a_scatter():
+    own, whole = torch.ones(1000), torch.ones(1000 * dist.get_world_size())
+    run = lambda: [dist.reduce_scatter_single(own, whole) for _ in range(5)]  # noqa: E731
+    return peak_bytes(run, [own, whole], torch.device("cpu"))
+
+
+def test_what_gloos_thread_frees_does_not_add_up():
+    copy, given = 2 * 4000, 3 * 4000
+    assert all(peak == pytest.approx(given + copy, abs=100) for peak in ranks(2).run(peak_of_a_scatter))
 
 
 def test_the_process_holds_memory():

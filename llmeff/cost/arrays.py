@@ -1,0 +1,114 @@
+"""Arrays without numbers, and the bytes that live while something refers to them."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from llmeff.core.precision import BYTES
+
+Backward = Callable[..., "tuple[Array | None, ...]"]
+"""(gradient of the output, *saved arrays) to the gradients of the node's inputs."""
+
+NUM_BYTES = {**BYTES, "int64": 8, "bool": 1}
+"""Of one number of each format."""
+
+
+class Storage:
+    """Bytes that live while something refers to them."""
+
+    __slots__ = ("_live", "label", "num_bytes")
+
+    def __init__(self, live: "Live", num_bytes: int, label: tuple[str, str]):
+        self._live, self.num_bytes, self.label = live, num_bytes, label
+        live.change(label, num_bytes)
+
+    def __del__(self) -> None:
+        self._live.change(self.label, -self.num_bytes)
+
+    def relabel(self, label: tuple[str, str]) -> None:
+        """Says anew what the bytes are for."""
+        self._live.change(self.label, -self.num_bytes)
+        self.label = label
+        self._live.change(label, self.num_bytes)
+
+
+class Live:
+    """How many bytes live now, what lived when most did, and the most of each label at any time."""
+
+    def __init__(self) -> None:
+        self.now: Counter[tuple[str, str]] = Counter()
+        self.total = self.peak_total = 0
+        self.peak: Counter[tuple[str, str]] = Counter()
+        self.most: Counter[str] = Counter()
+        self._by_label: Counter[str] = Counter()
+
+    def change(self, label: tuple[str, str], num_bytes: int) -> None:
+        """Counts bytes that come, or, below zero, go."""
+        self.now[label] += num_bytes
+        self._by_label[label[0]] += num_bytes
+        self.most[label[0]] = max(self.most[label[0]], self._by_label[label[0]])
+        self.total += num_bytes
+        if self.total > self.peak_total:
+            self.peak_total, self.peak = self.total, self.now.copy()
+
+
+@dataclass(slots=True)
+class Array:
+    """A tensor without its numbers. Views share their storage."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    storage: Storage
+    node: "Node | None" = None
+    """What made it, where a gradient is to flow there."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    def view(self, *shape: int) -> "Array":
+        """The same bytes in another shape."""
+        assert prod(shape) == self.size, (shape, self.shape)
+        return Array(shape, self.dtype, self.storage, self.node)
+
+
+@dataclass(slots=True)
+class Node:
+    """One operation, as backward will meet it; without a backward, a place where a gradient is wanted."""
+
+    inputs: tuple["Node | None", ...] = ()
+    saved: tuple[Array, ...] = ()
+    backward: Backward | None = None
+    gradient: Array | None = None
+
+    def accumulate(self, gradient: Array) -> None:
+        """Adds to the gradient of the node's output: in the first one's place, as PyTorch does where it may."""
+        if self.gradient is None:
+            self.gradient = gradient
+
+
+@dataclass(slots=True)
+class Weight:
+    """A trained parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    part: str
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return self.size * NUM_BYTES[self.dtype]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix within a layer: neither embedding nor head, nor a norm or bias."""
+        return len(self.shape) == 2 and self.part not in ("embedding", "head")
