@@ -132,6 +132,7 @@ SLOW = dict(
         case(
             "stage 3, some gathered", zero(3, **LEAST | {"prefetch_bucket_size": 20_000, "max_live_parameters": 60_000})
         ),
+        case("stage 3, norms stay", zero(3, persistence_threshold=100), num_micro_batches=2),
         case("stage 3, bf16_master", zero(3), precision="bf16_master"),
         case("stage 3, offloaded optimizer", zero(3, **OFFLOAD)),
         case("stage 3, all offloaded, accumulated", zero(3, **ALL_OFF), num_micro_batches=2),

@@ -5,13 +5,16 @@ import resource
 import sys
 import time
 import weakref
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -220,7 +223,7 @@ class WireMeter(TorchDispatchMode):
 
 
 _SETTLED_S = 0.002
-"""After which gloo's thread has surely let go of a collective's tensors, though nothing says so."""
+"""After which gloo's thread has as a rule let go of a collective's tensors; nothing says when."""
 
 
 class _Settled(TorchDispatchMode):
@@ -249,8 +252,8 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
 
     On a GPU the allocator keeps its peak. On a CPU it tells the profiler of every allocation; what lives before the call
     it does not know, and has to be given. Nothing but a CPU call's speed is changed, and compiled code stays compiled
-    where there is one process; where there are more, each collective is waited for, or gloo's own thread would free what
-    the profiler then does not see go.
+    where there is one process. Where there are more, each collective is waited for, or gloo's own thread frees what the
+    profiler then does not see go; what nobody is seen to free all the same is taken to have gone with its collective.
 
     Args:
         run: the call.
@@ -268,12 +271,45 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
         run()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return sum(storages.values()) + peak
+    results = profiler.profiler.kineto_results
+    if is_shared():
+        changes = _with_unseen(results.experimental_event_tree())
+    else:
+        changes = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
+    return sum(storages.values()) + max(accumulate(changes), default=0)
+
+
+def _with_unseen(roots: list[Any]) -> list[int]:
+    """Bytes that come and, below zero, go, in order; what gloo's thread freed goes with the next collective to end."""
+    events = list(_flattened(roots))
+    ends = sorted(event.end_time_ns for event in events if event.name.startswith("c10d::"))
+    changes: list[tuple[int, int]] = []
+    there: dict[int, tuple[int, int]] = {}
+
+    def go_unseen(start_ns: int, num_bytes: int) -> None:
+        after = bisect_right(ends, start_ns)
+        if after < len(ends):
+            changes.append((ends[after], -num_bytes))
+
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        if event.tag != _EventType.Allocation:
+            continue
+        place, change = event.extra_fields.ptr, (event.start_time_ns, event.extra_fields.alloc_size)
+        before = there.pop(place, None)
+        if change[1] > 0:
+            there[place] = change
+            if before is not None:  # something else has its place by now
+                go_unseen(*before)
+        changes.append(change)
+    for left in there.values():
+        go_unseen(*left)
+    return [num_bytes for _, num_bytes in sorted(changes, key=lambda change: change[0])]
+
+
+def _flattened(events: list[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _flattened(event.children)
 
 
 def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
