@@ -102,7 +102,9 @@ def assert_same_run(one, other):
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "fsdp"))]
+)
 def test_a_run_of_two_ranks_is_one_command_and_shows_only_our_own_lines(unbroken, strategy):
     folder = unbroken(strategy)  # which wrote one JSON object, and nothing to standard error
     assert {"engine-00000.log", "engine-00001.log"} <= {path.name for path in folder.iterdir()}
@@ -116,8 +118,8 @@ SLOW = pytest.mark.slow
     ("strategy", "fault", "words"),
     [
         ("ddp", "killed", "rank 1 is gone"),
-        ("ddp", "stopped", "rank 1 is stopped"),
-        ("deepspeed", "asleep", "rank 1 is behind"),
+        pytest.param("ddp", "stopped", "rank 1 is stopped", marks=SLOW),
+        pytest.param("deepspeed", "asleep", "rank 1 is behind", marks=SLOW),
         pytest.param("ddp", "asleep", "rank 1 is behind", marks=SLOW),
         pytest.param("deepspeed", "killed", "rank 1 is gone", marks=SLOW),
         pytest.param("deepspeed", "stopped", "rank 1 is stopped", marks=SLOW),
@@ -146,6 +148,7 @@ def test_a_lost_rank_ends_the_run_everywhere_and_resume_goes_on_as_if_never_lost
     assert not (tmp_path / "run" / ".beats").exists()
 
 
+@SLOW
 def test_a_rank_that_is_slow_and_goes_on_ends_nothing(unbroken, tmp_path):
     settings = small("parallel=ddp", "parallel.timeout_s=12")
     code, _, err = run(*settings, "--quiet", "--out=run", fault="busy", folder=tmp_path)
@@ -160,6 +163,7 @@ def no_rank_left(folder: Path) -> bool:
     return True
 
 
+@SLOW
 def test_a_run_that_ended_abnormally_goes_on_by_itself_as_often_as_allowed(unbroken, tmp_path):
     once = {"FAULT_ONCE": str(tmp_path / "done")}
     arguments = [*small("parallel=ddp"), "--quiet", "--out=run"]
@@ -188,6 +192,7 @@ def test_bad_input_is_said_once_and_is_no_reason_to_try_again(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@SLOW
 def test_an_error_of_ones_own_keeps_its_traceback(tmp_path):
     code, _, err = run(*small("parallel=ddp"), "--quiet", "--out=run", fault="wrong", folder=tmp_path)
     assert code == 1
@@ -195,6 +200,7 @@ def test_an_error_of_ones_own_keeps_its_traceback(tmp_path):
     assert err.endswith("RuntimeError: a component of the user is wrong\n")
 
 
+@SLOW
 def test_ctrl_c_is_passed_on_and_leaves_nothing_running(tmp_path):
     process = start(*small("parallel=ddp", "train.steps=100000"), "--quiet", "--out=run", folder=tmp_path)
     rows = tmp_path / "run" / "metrics.jsonl"

@@ -65,9 +65,17 @@ BF16 = [name for name in STRATEGIES if "offload" not in name]
     "strategy", [pytest.param(name, marks=pytest.mark.slow) for name in BF16 if name != "zero 2"] + ["zero 2"]
 )
 def test_bf16_rounds_alike_under_every_strategy(tmp_path, strategy):
-    """Micro-batches of the same size round alike, and what is summed over them is fp32: the bounds are fp32's."""
+    """Micro-batches of the same size round alike, and what is summed over them is fp32: the first step is fp32's.
+
+    From then on weights differ in their last fp32 digits, and bf16 takes some of them to its other neighbour: losses and
+    norms are within bf16's unit of rounding, 2^-9, and the updates no further apart than bf16 is from fp32.
+    """
     found = run(tmp_path, strategy, "documents, tied", 4, "precision=bf16")
-    assert_the_same(found, one_process("documents, tied", "precision=bf16", accumulation=8))
+    expected = one_process("documents, tied", "precision=bf16", accumulation=8)
+    for ours, theirs in ((found.losses, expected.losses), (found.norms, expected.norms)):
+        assert ours[0] == pytest.approx(theirs[0], rel=RELATIVE)
+        assert ours == pytest.approx(theirs, rel=2**-9)
+    assert expected.distance(found) <= expected.distance(one_process("documents, tied"))
 
 
 @pytest.mark.slow

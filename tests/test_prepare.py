@@ -29,7 +29,7 @@ def config(tmp_path):
             "model": {"name": "hf", "path": str(tmp_path / "model"), "vocab_size": 2000},
             "data": {"source": {"name": "builtin", "max_bytes": 300_000}, "sequence_length": 40},
             "schedule": {"name": "constant"},
-            "train": {"steps": 3, "batch": 2},
+            "train": {"steps": 4, "batch": 2},
             "evaluation": {"every": 0, "sample_tokens": 0},
             "runtime": {"device": "cpu", "threads": 1},
         }

@@ -1,7 +1,8 @@
 """The one place that reads the process environment: who this process is among the ranks, and where caches lie."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,17 @@ def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
     if not on_gpu:
         added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on standard output
     return dict(os.environ) | added
+
+
+@contextlib.contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """A block after which the environment is as it was before."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def cache_folder() -> Path:

@@ -116,6 +116,7 @@ class Watchdog:
             _clear(self._folder / FOLDER)
             (self._folder / FOLDER).mkdir(exist_ok=True)
         group.barrier()
+        self._write(self._beat())  # so that the others know of this rank whatever becomes of it
         self._is_settled = True
 
     def __exit__(

@@ -13,7 +13,7 @@ from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
-from llmeff.core.dist import Statement, world
+from llmeff.core.dist import Statement, unchanged_environment, world
 from llmeff.core.precision import PrecisionName
 from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
@@ -471,12 +471,13 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
-        mixed_precision="no" if parts.precision.master is None else "bf16",
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if parts.device.type == "cuda" else "gloo")],
-    )
-    check_joined(accelerator, world().ranks, engine="DEEPSPEED")
-    engine, _ = accelerator.prepare(parts.model, optimizer)
+    with unchanged_environment():  # where Accelerate leaves word for processes that it would start
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+            gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+            mixed_precision="no" if parts.precision.master is None else "bf16",
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if parts.device.type == "cuda" else "gloo")],
+        )
+        check_joined(accelerator, world().ranks, engine="DEEPSPEED")
+        engine, _ = accelerator.prepare(parts.model, optimizer)
     return engine
