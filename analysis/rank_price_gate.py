@@ -27,6 +27,7 @@ from llmeff.cost.workload import Workload
 from llmeff.parallel import Strategy
 from llmeff.predict import price_step, workload
 from llmeff.prepare import build_strategy, micro_batches
+from llmeff.record.environment import environment
 from llmeff.record.meters import WireMeter, peak_bytes
 from llmeff.runconfig import RunConfig
 
@@ -109,7 +110,6 @@ SLOW = dict(
         case("fsdp, wide, tied", FSDP, model=WIDE, tied=True, tokens=64),
         case("fsdp, bf16", FSDP, precision="bf16", tokens=16),
         case("stage 0, accumulated", zero(0), num_micro_batches=3),
-        case("stage 0, bf16_master", zero(0), precision="bf16_master"),
         case("stage 0, three ranks, tied", zero(0), 3, model=ODD, tied=True),
         case("stage 1", zero(1)),
         case("stage 1, one rank", zero(1), 1),
@@ -330,7 +330,8 @@ def main(path: Path) -> None:
     for strategy, sizes in by_strategy.items():
         print(f"{strategy:<34}{len(sizes):>6}{statistics.median(sizes):>12.3%}{max(sizes):>12.3%}")
     worst = {name: {"median": statistics.median(sizes), "worst": max(sizes)} for name, sizes in by_strategy.items()}
-    write_text(path, json.dumps({"command": COMMAND, "peak_error": worst, "cases": rows}, indent=1) + "\n")
+    facts = {"command": COMMAND, "environment": environment(CPU).model_dump(mode="json")}
+    write_text(path, json.dumps(facts | {"peak_error": worst, "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ def _refuse_unlike(arm: str, config: RunConfig, *, recompute: bool) -> None:
         ConfigError: the config asks for what the arm does not do; `recompute` says whether it recomputes.
     """
     problems = []
+    if config.parallel.joins:
+        problems.append(f"arm {arm!r} is one process: parallel is {config.parallel.name!r}")
+    if config.transforms:
+        problems.append(f"arm {arm!r} changes no model: transforms is {[each.name for each in config.transforms]}")
     if config.precision != "fp32":
         problems.append(f"arm {arm!r} trains in fp32: precision is {config.precision!r}")
     if config.train.micro_batch != config.train.batch:

@@ -220,12 +220,14 @@ def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given
 
 def _train_here(options: argparse.Namespace, config: "RunConfig", folder: Path) -> int:
     """Trains in this process: the only one of the run, or one that a launcher started."""
+    from llmeff.core import group
     from llmeff.loop import DivergedError, train
 
     try:
         result = train(config, folder, resume=options.resume, is_silent=options.quiet or options.json)
     except DivergedError as failure:
         return _fail([str(failure)], EXIT_FAILED)
+    group.disconnect()
     if options.json and world().is_main:
         log.out().write(json.dumps(result.model_dump(mode="json")) + "\n")
         log.out().flush()

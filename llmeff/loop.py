@@ -22,7 +22,7 @@ from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
 from llmeff.parallel.watchdog import Watchdog
 from llmeff.predict import predict
-from llmeff.prepare import begun_config, build_strategy, micro_batches, prepare, prepare_device, whole_model
+from llmeff.prepare import begun_config, build_strategy, micro_batches, prepare, prepare_device, sharing, whole_model
 from llmeff.record import meters, schema
 from llmeff.record.clocks import Clocks, StepClock, StepTimes
 from llmeff.record.environment import environment
@@ -72,6 +72,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, is_silent: b
 class _State(BaseModel):
     """What a run remembers in a checkpoint beside weights and optimizer."""
 
+    sharing: str
+    """How the ranks share a step, in which the below was measured."""
     items_seen: int = 0
     measured: dict[str, float] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -94,21 +96,22 @@ class Trainer:
         self._environment = environment(self.device)
         self._precision = precision(self.config.precision)
         self._shares = micro_batches(self.config, world().rank)
+        self.price = predict(self.config, world().rank)
         self._strategy = self._closing.enter_context(closing(build_strategy(self.config, self._task, self.device)))
         self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
-        self.price = predict(self.config, self._strategy.world.rank)
 
         # All that can be wrong has been asked for: now the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
-        self._state = _State()
+        self._state = _State(sharing=sharing(self.config))
+        checkpoint = self._checkpoints.resume_point() if resume else None
         with group.agreed():
             begin = RunWriter.resume if resume else RunWriter.create
             opened = begin(folder, self.config, self._environment) if self._is_main else Bystander(folder)
             self._writer = self._closing.enter_context(opened)
         if resume:
-            self._go_back(self._checkpoints.resume_point())
+            self._go_back(checkpoint)
         self._clock = StepClock(self.device)
         self._energy = meters.EnergyMeter(self.device)
         self._pending: dict[int, dict[str, Any]] = {}
@@ -124,7 +127,10 @@ class Trainer:
                 self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
             self.step = checkpoint.step
-            self._state = _State.model_validate(checkpoint.state)
+            state = _State.model_validate(checkpoint.state)
+            if state.sharing != self._state.sharing:  # what was measured is of ranks that shared a step otherwise
+                state = state.model_copy(update={"sharing": self._state.sharing, "measured": {}})
+            self._state = state
         self._writer.truncate_after(self.step)
 
     def __enter__(self) -> "Trainer":
@@ -191,7 +197,7 @@ class Trainer:
             total += share.detach()
 
         grad_norm = strategy.clip(self.config.train.clip_norm)
-        loss, norm = torch.stack((strategy.reduce_sum(total), grad_norm.float())).tolist()
+        loss, norm = torch.stack((strategy.reduce_sum(total), grad_norm.float().to(total.device))).tolist()
         if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.may_overflow)):
             strategy.skip()
             self._fail(loss, norm)

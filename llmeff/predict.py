@@ -172,16 +172,18 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     )
 
 
+def _most(config: RunConfig, micro_batch: int) -> Price:
+    """The price on the rank that takes most, of a few, since they differ by little."""
+    ranks = config.parallel.ranks
+    prices = (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1})
+    return max(prices, key=lambda price: price.total("peak_bytes"))
+
+
 def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
     """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence."""
-    ranks = config.parallel.ranks
-    share = config.train.batch // ranks
+    share = config.train.batch // config.parallel.ranks
     for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
-        # ranks differ by little
-        price = max(
-            (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1}),
-            key=lambda price: price.total("peak_bytes"),
-        )
+        price = _most(config, micro_batch)
         if price.total("peak_bytes") <= budget_bytes:
             break
     return micro_batch, price
@@ -228,7 +230,7 @@ def plan(config: RunConfig) -> Plan:
     if micro_batch == "auto":
         micro_batch, price = _fit(config, math.inf if usable is None else usable)
     else:
-        price = predict(config)
+        price = _most(config, micro_batch)
     return Plan(price=price, micro_batch=micro_batch, is_auto=is_auto, usable_bytes=usable)
 
 

@@ -1,5 +1,6 @@
 """From a config to a run that can begin: the data opened, every `auto` resolved, the device set up."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,10 @@ def _agrees(value: Any, said: Statement) -> bool:
 def _advice(config: RunConfig, said: Statement) -> str:
     if said.key == "accumulation":
         return "change one of the three"
-    advice = f"--set {said.key}={said.value}"
+    value = said.value if isinstance(said.value, str) else json.dumps(said.value)
+    if said.key == "runtime.compile":
+        return "leave the flag out"
+    advice = f"--set {said.key}={value}"
     if said.key == "parallel.ranks" and not config.parallel.joins:
         joining = [name for name in StrategyConfig.registry.names() if StrategyConfig.registry[name].joins]
         return f"{advice} and --set parallel to one of {', '.join(joining)}"
@@ -213,6 +217,11 @@ def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+def sharing(config: RunConfig) -> str:
+    """How ranks share a step, for comparison: what one of them keeps, sends and computes follows from it."""
+    return f"{config.parallel.model_dump_json()} {config.train.micro_batch}"
+
+
 def micro_batches(config: RunConfig, rank: int) -> list[range]:
     """The rows of the global batch that this rank reads, a range for each micro-batch."""
     share = config.train.batch // config.parallel.ranks
@@ -243,8 +252,14 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     ]
     if changed:
         raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
-    free = {"parallel": asked.parallel, "runtime": asked.runtime}
-    train = saved["train"] | {"micro_batch": asked.train.micro_batch}
+    merged = asked.model_dump(mode="json")
+    if merged["parallel"] == saved["parallel"]:
+        # what was resolved for the same ranks stays: the memory that is free now may be another, and the bits with it
+        for table, field in (("train", "micro_batch"), ("runtime", "threads"), ("runtime", "device")):
+            if merged[table][field] == "auto":
+                merged[table][field] = saved[table][field]
+    free = {"parallel": merged["parallel"], "runtime": merged["runtime"]}
+    train = saved["train"] | {"micro_batch": merged["train"]["micro_batch"]}
     return validate(RunConfig, saved | free | {"train": train})
 
 

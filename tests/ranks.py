@@ -49,7 +49,10 @@ class Ranks:
         self.start(function, *arguments)
         answers = [lane.recv() if lane.poll(TIMEOUT_S) else ("error", "no answer in time") for lane in self._lanes]
         errors = [f"rank {rank}: {value}" for rank, (kind, value) in enumerate(answers) if kind == "error"]
-        if errors:
+        if errors:  # ranks that erred apart are of no use to the next test
+            if _POOLS.get(self.number) is self:
+                del _POOLS[self.number]
+            self.close()
             raise RuntimeError("\n".join(errors))
         return [value for _, value in answers]
 

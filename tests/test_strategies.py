@@ -1,5 +1,7 @@
 """What every strategy must keep: a run goes on after any death and at any number of ranks, and its model is whole."""
 
+import json
+import math
 import os
 import random
 import signal
@@ -11,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmeff.loop import Trainer, train
+from llmeff.loop import DivergedError, Trainer, train
 from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
 from tests.ranks import Ranks, ranks
-from tests.strategies import STRATEGIES, config, mask_raggedly
+from tests.strategies import STRATEGIES, config, mask_raggedly, numbers
 
 ZERO = ("zero 1", "zero 2", "zero 3")
 
@@ -40,6 +43,34 @@ def train_until(settings: RunConfig, folder: Path, resume: bool, until: int) -> 
 
 def losses(folder: Path) -> list[float]:
     return [float(loss) for loss in read_run(folder).steps["loss"]]
+
+
+# -- a step that is not finite
+
+
+def spoiled(settings: RunConfig, folder: Path) -> tuple[str, bool]:
+    """What a run says whose last loss on rank 1 is not a number, and whether that step left the weights alone."""
+    with Trainer(settings, folder, resume=False, is_silent=True) as trainer:
+        for _ in range(2):
+            trainer.train_step()
+            trainer.save_if_due()
+        before = numbers(trainer._strategy)
+        loss = trainer._task.loss
+        factor = math.nan if trainer._strategy.world.rank == 1 else 1.0
+        trainer._task.loss = lambda *given: {"loss": loss(*given)["loss"] * factor}
+        with pytest.raises(DivergedError) as raised:
+            trainer.train_step()
+        after = numbers(trainer._strategy)
+    return str(raised.value), all((before[name] == after[name]).all() for name in before)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_that_is_not_finite_on_one_rank_is_made_on_none(tmp_path, strategy):
+    settings = config(*STRATEGIES[strategy], "checkpoint.every=1", num_ranks=2, accumulation=2)
+    for text, is_untouched in ranks(2).run(spoiled, settings, tmp_path / "run"):
+        assert "step 3: loss nan" in text
+        assert "the checkpoint of step 2 is kept" in text
+        assert is_untouched
 
 
 # -- other numbers of ranks
@@ -142,6 +173,37 @@ def test_a_run_that_was_killed_goes_on_to_the_last_bit(tmp_path, strategy, victi
     ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- foreign models
+
+
+def foreign(settings: RunConfig, folder: Path) -> list[float]:
+    """Trains a transformers model on this rank; its losses."""
+    train(settings, folder)
+    return [float(loss) for loss in read_run(folder).steps["loss"]]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["zero 3", *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "zero 3")]
+)
+def test_a_foreign_model_trains_and_is_written_whole(tmp_path, strategy):
+    shape = LlamaConfig(
+        vocab_size=257, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "foreign")
+    path = json.dumps(str(tmp_path / "foreign"))
+    model = ("model=hf", f"model.path={path}", "data.packing=plain", "task.loss_chunk=5")
+    (expected,) = ranks(1).run(foreign, config(*model), tmp_path / "alone")
+    found = ranks(2).run(foreign, config(*STRATEGIES[strategy], *model, num_ranks=2), tmp_path / "run")
+    assert found[0] == pytest.approx(expected, rel=1e-5)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "alone")
+    assert {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
 # -- the model

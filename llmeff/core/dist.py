@@ -136,6 +136,7 @@ def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
 def unchanged_environment() -> Iterator[None]:
     """A block after which the environment is as it was before."""
     before = dict(os.environ)
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what `accelerate config` wrote was compared before
     try:
         yield
     finally:
@@ -160,6 +161,11 @@ def usable_cores() -> int:
 def make_cublas_repeatable() -> None:
     """What cuBLAS needs to give the same bits again; before CUDA starts."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def keep_deepspeed_on_cpu() -> None:
+    """Has DeepSpeed compute on the CPU where a GPU is there too; before it is imported."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def silence_profiler() -> None:

@@ -29,6 +29,8 @@ def connect(device: torch.device, timeout_s: float) -> None:
         probe.bind(("127.0.0.1", 0))
         stand_alone(probe.getsockname()[1])
     is_gpu = device.type == "cuda"
+    if is_gpu:  # where objects are gathered, too
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(
         "nccl" if is_gpu else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if is_gpu else None
     )

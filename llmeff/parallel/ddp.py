@@ -39,6 +39,14 @@ class DDP(StrategyConfig):
             return "its state belongs to all parameters together, and parallel.shard_optimizer deals them out to ranks"
         return None
 
+    def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
+        """Ranks that update other parameters find other gradients too large for fp16."""
+        if precision == "fp16" and self.shard_optimizer:
+            yield (
+                "precision 'fp16' is not for parallel.shard_optimizer: every rank would scale its loss by the gradients "
+                "of its own parameters; use 'bf16', or let every rank update everything"
+            )
+
     def build(self, parts: Parts) -> "Replicas":
         """Joins this process's replica to the others."""
         return Replicas(parts, self)

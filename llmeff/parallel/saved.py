@@ -129,9 +129,9 @@ class Saved:
         return {name for _, content in self._contents for name in content["whole"]}
 
     @property
-    def parameters(self) -> set[str]:
-        """The names of all that was saved."""
-        return set(self._places)
+    def parameters(self) -> dict[str, int]:
+        """How many numbers of each parameter were saved."""
+        return {name: max(stop for _, stop, _, _ in places) for name, places in self._places.items()}
 
     @property
     def others(self) -> dict[str, Any]:
@@ -244,21 +244,35 @@ def load_whole(model: nn.Module, rows: list[Row], saved: Saved) -> None:
     load_buffers(model, saved)
 
 
-def check_fit(rows: list[Row], saved: Saved) -> None:
+def check_fit(rows: list[Row], saved: Saved, sizes: Mapping[str, int] | None = None) -> None:
     """Refuses the weights of another model.
+
+    Args:
+        rows: the parameters.
+        saved: the weights.
+        sizes: numbers of each parameter, where the rows' own are split.
 
     Raises:
         ValueError: names or sizes differ.
     """
-    own = {row.name for row in rows}
-    if own != saved.parameters:
-        missing, extra = sorted(own - saved.parameters), sorted(saved.parameters - own)
+    own = {row.name: row.parameter.numel() for row in rows} if sizes is None else dict(sizes)
+    if own.keys() != saved.parameters.keys():
+        missing, extra = sorted(own.keys() - saved.parameters.keys()), sorted(saved.parameters.keys() - own.keys())
         raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, size in own.items():
+        if size != saved.parameters[name]:
+            raise ValueError(f"{name} was saved with {saved.parameters[name]} numbers, the model has {size}")
 
 
 @torch.no_grad()
 def load_buffers(model: nn.Module, saved: Saved) -> None:
-    """Reads the model's buffers."""
+    """Reads the model's buffers.
+
+    Raises:
+        ValueError: they are another model's.
+    """
     own = stored_tensors(model)
     for name, values in saved.buffers.items():
+        if name not in own or own[name].shape != values.shape:
+            raise ValueError(f"the model has no buffer {name} of shape {tuple(values.shape)}")
         own[name].copy_(values)

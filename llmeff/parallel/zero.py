@@ -13,7 +13,7 @@ from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
-from llmeff.core.dist import Statement, unchanged_environment, world
+from llmeff.core.dist import Statement, keep_deepspeed_on_cpu, unchanged_environment, world
 from llmeff.core.precision import PrecisionName
 from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
@@ -74,7 +74,8 @@ class DeepSpeed(StrategyConfig):
     reduce_bucket_size: Count = 50_000_000
     """Gradients are reduced so many numbers at a time; never more than the model has."""
     allgather_bucket_size: Count = 50_000_000
-    """Updated parameters are gathered so many numbers at a time (stages 1 and 2)."""
+    """Updated parameters are gathered so many numbers at a time (stages 1 and 2) where the backend cannot gather them
+    at once; gloo and NCCL can."""
     prefetch_bucket_size: CountOrZero = 50_000_000
     """Numbers that are gathered ahead of their use (stage 3)."""
     max_live_parameters: CountOrZero = 1_000_000_000
@@ -82,7 +83,7 @@ class DeepSpeed(StrategyConfig):
     max_reuse_distance: CountOrZero = 1_000_000_000
     """A parameter stays gathered if it is used again within so many numbers (stage 3)."""
     persistence_threshold: CountOrZero = 0
-    """Parameters with fewer numbers are never split (stage 3)."""
+    """Parameters with so many numbers or fewer are never split (stage 3)."""
 
     _statements: list[Statement] = PrivateAttr(default_factory=list)
 
@@ -210,12 +211,14 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[Statement]]:
         raise ValueError(f"file: {path} cannot be read ({error.strerror}).{hint}") from None
     except ValueError as error:
         raise ValueError(f"file: {path} does not parse ({error})") from None
+    zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
+    if not isinstance(zero, dict):
+        raise ValueError(f"file: {path} is no table with a table zero_optimization")
     problems = [
         f'file: {path} states {key} = {json.dumps(content[key])}, which {owner} decides: leave it out or write "auto"'
         for key, owner in _ELSEWHERE.items()
         if content.get(key, "auto") != "auto"
     ]
-    zero = content.get("zero_optimization", {})
     known = {"zero_optimization", *_OURS, *_ELSEWHERE}
     problems += [f"file: {path}: {key} is not read.{nearest(key, known)}" for key in content if key not in known]
     problems += [
@@ -293,14 +296,8 @@ class Engine(Strategy):
         return True
 
     def skip(self) -> None:
-        """Clears."""
+        """Clears what backward left; for the end of a run: at stages 1 to 3 DeepSpeed still has its reduced gradients."""
         self._engine.zero_grad()
-
-    def held(self) -> Iterable[Tensor]:
-        """The copies that are updated in place of bf16 parameters, too."""
-        yield from super().held()
-        for group in getattr(self._zero, "fp32_groups", ()):
-            yield from group
 
     def holders(self) -> list[Holder]:
         """What it updates; of what all update, the main rank's."""
@@ -401,9 +398,9 @@ class GatheredEngine(Engine):
     def held(self) -> Iterable[Tensor]:
         """The parts of the parameters, of their updated copies and moments, and of the gradients, and the bucket."""
         yield from self._plain.buffers()
-        for row in self._rows:
-            yield row.parameter.data
-            yield row.parameter.ds_tensor  # type: ignore[attr-defined]
+        for parameter in self._plain.parameters():
+            yield parameter.data
+            yield parameter.ds_tensor  # type: ignore[attr-defined]
         for flat in self._zero.fp32_partitioned_groups_flat:
             yield flat
             yield from () if flat.grad is None else (flat.grad,)
@@ -426,7 +423,7 @@ class GatheredEngine(Engine):
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
         """This rank's part of every parameter, in the format that forward reads."""
-        check_fit(self._rows, saved)
+        check_fit(self._rows, saved, self._sizes)
         load_buffers(self._plain, saved)
         for row in self._rows:
             (part,) = split_each({row.name: self._sizes[row.name]}, self.world.ranks)[self.world.rank]
@@ -460,7 +457,10 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+    from transformers.integrations import unset_hf_deepspeed_config
 
+    if parts.device.type == "cpu":
+        keep_deepspeed_on_cpu()
     try:
         backend = importlib.import_module("deepspeed.comm.torch")
     except ImportError:
@@ -473,11 +473,13 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
     GradientState._reset_state()
     with unchanged_environment():  # where Accelerate leaves word for processes that it would start
         accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
             gradient_accumulation_steps=settings["gradient_accumulation_steps"],
             mixed_precision="no" if parts.precision.master is None else "bf16",
             kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if parts.device.type == "cuda" else "gloo")],
         )
         check_joined(accelerator, world().ranks, engine="DEEPSPEED")
         engine, _ = accelerator.prepare(parts.model, optimizer)
+    # or transformers would build every model from now on split into parts, those of the price and the export too
+    unset_hf_deepspeed_config()
     return engine

@@ -75,12 +75,6 @@ class SumKeeping(ZeroKeeping):
                 self.send("all_reduce", sum(sizes) * self.narrow)
                 del flat
 
-    def update(self) -> None:
-        """A master copy has gradients in its format, too."""
-        super().update()
-        if self._is_wider:
-            self.make("bucket_bytes", sum(weight.size for weight in self.weights) * self.wide)
-
 
 class FlatKeeping(ZeroKeeping):
     """Stages 1 and 2: each group is one flat tensor, of which a rank updates a slice.

@@ -184,12 +184,12 @@ class Result(Record):
     items_per_s: Quartiles | None
     """Over steps after warm-up; null where there were none."""
     model_flops_per_s: float | None = None
-    """Of steps after warm-up, at the median step: contractions of the model only, recomputation not counted."""
+    """Of one rank, of steps after warm-up, at the median step: contractions of the model only, without recomputation."""
     mfu: float | None = None
     """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown, or would be
     exceeded, which cannot be."""
     energy_j: float | None = None
-    """That the GPU drew from the first step to the end; null where it has no counter."""
+    """That the main rank's GPU drew from the first step to the end; null where it has no counter."""
     prediction: Literal["law", "traced"] = "law"
     """Whether the predicted were computed from the config, or counted in a step of the module without numbers."""
     predicted: dict[str, float]
