@@ -81,7 +81,7 @@ def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
     readers = [name for name in strategies.names() if "file" in strategies[name].model_fields]
     alone = [None, *(name for name in strategies.names() if not strategies[name].joins)]
     if parallel.get("name") in alone:
-        parallel = {"ranks": world().ranks, **parallel, "name": readers[0]}
+        parallel = {**parallel, "name": readers[0], "ranks": world().ranks}
     if parallel["name"] not in readers:
         return dict(data)  # of which the launcher's other flags tell, or validation
     return {**data, "parallel": {**parallel, "file": given}}
