@@ -1,4 +1,4 @@
-"""What the loop reads of and sets in any optimizer: the learning rate, and the bytes of its state."""
+"""What is read of and set in any optimizer: the learning rate, and the bytes of its state."""
 
 import torch
 from torch.optim import Optimizer
