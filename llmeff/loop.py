@@ -1,8 +1,10 @@
 """The training loop, top to bottom: set up, step, evaluate, save, finish."""
 
 import math
+import operator
 import time
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ from llmeff.runconfig import RunConfig
 
 COUNTED_STEP, METERED_STEP = 3, 4
 """What is computed and sent is counted, then memory metered: by then strategies have all that they build as they go."""
-
 
 _PREDICTED: tuple[Kind, ...] = (
     "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "peak_bytes",
@@ -185,13 +186,13 @@ class Trainer:
         counts = group.totals([batch.counts for batch in batches])
         clock.mark("data")
 
-        total = torch.zeros((), device=self.device)
+        total: Any = 0
         while batches:
             batch = batches.pop(0)  # its masks and tables go with it
             beat("forward")
             with strategy.accumulate(is_last=not batches):
                 sums = self._task.loss(strategy.model, batch)
-                share = sum((sums[name] / counts[name] for name in sums), start=torch.zeros_like(total))
+                share = reduce(operator.add, (sums[name] / counts[name] for name in sums))
                 clock.mark("forward")
                 strategy.backward(share)
                 clock.mark("backward")
@@ -215,7 +216,7 @@ class Trainer:
             "learning_rate": rate,
             "items": items,
             "items_seen": self._state.items_seen,
-            "peak_allocated_bytes": meters.allocator_peaks(self.device).get("peak_allocated_bytes"),
+            "peak_allocated_bytes": meters.peak_allocated_bytes(self.device),
             "loss_scale": strategy.loss_scale,
         }
         self._record(clock.end())

@@ -88,9 +88,10 @@ def totals(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
     A step in which every target is masked has no loss, and no gradient.
     """
-    names = list(counts[0])
-    summed = total(torch.tensor([sum(count[name] for count in counts) for name in names])).tolist()
-    return {name: max(1, number) for name, number in zip(names, summed, strict=True)}
+    summed = {name: sum(count[name] for count in counts) for name in counts[0]}
+    if is_shared():
+        summed = dict(zip(summed, total(torch.tensor(list(summed.values()))).tolist(), strict=True))
+    return {name: max(1, number) for name, number in summed.items()}
 
 
 def from_main(value: T) -> T:

@@ -31,12 +31,9 @@ Kind = Literal["parameters", "gradients", "optimizer", "other"]
 """What live bytes are; `other` is activations, batches and temporaries."""
 
 
-def allocator_peaks(device: torch.device) -> dict[str, int]:
-    """The most bytes that CUDA's allocator has handed out and reserved at once since `peak_bytes` last forgot them."""
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-    }
+def peak_allocated_bytes(device: torch.device) -> int | None:
+    """The most that CUDA's allocator has handed out at once since `peak_bytes` last forgot it; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def resident_bytes() -> int:

@@ -104,13 +104,13 @@ class RunWriter:
     def step(self, row: StepRow) -> None:
         """Appends one line to `metrics.jsonl`; it survives a killed process, and after `sync` a dead machine."""
         assert self._metrics is not None
-        line = memoryview(row.model_dump_json().encode() + b"\n")
-        end = self._metrics.tell()
+        line, written = row.model_dump_json().encode() + b"\n", 0
         with self._writing(schema.METRICS):
             try:
-                while line:  # a disk that fills takes a part
-                    line = line[self._metrics.write(line) :]
+                while written < len(line):  # a disk that fills takes a part
+                    written += self._metrics.write(line[written:])
             except OSError:
+                end = self._metrics.tell() - written
                 self._metrics.truncate(end)
                 self._metrics.seek(end)
                 raise
