@@ -186,7 +186,7 @@ class Trainer:
         counts = group.totals([batch.counts for batch in batches])
         clock.mark("data")
 
-        total: Any = 0
+        losses = []
         while batches:
             batch = batches.pop(0)  # its masks and tables go with it
             beat("forward")
@@ -196,10 +196,10 @@ class Trainer:
                 clock.mark("forward")
                 strategy.backward(share)
                 clock.mark("backward")
-            total += share.detach()
+            losses.append(share.detach())
 
         grad_norm = strategy.clip(self.config.train.clip_norm)
-        loss, norm = torch.stack((strategy.reduce_sum(total), grad_norm.float().to(total.device))).tolist()
+        loss, norm = float(strategy.reduce_sum(reduce(operator.add, losses))), float(grad_norm)
         if not (math.isfinite(loss) and (math.isfinite(norm) or strategy.may_overflow)):
             strategy.skip()
             self._fail(loss, norm)
@@ -207,8 +207,7 @@ class Trainer:
         strategy.step()
         clock.mark("optimizer")
 
-        items = sum(counts.values())
-        self.step = number
+        self.step, items = number, sum(counts.values())
         self._state.items_seen += items
         self._pending[number] = {
             "loss": loss,
@@ -223,12 +222,13 @@ class Trainer:
 
     def _record(self, finished: list[StepTimes]) -> None:
         for times in finished:
+            start = time.perf_counter()
+            known = self._pending.pop(times.step)
+            row = StepRow(**known, items_per_s=known["items"] / times.step_s, **vars(times))
+            self._writer.step(row)
+            self._display.step(row)
             self._clocks.add_step(times)
-            with self._clocks.hold("record"):
-                known = self._pending.pop(times.step)
-                row = StepRow(**known, items_per_s=known["items"] / times.step_s, **vars(times))
-                self._writer.step(row)
-                self._display.step(row)
+            self._clocks.add("record", start)  # no `hold`: to write a row must not stop the device
 
     def _fail(self, loss: float, norm: float) -> None:
         ids = self._task.unit_ids(self.step, range(self.config.train.batch))

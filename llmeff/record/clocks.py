@@ -42,15 +42,17 @@ class Clocks:
     def hold(self, name: ClockName) -> Iterator[None]:
         """Counts the block's time; blocks do not nest."""
         beat(_HELD.get(name))
-        if name != "record":  # writing a row must not stop the device
-            _wait(self._device)
+        _wait(self._device)
         start = time.perf_counter()
         try:
             yield
         finally:
-            if name != "record":
-                _wait(self._device)
-            self._seconds[f"{name}_s"] += time.perf_counter() - start
+            _wait(self._device)
+            self.add(name, start)
+
+    def add(self, name: ClockName, start: float) -> None:
+        """Counts the time since a moment of `time.perf_counter`, without waiting for the device."""
+        self._seconds[f"{name}_s"] += time.perf_counter() - start
 
     def add_step(self, times: "StepTimes") -> None:
         """Counts a step that a StepClock timed, as training and data."""

@@ -105,11 +105,11 @@ class RunWriter:
         """Appends one line to `metrics.jsonl`; it survives a killed process, and after `sync` a dead machine."""
         assert self._metrics is not None
         line, written = row.model_dump_json().encode() + b"\n", 0
-        with self._writing(schema.METRICS):
-            try:
-                while written < len(line):  # a disk that fills takes a part
-                    written += self._metrics.write(line[written:])
-            except OSError:
+        try:
+            while written < len(line):  # a disk that fills takes a part
+                written += self._metrics.write(line[written:])
+        except OSError:
+            with self._writing(schema.METRICS):
                 end = self._metrics.tell() - written
                 self._metrics.truncate(end)
                 self._metrics.seek(end)
