@@ -1,6 +1,7 @@
 """RunConfig -> the processes of a run on this machine: the command that starts them, how they ended, and restarts."""
 
 import contextlib
+import ctypes
 import json
 import shlex
 import signal
@@ -131,7 +132,7 @@ class _Job:
         with tempfile.TemporaryDirectory(prefix="llmeff-") as place, _terminable():
             self._ending = Path(place) / "ending.json"
             self._process = subprocess.Popen(
-                self._line, stderr=subprocess.PIPE, start_new_session=True,
+                self._line, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_end_with_starter,
                 env=launched_environment(self._ending, on_gpu=torch.cuda.is_available()),
             )  # fmt: skip
             assert self._process.stderr is not None
@@ -186,6 +187,16 @@ class _Job:
         log.err().write(ending["message"])
         code: int = ending["code"]
         return code
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_starter() -> None:
+    """In the process that is started: Linux ends it when its starter goes, be that by SIGKILL."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
