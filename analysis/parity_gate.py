@@ -1,7 +1,8 @@
 """Every strategy against one process, number by number: `python analysis/parity_gate.py` writes results/parity.json.
 
 Two gloo ranks on a CPU, ten steps, each in every way of `tests/test_parity.py`; and the truth table of optimizers and
-strategies: the same update, or refused with the reason. Muon's iterations are made in double precision there: in torch's
+strategies: the same update, or refused with the reason. `bf16_master` is set beside the same by hand, in plain PyTorch.
+Muon's iterations are made in double precision there: in torch's
 bfloat16 a difference of 1e-7 in the gradient moves the update by a hundredth of its size, on one process too.
 """
 
@@ -22,7 +23,7 @@ from llmeff.core.files import write_text  # noqa: E402
 from llmeff.optim import OptimizerConfig  # noqa: E402
 from llmeff.record.environment import environment  # noqa: E402
 from tests.strategies import STRATEGIES, Trajectory, config, trained  # noqa: E402
-from tests.test_parity import MODELS  # noqa: E402
+from tests.test_parity import MASTER, MODELS, master_by_hand  # noqa: E402
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -61,6 +62,18 @@ def parity() -> list[dict[str, Any]]:
     return rows
 
 
+def masters() -> list[dict[str, Any]]:
+    """Rows of the strategies that keep a copy of bfloat16 weights in float32."""
+    rows = []
+    for model, accumulation, strategy in itertools.product(MODELS, (1, 4), MASTER):
+        settings = (*MODELS[model], *STRATEGIES[strategy], "precision=bf16_master")
+        found = run(*settings, num_ranks=2, accumulation=accumulation)
+        case = {"strategy": strategy, "model": model, "precision": "bf16_master", "accumulation": accumulation}
+        rows.append(case | apart(found, master_by_hand(model, accumulation, strategy != "zero 1")))
+        print(rows[-1], flush=True)
+    return rows
+
+
 def truth() -> list[dict[str, Any]]:
     """Rows of optimizer and strategy: how far the update is from one process's, or why it is refused."""
     rows: list[dict[str, Any]] = []
@@ -79,5 +92,10 @@ def truth() -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     facts = environment(torch.device("cpu")).model_dump(mode="json")
-    content = {"command": "python analysis/parity_gate.py", "environment": facts, "truth": truth(), "parity": parity()}
+    content = {
+        "command": "python analysis/parity_gate.py",
+        "environment": facts,
+        "truth": truth(),
+        "parity": parity() + masters(),
+    }
     write_text(ROOT / "analysis" / "results" / "parity.json", json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,8 @@
 """Runs of a tiny model under every strategy: what a rank does, for the gates of parity, resume, world size and artefact."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,11 @@ def config(*settings: str, num_ranks: int = 1, accumulation: int = 1) -> RunConf
     return validate(RunConfig, override(data, settings))
 
 
-def mask_raggedly() -> None:
-    """From now on the rows of this process's batches have different numbers of targets; row 0 has none but one."""
+@contextlib.contextmanager
+def ragged() -> Iterator[None]:
+    """The rows of this process's batches have different numbers of targets; row 0 has none but one."""
     from llmeff.data.packing import MASKED, TrainWindows
 
-    if hasattr(TrainWindows.batch, "ragged"):
-        return
     whole = TrainWindows.batch
 
     def batch(self: TrainWindows, seed: int, step: int, rows: range, global_batch: int) -> Any:
@@ -67,16 +68,20 @@ def mask_raggedly() -> None:
             targets[place, 1 + (row * 5) % LENGTH :] = MASKED
         return dataclasses.replace(packed, targets=targets)
 
-    batch.ragged = True  # type: ignore[attr-defined]
     TrainWindows.batch = batch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TrainWindows.batch = whole  # type: ignore[method-assign]
 
 
 NEWTON_SCHULZ: list[tuple[int, ...]] = []
 """The shapes that this process's Muon has made orthogonal, in order."""
 
 
-def count_newton_schulz() -> None:
-    """From now on Muon's iterations are counted, and made in double precision.
+@contextlib.contextmanager
+def counted_newton_schulz() -> Iterator[None]:
+    """Muon's iterations are counted, and made in double precision.
 
     In bfloat16 a difference of 1e-7 in the gradient flips roundings, and the update by a hundredth of its size.
     """
@@ -94,7 +99,12 @@ def count_newton_schulz() -> None:
             x = a * x + (b * gram + c * gram @ gram) @ x
         return (x.T if grad.shape[0] > grad.shape[1] else x).to(grad.dtype)
 
+    torchs = _muon._zeropower_via_newtonschulz
     _muon._zeropower_via_newtonschulz = iterate
+    try:
+        yield
+    finally:
+        _muon._zeropower_via_newtonschulz = torchs
 
 
 @dataclasses.dataclass
@@ -123,13 +133,13 @@ def numbers(strategy: Any) -> dict[str, Any]:
     return {name: tensor.detach().double().numpy() for name, tensor in whole.items()} if strategy.world.is_main else {}
 
 
+@ragged()
+@counted_newton_schulz()
 def trajectory(settings: RunConfig, folder: Path) -> Trajectory:
     """Trains on this rank."""
     from llmeff.loop import Trainer
     from llmeff.record.reader import read_run
 
-    mask_raggedly()
-    count_newton_schulz()
     with Trainer(settings, folder, resume=False, is_silent=True) as trainer:
         begin = numbers(trainer._strategy)
         while trainer.step < settings.train.steps:
@@ -145,3 +155,61 @@ def trained(settings: RunConfig, folder: Path) -> list[Trajectory]:
     One rank, too, is a process of its own: batches are masked in it.
     """
     return ranks(settings.parallel.ranks).run(trajectory, settings, folder)
+
+
+@ragged()
+def by_hand(settings: RunConfig, num_ranks: int, is_reduced_first: bool) -> Trajectory:
+    """What `bf16_master` means, in plain PyTorch and one process: bfloat16 weights, and their copy in float32 that moves.
+
+    Every micro-batch's gradient is bfloat16, and so are the sums of them.
+
+    Args:
+        settings: of a run by one process, whose micro-batches are those of all ranks, one rank's after the other's.
+        num_ranks: that they belong to.
+        is_reduced_first: each micro-batch's gradients are summed over ranks, and then these sums, as at stages 2 and 3;
+            else each rank sums its own first, as at stage 1.
+    """
+    import torch
+
+    from llmeff.core import group
+    from llmeff.core.table import Row
+    from llmeff.prepare import micro_batches, prepare, prepare_device, prepare_model
+
+    settings, task = prepare(settings)
+    device = prepare_device(settings)
+    model = prepare_model(settings, device).bfloat16()
+    rows = task.table(model)
+    masters = [torch.nn.Parameter(row.parameter.detach().float()) for row in rows]
+    own = [Row(name=row.name, parameter=master, role=row.role) for row, master in zip(rows, masters, strict=True)]
+    optimizer = settings.optim.build(own)
+
+    def weights() -> dict[str, Any]:
+        return {row.name: row.parameter.detach().double().numpy() for row in rows}
+
+    def summed(gradients: list[list[Tensor]]) -> list[Tensor]:
+        total = gradients[0]
+        for more in gradients[1:]:
+            total = [one + other for one, other in zip(total, more, strict=True)]
+        return total
+
+    begin, losses, norms = weights(), [], []
+    for step in range(settings.train.steps):
+        batches = [task.batch(step, share, device) for share in micro_batches(settings, 0)]
+        count = group.totals([batch.counts for batch in batches])["loss"]
+        gradients, loss = [], 0.0
+        for batch in batches:
+            share = task.loss(model, batch)["loss"] / count
+            gradients.append(list(torch.autograd.grad(share, [row.parameter for row in rows])))
+            loss += float(share.detach())
+        each = len(batches) // num_ranks
+        by_rank = [gradients[start : start + each] for start in range(0, len(batches), each)]
+        parts = [list(one) for one in zip(*by_rank, strict=True)] if is_reduced_first else by_rank
+        for master, gradient in zip(masters, summed([summed(part) for part in parts]), strict=True):
+            master.grad = gradient.float()
+        assert settings.train.clip_norm is not None
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters, settings.train.clip_norm)))
+        losses.append(loss)
+        optimizer.step()
+        for row, master in zip(rows, masters, strict=True):
+            row.parameter.data.copy_(master)
+    return Trajectory(losses, norms, begin, weights(), [])

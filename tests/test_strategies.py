@@ -20,20 +20,20 @@ from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
 from tests.ranks import Ranks, ranks
-from tests.strategies import STRATEGIES, config, mask_raggedly, numbers
+from tests.strategies import STRATEGIES, config, numbers, ragged
 
 ZERO = ("zero 1", "zero 2", "zero 3")
 
 
+@ragged()
 def train_on(settings: RunConfig, folder: Path, resume: bool) -> dict[str, dict[str, float]]:
     """Trains to the end on this rank; its final metrics."""
-    mask_raggedly()
     return train(settings, folder, resume=resume).metrics
 
 
+@ragged()
 def train_until(settings: RunConfig, folder: Path, resume: bool, until: int) -> None:
     """Trains up to a step's checkpoint, and stops there as a killed process would."""
-    mask_raggedly()
     with Trainer(settings, folder, resume=resume, is_silent=True) as trainer:
         while trainer.step < until:
             trainer.train_step()
