@@ -32,9 +32,10 @@ from llmeff.record.meters import WireMeter, peak_bytes
 from llmeff.runconfig import RunConfig
 
 COMMAND = "python -m analysis.rank_price_gate"
-EXACT: tuple[Kind, ...] = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
+EXACT: tuple[Kind, ...] = ("parameter_bytes", "frozen_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
 SHOWN: tuple[Kind, ...] = (
     "parameter_bytes",
+    "frozen_bytes",
     "master_bytes",
     "gradient_bytes",
     "optimizer_bytes",
@@ -53,12 +54,14 @@ WIDE = {"vocab_size": 1009, "width": 96, "num_layers": 2, "num_heads": 4, "mlp_w
 
 
 def case(name: str, parallel: dict[str, Any], ranks: int = 2, model: dict[str, Any] = PLAIN, **more: Any) -> Any:
-    """A run's config; `num_micro_batches`, `micro_batch`, `tied`, `tokens`, `precision`, `recompute` may be given."""
+    """A run's config; of the rest of it more may be given, by the names below."""
     num, rows = more.get("num_micro_batches", 1), more.get("micro_batch", 2)
     return name, {
         "model": {"name": "decoder", "tied_embeddings": more.get("tied", False), **model},
         "data": {"name": "text", "sequence_length": more.get("tokens", 32)},
         "precision": more.get("precision", "fp32"),
+        "optim": more.get("optim", {"name": "adamw"}),
+        "transforms": more.get("transforms", []),
         "parallel": parallel if parallel["name"] == "single" else parallel | {"ranks": ranks},
         "train": {"batch": num * rows * ranks, "micro_batch": rows, "clip_norm": 0.5},
         "runtime": {"device": "cpu", "recompute": more.get("recompute", False)},
@@ -78,6 +81,8 @@ LEAST = {"prefetch_bucket_size": 0, "max_live_parameters": 0, "max_reuse_distanc
 OFFLOAD = {"offload_optimizer": True}
 ALL_OFF = OFFLOAD | {"offload_parameters": True}
 SMALL = {"reduce_bucket_size": 15_000}
+LORA = [{"name": "lora", "rank": 3}]
+MUON = {"name": "muon"}
 
 FAST = dict(
     [
@@ -90,6 +95,7 @@ FAST = dict(
         case("stage 2, small buckets", zero(2, **SMALL), tied=True),
         case("stage 2, offloaded", zero(2, **OFFLOAD), precision="bf16_master"),
         case("stage 3", zero(3), model=ODD),
+        case("stage 3, LoRA", zero(3), transforms=LORA),
     ]
 )
 SLOW = dict(
@@ -137,6 +143,18 @@ SLOW = dict(
         case("stage 3, offloaded optimizer", zero(3, **OFFLOAD)),
         case("stage 3, all offloaded, accumulated", zero(3, **ALL_OFF), num_micro_batches=2),
         case("stage 3, wide, recomputed", zero(3), model=WIDE, recompute=True, tokens=64),
+        case("single, LoRA", SINGLE, 1, transforms=LORA),
+        case("ddp, LoRA", DDP, transforms=LORA, num_micro_batches=2),
+        case("fsdp, LoRA", FSDP, transforms=LORA, model=ODD),
+        case("stage 0, LoRA", zero(0), transforms=LORA),
+        case("stage 1, LoRA", zero(1), transforms=LORA, tied=True),
+        case("stage 2, LoRA, accumulated", zero(2), transforms=LORA, model=ODD, num_micro_batches=2),
+        case("stage 3, LoRA, all offloaded", zero(3, **ALL_OFF), transforms=LORA, model=ODD),
+        case("stage 3, LoRA, bf16_master", zero(3), transforms=LORA, precision="bf16_master"),
+        case("single, Muon", SINGLE, 1, optim=MUON),
+        case("ddp, Muon", DDP, optim=MUON),
+        case("ddp, shared optimizer, Muon", SHARING, optim=MUON, model=ODD),
+        case("stage 0, Muon", zero(0), optim=MUON),
     ]
 )
 
@@ -150,7 +168,7 @@ def work_of(config: RunConfig) -> Workload:
 def predict(raw: dict[str, Any], rank: int) -> Price:
     """What a step should take on a rank."""
     config = validate(RunConfig, raw)
-    return price_step(config.model, config.optim, work_of(config), config.parallel, rank)
+    return price_step(config.model, config.optim, work_of(config), config.parallel, rank, config.transforms)
 
 
 class Steps:
@@ -215,6 +233,7 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
         unheld = sum(num_bytes for key, num_bytes in _all_storages() if key not in known and key not in held)
         return {
             "parameter_bytes": _sum_bytes(_parameters(steps.strategy)),
+            "frozen_bytes": _sum_bytes(_frozen(steps.strategy)),
             "master_bytes": _sum_bytes(_masters(steps.strategy)),
             "gradient_bytes": steps.gradient_bytes,
             "optimizer_bytes": _sum_bytes(
@@ -258,6 +277,11 @@ def _parameters(strategy: Strategy) -> Iterable[Tensor]:
     if hasattr(zero, "bit16_groups_flat"):
         return list(zero.bit16_groups_flat)
     return [getattr(row.parameter, "ds_tensor", row.parameter) for row in rows]
+
+
+def _frozen(strategy: Strategy) -> list[Tensor]:
+    frozen = [parameter for parameter in strategy._plain.parameters() if not parameter.requires_grad]
+    return [getattr(parameter, "ds_tensor", parameter) for parameter in frozen]
 
 
 def _masters(strategy: Strategy) -> Iterable[Tensor]:

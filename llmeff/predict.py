@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -278,6 +278,7 @@ _SHARED: tuple[Kind, ...] = (
     "parameter_bytes",
     "master_bytes",
     "gradient_bytes",
+    "frozen_bytes",
     "gathered_bytes",
     "bucket_bytes",
     "wire_bytes",
@@ -298,12 +299,13 @@ def trace(
         module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
         optim: whose state the step finds.
         work: what the step does.
-        parallel: how the state is shared out: its price is the law's, and the peak is that of one process, more or less
-            by what it takes elsewhere. Frozen parameters count as whole.
+        parallel: how the state is shared out: its price is the law's, with the weights in the order in which the modules
+            use them, and the peak is that of one process, more or less by what it takes elsewhere. What recomputation
+            gathers again is not in it.
         rank: which share.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():  # type: ignore[no-untyped-call]
-        empty_on(module, "cpu")
+        empty_on(module, "cpu", getattr(torch, work.precision.parameters))
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
 
         def forward(batch: dict[str, Any]) -> Tensor:
@@ -318,6 +320,7 @@ def trace(
         module.recompute = False  # type: ignore[assignment]
         with _Attention() as attention:  # type: ignore[no-untyped-call]
             model_flops = count_flops(run) - attention.surplus_flops
+        uses = _uses(module, lambda: forward(_batch(work)))
         module.recompute = work.recompute  # type: ignore[assignment]
         module.zero_grad(set_to_none=True)
         batch = _batch(work)
@@ -327,30 +330,46 @@ def trace(
             for _ in range(min(work.num_micro_batches, 2)):
                 run()
     roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
-    weights = [
-        Weight(
+    weights = {
+        name: Weight(
             name,
             tuple(parameter.shape),
             work.precision.parameters,
             roles[name] if roles[name] in ("embedding", "head") else "model",
+            parameter.requires_grad,
         )
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
-    frozen = sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)
-    groups = optim.groups({weight.name: roles[weight.name] for weight in weights})
-    keeping = parallel.keeping(weights, groups, work, rank)
-    state = price_state(weights, work, keeping)
-    alone = price_state(weights, work, _ALONE.keeping(weights, groups, work, rank=0))
+    }
+    groups = optim.groups({weight.name: roles[weight.name] for weight in weights.values() if weight.is_trained})
+    used = [(weights[name], comes_back) for name, comes_back in uses]
+    keeping = parallel.keeping([*weights.values()], groups, work, rank)
+    state = price_state(used, work, keeping)
+    alone = price_state(used, work, _ALONE.keeping([*weights.values()], groups, work, rank=0))
     entries: dict[tuple[Kind, str], int] = {
         ("executed_flops", "model"): flops * work.num_micro_batches,
         ("model_flops", "model"): model_flops * work.num_micro_batches,
         ("saved_bytes", "model"): saved,
-        ("frozen_bytes", "model"): frozen,
         ("peak_bytes", "model"): live.peak.total + state.total("peak_bytes") - alone.total("peak_bytes"),
     }
     shared = state.only(_SHARED) + _state(optim, work, keeping)
     return Price(entries, "traced") + shared
+
+
+def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, bool]]:
+    """The parameters in the order in which modules use them, and whether backward comes back to each; last the unused."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found: list[tuple[str, bool]] = []
+
+    def note(used: nn.Module, given: object, output: object) -> None:
+        comes_back = any(tensor.requires_grad for tensor in _tensors(output))
+        found.extend((names[id(own)], comes_back) for own in used.parameters(recurse=False))
+
+    hooks = [used.register_forward_hook(note) for used in module.modules()]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    seen = {name for name, _ in found}
+    return found + [(n, p.requires_grad) for n, p in module.named_parameters() if n not in seen]
 
 
 def _batch(work: Workload) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,13 +165,14 @@ def no_rank_left(folder: Path) -> bool:
 
 
 @SLOW
-def test_a_run_that_ended_abnormally_goes_on_by_itself_as_often_as_allowed(unbroken, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed", "fsdp"])
+def test_a_run_that_ended_abnormally_goes_on_by_itself_as_often_as_allowed(unbroken, tmp_path, strategy):
     once = {"FAULT_ONCE": str(tmp_path / "done")}
-    arguments = [*small("parallel=ddp"), "--quiet", "--out=run"]
+    arguments = [*small(f"parallel={strategy}"), "--quiet", "--out=run"]
     code, _, err = run(*arguments, "--restarts=1", fault="killed", folder=tmp_path, **once)
     assert code == 0, err
     assert "llmeff: WARNING: restart 1 of 1\n" in err
-    assert_same_run(unbroken("ddp"), tmp_path / "run")
+    assert_same_run(unbroken(strategy), tmp_path / "run")
 
 
 def test_one_process_goes_on_by_itself_too(tmp_path):
@@ -213,6 +215,22 @@ def test_ctrl_c_is_passed_on_and_leaves_nothing_running(tmp_path):
     assert no_rank_left(tmp_path)
 
 
+@SLOW
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its starter is gone")
+@pytest.mark.parametrize("settings", [["parallel=ddp"], ["parallel=deepspeed"], ["parallel.ranks=1"]])
+def test_a_starter_that_is_killed_takes_the_run_with_it(tmp_path, settings):
+    process = start(*small(*settings, "train.steps=100000"), "--quiet", "--out=run", "--restarts=1", folder=tmp_path)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.05)
+    assert not no_rank_left(tmp_path)
+    process.kill()
+    deadline = time.monotonic() + IN_TIME_S
+    while not no_rank_left(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert no_rank_left(tmp_path)
+
+
 def test_a_launcher_that_starts_other_ranks_than_the_config_has_is_told_so_once(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     options = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(SCRIPT), "--recipe=debug"]
@@ -223,6 +241,32 @@ def test_a_launcher_that_starts_other_ranks_than_the_config_has_is_told_so_once(
     assert done.returncode != 0
     assert done.stderr.count("parallel.ranks is 1 in the config, but the launcher (WORLD_SIZE) says 2") == 1
     assert not (tmp_path / "runs").exists()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Many processes")[2].partition("```\n")[0]
+COMMANDS = [
+    line.partition("  #")[0].strip() for line in README.splitlines() if line.startswith(("llmeff", "accelerate"))
+]
+PROGRAMS = {"llmeff": "llmeff.cli", "accelerate": "accelerate.commands.accelerate_cli"}
+
+
+def test_the_readme_has_commands_of_many_processes():
+    assert len(COMMANDS) >= 4
+
+
+@SLOW
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "--resume" not in line])
+def test_the_readmes_commands_of_many_processes_train(line, tmp_path):
+    program, *given = shlex.split(line)
+    done = subprocess.run(
+        [sys.executable, "-m", PROGRAMS[program], *given, *small(), "--quiet", f"--out={tmp_path / 'run'}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run_of = read_run(tmp_path / "run")
+    assert len(run_of.steps["step"]) == STEPS
+    assert run_of.config["parallel"]["ranks"] == 2
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ gate = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(gate)
 
 PEAK_TOLERANCE = 0.05
+TRACED_PEAK_TOLERANCE = 0.25
+"""Of a model without a law: what is gathered meets what is kept for backward at other moments than in the trace."""
 
 
 def assert_exact_but_for_the_peak(raw):
@@ -32,7 +34,8 @@ def assert_exact_but_for_the_peak(raw):
         predicted = gate.predict(raw, rank)
         assert {kind: predicted.total(kind) for kind in gate.EXACT} == {kind: measured[kind] for kind in gate.EXACT}
         assert predicted.parts("wire_bytes") == measured["wire_bytes"]
-        assert predicted.total("peak_bytes") == pytest.approx(measured["peak_bytes"], rel=PEAK_TOLERANCE)
+        within = PEAK_TOLERANCE if predicted.source == "law" else TRACED_PEAK_TOLERANCE
+        assert predicted.total("peak_bytes") == pytest.approx(measured["peak_bytes"], rel=within)
         assert measured["unheld_bytes"] <= gate.SLACK_BYTES
 
 
@@ -138,7 +141,7 @@ def test_a_traced_price_shares_the_state_as_the_law_does(parallel):
     law = price_step(config.model, AdamW(), work, config.parallel)
     for kind in ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes", "wire_bytes"):
         assert traced.total(kind) == law.total(kind), kind
-    assert math.isclose(traced.total("peak_bytes"), law.total("peak_bytes"), rel_tol=0.25)
+    assert math.isclose(traced.total("peak_bytes"), law.total("peak_bytes"), rel_tol=TRACED_PEAK_TOLERANCE)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -32,14 +32,20 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(tensors[name])
 
 
-def empty_on(module: nn.Module, device: str) -> None:
-    """Puts empty tensors on a device in the place of all parameters and buffers; shared ones stay shared."""
+def empty_on(module: nn.Module, device: str, dtype: torch.dtype | None = None) -> None:
+    """Puts empty tensors on a device in the place of all parameters and buffers; shared ones stay shared.
+
+    Args:
+        module: whose.
+        device: where.
+        dtype: of those of floating point; None: as they are.
+    """
     moved: dict[Tensor, Any] = {}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
                 if tensor is not None and tensor not in moved:
-                    empty = torch.empty_like(tensor, device=device)
+                    empty = torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else None)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     moved[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 if tensor is not None:

@@ -91,12 +91,13 @@ class Node:
 
 @dataclass(slots=True)
 class Weight:
-    """A trained parameter."""
+    """A parameter."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     part: str
+    is_trained: bool = True
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ class Keeping:
     A strategy derives its own. The tape calls it as the step goes; what it makes live is labelled by what it is for.
 
     Args:
-        weights: the trained parameters, in the model's order.
+        weights: the parameters, in the model's order.
         formats: of the numbers.
     """
 
@@ -24,7 +24,9 @@ class Keeping:
 
     def __init__(self, weights: Iterable[Weight] = (), formats: Precision | None = None):
         self.formats = formats or precision("fp32")
-        self.weights = [replace(weight, dtype=self.formats.parameters) for weight in weights]
+        self.every = [replace(weight, dtype=self.formats.parameters) for weight in weights]
+        """All weights, frozen ones too."""
+        self.weights = [weight for weight in self.every if weight.is_trained]
         self.wire: Counter[str] = Counter()
         """Bytes sent so far, by collective: the full payload of each, whatever part of it a rank holds."""
         self.counts: Counter[tuple[Kind, str]] = Counter()
@@ -42,10 +44,17 @@ class Keeping:
 
     def stand(self) -> None:
         """Every weight, with its master copy."""
+        self.stand_frozen()
         for weight in self.weights:
             self.keep("parameter_bytes", weight.part, weight.num_bytes)
             if self.formats.master is not None:
                 self.keep("master_bytes", weight.part, weight.size * BYTES[self.formats.master])
+
+    def stand_frozen(self) -> None:
+        """What is not trained, whole."""
+        for weight in self.every:
+            if not weight.is_trained:
+                self.keep("frozen_bytes", weight.part, weight.num_bytes)
 
     def rehearsed(self, uses: list[tuple[str, bool]]) -> None:
         """Told before the step: the names of the weights in the order of their uses, and whether in backward."""

@@ -15,6 +15,7 @@ from llmeff.cost.workload import Workload
 _REPEATED: tuple[Kind, ...] = ("model_flops", "executed_flops", "elementwise_ops")
 _AT_PEAK = {
     "parameter_bytes": "parameters",
+    "frozen_bytes": "frozen parameters",
     "master_bytes": "master copy",
     "gradient_bytes": "gradients",
     "saved_bytes": "saved activations",
@@ -59,7 +60,7 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None) -> 
     once = Price(tape.counts)
     repeated = once.only(_REPEATED)
     entries: Counter[tuple[Kind, str]] = Counter(keeping.counts)
-    for weight in tape.weights.values():
+    for weight in keeping.weights:
         entries["parameters", weight.part] += weight.size
     entries.update({("gradient_bytes", part): num_bytes for part, num_bytes in gradients.items()})
     entries.update({("wire_bytes", name): num_bytes for name, num_bytes in wire.items()})
@@ -70,28 +71,30 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None) -> 
     return once + repeated * (workload.num_micro_batches - 1) + Price(entries)
 
 
-def price_state(own: Sequence[Weight], workload: Workload, keeping: Keeping) -> Price:
+def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, keeping: Keeping) -> Price:
     """The same without a model: weights that are used one after another, and nothing else.
 
     Args:
-        own: the weights, in the order of their uses.
+        uses: the weights in the order in which a forward pass uses them, and whether backward comes back to each: to
+            one that is frozen it does not where no gradient is to flow through.
         workload: what the step does.
         keeping: what becomes of them and their gradients.
     """
 
     def law(tape: Tape, batch: Batch) -> Array:
         x = tape.new((), "float32")
-        for weight in own:
+        for weight, comes_back in uses:
             array = tape.weight(weight.name, *weight.shape)
-            node = tape.save((x, array), (), partial(_gradient_of, tape, array))
-            x = tape.new((), "float32", node)
+            if comes_back:
+                node = tape.save((x, array), (), partial(_gradient_of, tape, array if weight.is_trained else None))
+                x = tape.new((), "float32", node)
         return x
 
     return price_step(law, workload, keeping)
 
 
-def _gradient_of(tape: Tape, weight: Array, gradient: Array) -> tuple[Array, Array]:
-    return tape.new((), "float32"), tape.new(weight.shape, weight.dtype)
+def _gradient_of(tape: Tape, weight: Array | None, gradient: Array) -> tuple[Array, Array | None]:
+    return tape.new((), "float32"), None if weight is None else tape.new(weight.shape, weight.dtype)
 
 
 class _Rehearsal(Keeping):

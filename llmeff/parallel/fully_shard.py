@@ -17,6 +17,7 @@ from llmeff.core.shard import part_length, split_rows
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
 from llmeff.cost.arrays import Array, Storage, Weight
+from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
 from llmeff.parallel.rank_keeping import RankKeeping
 from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers
@@ -69,7 +70,7 @@ class ShardKeeping(RankKeeping):
         super().__init__(weights, work, config.ranks, rank)
         self._reshards = config.reshard_after_forward
         self._units: defaultdict[str, list[Weight]] = defaultdict(list)
-        for weight in self.weights:
+        for weight in self.every:
             self._units[_unit(weight)].append(weight)
         self._order: list[str] = []
         self._whole: dict[str, Storage] = {}
@@ -86,10 +87,14 @@ class ShardKeeping(RankKeeping):
     def _size(self, unit: str) -> int:
         return sum(map(self._padded, self._units[unit]))
 
+    def _trained(self, unit: str) -> list[Weight]:
+        return [weight for weight in self._units[unit] if weight.is_trained]
+
     def stand(self) -> None:
         """This rank's rows."""
-        for weight in self.weights:
-            self.keep("parameter_bytes", weight.part, self._padded(weight) // self.ranks)
+        for weight in self.every:
+            kind: Kind = "parameter_bytes" if weight.is_trained else "frozen_bytes"
+            self.keep(kind, weight.part, self._padded(weight) // self.ranks)
 
     def use(self, weight: Weight, in_backward: bool) -> None:
         """Gathers the unit, where it is not there."""
@@ -150,15 +155,18 @@ class ShardKeeping(RankKeeping):
         super().ready(weight, gradient)
         unit = _unit(weight)
         self._num_ready[unit] += 1
-        if unit != _ROOT and self._num_ready[unit] == len(self._units[unit]):
+        if unit != _ROOT and self._num_ready[unit] == len(self._trained(unit)):
             self._reduce(unit)
 
     def _reduce(self, unit: str) -> None:
         self._whole.pop(unit, None)
         self._last_input = None
-        size = self._size(unit)
+        trained = self._trained(unit)
+        if not trained:
+            return
+        size = sum(map(self._padded, trained))
         self._last_input = self.make("bucket_bytes", size)
-        for weight in self._units[unit]:
+        for weight in trained:
             self.whole.pop(weight.name)
         part = self.make("gradient_bytes", size // self.ranks)
         if self.ranks > 1:

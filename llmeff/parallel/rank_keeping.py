@@ -16,7 +16,7 @@ class RankKeeping(Keeping):
     """One rank of several.
 
     Args:
-        weights: the trained parameters, in the model's order.
+        weights: the parameters, in the model's order.
         work: what a step does on the rank.
         ranks: how many there are.
         rank: this one.

@@ -196,8 +196,8 @@ class StrategyConfig(Component, family="strategy"):
         """What a rank keeps and sends in a step: with the laws of the model and the optimizer, the rank's price.
 
         Args:
-            weights: the trained parameters, in the model's order.
-            groups: their names, by the optimizer's groups.
+            weights: the parameters, in the model's order.
+            groups: the trained ones' names, by the optimizer's groups.
             work: what the step does on the rank.
             rank: which one.
         """

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from llmeff.core.shard import Shard, part_length, split_each, split_group
+from llmeff.core.shard import Shard, part_length, split_group
 from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.workload import Workload
 from llmeff.parallel.rank_keeping import RankKeeping, in_buckets
@@ -25,8 +25,8 @@ class ZeroKeeping(RankKeeping):
     """What the stages share.
 
     Args:
-        weights: the trained parameters, in the model's order.
-        groups: the same, by the optimizer's groups.
+        weights: the parameters, in the model's order.
+        groups: the trained ones, by the optimizer's groups.
         work: what a step does on the rank.
         config: the stage.
         rank: this one.
@@ -40,7 +40,7 @@ class ZeroKeeping(RankKeeping):
         self._config = config
         self._is_wider = self.wide != self.narrow
         self._accumulates = work.num_micro_batches > 1
-        self._limit = config.bucket_size(sum(weight.size for weight in weights))
+        self._limit = config.bucket_size(sum(weight.size for weight in self.weights))
         self._bucket: list[Weight] = []
         self.updates_on_host = config.offload_optimizer
         self._keep_state = self.offload if config.offload_optimizer else self.keep
@@ -108,6 +108,7 @@ class FlatKeeping(ZeroKeeping):
 
     def stand(self) -> None:
         """The flat groups, this rank's slices for the update, and what offloading goes by way of."""
+        self.stand_frozen()
         largest = max(weight.size for weight in self.weights)
         for length in self._lengths:
             self.keep("parameter_bytes", "flat", length * self.ranks * self.narrow)
@@ -216,10 +217,9 @@ class GatheredKeeping(ZeroKeeping):
         self, weights: list[Weight], groups: list[list[Weight]], work: Workload, config: "DeepSpeed", rank: int
     ):
         super().__init__(weights, groups, work, config, rank)
-        sizes = {weight.name: weight.size for weight in self.weights}
+        sizes = {weight.name: weight.size for weight in self.every}
         self._parts = {name: part_length(size, self.ranks) for name, size in sizes.items()}
         self._sizes = sizes
-        self._real = {part.name: part.size for part in split_each(sizes, self.ranks)[rank]}
         self._stays = {name for name, size in sizes.items() if size <= config.persistence_threshold}
         self._trace: list[str] = []
         self._begin_pass()
@@ -243,6 +243,11 @@ class GatheredKeeping(ZeroKeeping):
 
     def stand(self) -> None:
         """Parts of parameters, of their updated copies and of gradients, and the bucket."""
+        for weight in self.every:
+            if weight.name in self._stays:
+                self.hold("gathered_bytes", weight.num_bytes)
+            if not weight.is_trained:
+                self._keep_parameters("frozen_bytes", weight.part, self._parts[weight.name] * self.narrow)
         for weight in self.weights:
             length = self._parts[weight.name]
             self._keep_parameters("parameter_bytes", weight.part, length * self.narrow)
@@ -250,8 +255,6 @@ class GatheredKeeping(ZeroKeeping):
             self._keep_state("gradient_bytes", weight.part, length * self.narrow)
             if self._config.offload_optimizer:
                 self.offload("gradient_bytes", weight.part, length * self.wide)
-            if weight.name in self._stays:
-                self.hold("gathered_bytes", weight.num_bytes)
         self.hold("bucket_bytes", self._limit * self.narrow)
 
     def begin_micro_batch(self, is_last: bool) -> None:
@@ -368,7 +371,7 @@ class GatheredKeeping(ZeroKeeping):
         for _ in self._groups:
             self.send("all_reduce", 4 if offloads else _DOUBLE)
         if not offloads:
-            self.make("bucket_bytes", max(self._parts.values()) * _DOUBLE)
+            self.make("bucket_bytes", max(self._parts[weight.name] for weight in self.weights) * _DOUBLE)
             for group in self._groups:
                 for _ in self._widen(len(group), sum(self._parts[weight.name] for weight in group)):
                     pass
