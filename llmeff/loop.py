@@ -15,6 +15,7 @@ from llmeff.checkpoint import Checkpoint, Checkpoints, restore_random_states
 from llmeff.compare.plots import loss_curve
 from llmeff.core import files, group
 from llmeff.core.dist import world
+from llmeff.core.memory import keep_freed_memory
 from llmeff.core.log import logger
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.precision import precision
@@ -95,6 +96,7 @@ class Trainer:
             check_free(folder)
         self.config, self._task = prepare(config)
         self.device = prepare_device(self.config)
+        keep_freed_memory()
         self._environment = environment(self.device)
         self._precision = precision(self.config.precision)
         self._shares = micro_batches(self.config, world().rank)
