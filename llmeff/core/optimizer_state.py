@@ -14,10 +14,11 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of all tensors in the state."""
-    return sum(
-        value.untyped_storage().nbytes()
+    """The bytes of all tensors in the state, each storage once."""
+    storages = (
+        value.untyped_storage()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

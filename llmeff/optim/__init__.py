@@ -1,4 +1,6 @@
 from llmeff.optim.adamw import AdamW as AdamW
+from llmeff.optim.adamw8bit import AdamW8bit as AdamW8bit
+from llmeff.optim.lion import Lion as Lion
 from llmeff.optim.muon import Muon as Muon
 from llmeff.optim.optimizer import OptimizerConfig as OptimizerConfig
 from llmeff.optim.schedule import WSD as WSD
@@ -6,3 +8,4 @@ from llmeff.optim.schedule import Constant as Constant
 from llmeff.optim.schedule import Cosine as Cosine
 from llmeff.optim.schedule import Linear as Linear
 from llmeff.optim.schedule import ScheduleConfig as ScheduleConfig
+from llmeff.optim.sgd import SGD as SGD

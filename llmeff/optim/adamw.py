@@ -1,20 +1,20 @@
 """AdamW: adaptive moments with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
 
-from llmeff.core.config import BelowOne, NotNegative, Positive
+from llmeff.core.config import BelowOne, Positive
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import UNDECAYED, Role, Row, Sharding
+from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
-from llmeff.optim.optimizer import OptimizerConfig
+from llmeff.optim.decayed import DecayedConfig
 
 
-class AdamW(OptimizerConfig):
+class AdamW(DecayedConfig):
     """torch.optim.AdamW in its fused form, which every device that torch trains on has for floating-point parameters."""
 
     sharding: ClassVar[Sharding] = "elementwise"
@@ -26,32 +26,11 @@ class AdamW(OptimizerConfig):
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: NotNegative = 0.1
-    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
-
-    def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """One with decay and one without."""
-        decayed = [name for name, role in roles.items() if role not in UNDECAYED]
-        others = [name for name, role in roles.items() if role in UNDECAYED]
-        return [names for names in (decayed, others) if names]
 
     def build(self, rows: list[Row]) -> torch.optim.AdamW:
         """The groups, with their decay."""
-        by_name = {row.name: row for row in rows}
-        groups = [
-            {
-                "params": [by_name[name].parameter for name in names],
-                "weight_decay": self.weight_decay if by_name[names[0]].decayed else 0.0,
-            }
-            for names in self.groups({row.name: row.role for row in rows})
-        ]
-        return torch.optim.AdamW(
-            groups,
-            lr=self.lr,
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            fused=True,
-        )
+        groups = self.parameter_groups(rows)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
         """Two moments in the format of what is updated, and a float32 step counter a parameter."""

@@ -72,6 +72,8 @@ def save(
     slices: dict[str, tuple[int, int]] = {}
     whole: list[str] = []
     plain: dict[str, Any] = {}
+    shared: dict[str, str] = {}
+    storages: dict[int, str] = {}
     for holder in holders:
         state = optimizer.state.get(holder.key, {})
         for part, at in holder.parts:
@@ -84,12 +86,18 @@ def save(
                 name = part.name + _BETWEEN + kind
                 if not isinstance(value, Tensor):
                     plain[name] = value
-                elif holder.is_whole or value.dim() == 0:
+                elif value.dim() == 0:
                     tensors[name] = value
+                elif holder.is_whole:
+                    first = storages.setdefault(value.untyped_storage()._cdata, name)
+                    if first == name:
+                        tensors[name] = value
+                    else:  # a table that parameters have in common stays one
+                        shared[name] = first
                 else:
                     tensors[name] = flat(value)[span]
     save_file(_plain_copies(tensors), folder / f"rank-{rank:05d}.safetensors")
-    content = {"slices": slices, "whole": whole, "state": plain, "others": dict(others)}
+    content = {"slices": slices, "whole": whole, "state": plain, "shared": shared, "others": dict(others)}
     (folder / f"rank-{rank:05d}.json").write_text(json.dumps(content), encoding="utf-8")
     if rank == 0:
         save_file(_plain_copies(buffers), folder / _BUFFERS)
@@ -147,8 +155,14 @@ class Saved:
     def kinds(self, parameter: str) -> set[str]:
         """The kinds of tensors in the parameter's optimizer state."""
         prefix = parameter + _BETWEEN
-        found = {name.removeprefix(prefix) for *_, names in self._places[parameter] for name in names}
+        every = [*self._shared, *(name for *_, names in self._places[parameter] for name in names)]
+        found = {name.removeprefix(prefix) for name in every}
         return {kind for kind in found if _BETWEEN not in kind} - {_WEIGHT}
+
+    @cached_property
+    def _shared(self) -> dict[str, str]:
+        """Names of tensors that are another one, and which."""
+        return {name: first for _, content in self._contents for name, first in content["shared"].items()}
 
     def plain(self, parameter: str) -> dict[str, Any]:
         """What is no tensor in the parameter's optimizer state."""
@@ -162,8 +176,10 @@ class Saved:
 
     def whole(self, parameter: str, kind: str) -> Tensor:
         """A tensor of the state as it was saved: one number for all slices, or that of a whole parameter."""
-        _, _, file, _ = self._places[parameter][0]
-        tensor: Tensor = file.get_tensor(parameter + _BETWEEN + kind)
+        name = parameter + _BETWEEN + kind
+        name = self._shared.get(name, name)
+        _, _, file, _ = self._places[name.partition(_BETWEEN)[0]][0]
+        tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def read(self, part: Slice, kind: str = _WEIGHT) -> Tensor:
@@ -193,6 +209,7 @@ class Saved:
             ValueError: they are of another model, or of an optimizer whose state cannot be cut as it must be here.
         """
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        there: dict[str, Tensor] = {}
         for holder in holders:
             for part, at in holder.parts:
                 holder.numbers[at : at + part.size].copy_(self.read(part))
@@ -208,7 +225,8 @@ class Saved:
                 if value.dim() == 0:
                     state[kind] = value.to(holder.key.device if on_device else "cpu")
                 elif holder.is_whole and first in self._whole:
-                    state[kind] = value.to(holder.key.device)
+                    name = first + _BETWEEN + kind
+                    state[kind] = there.setdefault(self._shared.get(name, name), value.to(holder.key.device))
                 else:
                     state[kind] = self._cut(holder, kind, value.dtype)
             state.update(self.plain(first))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from llmeff.core.optimizer_state import state_bytes
 from llmeff.core.shard import Slice, replicated, split_each, split_group, split_rows, whole_tensors
 from llmeff.core.table import Row
+from llmeff.optim import AdamW8bit
 from llmeff.parallel.saved import Holder, Saved, check_fit, save, whole
 
 OPTIMIZERS = {
@@ -50,6 +52,27 @@ def test_a_state_put_back_goes_on_to_the_last_bit(build, tmp_path):
     Saved(tmp_path).load(map(whole, rows_of(again)), resumed)
     step(model, optimizer)
     step(again, resumed)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_a_table_that_parameters_have_in_common_stays_one(tmp_path):
+    """The codes of 8-bit moments; with a state of other shapes than the parameter's."""
+    config = AdamW8bit(lr=0.1, min_8bit_size=1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 50))
+    optimizer = config.build(rows_of(model))
+    step(model, optimizer)
+    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, {}, {})
+
+    again = copy.deepcopy(model)
+    resumed = config.build(rows_of(again))
+    Saved(tmp_path).load(map(whole, rows_of(again)), resumed)
+    codes = {state["qmap1"].data_ptr() for state in resumed.state.values()}
+    assert len(codes) == 1
+    assert state_bytes(resumed) == state_bytes(optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+        step(again, resumed)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 

@@ -1,0 +1,32 @@
+"""What optimizers have in common that decay matrices and embeddings, and leave norms and biases alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmeff.core.config import NotNegative
+from llmeff.core.table import UNDECAYED, Role, Row
+from llmeff.optim.optimizer import OptimizerConfig
+
+
+class DecayedConfig(OptimizerConfig):
+    """Two groups: one with decay and one without."""
+
+    weight_decay: NotNegative = 0.1
+    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+
+    def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
+        """One with decay and one without."""
+        decayed = [name for name, role in roles.items() if role not in UNDECAYED]
+        others = [name for name, role in roles.items() if role in UNDECAYED]
+        return [names for names in (decayed, others) if names]
+
+    def parameter_groups(self, rows: list[Row]) -> list[dict[str, Any]]:
+        """The groups, with their decay, as torch's optimizers take them."""
+        by_name = {row.name: row for row in rows}
+        return [
+            {
+                "params": [by_name[name].parameter for name in names],
+                "weight_decay": self.weight_decay if by_name[names[0]].decayed else 0.0,
+            }
+            for names in self.groups({row.name: row.role for row in rows})
+        ]

@@ -1,0 +1,50 @@
+"""Lion: the sign of interpolated momentum (Chen et al. 2023, algorithm 2)."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+from torch.optim import Optimizer
+
+from llmeff.core.config import BelowOne, ConfigError, NotNegative, Positive
+from llmeff.core.precision import BYTES, Precision
+from llmeff.core.table import Row, Sharding
+from llmeff.cost.arrays import Weight
+from llmeff.cost.price import Kind, Price
+from llmeff.optim.decayed import DecayedConfig
+
+
+class Lion(DecayedConfig):
+    """pytorch_optimizer.Lion. Its rate is about a third of AdamW's or less, and its decay as much more."""
+
+    sharding: ClassVar[Sharding] = "elementwise"
+
+    name: Literal["lion"] = "lion"
+    lr: Positive = 3e-4
+    """Peak learning rate, which the schedule scales."""
+    beta1: BelowOne = 0.9
+    """How much of the momentum is in the update."""
+    beta2: BelowOne = 0.99
+    """Decay of the momentum."""
+    weight_decay: NotNegative = 0.3
+    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+
+    def build(self, rows: list[Row]) -> Optimizer:
+        """The groups, with their decay."""
+        try:
+            import pytorch_optimizer
+        except ImportError:
+            raise ConfigError('optim "lion" needs pytorch_optimizer: pip install "llmeff[optim]"') from None
+        optimizer: Optimizer = pytorch_optimizer.Lion(
+            self.parameter_groups(rows), lr=self.lr, betas=(self.beta1, self.beta2), weight_decouple=True
+        )
+        return optimizer
+
+    def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
+        """One moment in the format of what is updated."""
+        moment_bytes = BYTES[precision.master or precision.parameters]
+        entries: Counter[tuple[Kind, str]] = Counter()
+        for weight in weights:
+            entries["optimizer_bytes", weight.part] += weight.size * moment_bytes
+            entries["peak_bytes", "optimizer"] += weight.size * moment_bytes
+        return Price(entries)

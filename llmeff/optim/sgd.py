@@ -1,0 +1,44 @@
+"""SGD: stochastic gradient descent with momentum (Robbins and Monro 1951; Sutskever et al. 2013)."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import torch
+
+from llmeff.core.config import BelowOne, Flag, NotNegative, Positive
+from llmeff.core.precision import BYTES, Precision
+from llmeff.core.table import Row, Sharding
+from llmeff.cost.arrays import Weight
+from llmeff.cost.price import Kind, Price
+from llmeff.optim.decayed import DecayedConfig
+
+
+class SGD(DecayedConfig):
+    """torch.optim.SGD in its fused form. Its decay is not decoupled: it is added to the gradient."""
+
+    sharding: ClassVar[Sharding] = "elementwise"
+
+    name: Literal["sgd"] = "sgd"
+    lr: Positive = 0.1
+    """Peak learning rate, which the schedule scales."""
+    momentum: BelowOne = 0.9
+    """Decay of the sum of gradients; 0: none is kept."""
+    nesterov: Flag = False
+    """Look ahead along the momentum."""
+    weight_decay: NotNegative = 0.0
+    """Times the parameter, added to the gradient of matrices and embeddings."""
+
+    def build(self, rows: list[Row]) -> torch.optim.SGD:
+        """The groups, with their decay."""
+        groups = self.parameter_groups(rows)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+
+    def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
+        """One moment in the format of what is updated, where there is momentum."""
+        moment_bytes = BYTES[precision.master or precision.parameters] if self.momentum else 0
+        entries: Counter[tuple[Kind, str]] = Counter()
+        for weight in weights:
+            entries["optimizer_bytes", weight.part] += weight.size * moment_bytes
+            entries["peak_bytes", "optimizer"] += weight.size * moment_bytes
+        return Price(entries)
