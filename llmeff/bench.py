@@ -8,11 +8,12 @@ import math
 import multiprocessing
 import os
 import random
+import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -23,8 +24,10 @@ from typing import Any
 import psutil
 import torch
 
+from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.dist import become_rank
 from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
 
@@ -222,22 +225,58 @@ def bench(
     """
     if len(set(arms)) < max(2, len(arms)):
         raise ConfigError(f"--arm: give at least two different arms, given: {', '.join(arms)}")
+    for name in arms:
+        find_arm(name)
+    raced = race(
+        {name: (config, name) for name in arms},
+        seed=config.seed,
+        rounds=rounds,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        processes=processes,
+        modules=modules,
+    )
+    return raced | {"config": config.model_dump(mode="json")}
+
+
+def race(
+    lanes: Mapping[str, tuple[RunConfig, str]],
+    *,
+    seed: int,
+    rounds: int,
+    steps: int,
+    warmup_steps: int,
+    processes: int,
+    modules: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Times runs of any configs against one another: `bench`, where each name has a config and an arm of its own.
+
+    Args:
+        lanes: by name, the config and the arm that trains it; the first is what the others are set beside.
+        seed: of the order of turns.
+        rounds: as in `bench`, and so on.
+        steps: as in `bench`.
+        warmup_steps: as in `bench`.
+        processes: as in `bench`.
+        modules: as in `bench`.
+
+    Raises:
+        ConfigError: an arm ended, or there is too little to make an interval of.
+    """
     if processes < 3 or rounds < processes or min(steps, warmup_steps) < 1:
         raise ConfigError(
             f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: at least 3 processes of "
             "each arm, a round in each, 1 step and 1 warm-up step"
         )
-    for name in arms:
-        find_arm(name)
-    order = random.Random(config.seed)
+    order, names = random.Random(seed), list(lanes)
     shares = [len(range(number, rounds, processes)) for number in range(processes)]
-    start = partial(_start, config.model_dump(mode="json"), list(modules))
-    generations = [_generation(start, arms, share, steps, warmup_steps, order) for share in shares]
-    is_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
+    told = {name: (config.model_dump(mode="json"), arm) for name, (config, arm) in lanes.items()}
+    start = partial(_start, told, list(modules))
+    generations = [_generation(start, names, share, steps, warmup_steps, order) for share in shares]
+    is_gpu = any(config.runtime.device != "cpu" for config, _ in lanes.values()) and torch.cuda.is_available()
     where = environment(torch.device("cuda" if is_gpu else "cpu"))
-    facts = {"environment": where.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    measured: dict[str, Any] = _rounded(_summarize(arms, generations))
-    return facts | measured
+    measured: dict[str, Any] = _rounded(_summarize(names, generations))
+    return {"environment": where.model_dump(mode="json")} | measured
 
 
 def _generation(
@@ -273,11 +312,13 @@ def _generation(
     return results
 
 
-def _start(config: dict[str, Any], modules: Sequence[str], name: str) -> tuple[BaseProcess, Connection]:
-    """An arm's process, and the lane to it."""
+def _start(
+    told: Mapping[str, tuple[dict[str, Any], str]], modules: Sequence[str], name: str
+) -> tuple[BaseProcess, Connection]:
+    """A lane's process, and the pipe to it."""
     context = multiprocessing.get_context("spawn")
     lane, end = context.Pipe()
-    process = context.Process(target=_work, args=(config, modules, name, end), daemon=True)
+    process = context.Process(target=_work, args=(*told[name], modules, end))  # no daemon: it may start ranks
     process.start()
     end.close()
     return process, lane
@@ -292,7 +333,7 @@ def _turn(name: str, lane: Connection, steps: int) -> Turn:
     return turn
 
 
-def _work(config: dict[str, Any], modules: Sequence[str], name: str, lane: Connection) -> None:
+def _work(config: dict[str, Any], arm: str, modules: Sequence[str], lane: Connection) -> None:
     """An arm's process: lets it go for as many steps as it is told to, and answers how long they took; None ends it."""
     left = 0
     steps = 0
@@ -317,12 +358,39 @@ def _work(config: dict[str, Any], modules: Sequence[str], name: str, lane: Conne
         left = steps = told
         cpu_began, began = cpu_times(), time.perf_counter()
 
-    with open(os.devnull, "w", encoding="utf-8") as nothing:
-        os.dup2(nothing.fileno(), 1)
+    _be_silent(1)
     load_components(modules)
+    if config.get("parallel", {}).get("ranks", 1) > 1:
+        _lead(config, arm, modules)
     left = steps = lane.recv()
     cpu_began, began = cpu_times(), time.perf_counter()
-    find_arm(name)(validate(RunConfig, config), tick)
+    find_arm(arm)(validate(RunConfig, config), tick)
+
+
+def _be_silent(*streams: int) -> None:
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        for stream in streams:
+            os.dup2(nothing.fileno(), stream)
+
+
+def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> None:
+    """Makes this process the main rank of a run of several, and starts the others, which wait where it waits."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = config["parallel"]["ranks"]
+    context = multiprocessing.get_context("spawn")
+    for rank in range(1, ranks):
+        context.Process(target=_follow, args=(config, arm, modules, rank, port), daemon=True).start()
+    become_rank(0, ranks, port)
+
+
+def _follow(config: dict[str, Any], arm: str, modules: Sequence[str], rank: int, port: int) -> None:
+    """Another rank of an arm's run; it ends when the main one is gone."""
+    _be_silent(1, 2)
+    become_rank(rank, config["parallel"]["ranks"], port)
+    load_components(modules)
+    find_arm(arm)(validate(RunConfig, config), lambda: None)
 
 
 def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -> dict[str, Any]:
@@ -352,9 +420,15 @@ def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -
         "noisy_rounds_dropped": num_rounds - num_used,
         "busy_generations": busy,
         "arms": {name: _spread([each[name].step_s for rounds in used for each in rounds]) for name in names},
-        "ratios": {f"{name} / {first}": _ratio(over_generations(log_step_ratio, name)) for name in names[1:]},
-        "differences_s": {f"{name} - {first}": _mean(over_generations(step_difference, name)) for name in names[1:]},
-        "cpu_ratios": {f"{name} / {first}": _ratio(over_generations(log_cpu_ratio, name)) for name in names[1:]},
+        "ratios": {
+            f"{name} / {first}": _plain(ratio_interval(over_generations(log_step_ratio, name))) for name in names[1:]
+        },
+        "differences_s": {
+            f"{name} - {first}": _plain(mean_interval(over_generations(step_difference, name))) for name in names[1:]
+        },
+        "cpu_ratios": {
+            f"{name} / {first}": _plain(ratio_interval(over_generations(log_cpu_ratio, name))) for name in names[1:]
+        },
         "generations": [
             [{name: vars(turn) for name, turn in each.items()} for each in rounds] for rounds in generations
         ],
@@ -366,18 +440,8 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median_step_s": median, "lower_quartile_s": lower, "upper_quartile_s": upper}
 
 
-def _mean(values: list[float]) -> dict[str, float]:
-    """The mean with its 95 % interval, by Student's t; the values are independent."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "lower": mean - half, "upper": mean + half, "n": len(values)}
-
-
-def _ratio(logs: list[float]) -> dict[str, float]:
-    """The geometric mean of ratios, given as logarithms, with its 95 % interval."""
-    return {name: value if name == "n" else math.exp(value) for name, value in _mean(logs).items()}
+def _plain(estimate: Estimate) -> dict[str, float]:
+    return {"mean": estimate.value, "lower": estimate.lower, "upper": estimate.upper, "n": estimate.n}
 
 
 def _rounded(value: Any) -> Any:

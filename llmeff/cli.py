@@ -17,6 +17,7 @@ from llmeff.core.dist import is_launched, world
 
 if TYPE_CHECKING:
     from llmeff.runconfig import RunConfig
+    from llmeff.sweepconfig import SweepConfig
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -79,15 +80,39 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the price as one JSON object")
     plan.set_defaults(command=_plan)
 
-    compare = commands.add_parser("compare", help="runs side by side, predictions beside measurements")
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    sweep = commands.add_parser(
+        "sweep", help="arms tuned with one budget, then run with fresh seeds; goes on by itself"
+    )
+    _add_config_options(sweep, kind="sweep")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder; sweeps/NAME if left out")
+    sweep.add_argument("--cores", type=int, metavar="N", help="cores to use at a time; all if left out")
+    sweep.add_argument("--plan", action="store_true", help="print what will be run, and stop")
+    sweep.add_argument(
+        "--timing", action="store_true",
+        help="race the arms' final configs against one another for their step times, on a quiet machine",
+    )  # fmt: skip
+    sweep.add_argument("--processes", type=int, default=5, metavar="N", help="of --timing: fresh processes of each arm")
+    sweep.add_argument("--rounds", type=int, default=30, metavar="N", help="of --timing: turns of each arm")
+    sweep.add_argument("--steps", type=int, default=10, metavar="N", help="of --timing: steps of a turn")
+    sweep.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    sweep.set_defaults(command=_sweep)
+
+    compare = commands.add_parser("compare", help="runs side by side; arms against a baseline, with intervals")
+    compare.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweeps' folders, or ledger files"
+    )
+    compare.add_argument("--baseline", metavar="ARM", help="what the others are set beside; the sweep's, or the first")
+    compare.add_argument("--target", type=float, metavar="LOSS", help="count steps, FLOPs and time to this loss")
+    compare.add_argument("--timing", type=Path, metavar="FILE", help="step times, of `llmeff sweep --timing`")
+    compare.add_argument("--mixed", action="store_true", help="compare runs of other data or budgets, and say so")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write one page that holds everything")
     compare.add_argument(
         "--format",
         choices=("terminal", "markdown", "csv", "json"),
         default="terminal",
         help="of the table",
     )
-    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the runs' loss curves as a PNG")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the loss curves as a PNG")
     compare.set_defaults(command=_compare)
 
     bench = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
@@ -108,10 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
+def _add_config_options(parser: argparse.ArgumentParser, kind: str = "run") -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME", help="a named run; `default` if nothing is given")
-    source.add_argument("--config", type=Path, metavar="FILE", help="a run's config, TOML or JSON")
+    default = "; `default` if nothing is given" if kind == "run" else ""
+    source.add_argument("--recipe", metavar="NAME", help=f"a named {kind}{default}")
+    source.add_argument("--config", type=Path, metavar="FILE", help=f"a {kind}'s config, TOML or JSON")
     parser.add_argument(
         "--set",
         action="append",
@@ -242,16 +268,78 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
+    from llmeff.core.components import load_components
+    from llmeff.core.config import override, read, validate
+    from llmeff.recipes import SWEEPS
+    from llmeff.sweepconfig import SweepConfig
+
+    load_components(options.imports)
+    if options.config is not None:
+        data = read(options.config)
+    elif options.recipe in SWEEPS:
+        data = SWEEPS[options.recipe]().model_dump(mode="json")
+    else:
+        raise ConfigError(
+            SWEEPS.unknown(options.recipe) if options.recipe else
+            f"--recipe or --config names a sweep. Known: {', '.join(SWEEPS.names())}."
+        )  # fmt: skip
+    return validate(SweepConfig, override(data, options.set))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from llmeff.core.dist import usable_cores
+    from llmeff.sweep import Sweep, plan_text, write_timing
+
+    sweep = _sweep_config(options)
+    cores = usable_cores() if options.cores is None else options.cores
+    if cores < 1:
+        raise ConfigError(f"--cores {cores}: at least 1")
+    folder = options.out or Path("sweeps") / sweep.name
+    if options.plan:
+        sys.stdout.write(plan_text(sweep) + "\n")
+        return 0
+
+    def tell(line: str) -> None:
+        if not options.quiet:
+            sys.stderr.write(f"llmeff: {line}\n")
+
+    if options.timing:
+        write_timing(
+            sweep, folder, processes=options.processes, rounds=options.rounds, steps=options.steps,
+            modules=options.imports, command=shlex.join(["llmeff", *sys.argv[1:]]),
+        )  # fmt: skip
+    else:
+        tell(plan_text(sweep))
+        command = shlex.join(["llmeff", *sys.argv[1:]])
+        Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell).run()
+    options.runs, options.baseline, options.target, options.mixed = [folder], None, None, False
+    options.timing = options.html = options.plot = None
+    options.format = "terminal"
+    return _compare(options)
+
+
 def _compare(options: argparse.Namespace) -> int:
-    from llmeff.compare.table import compare, render
+    from llmeff.compare.ledger import read_entries
+    from llmeff.compare.study import compare_arms, is_list
 
-    rows = compare(options.runs)
-    sys.stdout.write(render(rows, options.format) + "\n")
-    if options.plot is not None:
-        from llmeff.compare.plots import loss_curve
-        from llmeff.record.reader import read_run
+    entries = read_entries(options.runs)
+    wants_arms = options.baseline or options.target or options.timing or options.html or options.mixed
+    if is_list(options.runs, entries) and not wants_arms:
+        from llmeff.compare.table import compare, render
 
-        loss_curve([read_run(folder) for folder in options.runs], options.plot)
+        sys.stdout.write(render(compare(options.runs), options.format) + "\n")
+        if options.plot is not None:
+            from llmeff.compare.plots import loss_curve
+            from llmeff.record.reader import read_run
+
+            loss_curve([read_run(folder) for folder in options.runs], options.plot)
+        return 0
+    text = compare_arms(
+        options.runs, entries, kind=options.format, baseline=options.baseline, target=options.target,
+        timing=options.timing, mixed=options.mixed, html=options.html, plot=options.plot,
+    )  # fmt: skip
+    sys.stdout.write(text + "\n")
     return 0
 
 

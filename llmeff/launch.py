@@ -129,10 +129,10 @@ class _Job:
 
     def wait(self) -> int:
         """Starts them and returns the run's exit code when all have ended."""
-        with tempfile.TemporaryDirectory(prefix="llmeff-") as place, _terminable():
+        with tempfile.TemporaryDirectory(prefix="llmeff-") as place, terminable():
             self._ending = Path(place) / "ending.json"
             self._process = subprocess.Popen(
-                self._line, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_end_with_starter,
+                self._line, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=end_with_starter,
                 env=launched_environment(self._ending, on_gpu=torch.cuda.is_available()),
             )  # fmt: skip
             assert self._process.stderr is not None
@@ -193,14 +193,14 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_starter() -> None:
+def end_with_starter() -> None:
     """In the process that is started: Linux ends it when its starter goes, be that by SIGKILL."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """A block in which SIGTERM is Ctrl-C, so that it too is passed on."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -16,8 +16,7 @@ from llmeff.compare.plots import loss_curve
 from llmeff.core import files, group
 from llmeff.core.dist import world
 from llmeff.core.memory import keep_freed_memory
-from llmeff.core.log import logger
-from llmeff.core.optimizer_state import set_learning_rate
+from llmeff.core.optimizer_state import set_learning_rate, state_bytes
 from llmeff.core.precision import precision
 from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
@@ -39,7 +38,7 @@ COUNTED_STEP, METERED_STEP = 3, 4
 """What is computed and sent is counted, then memory metered: by then strategies have all that they build as they go."""
 
 _PREDICTED: tuple[Kind, ...] = (
-    "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "peak_bytes",
+    "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "optimizer_bytes", "peak_bytes",
 )  # fmt: skip
 
 
@@ -145,13 +144,12 @@ class Trainer:
         self._closing.close()
 
     def _shown(self) -> Shown:
-        is_gpu = self.device.type == "cuda"
         return Shown(
             total_steps=self.config.train.steps,
             item=self._task.item,
             model_flops_per_item=self.price.total("model_flops") / self._task.items_per_step,
             peak_flops_per_s=peak_flops_per_s(self._environment.device, self._precision.compute),
-            memory_bytes=(lambda: torch.cuda.memory_allocated(self.device)) if is_gpu else meters.resident_bytes,
+            memory_bytes=lambda: meters.bytes_now(self.device),
         )
 
     # -- a step
@@ -242,8 +240,9 @@ class Trainer:
             f"The step read: {shown}"
         )
         self._record(self._clock.flush())
+        energy_j = self._energy_j()
         if self._is_main:
-            self._writer.finish(self._result("diverged", diagnosis, sample=None))
+            self._writer.finish(self._result("diverged", diagnosis, None, energy_j))
         raise DivergedError(diagnosis)
 
     # -- once in a while
@@ -262,12 +261,13 @@ class Trainer:
 
     def _evaluate(self, max_units: int | None) -> None:
         self._record(self._clock.flush())
+        split = self.config.evaluation.split
         with self._clocks.hold("eval"), self._eagerly(), self._strategy.evaluating() as model:
-            results = list(self._task.evaluate(model, "validation", max_units, self.device, self._strategy.world))
-        self._state.metrics["validation"] = self._task.summary(results)
-        self._writer.evaluation([EvalRow(step=self.step, split="validation", **vars(result)) for result in results])
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._state.metrics["validation"].items())
-        self._display.note(f"step {self.step}, validation: {shown}")
+            results = list(self._task.evaluate(model, split, max_units, self.device, self._strategy.world))
+        self._state.metrics[split] = self._task.summary(results)
+        self._writer.evaluation([EvalRow(step=self.step, split=split, **vars(result)) for result in results])
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._state.metrics[split].items())
+        self._display.note(f"step {self.step}, {split}: {shown}")
 
     def _eagerly(self) -> AbstractContextManager[object]:
         """Runs what is compiled as it is written: other shapes than the step's would be compiled anew, each."""
@@ -281,11 +281,12 @@ class Trainer:
             self._checkpoints.save(self.step, state.model_dump(), self._strategy.save)
 
     def _energy_j(self) -> float | None:
-        """By all processes of the run; None where one of them could not tell."""
-        now = self._energy.energy_j()
-        if self._state.timings == Timings():
-            return now
-        return None if now is None or self._state.energy_j is None else now + self._state.energy_j
+        """Of all ranks, in all their processes so far; None where one could not tell. All ranks call it."""
+        unknown, own = math.nan, self._energy.energy_j()
+        now = float(group.total(torch.tensor(unknown if own is None else own, dtype=torch.float64)))
+        if self._state.timings != Timings():  # earlier processes
+            now += unknown if self._state.energy_j is None else self._state.energy_j
+        return None if math.isnan(now) else now
 
     # -- the end
 
@@ -299,35 +300,32 @@ class Trainer:
             sample = self._task.sample(model, tokens, self.device) if tokens else None
         with self._clocks.hold("checkpoint"):
             weights = self._strategy.state_dict()
+        energy_j = self._energy_j()
         with group.agreed():
             if self._is_main:
-                self._finish(weights, sample)
+                self._finish(weights, sample, energy_j)
         result = read_run(self._writer.folder).result
         assert result is not None
         return result
 
-    def _finish(self, weights: dict[str, torch.Tensor], sample: str | None) -> None:
+    def _finish(self, weights: dict[str, torch.Tensor], sample: str | None, energy_j: float | None) -> None:
         folder, plot = self._writer.folder / schema.MODEL, self._writer.folder / "loss.png"
         with self._clocks.hold("checkpoint"), files.reported(folder):
             self._task.save_model(whole_model(self.config, weights), folder)
         with self._clocks.hold("record"):
             loss_curve([read_run(self._writer.folder)], plot)
-        result = self._result("finished", None, sample)
+        result = self._result("finished", None, sample, energy_j)
         self._writer.finish(result)
         self._display.summary(result, self._writer.folder, plot)
 
-    def _result(self, status: Any, diagnosis: str | None, sample: str | None) -> Result:
+    def _result(self, status: Any, diagnosis: str | None, sample: str | None, energy_j: float | None) -> Result:
         steps = read_run(self._writer.folder).steps
         speed, loss = throughput(steps), final_loss(steps)
         predicted = {kind: float(total) for kind in _PREDICTED if (total := self.price.total(kind))}
         measured = self._state.measured | {"parameters": self._strategy.num_trained}
-        rate = utilization = None
-        if speed is not None:
-            rate = predicted["model_flops"] * speed.median * self.step / self._state.items_seen
-            try:
-                utilization = mfu(rate, self._environment.device, self._precision.compute)
-            except ValueError as error:  # a figure that cannot be is no reason to lose the others
-                logger.warning("no MFU is recorded: %s", error)
+        if self.step:
+            measured["optimizer_bytes"] = state_bytes(self._strategy.optimizer)
+        rate = None if speed is None else predicted["model_flops"] * speed.median * self.step / self._state.items_seen
         return Result(
             status=status,
             diagnosis=diagnosis,
@@ -337,12 +335,12 @@ class Trainer:
             parameters=self._strategy.num_parameters,
             train_loss=math.nan if loss is None else loss,
             metrics=self._state.metrics,
-            references=self._task.references(),
+            references=self._task.references(self.config.evaluation.split),
             timings=self._clocks.timings(),
             items_per_s=speed,
             model_flops_per_s=rate,
-            mfu=utilization,
-            energy_j=self._energy_j(),
+            mfu=None if rate is None else mfu(rate, self._environment.device, self._precision.compute),
+            energy_j=energy_j,
             prediction=self.price.source,
             predicted=predicted,
             measured=measured,

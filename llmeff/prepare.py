@@ -50,6 +50,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
         )
     beat()
     config = config.model_copy(update={"model": task.resolve(config.model)})
+    task.check_split(config.evaluation.split)
     check_model(config)
     threads = config.runtime.threads
     if threads == "auto":

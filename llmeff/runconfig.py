@@ -38,7 +38,10 @@ class TrainConfig(Config):
 
 
 class EvalConfig(Config):
-    """When held-out loss is measured."""
+    """When held-out loss is measured, and on what."""
+
+    split: Literal["validation", "search", "test"] = "validation"
+    """What is held out: `search` to choose settings by, which a final run is then not judged on."""
 
     every: CountOrZero = 250
     """Steps between evaluations; 0: only at the end."""

@@ -11,9 +11,10 @@ from functools import partial
 import pytest
 
 from llmeff import bench as lane
-from llmeff.bench import ARMS, _mean, _rounded, _summarize, bench, find_arm, show
+from llmeff.bench import ARMS, _rounded, _summarize, bench, find_arm, show
 from llmeff.bench import Turn as BenchTurn
 from llmeff.cli import main
+from llmeff.compare.intervals import mean_interval
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.runconfig import RunConfig
 from tests.test_loop import TINY
@@ -60,8 +61,8 @@ def test_the_interval_holds_the_true_ratio_95_times_of_100():
         interval = _summarize(NAMES, generations)["ratios"]["second / first"]
         covered += interval["lower"] <= ratio <= interval["upper"]
         rounds = itertools.chain.from_iterable(generations)
-        wrong = _mean([math.log(each["second"].step_s / each["first"].step_s) for each in rounds])
-        covered_by_rounds += wrong["lower"] <= math.log(ratio) <= wrong["upper"]
+        wrong = mean_interval([math.log(each["second"].step_s / each["first"].step_s) for each in rounds])
+        covered_by_rounds += wrong.lower <= math.log(ratio) <= wrong.upper
     # three standard deviations of a count of 1,000 at 95 % are 21
     assert covered / num_benches == pytest.approx(0.95, abs=0.021)
     # as if rounds of one process were independent
@@ -127,9 +128,9 @@ def arm(config, tick):
 
 def test_each_generation_has_a_process_of_its_own_and_ends_it(tmp_path):
     (tmp_path / "arms.py").write_text(ARM)
-    start, began_s = partial(lane._start, TINY, []), time.monotonic()
+    start, began_s = partial(lane._start, {"one": (TINY, f"{tmp_path / 'arms.py'}:arm")}, []), time.monotonic()
     for _ in range(2):
-        rounds = lane._generation(start, [f"{tmp_path / 'arms.py'}:arm"], 3, 2, 1, random.Random(0))
+        rounds = lane._generation(start, ["one"], 3, 2, 1, random.Random(0))
         assert len(rounds) == 3
     assert time.monotonic() - began_s < 2 * lane.END_S  # none had to be killed
     assert len(set((tmp_path / "ended").read_text().splitlines())) == 2
@@ -137,8 +138,9 @@ def test_each_generation_has_a_process_of_its_own_and_ends_it(tmp_path):
 
 def test_an_arm_that_ends_is_an_error(tmp_path):
     (tmp_path / "arms.py").write_text("def arm(config, tick):\n    tick()\n")
+    start = partial(lane._start, {"one": (TINY, f"{tmp_path / 'arms.py'}:arm")}, [])
     with pytest.raises(ConfigError, match="ended before its turn"):
-        lane._generation(partial(lane._start, TINY, []), [f"{tmp_path / 'arms.py'}:arm"], 3, 1, 1, random.Random(0))
+        lane._generation(start, ["one"], 3, 1, 1, random.Random(0))
 
 
 OWN = """
@@ -164,8 +166,9 @@ def own(tmp_path, monkeypatch):
 
 
 def test_users_components_come_into_an_arms_process(own):
-    start = partial(lane._start, TINY | {"schedule": {"name": "halved"}}, ["own_schedules"])
-    assert len(lane._generation(start, ["arms.py:arm"], 1, 1, 1, random.Random(0))) == 1
+    config = TINY | {"schedule": {"name": "halved"}}
+    start = partial(lane._start, {"one": (config, "arms.py:arm")}, ["own_schedules"])
+    assert len(lane._generation(start, ["one"], 1, 1, 1, random.Random(0))) == 1
 
 
 @pytest.mark.slow
@@ -174,6 +177,18 @@ def test_users_components_come_into_a_bench(own):
     arms = ["--arm=arms.py:arm", "--arm=other.py:arm", "--processes=3", "--rounds=3", "--steps=1", "--warmup=1"]
     assert main(["bench", "--recipe=debug", "--import=own_schedules", "--set=schedule=halved", *arms, "--out=it"]) == 0
     assert json.loads((own / "it").read_text())["config"]["schedule"]["name"] == "halved"
+
+
+@pytest.mark.slow
+def test_runs_of_one_and_of_two_ranks_are_raced():
+    config = TINY | {"train": {"steps": 100, "batch": 4}}
+    lanes = {
+        "one": (validate(RunConfig, config), "ours"),
+        "two": (validate(RunConfig, config | {"parallel": {"name": "deepspeed", "stage": 3, "ranks": 2}}), "ours"),
+    }
+    found = lane.race(lanes, seed=0, rounds=3, steps=2, warmup_steps=1, processes=3)
+    assert found["ratios"]["two / one"]["mean"] > 1
+    assert list(found["generations"][0][0]) == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["our", "arms.py:run", "arms.py", ""])

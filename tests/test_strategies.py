@@ -73,6 +73,21 @@ def test_a_step_that_is_not_finite_on_one_rank_is_made_on_none(tmp_path, strateg
         assert is_untouched
 
 
+def powered(settings: RunConfig, folder: Path) -> float | None:
+    """The energy of a run whose GPUs each draw 10 joules, and one more for each rank before it."""
+    from llmeff.core.dist import world
+    from llmeff.record.meters import EnergyMeter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EnergyMeter, "energy_j", lambda self: 10.0 + world().rank)
+        return train(settings, folder).energy_j
+
+
+def test_the_energy_of_a_run_is_that_of_all_ranks(tmp_path):
+    settings = config(*STRATEGIES["ddp"], "train.steps=2", num_ranks=2)
+    assert ranks(2).run(powered, settings, tmp_path / "run") == [21.0, 21.0]
+
+
 # -- other numbers of ranks
 
 

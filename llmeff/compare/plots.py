@@ -1,4 +1,4 @@
-"""Loss curves of runs, as pictures."""
+"""Loss curves of runs and of arms, as pictures."""
 
 import io
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
+from llmeff.compare.ledger import Entry, held_out_loss
+from llmeff.compare.verdict import Group, show_cell
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.record.reader import Run
@@ -26,35 +27,115 @@ def loss_curve(runs: Sequence[Run], path: Path) -> None:
     drawn = [run for run in runs if len(run.steps["step"])]
     if not drawn:
         raise ConfigError(f"{path}: there is nothing to draw, no step is done")
+    figure, axes = _figure()
+    window = max(1, min(int(np.isfinite(run.steps["loss"]).sum()) for run in drawn) // 50)
+    for number, run in enumerate(drawn):
+        name = f"{run.name}: " if len(drawn) > 1 else ""
+        _draw(axes, run, window, _COLOURS[number % len(_COLOURS)], name)
+    _dress(axes, drawn, window)
+    with files.reported(path):
+        files.write_bytes(path, _png(figure))
+
+
+def arm_curves(group: Group) -> bytes | None:
+    """Held-out loss over items by arm, as a PNG: the mean over seeds, and a band from the lowest to the highest.
+
+    None where no arm was evaluated twice.
+    """
+    curves = {name: _band(runs) for name, runs in group.arms.items()}
+    if all(curve is None for curve in curves.values()):
+        return None
+    figure, axes = _figure()
+    low, high = [], []
+    for number, (name, curve) in enumerate(curves.items()):
+        if curve is None:
+            axes.plot([], [], color=_COLOURS[number % len(_COLOURS)], label=f"{name}: no curve")
+            continue
+        items, losses = curve
+        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        mean = losses.mean(axis=0)
+        axes.plot(items, mean, color=colour, linestyle=style, linewidth=1.6, label=f"{name} (n = {len(losses)})")
+        axes.fill_between(items, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        low.append(losses.min())
+        high.append(mean[len(mean) // 4])
+    # The beginning, which all have in common, would press the ends together.
+    axes.set_ylim(min(low) - 0.05 * (max(high) - min(low)), max(high) + 0.05 * (max(high) - min(low)) + 1e-6)
+    if group.target is not None:
+        axes.axhline(group.target, color="#888888", linewidth=0.8, linestyle=":", label=f"target {group.target:.4f}")
+    item = next((run.item for runs in group.arms.values() for run in runs if run.item), "item")
+    where = f", {show_cell(group.cell)}" if group.cell else ""
+    _label(axes, f"{item}s trained on", f"held-out loss (nats per {item})", f"Mean and range over seeds{where}")
+    axes.set_xlim(left=0)
+    return _png(figure)
+
+
+def tuning_curves(group: Group) -> bytes | None:
+    """The loss of every trial over the one number that was searched, by arm, as a PNG; None where there is no such."""
+    figure, axes = _figure()
+    names: set[str] = set()
+    finite: list[float] = []
+    for number, arm in enumerate(group.arms):
+        tuning = group.tuning.get(arm)
+        if tuning is None or not tuning.near_factor:
+            continue
+        (name,) = tuning.near_factor
+        points = sorted((trial[name], loss) for trial, loss in tuning.trials if np.isfinite(loss))
+        if not points:
+            continue
+        names.add(name)
+        finite += [loss for _, loss in points]
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4.5, linewidth=1.4, label=arm)
+    if not finite:
+        return None
+    axes.set_xscale("log")
+    best, middle = min(finite), sorted(finite)[len(finite) // 2]
+    axes.set_ylim(best - 0.1 * (middle - best) - 1e-3, best + 4 * (middle - best) + 1e-3)
+    where = f", {show_cell(group.cell)}" if group.cell else ""
+    _label(
+        axes, ", ".join(sorted(names)), "loss of the trial (nats)", f"Sensitivity{where}; far worse trials lie above"
+    )
+    return _png(figure)
+
+
+_STYLES = ("-", "--", ":")
+
+
+def _band(runs: Sequence[Entry]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+    """Items, and (runs, evaluations) losses, of the runs that were evaluated alike and at least twice."""
+    known = [run for run in runs if len(run.curve_steps) > 1 and run.items_per_step and run.is_done]
+    known = [run for run in known if run.curve_steps == known[0].curve_steps]
+    if not known:
+        return None
+    each = known[0].items_per_step
+    assert each is not None
+    return np.array(known[0].curve_steps) * each, np.array([run.curve_losses for run in known])
+
+
+def _figure() -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A figure of its own, not pyplot's: nothing of the caller's backend or open figures is touched.
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    window = max(1, min(int(np.isfinite(run.steps["loss"]).sum()) for run in drawn) // 50)
-    for number, run in enumerate(drawn):
-        name = f"{run.name}: " if len(drawn) > 1 else ""
-        _draw(axes, run, window, _COLOURS[number % len(_COLOURS)], name)
-    _dress(axes, drawn, window)
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    with files.reported(path):
-        files.write_bytes(path, picture.getvalue())
+    return picture.getvalue()
 
 
-def held_out_loss(run: Run) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """By split: the steps of its evaluations, and the mean loss of each over all items, nats."""
-    if run.evals is None:
-        return {}
-    sums = run.evals.group_by(["split", "step"], use_threads=False).aggregate([("loss_sum", "sum"), ("count", "sum")])
-    curves = {}
-    for split in sums["split"].unique().to_pylist():
-        rows = sums.filter(pc.field("split") == split).sort_by("step")
-        means = rows["loss_sum_sum"].to_numpy() / rows["count_sum"].to_numpy()
-        curves[split] = rows["step"].to_numpy(), means
-    return curves
+def _label(axes: Any, x: str, y: str, title: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
 
 
 def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
@@ -87,13 +168,7 @@ def _dress(axes: Any, runs: Sequence[Run], window: int) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     items = {run.result.item for run in runs if run.result is not None}
     item = items.pop() if len(items) == 1 else "item"
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"loss (nats per {item})")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     mean = f" (thick: mean of {window} steps, thin: each step)" if window > 1 else ""
-    axes.set_title(f"{title}{mean}", loc="left", fontsize=10)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, "optimizer step", f"loss (nats per {item})", f"{title}{mean}")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=9)

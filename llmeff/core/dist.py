@@ -34,6 +34,15 @@ def world() -> World:
     )
 
 
+def become_rank(rank: int, ranks: int, port: int) -> None:
+    """Makes this process one of several on this machine, as a launcher would; before any of them is connected."""
+    told = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in told.items()})
+
+
 def stand_alone(port: int) -> None:
     """Makes this process a world of its own, where no launcher made one: what a process group asks for."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from llmeff.core.log import logger
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -102,18 +104,17 @@ def mfu(model_flops_per_s: float, device_name: str, dtype: str) -> float | None:
         dtype: what the products are computed in.
 
     Returns:
-        the part of the device's peak, 0 to 1; None where the peak is unknown.
-
-    Raises:
-        ValueError: above 1, which nothing can reach: a count, a clock or the table is wrong.
+        the part of the device's peak, 0 to 1; None where the peak is unknown, or, with a warning, where it would be
+        exceeded, which nothing can do: a count, a clock or the table is wrong.
     """
     peak = peak_flops_per_s(device_name, dtype)
     if peak is None:
         return None
     share = model_flops_per_s / peak
     if share > 1:
-        raise ValueError(
-            f"MFU {share:.1%} on {device_name}: {model_flops_per_s:.4g} FLOP/s is more than its peak of {peak:.4g} in "
-            f"{dtype}"
-        )
+        logger.warning(
+            "no MFU is recorded: it would be %.1f %% on %s, where %.4g FLOP/s are more than its peak of %.4g in %s",
+            100 * share, device_name, model_flops_per_s, peak, dtype,
+        )  # fmt: skip
+        return None
     return share

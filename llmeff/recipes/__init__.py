@@ -1,5 +1,10 @@
+from llmeff.recipes.contribution import contribution as contribution
+from llmeff.recipes.contribution import contribution_8bit as contribution_8bit
 from llmeff.recipes.first import debug as debug
 from llmeff.recipes.first import default as default
+from llmeff.recipes.optimizers import optimizers as optimizers
 from llmeff.recipes.recipe import RECIPES as RECIPES
+from llmeff.recipes.recipe import SWEEPS as SWEEPS
 from llmeff.recipes.recipe import recipe as recipe
+from llmeff.recipes.recipe import sweep_recipe as sweep_recipe
 from llmeff.recipes.yardstick import yardstick as yardstick

@@ -1,15 +1,28 @@
-"""Named runs: functions that return a RunConfig."""
+"""Named runs and sweeps: functions that return a RunConfig or a SweepConfig."""
 
 from collections.abc import Callable
 
 from llmeff.core.registry import Registry
 from llmeff.runconfig import RunConfig
+from llmeff.sweepconfig import SweepConfig
 
 RECIPES: Registry[Callable[[], RunConfig]] = Registry("recipe")
-"""All recipes by name."""
+"""All runs by name."""
+SWEEPS: Registry[Callable[[], SweepConfig]] = Registry("sweep")
+"""All sweeps by name."""
 
 
 def recipe(function: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
-    """Enters a recipe under its function's name, with dashes for underscores."""
-    RECIPES.add(function.__name__.replace("_", "-"), function)
+    """Enters a run under its function's name, with dashes for underscores."""
+    RECIPES.add(_name(function), function)
     return function
+
+
+def sweep_recipe(function: Callable[[], SweepConfig]) -> Callable[[], SweepConfig]:
+    """Enters a sweep, in the same way."""
+    SWEEPS.add(_name(function), function)
+    return function
+
+
+def _name(function: Callable[[], object]) -> str:
+    return function.__name__.replace("_", "-")

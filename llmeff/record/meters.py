@@ -45,6 +45,11 @@ def resident_bytes() -> int:
         return peak_resident_bytes()
 
 
+def bytes_now(device: torch.device) -> int:
+    """What is held of the device's memory now: by CUDA's allocator, or of the machine's by the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
 def peak_resident_bytes() -> int:
     """The most that the process has held of the machine's memory since it began."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -189,7 +189,7 @@ class Result(Record):
     """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown, or would be
     exceeded, which cannot be."""
     energy_j: float | None = None
-    """That the main rank's GPU drew from the first step to the end; null where it has no counter."""
+    """That the GPUs of all ranks drew from the first step to the end; null where one has no counter."""
     prediction: Literal["law", "traced"] = "law"
     """Whether the predicted were computed from the config, or counted in a step of the module without numbers."""
     predicted: dict[str, float]

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ class RunWriter:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock: int | None = _lock(folder)
+        self._lock: int | None = lock(folder)
         self._metrics: io.FileIO | None = None
         self._evals: Any = None
 
@@ -248,8 +249,29 @@ def _not_empty(folder: Path, lying: list[str]) -> str:
     return f"{folder}: is not empty ({named}): {advice}"
 
 
-def _lock(folder: Path) -> int:
-    """Takes the folder for this process; the kernel lets go when the process ends, however it ends."""
+def wait_until_free(folder: Path, timeout_s: float) -> None:
+    """Returns when no process writes in a folder any more, as after one that was just killed.
+
+    Raises:
+        ConfigError: one still does, after the time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while (folder / _LOCK).exists():
+        try:
+            os.close(lock(folder))
+            return
+        except ConfigError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)
+
+
+def lock(folder: Path) -> int:
+    """Takes the folder for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process has it.
+    """
     path = folder / _LOCK
     with files.reported(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -257,7 +279,7 @@ def _lock(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ConfigError(f"{folder}: another process is writing this run; wait, or choose another --out") from None
+        raise ConfigError(f"{folder}: another process is writing here; wait, or choose another --out") from None
     except OSError as error:  # some network file systems have no locks
         logger.warning(
             "%s: the folder cannot be locked (%s): start no second run in it",

@@ -63,6 +63,11 @@ class CausalLM(TaskConfig):
         # one that is trained may turn out smaller, and then be small enough
         return model if known is None or known <= model.vocab_size else None
 
+    def items(self, data: DataConfig) -> int:
+        """Tokens of a window."""
+        assert isinstance(data, TextData)
+        return data.sequence_length
+
     def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
         """One window; the logits in chunks as in training."""
         assert isinstance(model, LanguageModelConfig)
@@ -92,11 +97,10 @@ class CausalLMTask(Task):
         self._data = data
         self._sample_seed, self._order_seed = derive(seed, "sample"), derive(seed, "data")
         self._batch_size = batch_size
-        self.items_per_step = batch_size * data.sequence_length
+        self.items_per_step = batch_size * config.items(data)
         self._config = config
-        # A corpus that cannot be trained or evaluated on is an error now, not hours later.
+        # A corpus that cannot be trained on is an error now, not hours later.
         self._windows = corpus.train
-        corpus.stream("validation")
 
     def resolve(self, model: ModelConfig) -> ModelConfig:
         """Fills in the vocabulary's size."""
@@ -180,9 +184,13 @@ class CausalLMTask(Task):
             "bits_per_byte": loss_sum / math.log(2) / max(1.0, num_bytes),
         }
 
-    def references(self) -> dict[str, float]:
-        """Bits per byte of `gzip -9` over the validation documents one after another."""
-        facts = self.corpus.splits.get("validation")
+    def check_split(self, split: str) -> None:
+        """Some document must be in it."""
+        self.corpus.stream(cast(Split, split))
+
+    def references(self, split: str) -> dict[str, float]:
+        """Bits per byte of `gzip -9` over the split's documents one after another."""
+        facts = self.corpus.splits.get(cast(Split, split))
         if facts is None or facts.gzip_bits_per_byte is None:
             return {}
         return {"gzip_bits_per_byte": facts.gzip_bits_per_byte}

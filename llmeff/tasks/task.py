@@ -84,8 +84,16 @@ class Task(ABC):
         """The metrics of units taken together (`loss`, `bits_per_byte`)."""
 
     @abstractmethod
-    def references(self) -> dict[str, float]:
-        """What a run's metrics are set beside, made without a model (`gzip_bits_per_byte`)."""
+    def check_split(self, split: str) -> None:
+        """Refuses a split that nothing fell in.
+
+        Raises:
+            ConfigError: with what is in each.
+        """
+
+    @abstractmethod
+    def references(self, split: str) -> dict[str, float]:
+        """What a run's metrics on a split are set beside, made without a model (`gzip_bits_per_byte`)."""
 
     @abstractmethod
     def sample(self, model: nn.Module, num_tokens: int, device: torch.device) -> str | None:
@@ -113,6 +121,10 @@ class TaskConfig(Component, family="task"):
     def foresee(self, model: ModelConfig, data: DataConfig) -> ModelConfig | None:
         """What `Task.resolve` will make of the model's config, told without the data; None: only the data tell."""
         return None
+
+    def items(self, data: DataConfig) -> int:
+        """What the loss is a mean over (tokens, pixels), in one sequence (or image)."""
+        raise NotImplementedError(type(self))
 
     def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
         """A step of one sequence (or image), as the laws see it."""

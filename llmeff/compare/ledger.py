@@ -1,0 +1,294 @@
+"""The ledger: one entry a run, from run folders, from a sweep's folder, or from one Parquet file that holds a study."""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmeff.core import files
+from llmeff.core.config import ConfigError
+from llmeff.record import schema
+from llmeff.record.reader import Run, final_loss, read_run, throughput
+
+LEDGER_VERSION = 1
+"""Of the Parquet file."""
+SWEEP, RUNS, LEDGER = "sweep.json", "runs", "ledger.parquet"
+"""Where a sweep's description, its runs and its ledger lie in its folder."""
+PLACE = ".place.json"
+"""Ends the name of the file beside a run's folder that says which arm, cell, phase and trial of the sweep it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One run. What it has not come to, or cannot know, is None."""
+
+    name: str
+    """The folder's, or its path in the sweep."""
+    arm: str
+    """What is compared: runs of one arm and cell differ by their seed alone."""
+    cell: dict[str, Any] = field(default_factory=dict)
+    """The values of the sweep's axes; arms are compared within a cell."""
+    factors: dict[str, str] = field(default_factory=dict)
+    """The levels that make the arm, where arms are combinations of factors."""
+    phase: str = "final"
+    """`tuning`: one of the trials that chose the arm's settings; `final`: what is compared."""
+    trial: dict[str, Any] = field(default_factory=dict)
+    """The settings that tuning tried, or chose, by field."""
+    status: str
+    """`finished`, `diverged`, `failed`, or `unfinished`."""
+    diagnosis: str | None = None
+    """Why it diverged or failed."""
+    seed: int
+    """Of initialization and data order."""
+    steps: int
+    """Optimizer steps done."""
+    items: int
+    """Trained on."""
+    item: str | None = None
+    """What an item is (`token`)."""
+    parameters: int | None = None
+    """All."""
+    data_sha256: str | None = None
+    """Of all that was read: texts, their splits, the tokenizer."""
+    split: str | None = None
+    """On which loss and curve were measured."""
+    train_loss: float | None = None
+    """Mean of the last steps, nats an item."""
+    loss: float | None = None
+    """At the end, nats an item."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """All of the last evaluation."""
+    curve_steps: tuple[int, ...] = ()
+    """Of the evaluations."""
+    curve_losses: tuple[float, ...] = ()
+    """At each, nats an item."""
+    items_per_s: float | None = None
+    """Median step after warm-up, of a run that may have had the machine for itself or not."""
+    train_s: float | None = None
+    """Wall time in steps."""
+    energy_j: float | None = None
+    """Of the GPUs of all ranks."""
+    peak_bytes: float | None = None
+    """Live at once, on the main rank."""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """By quantity."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """By quantity."""
+    device: str
+    """What computed."""
+    commit: str | None = None
+    """Of the code."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What was run, whole."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has all that was asked of it."""
+        return self.status == "finished" and self.loss is not None
+
+    @property
+    def step_flops(self) -> float | None:
+        """Executed in one optimizer step."""
+        return self.measured.get("executed_flops", self.predicted.get("executed_flops"))
+
+    @property
+    def items_per_step(self) -> float | None:
+        """Items of one optimizer step."""
+        return self.items / self.steps if self.steps else None
+
+
+def entry_of(run: Run, **place: Any) -> Entry:
+    """A run folder's entry.
+
+    Args:
+        run: the run.
+        place: fields that the folder does not tell: `name`, `arm`, `cell`, `factors`, `phase`, `trial`.
+    """
+    steps, result = run.steps, run.result
+    done = int(steps["step"][-1]) if len(steps["step"]) else 0
+    speed = throughput(steps)
+    split = run.config.get("evaluation", {}).get("split", "validation")
+    held_out = {} if result is None else result.metrics.get(split, {})
+    curve = held_out_loss(run).get(split)
+    known = {"name": run.name, "arm": run.config.get("name", run.name)} | place
+    return Entry(
+        **known,
+        status="unfinished" if result is None else result.status,
+        diagnosis=None if result is None else result.diagnosis,
+        seed=run.config.get("seed", 0),
+        steps=done,
+        items=int(steps["items_seen"][-1]) if done else 0,
+        item=None if result is None else result.item,
+        parameters=None if result is None else result.parameters,
+        data_sha256=None if result is None else result.data.get("sha256"),
+        split=split,
+        train_loss=final_loss(steps),
+        loss=held_out.get("loss"),
+        metrics=held_out,
+        curve_steps=() if curve is None else tuple(int(step) for step in curve[0]),
+        curve_losses=() if curve is None else tuple(float(loss) for loss in curve[1]),
+        items_per_s=None if speed is None else speed.median,
+        train_s=None if result is None else result.timings.train_s + result.timings.data_s,
+        energy_j=None if result is None else result.energy_j,
+        peak_bytes=None if result is None else result.measured.get("peak_bytes"),
+        predicted={} if result is None else result.predicted,
+        measured={} if result is None else result.measured,
+        device=run.environment.device if run.environment.device != "cpu" else run.environment.cpu,
+        commit=run.environment.commit,
+        config=run.config,
+    )
+
+
+def held_out_loss(run: Run) -> dict[str, tuple[Any, Any]]:
+    """By split: the steps of its evaluations, and the mean loss of each over all items, nats."""
+    if run.evals is None:
+        return {}
+    sums = run.evals.group_by(["split", "step"], use_threads=False).aggregate([("loss_sum", "sum"), ("count", "sum")])
+    curves = {}
+    for split in sums["split"].unique().to_pylist():
+        rows = sums.filter(pc.field("split") == split).sort_by("step")
+        means = rows["loss_sum_sum"].to_numpy() / rows["count_sum"].to_numpy()
+        curves[split] = rows["step"].to_numpy(), means
+    return curves
+
+
+def read_entries(paths: Iterable[Path]) -> list[Entry]:
+    """The entries of run folders, of sweeps' folders and of ledgers, in the order given.
+
+    Raises:
+        ConfigError: some are none of these, or hold no run; it names them all.
+    """
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            if path.is_file():
+                entries += read_ledger(path)
+            elif (path / SWEEP).is_file():
+                entries += read_sweep(path)
+            else:
+                entries.append(entry_of(read_run(path)))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return entries
+
+
+def read_sweep(folder: Path) -> list[Entry]:
+    """The entries of all runs that a sweep has begun, in the sweep's own order."""
+    places = sorted(folder.glob(f"{RUNS}/**/*{PLACE}"))
+    if not places:
+        raise ConfigError(f"{folder}: this sweep has begun no run yet")
+    found = []
+    for path in places:
+        place = json.loads(path.read_text(encoding="utf-8"))
+        order, failure = place.pop("order"), place.pop("failure", None)
+        own = path.with_name(path.name.removesuffix(PLACE))
+        if (own / schema.CONFIG).is_file() and (own / schema.ENVIRONMENT).is_file():
+            entry = entry_of(read_run(own), **place)
+            if failure is not None and entry.status == "unfinished":
+                entry = replace(entry, status="failed", diagnosis=failure)
+        else:
+            status = "unfinished" if failure is None else "failed"
+            entry = Entry(**place, status=status, diagnosis=failure, seed=0, steps=0, items=0, device="none")
+        found.append((order, entry))
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+
+
+# -- one file
+
+_JSON = ("cell", "factors", "trial", "metrics", "predicted", "measured", "config")
+_KINDS: dict[str, Any] = {
+    "seed": pa.int64(),
+    "steps": pa.int64(),
+    "items": pa.int64(),
+    "parameters": pa.int64(),
+    "curve_steps": pa.list_(pa.int64()),
+    "curve_losses": pa.list_(pa.float64()),
+} | dict.fromkeys(("train_loss", "loss", "items_per_s", "train_s", "energy_j", "peak_bytes"), pa.float64())
+
+
+def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | None = None) -> None:
+    """Puts a study into one compact file.
+
+    Args:
+        path: of the Parquet file.
+        entries: the runs.
+        facts: of the study: the command that makes it again, the sweep's description, the environment.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    columns = {}
+    for own in fields(Entry):
+        values = [getattr(entry, own.name) for entry in entries]
+        if own.name in _JSON:
+            values = [json.dumps(value, sort_keys=True) for value in values]
+        columns[own.name] = pa.array(values, _KINDS.get(own.name, pa.string()))
+    metadata = {"ledger_version": str(LEDGER_VERSION), "facts": json.dumps(facts or {}, sort_keys=True)}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, compression="zstd")
+    with files.reported(path):
+        files.write_bytes(path, buffer.getvalue())
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """The entries of a ledger file.
+
+    Raises:
+        ConfigError: it is none, or of another version.
+    """
+    table = _open(path)
+    rows = table.to_pylist()
+    for row in rows:
+        row.update({name: json.loads(row[name]) for name in _JSON})
+        row.update({name: tuple(row[name]) for name in ("curve_steps", "curve_losses")})
+    return [Entry(**row) for row in rows]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a ledger file says of its study.
+
+    Raises:
+        ConfigError: it is none, or of another version.
+    """
+    return dict(json.loads(_open(path).schema.metadata[b"facts"]))
+
+
+def _open(path: Path) -> Any:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{path}: is no ledger, and no run folder either ({error})") from None
+    version = (table.schema.metadata or {}).get(b"ledger_version", b"none").decode()
+    if version != str(LEDGER_VERSION):
+        raise ConfigError(f"{path}: its ledger_version is {version}, this llmeff reads {LEDGER_VERSION}")
+    return table
+
+
+def loss_at(entry: Entry, steps: float) -> float | None:
+    """The held-out loss after so many steps, between two evaluations by a straight line; None outside of them."""
+    if not entry.curve_steps or not entry.curve_steps[0] <= steps <= entry.curve_steps[-1]:
+        return None
+    return float(np.interp(steps, entry.curve_steps, entry.curve_losses))
+
+
+def steps_to(entry: Entry, target: float) -> float | None:
+    """After how many steps the held-out loss first is the target, by a straight line; None where it never is."""
+    before: tuple[float, float] | None = None
+    for step, loss in zip(entry.curve_steps, entry.curve_losses, strict=True):
+        if loss <= target:
+            if before is None or before[1] <= loss:
+                return float(step)
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (step - before[0])
+        before = float(step), loss
+    return None

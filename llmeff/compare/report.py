@@ -1,0 +1,131 @@
+"""A comparison as one HTML page that needs nothing else: the verdict first, then curves, tables and configs."""
+
+import base64
+import html
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmeff.compare.ledger import Entry
+from llmeff.compare.plots import arm_curves, tuning_curves
+from llmeff.compare.verdict import Comparison, Group, flat_config, show_cell
+from llmeff.compare.verdict_table import FOOTNOTE, TextTable, show_ratio, tables
+from llmeff.core import files
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.verdict { background: var(--soft); padding: .8rem 1.1rem; border-radius: .4rem; }
+.verdict li { margin: .2rem 0; } .note { color: #b45309; } .small { opacity: .75; font-size: .9em; }
+img { max-width: 100%; background: white; border-radius: .4rem; } code { font-size: .92em; }
+"""
+_SAID = ("loss", "loss_at_seconds", "steps_to_target", "seconds_to_target", "peak_bytes", "optimizer_bytes")
+"""Quantities that the verdict speaks of, where they are there."""
+
+
+def write_report(comparison: Comparison, path: Path, title: str) -> None:
+    """Writes the page.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with files.reported(path):
+        files.write_text(path, page(comparison, title))
+
+
+def page(comparison: Comparison, title: str) -> str:
+    """The page as text; all that comes from runs is escaped."""
+    name = html.escape(title)
+    body = [f"<h1>{name}</h1>", _verdict(comparison)]
+    for group in comparison.groups:
+        where = f": {html.escape(show_cell(group.cell))}" if group.cell else ""
+        pictures = [(arm_curves(group), "held-out loss"), (tuning_curves(group), "tuning")]
+        shown = [_picture(picture, f"{words}{where}") for picture, words in pictures if picture is not None]
+        if shown:
+            body += [f"<h2>Curves{where}</h2>", *shown]
+    body += ["<h2>Tables</h2>", *map(_table, tables(comparison)), f'<p class="small">{html.escape(FOOTNOTE)}</p>']
+    body += ["<h2>What sets the arms apart</h2>", *(_table(_configs(group)) for group in comparison.groups)]
+    if comparison.command:
+        body.append(f"<h2>Again</h2><p><code>{html.escape(comparison.command)}</code></p>")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def verdicts(group: Group) -> list[str]:
+    """What may be said of each arm, in a sentence."""
+    said = []
+    for name in group.arms:
+        if name == group.baseline:
+            continue
+        parts = []
+        for quantity in group.quantities:
+            if quantity.key not in _SAID:
+                continue
+            cell = group.table[quantity.key][name]
+            if cell.difference is not None:
+                parts.append(f"{quantity.label} {show_ratio(cell)}")
+            elif len(cell.values) < cell.num_seeds:
+                parts.append(f"{quantity.label}: {len(cell.values)} of {cell.num_seeds} runs came to it")
+        said.append(f"{name} against {group.baseline}: {'; '.join(parts) or 'nothing to compare'}")
+    return said
+
+
+def _verdict(comparison: Comparison) -> str:
+    lines = []
+    for group in comparison.groups:
+        if group.cell:
+            lines.append(f"<p><strong>{html.escape(show_cell(group.cell))}</strong></p>")
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts(group))
+        lines.append(f"<ul>{items}</ul>")
+    notes = "".join(f'<li class="note">{html.escape(note)}</li>' for note in comparison.notes)
+    return f'<div class="verdict">{"".join(lines)}{f"<ul>{notes}</ul>" if notes else ""}</div>'
+
+
+def _picture(content: bytes, words: str) -> str:
+    encoded = base64.b64encode(content).decode("ascii")
+    return f'<p><img alt="{html.escape(words)}" src="data:image/png;base64,{encoded}"></p>'
+
+
+def _table(shown: TextTable) -> str:
+    def row(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell.strip())}</{tag}>" for cell in cells) + "</tr>"
+
+    rows = "".join(row(cells, "td") for cells in shown.rows)
+    head = f"<thead>{row(shown.headers, 'th')}</thead>"
+    caption = f"<caption>{html.escape(shown.title)}</caption>"
+    return f'<div class="scroll"><table>{caption}{head}<tbody>{rows}</tbody></table></div>'
+
+
+def _configs(group: Group) -> TextTable:
+    """The fields in which the arms' first runs differ."""
+    configs = {name: flat_config(runs[0]) for name, runs in group.arms.items()}
+    keys = sorted({key for own in configs.values() for key in own})
+    rows = []
+    for key in keys:
+        values = [configs[name].get(key, "-") for name in configs]
+        if any(value != values[0] for value in values[1:]):
+            rows.append([key, *map(_short, values)])
+    where = f" ({show_cell(group.cell)})" if group.cell else ""
+    return TextTable(title=f"Fields that differ{where}", headers=["", *configs], rows=rows)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def title_of(entries: Iterable[Entry]) -> str:
+    """A title for a study that has none."""
+    names = list(dict.fromkeys(entry.arm for entry in entries))
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

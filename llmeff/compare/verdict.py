@@ -1,0 +1,584 @@
+"""Arms against a baseline: what each costs and reaches, with intervals, and what cannot be said."""
+
+import json
+import math
+import re
+import statistics as plain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llmeff.compare.effects import Effects, effects
+from llmeff.compare.intervals import Difference, Estimate, best_of, holm, mean_interval, paired, product
+from llmeff.compare.ledger import Entry, loss_at, steps_to
+from llmeff.core.config import ConfigError
+from llmeff.core.registry import nearest
+
+ALPHA = 0.05
+"""Below which an adjusted p value is called a difference."""
+NEAR = 1.01
+"""A trial so close to the best counts as near it."""
+
+Call = Literal["better", "worse", "not told apart", "one pair", ""]
+
+StepTimes = Mapping[str, Sequence[float]]
+"""By arm, as `arm` or `arm @ cell`: seconds a step in the timing lane, one for each generation, paired over arms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """Something that a run costs or reaches."""
+
+    key: str
+    """For machines."""
+    label: str
+    """For people."""
+    show: str
+    """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
+    is_better_low: bool = True
+    """Whether less of it is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One arm's quantity beside the baseline's."""
+
+    values: dict[int, float]
+    """By seed; a seed that did not come to it is absent."""
+    num_seeds: int
+    """Seeds that were run."""
+    mean: Estimate | None
+    """Over the seeds; None where one is absent, since the mean of those that came to it would flatter."""
+    difference: Difference | None
+    """To the baseline, over the seeds that both have; None for the baseline, and where a seed is absent."""
+    p_adjusted: float
+    """Among all arms; NaN where there is none."""
+    call: Call
+    """What may be said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What an arm's trials showed."""
+
+    trials: list[tuple[dict[str, Any], float]]
+    """Settings and the loss that they reached; infinite where they diverged or failed."""
+    best: dict[str, Any] | None
+    """The settings of the lowest; None where all failed."""
+    expected_best: list[float]
+    """The expected lowest loss after 1, 2, ... trials."""
+    at_edge: list[str]
+    """Fields whose best value is the lowest or highest that was tried: a wider search may find better."""
+    near_factor: dict[str, float]
+    """Of each number that was searched alone: the factor between the lowest and highest value within 1 % of the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All arms under the same values of the axes."""
+
+    cell: dict[str, Any]
+    """The values."""
+    arms: dict[str, list[Entry]]
+    """The final runs of each, by seed."""
+    baseline: str
+    """What the others are set beside."""
+    quantities: list[Quantity]
+    """Those that some arm has."""
+    table: dict[str, dict[str, Cell]]
+    """By quantity, then arm."""
+    tuning: dict[str, Tuning]
+    """By arm."""
+    effects: dict[str, Effects]
+    """By quantity, where the arms are combinations of factors of two levels."""
+    target: float | None
+    """The loss that `..._to_target` are counted to."""
+    budgets: dict[str, float]
+    """What `loss_at_...` are read at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A study, judged."""
+
+    groups: list[Group]
+    """By the values of the axes."""
+    calibration: dict[str, "Calibration"]
+    """By quantity: predictions against measurements, over all runs."""
+    notes: list[str]
+    """What a reader must know."""
+    command: str | None = None
+    """That makes it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How good a prediction was, over runs."""
+
+    n: int
+    median: float
+    """Of |predicted / measured - 1|."""
+    worst: float
+    """The largest of them, with its sign."""
+    worst_run: str
+    """Where."""
+
+
+def judge(
+    entries: Sequence[Entry],
+    *,
+    baseline: str | None = None,
+    target: float | None = None,
+    step_times: StepTimes | None = None,
+    mixed: bool = False,
+    command: str | None = None,
+) -> Comparison:
+    """Compares arms, cell by cell.
+
+    Args:
+        entries: of a study.
+        baseline: the arm that others are set beside; None: the first.
+        target: a loss; None: in each cell the lowest that every run of the baseline reaches.
+        step_times: of the timing lane; without it no times are compared.
+        mixed: compare runs that read other data or had another budget all the same.
+        command: that makes the study again.
+
+    Raises:
+        ConfigError: there is nothing to compare, no such baseline, or the runs are not of one kind.
+    """
+    finals = [entry for entry in label_arms(entries) if entry.phase == "final"]
+    arms = list(dict.fromkeys(entry.arm for entry in finals))
+    if len(arms) < 2:
+        raise ConfigError(f"there is one arm ({', '.join(arms) or 'none'}): nothing to compare it with")
+    if baseline is not None and baseline not in arms:
+        raise ConfigError(f"--baseline {baseline!r}: there is no such arm.{nearest(baseline, arms)}")
+    cells = list(dict.fromkeys(_key(entry.cell) for entry in finals))
+    groups, notes = [], []
+    for key in cells:
+        own = [entry for entry in finals if _key(entry.cell) == key]
+        unlike = differences(own)
+        if unlike and not mixed:
+            raise ConfigError([
+                f"these runs are not of one kind{_where(own[0].cell)}:", *unlike,
+                "--mixed compares them all the same, and says so",
+            ])  # fmt: skip
+        notes += [f"compared although{_where(own[0].cell)} {text}" for text in unlike]
+        trials = [entry for entry in entries if entry.phase == "tuning" and _key(entry.cell) == key]
+        groups.append(_group(own, trials, baseline or arms[0], target, step_times))
+    notes += _notes(groups, step_times)
+    return Comparison(groups=groups, calibration=calibrate(entries), notes=notes, command=command)
+
+
+def _key(cell: Mapping[str, Any]) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def _where(cell: Mapping[str, Any]) -> str:
+    return f" ({show_cell(cell)})" if cell else ""
+
+
+def show_cell(cell: Mapping[str, Any]) -> str:
+    """`train.batch = 16`."""
+    return ", ".join(f"{name} = {value}" for name, value in cell.items())
+
+
+# -- which runs belong together
+
+
+def label_arms(entries: Sequence[Entry]) -> list[Entry]:
+    """Tells arms apart where no sweep did: runs whose configs differ by more than seed and name are of other arms.
+
+    An arm's label is its runs' name where that is its own, and else what sets its config apart.
+    """
+    if all(entry.factors or entry.trial or entry.cell for entry in entries):
+        return list(entries)
+    kinds: dict[str, dict[str, Any]] = {}
+    kind_of = []
+    for entry in entries:
+        own = flat_config(entry)
+        kind_of.append(_key(own))
+        kinds[kind_of[-1]] = own
+    names = {kind: {re.sub(r"-s\d+$", "", entry.arm) for entry, own in zip(entries, kind_of, strict=True) if own == kind}
+             for kind in kinds}  # fmt: skip
+    all_names = [name for own in names.values() for name in own]
+    labels = {}
+    for kind, own in kinds.items():
+        single = next(iter(names[kind])) if len(names[kind]) == 1 else None
+        if single is not None and all_names.count(single) == 1:
+            labels[kind] = single
+        else:
+            apart = {
+                name: value for name, value in own.items() if any(other.get(name) != value for other in kinds.values())
+            }
+            labels[kind] = (
+                ", ".join(f"{name}={_short(value)}" for name, value in sorted(apart.items())) or single or "run"
+            )
+    return [
+        entry if entry.factors or entry.trial or entry.cell else replace(entry, arm=labels[kind])
+        for entry, kind in zip(entries, kind_of, strict=True)
+    ]
+
+
+def flat_config(entry: Entry) -> dict[str, Any]:
+    """What was run, by dotted field, without the run's name and seed."""
+    return _flat({name: value for name, value in entry.config.items() if name not in ("name", "seed")})
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def differences(entries: Sequence[Entry]) -> list[str]:
+    """What keeps runs from being compared: other data, tokenizer, split or budget. Runs that failed are left aside."""
+    done = [entry for entry in entries if entry.status in ("finished", "diverged")]
+    found = []
+    kinds: tuple[tuple[str, Callable[[Entry], Any]], ...] = (
+        ("read other data, or by another tokenizer (SHA-256)", lambda entry: (entry.data_sha256 or "unknown")[:12]),
+        ("count other items", lambda entry: entry.item),
+        ("are evaluated on other splits", lambda entry: entry.split),
+        ("were to train on other numbers of items", _budget),
+    )
+    for what, value in kinds:
+        by_value: dict[Any, list[str]] = {}
+        for entry in done:
+            by_value.setdefault(value(entry), []).append(entry.name)
+        if len(by_value) > 1:
+            shown = "; ".join(f"{own}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                              for own, names in by_value.items())  # fmt: skip
+            found.append(f"they {what}: {shown}")
+    return found
+
+
+def _budget(entry: Entry) -> int | None:
+    """Items that the run was to train on, to the step."""
+    planned: int | None = entry.config.get("train", {}).get("steps")
+    if planned is None or entry.items_per_step is None:
+        return entry.items
+    return round(planned * entry.items_per_step)
+
+
+# -- quantities
+
+
+def _group(
+    entries: list[Entry], trials: list[Entry], baseline: str, target: float | None, step_times: StepTimes | None
+) -> Group:
+    arms: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.seed):
+        arms.setdefault(entry.arm, []).append(entry)
+    ordered = sorted(arms, key=lambda name: (name != baseline, [e.arm for e in entries].index(name)))
+    arms = {name: arms[name] for name in ordered}
+    if baseline not in arms:
+        raise ConfigError(f"the baseline {baseline!r} has no run{_where(entries[0].cell)}")
+    if target is None:
+        reached = [min(entry.curve_losses) for entry in arms[baseline] if entry.is_done and entry.curve_losses]
+        target = max(reached) if reached else None
+    times = {name: _lane(step_times, name, entries[0].cell) for name in arms}
+    budgets = _budgets(arms, times)
+    table, quantities, of_quantity = {}, [], {}
+    for quantity, of in _quantities(target, budgets, times):
+        values = {name: _by_seed(runs, of) for name, runs in arms.items()}
+        if not any(values.values()):
+            continue
+        quantities.append(quantity)
+        of_quantity[quantity.key] = of
+        table[quantity.key] = _row(quantity, arms, values, baseline, times)
+    tuned = {name: _tuning([entry for entry in trials if entry.arm == name]) for name in arms}
+    return Group(
+        cell=entries[0].cell,
+        arms=arms,
+        baseline=baseline,
+        quantities=quantities,
+        table=table,
+        tuning={name: tuning for name, tuning in tuned.items() if tuning is not None},
+        effects=_effects(arms, quantities, of_quantity, times),
+        target=target,
+        budgets=budgets,
+    )
+
+
+_PREDICTED = ("peak_bytes", "wire_bytes", "optimizer_bytes")
+"""Quantities that a run's price foresees."""
+
+
+def _effects(
+    arms: Mapping[str, list[Entry]],
+    quantities: Sequence[Quantity],
+    of_quantity: Mapping[str, Callable[[Entry], float | None]],
+    times: Mapping[str, Sequence[float] | None],
+) -> dict[str, Effects]:
+    """None where the arms are no combinations of at least two factors."""
+    runs = [run for own in arms.values() for run in own]
+    levels: dict[str, set[str]] = {}
+    for run in runs:
+        for name, level in run.factors.items():
+            levels.setdefault(name, set()).add(level)
+    if len(levels) < 2 or any(len(own) != 2 for own in levels.values()):
+        return {}
+    found = {}
+    for quantity in quantities:
+        if quantity.key in _TIMED:
+            continue
+        of, key = of_quantity[quantity.key], quantity.key
+        foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
+        found[key] = effects(runs, of, foresee)
+    if all(lane is not None for lane in times.values()):
+        laps = [
+            (replace(own[0], seed=lap), seconds)
+            for name, own in arms.items() for lap, seconds in enumerate(times[name] or ())
+        ]  # fmt: skip
+        by_lap = {id(entry): seconds for entry, seconds in laps}
+        found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)])
+    return found
+
+
+def _lane(step_times: StepTimes | None, arm: str, cell: Mapping[str, Any]) -> Sequence[float] | None:
+    if step_times is None:
+        return None
+    return step_times.get(f"{arm} @ {show_cell(cell)}") if cell else step_times.get(arm)
+
+
+def _by_seed(runs: list[Entry], of: Callable[[Entry], float | None]) -> dict[int, float]:
+    found = {run.seed: of(run) for run in runs}
+    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _budgets(arms: Mapping[str, list[Entry]], times: Mapping[str, Sequence[float] | None]) -> dict[str, float]:
+    """The most FLOPs, and seconds, that every arm has spent."""
+    flops = [
+        entry.step_flops * entry.steps for runs in arms.values() for entry in runs if entry.is_done and entry.step_flops
+    ]
+    budgets = {"flops": min(flops)} if flops else {}
+    seconds = [
+        plain.fmean(lane) * entry.steps
+        for name, runs in arms.items() if (lane := times[name]) is not None
+        for entry in runs if entry.is_done
+    ]  # fmt: skip
+    if seconds and all(lane is not None for lane in times.values()):
+        budgets["seconds"] = min(seconds)
+    return budgets
+
+
+def _quantities(
+    target: float | None, budgets: Mapping[str, float], times: Mapping[str, Sequence[float] | None]
+) -> list[tuple[Quantity, Callable[[Entry], float | None]]]:
+    def reached(entry: Entry) -> float | None:
+        return None if target is None else steps_to(entry, target)
+
+    def times_steps(of: Callable[[Entry], float | None]) -> Callable[[Entry], float | None]:
+        def value(entry: Entry) -> float | None:
+            steps, each = reached(entry), of(entry)
+            return None if steps is None or each is None else steps * each
+
+        return value
+
+    def seconds(entry: Entry) -> float | None:
+        lane = times[entry.arm]
+        return None if lane is None else plain.fmean(lane)
+
+    def joules(entry: Entry) -> float | None:
+        return None if entry.energy_j is None or not entry.steps else entry.energy_j / entry.steps
+
+    def at_flops(entry: Entry) -> float | None:
+        return loss_at(entry, budgets["flops"] / entry.step_flops) if "flops" in budgets and entry.step_flops else None
+
+    def at_seconds(entry: Entry) -> float | None:
+        each = seconds(entry)
+        return loss_at(entry, budgets["seconds"] / each) if "seconds" in budgets and each else None
+
+    def gap(entry: Entry) -> float | None:
+        # as a ratio, which is what is compared: how much more held-out text costs than what was trained on
+        return None if entry.loss is None or not entry.train_loss else entry.loss / entry.train_loss
+
+    def done(value: Callable[[Entry], float | None]) -> Callable[[Entry], float | None]:
+        return lambda entry: value(entry) if entry.is_done else None
+
+    to = "" if target is None else f" to loss {target:.4f}"
+    return [
+        (Quantity(key="loss", label="final loss", show="number"), done(lambda entry: entry.loss)),
+        (Quantity(key="bits_per_byte", label="bits per byte", show="number"),
+         done(lambda entry: entry.metrics.get("bits_per_byte"))),
+        (Quantity(key="loss_at_flops", label="loss at equal FLOPs", show="number"), at_flops),
+        (Quantity(key="loss_at_seconds", label="loss at equal time", show="number"), at_seconds),
+        (Quantity(key="steps_to_target", label=f"steps{to}", show="count"), reached),
+        (Quantity(key="items_to_target", label=f"items{to}", show="count"), times_steps(lambda e: e.items_per_step)),
+        (Quantity(key="flops_to_target", label=f"FLOPs{to}", show="count"), times_steps(lambda e: e.step_flops)),
+        (Quantity(key="seconds_to_target", label=f"time{to}", show="duration"), times_steps(seconds)),
+        (Quantity(key="joules_to_target", label=f"energy{to}", show="energy"), times_steps(joules)),
+        (Quantity(key="step_s", label="time of a step", show="duration"), seconds),
+        (Quantity(key="peak_bytes", label="peak memory", show="memory"), done(lambda entry: entry.peak_bytes)),
+        (Quantity(key="optimizer_bytes", label="optimizer state", show="memory"),
+         done(lambda entry: entry.measured.get("optimizer_bytes"))),
+        (Quantity(key="wire_bytes", label="sent in a step", show="memory"),
+         done(lambda entry: entry.measured.get("wire_bytes") or None)),
+        (Quantity(key="gap", label="held-out / training loss", show="number"), done(gap)),
+    ]  # fmt: skip
+
+
+_TIMED = {"step_s": False, "seconds_to_target": True}
+"""What hangs on the timing lane, and whether on steps too."""
+
+
+def _row(
+    quantity: Quantity,
+    arms: Mapping[str, list[Entry]],
+    values: Mapping[str, dict[int, float]],
+    baseline: str,
+    times: Mapping[str, Sequence[float] | None],
+) -> dict[str, Cell]:
+    found: dict[str, Difference | None] = {}
+    for name in arms:
+        complete = len(values[name]) == len(arms[name]) and len(values[baseline]) == len(arms[baseline])
+        seeds = [seed for seed in values[name] if seed in values[baseline]]
+        if name == baseline or not complete or not seeds:
+            found[name] = None
+        elif quantity.key in _TIMED:
+            found[name] = _timed(quantity, values, name, baseline, seeds, times)
+        else:
+            found[name] = paired([values[name][seed] for seed in seeds], [values[baseline][seed] for seed in seeds])
+    adjusted = dict(zip(found, holm([math.nan if own is None else own.p for own in found.values()]), strict=True))
+    return {
+        name: Cell(
+            values=values[name],
+            num_seeds=len(arms[name]),
+            mean=mean_interval(list(values[name].values())) if len(values[name]) == len(arms[name]) else None,
+            difference=found[name],
+            p_adjusted=adjusted[name],
+            call=_call(quantity, found[name], adjusted[name]),
+        )
+        for name in arms
+    }
+
+
+def _timed(
+    quantity: Quantity,
+    values: Mapping[str, dict[int, float]],
+    name: str,
+    baseline: str,
+    seeds: list[int],
+    times: Mapping[str, Sequence[float] | None],
+) -> Difference | None:
+    ours, theirs = times[name], times[baseline]
+    if ours is None or theirs is None:
+        return None
+    lane = paired(ours, theirs)
+    if not _TIMED[quantity.key]:
+        return lane
+    each = math.log(plain.fmean(ours) / plain.fmean(theirs))
+    steps = [math.log(values[name][seed] / values[baseline][seed]) - each for seed in seeds]
+    return product(steps, [math.log(own / other) for own, other in zip(ours, theirs, strict=True)])
+
+
+def _call(quantity: Quantity, difference: Difference | None, p: float) -> Call:
+    if difference is None:
+        return ""
+    if math.isnan(p):
+        return "one pair"
+    if p >= ALPHA:
+        return "not told apart"
+    return "better" if (difference.ratio.value < 1) == quantity.is_better_low else "worse"
+
+
+# -- tuning, calibration, notes
+
+
+def _tuning(trials: list[Entry]) -> Tuning | None:
+    if not trials:
+        return None
+    losses = [(entry.trial, entry.loss if entry.is_done and entry.loss is not None else math.inf) for entry in trials]
+    best = min(losses, key=lambda pair: pair[1])
+    settings = best[0] if math.isfinite(best[1]) else None
+    searched = {
+        name: sorted({trial[name] for trial, _ in losses})
+        for name in losses[0][0]
+        if all(isinstance(trial.get(name), int | float) and not isinstance(trial[name], bool) for trial, _ in losses)
+    }
+    edge = [
+        name for name, tried in searched.items()
+        if settings is not None and len(tried) > 1 and settings[name] in (tried[0], tried[-1])
+    ]  # fmt: skip
+    near = {}
+    if settings is not None and len(losses[0][0]) == 1:
+        for name in searched:
+            close = [trial[name] for trial, loss in losses if loss <= NEAR * best[1]]
+            near[name] = max(close) / min(close) if min(close) > 0 else math.nan
+    return Tuning(
+        trials=losses,
+        best=settings,
+        expected_best=best_of([loss for _, loss in losses]),
+        at_edge=edge,
+        near_factor=near,
+    )
+
+
+def calibrate(entries: Sequence[Entry]) -> dict[str, Calibration]:
+    """Every quantity that was predicted and measured, over all runs."""
+    errors: dict[str, list[tuple[float, str]]] = {}
+    for entry in entries:
+        for quantity, predicted in entry.predicted.items():
+            measured = entry.measured.get(quantity)
+            if measured:
+                errors.setdefault(quantity, []).append((predicted / measured - 1, entry.name))
+    found = {}
+    for quantity, own in errors.items():
+        worst, name = max(own, key=lambda pair: abs(pair[0]))
+        median = plain.median(abs(error) for error, _ in own)
+        found[quantity] = Calibration(n=len(own), median=median, worst=worst, worst_run=name)
+    return found
+
+
+def _notes(groups: list[Group], step_times: StepTimes | None) -> list[str]:
+    notes = []
+    for group in groups:
+        notes += [*_run_notes(group), *_target_notes(group), *_tuning_notes(group)]
+    if step_times is None:
+        notes.append("no timing lane was given: times are not compared (runs side by side slow one another)")
+    return notes
+
+
+def _run_notes(group: Group) -> Iterator[str]:
+    where, known = _where(group.cell), sorted(run.seed for run in group.arms[group.baseline])
+    for name, runs in group.arms.items():
+        for status in ("diverged", "failed", "unfinished"):
+            those = [run for run in runs if run.status == status]
+            if those:
+                why = next((f": {run.diagnosis.splitlines()[0]}" for run in those if run.diagnosis), "")
+                yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
+        seeds = sorted(run.seed for run in runs)
+        if seeds != known:
+            yield f"{name}{where} was run with the seeds {seeds}, the baseline with {known}: only those of both are compared"
+
+
+def _target_notes(group: Group) -> Iterator[str]:
+    for name, cell in group.table.get("steps_to_target", {}).items():
+        if len(cell.values) < cell.num_seeds:
+            yield (
+                f"{name}{_where(group.cell)} reached the loss {group.target:.4f} in {len(cell.values)} of "
+                f"{cell.num_seeds} runs: what it takes is not averaged over those that did"
+            )
+
+
+def _tuning_notes(group: Group) -> Iterator[str]:
+    where = _where(group.cell)
+    for name, tuning in group.tuning.items():
+        if tuning.best is None:
+            yield f"{name}{where}: none of {len(tuning.trials)} trials finished, so nothing was chosen"
+            continue
+        for edge in tuning.at_edge:
+            yield (
+                f"{name}{where}: the best {edge} of {len(tuning.trials)} trials lies at the edge of its search "
+                f"({tuning.best[edge]}): a wider search may do better"
+            )
+    counts = {name: len(tuning.trials) for name, tuning in group.tuning.items()}
+    if counts and len({counts.get(name, 0) for name in group.arms}) > 1:
+        shown = ", ".join(f"{name} {counts.get(name, 0)}" for name in group.arms)
+        yield f"the arms had other numbers of trials{where}: {shown}"

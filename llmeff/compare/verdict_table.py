@@ -1,0 +1,276 @@
+"""A comparison as text: for the terminal, Markdown, CSV or JSON."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from llmeff.compare.intervals import Difference, Estimate
+from llmeff.compare.verdict import Cell, Comparison, Group, Quantity, show_cell
+from llmeff.core.units import show_bytes, show_count, show_seconds
+
+FOOTNOTE = (
+    "Means over seeds with 95 % intervals (Student's t); ratios to the baseline are geometric means over pairs of one "
+    "seed. Better or worse: Holm's p below 0.05 over all arms. Smallest visible: a true ratio of so much would have been "
+    "found in four of five such studies. All of it holds given this tuning."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """Something to show: a title, headers, rows of cells, of which the first says what the row is."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def show_value(quantity: Quantity, value: float) -> str:
+    """A value of the quantity, with its unit."""
+    if quantity.show == "memory":
+        return show_bytes(value)
+    if quantity.show == "duration":
+        return show_seconds(value)
+    if quantity.show == "energy":
+        return show_count(value, "J")
+    return show_count(value) if quantity.show == "count" else f"{value:.4f}"
+
+
+def show_mean(quantity: Quantity, cell: Cell) -> str:
+    """The mean with its interval, or how many came to it."""
+    if cell.mean is None:
+        return f"{len(cell.values)} of {cell.num_seeds} runs"
+    mean = cell.mean
+    shown = show_value(quantity, mean.value)
+    if math.isnan(mean.lower) or mean.lower == mean.upper:
+        return shown
+    return f"{shown} ({show_value(quantity, mean.lower)} to {show_value(quantity, mean.upper)})"
+
+
+def show_ratio(cell: Cell) -> str:
+    """The ratio to the baseline with its interval, and what may be said; nothing for the baseline."""
+    if cell.difference is None:
+        return ""
+    ratio = cell.difference.ratio
+    text = f"x {ratio.value:.4g}"
+    if not math.isnan(ratio.lower) and ratio.lower != ratio.upper:
+        text += f" ({ratio.lower:.4g} to {ratio.upper:.4g})"
+    return f"{text} {cell.call}".rstrip()
+
+
+def group_tables(group: Group) -> list[TextTable]:
+    """What a cell of the study shows: the quantities by arm, and the tuning."""
+    where = f", {show_cell(group.cell)}" if group.cell else ""
+    seeds = {name: len(runs) for name, runs in group.arms.items()}
+    counts = ", ".join(f"{name} {n}" for name, n in seeds.items()) if len(set(seeds.values())) > 1 else None
+    title = f"Against {group.baseline}{where}; seeds: {counts or next(iter(seeds.values()))}"
+    rows = []
+    for quantity in group.quantities:
+        cells = group.table[quantity.key]
+        rows.append([quantity.label, *(show_mean(quantity, cells[name]) for name in group.arms)])
+        ratios = [show_ratio(cells[name]) for name in group.arms]
+        if any(ratios):
+            rows.append(["  ratio to the baseline", *ratios])
+        visible = [_visible(cells[name].difference) for name in group.arms]
+        if any(visible):
+            rows.append(["  smallest visible", *visible])
+    tables = [TextTable(title=title, headers=["", *group.arms], rows=rows)]
+    if group.tuning:
+        tables.append(_tuning_table(group, where))
+    tables += [_effects_table(group, quantity, where) for quantity in group.quantities if quantity.key in group.effects]
+    return tables
+
+
+def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
+    found = group.effects[quantity.key]
+    rows = []
+    for effect in found.effects:
+        ratio = effect.ratio
+        shown = f"x {ratio.value:.4g}"
+        if not math.isnan(ratio.lower) and ratio.lower != ratio.upper:
+            shown += f" ({ratio.lower:.4g} to {ratio.upper:.4g})"
+        p = "-" if math.isnan(effect.p_adjusted) else f"{effect.p_adjusted:.2g}"
+        foreseen = "-" if effect.predicted is None else f"x {effect.predicted:.4g}"
+        rows.append([" x ".join(effect.factors), effect.levels, shown, foreseen, p])
+    aliased = f"; not told apart from these: {', '.join(found.aliased)}" if found.aliased else ""
+    title = f"Effects on {quantity.label}{where}, {found.num_runs} runs{aliased}"
+    return TextTable(title=title, headers=["factor", "levels", "ratio", "predicted", "p (Holm)"], rows=rows)
+
+
+def _visible(difference: Difference | None) -> str:
+    if difference is None or math.isnan(difference.smallest_visible) or difference.smallest_visible == 1:
+        return ""
+    return f"{difference.smallest_visible - 1:.2%}"
+
+
+def _tuning_table(group: Group, where: str) -> TextTable:
+    rows = []
+    for name, tuning in group.tuning.items():
+        chosen = (
+            "none" if tuning.best is None else ", ".join(f"{key} = {_short(own)}" for key, own in tuning.best.items())
+        )
+        reached = [f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in tuning.expected_best]
+        near = ", ".join(f"{key} x {factor:.3g}" for key, factor in tuning.near_factor.items())
+        rows.append([name, str(len(tuning.trials)), chosen, near or "-", " ".join(reached)])
+    headers = ["arm", "trials", "chosen", "within 1 % of the best", "expected best after 1, 2, ... trials"]
+    return TextTable(title=f"Tuning{where}", headers=headers, rows=rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def calibration_table(comparison: Comparison) -> TextTable:
+    """Predictions against measurements, over all runs."""
+    rows = [
+        [name.replace("_", " "), str(own.n), f"{own.median:.3%}", f"{own.worst:+.3%}", own.worst_run]
+        for name, own in comparison.calibration.items()
+    ]
+    headers = ["quantity", "runs", "median error", "worst", "in"]
+    return TextTable(title="Predicted / measured - 1, over all runs", headers=headers, rows=rows)
+
+
+def tables(comparison: Comparison) -> list[TextTable]:
+    """All that a comparison shows."""
+    found = [table for group in comparison.groups for table in group_tables(group)]
+    return [*found, calibration_table(comparison)] if comparison.calibration else found
+
+
+def render_comparison(comparison: Comparison, kind: str, width: int | None = None) -> str:
+    """The comparison as text.
+
+    Args:
+        comparison: of `judge`.
+        kind: `terminal`, `markdown`, `csv` or `json`.
+        width: of the terminal, in characters; asked of it where it is left out.
+    """
+    if kind == "json":
+        return json.dumps(as_dict(comparison), indent=1) + "\n"
+    if kind == "csv":
+        return _csv(comparison)
+    if kind == "markdown":
+        return _markdown(comparison)
+    return _terminal(comparison, width)
+
+
+def _closing(comparison: Comparison) -> list[str]:
+    command = [f"Made again by: {comparison.command}"] if comparison.command else []
+    return [*(f"Note: {note}." for note in comparison.notes), FOOTNOTE, *command]
+
+
+def _terminal(comparison: Comparison, width: int | None) -> str:
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width or Console().width)
+    for shown in tables(comparison):
+        columns = [
+            Column(Text(header), justify="left" if n == 0 else "right") for n, header in enumerate(shown.headers)
+        ]
+        table = Table(*columns, title=Text(shown.title, style="bold"), title_justify="left")
+        for row in shown.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    console.print(Text("\n".join(_closing(comparison))))
+    return buffer.getvalue()
+
+
+def _markdown(comparison: Comparison) -> str:
+    parts = []
+    for shown in tables(comparison):
+        lines = [[cell.strip().replace("|", "\\|") for cell in row] for row in [shown.headers, *shown.rows]]
+        lines.insert(1, ["---", *["---:"] * (len(shown.headers) - 1)])
+        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        parts.append(f"**{shown.title}**\n\n{body}")
+    return "\n".join([*parts, *(f"{line}\n" for line in _closing(comparison))])
+
+
+def flat(comparison: Comparison) -> list[dict[str, Any]]:
+    """One row for each cell of the axes, quantity and arm, with plain numbers; what is not there is None."""
+    rows = []
+    for group in comparison.groups:
+        for quantity in group.quantities:
+            for name, cell in group.table[quantity.key].items():
+                difference = cell.difference
+                rows.append({
+                    "cell": show_cell(group.cell),
+                    "quantity": quantity.key,
+                    "arm": name,
+                    "baseline": group.baseline,
+                    "num_seeds": cell.num_seeds,
+                    "num_with_value": len(cell.values),
+                    **_numbers("mean", cell.mean),
+                    **_numbers("ratio", None if difference is None else difference.ratio),
+                    "p": None if difference is None else _plain(difference.p),
+                    "p_holm": _plain(cell.p_adjusted),
+                    "smallest_visible_ratio": None if difference is None else _plain(difference.smallest_visible),
+                    "call": cell.call or None,
+                })  # fmt: skip
+    return rows
+
+
+def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    if estimate is None:
+        return {name: None, f"{name}_lower": None, f"{name}_upper": None}
+    return {
+        name: _plain(estimate.value), f"{name}_lower": _plain(estimate.lower), f"{name}_upper": _plain(estimate.upper)
+    }  # fmt: skip
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """All of it, for JSON: no NaN and no infinity."""
+    return {
+        "table": flat(comparison),
+        "targets": {show_cell(group.cell): group.target for group in comparison.groups},
+        "budgets": {show_cell(group.cell): group.budgets for group in comparison.groups},
+        "tuning": [
+            {
+                "cell": show_cell(group.cell),
+                "arm": name,
+                "trials": [{"settings": trial, "loss": _plain(loss)} for trial, loss in tuning.trials],
+                "best": tuning.best,
+                "expected_best": [_plain(loss) for loss in tuning.expected_best],
+                "at_edge": tuning.at_edge,
+                "near_factor": tuning.near_factor,
+            }
+            for group in comparison.groups
+            for name, tuning in group.tuning.items()
+        ],
+        "effects": [
+            {
+                "cell": show_cell(group.cell),
+                "quantity": key,
+                "factors": list(effect.factors),
+                "levels": effect.levels,
+                **_numbers("ratio", effect.ratio),
+                "p_holm": _plain(effect.p_adjusted),
+                "predicted_ratio": effect.predicted,
+            }
+            for group in comparison.groups
+            for key, found in group.effects.items()
+            for effect in found.effects
+        ],
+        "calibration": {name: dataclasses.asdict(own) for name, own in comparison.calibration.items()},
+        "notes": comparison.notes,
+        "footnote": FOOTNOTE,
+        "command": comparison.command,
+    }
+
+
+def _csv(comparison: Comparison) -> str:
+    rows: Sequence[dict[str, Any]] = flat(comparison)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,307 @@
+"""Runs a sweep on this machine: tuning trials, then final runs with fresh seeds; it goes on where it stopped.
+
+All that a sweep knows lies in its folder: `sweep.json`, and one run folder a run. A run that has ended is not run again,
+one that was cut off is resumed, and one that failed is tried once more each time the sweep is started.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_sweep, write_ledger
+from llmeff.compare.study import TIMING
+from llmeff.compare.verdict import show_cell
+from llmeff.core import files
+from llmeff.core.config import ConfigError, read
+from llmeff.core.dist import usable_cores
+from llmeff.core.units import show_count
+from llmeff.launch import end_with_starter, terminable
+from llmeff.record import schema
+from llmeff.record.reader import read_run
+from llmeff.record.writer import lock, wait_until_free
+from llmeff.runconfig import RunConfig
+from llmeff.sweepconfig import Job, SweepConfig, items_per_step
+
+_POLL_S = 0.1
+_GRACE_S = 20.0
+"""How long interrupted runs may take to end."""
+
+
+def open_sweep(sweep: SweepConfig, folder: Path) -> None:
+    """Begins a sweep in a folder, or finds the same one there.
+
+    Raises:
+        ConfigError: something else lies there; it names what differs.
+    """
+    path = folder / SWEEP
+    mine = json.loads(sweep.model_dump_json())
+    if path.is_file():
+        theirs = read(path)
+        if theirs != mine:
+            changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
+            raise ConfigError(
+                f"{folder} holds another sweep: {', '.join(changed)} differ; give another --out, or the same sweep"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: is not empty, and holds no sweep")
+    with files.reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, json.dumps(mine, indent=2) + "\n")
+
+
+def tuning_jobs(sweep: SweepConfig) -> list[Job]:
+    """All trials, in order."""
+    found: list[Job] = []
+    for cell in sweep.cells():
+        for arm in sweep.arms:
+            for number, trial in enumerate(sweep.trials(arm)):
+                found.append(
+                    Job(arm=arm, cell=cell, phase="tuning", number=number, trial=trial, order=len(found))
+                )  # fmt: skip
+    return found
+
+
+def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
+    """All final runs, by the best trials in the folder; none of an arm of which no trial finished."""
+    jobs, trials = [], tuning_jobs(sweep)
+    for cell in sweep.cells():
+        for arm in sweep.arms:
+            own = [job for job in trials if job.arm == arm and job.cell == cell]
+            chosen: dict[str, Any] | None = best_trial(own, folder) if own else {}
+            for seed in sweep.seeds if chosen is not None else ():
+                jobs.append(Job(arm=arm, cell=cell, phase="final", number=seed, trial=chosen or {}, order=0))
+    return [Job(**{**vars(job), "order": len(trials) + place}) for place, job in enumerate(jobs)]
+
+
+def best_trial(trials: Sequence[Job], folder: Path) -> dict[str, Any] | None:
+    """The settings of the trial with the lowest loss; of equals the first; None where none finished."""
+    losses = [_loss(folder / RUNS / job.path) for job in trials]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    return trials[best].trial if math.isfinite(losses[best]) else None
+
+
+def _loss(folder: Path) -> float:
+    """Infinite where the run did not finish."""
+    if not (folder / schema.RESULT).is_file():
+        return math.inf
+    run = read_run(folder)
+    if run.result is None or run.result.status != "finished":
+        return math.inf
+    return run.result.metrics[run.config["evaluation"]["split"]]["loss"]
+
+
+def job_config(sweep: SweepConfig, job: Job) -> RunConfig:
+    """The run's config. Trials are judged on the split that is there for searching, and keep no samples."""
+    more: dict[str, Any] = {}
+    if job.phase == "tuning":
+        more = {"evaluation.split": "search", "evaluation.sample_tokens": 0}
+        if sweep.tuning.steps is not None:
+            more["train.steps"] = sweep.tuning.steps
+    seed = sweep.tuning.seed if job.phase == "tuning" else job.number
+    return sweep.run_config(job.arm, job.cell, job.trial, seed, **more)
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: "subprocess.Popen[bytes]"
+    cores: int
+    log: Path
+
+
+class Sweep:
+    """A sweep under way.
+
+    Args:
+        sweep: what it is.
+        folder: where it is, or will be.
+        cores: that it may use at a time.
+        modules: imported by every run, for the components that they register.
+        command: that makes the sweep, for its ledger.
+        tell: is handed a line for each run that begins or ends.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        folder: Path,
+        *,
+        cores: int,
+        modules: Sequence[str],
+        command: str,
+        tell: Callable[[str], None],
+    ):
+        self.sweep, self.folder, self._command = sweep, folder, command
+        self._cores, self._modules, self._tell = cores, modules, tell
+        self._running: list[_Running] = []
+
+    def run(self) -> None:
+        """All that is left, to the end.
+
+        Raises:
+            ConfigError: see `open_sweep`.
+            KeyboardInterrupt: once no run is left running.
+        """
+        open_sweep(self.sweep, self.folder)
+        taken = lock(self.folder)
+        try:
+            with terminable():
+                self.run_jobs(tuning_jobs(self.sweep))
+                self.run_jobs(final_jobs(self.sweep, self.folder))
+            self.write_ledger()
+        finally:
+            self._stop()
+            os.close(taken)
+
+    def write_ledger(self) -> None:
+        """Every run that was begun, in one file."""
+        facts = {"sweep": json.loads(self.sweep.model_dump_json()), "command": self._command}
+        write_ledger(self.folder / LEDGER, read_sweep(self.folder), facts)
+
+    def run_jobs(self, jobs: Sequence[Job]) -> None:
+        """Some runs, as many at a time as there are cores."""
+        left = [job for job in jobs if not (self.folder / RUNS / job.path / schema.RESULT).is_file()]
+        if len(left) < len(jobs):
+            self._tell(f"{len(jobs) - len(left)} of {len(jobs)} {jobs[0].phase} runs have ended before")
+        queue = iter([(job, job_config(self.sweep, job)) for job in left])
+        waiting = next(queue, None)
+        while waiting is not None or self._running:
+            while waiting is not None and self._fits(cores := _cores_of(waiting[1])):
+                self._start(*waiting, cores)
+                waiting = next(queue, None)
+            time.sleep(_POLL_S)
+            for ended in [own for own in self._running if own.process.poll() is not None]:
+                self._running.remove(ended)
+                self._end(ended)
+
+    def _fits(self, cores: int) -> bool:
+        used = sum(own.cores for own in self._running)
+        return not self._running or used + cores <= self._cores
+
+    def _start(self, job: Job, config: RunConfig, cores: int) -> None:
+        own = self.folder / RUNS / job.path
+        is_begun = (own / schema.CONFIG).is_file()
+        asked = own.parent / f"{own.name}.json"
+        with files.reported(own):
+            own.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(asked, config.model_dump_json(indent=2) + "\n")
+        self._place(job, None)
+        log = own.parent / f"{own.name}.log"
+        given = ["--resume"] if is_begun else [f"--config={asked}"]
+        line = [
+            sys.executable, "-m", "llmeff.cli", "train", *given, f"--out={own}", "--quiet",
+            *(f"--import={module}" for module in self._modules),
+        ]  # fmt: skip
+        self._tell(f"{'going on with' if is_begun else 'starting'} {job.phase} run {job.path}")
+        wait_until_free(own, _GRACE_S)
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_starter
+            )
+        self._running.append(_Running(job, process, cores, log))
+
+    def _place(self, job: Job, failure: str | None) -> None:
+        """Says which run of the sweep a folder is; beside it, for what `llmeff train` finds must be empty."""
+        place = {
+            "name": job.path, "arm": job.arm, "cell": job.cell, "factors": self.sweep.arms[job.arm].factors,
+            "phase": job.phase, "trial": job.trial, "order": job.order,
+        }  # fmt: skip
+        own = self.folder / RUNS / job.path
+        failed = {} if failure is None else {"failure": failure}
+        files.write_text(own.parent / f"{own.name}{PLACE}", json.dumps(place | failed) + "\n")
+
+    def _end(self, ended: _Running) -> None:
+        own = self.folder / RUNS / ended.job.path
+        if (own / schema.RESULT).is_file():
+            status = read_run(own).result
+            self._tell(f"{ended.job.path}: {'ended' if status is None else status.status}")
+            return
+        lines = ended.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        failure = lines[-1] if lines else f"exit code {ended.process.returncode}"
+        self._place(ended.job, failure)
+        self._tell(f"{ended.job.path}: failed: {failure}")
+
+    def _stop(self) -> None:
+        for own in self._running:
+            own.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        for own in self._running:
+            try:
+                own.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                own.process.kill()
+        self._running.clear()
+
+
+def _cores_of(config: RunConfig) -> int:
+    threads = config.runtime.threads
+    return usable_cores() if threads == "auto" else threads * config.parallel.ranks
+
+
+def plan_text(sweep: SweepConfig) -> str:
+    """How many runs a sweep has, of how many items each, and what they compute in all."""
+    from llmeff.predict import predict
+
+    trials = tuning_jobs(sweep)
+    finals = [
+        Job(arm=arm, cell=cell, phase="final", number=seed, trial=(sweep.trials(arm) or [{}])[0], order=0)
+        for cell in sweep.cells() for arm in sweep.arms for seed in sweep.seeds
+    ]  # fmt: skip
+    items, flops = 0, 0.0
+    for job in [*trials, *finals]:
+        config = job_config(sweep, job)
+        items += items_per_step(config) * config.train.steps
+        known = config.task.foresee(config.model, config.data)
+        if known is not None and config.train.micro_batch != "auto":
+            price = predict(config.model_copy(update={"model": known}))
+            flops += price.total("executed_flops") * config.train.steps * config.parallel.ranks
+    text = f"{len(trials)} tuning runs and {len(finals)} final runs, {show_count(items)} items in all"
+    return text + (f", {show_count(flops, 'FLOP')}" if flops else "")
+
+
+def write_timing(
+    sweep: SweepConfig, folder: Path, *, processes: int, rounds: int, steps: int, modules: Sequence[str], command: str
+) -> None:
+    """Races the arms against one another as their final runs are, cell by cell, and writes the step times.
+
+    Raises:
+        ConfigError: the sweep is not there, its tuning is not done, or see `bench.race`.
+    """
+    from llmeff.bench import race
+
+    if not (folder / SWEEP).is_file():
+        raise ConfigError(f"{folder}: there is no sweep to time; run it first, without --timing")
+    open_sweep(sweep, folder)
+    found: dict[str, Any] = {"command": command, "races": []}
+    jobs = [job for job in final_jobs(sweep, folder) if job.number == sweep.seeds[0]]
+    merged: list[list[dict[str, Any]]] = []
+    for cell in sweep.cells():
+        own = sorted((job for job in jobs if job.cell == cell), key=lambda job: job.arm != sweep.baseline)
+        lanes = {_lane_name(job): (job_config(sweep, job), "ours") for job in own}
+        raced = race(
+            lanes, seed=0, rounds=rounds, steps=steps, warmup_steps=steps, processes=processes, modules=modules
+        )
+        generations = raced.pop("generations")
+        found["races"].append(raced)
+        if not merged:
+            merged = [[dict(turns) for turns in each] for each in generations]
+        else:
+            for into, more in zip(merged, generations, strict=True):
+                for turns, others in zip(into, more, strict=True):
+                    turns.update(others)
+    found["generations"] = merged
+    with files.reported(folder / TIMING):
+        files.write_text(folder / TIMING, json.dumps(found) + "\n")
+
+
+def _lane_name(job: Job) -> str:
+    return f"{job.arm} @ {show_cell(job.cell)}" if job.cell else job.arm

@@ -1,0 +1,87 @@
+import csv
+import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from llmeff.compare.report import page, verdicts
+from llmeff.compare.verdict import judge
+from llmeff.compare.verdict_table import FOOTNOTE, render_comparison
+
+
+@pytest.fixture
+def comparison(study):
+    return judge(study, command="llmeff compare this")
+
+
+@pytest.mark.parametrize("kind", ["terminal", "markdown"])
+def test_people_read_means_ratios_calls_and_the_command(comparison, kind):
+    text = render_comparison(comparison, kind, width=200)
+    for part in ("Against base", "steps to loss", "better", "not told apart", "Made again by: llmeff compare this"):
+        assert part in text
+    assert FOOTNOTE.split(";")[0] in text.replace("\n", " ")
+
+
+def test_a_wide_table_is_not_cut_at_the_terminal(comparison):
+    text = render_comparison(comparison, "terminal", width=80)
+    assert "…" not in text
+
+
+def test_machines_read_plain_numbers(comparison):
+    rows = json.loads(render_comparison(comparison, "json"))["table"]
+    fast = next(row for row in rows if row["quantity"] == "loss" and row["arm"] == "fast")
+    assert fast["call"] == "better"
+    assert fast["ratio_lower"] < fast["ratio"] < fast["ratio_upper"] < 1
+    assert fast["p_holm"] >= fast["p"]
+    lines = list(csv.DictReader(io.StringIO(render_comparison(comparison, "csv"))))
+    assert len(lines) == len(rows)
+    assert float(lines[0]["mean"]) == rows[0]["mean"]
+
+
+class Page(HTMLParser):
+    """Notes what a page has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(comparison):
+    found = Page(page(comparison, "a study"))
+    assert found.open == []
+    assert found.tags.count("img") == 1
+    assert all(source.startswith("data:image/png;base64,") for source in found.sources)
+    assert "script" not in found.tags
+
+
+def test_the_verdict_comes_first(comparison):
+    text = page(comparison, "a study")
+    assert text.index('class="verdict"') < text.index("<img") < text.index("<table")
+
+
+def test_names_and_texts_are_escaped(study):
+    bad = "<script>alert('x')</script> & co"
+    runs = [replace(entry, arm=bad) if entry.arm == "fast" else entry for entry in study]
+    runs[0] = replace(runs[0], status="failed", loss=None, diagnosis="<img src=x>")
+    text = page(judge(runs, command="llmeff <b>"), bad)
+    assert "<script>" not in text
+    assert "<img src=x>" not in text
+    assert "&lt;script&gt;" in text
+    assert Page(text).open == []
+
+
+def test_each_arm_has_a_sentence(comparison):
+    (group,) = comparison.groups
+    assert [line.split(" ")[0] for line in verdicts(group)] == ["fast", "same"]

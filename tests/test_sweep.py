@@ -1,0 +1,229 @@
+"""Sweeps: equal budgets, fresh seeds, and the same ledger however often they were stopped."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmeff.cli import main
+from llmeff.compare.effects import effects
+from llmeff.compare.ledger import LEDGER, RUNS, Entry, read_ledger, read_sweep
+from llmeff.core.config import ConfigError, override, validate
+from llmeff.recipes import SWEEPS
+from llmeff.sweep import best_trial, final_jobs, job_config, open_sweep, plan_text, tuning_jobs
+from llmeff.sweepconfig import SweepConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = {
+    "name": "small",
+    "base": {
+        "model": {"name": "decoder", "width": 8, "num_layers": 1, "num_heads": 1, "mlp_width": 8},
+        "data": {
+            "name": "text",
+            "source": {"name": "builtin", "max_bytes": 200_000},
+            "splits": {"by": "span"},
+            "sequence_length": 16,
+        },
+        "schedule": {"name": "constant"},
+        "train": {"steps": 4, "batch": 4},
+        "evaluation": {"every": 2, "max_units": 2, "sample_tokens": 0},
+        "checkpoint": {"every": 2},
+        "runtime": {"device": "cpu", "threads": 1},
+    },
+    "arms": {
+        "adamw": {"settings": ["optim=adamw"], "search": {"optim.lr": {"low": 1e-4, "high": 1e-2}}},
+        "muon": {"settings": ["optim=muon"], "search": {"optim.lr": [1e-3, 1e-2]}},
+    },
+    "baseline": "adamw",
+    "tuning": {"trials": 2},
+    "seeds": [0, 1],
+}
+
+
+def sweep_of(*settings, **changes):
+    return validate(SweepConfig, override(SMALL | changes, settings))
+
+
+def test_one_span_is_searched_evenly_over_its_logarithm():
+    rates = [trial["optim.lr"] for trial in sweep_of("tuning.trials=2").trials("adamw")]
+    assert rates == pytest.approx([10**-3.5, 10**-2.5], rel=1e-3)
+
+
+def test_a_list_is_gone_through():
+    assert sweep_of().trials("muon") == [{"optim.lr": 1e-3}, {"optim.lr": 1e-2}]
+
+
+def test_several_spans_are_spread_over_the_square():
+    span = {"low": 1.0, "high": math.e}
+    arms = {name: {"search": {"optim.lr": span, "optim.eps": span}} for name in ("a", "b")}
+    trials = sweep_of(arms=arms, baseline="a", tuning={"trials": 16}).trials("a")
+    points = [(math.log(trial["optim.lr"]), math.log(trial["optim.eps"])) for trial in trials]
+    quarters = {(int(2 * x), int(2 * y)) for x, y in points}
+    assert quarters == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    nearest = min(math.dist(one, other) for n, one in enumerate(points) for other in points[:n])
+    assert nearest > 0.1
+
+
+def test_a_budget_of_items_makes_the_steps_of_each_batch():
+    sweep = sweep_of(axes={"train.batch": [2, 8]}, items=640)
+    assert [sweep.run_config("adamw", cell, {}, 0).train.steps for cell in sweep.cells()] == [20, 5]
+
+
+def test_final_runs_have_fresh_seeds_and_the_split_that_was_not_searched():
+    sweep = sweep_of()
+    trials = tuning_jobs(sweep)
+    assert [(job.arm, job.number) for job in trials] == [("adamw", 0), ("adamw", 1), ("muon", 0), ("muon", 1)]
+    tried, final = job_config(sweep, trials[0]), sweep.run_config("adamw", {}, {"optim.lr": 0.5}, 1)
+    assert (tried.seed, tried.evaluation.split) == (1000, "search")
+    assert (final.seed, final.evaluation.split, final.optim.lr) == (1, "validation", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"baseline": "sgd"}, "baseline is 'sgd', the arms are: adamw, muon"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"seeds": [1000]}, r"tuning.seed 1000 is among the seeds"),
+        ({"tuning": {"trials": 3}}, "arms.muon.search has 2 combinations, but every arm has tuning.trials = 3"),
+        ({"arms": {"one": {}}, "baseline": "one"}, "a sweep compares arms, given: one"),
+        ({"arms": {"a": {}, "b": {"settings": ["optim=adamv"]}}, "baseline": "a"}, r"arms\.b: optim: .*adamw"),
+        ({"arms": {"a": {}, "b": {"search": {"optim.lr": {"low": 2, "high": 1}}}}, "baseline": "a"}, "smaller first"),
+        ({"axes": {"train.batch": []}}, "an axis has no value"),
+        ({"trails": 3}, "no such field"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_said_before_anything_starts(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        sweep_of(**changes)
+
+
+def test_another_sweep_in_the_folder_is_refused_and_left_alone(tmp_path):
+    open_sweep(sweep_of(), tmp_path / "it")
+    before = (tmp_path / "it" / "sweep.json").read_bytes()
+    open_sweep(sweep_of(), tmp_path / "it")
+    with pytest.raises(ConfigError, match="holds another sweep: seeds differ"):
+        open_sweep(sweep_of(seeds=[5]), tmp_path / "it")
+    assert (tmp_path / "it" / "sweep.json").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        open_sweep(sweep_of(), tmp_path / "other")
+
+
+def test_trials_that_failed_are_not_chosen(make_run, tmp_path):
+    sweep = sweep_of()
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) is None
+    assert final_jobs(sweep, tmp_path) == []
+
+
+def test_a_plan_counts_runs_and_items():
+    assert plan_text(sweep_of()).startswith("4 tuning runs and 4 final runs, 2.0k items in all")
+
+
+@pytest.mark.parametrize("name", SWEEPS.names())
+def test_the_sweeps_that_come_with_it_are_well_formed(name):
+    sweep = SWEEPS[name]()
+    assert sweep.name == name
+    assert validate(SweepConfig, json.loads(sweep.model_dump_json())) == sweep
+
+
+# -- whole sweeps
+
+
+def command(folder, *more):
+    (folder / "small.json").write_text(json.dumps(SMALL))
+    return [sys.executable, "-m", "llmeff.cli", "sweep", "--config=small.json", "--out=out", *more]
+
+
+def start(folder, *more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command(folder, *more), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def what_was_found(folder):
+    """All of a ledger that does not hang on the clock."""
+    return [
+        (entry.name, entry.status, entry.trial, entry.loss, entry.train_loss, entry.curve_losses, entry.peak_bytes)
+        for entry in read_ledger(folder / "out" / LEDGER)
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_gives_the_same_ledger(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    process = start(whole)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert "Against adamw; seeds: 2" in out
+    for number, stop in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)):
+        process = start(broken)
+        ended = f"{RUNS}/**/result.json"
+        while process.poll() is None and len(list((broken / "out").glob(ended))) <= 2 * number:
+            time.sleep(0.05)
+        process.send_signal(stop)
+        process.wait(60)
+        assert process.returncode != 0
+    process = start(broken, "--quiet")
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert what_was_found(broken) == what_was_found(whole)
+    assert len(what_was_found(whole)) == 8
+    best = {entry.arm: entry.trial for entry in read_sweep(whole / "out") if entry.phase == "final"}
+    assert all(best.values())
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_in_the_ledger_and_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = {"sane": {}, "mad": {"settings": ["optim.lr=1e30", "train.clip_norm=null"]}}
+    (tmp_path / "mad.json").write_text(json.dumps(SMALL | {"arms": arms, "baseline": "sane", "seeds": [0]}))
+    assert main(["sweep", "--config=mad.json", "--out=out", "--quiet"]) == 0
+    found = {entry.arm: entry.status for entry in read_ledger(tmp_path / "out" / LEDGER)}
+    assert found == {"sane": "finished", "mad": "diverged"}
+
+
+@pytest.mark.slow
+def test_a_timing_lane_of_the_arms_is_raced_and_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(SMALL | {"seeds": [0]}))
+    given = ["sweep", "--config=small.json", "--out=out"]
+    assert main([*given, "--timing"]) == 2
+    assert "there is no sweep to time" in capsys.readouterr().err
+    assert main([*given, "--quiet"]) == 0
+    assert "no timing lane was given" in capsys.readouterr().out
+    assert main([*given, "--timing", "--processes=3", "--rounds=3", "--steps=1"]) == 0
+    assert "time of a step" in capsys.readouterr().out
+    assert main(["compare", "out", "--html=page.html", "--plot=curves.png"]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_half_fraction_of_five_factors_confuses_no_pair(entry_of_levels):
+    arms = SWEEPS["contribution"]().arms
+    assert len(arms) == 16
+    found = effects(
+        [entry_of_levels(arm.factors, seed) for arm in arms.values() for seed in (0, 1)], lambda run: run.loss
+    )
+    assert found.aliased == []
+    assert len(found.effects) == 5 + 10
+
+
+@pytest.fixture
+def entry_of_levels():
+    def make(factors, seed):
+        return Entry(
+            name="x", arm="x", factors=factors, status="finished", seed=seed, steps=1, items=1, device="", loss=1.5
+        )
+
+    return make
