@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.record import schema
-from llmeff.record.reader import Run, final_loss, read_run, throughput
+from llmeff.record.reader import Run, progress, read_run
 
 LEDGER_VERSION = 1
 """Of the Parquet file."""
@@ -111,9 +111,7 @@ def entry_of(run: Run, **place: Any) -> Entry:
         run: the run.
         place: fields that the folder does not tell: `name`, `arm`, `cell`, `factors`, `phase`, `trial`.
     """
-    steps, result = run.steps, run.result
-    done = int(steps["step"][-1]) if len(steps["step"]) else 0
-    speed = throughput(steps)
+    result, done = run.result, progress(run)
     split = run.config.get("evaluation", {}).get("split", "validation")
     held_out = {} if result is None else result.metrics.get(split, {})
     curve = held_out_loss(run).get(split)
@@ -123,18 +121,18 @@ def entry_of(run: Run, **place: Any) -> Entry:
         status="unfinished" if result is None else result.status,
         diagnosis=None if result is None else result.diagnosis,
         seed=run.config.get("seed", 0),
-        steps=done,
-        items=int(steps["items_seen"][-1]) if done else 0,
+        steps=done.steps,
+        items=done.items,
         item=None if result is None else result.item,
         parameters=None if result is None else result.parameters,
         data_sha256=None if result is None else result.data.get("sha256"),
         split=split,
-        train_loss=final_loss(steps),
+        train_loss=done.train_loss,
         loss=held_out.get("loss"),
         metrics=held_out,
         curve_steps=() if curve is None else tuple(int(step) for step in curve[0]),
         curve_losses=() if curve is None else tuple(float(loss) for loss in curve[1]),
-        items_per_s=None if speed is None else speed.median,
+        items_per_s=done.items_per_s,
         train_s=None if result is None else result.timings.train_s + result.timings.data_s,
         energy_j=None if result is None else result.energy_j,
         peak_bytes=None if result is None else result.measured.get("peak_bytes"),

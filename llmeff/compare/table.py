@@ -16,7 +16,7 @@ from rich.text import Text
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
 from llmeff.core.units import show_bytes, show_count
-from llmeff.record.reader import Run, final_loss, read_run, throughput
+from llmeff.record.reader import Run, progress, read_run
 from llmeff.record.schema import LAST_STEPS
 
 Format = Literal["terminal", "markdown", "csv", "json"]
@@ -66,22 +66,20 @@ class RunSummary:
 
 def summarise(run: Run) -> RunSummary:
     """A run's row."""
-    steps, result = run.steps, run.result
-    done = int(steps["step"][-1]) if len(steps["step"]) else 0
-    speed = throughput(steps)
+    result, done = run.result, progress(run)
     held_out = {} if result is None else result.metrics.get("validation", {})
     return RunSummary(
         name=run.name,
-        status=f"unfinished at step {done}" if result is None else result.status,
+        status=f"unfinished at step {done.steps}" if result is None else result.status,
         device=run.environment.device,
-        steps=done,
-        items=int(steps["items_seen"][-1]) if done else 0,
+        steps=done.steps,
+        items=done.items,
         item=None if result is None else result.item,
         parameters=None if result is None else result.parameters,
-        train_loss=final_loss(steps),
+        train_loss=done.train_loss,
         validation_loss=held_out.get("loss"),
         bits_per_byte=held_out.get("bits_per_byte"),
-        items_per_s=None if speed is None else speed.median,
+        items_per_s=done.items_per_s,
         peak_bytes=None if result is None else result.measured.get("peak_bytes"),
         errors={} if result is None else result.error,
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import NoneType
@@ -61,6 +62,40 @@ class Run:
         """How it ended; None while it has not."""
         path = self.folder / schema.RESULT
         return _load(path, Result) if path.exists() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come: of one that has ended by its result, without reading its rows again."""
+
+    steps: int
+    """Optimizer steps done."""
+    items: int
+    """Trained on."""
+    train_loss: float | None
+    """See `final_loss`."""
+    items_per_s: float | None
+    """Median, see `throughput`."""
+
+
+def progress(run: Run) -> Progress:
+    """A run's progress."""
+    result = run.result
+    if result is not None:
+        return Progress(
+            steps=result.steps,
+            items=result.items_seen,
+            train_loss=None if np.isnan(result.train_loss) else result.train_loss,
+            items_per_s=None if result.items_per_s is None else result.items_per_s.median,
+        )
+    rows = run.steps
+    speed, is_begun = throughput(rows), len(rows["step"]) > 0
+    return Progress(
+        steps=int(rows["step"][-1]) if is_begun else 0,
+        items=int(rows["items_seen"][-1]) if is_begun else 0,
+        train_loss=final_loss(rows),
+        items_per_s=None if speed is None else speed.median,
+    )
 
 
 def read_run(folder: Path) -> Run:
