@@ -158,6 +158,7 @@ def what_was_found(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_again_and_again_gives_the_same_ledger(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
@@ -172,7 +173,7 @@ def test_a_sweep_that_is_killed_again_and_again_gives_the_same_ledger(tmp_path):
         while process.poll() is None and len(list((broken / "out").glob(ended))) <= 2 * number:
             time.sleep(0.05)
         process.send_signal(stop)
-        process.wait(60)
+        process.communicate(timeout=60)
         assert process.returncode != 0
     process = start(broken, "--quiet")
     _, err = process.communicate(timeout=400)
