@@ -225,6 +225,7 @@ def test_a_starter_that_is_killed_takes_the_run_with_it(tmp_path, settings):
         time.sleep(0.05)
     assert not no_rank_left(tmp_path)
     process.kill()
+    process.communicate(timeout=IN_TIME_S)  # its pipes are closed when the run has gone, too
     deadline = time.monotonic() + IN_TIME_S
     while not no_rank_left(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
