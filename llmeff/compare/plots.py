@@ -89,15 +89,15 @@ def tuning_curves(group: Group) -> bytes | None:
     if not finite:
         return None
     axes.set_xscale("log")
-    best, middle = min(finite), sorted(finite)[len(finite) // 2]
-    axes.set_ylim(best - 0.1 * (middle - best) - 1e-3, best + 4 * (middle - best) + 1e-3)
+    best, top = min(finite), min(max(finite), _FAR * min(finite))
+    axes.set_ylim(best - 0.05 * (top - best) - 1e-3, top + 0.05 * (top - best) + 1e-3)
     where = f", {show_cell(group.cell)}" if group.cell else ""
-    _label(
-        axes, ", ".join(sorted(names)), "loss of the trial (nats)", f"Sensitivity{where}; far worse trials lie above"
-    )
+    above = f"; trials of more than {_FAR} times the best loss lie above" if max(finite) > top else ""
+    _label(axes, ", ".join(sorted(names)), "loss of the trial (nats)", f"Sensitivity{where}{above}")
     return _png(figure)
 
 
+_FAR = 1.5
 _STYLES = ("-", "--", ":")
 
 

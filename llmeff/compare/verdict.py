@@ -19,7 +19,7 @@ ALPHA = 0.05
 NEAR = 1.01
 """A trial so close to the best counts as near it."""
 
-Call = Literal["better", "worse", "not told apart", "one pair", ""]
+Call = Literal["better", "worse", "not told apart", "equal", "one pair", ""]
 
 StepTimes = Mapping[str, Sequence[float]]
 """By arm, as `arm` or `arm @ cell`: seconds a step in the timing lane, one for each generation, paired over arms."""
@@ -481,11 +481,14 @@ def _timed(
 def _call(quantity: Quantity, difference: Difference | None, p: float) -> Call:
     if difference is None:
         return ""
+    ratio = difference.ratio
+    if ratio.value == ratio.lower == ratio.upper == 1:
+        return "equal"
     if math.isnan(p):
         return "one pair"
     if p >= ALPHA:
         return "not told apart"
-    return "better" if (difference.ratio.value < 1) == quantity.is_better_low else "worse"
+    return "better" if (ratio.value < 1) == quantity.is_better_low else "worse"
 
 
 # -- tuning, calibration, notes

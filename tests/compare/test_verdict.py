@@ -15,6 +15,7 @@ def test_an_arm_that_is_faster_and_one_that_is_the_same(study):
     assert len(steps["base"].values) == 3  # the target is one that every run of the baseline reaches
     assert group.table["loss"]["same"].call == "not told apart"
     assert group.table["loss"]["base"].difference is None
+    assert group.table["peak_bytes"]["same"].call == "equal"
     assert group.table["loss"]["same"].difference.smallest_visible > 1
 
 
