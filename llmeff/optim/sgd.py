@@ -15,7 +15,10 @@ from llmeff.optim.decayed import DecayedConfig
 
 
 class SGD(DecayedConfig):
-    """torch.optim.SGD in its fused form. Its decay is not decoupled: it is added to the gradient."""
+    """torch.optim.SGD over many tensors at once: its fused form cannot update FSDP2's rows.
+
+    Its decay is not decoupled: it is added to the gradient.
+    """
 
     sharding: ClassVar[Sharding] = "elementwise"
 
@@ -32,7 +35,7 @@ class SGD(DecayedConfig):
     def build(self, rows: list[Row]) -> torch.optim.SGD:
         """The groups, with their decay."""
         groups = self.parameter_groups(rows)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
         """One moment in the format of what is updated, where there is momentum."""
