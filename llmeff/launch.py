@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import re
 import shlex
 import signal
 import socket
@@ -116,6 +117,10 @@ def run(start: Callable[[bool], list[str]], folder: Path, *, restarts: int, tell
     return code
 
 
+_LAUNCHERS_OWN = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ torch/distributed/(elastic|run)")
+"""A line of torch's launcher about the processes, which on a busy machine it may write before the last word is there."""
+
+
 class _Job:
     """Processes that are started by one command, of which one says last how the run ended.
 
@@ -151,7 +156,7 @@ class _Job:
 
     def _relay(self, stream: IO[bytes]) -> None:
         for line in stream:
-            if self._ending.exists():
+            if self._ending.exists() or _LAUNCHERS_OWN.match(line):
                 self._kept.append(line)
             else:
                 log.err().write(line.decode(errors="replace"))
