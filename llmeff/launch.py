@@ -117,7 +117,7 @@ def run(start: Callable[[bool], list[str]], folder: Path, *, restarts: int, tell
     return code
 
 
-_LAUNCHERS_OWN = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ torch/distributed/(elastic|run)")
+_LAUNCHERS_OWN = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ \S*torch/distributed/(elastic|run)")
 """A line of torch's launcher about the processes, which on a busy machine it may write before the last word is there."""
 
 

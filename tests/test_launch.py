@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.launch import SCRIPT, command, supplied
+from llmeff.launch import _LAUNCHERS_OWN, SCRIPT, command, supplied
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
 from tests.launched import ROOT, STEPS, run, small, start
@@ -110,6 +110,20 @@ def test_a_run_of_two_ranks_is_one_command_and_shows_only_our_own_lines(unbroken
     folder = unbroken(strategy)  # which wrote one JSON object, and nothing to standard error
     assert {"engine-00000.log", "engine-00001.log"} <= {path.name for path in folder.iterdir()}
     assert not (folder / ".beats").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "is_own"),
+    [
+        (b"W1125 21:30:46.392000 15115 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 1", True),
+        (b"E0101 00:00:00.000000 1 .venv/lib/site-packages/torch/distributed/elastic/agent.py:7] failed", True),
+        (b"W0101 00:00:00.000000 1 /usr/lib/torch/distributed/run.py:851] Setting OMP_NUM_THREADS", True),
+        (b"llmeff: error: rank 1 is gone", False),
+        (b"W0101 is a name of torch/distributed/elastic", False),
+    ],
+)
+def test_the_launchers_own_lines_are_told_from_the_runs(line, is_own):
+    assert bool(_LAUNCHERS_OWN.match(line)) == is_own
 
 
 SLOW = pytest.mark.slow
