@@ -3,6 +3,8 @@
 import torch
 from torch.optim import Optimizer
 
+from llmeff.core.tensors import local
+
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     """Scales every group's peak rate, kept in `peak_lr`; returns the first group's new rate."""
@@ -14,9 +16,9 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of all tensors in the state, each storage once."""
+    """The bytes that this process has of all tensors in the state, each storage once."""
     storages = (
-        value.untyped_storage()
+        local(value).untyped_storage()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

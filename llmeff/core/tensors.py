@@ -7,6 +7,12 @@ import torch
 from torch import Tensor, nn
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: a DTensor's share, or the tensor."""
+    share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return share
+
+
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, a shared one under its first name only, and persistent buffers."""
     tensors: dict[str, Tensor] = dict(module.named_parameters())

@@ -15,7 +15,7 @@ from llmeff.core.config import Flag
 from llmeff.core.precision import BYTES, PrecisionName
 from llmeff.core.shard import part_length, split_rows
 from llmeff.core.table import Sharding
-from llmeff.core.tensors import stored_tensors
+from llmeff.core.tensors import local, stored_tensors
 from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
@@ -254,7 +254,7 @@ class Sharded(Strategy):
     def held(self) -> Iterable[Tensor]:
         """This rank's rows."""
         for tensor in super().held():
-            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            yield local(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gathered on all ranks, a parameter at a time, and kept by the main one."""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from llmeff.core.shard import Slice
 from llmeff.core.table import Row
-from llmeff.core.tensors import stored_tensors
+from llmeff.core.tensors import local, stored_tensors
 
 _BETWEEN = "::"
 _WEIGHT = "weight"
@@ -46,8 +46,7 @@ class Holder:
 
 def flat(tensor: Tensor) -> Tensor:
     """A view of the numbers that this rank has of a tensor, in one dimension."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's share
-    return local.detach().view(-1)
+    return local(tensor).detach().view(-1)
 
 
 def save(
