@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmeff.compare.intervals import LEVEL, Estimate, Floats, holm
+from llmeff.compare.intervals import Estimate, Floats, holm, judged
 from llmeff.compare.ledger import Entry
 from llmeff.core.config import ConfigError
+
+_ROUNDING = 1e-9
+"""An effect on what does not hang on chance is none below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,12 @@ def effects(
             foreseen = _fit(design, np.log(np.array(guesses, dtype=np.float64)))[0]
     found = []
     for place, term in enumerate(terms, start=len(seeds)):
-        ratio, p = _ratio(2 * float(coefficients[place]), 2 * float(errors[place]), freedom, len(used))
+        log, error = 2 * float(coefficients[place]), 2 * float(errors[place])
+        if error == 0 and abs(log) < _ROUNDING:
+            log = 0.0
+        fitted = judged(log, error, freedom, len(used))
         said = None if foreseen is None else math.exp(2 * float(foreseen[place]))
-        found.append((term, ratio, p, said))
+        found.append((term, fitted.ratio, fitted.p, said))
     adjusted = holm([p for _, _, p, _ in found])
     return Effects(
         effects=[
@@ -99,12 +105,24 @@ def effects(
     )
 
 
-def _levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
+def is_factorial(entries: Sequence[Entry]) -> bool:
+    """Whether these runs are combinations of at least two factors, each with two levels among them."""
+    levels = _found_levels(entries)
+    is_whole = all(entry.factors.keys() == levels.keys() for entry in entries)
+    return len(levels) > 1 and is_whole and all(len(own) == 2 for own in levels.values())
+
+
+def _found_levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
     levels: dict[str, list[str]] = {}
     for entry in entries:
         for name, level in entry.factors.items():
             if level not in levels.setdefault(name, []):
                 levels[name].append(level)
+    return levels
+
+
+def _levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    levels = _found_levels(entries)
     wrong = [f"{name} ({', '.join(own)})" for name, own in levels.items() if len(own) != 2]
     if wrong:
         raise ConfigError(f"a factor of a factorial study has two levels: {'; '.join(wrong)}")
@@ -123,15 +141,3 @@ def _fit(design: Floats, logs: Floats) -> tuple[Floats, Floats, int]:
         scale = 0.0
     errors: Floats = np.sqrt(scale * np.diag(np.linalg.inv(design.T @ design)))
     return coefficients, errors, freedom
-
-
-def _ratio(log: float, error: float, freedom: int, n: int) -> tuple[Estimate, float]:
-    from scipy.special import stdtr, stdtrit
-
-    if math.isnan(error):
-        return Estimate(value=math.exp(log), lower=math.nan, upper=math.nan, n=n), math.nan
-    half = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * error
-    ratio = Estimate(value=math.exp(log), lower=math.exp(log - half), upper=math.exp(log + half), n=n)
-    if error == 0:
-        return ratio, 1.0 if abs(log) < 1e-9 else 0.0
-    return ratio, float(2 * stdtr(freedom, -abs(log) / error))

@@ -84,11 +84,18 @@ def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats)
     logs = np.log(ours / theirs)
     n = len(logs)
     error = float(logs.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return _judged(float(logs.mean()), error, n - 1, n)
+    return judged(float(logs.mean()), error, n - 1, n)
 
 
-def _judged(mean: float, error: float, freedom: float, n: int) -> Difference:
-    """A mean logarithm with its standard error, of which so many degrees of freedom are known."""
+def judged(mean: float, error: float, freedom: float, n: int) -> Difference:
+    """What a mean logarithm says, by Student's t.
+
+    Args:
+        mean: of logarithms of ratios.
+        error: its standard error; NaN where nothing is left to judge it by.
+        freedom: degrees of freedom that the error is known with.
+        n: values in it.
+    """
     from scipy.special import stdtr
 
     if math.isnan(error):
@@ -181,4 +188,4 @@ def product(logs: Sequence[float] | Floats, others: Sequence[float] | Floats) ->
         degrees.append(len(numbers) - 1)
     total = sum(squares)
     freedom = total**2 / sum(square**2 / own for square, own in zip(squares, degrees, strict=True)) if total > 0 else 1
-    return _judged(sum(means), math.sqrt(total), freedom, len(logs))
+    return judged(sum(means), math.sqrt(total), freedom, len(logs))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmeff.compare.effects import Effects, effects
+from llmeff.compare.effects import Effects, effects, is_factorial
 from llmeff.compare.intervals import Difference, Estimate, best_of, holm, mean_interval, paired, product
 from llmeff.compare.ledger import Entry, loss_at, steps_to
 from llmeff.core.config import ConfigError
@@ -316,19 +316,15 @@ def _effects(
     of_quantity: Mapping[str, Callable[[Entry], float | None]],
     times: Mapping[str, Sequence[float] | None],
 ) -> dict[str, Effects]:
-    """None where the arms are no combinations of at least two factors."""
+    """Of the quantities whose runs are combinations of factors: one that only some levels have has no effects."""
     runs = [run for own in arms.values() for run in own]
-    levels: dict[str, set[str]] = {}
-    for run in runs:
-        for name, level in run.factors.items():
-            levels.setdefault(name, set()).add(level)
-    if len(levels) < 2 or any(len(own) != 2 for own in levels.values()):
+    if not is_factorial(runs):
         return {}
     found = {}
     for quantity in quantities:
-        if quantity.key in _TIMED:
-            continue
         of, key = of_quantity[quantity.key], quantity.key
+        if key in _TIMED or not is_factorial([run for run in runs if of(run) is not None]):
+            continue
         foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
         found[key] = effects(runs, of, foresee)
     if all(lane is not None for lane in times.values()):

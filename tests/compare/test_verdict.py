@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -150,3 +151,18 @@ def test_plain_runs_of_one_name_are_told_apart_by_their_configs(entry):
 def test_one_arm_is_nothing_to_compare(study):
     with pytest.raises(ConfigError, match=r"one arm \(base\)"):
         judge([entry for entry in study if entry.arm == "base"])
+
+
+def test_what_only_some_levels_have_has_no_effects_and_breaks_nothing(entry):
+    runs = []
+    for optimizer, ranks in itertools.product(("sgd", "adamw"), ("1 rank", "2 ranks")):
+        for seed in range(2):
+            sent = {"wire_bytes": 100.0} if ranks == "2 ranks" else {}
+            factors = {"optimizer": optimizer, "ranks": ranks}
+            runs.append(entry(f"{optimizer}, {ranks}", seed, factors=factors, measured=sent, factor=1 + 0.01 * seed))
+    (group,) = judge(runs).groups
+    assert "wire_bytes" in group.table
+    assert "wire_bytes" not in group.effects
+    assert [effect.factors for effect in group.effects["loss"].effects] == [
+        ("optimizer",), ("ranks",), ("optimizer", "ranks"),
+    ]  # fmt: skip
