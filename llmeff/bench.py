@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import random
-import socket
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import torch
 from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, validate
-from llmeff.core.dist import become_rank
+from llmeff.core.dist import become_rank, free_port
 from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
 
@@ -375,10 +374,7 @@ def _be_silent(*streams: int) -> None:
 
 def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> None:
     """Makes this process the main rank of a run of several, and starts the others, which wait where it waits."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = config["parallel"]["ranks"]
+    ranks, port = config["parallel"]["ranks"], free_port()
     context = multiprocessing.get_context("spawn")
     for rank in range(1, ranks):
         context.Process(target=_follow, args=(config, arm, modules, rank, port), daemon=True).start()

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 
 from llmeff.core import log
 from llmeff.core.config import ConfigError, read
-from llmeff.core.dist import launched_environment, launcher_file, world
+from llmeff.core.dist import free_port, launched_environment, launcher_file, world
 from llmeff.parallel import StrategyConfig
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
@@ -47,15 +46,8 @@ def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
         sys.executable, "-m", "accelerate.commands.launch", parallel.launch_flags[0],
         "--num_processes", str(ranks), "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", str(_free_port()), str(SCRIPT), *arguments,
+        "--main_process_port", str(free_port()), str(SCRIPT), *arguments,
     ]  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def supplied(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import atexit
 import importlib
 import multiprocessing
 import os
-import socket
 import traceback
 from typing import Any
+
+from llmeff.core.dist import become_rank, free_port
 
 CONTEXT = multiprocessing.get_context("spawn")
 TIMEOUT_S = 240
@@ -20,9 +21,7 @@ class Ranks:
     """
 
     def __init__(self, number: int):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.number = number
         self._lanes = []
         self.processes: list[Any] = []
@@ -63,10 +62,8 @@ class Ranks:
 
 
 def _serve(rank: int, number: int, port: int, lane: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    become_rank(rank, number, port)
+    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     from llmeff.core import group

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,14 @@ def world() -> World:
     )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def become_rank(rank: int, ranks: int, port: int) -> None:
     """Makes this process one of several on this machine, as a launcher would; before any of them is connected."""
     told = {
@@ -45,9 +54,8 @@ def become_rank(rank: int, ranks: int, port: int) -> None:
 
 def stand_alone(port: int) -> None:
     """Makes this process a world of its own, where no launcher made one: what a process group asks for."""
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    if not is_launched():
+        become_rank(0, 1, port)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """What the processes of a run say to one another: sums, errors, and that all have come to a place."""
 
 import contextlib
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -11,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from llmeff.core.config import ConfigError
-from llmeff.core.dist import stand_alone
+from llmeff.core.dist import free_port, stand_alone
 
 T = TypeVar("T")
 
@@ -25,9 +24,7 @@ def connect(device: torch.device, timeout_s: float) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        stand_alone(probe.getsockname()[1])
+    stand_alone(free_port())
     is_gpu = device.type == "cuda"
     if is_gpu:  # where objects are gathered, too
         torch.cuda.set_device(device)
