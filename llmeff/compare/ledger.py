@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -164,6 +165,7 @@ def read_entries(paths: Iterable[Path]) -> list[Entry]:
         ConfigError: some are none of these, or hold no run; it names them all.
     """
     entries: list[Entry] = []
+    plain: list[int] = []
     problems: list[str] = []
     for path in paths:
         try:
@@ -173,11 +175,61 @@ def read_entries(paths: Iterable[Path]) -> list[Entry]:
                 entries += read_sweep(path)
             else:
                 entries.append(entry_of(read_run(path)))
+                plain.append(len(entries) - 1)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    for place, entry in zip(plain, label_arms([entries[place] for place in plain]), strict=True):
+        entries[place] = entry
     return entries
+
+
+def label_arms(entries: Sequence[Entry]) -> list[Entry]:
+    """Tells the arms of plain runs apart, where no sweep did: runs whose configs differ by more than seed and name are of other arms.
+
+    An arm's label is its runs' name where that is its own, and else what sets its config apart.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    kind_of = []
+    for entry in entries:
+        own = flat_config(entry)
+        kind_of.append(json.dumps(own, sort_keys=True))
+        kinds[kind_of[-1]] = own
+    names = {kind: {re.sub(r"-s\d+$", "", entry.arm) for entry, own in zip(entries, kind_of, strict=True) if own == kind}
+             for kind in kinds}  # fmt: skip
+    all_names = [name for own in names.values() for name in own]
+    labels = {}
+    for kind, own in kinds.items():
+        single = next(iter(names[kind])) if len(names[kind]) == 1 else None
+        if single is not None and all_names.count(single) == 1:
+            labels[kind] = single
+        else:
+            apart = {
+                name: value for name, value in own.items() if any(other.get(name) != value for other in kinds.values())
+            }
+            labels[kind] = (
+                ", ".join(f"{name}={_short(value)}" for name, value in sorted(apart.items())) or single or "run"
+            )
+    return [replace(entry, arm=labels[kind]) for entry, kind in zip(entries, kind_of, strict=True)]
+
+
+def flat_config(entry: Entry) -> dict[str, Any]:
+    """What was run, by dotted field, without the run's name and seed."""
+    return _flat({name: value for name, value in entry.config.items() if name not in ("name", "seed")})
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
 
 
 def read_sweep(folder: Path) -> list[Entry]:

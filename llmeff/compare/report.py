@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmeff.compare.ledger import Entry
+from llmeff.compare.ledger import Entry, flat_config
 from llmeff.compare.plots import arm_curves, tuning_curves
-from llmeff.compare.verdict import Comparison, Group, flat_config, show_cell
+from llmeff.compare.verdict import Comparison, Group, show_cell
 from llmeff.compare.verdict_table import FOOTNOTE, TextTable, show_ratio, tables
 from llmeff.core import files
 

@@ -9,7 +9,7 @@ from typing import Any
 from llmeff.compare.ledger import LEDGER, SWEEP, Entry, read_facts
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.report import title_of, write_report
-from llmeff.compare.verdict import StepTimes, judge, label_arms, show_cell
+from llmeff.compare.verdict import StepTimes, judge, show_cell
 from llmeff.compare.verdict_table import render_comparison
 from llmeff.core import files
 from llmeff.core.config import ConfigError
@@ -22,7 +22,7 @@ def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
     """Whether these are plain runs, each of its own kind: side by side, without seeds there is nothing to judge."""
     if any(path.is_file() or (path / SWEEP).is_file() for path in paths):
         return False
-    arms = [entry.arm for entry in label_arms(entries)]
+    arms = [entry.arm for entry in entries]
     return len(set(arms)) in (1, len(arms))
 
 

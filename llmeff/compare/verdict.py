@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import statistics as plain
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,7 +145,7 @@ def judge(
     Raises:
         ConfigError: there is nothing to compare, no such baseline, or the runs are not of one kind.
     """
-    finals = [entry for entry in label_arms(entries) if entry.phase == "final"]
+    finals = [entry for entry in entries if entry.phase == "final"]
     arms = list(dict.fromkeys(entry.arm for entry in finals))
     if len(arms) < 2:
         raise ConfigError(f"there is one arm ({', '.join(arms) or 'none'}): nothing to compare it with")
@@ -183,58 +182,6 @@ def show_cell(cell: Mapping[str, Any]) -> str:
 
 
 # -- which runs belong together
-
-
-def label_arms(entries: Sequence[Entry]) -> list[Entry]:
-    """Tells arms apart where no sweep did: runs whose configs differ by more than seed and name are of other arms.
-
-    An arm's label is its runs' name where that is its own, and else what sets its config apart.
-    """
-    if all(entry.factors or entry.trial or entry.cell for entry in entries):
-        return list(entries)
-    kinds: dict[str, dict[str, Any]] = {}
-    kind_of = []
-    for entry in entries:
-        own = flat_config(entry)
-        kind_of.append(_key(own))
-        kinds[kind_of[-1]] = own
-    names = {kind: {re.sub(r"-s\d+$", "", entry.arm) for entry, own in zip(entries, kind_of, strict=True) if own == kind}
-             for kind in kinds}  # fmt: skip
-    all_names = [name for own in names.values() for name in own]
-    labels = {}
-    for kind, own in kinds.items():
-        single = next(iter(names[kind])) if len(names[kind]) == 1 else None
-        if single is not None and all_names.count(single) == 1:
-            labels[kind] = single
-        else:
-            apart = {
-                name: value for name, value in own.items() if any(other.get(name) != value for other in kinds.values())
-            }
-            labels[kind] = (
-                ", ".join(f"{name}={_short(value)}" for name, value in sorted(apart.items())) or single or "run"
-            )
-    return [
-        entry if entry.factors or entry.trial or entry.cell else replace(entry, arm=labels[kind])
-        for entry, kind in zip(entries, kind_of, strict=True)
-    ]
-
-
-def flat_config(entry: Entry) -> dict[str, Any]:
-    """What was run, by dotted field, without the run's name and seed."""
-    return _flat({name: value for name, value in entry.config.items() if name not in ("name", "seed")})
-
-
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict) or not data:
-        return {prefix: data}
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return flat
 
 
 def differences(entries: Sequence[Entry]) -> list[str]:

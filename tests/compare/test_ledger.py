@@ -16,6 +16,7 @@ from llmeff.compare.ledger import (
     steps_to,
     write_ledger,
 )
+from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError
 from llmeff.record.reader import read_run
 
@@ -78,3 +79,17 @@ def test_losses_are_read_between_evaluations(entry):
 def test_a_target_counts_when_it_is_first_reached(entry):
     run = entry("a", 0, curve_steps=(10, 20, 30, 40), curve_losses=(3.0, 1.9, 2.2, 1.8), steps=40)
     assert steps_to(run, 2.0) == pytest.approx(10 + 10 * 1.0 / 1.1)
+
+
+def test_a_sweeps_own_arms_keep_their_names(make_run, tmp_path):
+    """An arm may be called as if by a seed, and its runs' configs may be those of another."""
+    folder = tmp_path / "sweep"
+    (folder / SWEEP).parent.mkdir()
+    (folder / SWEEP).write_text("{}")
+    for order, arm in enumerate(("gpt-s1", "gpt-s2")):
+        (folder / RUNS / arm).mkdir(parents=True)
+        make_run(arm).rename(folder / RUNS / arm / "seed-0")
+        place = {"name": f"{arm}/seed-0", "arm": arm, "cell": {}, "factors": {}, "phase": "final", "trial": {}}
+        (folder / RUNS / arm / f"seed-0{PLACE}").write_text(json.dumps(place | {"order": order}))
+    assert [entry.arm for entry in read_entries([folder])] == ["gpt-s1", "gpt-s2"]
+    assert set(judge(read_entries([folder])).groups[0].arms) == {"gpt-s1", "gpt-s2"}

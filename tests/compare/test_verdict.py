@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from llmeff.compare.verdict import judge, label_arms
+from llmeff.compare.ledger import label_arms
+from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError
 
 
