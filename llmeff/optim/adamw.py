@@ -1,6 +1,5 @@
 """AdamW: adaptive moments with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
@@ -10,8 +9,9 @@ from llmeff.core.config import BelowOne, Positive
 from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
-from llmeff.cost.price import Kind, Price
+from llmeff.cost.price import Price
 from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.optimizer import state_price
 
 
 class AdamW(DecayedConfig):
@@ -35,9 +35,4 @@ class AdamW(DecayedConfig):
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
         """Two moments in the format of what is updated, and a float32 step counter a parameter."""
         moment_bytes = BYTES[precision.master or precision.parameters]
-        entries: Counter[tuple[Kind, str]] = Counter()
-        for weight in weights:
-            num_bytes = 2 * weight.size * moment_bytes + BYTES["float32"]
-            entries["optimizer_bytes", weight.part] += num_bytes
-            entries["peak_bytes", "optimizer"] += num_bytes
-        return Price(entries)
+        return state_price(weights, lambda weight: 2 * weight.size * moment_bytes + BYTES["float32"])

@@ -1,6 +1,5 @@
 """Lion: the sign of interpolated momentum (Chen et al. 2023, algorithm 2)."""
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
@@ -10,8 +9,9 @@ from llmeff.core.config import BelowOne, ConfigError, NotNegative, Positive
 from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
-from llmeff.cost.price import Kind, Price
+from llmeff.cost.price import Price
 from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.optimizer import state_price
 
 
 class Lion(DecayedConfig):
@@ -43,8 +43,4 @@ class Lion(DecayedConfig):
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
         """One moment in the format of what is updated."""
         moment_bytes = BYTES[precision.master or precision.parameters]
-        entries: Counter[tuple[Kind, str]] = Counter()
-        for weight in weights:
-            entries["optimizer_bytes", weight.part] += weight.size * moment_bytes
-            entries["peak_bytes", "optimizer"] += weight.size * moment_bytes
-        return Price(entries)
+        return state_price(weights, lambda weight: weight.size * moment_bytes)

@@ -1,6 +1,7 @@
 """The contract of an optimizer."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 from torch.optim import Optimizer
@@ -9,7 +10,17 @@ from llmeff.core.config import Component, Positive, Text
 from llmeff.core.precision import Precision
 from llmeff.core.table import Role, Row, Sharding
 from llmeff.cost.arrays import Weight
-from llmeff.cost.price import Price
+from llmeff.cost.price import Kind, Price
+
+
+def state_price(weights: Iterable[Weight], num_bytes: Callable[[Weight], int]) -> Price:
+    """The price of a state that each parameter has so many bytes of, at every moment of a step."""
+    entries: Counter[tuple[Kind, str]] = Counter()
+    for weight in weights:
+        own = num_bytes(weight)
+        entries["optimizer_bytes", weight.part] += own
+        entries["peak_bytes", "optimizer"] += own
+    return Price(entries)
 
 
 class OptimizerConfig(Component, family="optimizer"):

@@ -1,6 +1,5 @@
 """SGD: stochastic gradient descent with momentum (Robbins and Monro 1951; Sutskever et al. 2013)."""
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
@@ -10,8 +9,9 @@ from llmeff.core.config import BelowOne, Flag, NotNegative, Positive
 from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
-from llmeff.cost.price import Kind, Price
+from llmeff.cost.price import Price
 from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.optimizer import state_price
 
 
 class SGD(DecayedConfig):
@@ -40,8 +40,4 @@ class SGD(DecayedConfig):
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
         """One moment in the format of what is updated, where there is momentum."""
         moment_bytes = BYTES[precision.master or precision.parameters] if self.momentum else 0
-        entries: Counter[tuple[Kind, str]] = Counter()
-        for weight in weights:
-            entries["optimizer_bytes", weight.part] += weight.size * moment_bytes
-            entries["peak_bytes", "optimizer"] += weight.size * moment_bytes
-        return Price(entries)
+        return state_price(weights, lambda weight: weight.size * moment_bytes)
