@@ -288,6 +288,8 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from llmeff.compare.ledger import read_entries
+    from llmeff.compare.study import compare_arms
     from llmeff.core.dist import usable_cores
     from llmeff.sweep import Sweep, plan_text, write_timing
 
@@ -313,10 +315,8 @@ def _sweep(options: argparse.Namespace) -> int:
         tell(plan_text(sweep))
         command = shlex.join(["llmeff", *sys.argv[1:]])
         Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell).run()
-    options.runs, options.baseline, options.target, options.mixed = [folder], None, None, False
-    options.timing = options.html = options.plot = None
-    options.format = "terminal"
-    return _compare(options)
+    sys.stdout.write(compare_arms([folder], read_entries([folder])) + "\n")
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:

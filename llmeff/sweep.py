@@ -72,14 +72,27 @@ def tuning_jobs(sweep: SweepConfig) -> list[Job]:
 
 def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
     """All final runs, by the best trials in the folder; none of an arm of which no trial finished."""
-    jobs, trials = [], tuning_jobs(sweep)
+    trials = tuning_jobs(sweep)
+
+    def chosen(arm: str, cell: dict[str, Any]) -> dict[str, Any] | None:
+        own = [job for job in trials if job.arm == arm and job.cell == cell]
+        return best_trial(own, folder) if own else {}
+
+    return _finals(sweep, len(trials), chosen)
+
+
+def _finals(
+    sweep: SweepConfig, first: int, chosen: Callable[[str, dict[str, Any]], dict[str, Any] | None]
+) -> list[Job]:
+    """A run for each seed of every arm and cell that settings are chosen for; their places count from `first`."""
+    jobs: list[Job] = []
     for cell in sweep.cells():
         for arm in sweep.arms:
-            own = [job for job in trials if job.arm == arm and job.cell == cell]
-            chosen: dict[str, Any] | None = best_trial(own, folder) if own else {}
-            for seed in sweep.seeds if chosen is not None else ():
-                jobs.append(Job(arm=arm, cell=cell, phase="final", number=seed, trial=chosen or {}, order=0))
-    return [Job(**{**vars(job), "order": len(trials) + place}) for place, job in enumerate(jobs)]
+            trial = chosen(arm, cell)
+            for seed in sweep.seeds if trial is not None else ():
+                order = first + len(jobs)
+                jobs.append(Job(arm=arm, cell=cell, phase="final", number=seed, trial=trial or {}, order=order))
+    return jobs
 
 
 def best_trial(trials: Sequence[Job], folder: Path) -> dict[str, Any] | None:
@@ -252,10 +265,7 @@ def plan_text(sweep: SweepConfig) -> str:
     from llmeff.predict import predict
 
     trials = tuning_jobs(sweep)
-    finals = [
-        Job(arm=arm, cell=cell, phase="final", number=seed, trial=(sweep.trials(arm) or [{}])[0], order=0)
-        for cell in sweep.cells() for arm in sweep.arms for seed in sweep.seeds
-    ]  # fmt: skip
+    finals = _finals(sweep, len(trials), lambda arm, cell: (sweep.trials(arm) or [{}])[0])
     items, flops = 0, 0.0
     for job in [*trials, *finals]:
         config = job_config(sweep, job)

@@ -30,13 +30,13 @@ def compare_arms(
     paths: Sequence[Path],
     entries: Sequence[Entry],
     *,
-    kind: str,
-    baseline: str | None,
-    target: float | None,
-    timing: Path | None,
-    mixed: bool,
-    html: Path | None,
-    plot: Path | None,
+    kind: str = "terminal",
+    baseline: str | None = None,
+    target: float | None = None,
+    timing: Path | None = None,
+    mixed: bool = False,
+    html: Path | None = None,
+    plot: Path | None = None,
 ) -> str:
     """Judges the arms; writes the page and the picture where they are asked for.
 

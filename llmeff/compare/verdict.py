@@ -26,7 +26,7 @@ StepTimes = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """Something that a run costs or reaches."""
+    """Something that a run costs or reaches, of which less is better."""
 
     key: str
     """For machines."""
@@ -34,8 +34,6 @@ class Quantity:
     """For people."""
     show: str
     """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
-    is_better_low: bool = True
-    """Whether less of it is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,7 +394,7 @@ def _row(
             mean=mean_interval(list(values[name].values())) if len(values[name]) == len(arms[name]) else None,
             difference=found[name],
             p_adjusted=adjusted[name],
-            call=_call(quantity, found[name], adjusted[name]),
+            call=_call(found[name], adjusted[name]),
         )
         for name in arms
     }
@@ -421,7 +419,7 @@ def _timed(
     return product(steps, [math.log(own / other) for own, other in zip(ours, theirs, strict=True)])
 
 
-def _call(quantity: Quantity, difference: Difference | None, p: float) -> Call:
+def _call(difference: Difference | None, p: float) -> Call:
     if difference is None:
         return ""
     ratio = difference.ratio
@@ -431,7 +429,7 @@ def _call(quantity: Quantity, difference: Difference | None, p: float) -> Call:
         return "one pair"
     if p >= ALPHA:
         return "not told apart"
-    return "better" if (ratio.value < 1) == quantity.is_better_low else "worse"
+    return "better" if ratio.value < 1 else "worse"
 
 
 # -- tuning, calibration, notes

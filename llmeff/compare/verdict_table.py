@@ -59,11 +59,14 @@ def show_ratio(cell: Cell) -> str:
     """The ratio to the baseline with its interval, and what may be said; nothing for the baseline."""
     if cell.difference is None:
         return ""
-    ratio = cell.difference.ratio
+    return f"{_interval(cell.difference.ratio)} {cell.call}".rstrip()
+
+
+def _interval(ratio: Estimate) -> str:
     text = f"x {ratio.value:.4g}"
-    if not math.isnan(ratio.lower) and ratio.lower != ratio.upper:
-        text += f" ({ratio.lower:.4g} to {ratio.upper:.4g})"
-    return f"{text} {cell.call}".rstrip()
+    if math.isnan(ratio.lower) or ratio.lower == ratio.upper:
+        return text
+    return f"{text} ({ratio.lower:.4g} to {ratio.upper:.4g})"
 
 
 def group_tables(group: Group) -> list[TextTable]:
@@ -93,13 +96,9 @@ def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
     found = group.effects[quantity.key]
     rows = []
     for effect in found.effects:
-        ratio = effect.ratio
-        shown = f"x {ratio.value:.4g}"
-        if not math.isnan(ratio.lower) and ratio.lower != ratio.upper:
-            shown += f" ({ratio.lower:.4g} to {ratio.upper:.4g})"
         p = "-" if math.isnan(effect.p_adjusted) else f"{effect.p_adjusted:.2g}"
         foreseen = "-" if effect.predicted is None else f"x {effect.predicted:.4g}"
-        rows.append([" x ".join(effect.factors), effect.levels, shown, foreseen, p])
+        rows.append([" x ".join(effect.factors), effect.levels, _interval(effect.ratio), foreseen, p])
     aliased = f"; not told apart from these: {', '.join(found.aliased)}" if found.aliased else ""
     title = f"Effects on {quantity.label}{where}, {found.num_runs} runs{aliased}"
     return TextTable(title=title, headers=["factor", "levels", "ratio", "predicted", "p (Holm)"], rows=rows)
