@@ -249,7 +249,7 @@ class Trainer:
 
     def evaluate_if_due(self) -> None:
         """Held-out loss on a few units."""
-        every = self.config.evaluation.every
+        every = self.config.evaluation.interval(self.config.train.steps)
         if every and self.step % every == 0 and self.step < self.config.train.steps:
             self._evaluate(self.config.evaluation.max_units)
 

@@ -14,6 +14,7 @@ from llmeff.core.config import (
     Flag,
     Integer,
     Positive,
+    Share,
     Text,
 )
 from llmeff.core.precision import PrecisionName
@@ -43,12 +44,16 @@ class EvalConfig(Config):
     split: Literal["validation", "search", "test"] = "validation"
     """What is held out: `search` to choose settings by, which a final run is then not judged on."""
 
-    every: CountOrZero = 250
-    """Steps between evaluations; 0: only at the end."""
+    every: CountOrZero | Share = 250
+    """Steps between evaluations, or below 1 the share of the run that they are apart; 0: only at the end."""
     max_units: Count | None = 64
     """Documents (or images) of the validation split while training; null: all. At the end it is always all."""
     sample_tokens: CountOrZero = 64
     """Tokens of sample text at the end; 0: none."""
+
+    def interval(self, steps: int) -> int:
+        """Steps between the evaluations of a run of so many; 0: only at the end."""
+        return self.every if isinstance(self.every, int) else max(1, round(self.every * steps))
 
 
 class CheckpointConfig(Config):

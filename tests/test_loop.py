@@ -56,6 +56,14 @@ def test_the_record_is_complete(finished):
     assert [path.name for path in sorted((folder / schema.CHECKPOINTS).iterdir())] == ["step-00000004", "step-00000006"]
 
 
+def test_evaluations_can_be_a_share_of_the_run_apart(tmp_path):
+    train(tiny("evaluation.every=0.25", "train.steps=8", "evaluation.sample_tokens=0"), tmp_path / "run")
+    assert set(read_run(tmp_path / "run").evals["step"].to_pylist()) == {2, 4, 6, 8}
+    for wrong in ("1.0", "1.5", "-0.5", "0.0"):
+        with pytest.raises(ConfigError, match=r"evaluation\.every"):
+            tiny(f"evaluation.every={wrong}")
+
+
 def test_predictions_stand_beside_measurements(finished):
     _, result = finished
     assert result.error["parameters"] == 0
