@@ -28,12 +28,20 @@ from llmeff.parallel import Strategy
 from llmeff.predict import price_step, workload
 from llmeff.prepare import build_strategy, micro_batches
 from llmeff.record.environment import environment
-from llmeff.record.meters import WireMeter, peak_bytes
+from llmeff.record.meters import WireMeter, count_flops, peak_bytes
 from llmeff.runconfig import RunConfig
 
 COMMAND = "python -m analysis.rank_price_gate"
-EXACT: tuple[Kind, ...] = ("parameter_bytes", "frozen_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
+EXACT: tuple[Kind, ...] = (
+    "executed_flops",
+    "parameter_bytes",
+    "frozen_bytes",
+    "master_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+)
 SHOWN: tuple[Kind, ...] = (
+    "executed_flops",
     "parameter_bytes",
     "frozen_bytes",
     "master_bytes",
@@ -143,6 +151,9 @@ SLOW = dict(
         case("stage 3, offloaded optimizer", zero(3, **OFFLOAD)),
         case("stage 3, all offloaded, accumulated", zero(3, **ALL_OFF), num_micro_batches=2),
         case("stage 3, wide, recomputed", zero(3), model=WIDE, recompute=True, tokens=64),
+        case("stage 3, bf16", zero(3), precision="bf16"),
+        case("stage 3, bf16, recomputed", zero(3), precision="bf16", model=ODD, recompute=True, num_micro_batches=2),
+        case("stage 3, one rank, bf16", zero(3), 1, precision="bf16", tokens=64),
         case("single, LoRA", SINGLE, 1, transforms=LORA),
         case("ddp, LoRA", DDP, transforms=LORA, num_micro_batches=2),
         case("fsdp, LoRA", FSDP, transforms=LORA, model=ODD),
@@ -228,10 +239,11 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
             steps.run()
         steps.count_gradients()
         with WireMeter() as wire:
-            steps.run()
+            flops = count_flops(steps.run)
         held = _storages(steps.strategy.held())
         unheld = sum(num_bytes for key, num_bytes in _all_storages() if key not in known and key not in held)
         return {
+            "executed_flops": flops,
             "parameter_bytes": _sum_bytes(_parameters(steps.strategy)),
             "frozen_bytes": _sum_bytes(_frozen(steps.strategy)),
             "master_bytes": _sum_bytes(_masters(steps.strategy)),

@@ -34,9 +34,6 @@ from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_err
 from llmeff.record.writer import Bystander, RunWriter, check_free
 from llmeff.runconfig import RunConfig
 
-COUNTED_STEP, METERED_STEP = 3, 4
-"""What is computed and sent is counted, then memory metered: by then strategies have all that they build as they go."""
-
 _PREDICTED: tuple[Kind, ...] = (
     "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "optimizer_bytes", "peak_bytes",
 )  # fmt: skip
@@ -117,6 +114,8 @@ class Trainer:
             self._go_back(checkpoint)
         self._clock = StepClock(self.device)
         self._energy = meters.EnergyMeter(self.device)
+        interval = self.config.evaluation.interval(self.config.train.steps)
+        self._counted, self._metered = meters.metered_steps(self.config.train.steps, interval)
         self._pending: dict[int, dict[str, Any]] = {}
         self._display = open_display(self._shown(), is_silent=is_silent or not self._is_main)
         earlier = self._state.timings
@@ -157,12 +156,12 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step: batch, forward, backward, clip, update, record."""
         number = self.step + 1
-        if number == COUNTED_STEP:
+        if number == self._counted:
             # Counting makes autograd add gradients out of place: another step meters memory.
             with self._eagerly(), meters.WireMeter() as wire:
                 self._state.measured["executed_flops"] = meters.count_flops(self._update)
             self._state.measured |= {"wire_bytes": wire.num_bytes.total()} if wire.num_bytes else {}
-        elif number == METERED_STEP:
+        elif number == self._metered:
             self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.held(), self.device)
             # last, since strategies that gather parameters take a forward pass without backward for another kind of step
             if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen

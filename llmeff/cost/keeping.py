@@ -21,6 +21,8 @@ class Keeping:
 
     updates_on_host = False
     """Whether the optimizer's state lies in CPU memory, wherever the model is."""
+    replaces_linear = False
+    """Whether `torch.nn.functional.linear` is an autograd.Function, which keeps its input and weight without casts."""
 
     def __init__(self, weights: Iterable[Weight] = (), formats: Precision | None = None):
         self.formats = formats or precision("fp32")

@@ -70,6 +70,8 @@ def autocast_weight(tape: Tape, weight: Array) -> Array:
 
 def linear(tape: Tape, x: Array, weight: Array) -> Array:
     """(..., in) times (out, in) to (..., out), without bias."""
+    if tape.keeping.replaces_linear:
+        return _replaced_linear(tape, x, weight)
     weight, x = autocast_weight(tape, weight), autocast(tape, x)
     node = tape.save((x, weight), (x, weight), partial(_linear_back, tape))
     tape.contract(2 * x.size * weight.shape[0])
@@ -80,6 +82,33 @@ def _linear_back(tape: Tape, gradient: Array, x: Array, weight: Array) -> tuple[
     tape.execute(2 * 2 * x.size * weight.shape[0])
     grad_weight = tape.new(weight.shape, gradient.dtype)
     return tape.new(x.shape, gradient.dtype), grad_weight
+
+
+def _replaced_linear(tape: Tape, x: Array, weight: Array) -> Array:
+    """The same as an autograd.Function: what it is given is kept as it is, after it was used, and cast in each pass."""
+    is_cast = tape.precision.autocast
+    dtype = tape.precision.compute if is_cast else x.dtype
+    copies = [tape.new(array.shape, dtype) for array in (x, weight) if array.dtype != dtype]
+    tape.contract(2 * x.size * weight.shape[0])
+    y = tape.new((*x.shape[:-1], weight.shape[0]), dtype)
+    del copies
+    node = tape.save((x, weight), (x, weight), partial(_replaced_linear_back, tape, dtype))
+    return Array(y.shape, y.dtype, y.storage, node)
+
+
+def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+    tape.execute(2 * 2 * x.size * weight.shape[0])
+    weight_copy = tape.new(weight.shape, dtype) if weight.dtype != dtype else None
+    grad_x = tape.new(x.shape, dtype)
+    x_copy = tape.new(x.shape, dtype) if x.dtype != dtype else None
+    grad_weight = tape.new(weight.shape, dtype)
+    del x_copy, weight_copy
+    # autograd brings gradients into the formats of what they are of, one after another
+    if x.dtype != dtype:
+        grad_x = tape.new(x.shape, x.dtype)
+    if weight.dtype != dtype:
+        grad_weight = tape.new(weight.shape, weight.dtype)
+    return grad_x, grad_weight
 
 
 def embedding(tape: Tape, batch: Batch, weight: Array) -> Array:

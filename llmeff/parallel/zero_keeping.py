@@ -213,6 +213,8 @@ class GatheredKeeping(ZeroKeeping):
     a parameter go that is not used again soon.
     """
 
+    replaces_linear = True  # zero/linear.py, for as long as the process lives
+
     def __init__(
         self, weights: list[Weight], groups: list[list[Weight]], work: Workload, config: "DeepSpeed", rank: int
     ):

@@ -314,6 +314,25 @@ def _flattened(events: list[Any]) -> Iterator[Any]:
         yield from _flattened(event.children)
 
 
+_FIRST_METERED = 3
+"""By then strategies have all that they build as they go."""
+
+
+def metered_steps(num_steps: int, interval: int) -> tuple[int, int]:
+    """The step whose operations and traffic are counted, and the later one whose memory is metered.
+
+    Neither follows an evaluation, after which strategies may still have what others gather anew, unless all do.
+
+    Args:
+        num_steps: of the run.
+        interval: steps between its evaluations; 0: none before the end.
+    """
+    steps = range(_FIRST_METERED, num_steps + 1)
+    quiet = [step for step in steps if interval == 0 or (step - 1) % interval][:2]
+    counted, metered = quiet if len(quiet) == 2 else (_FIRST_METERED, _FIRST_METERED + 1)
+    return counted, metered
+
+
 def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for backward in a call, a forward pass with its loss.
 

@@ -19,6 +19,7 @@ from llmeff.record.meters import (
     WireMeter,
     _with_unseen,
     count_flops,
+    metered_steps,
     peak_bytes,
     peak_resident_bytes,
     resident_bytes,
@@ -286,3 +287,11 @@ def test_energy_is_the_counter_s_difference(gpu, monkeypatch):
 def test_no_counter_no_energy(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert EnergyMeter(gpu).energy_j() is None
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "interval", "chosen"),
+    [(10, 0, (3, 4)), (10, 4, (3, 4)), (10, 3, (3, 5)), (10, 2, (4, 6)), (10, 1, (3, 4)), (5, 2, (3, 4))],
+)
+def test_no_metered_step_follows_an_evaluation_where_that_can_be(num_steps, interval, chosen):
+    assert metered_steps(num_steps, interval) == chosen
