@@ -75,7 +75,8 @@ def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
     trials = tuning_jobs(sweep)
 
     def chosen(arm: str, cell: dict[str, Any]) -> dict[str, Any] | None:
-        own = [job for job in trials if job.arm == arm and job.cell == cell]
+        tuner = sweep.tuned_by(arm)
+        own = [job for job in trials if job.arm == tuner and job.cell == cell]
         return best_trial(own, folder) if own else {}
 
     return _finals(sweep, len(trials), chosen)
@@ -185,12 +186,12 @@ class Sweep:
         left = [job for job in jobs if not (self.folder / RUNS / job.path / schema.RESULT).is_file()]
         if len(left) < len(jobs):
             self._tell(f"{len(jobs) - len(left)} of {len(jobs)} {jobs[0].phase} runs have ended before")
-        queue = iter([(job, job_config(self.sweep, job)) for job in left])
-        waiting = next(queue, None)
-        while waiting is not None or self._running:
-            while waiting is not None and self._fits(cores := _cores_of(waiting[1])):
-                self._start(*waiting, cores)
-                waiting = next(queue, None)
+        waiting = [(job, job_config(self.sweep, job)) for job in left]
+        while waiting or self._running:
+            for each in list(waiting):  # a run of fewer cores goes before one that must wait for more
+                if self._fits(cores := _cores_of(each[1])):
+                    waiting.remove(each)
+                    self._start(*each, cores)
             time.sleep(_POLL_S)
             for ended in [own for own in self._running if own.process.poll() is not None]:
                 self._running.remove(ended)
@@ -265,7 +266,7 @@ def plan_text(sweep: SweepConfig) -> str:
     from llmeff.predict import predict
 
     trials = tuning_jobs(sweep)
-    finals = _finals(sweep, len(trials), lambda arm, cell: (sweep.trials(arm) or [{}])[0])
+    finals = _finals(sweep, len(trials), lambda arm, cell: sweep.first_trial(arm))
     items, flops = 0, 0.0
     for job in [*trials, *finals]:
         config = job_config(sweep, job)

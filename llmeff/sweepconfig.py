@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from llmeff.core.config import Config, ConfigError, Count, Integer, Positive, Text, override, validate
+from llmeff.core.registry import nearest
 from llmeff.runconfig import RunConfig
 
 _SAFE = re.compile(r"[^A-Za-z0-9.+=-]+")
@@ -46,6 +47,8 @@ class ArmConfig(Config):
     """What sets it apart from the base, as `--set` takes it."""
     search: dict[Text, Search] = Field(default_factory=dict)
     """What is tuned of it: fields, and what is tried of each."""
+    tuned_as: Text | None = None
+    """Another arm, whose trials choose for this one too: for arms that differ in what leaves the best settings alone."""
     factors: dict[Text, Text] = Field(default_factory=dict)
     """The levels that make it, where arms are combinations of factors."""
 
@@ -113,12 +116,26 @@ class SweepConfig(Config):
             for key, tried in arm.search.items():
                 if isinstance(tried, tuple) and not tried:
                     yield f"arms.{name}.search.{key}: there is nothing to try"
+            if arm.tuned_as is not None:
+                yield from self._borrowed_problems(name, arm)
             lists = [tried for tried in arm.search.values() if isinstance(tried, tuple)]
             if len(lists) == len(arm.search) and lists and math.prod(map(len, lists)) != self.tuning.trials:
                 yield (
                     f"arms.{name}.search has {math.prod(map(len, lists))} combinations, but every arm has tuning.trials = "
                     f"{self.tuning.trials}: an equal budget is what makes them comparable"
                 )
+
+    def _borrowed_problems(self, name: str, arm: ArmConfig) -> Iterator[str]:
+        if arm.search:
+            yield f"arms.{name} has a search of its own and is tuned as {arm.tuned_as!r}: give one of them"
+        elif arm.tuned_as not in self.arms:
+            yield f"arms.{name}.tuned_as is {arm.tuned_as!r}.{nearest(arm.tuned_as or '', self.arms)}"
+        elif not self.arms[arm.tuned_as].search:
+            yield f"arms.{name} is tuned as {arm.tuned_as!r}, which has no search"
+
+    def tuned_by(self, arm: str) -> str:
+        """The arm whose trials choose an arm's settings: mostly its own."""
+        return self.arms[arm].tuned_as or arm
 
     def cells(self) -> list[dict[str, Any]]:
         """All values of the axes, with one another."""
@@ -145,6 +162,12 @@ class SweepConfig(Config):
             for number in range(count)
         ]
 
+    def first_trial(self, arm: str) -> dict[str, Any]:
+        """What is tried first of an arm: stands for what will be chosen."""
+        tuner = self.tuned_by(arm)
+        trials = self.trials(tuner) if tuner in self.arms else []
+        return trials[0] if trials else {}
+
     def run_config(
         self, arm: str, cell: Mapping[str, Any], trial: Mapping[str, Any], seed: int, **more: Any
     ) -> RunConfig:
@@ -170,9 +193,8 @@ def _errors_of(sweep: SweepConfig) -> Iterator[str]:
     """What of the arms makes no run, each said once."""
     for name in sweep.arms:
         for cell in sweep.cells():
-            trial = (sweep.trials(name) or [{}])[0]
             try:
-                sweep.run_config(name, cell, trial, sweep.seeds[0] if sweep.seeds else 0)
+                sweep.run_config(name, cell, sweep.first_trial(name), sweep.seeds[0] if sweep.seeds else 0)
             except ConfigError as error:
                 yield from (f"arms.{name}: {problem}" for problem in error.problems)
                 break

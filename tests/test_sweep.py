@@ -47,6 +47,9 @@ SMALL = {
 }
 
 
+RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2}}
+
+
 def sweep_of(*settings, **changes):
     return validate(SweepConfig, override(SMALL | changes, settings))
 
@@ -95,6 +98,15 @@ def test_final_runs_have_fresh_seeds_and_the_split_that_was_not_searched():
         ({"arms": {"one": {}}, "baseline": "one"}, "a sweep compares arms, given: one"),
         ({"arms": {"a": {}, "b": {"settings": ["optim=adamv"]}}, "baseline": "a"}, r"arms\.b: optim: .*adamw"),
         ({"arms": {"a": {}, "b": {"search": {"optim.lr": {"low": 2, "high": 1}}}}, "baseline": "a"}, "smaller first"),
+        (
+            {"arms": {"a": {"search": RATES}, "b": {"tuned_as": "aa"}}, "baseline": "a"},
+            r"tuned_as is 'aa'. Did you mean 'a'",
+        ),
+        ({"arms": {"a": {}, "b": {"tuned_as": "a"}}, "baseline": "a"}, "is tuned as 'a', which has no search"),
+        (
+            {"arms": {"a": {"search": RATES}, "b": {"search": RATES, "tuned_as": "a"}}, "baseline": "a"},
+            "give one of them",
+        ),
         ({"axes": {"train.batch": []}}, "an axis has no value"),
         ({"trails": 3}, "no such field"),
     ],
@@ -121,6 +133,17 @@ def test_trials_that_failed_are_not_chosen(make_run, tmp_path):
     sweep = sweep_of()
     assert best_trial(tuning_jobs(sweep)[:2], tmp_path) is None
     assert final_jobs(sweep, tmp_path) == []
+
+
+def test_an_arm_can_be_tuned_as_another(monkeypatch, tmp_path):
+    arms = {"fp32": {"search": RATES}, "bf16": {"settings": ["precision=bf16"], "tuned_as": "fp32"}}
+    sweep = sweep_of(arms=arms, baseline="fp32")
+    assert {job.arm for job in tuning_jobs(sweep)} == {"fp32"}
+    monkeypatch.setattr("llmeff.sweep.best_trial", lambda trials, folder: trials[1].trial)
+    jobs = final_jobs(sweep, tmp_path)
+    assert [(job.arm, job.number) for job in jobs] == [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1)]
+    assert {job.trial["optim.lr"] for job in jobs} == {sweep.trials("fp32")[1]["optim.lr"]}
+    assert [job_config(sweep, job).precision for job in jobs] == ["fp32"] * 2 + ["bf16"] * 2
 
 
 def test_a_plan_counts_runs_and_items():

@@ -1,8 +1,10 @@
 from llmeff.recipes.contribution import contribution as contribution
 from llmeff.recipes.contribution import contribution_8bit as contribution_8bit
+from llmeff.recipes.contribution import contribution_10m as contribution_10m
 from llmeff.recipes.first import debug as debug
 from llmeff.recipes.first import default as default
 from llmeff.recipes.optimizers import optimizers as optimizers
+from llmeff.recipes.overfitting import overfitting as overfitting
 from llmeff.recipes.recipe import RECIPES as RECIPES
 from llmeff.recipes.recipe import SWEEPS as SWEEPS
 from llmeff.recipes.recipe import recipe as recipe

@@ -1,8 +1,8 @@
 """The yardstick: characters of Shakespeare, as much model, data and work a step as nanoGPT's documented CPU command."""
 
-from llmeff.data import Characters, SplitConfig, TextData, TextFiles
 from llmeff.models import DecoderConfig
 from llmeff.optim import AdamW, Cosine
+from llmeff.recipes.corpus import one_text
 from llmeff.recipes.recipe import recipe
 from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
 
@@ -26,12 +26,7 @@ def yardstick() -> RunConfig:
             mlp_width=864,
             tied_embeddings=False,
         ),
-        data=TextData(
-            source=TextFiles(path=("input.txt",)),
-            tokenizer=Characters(),
-            splits=SplitConfig(by="span", validation=0.1, test=0.0, search=0.0, calibration=0.0),
-            sequence_length=64,
-        ),
+        data=one_text(validation=0.1),
         optim=AdamW(lr=4e-3, beta2=0.99),
         schedule=Cosine(warmup_steps=100),
         train=TrainConfig(steps=2000, batch=12),

@@ -1,0 +1,18 @@
+"""The corpus that the studies have in common: one text file that the user has, cut in order."""
+
+from llmeff.data import Characters, SplitConfig, TextData, TextFiles, TokenizerConfig
+
+
+def one_text(
+    *, validation: float, search: float = 0.0, test: float = 0.0, tokenizer: TokenizerConfig | None = None
+) -> TextData:
+    """Windows of 64 tokens of `input.txt` in the working folder: its first part trains, its last is held out.
+
+    The studies were made on tinyshakespeare; `--set 'base.data.source.path=["mine.txt"]'` gives another.
+    """
+    return TextData(
+        source=TextFiles(path=("input.txt",)),
+        tokenizer=tokenizer or Characters(),
+        splits=SplitConfig(by="span", validation=validation, test=test, search=search, calibration=0.0),
+        sequence_length=64,
+    )
