@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         "--timing", action="store_true",
         help="race the arms' final configs against one another for their step times, on a quiet machine",
     )  # fmt: skip
+    sweep.add_argument(
+        "--slurm", action="store_true", help="write what submits the sweep to Slurm as arrays of jobs, and stop"
+    )
+    sweep.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION",
+        help="of --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
+    )  # fmt: skip
+    sweep.add_argument("--only", metavar="PHASE:N", help="one run of the sweep, as in tuning:3 or final:0")
     sweep.add_argument("--processes", type=int, default=5, metavar="N", help="of --timing: fresh processes of each arm")
     sweep.add_argument("--rounds", type=int, default=30, metavar="N", help="of --timing: turns of each arm")
     sweep.add_argument("--steps", type=int, default=10, metavar="N", help="of --timing: steps of a turn")
@@ -287,11 +295,18 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
     return validate(SweepConfig, override(data, options.set))
 
 
+def _place(text: str) -> tuple[str, int]:
+    phase, _, number = text.partition(":")
+    if phase not in ("tuning", "final") or not number.isdecimal():
+        raise ConfigError(f"--only {text!r}: give tuning:N or final:N, N counted from 0")
+    return phase, int(number)
+
+
 def _sweep(options: argparse.Namespace) -> int:
-    from llmeff.compare.ledger import read_entries
-    from llmeff.compare.study import compare_arms
+    from llmeff.compare.study import read_study
+    from llmeff.compare.verdict_table import render_comparison
     from llmeff.core.dist import usable_cores
-    from llmeff.sweep import Sweep, plan_text, write_timing
+    from llmeff.sweep import Sweep, plan_text, write_slurm, write_timing
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores
@@ -302,26 +317,37 @@ def _sweep(options: argparse.Namespace) -> int:
         sys.stdout.write(plan_text(sweep) + "\n")
         return 0
 
+    if options.slurm:
+        script = write_slurm(sweep, folder, modules=options.imports, more=options.sbatch)
+        sys.stdout.write(f"bash {shlex.quote(str(script))}\n")
+        return 0
+
     def tell(line: str) -> None:
         if not options.quiet:
             sys.stderr.write(f"llmeff: {line}\n")
 
+    command = shlex.join(["llmeff", *sys.argv[1:]])
+    if options.only is not None:
+        phase, number = _place(options.only)
+        one = Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell)
+        return 0 if one.run_one(phase, number) else EXIT_FAILED
     if options.timing:
         write_timing(
             sweep, folder, processes=options.processes, rounds=options.rounds, steps=options.steps,
-            modules=options.imports, command=shlex.join(["llmeff", *sys.argv[1:]]),
+            modules=options.imports, command=command,
         )  # fmt: skip
     else:
         tell(plan_text(sweep))
-        command = shlex.join(["llmeff", *sys.argv[1:]])
         Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell).run()
-    sys.stdout.write(compare_arms([folder], read_entries([folder])) + "\n")
+    sys.stdout.write(render_comparison(read_study([folder]), "terminal") + "\n")
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
     from llmeff.compare.ledger import read_entries
-    from llmeff.compare.study import compare_arms, is_list
+    from llmeff.compare.report import write_report
+    from llmeff.compare.study import is_list, name_of, read_study, write_pictures
+    from llmeff.compare.verdict_table import render_comparison
 
     entries = read_entries(options.runs)
     wants_arms = options.baseline or options.target or options.timing or options.html or options.mixed
@@ -335,11 +361,15 @@ def _compare(options: argparse.Namespace) -> int:
 
             loss_curve([read_run(folder) for folder in options.runs], options.plot)
         return 0
-    text = compare_arms(
-        options.runs, entries, kind=options.format, baseline=options.baseline, target=options.target,
-        timing=options.timing, mixed=options.mixed, html=options.html, plot=options.plot,
+    comparison = read_study(
+        options.runs, entries, baseline=options.baseline, target=options.target, timing=options.timing,
+        mixed=options.mixed,
     )  # fmt: skip
-    sys.stdout.write(text + "\n")
+    if options.html is not None:
+        write_report(comparison, options.html, name_of(options.runs, entries))
+    if options.plot is not None:
+        write_pictures(comparison, options.plot)
+    sys.stdout.write(render_comparison(comparison, options.format) + "\n")
     return 0
 
 

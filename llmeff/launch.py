@@ -50,6 +50,29 @@ def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
+def slurm_job(
+    name: str, line: str, *, log: Path, cores: int, gpus: int = 0, count: int | None = None, more: Sequence[str] = ()
+) -> str:
+    """A batch script of Slurm, for one task on one node.
+
+    Args:
+        name: the job's.
+        line: what it runs, as bash reads it; $SLURM_ARRAY_TASK_ID is the number in an array.
+        log: where its output goes; `%a` stands for the number.
+        cores: that it needs.
+        gpus: that it needs.
+        count: of an array's jobs; None: it is no array.
+        more: options of sbatch, which go before those above where they say the same.
+    """
+    own = [f"--job-name={name}", f"--output={log}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
+    own += [f"--array=0-{count - 1}"] if count is not None else []
+    own += [f"--gpus={gpus}"] if gpus else []
+    given = {option.partition("=")[0] for option in more}
+    options = [*(option for option in own if option.partition("=")[0] not in given), *more]
+    head = "".join(f"#SBATCH {option}\n" for option in [f"--chdir={Path.cwd()}", *options])
+    return f"#!/bin/bash\n{head}\nexec {line}\n"
+
+
 def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config's raw data, with the DeepSpeed file that the launcher's flags name where the config names none.
 

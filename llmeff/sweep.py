@@ -7,6 +7,7 @@ one that was cut off is resumed, and one that failed is tried once more each tim
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_sweep, write_ledger
-from llmeff.compare.study import TIMING
+from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_facts, read_ledger, read_sweep, write_ledger
+from llmeff.compare.study import TIMING, read_step_times
 from llmeff.compare.verdict import show_cell
 from llmeff.core import files
 from llmeff.core.config import ConfigError, read
 from llmeff.core.dist import usable_cores
 from llmeff.core.units import show_count
-from llmeff.launch import end_with_starter, terminable
+from llmeff.launch import end_with_starter, slurm_job, terminable
 from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.record.writer import lock, wait_until_free
@@ -176,10 +177,34 @@ class Sweep:
             self._stop()
             os.close(taken)
 
+    def run_one(self, phase: str, number: int) -> bool:
+        """One run of a phase, by its place in it; other processes may run others of the same sweep meanwhile.
+
+        Returns:
+            whether it has ended, now or before. A place beyond the last is none: its arm had no trial that finished.
+
+        Raises:
+            ConfigError: see `open_sweep`.
+            KeyboardInterrupt: once the run has stopped.
+        """
+        open_sweep(self.sweep, self.folder)
+        jobs = tuning_jobs(self.sweep) if phase == "tuning" else final_jobs(self.sweep, self.folder)
+        if number >= len(jobs):
+            self._tell(f"there is no {phase} run {number}: of {len(jobs)} the last is {len(jobs) - 1}")
+            return True
+        try:
+            with terminable():
+                self.run_jobs([jobs[number]])
+        finally:
+            self._stop()
+        return (self.folder / RUNS / jobs[number].path / schema.RESULT).is_file()
+
     def write_ledger(self) -> None:
-        """Every run that was begun, in one file."""
+        """Every run that was begun, in one file, with the step times where they were raced."""
         facts = {"sweep": json.loads(self.sweep.model_dump_json()), "command": self._command}
-        write_ledger(self.folder / LEDGER, read_sweep(self.folder), facts)
+        timing = self.folder / TIMING
+        times = {"step_s": read_step_times(timing)} if timing.is_file() else {}
+        write_ledger(self.folder / LEDGER, read_sweep(self.folder), facts | times)
 
     def run_jobs(self, jobs: Sequence[Job]) -> None:
         """Some runs, as many at a time as there are cores."""
@@ -279,6 +304,61 @@ def plan_text(sweep: SweepConfig) -> str:
     return text + (f", {show_count(flops, 'FLOP')}" if flops else "")
 
 
+def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], more: Sequence[str]) -> Path:
+    """Writes what submits a sweep to Slurm: an array of trials, then one of final runs, then what ends the sweep.
+
+    The last job runs again what was cut off, writes the ledger and prints the comparison into its log.
+
+    Args:
+        sweep: what it is.
+        folder: where it is, or will be; all nodes must see it.
+        modules: imported by every run.
+        more: options of sbatch, for every job.
+
+    Returns:
+        the script that submits all of it.
+
+    Raises:
+        ConfigError: see `open_sweep`; or an option is none.
+    """
+    wrong = [option for option in more if not option.startswith("--") or "\n" in option]
+    if wrong:
+        raise ConfigError(
+            f"--sbatch {wrong[0]!r}: give an option of sbatch as it is written, as in --sbatch=--time=2:00:00"
+        )
+    open_sweep(sweep, folder)
+    trials = tuning_jobs(sweep)
+    finals = _finals(sweep, len(trials), lambda arm, cell: sweep.first_trial(arm))
+    place = folder.resolve() / "slurm"
+    line = shlex.join([
+        sys.executable, "-m", "llmeff.cli", "sweep", f"--config={folder.resolve() / SWEEP}", f"--out={folder.resolve()}",
+        *(f"--import={module}" for module in modules),
+    ])  # fmt: skip
+    with files.reported(place):
+        place.mkdir(exist_ok=True)
+        submit, after = [], ""
+        for phase, jobs in (("tuning", trials), ("final", finals), ("ledger", [])):
+            if not jobs and phase != "ledger":
+                continue
+            configs = [job_config(sweep, job) for job in jobs or finals]
+            only = f' --only="{phase}:$SLURM_ARRAY_TASK_ID"' if jobs else ""
+            text = slurm_job(
+                f"{sweep.name}-{phase}",
+                line + only,
+                log=place / (f"{phase}-%a.log" if jobs else f"{phase}.log"),
+                cores=max(map(_cores_of, configs)),
+                gpus=max(config.parallel.ranks if config.runtime.device == "cuda" else 0 for config in configs),
+                count=len(jobs) or None,
+                more=more,
+            )
+            files.write_text(place / f"{phase}.sbatch", text)
+            submit.append(f"{phase}=$(sbatch --parsable{after} {shlex.quote(str(place / f'{phase}.sbatch'))})\n")
+            after = f' --dependency=afterany:"${phase}"'
+        script = "#!/bin/bash\nset -euo pipefail\n" + "".join(submit) + 'echo "submitted; the last job is $ledger"\n'
+        files.write_text(place / "submit.sh", script)
+    return place / "submit.sh"
+
+
 def write_timing(
     sweep: SweepConfig, folder: Path, *, processes: int, rounds: int, steps: int, modules: Sequence[str], command: str
 ) -> None:
@@ -312,6 +392,9 @@ def write_timing(
     found["generations"] = merged
     with files.reported(folder / TIMING):
         files.write_text(folder / TIMING, json.dumps(found) + "\n")
+    if (folder / LEDGER).is_file():
+        facts = read_facts(folder / LEDGER) | {"step_s": read_step_times(folder / TIMING)}
+        write_ledger(folder / LEDGER, read_ledger(folder / LEDGER), facts)
 
 
 def _lane_name(job: Job) -> str:

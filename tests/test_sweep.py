@@ -129,6 +129,28 @@ def test_another_sweep_in_the_folder_is_refused_and_left_alone(tmp_path):
         open_sweep(sweep_of(), tmp_path / "other")
 
 
+def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    given = ["sweep", "--config=small.json", "--out=out"]
+    assert main([*given, "--slurm", "--sbatch=time=2"]) == 2
+    assert "as in --sbatch=--time=2:00:00" in capsys.readouterr().err
+    assert main([*given, "--slurm", "--sbatch=--time=2:00:00", "--sbatch=--cpus-per-task=7"]) == 0
+    assert capsys.readouterr().out == f"bash {tmp_path}/out/slurm/submit.sh\n"
+    tuning, final, ledger = (
+        (tmp_path / "out" / "slurm" / f"{name}.sbatch").read_text() for name in ("tuning", "final", "ledger")
+    )
+    for text, array in ((tuning, "--array=0-3"), (final, "--array=0-3"), (ledger, None)):
+        options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+        assert [option for option in options if option.startswith("--array")] == ([array] if array else [])
+        assert [option for option in options if option.startswith("--cpus")] == ["--cpus-per-task=7"]
+        assert "--time=2:00:00" in options
+    assert tuning.rstrip().endswith('--only="tuning:$SLURM_ARRAY_TASK_ID"')
+    for wrong in ("tuning", "middle:3", "final:-1"):
+        assert main([*given, f"--only={wrong}"]) == 2
+        assert "give tuning:N or final:N" in capsys.readouterr().err
+
+
 def test_trials_that_failed_are_not_chosen(make_run, tmp_path):
     sweep = sweep_of()
     assert best_trial(tuning_jobs(sweep)[:2], tmp_path) is None

@@ -1,4 +1,4 @@
-"""What `llmeff compare` does with a study: its arms judged, shown, drawn and written as a page."""
+"""A study as a whole: its runs read, with what its sweep says of itself, and judged; its pictures."""
 
 import json
 import shlex
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmeff.compare.ledger import LEDGER, SWEEP, Entry, read_facts
+from llmeff.compare.ledger import LEDGER, SWEEP, Entry, read_entries, read_facts
 from llmeff.compare.plots import arm_curves
-from llmeff.compare.report import title_of, write_report
-from llmeff.compare.verdict import StepTimes, judge, show_cell
-from llmeff.compare.verdict_table import render_comparison
+from llmeff.compare.report import title_of
+from llmeff.compare.verdict import Comparison, StepTimes, judge, show_cell
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 
@@ -26,62 +25,61 @@ def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
     return len(set(arms)) in (1, len(arms))
 
 
-def compare_arms(
+def read_study(
     paths: Sequence[Path],
-    entries: Sequence[Entry],
+    entries: Sequence[Entry] | None = None,
     *,
-    kind: str = "terminal",
     baseline: str | None = None,
     target: float | None = None,
     timing: Path | None = None,
     mixed: bool = False,
-    html: Path | None = None,
-    plot: Path | None = None,
-) -> str:
-    """Judges the arms; writes the page and the picture where they are asked for.
+) -> Comparison:
+    """Reads and judges a study.
 
     Args:
-        paths: that the entries were read from.
-        entries: the runs.
-        kind: of the text, see `render_comparison`.
+        paths: run folders, sweeps' folders, or ledgers.
+        entries: what was read from them, where it was.
         baseline: see `judge`; None: the sweep's own, where there is one.
         target: see `judge`; None: the sweep's own, where it has one.
-        timing: a file of step times; None: the sweep's own, where there is one.
+        timing: a file of step times; None: the sweep's or the ledger's own, where there are some.
         mixed: see `judge`.
-        html: where the page is to be written.
-        plot: where the loss curves are to be drawn; of several cells, each has a file of its own.
-
-    Returns:
-        the text.
 
     Raises:
-        ConfigError: see `judge`; or a file cannot be read or written.
+        ConfigError: see `judge` and `read_entries`; or the step times cannot be read.
     """
     said = _said(paths)
     if timing is None and len(paths) == 1 and (paths[0] / TIMING).is_file():
         timing = paths[0] / TIMING
-    command = said.get("command") or shlex.join(["llmeff", "compare", *map(str, paths)])
-    comparison = judge(
-        entries,
+    return judge(
+        read_entries(paths) if entries is None else entries,
         baseline=baseline or said.get("sweep", {}).get("baseline"),
         target=target or said.get("sweep", {}).get("target"),
-        step_times=None if timing is None else read_step_times(timing),
+        step_times=said.get("step_s") if timing is None else read_step_times(timing),
         mixed=mixed,
-        command=command,
+        command=said.get("command") or shlex.join(["llmeff", "compare", *map(str, paths)]),
     )
-    if html is not None:
-        write_report(comparison, html, said.get("sweep", {}).get("name") or title_of(entries))
-    if plot is not None:
-        for group in comparison.groups:
-            picture = arm_curves(group)
-            if picture is None:
-                raise ConfigError(f"{plot}: there is nothing to draw, no run was evaluated twice")
-            path = plot
-            if len(comparison.groups) > 1:
-                path = plot.with_name(f"{plot.stem}-{show_cell(group.cell).replace(' ', '')}{plot.suffix}")
-            with files.reported(path):
-                files.write_bytes(path, picture)
-    return render_comparison(comparison, kind)
+
+
+def write_pictures(comparison: Comparison, path: Path) -> None:
+    """Draws the loss curves; of several cells, each has a file of its own.
+
+    Raises:
+        ConfigError: there is nothing to draw, or a file cannot be written.
+    """
+    for group in comparison.groups:
+        picture = arm_curves(group)
+        if picture is None:
+            raise ConfigError(f"{path}: there is nothing to draw, no run was evaluated twice")
+        own = path
+        if len(comparison.groups) > 1:
+            own = path.with_name(f"{path.stem}-{show_cell(group.cell).replace(' ', '')}{path.suffix}")
+        with files.reported(own):
+            files.write_bytes(own, picture)
+
+
+def name_of(paths: Sequence[Path], entries: Sequence[Entry]) -> str:
+    """The study's name, or its arms'."""
+    return _said(paths).get("sweep", {}).get("name") or title_of(entries)
 
 
 def _said(paths: Sequence[Path]) -> dict[str, Any]:

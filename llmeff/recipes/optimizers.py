@@ -7,14 +7,15 @@ from llmeff.recipes.recipe import sweep_recipe
 from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
 from llmeff.sweepconfig import ArmConfig, Span, SweepConfig, TuningConfig
 
-ADAMW_RATES, LION_RATES, SGD_RATES = Span(low=5e-4, high=3e-2), Span(low=1e-4, high=6e-3), Span(low=3e-2, high=3.0)
+ADAMW_RATES, MUON_RATES = Span(low=5e-4, high=3e-2), Span(low=1e-3, high=6e-2)
+LION_RATES, SGD_RATES = Span(low=1e-4, high=6e-3), Span(low=3e-2, high=3.0)
 """What is searched of each: spans as wide as one another, but for SGD's, about which less is known beforehand."""
 
 OPTIMIZERS = {
     "adamw": ArmConfig(settings=("optim=adamw",), search={"optim.lr": ADAMW_RATES}),
     "adamw8bit": ArmConfig(settings=("optim=adamw8bit",), search={"optim.lr": ADAMW_RATES}),
     "lion": ArmConfig(settings=("optim=lion",), search={"optim.lr": LION_RATES}),
-    "muon": ArmConfig(settings=("optim=muon",), search={"optim.lr": ADAMW_RATES}),
+    "muon": ArmConfig(settings=("optim=muon",), search={"optim.lr": MUON_RATES}),
     "sgd": ArmConfig(settings=("optim=sgd",), search={"optim.lr": SGD_RATES}),
 }
 """The optimizers that studies compare, with the rates that are tried."""
