@@ -97,6 +97,31 @@ def tuning_curves(group: Group) -> bytes | None:
     return _png(figure)
 
 
+def trials_curves(group: Group) -> bytes | None:
+    """The loss to expect of the best of 1, 2, ... trials by arm, as a PNG; None where no arm was tuned by several.
+
+    The trials are taken in random order: what a smaller budget would have found, on average.
+    """
+    tuned = {arm: tuning for arm, tuning in group.tuning.items() if len(tuning.expected_best) > 1}
+    if not any(np.isfinite(tuning.expected_best).any() for tuning in tuned.values()):
+        return None
+    figure, axes = _figure()
+    for number, arm in enumerate(group.arms):
+        if arm not in tuned:
+            continue
+        expected = np.array(tuned[arm].expected_best)
+        counts = np.arange(1, len(expected) + 1)
+        known = np.isfinite(expected)
+        axes.plot(
+            counts[known], expected[known], color=_COLOURS[number % len(_COLOURS)], marker="o", markersize=4.5,
+            linewidth=1.4, label=arm,
+        )  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    where = f", {show_cell(group.cell)}" if group.cell else ""
+    _label(axes, "trials", "expected loss of the best (nats)", f"Loss against tuning budget{where}")
+    return _png(figure)
+
+
 _FAR = 1.5
 _STYLES = ("-", "--", ":")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llmeff.compare.ledger import Entry, flat_config
-from llmeff.compare.plots import arm_curves, tuning_curves
+from llmeff.compare.plots import arm_curves, trials_curves, tuning_curves
+from llmeff.compare.text_table import TextTable
 from llmeff.compare.verdict import Comparison, Group, show_cell
-from llmeff.compare.verdict_table import FOOTNOTE, TextTable, show_ratio, tables
+from llmeff.compare.verdict_table import FOOTNOTE, show_ratio, tables
 from llmeff.core import files
 
 _STYLE = """
@@ -46,7 +47,11 @@ def page(comparison: Comparison, title: str) -> str:
     body = [f"<h1>{name}</h1>", _verdict(comparison)]
     for group in comparison.groups:
         where = f": {html.escape(show_cell(group.cell))}" if group.cell else ""
-        pictures = [(arm_curves(group), "held-out loss"), (tuning_curves(group), "tuning")]
+        pictures = [
+            (arm_curves(group), "held-out loss"),
+            (tuning_curves(group), "tuning"),
+            (trials_curves(group), "tuning budget"),
+        ]
         shown = [_picture(picture, f"{words}{where}") for picture, words in pictures if picture is not None]
         if shown:
             body += [f"<h2>Curves{where}</h2>", *shown]

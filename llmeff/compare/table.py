@@ -1,6 +1,5 @@
 """Run folders side by side, as a table for the terminal, Markdown, CSV or JSON."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmeff.compare.text_table import TextTable, as_csv, markdown
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
 from llmeff.core.units import show_bytes, show_count
@@ -118,7 +118,7 @@ def render(rows: Sequence[RunSummary], kind: str, width: int | None = None) -> s
     if kind == "markdown":
         return _markdown(rows)
     if kind == "csv":
-        return _csv(rows)
+        return as_csv(_plain(rows))
     if kind == "json":
         return _json(rows)
     raise ConfigError(f"unknown table format {kind!r}.{nearest(kind, get_args(Format))}")
@@ -175,11 +175,7 @@ def _terminal(rows: Sequence[RunSummary], width: int | None) -> str:
 
 def _markdown(rows: Sequence[RunSummary]) -> str:
     headers, cells = _shown(rows)
-    rules = ["---" if n < 2 else "---:" for n in range(len(headers))]
-    lines = [[text.replace("|", "\\|") for text in line] for line in [headers, *cells]]
-    lines.insert(1, rules)
-    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{body}\n{CAVEAT}\n{FOOTNOTE}\n"
+    return f"{markdown(TextTable(title='', headers=headers, rows=cells), num_left=2)}\n{CAVEAT}\n{FOOTNOTE}\n"
 
 
 def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
@@ -191,15 +187,6 @@ def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
         errors = {f"error_of_{quantity}": row.errors.get(quantity) for quantity in _quantities(rows)}
         flat.append(values | errors)
     return flat
-
-
-def _csv(rows: Sequence[RunSummary]) -> str:
-    flat = _plain(rows)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(flat[0]) if flat else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
 
 
 def _json(rows: Sequence[RunSummary]) -> str:

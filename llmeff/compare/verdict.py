@@ -359,7 +359,7 @@ def _quantities(
         (Quantity(key="peak_bytes", label="peak memory", show="memory"), done(lambda entry: entry.peak_bytes)),
         (Quantity(key="optimizer_bytes", label="optimizer state", show="memory"),
          done(lambda entry: entry.measured.get("optimizer_bytes"))),
-        (Quantity(key="wire_bytes", label="sent in a step", show="memory"),
+        (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory"),
          done(lambda entry: entry.measured.get("wire_bytes") or None)),
         (Quantity(key="gap", label="held-out / training loss", show="number"), done(gap)),
     ]  # fmt: skip

@@ -1,12 +1,9 @@
 """A comparison as text: for the terminal, Markdown, CSV or JSON."""
 
-import csv
 import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmeff.compare.intervals import Difference, Estimate
+from llmeff.compare.text_table import TextTable, as_csv, render_tables
 from llmeff.compare.verdict import Cell, Comparison, Group, Quantity, show_cell
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
@@ -22,15 +20,6 @@ FOOTNOTE = (
     "seed. Better or worse: Holm's p below 0.05 over all arms. Smallest visible: a true ratio of so much would have been "
     "found in four of five such studies. All of it holds given this tuning."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextTable:
-    """Something to show: a title, headers, rows of cells, of which the first says what the row is."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str]]
 
 
 def show_value(quantity: Quantity, value: float) -> str:
@@ -88,8 +77,13 @@ def group_tables(group: Group) -> list[TextTable]:
     tables = [TextTable(title=title, headers=["", *group.arms], rows=rows)]
     if group.tuning:
         tables.append(_tuning_table(group, where))
-    tables += [_effects_table(group, quantity, where) for quantity in group.quantities if quantity.key in group.effects]
-    return tables
+    return tables + effects_tables(group)
+
+
+def effects_tables(group: Group) -> list[TextTable]:
+    """What each factor does to each quantity, where the arms are combinations of factors."""
+    where = f", {show_cell(group.cell)}" if group.cell else ""
+    return [_effects_table(group, quantity, where) for quantity in group.quantities if quantity.key in group.effects]
 
 
 def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
@@ -154,7 +148,7 @@ def render_comparison(comparison: Comparison, kind: str, width: int | None = Non
     if kind == "json":
         return json.dumps(as_dict(comparison), indent=1) + "\n"
     if kind == "csv":
-        return _csv(comparison)
+        return as_csv(flat(comparison))
     if kind == "markdown":
         return _markdown(comparison)
     return _terminal(comparison, width)
@@ -181,13 +175,7 @@ def _terminal(comparison: Comparison, width: int | None) -> str:
 
 
 def _markdown(comparison: Comparison) -> str:
-    parts = []
-    for shown in tables(comparison):
-        lines = [[cell.strip().replace("|", "\\|") for cell in row] for row in [shown.headers, *shown.rows]]
-        lines.insert(1, ["---", *["---:"] * (len(shown.headers) - 1)])
-        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        parts.append(f"**{shown.title}**\n\n{body}")
-    return "\n".join([*parts, *(f"{line}\n" for line in _closing(comparison))])
+    return "\n".join([render_tables(tables(comparison)), *(f"{line}\n" for line in _closing(comparison))])
 
 
 def flat(comparison: Comparison) -> list[dict[str, Any]]:
@@ -264,12 +252,3 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
         "footnote": FOOTNOTE,
         "command": comparison.command,
     }
-
-
-def _csv(comparison: Comparison) -> str:
-    rows: Sequence[dict[str, Any]] = flat(comparison)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()

@@ -39,6 +39,6 @@ def overfitting() -> SweepConfig:
         arms=arms,
         baseline="adamw, fp32",
         items=8 * EPOCH,
-        tuning=TuningConfig(trials=5),
+        tuning=TuningConfig(trials=4),
         seeds=(0, 1, 2),
     )
