@@ -2,8 +2,8 @@
 
 Two gloo ranks on a CPU, ten steps, each in every way of `tests/test_parity.py`; and the truth table of optimizers and
 strategies: the same update, or refused with the reason. `bf16_master` is set beside the same by hand, in plain PyTorch.
-Muon's iterations are made in double precision there: in torch's
-bfloat16 a difference of 1e-7 in the gradient moves the update by a hundredth of its size, on one process too.
+Muon's iterations are made in double precision there: they stretch small singular values, and in bfloat16 a difference of
+1e-7 in the gradient moves the update by a hundredth of its size, on one process too.
 """
 
 import itertools

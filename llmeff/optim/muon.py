@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
-import torch
 from torch.optim import Optimizer
 
 from llmeff.core.config import BelowOne, Count, Flag, NotNegative
@@ -14,14 +13,14 @@ from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
 from llmeff.optim.adamw import AdamW
 from llmeff.optim.joined import Joined
+from llmeff.optim.newton_schulz import IterationFormat, OrthogonalMomentum
 from llmeff.optim.optimizer import OptimizerConfig
 
 
 class Muon(OptimizerConfig):
-    """torch.optim.Muon for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
+    """`OrthogonalMomentum` for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
 
-    Matrices move as far as AdamW would move them, 0.2 sqrt(max(rows, columns)) times the orthogonal update (Liu et al.
-    2025, equation 4), so that both have one learning rate. torch iterates in bfloat16 on every device.
+    Matrices move as far as AdamW would move them (Liu et al. 2025, equation 4), so that both have one learning rate.
     """
 
     sharding: ClassVar[Sharding] = "whole_tensor"
@@ -33,6 +32,8 @@ class Muon(OptimizerConfig):
     """Look ahead along the momentum."""
     ns_steps: Count = 5
     """Newton-Schulz iterations."""
+    ns_format: IterationFormat = "auto"
+    """What they are made in. auto: bfloat16 on an accelerator, float32 on a CPU."""
     weight_decay: NotNegative = 0.1
     """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
     beta1: BelowOne = 0.9
@@ -53,14 +54,14 @@ class Muon(OptimizerConfig):
         optimizers: list[Optimizer] = []
         if matrices:
             optimizers.append(
-                torch.optim.Muon(
+                OrthogonalMomentum(
                     matrices,
                     lr=self.lr,
-                    weight_decay=self.weight_decay,
                     momentum=self.momentum,
                     nesterov=self.nesterov,
-                    ns_steps=self.ns_steps,
-                    adjust_lr_fn="match_rms_adamw",
+                    weight_decay=self.weight_decay,
+                    num_iterations=self.ns_steps,
+                    iteration_format=self.ns_format,
                 )
             )
         if others:

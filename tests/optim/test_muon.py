@@ -11,9 +11,11 @@ from llmeff.core.precision import precision
 from llmeff.core.table import Row, table
 from llmeff.cost.arrays import Weight
 from llmeff.optim import Muon
+from llmeff.optim.newton_schulz import OrthogonalMomentum, orthogonalize
 from llmeff.record.meters import count_flops
 
 SETTINGS = Muon(lr=0.01, momentum=0.9, weight_decay=0.3, beta1=0.8, beta2=0.9)
+AS_TORCH = SETTINGS.model_copy(update={"ns_format": "bfloat16"})
 ROLES = {"0.weight": "embedding", "1.weight": "norm", "1.bias": "bias", "2.weight": "matrix", "3.weight": "head"}
 
 
@@ -40,13 +42,32 @@ def test_each_parameter_has_its_own_optimizer_to_the_last_bit():
         {"params": [norm.weight, norm.bias], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), fused=True)
-    train(ours, SETTINGS.build(rows))
+    train(ours, AS_TORCH.build(rows))
     for _ in range(5):
         theirs.zero_grad()
         theirs(torch.arange(7)).square().sum().backward()
         muon.step()
         adamw.step()
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (7, 7)])
+def test_on_a_cpu_the_iterations_are_those_in_float64_but_for_rounding(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    y = x.double() / x.double().norm()
+    for _ in range(5):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    assert torch.allclose(orthogonalize(x, 5), y.float(), atol=2e-6)
+    assert orthogonalize(x, 5).dtype == torch.float32
+    assert (torch.linalg.svdvals(orthogonalize(x, 5)) - 1).abs().max() < 0.35
+    assert torch.equal(orthogonalize(torch.zeros(shape), 5), torch.zeros(shape))
+
+
+def test_what_is_no_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"given a parameter of shape \(3,\)"):
+        OrthogonalMomentum([nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
 def test_state_and_groups_are_those_of_the_parts():

@@ -22,7 +22,7 @@ UPDATES = {
     "adamw": {"torch.AdamW": torch._fused_adamw_},
     "adamw8bit": {"bitsandbytes.AdamW8bit": None},
     "lion": {"pytorch_optimizer.Lion": torch._foreach_sign_},
-    "muon": {"torch.Muon": torch.addmm, "torch.AdamW": torch._fused_adamw_},
+    "muon": {"llmeff.OrthogonalMomentum": torch.addmm, "torch.AdamW": torch._fused_adamw_},
     "sgd": {"torch.SGD": torch._foreach_add_},
 }
 """The classes, and an operation of torch of each, that each one's step must be; None where its kernels are its own."""

@@ -1,0 +1,107 @@
+"""Momentum made orthogonal by Newton-Schulz iterations (Jordan et al. 2024), in the format that the device is good at."""
+
+from collections.abc import Callable, Iterable
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+IterationFormat = Literal["auto", "float32", "bfloat16"]
+"""auto: bfloat16 on an accelerator; float32 (of float64, that) on a CPU, where products in bfloat16 are emulated and take
+tens of times as long."""
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic that pulls singular values to about 1 in five iterations (Jordan et al. 2024)."""
+_LEAST = 1e-7
+"""A norm below is taken to be this."""
+
+
+def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat = "auto") -> Tensor:
+    """The matrix with all singular values near 1 (between about 0.7 and 1.2 after five iterations).
+
+    Args:
+        x: (rows, columns), any format.
+        num_iterations: of the quintic.
+        iteration_format: what it is iterated in.
+
+    Returns:
+        (rows, columns), in the format of the iterations.
+    """
+    if iteration_format == "auto":
+        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else torch.bfloat16
+    else:
+        dtype = getattr(torch, iteration_format)
+    a, b, c = _COEFFICIENTS
+    is_tall = x.shape[0] > x.shape[1]
+    y = x.to(dtype)
+    y = y.mT if is_tall else y
+    y = y / y.norm().clamp(min=_LEAST)
+    for _ in range(num_iterations):
+        gram = y @ y.mT
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if is_tall else y
+
+
+class OrthogonalMomentum(Optimizer):
+    """The update of matrices: momentum, made orthogonal, as long as AdamW's would be.
+
+    It moves a matrix by lr * 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, equation 4), and decays it by lr times
+    `weight_decay`. `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` does the same, always in bfloat16.
+
+    Args:
+        parameters: matrices, each whole.
+        lr: the learning rate.
+        momentum: decay of the mean of gradients.
+        nesterov: whether to look ahead along it.
+        weight_decay: times the learning rate.
+        num_iterations: see `orthogonalize`.
+        iteration_format: see `orthogonalize`.
+
+    Raises:
+        ValueError: a parameter is no matrix.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        num_iterations: int = 5,
+        iteration_format: IterationFormat = "auto",
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(parameters, defaults)
+        self._num_iterations, self._iteration_format = num_iterations, iteration_format
+        shapes = [tuple(parameter.shape) for group in self.param_groups for parameter in group["params"]]
+        wrong = [shape for shape in shapes if len(shape) != 2]
+        if wrong:
+            raise ValueError(f"only matrices can be made orthogonal, given a parameter of shape {wrong[0]}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, float]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum: Tensor = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        ahead = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        update = orthogonalize(ahead, self._num_iterations, self._iteration_format)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * 0.2 * sqrt(max(parameter.shape)))
