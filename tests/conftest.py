@@ -1,6 +1,6 @@
 """Small records and run folders for all tests, and caches that are not the user's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,15 @@ def make_run(
 ) -> Callable[..., Path]:
     """Writes a run folder of so many steps, with an evaluation of two documents at every second."""
 
-    def make(name: str, steps: int = 4, *, is_finished: bool = True, **changes: Any) -> Path:
+    def make(
+        name: str,
+        steps: int = 4,
+        *,
+        is_finished: bool = True,
+        units: Sequence[int] = (1, 3),
+        scale: float = 1,
+        **changes: Any,
+    ) -> Path:
         folder = tmp_path / name
         with RunWriter.create(folder, SeedOnly(), environment) as writer:
             for step in range(1, steps + 1):
@@ -112,11 +120,11 @@ def make_run(
                                 step=step,
                                 split="validation",
                                 unit=f"document-{n}",
-                                loss_sum=10.0 * n / step,
+                                loss_sum=scale * 10.0 * n / step,
                                 count=n,
                                 metrics={"bytes": 30.0 * n},
                             )
-                            for n in (1, 3)
+                            for n in units
                         ]
                     )
             if is_finished:

@@ -4,14 +4,17 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmeff.compare.intervals import FEW_UNITS, Estimate, resampled_ratio
 from llmeff.compare.text_table import TextTable, as_csv, markdown
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
@@ -22,10 +25,10 @@ from llmeff.record.schema import LAST_STEPS
 Format = Literal["terminal", "markdown", "csv", "json"]
 """How a table is written. CSV and JSON hold plain numbers, the others numbers with units."""
 
-CAVEAT = "One run each: a difference here has no interval, and may be chance."
+CAVEAT = "One run each: a difference here has no interval over seeds, and may be chance."
 FOOTNOTE = (
     f"Training loss: mean of the last {LAST_STEPS} steps, nats. Speed: median step after warm-up. "
-    "Error: predicted / measured - 1."
+    "Error: predicted / measured - 1. Loss over the first run's: 95 % interval over which units are held out, not over seeds."
 )
 
 _CELL = 26
@@ -62,6 +65,9 @@ class RunSummary:
     """Live at once."""
     errors: dict[str, float]
     """predicted / measured - 1, by quantity."""
+    loss_ratio: Estimate | None = None
+    """Held-out loss at the end over the first run's, with an interval over which units are held out (`resampled_ratio`);
+    None where there are few units, or others."""
 
 
 def summarise(run: Run) -> RunSummary:
@@ -91,15 +97,35 @@ def compare(folders: Iterable[Path]) -> list[RunSummary]:
     Raises:
         ConfigError: some are no run folders; it names them all.
     """
-    rows, problems = [], []
+    runs, problems = [], []
     for folder in folders:
         try:
-            rows.append(summarise(read_run(folder)))
+            runs.append(read_run(folder))
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return rows
+    first = _units(runs[0]) if runs else None
+    return [replace(summarise(run), loss_ratio=_ratio(run, first) if n else None) for n, run in enumerate(runs)]
+
+
+def _units(run: Run) -> tuple[tuple[str, str], pa.Table] | None:
+    """What an ended run was evaluated on at the end: data and split, and a row for each unit."""
+    if run.result is None or run.evals is None or run.result.status != "finished":
+        return None
+    rows = run.evals.filter(pc.field("step") == run.result.steps)
+    splits = rows["split"].unique().to_pylist()
+    return ((str(run.result.data.get("sha256")), splits[0]), rows) if len(splits) == 1 else None
+
+
+def _ratio(run: Run, first: tuple[tuple[str, str], pa.Table] | None) -> Estimate | None:
+    own = _units(run)
+    if own is None or first is None or own[0] != first[0] or own[1]["unit"] != first[1]["unit"]:
+        return None
+    if own[1].num_rows < FEW_UNITS:
+        return None
+    ours, theirs = ((rows["loss_sum"].to_numpy(), rows["count"].to_numpy()) for _, rows in (own, first))
+    return resampled_ratio(ours, theirs)
 
 
 def render(rows: Sequence[RunSummary], kind: str, width: int | None = None) -> str:
@@ -136,6 +162,7 @@ def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
         ("parameters", [_show(row.parameters, show_count) for row in rows]),
         ("training loss", [_show(row.train_loss, "{:.4f}".format) for row in rows]),
         ("validation loss", [_show(row.validation_loss, "{:.4f}".format) for row in rows]),
+        ("loss / first run's", [_show_ratio(row.loss_ratio) for row in rows]),
         ("bits per byte", [_show(row.bits_per_byte, "{:.4f}".format) for row in rows]),
         (f"{item}s/s", [_show(row.items_per_s, show_count) for row in rows]),
         ("peak memory", [_show(row.peak_bytes, show_bytes) for row in rows]),
@@ -151,6 +178,10 @@ def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
 
 def _show(value: float | None, show: Callable[[float], str]) -> str | None:
     return None if value is None else show(value)
+
+
+def _show_ratio(ratio: Estimate | None) -> str | None:
+    return None if ratio is None else f"{ratio.value:.4f} ({ratio.lower:.4f} to {ratio.upper:.4f})"
 
 
 def _quantities(rows: Sequence[RunSummary]) -> list[str]:
@@ -178,12 +209,17 @@ def _markdown(rows: Sequence[RunSummary]) -> str:
     return f"{markdown(TextTable(title='', headers=headers, rows=cells), num_left=2)}\n{CAVEAT}\n{FOOTNOTE}\n"
 
 
+_ESTIMATED = {"": "value", "_lower": "lower", "_upper": "upper"}
+
+
 def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """One flat table a run, with plain numbers."""
     flat = []
     for row in rows:
         values = dataclasses.asdict(row)
         del values["errors"]
+        ratio = values.pop("loss_ratio") or {}
+        values |= {f"loss_ratio{end}": ratio.get(key) for end, key in _ESTIMATED.items()}
         errors = {f"error_of_{quantity}": row.errors.get(quantity) for quantity in _quantities(rows)}
         flat.append(values | errors)
     return flat

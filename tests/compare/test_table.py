@@ -61,6 +61,18 @@ def test_csv_and_json_hold_plain_numbers(rows):
     assert (done["peak_bytes"], cut["peak_bytes"]) == (100 * 2**20, None)
 
 
+def test_losses_over_many_units_have_a_ratio_with_an_interval(make_run):
+    units = range(1, 121)
+    runs = [make_run("first", units=units), make_run("half", units=units, scale=0.5), make_run("few", scale=0.5)]
+    first, half, few = compare(runs)
+    assert first.loss_ratio is None
+    assert few.loss_ratio is None
+    assert half.loss_ratio.value == pytest.approx(0.5)
+    assert half.loss_ratio.n == 120
+    assert "0.5000 (0.5000 to 0.5000)" in render([first, half], "markdown")
+    assert json.loads(render([first, half], "json"))["runs"][1]["loss_ratio_upper"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_terminal_cuts_nothing_off(make_run, width):
     runs = [make_run(f"run-{n}", steps=4, is_finished=n != 2) for n in range(5)]
