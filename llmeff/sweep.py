@@ -20,7 +20,7 @@ from typing import Any
 from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_facts, read_ledger, read_sweep, write_ledger
 from llmeff.compare.study import TIMING, read_step_times
 from llmeff.compare.verdict import show_cell
-from llmeff.core import files
+from llmeff.core import files, log
 from llmeff.core.config import ConfigError, read
 from llmeff.core.dist import usable_cores
 from llmeff.core.units import show_count
@@ -29,8 +29,10 @@ from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.record.writer import lock, wait_until_free
 from llmeff.runconfig import RunConfig
-from llmeff.sweepconfig import Job, SweepConfig, items_per_step
+from llmeff.sweepconfig import Job, SweepConfig, arm_path, items_per_step, job_config, safe_name
 
+CHOSEN = "chosen.json"
+"""Beside an arm's runs: the settings that its final runs have."""
 _POLL_S = 0.1
 _GRACE_S = 20.0
 """How long interrupted runs may take to end."""
@@ -52,7 +54,7 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
                 f"{folder} holds another sweep: {', '.join(changed)} differ; give another --out, or the same sweep"
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(own.name.startswith(files.PARTIAL) for own in folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty, and holds no sweep")
     with files.reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,15 +74,26 @@ def tuning_jobs(sweep: SweepConfig) -> list[Job]:
 
 
 def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
-    """All final runs, by the best trials in the folder; none of an arm of which no trial finished."""
+    """All final runs, by the best trials in the folder; none of an arm of which no trial finished.
+
+    What was once chosen for an arm stays, whatever trials that had failed come to later: its seeds are runs of one arm.
+    """
     trials = tuning_jobs(sweep)
 
     def chosen(arm: str, cell: dict[str, Any]) -> dict[str, Any] | None:
         tuner = sweep.tuned_by(arm)
         own = [job for job in trials if job.arm == tuner and job.cell == cell]
-        return best_trial(own, folder) if own else {}
+        if not own:
+            return {}
+        path = _choice(sweep, folder, arm, cell)
+        return read(path) if path.is_file() else best_trial(own, folder)
 
     return _finals(sweep, len(trials), chosen)
+
+
+def _choice(sweep: SweepConfig, folder: Path, arm: str, cell: dict[str, Any]) -> Path:
+    """Where it is written what was chosen for an arm."""
+    return folder / RUNS / arm_path(sweep.tuned_by(arm), cell) / CHOSEN
 
 
 def _finals(
@@ -111,18 +124,8 @@ def _loss(folder: Path) -> float:
     run = read_run(folder)
     if run.result is None or run.result.status != "finished":
         return math.inf
-    return run.result.metrics[run.config["evaluation"]["split"]]["loss"]
-
-
-def job_config(sweep: SweepConfig, job: Job) -> RunConfig:
-    """The run's config. Trials are judged on the split that is there for searching, and keep no samples."""
-    more: dict[str, Any] = {}
-    if job.phase == "tuning":
-        more = {"evaluation.split": "search", "evaluation.sample_tokens": 0}
-        if sweep.tuning.steps is not None:
-            more["train.steps"] = sweep.tuning.steps
-    seed = sweep.tuning.seed if job.phase == "tuning" else job.number
-    return sweep.run_config(job.arm, job.cell, job.trial, seed, **more)
+    loss = run.result.metrics[run.config["evaluation"]["split"]]["loss"]
+    return loss if math.isfinite(loss) else math.inf
 
 
 @dataclass
@@ -181,16 +184,23 @@ class Sweep:
         """One run of a phase, by its place in it; other processes may run others of the same sweep meanwhile.
 
         Returns:
-            whether it has ended, now or before. A place beyond the last is none: its arm had no trial that finished.
+            whether it has ended, now or before; also where there is nothing to run, since an arm had no trial that
+            finished.
 
         Raises:
-            ConfigError: see `open_sweep`.
+            ConfigError: see `open_sweep`; or the phase has not so many runs.
             KeyboardInterrupt: once the run has stopped.
         """
+        trials = tuning_jobs(self.sweep)
+        every = trials if phase == "tuning" else _finals(self.sweep, len(trials), lambda arm, cell: {})
+        if number >= len(every):
+            raise ConfigError(f"--only {phase}:{number}: there are {len(every)} {phase} runs, counted from 0")
         open_sweep(self.sweep, self.folder)
-        jobs = tuning_jobs(self.sweep) if phase == "tuning" else final_jobs(self.sweep, self.folder)
+        jobs = trials if phase == "tuning" else final_jobs(self.sweep, self.folder)
         if number >= len(jobs):
-            self._tell(f"there is no {phase} run {number}: of {len(jobs)} the last is {len(jobs) - 1}")
+            log.logger.warning(
+                "%s run %d: there is nothing to run, since some arms have no trial that finished", phase, number
+            )
             return True
         try:
             with terminable():
@@ -214,7 +224,7 @@ class Sweep:
         waiting = [(job, job_config(self.sweep, job)) for job in left]
         while waiting or self._running:
             for each in list(waiting):  # a run of fewer cores goes before one that must wait for more
-                if self._fits(cores := _cores_of(each[1])):
+                if self._fits(cores := cores_of(each[1])):
                     waiting.remove(each)
                     self._start(*each, cores)
             time.sleep(_POLL_S)
@@ -228,31 +238,37 @@ class Sweep:
 
     def _start(self, job: Job, config: RunConfig, cores: int) -> None:
         own = self.folder / RUNS / job.path
+        wait_until_free(own, _GRACE_S)
         is_begun = (own / schema.CONFIG).is_file()
         asked = own.parent / f"{own.name}.json"
         with files.reported(own):
             own.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(asked, config.model_dump_json(indent=2) + "\n")
+        if job.phase == "final" and job.trial:
+            choice = _choice(self.sweep, self.folder, job.arm, job.cell)
+            if not choice.is_file():
+                choice.parent.mkdir(parents=True, exist_ok=True)
+                files.write_text(choice, json.dumps(job.trial) + "\n")
         self._place(job, None)
-        log = own.parent / f"{own.name}.log"
+        output = own.parent / f"{own.name}.log"
         given = ["--resume"] if is_begun else [f"--config={asked}"]
         line = [
             sys.executable, "-m", "llmeff.cli", "train", *given, f"--out={own}", "--quiet",
             *(f"--import={module}" for module in self._modules),
         ]  # fmt: skip
         self._tell(f"{'going on with' if is_begun else 'starting'} {job.phase} run {job.path}")
-        wait_until_free(own, _GRACE_S)
-        with log.open("wb") as file:
+        with output.open("wb") as file:
             process = subprocess.Popen(
                 line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_starter
             )
-        self._running.append(_Running(job, process, cores, log))
+        self._running.append(_Running(job, process, cores, output))
 
     def _place(self, job: Job, failure: str | None) -> None:
         """Says which run of the sweep a folder is; beside it, for what `llmeff train` finds must be empty."""
         place = {
             "name": job.path, "arm": job.arm, "cell": job.cell, "factors": self.sweep.arms[job.arm].factors,
-            "phase": job.phase, "trial": job.trial, "order": job.order,
+            "tuned_as": self.sweep.arms[job.arm].tuned_as, "phase": job.phase, "trial": job.trial,
+            "seed": job_config(self.sweep, job).seed, "order": job.order,
         }  # fmt: skip
         own = self.folder / RUNS / job.path
         failed = {} if failure is None else {"failure": failure}
@@ -281,7 +297,8 @@ class Sweep:
         self._running.clear()
 
 
-def _cores_of(config: RunConfig) -> int:
+def cores_of(config: RunConfig) -> int:
+    """Threads that a run computes with, in all its processes."""
     threads = config.runtime.threads
     return usable_cores() if threads == "auto" else threads * config.parallel.ranks
 
@@ -302,6 +319,14 @@ def plan_text(sweep: SweepConfig) -> str:
             flops += price.total("executed_flops") * config.train.steps * config.parallel.ranks
     text = f"{len(trials)} tuning runs and {len(finals)} final runs, {show_count(items)} items in all"
     return text + (f", {show_count(flops, 'FLOP')}" if flops else "")
+
+
+def _wants_gpu(config: RunConfig) -> bool:
+    """Under `auto` as on the machine that writes the jobs."""
+    import torch
+
+    device = config.runtime.device
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], more: Sequence[str]) -> Path:
@@ -343,11 +368,11 @@ def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], mor
             configs = [job_config(sweep, job) for job in jobs or finals]
             only = f' --only="{phase}:$SLURM_ARRAY_TASK_ID"' if jobs else ""
             text = slurm_job(
-                f"{sweep.name}-{phase}",
+                f"{safe_name(sweep.name)}-{phase}",
                 line + only,
                 log=place / (f"{phase}-%a.log" if jobs else f"{phase}.log"),
-                cores=max(map(_cores_of, configs)),
-                gpus=max(config.parallel.ranks if config.runtime.device == "cuda" else 0 for config in configs),
+                cores=max(map(cores_of, configs)),
+                gpus=max(config.parallel.ranks if _wants_gpu(config) else 0 for config in configs),
                 count=len(jobs) or None,
                 more=more,
             )

@@ -1,5 +1,6 @@
 """SweepConfig: what is compared, over what, with how much tuning; and the runs that it comes to."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -14,6 +15,12 @@ from llmeff.core.config import Config, ConfigError, Count, Integer, Positive, Te
 from llmeff.core.registry import nearest
 from llmeff.runconfig import RunConfig
 
+_OWN = {
+    "seed": "`seeds` gives",
+    "name": "the arm gives",
+    "evaluation.split": "is what trials and final runs differ in",
+}
+"""Fields that a sweep sets itself."""
 _SAFE = re.compile(r"[^A-Za-z0-9.+=-]+")
 
 
@@ -103,13 +110,27 @@ class SweepConfig(Config):
             yield f"seeds must be different and at least one, given: {list(self.seeds)}"
         if self.tuning.seed in self.seeds and any(arm.search for arm in self.arms.values()):
             yield f"tuning.seed {self.tuning.seed} is among the seeds {list(self.seeds)}: final runs need fresh ones"
-        names = [_safe(name) for name in self.arms]
-        if len(set(names)) < len(names):
-            yield f"two arms have one folder: {', '.join(names)}"
-        if not all(self.axes.values()):
-            yield "an axis has no value"
+        for key, values in self.axes.items():
+            if not values:
+                yield "an axis has no value"
+            if len({_toml(value) for value in values}) < len(values):
+                yield f"axes.{key} has a value twice: {', '.join(map(_toml, values))}"
+        yield from self._field_problems()
         yield from self._search_problems()
         yield from _errors_of(self)
+
+    def _field_problems(self) -> Iterator[str]:
+        """Fields that are the sweep's own to set, or that two parts of it would set."""
+        tables: dict[str, Mapping[str, Any]] = {"axes": self.axes}
+        tables |= {f"arms.{name}.search": arm.search for name, arm in self.arms.items()}
+        for where, fields in tables.items():
+            for key in fields:
+                if key in _OWN:
+                    yield f"{where} sets {key}, which {_OWN[key]}"
+                if key == "train.steps" and self.items is not None:
+                    yield f"{where} sets train.steps, which follow from items: leave one of them out"
+                if where != "axes" and key in self.axes:
+                    yield f"{where} tries {key}, which is an axis"
 
     def _search_problems(self) -> Iterator[str]:
         for name, arm in self.arms.items():
@@ -190,14 +211,38 @@ class SweepConfig(Config):
 
 
 def _errors_of(sweep: SweepConfig) -> Iterator[str]:
-    """What of the arms makes no run, each said once."""
-    for name in sweep.arms:
+    """What of the arms makes no run, each said once: every trial, and a final run in its place."""
+    said = set()
+    for name, arm in sweep.arms.items():
         for cell in sweep.cells():
-            try:
-                sweep.run_config(name, cell, sweep.first_trial(name), sweep.seeds[0] if sweep.seeds else 0)
-            except ConfigError as error:
-                yield from (f"arms.{name}: {problem}" for problem in error.problems)
-                break
+            runs = [("tuning", sweep.tuning.seed, trial) for trial in sweep.trials(name)]
+            if not runs or arm.tuned_as is not None:
+                runs.append(("final", 0, sweep.first_trial(name)))
+            for phase, number, trial in runs:
+                job = Job(arm=name, cell=cell, phase=phase, number=number, trial=trial, order=0)
+                try:
+                    job_config(sweep, job)
+                except ConfigError as error:
+                    tried = "".join(f", {key} = {_toml(value)}" for key, value in (cell | trial).items())
+                    for problem in error.problems:
+                        if (name, problem) not in said:
+                            said.add((name, problem))
+                            yield f"arms.{name}{tried}: {problem}"
+
+
+def job_config(sweep: SweepConfig, job: "Job") -> RunConfig:
+    """The run's config. Trials are judged on the split that is there for searching, and keep no samples.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    more: dict[str, Any] = {}
+    if job.phase == "tuning":
+        more = {"evaluation.split": "search", "evaluation.sample_tokens": 0}
+        if sweep.tuning.steps is not None:
+            more["train.steps"] = sweep.tuning.steps
+    seed = sweep.tuning.seed if job.phase == "tuning" else job.number
+    return sweep.run_config(job.arm, job.cell, job.trial, seed, **more)
 
 
 def items_per_step(config: RunConfig) -> int:
@@ -222,11 +267,22 @@ def _at(tried: Span | tuple[Any, ...], place: float) -> Any:
 
 
 def _toml(value: Any) -> str:
-    return "null" if value is None else json.dumps(value)
+    """A value as `--set` reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return (
+            "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)} = {_toml(own)}" for key, own in value.items()) + "}"
+        )
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _safe(text: str) -> str:
-    return _SAFE.sub("-", text).strip("-") or "arm"
+def safe_name(text: str) -> str:
+    """A name for a file or a job: the text, or where that holds anything unusual, what is left of it and a digest."""
+    kept = _SAFE.sub("-", text).strip("-.")
+    return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,5 +304,10 @@ class Job:
     def path(self) -> str:
         """Of its folder, within the sweep's."""
         what = f"trial-{self.number:02d}" if self.phase == "tuning" else f"seed-{self.number}"
-        cell = [_safe(",".join(f"{key}={value}" for key, value in self.cell.items()))] if self.cell else []
-        return "/".join([*cell, _safe(self.arm), what])
+        return f"{arm_path(self.arm, self.cell)}/{what}"
+
+
+def arm_path(arm: str, cell: Mapping[str, Any]) -> str:
+    """Of the folder with an arm's runs in a cell, within that of all runs."""
+    where = [safe_name(",".join(f"{key}={value}" for key, value in cell.items()))] if cell else []
+    return "/".join([*where, safe_name(arm)])

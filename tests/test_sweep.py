@@ -16,8 +16,8 @@ from llmeff.compare.effects import effects
 from llmeff.compare.ledger import LEDGER, RUNS, Entry, read_ledger, read_sweep
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.recipes import SWEEPS
-from llmeff.sweep import best_trial, final_jobs, job_config, open_sweep, plan_text, tuning_jobs
-from llmeff.sweepconfig import SweepConfig
+from llmeff.sweep import Sweep, best_trial, final_jobs, open_sweep, plan_text, tuning_jobs
+from llmeff.sweepconfig import Job, SweepConfig, job_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +74,25 @@ def test_several_spans_are_spread_over_the_square():
     assert nearest > 0.1
 
 
+def test_values_of_any_kind_reach_the_config():
+    paths = [["über.txt"], ["äber.txt"], ["😀.txt"]]
+    sweep = sweep_of("base.data.source=text", "base.data.source.path=x", axes={"data.source.path": paths})
+    assert [list(sweep.run_config("adamw", cell, {}, 0).data.source.path) for cell in sweep.cells()] == paths
+    folders = {Job(arm="adamw", cell=cell, phase="final", number=0, trial={}, order=0).path for cell in sweep.cells()}
+    assert len(folders) == 3
+    tables = [{"name": "adamw", "lr": 0.5}, "muon"]
+    sweep = sweep_of(axes={"optim": tables}, arms={"a": {}, "b": {"settings": ["train.clip_norm=2.0"]}}, baseline="a")
+    assert [sweep.run_config("a", cell, {}, 0).optim.name for cell in sweep.cells()] == ["adamw", "muon"]
+    assert sweep.run_config("a", sweep.cells()[0], {}, 0).optim.lr == 0.5
+
+
+def test_no_arm_leaves_the_folder_of_runs():
+    for name in ("..", ".", "/", "a/../../b"):
+        path = Job(arm=name, cell={}, phase="final", number=0, trial={}, order=0).path
+        assert path.count("/") == 1
+        assert not path.startswith(".")
+
+
 def test_a_budget_of_items_makes_the_steps_of_each_batch():
     sweep = sweep_of(axes={"train.batch": [2, 8]}, items=640)
     assert [sweep.run_config("adamw", cell, {}, 0).train.steps for cell in sweep.cells()] == [20, 5]
@@ -108,6 +127,17 @@ def test_final_runs_have_fresh_seeds_and_the_split_that_was_not_searched():
             "give one of them",
         ),
         ({"axes": {"train.batch": []}}, "an axis has no value"),
+        ({"axes": {"train.batch": [4, 8, 4]}}, r"axes\.train\.batch has a value twice: 4, 8, 4"),
+        ({"axes": {"seed": [1, 2]}}, "axes sets seed, which `seeds` gives"),
+        ({"axes": {"train.steps": [1, 2]}, "items": 640}, "train.steps, which follow from items"),
+        ({"axes": {"optim.lr": [0.1, 0.2]}}, r"arms\.adamw\.search tries optim\.lr, which is an axis"),
+        (
+            {
+                "tuning": {"trials": 2, "steps": 2},
+                "base": SMALL["base"] | {"schedule": {"name": "cosine", "warmup_steps": 3}},
+            },
+            "arms.adamw, optim.lr = .*: schedule.warmup_steps is 3",
+        ),
         ({"trails": 3}, "no such field"),
     ],
 )
@@ -149,12 +179,60 @@ def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path,
     for wrong in ("tuning", "middle:3", "final:-1"):
         assert main([*given, f"--only={wrong}"]) == 2
         assert "give tuning:N or final:N" in capsys.readouterr().err
+    assert main([*given, "--only=final:99"]) == 2
+    assert "there are 4 final runs, counted from 0" in capsys.readouterr().err
+    assert main([*given, "--only=final:0", "--quiet"]) == 0
+    assert "there is nothing to run" in capsys.readouterr().err
 
 
-def test_trials_that_failed_are_not_chosen(make_run, tmp_path):
+@pytest.fixture
+def tried(monkeypatch):
+    """Sets the losses of trials, by arm; infinite where one has none."""
+    losses = {}
+    monkeypatch.setattr(
+        "llmeff.sweep._loss", lambda folder: losses.get(folder.parent.name, {}).get(folder.name, math.inf)
+    )
+    return losses
+
+
+def test_the_best_trial_that_finished_is_chosen(tried, tmp_path):
     sweep = sweep_of()
     assert best_trial(tuning_jobs(sweep)[:2], tmp_path) is None
     assert final_jobs(sweep, tmp_path) == []
+    tried["adamw"] = {"trial-01": 2.0}
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) == sweep.trials("adamw")[1]
+    tried["adamw"]["trial-00"] = 1.5
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) == sweep.trials("adamw")[0]
+    assert {job.arm for job in final_jobs(sweep, tmp_path)} == {"adamw"}
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(make_run, tmp_path):
+    sweep = sweep_of()
+    for number, loss in ((0, math.nan), (1, 1.5)):
+        run = make_run(f"trial-{number}")
+        result = json.loads((run / "result.json").read_text())
+        result["metrics"] = {"search": {"loss": loss}}
+        (run / "result.json").write_text(json.dumps(result))
+        (run / "config.json").write_text(json.dumps({"seed": 0, "evaluation": {"split": "search"}}))
+        place = tmp_path / RUNS / "adamw" / f"trial-{number:02d}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        run.rename(place)
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) == sweep.trials("adamw")[1]
+
+
+def test_what_was_chosen_stays_though_a_trial_that_had_failed_comes_to_be_better(tried, tmp_path, monkeypatch):
+    sweep = sweep_of()
+    open_sweep(sweep, tmp_path / "it")
+    tried["adamw"] = {"trial-01": 2.0}
+    started = []
+    running = Sweep(sweep, tmp_path / "it", cores=1, modules=[], command="", tell=print)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: started.append(1))
+    running._start(final_jobs(sweep, tmp_path / "it")[0], sweep.run_config("adamw", {}, {}, 0), 1)
+    assert started
+    tried["adamw"]["trial-00"] = 1.0
+    assert {job.trial["optim.lr"] for job in final_jobs(sweep, tmp_path / "it")} == {
+        sweep.trials("adamw")[1]["optim.lr"]
+    }
 
 
 def test_an_arm_can_be_tuned_as_another(monkeypatch, tmp_path):

@@ -42,6 +42,8 @@ class Entry:
     """`tuning`: one of the trials that chose the arm's settings; `final`: what is compared."""
     trial: dict[str, Any] = field(default_factory=dict)
     """The settings that tuning tried, or chose, by field."""
+    tuned_as: str | None = None
+    """The arm whose trials chose them; None: its own."""
     status: str
     """`finished`, `diverged`, `failed`, or `unfinished`."""
     diagnosis: str | None = None
@@ -239,8 +241,13 @@ def read_sweep(folder: Path) -> list[Entry]:
         raise ConfigError(f"{folder}: this sweep has begun no run yet")
     found = []
     for path in places:
-        place = json.loads(path.read_text(encoding="utf-8"))
-        order, failure = place.pop("order"), place.pop("failure", None)
+        try:
+            place = json.loads(path.read_text(encoding="utf-8"))
+            order, failure, seed = place.pop("order"), place.pop("failure", None), place.pop("seed", 0)
+        except (ValueError, KeyError, AttributeError):
+            raise ConfigError(
+                f"{path}: cannot be read; remove it, and start the sweep again to write it anew"
+            ) from None
         own = path.with_name(path.name.removesuffix(PLACE))
         if (own / schema.CONFIG).is_file() and (own / schema.ENVIRONMENT).is_file():
             entry = entry_of(read_run(own), **place)
@@ -248,7 +255,7 @@ def read_sweep(folder: Path) -> list[Entry]:
                 entry = replace(entry, status="failed", diagnosis=failure)
         else:
             status = "unfinished" if failure is None else "failed"
-            entry = Entry(**place, status=status, diagnosis=failure, seed=0, steps=0, items=0, device="none")
+            entry = Entry(**place, status=status, diagnosis=failure, seed=seed, steps=0, items=0, device="none")
         found.append((order, entry))
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
@@ -281,9 +288,9 @@ def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | N
     for own in fields(Entry):
         values = [getattr(entry, own.name) for entry in entries]
         if own.name in _JSON:
-            values = [json.dumps(value, sort_keys=True) for value in values]
+            values = [json.dumps(value) for value in values]  # in order: of axes and of factors
         columns[own.name] = pa.array(values, _KINDS.get(own.name, pa.string()))
-    metadata = {"ledger_version": str(LEDGER_VERSION), "facts": json.dumps(facts or {}, sort_keys=True)}
+    metadata = {"ledger_version": str(LEDGER_VERSION), "facts": json.dumps(facts or {})}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, compression="zstd")
     with files.reported(path):
