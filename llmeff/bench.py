@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -37,6 +37,7 @@ Arm = Callable[[RunConfig, Tick], None]
 
 NOISE = 0.1
 """Cores that other processes may use in a round before it is dropped."""
+_MANY_STEPS = 1_000_000
 END_S = 30.0
 """How long an arm's process may take to end before it is killed."""
 
@@ -48,7 +49,7 @@ class Turn:
     step_s: float
     """Wall time a step."""
     cpu_s: float
-    """CPU time of the arm's process a step, all threads."""
+    """CPU time of the arm's processes a step, all threads."""
     others: float
     """Cores that other processes used meanwhile, on average."""
 
@@ -57,6 +58,9 @@ def ours(config: RunConfig, tick: Tick) -> None:
     """The loop of `llmeff train`, records and display included, without evaluations and checkpoints."""
     from llmeff.loop import Trainer
 
+    # as many steps as are asked for: the schedule does not come to its end, and then go on beyond it
+    train = config.train.model_copy(update={"steps": max(config.train.steps, _MANY_STEPS)})
+    config = config.model_copy(update={"train": train})
     with (
         tempfile.TemporaryDirectory() as folder,
         Trainer(config, Path(folder) / "run", resume=False, is_silent=False) as trainer,
@@ -340,7 +344,8 @@ def _work(config: dict[str, Any], arm: str, modules: Sequence[str], lane: Connec
 
     def cpu_times() -> tuple[float, float]:
         machine = psutil.cpu_times()
-        return time.process_time(), machine.user + machine.system + machine.nice
+        ranks = sum(sum(rank.cpu_times()[:2]) for rank in others)
+        return time.process_time() + ranks, machine.user + machine.system + machine.nice
 
     def tick() -> None:
         nonlocal left, steps, began, cpu_began
@@ -359,8 +364,7 @@ def _work(config: dict[str, Any], arm: str, modules: Sequence[str], lane: Connec
 
     _be_silent(1)
     load_components(modules)
-    if config.get("parallel", {}).get("ranks", 1) > 1:
-        _lead(config, arm, modules)
+    others = _lead(config, arm, modules) if config.get("parallel", {}).get("ranks", 1) > 1 else []
     left = steps = lane.recv()
     cpu_began, began = cpu_times(), time.perf_counter()
     find_arm(arm)(validate(RunConfig, config), tick)
@@ -372,13 +376,18 @@ def _be_silent(*streams: int) -> None:
             os.dup2(nothing.fileno(), stream)
 
 
-def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> None:
+def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> list[psutil.Process]:
     """Makes this process the main rank of a run of several, and starts the others, which wait where it waits."""
     ranks, port = config["parallel"]["ranks"], free_port()
     context = multiprocessing.get_context("spawn")
-    for rank in range(1, ranks):
-        context.Process(target=_follow, args=(config, arm, modules, rank, port), daemon=True).start()
+    others = [
+        context.Process(target=_follow, args=(config, arm, modules, rank, port), daemon=True)
+        for rank in range(1, ranks)
+    ]
+    for other in others:
+        other.start()
     become_rank(0, ranks, port)
+    return [psutil.Process(other.pid) for other in others]
 
 
 def _follow(config: dict[str, Any], arm: str, modules: Sequence[str], rank: int, port: int) -> None:
@@ -387,6 +396,11 @@ def _follow(config: dict[str, Any], arm: str, modules: Sequence[str], rank: int,
     become_rank(rank, config["parallel"]["ranks"], port)
     load_components(modules)
     find_arm(arm)(validate(RunConfig, config), lambda: None)
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    """Its ratio of two arms is the mean of the ratios within their rounds."""
+    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -> dict[str, Any]:
@@ -411,6 +425,7 @@ def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -
         return theirs.step_s - firsts.step_s
 
     return {
+        "step_s": {name: [_geometric_mean(each[name].step_s for each in rounds) for rounds in used] for name in names},
         "rounds": num_rounds,
         "rounds_used": num_used,
         "noisy_rounds_dropped": num_rounds - num_used,

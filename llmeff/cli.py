@@ -86,19 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(sweep, kind="sweep")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder; sweeps/NAME if left out")
     sweep.add_argument("--cores", type=int, metavar="N", help="cores to use at a time; all if left out")
-    sweep.add_argument("--plan", action="store_true", help="print what will be run, and stop")
-    sweep.add_argument(
+    instead = sweep.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="print what will be run, and stop")
+    instead.add_argument(
         "--timing", action="store_true",
         help="race the arms' final configs against one another for their step times, on a quiet machine",
     )  # fmt: skip
-    sweep.add_argument(
+    instead.add_argument(
         "--slurm", action="store_true", help="write what submits the sweep to Slurm as arrays of jobs, and stop"
     )
     sweep.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
         help="of --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
     )  # fmt: skip
-    sweep.add_argument("--only", metavar="PHASE:N", help="one run of the sweep, as in tuning:3 or final:0")
+    instead.add_argument("--only", metavar="PHASE:N", help="one run of the sweep, as in tuning:3 or final:0")
     sweep.add_argument("--processes", type=int, default=5, metavar="N", help="of --timing: fresh processes of each arm")
     sweep.add_argument("--rounds", type=int, default=30, metavar="N", help="of --timing: turns of each arm")
     sweep.add_argument("--steps", type=int, default=10, metavar="N", help="of --timing: steps of a turn")
@@ -306,12 +307,16 @@ def _sweep(options: argparse.Namespace) -> int:
     from llmeff.compare.study import read_study
     from llmeff.compare.verdict_table import render_comparison
     from llmeff.core.dist import usable_cores
-    from llmeff.sweep import Sweep, plan_text, write_slurm, write_timing
+    from llmeff.sweep import Sweep, check_cores, plan_text, write_slurm, write_timing
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores
     if cores < 1:
         raise ConfigError(f"--cores {cores}: at least 1")
+    if options.sbatch and not options.slurm:
+        raise ConfigError("--sbatch is for the jobs that --slurm writes: give both")
+    if options.cores is not None:
+        check_cores(sweep, cores)
     folder = options.out or Path("sweeps") / sweep.name
     if options.plan:
         sys.stdout.write(plan_text(sweep) + "\n")
@@ -350,11 +355,16 @@ def _compare(options: argparse.Namespace) -> int:
     from llmeff.compare.verdict_table import render_comparison
 
     entries = read_entries(options.runs)
-    wants_arms = options.baseline or options.target or options.timing or options.html or options.mixed
-    if is_list(options.runs, entries) and not wants_arms:
+    wants_arms = any(own is not None for own in (options.baseline, options.target, options.timing, options.html))
+    if is_list(options.runs, entries) and not (wants_arms or options.mixed):
         from llmeff.compare.table import compare, render
+        from llmeff.compare.verdict import differences
 
-        sys.stdout.write(render(compare(options.runs), options.format) + "\n")
+        notes = [f"these runs are not of one kind: {text}" for text in differences(entries)]
+        if options.format == "csv":
+            for note in notes:
+                log.logger.warning(note)
+        sys.stdout.write(render(compare(options.runs), options.format, notes=notes) + "\n")
         if options.plot is not None:
             from llmeff.compare.plots import loss_curve
             from llmeff.record.reader import read_run
@@ -369,6 +379,9 @@ def _compare(options: argparse.Namespace) -> int:
         write_report(comparison, options.html, name_of(options.runs, entries))
     if options.plot is not None:
         write_pictures(comparison, options.plot)
+    if options.format == "csv":
+        for note in comparison.notes:
+            log.logger.warning(note)
     sys.stdout.write(render_comparison(comparison, options.format) + "\n")
     return 0
 

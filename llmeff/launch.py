@@ -50,6 +50,18 @@ def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
+def _quoted(path: Path) -> str:
+    """As an option in a batch script; Slurm reads quotes there as a shell does.
+
+    Raises:
+        ConfigError: no quotes help.
+    """
+    text = str(path)
+    if any(character in text for character in '"\n\r'):
+        raise ConfigError(f"{text!r}: a batch script cannot name this folder; choose another")
+    return f'"{text}"' if any(map(str.isspace, text)) else text
+
+
 def slurm_job(
     name: str, line: str, *, log: Path, cores: int, gpus: int = 0, count: int | None = None, more: Sequence[str] = ()
 ) -> str:
@@ -64,12 +76,12 @@ def slurm_job(
         count: of an array's jobs; None: it is no array.
         more: options of sbatch, which go before those above where they say the same.
     """
-    own = [f"--job-name={name}", f"--output={log}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
+    own = [f"--job-name={name}", f"--output={_quoted(log)}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
     own += [f"--array=0-{count - 1}"] if count is not None else []
     own += [f"--gpus={gpus}"] if gpus else []
     given = {option.partition("=")[0] for option in more}
     options = [*(option for option in own if option.partition("=")[0] not in given), *more]
-    head = "".join(f"#SBATCH {option}\n" for option in [f"--chdir={Path.cwd()}", *options])
+    head = "".join(f"#SBATCH {option}\n" for option in [f"--chdir={_quoted(Path.cwd())}", *options])
     return f"#!/bin/bash\n{head}\nexec {line}\n"
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_facts, read_ledger, read_sweep, write_ledger
-from llmeff.compare.study import TIMING, read_step_times
-from llmeff.compare.verdict import show_cell
+from llmeff.compare.study import TIMING, read_timing
+from llmeff.compare.verdict import lane_name
 from llmeff.core import files, log
 from llmeff.core.config import ConfigError, read
 from llmeff.core.dist import usable_cores
@@ -29,10 +29,12 @@ from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.record.writer import lock, wait_until_free
 from llmeff.runconfig import RunConfig
-from llmeff.sweepconfig import Job, SweepConfig, arm_path, items_per_step, job_config, safe_name
+from llmeff.sweepconfig import Job, SweepConfig, arm_path, items_per_step, job_config
 
 CHOSEN = "chosen.json"
 """Beside an arm's runs: the settings that its final runs have."""
+_WARMUP_STEPS = 6
+"""Of a timing lane, at least: with them what the loop counts and meters is over."""
 _POLL_S = 0.1
 _GRACE_S = 20.0
 """How long interrupted runs may take to end."""
@@ -213,7 +215,7 @@ class Sweep:
         """Every run that was begun, in one file, with the step times where they were raced."""
         facts = {"sweep": json.loads(self.sweep.model_dump_json()), "command": self._command}
         timing = self.folder / TIMING
-        times = {"step_s": read_step_times(timing)} if timing.is_file() else {}
+        times = {"timing": read_timing(timing)} if timing.is_file() else {}
         write_ledger(self.folder / LEDGER, read_sweep(self.folder), facts | times)
 
     def run_jobs(self, jobs: Sequence[Job]) -> None:
@@ -297,6 +299,19 @@ class Sweep:
         self._running.clear()
 
 
+def check_cores(sweep: SweepConfig, cores: int) -> None:
+    """Refuses a sweep of which a run takes more.
+
+    Raises:
+        ConfigError: it names the arm.
+    """
+    for arm in sweep.arms:
+        for cell in sweep.cells():
+            config = sweep.run_config(arm, cell, sweep.first_trial(arm), sweep.seeds[0])
+            if config.runtime.threads != "auto" and cores_of(config) > cores:
+                raise ConfigError(f"--cores {cores}: a run of {arm!r} takes {cores_of(config)} (threads times ranks)")
+
+
 def cores_of(config: RunConfig) -> int:
     """Threads that a run computes with, in all its processes."""
     threads = config.runtime.threads
@@ -368,7 +383,7 @@ def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], mor
             configs = [job_config(sweep, job) for job in jobs or finals]
             only = f' --only="{phase}:$SLURM_ARRAY_TASK_ID"' if jobs else ""
             text = slurm_job(
-                f"{safe_name(sweep.name)}-{phase}",
+                f"{files.safe_name(sweep.name)}-{phase}",
                 line + only,
                 log=place / (f"{phase}-%a.log" if jobs else f"{phase}.log"),
                 cores=max(map(cores_of, configs)),
@@ -397,30 +412,21 @@ def write_timing(
     if not (folder / SWEEP).is_file():
         raise ConfigError(f"{folder}: there is no sweep to time; run it first, without --timing")
     open_sweep(sweep, folder)
-    found: dict[str, Any] = {"command": command, "races": []}
+    found: dict[str, Any] = {"command": command, "step_s": {}, "races": []}
     jobs = [job for job in final_jobs(sweep, folder) if job.number == sweep.seeds[0]]
-    merged: list[list[dict[str, Any]]] = []
     for cell in sweep.cells():
         own = sorted((job for job in jobs if job.cell == cell), key=lambda job: job.arm != sweep.baseline)
-        lanes = {_lane_name(job): (job_config(sweep, job), "ours") for job in own}
+        if len(own) < 2:
+            raise ConfigError(f"{folder}: fewer than two arms have a trial that finished, so there is nothing to race")
+        lanes = {lane_name(job.arm, job.cell): (job_config(sweep, job), "ours") for job in own}
         raced = race(
-            lanes, seed=0, rounds=rounds, steps=steps, warmup_steps=steps, processes=processes, modules=modules
-        )
-        generations = raced.pop("generations")
+            lanes, seed=0, rounds=rounds, steps=steps, warmup_steps=max(steps, _WARMUP_STEPS), processes=processes,
+            modules=modules,
+        )  # fmt: skip
+        found["step_s"] |= raced["step_s"]
         found["races"].append(raced)
-        if not merged:
-            merged = [[dict(turns) for turns in each] for each in generations]
-        else:
-            for into, more in zip(merged, generations, strict=True):
-                for turns, others in zip(into, more, strict=True):
-                    turns.update(others)
-    found["generations"] = merged
     with files.reported(folder / TIMING):
         files.write_text(folder / TIMING, json.dumps(found) + "\n")
     if (folder / LEDGER).is_file():
-        facts = read_facts(folder / LEDGER) | {"step_s": read_step_times(folder / TIMING)}
+        facts = read_facts(folder / LEDGER) | {"timing": read_timing(folder / TIMING)}
         write_ledger(folder / LEDGER, read_ledger(folder / LEDGER), facts)
-
-
-def _lane_name(job: Job) -> str:
-    return f"{job.arm} @ {show_cell(job.cell)}" if job.cell else job.arm

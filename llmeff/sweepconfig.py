@@ -1,10 +1,8 @@
 """SweepConfig: what is compared, over what, with how much tuning; and the runs that it comes to."""
 
-import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from llmeff.core.config import Config, ConfigError, Count, Integer, Positive, Text, override, validate
+from llmeff.core.files import safe_name
 from llmeff.core.registry import nearest
 from llmeff.runconfig import RunConfig
 
@@ -21,7 +20,6 @@ _OWN = {
     "evaluation.split": "is what trials and final runs differ in",
 }
 """Fields that a sweep sets itself."""
-_SAFE = re.compile(r"[^A-Za-z0-9.+=-]+")
 
 
 class Span(Config):
@@ -277,12 +275,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     return json.dumps(value, ensure_ascii=False)
-
-
-def safe_name(text: str) -> str:
-    """A name for a file or a job: the text, or where that holds anything unusual, what is left of it and a digest."""
-    kept = _SAFE.sub("-", text).strip("-.")
-    return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
 
 
 @dataclass(frozen=True, kw_only=True)

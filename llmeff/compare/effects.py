@@ -20,7 +20,7 @@ class Effect:
     """What going from one level to another does to a quantity, in the mean over all other factors."""
 
     factors: tuple[str, ...]
-    """One: a main effect. Two: how much more both do together than each does alone."""
+    """One: a main effect. Two: by what the ratio of each grows where the other is at its second level."""
     levels: str
     """`fp32 -> bf16`; of two factors both, by `x`."""
     ratio: Estimate
@@ -82,11 +82,12 @@ def effects(
             foreseen = _fit(design, np.log(np.array(guesses, dtype=np.float64)))[0]
     found = []
     for place, term in enumerate(terms, start=len(seeds)):
-        log, error = 2 * float(coefficients[place]), 2 * float(errors[place])
+        scale = 2 ** len(term)  # from -1 to 1; of a pair, what differs between two such ways
+        log, error = scale * float(coefficients[place]), scale * float(errors[place])
         if error == 0 and abs(log) < _ROUNDING:
             log = 0.0
-        fitted = judged(log, error, freedom, len(used))
-        said = None if foreseen is None else math.exp(2 * float(foreseen[place]))
+        fitted = judged(log, error, freedom, len(used), len(terms))
+        said = None if foreseen is None else math.exp(scale * float(foreseen[place]))
         found.append((term, fitted.ratio, fitted.p, said))
     adjusted = holm([p for _, _, p, _ in found])
     return Effects(

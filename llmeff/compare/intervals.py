@@ -45,7 +45,8 @@ class Difference:
     p: float
     """Of Student's t, two-sided, of no difference; NaN of a single pair."""
     smallest_visible: float
-    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such comparisons; NaN of a single pair."""
+    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such comparisons, by the first of Holm's
+    steps, which asks most; NaN of a single pair."""
 
 
 def mean_interval(values: Sequence[float] | Floats) -> Estimate:
@@ -70,8 +71,13 @@ def ratio_interval(logs: Sequence[float] | Floats) -> Estimate:
     return Estimate(value=math.exp(found.value), lower=math.exp(found.lower), upper=math.exp(found.upper), n=found.n)
 
 
-def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats) -> Difference:
+def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats, family: int = 1) -> Difference:
     """Compares values of the same seeds, in the same order.
+
+    Args:
+        method: positive values.
+        baseline: as many.
+        family: how many such comparisons are judged together.
 
     Raises:
         ValueError: their numbers differ, or a value is not positive.
@@ -84,10 +90,10 @@ def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats)
     logs = np.log(ours / theirs)
     n = len(logs)
     error = float(logs.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return judged(float(logs.mean()), error, n - 1, n)
+    return judged(float(logs.mean()), error, n - 1, n, family)
 
 
-def judged(mean: float, error: float, freedom: float, n: int) -> Difference:
+def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -> Difference:
     """What a mean logarithm says, by Student's t.
 
     Args:
@@ -95,6 +101,7 @@ def judged(mean: float, error: float, freedom: float, n: int) -> Difference:
         error: its standard error; NaN where nothing is left to judge it by.
         freedom: degrees of freedom that the error is known with.
         n: values in it.
+        family: how many are judged together.
     """
     from scipy.special import stdtr
 
@@ -106,7 +113,8 @@ def judged(mean: float, error: float, freedom: float, n: int) -> Difference:
     if error == 0:  # all pairs differ by the same: as sure as n values can be of something, or of nothing
         return Difference(ratio=ratio, p=1.0 if mean == 0 else 0.0, smallest_visible=1.0)
     p = float(2 * stdtr(freedom, -abs(mean) / error))
-    return Difference(ratio=ratio, p=p, smallest_visible=math.exp(half + _t(POWER, freedom) * error))
+    asked = _t(1 - (1 - LEVEL) / 2 / max(1, family), freedom)
+    return Difference(ratio=ratio, p=p, smallest_visible=math.exp((asked + _t(POWER, freedom)) * error))
 
 
 def _t(quantile: float, degrees: float) -> float:
@@ -173,12 +181,13 @@ def best_of(losses: Sequence[float]) -> list[float]:
     return expected
 
 
-def product(logs: Sequence[float] | Floats, others: Sequence[float] | Floats) -> Difference:
+def product(logs: Sequence[float] | Floats, others: Sequence[float] | Floats, family: int = 1) -> Difference:
     """The product of two independent mean ratios, as of steps and of the time of a step (Welch 1947).
 
     Args:
         logs: logarithms of the first ratio's values; `n` of what is returned is their number.
         others: of the second's.
+        family: how many such comparisons are judged together.
     """
     means, squares, degrees = [], [], []
     for values in (logs, others):
@@ -188,4 +197,4 @@ def product(logs: Sequence[float] | Floats, others: Sequence[float] | Floats) ->
         degrees.append(len(numbers) - 1)
     total = sum(squares)
     freedom = total**2 / sum(square**2 / own for square, own in zip(squares, degrees, strict=True)) if total > 0 else 1
-    return judged(sum(means), math.sqrt(total), freedom, len(logs))
+    return judged(sum(means), math.sqrt(total), freedom, len(logs), family)

@@ -333,7 +333,12 @@ def _open(path: Path) -> Any:
 
 def loss_at(entry: Entry, steps: float) -> float | None:
     """The held-out loss after so many steps, between two evaluations by a straight line; None outside of them."""
-    if not entry.curve_steps or not entry.curve_steps[0] <= steps <= entry.curve_steps[-1]:
+    if not entry.curve_steps:
+        return None
+    steps = (
+        min(steps, entry.curve_steps[-1]) if steps <= entry.curve_steps[-1] * (1 + 1e-9) else steps
+    )  # but for rounding
+    if not entry.curve_steps[0] <= steps <= entry.curve_steps[-1]:
         return None
     return float(np.interp(steps, entry.curve_steps, entry.curve_losses))
 

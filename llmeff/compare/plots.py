@@ -49,12 +49,14 @@ def arm_curves(group: Group) -> bytes | None:
     low, high = [], []
     for number, (name, curve) in enumerate(curves.items()):
         if curve is None:
-            axes.plot([], [], color=_COLOURS[number % len(_COLOURS)], label=f"{name}: no curve")
+            axes.plot([], [], color=_COLOURS[number % len(_COLOURS)], label=_shown(f"{name}: no curve"))
             continue
         items, losses = curve
         colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
         mean = losses.mean(axis=0)
-        axes.plot(items, mean, color=colour, linestyle=style, linewidth=1.6, label=f"{name} (n = {len(losses)})")
+        axes.plot(
+            items, mean, color=colour, linestyle=style, linewidth=1.6, label=_shown(f"{name} (n = {len(losses)})")
+        )
         axes.fill_between(items, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0)
         low.append(losses.min())
         high.append(mean[len(mean) // 4])
@@ -85,7 +87,9 @@ def tuning_curves(group: Group) -> bytes | None:
         names.add(name)
         finite += [loss for _, loss in points]
         colour = _COLOURS[number % len(_COLOURS)]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4.5, linewidth=1.4, label=arm)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, marker="o", markersize=4.5, linewidth=1.4, label=_shown(arm)
+        )
     if not finite:
         return None
     axes.set_xscale("log")
@@ -114,7 +118,7 @@ def trials_curves(group: Group) -> bytes | None:
         known = np.isfinite(expected)
         axes.plot(
             counts[known], expected[known], color=_COLOURS[number % len(_COLOURS)], marker="o", markersize=4.5,
-            linewidth=1.4, label=arm,
+            linewidth=1.4, label=_shown(arm),
         )  # fmt: skip
     axes.xaxis.get_major_locator().set_params(integer=True)
     where = f", {show_cell(group.cell)}" if group.cell else ""
@@ -156,11 +160,17 @@ def _png(figure: Any) -> bytes:
 def _label(axes: Any, x: str, y: str, title: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    for text in axes.legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)
+
+
+def _shown(name: str) -> str:
+    """A name as a legend shows it: what begins with an underscore would be left out."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
@@ -168,17 +178,17 @@ def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
     is_finite = np.isfinite(run.steps["loss"])
     steps, losses = run.steps["step"][is_finite], run.steps["loss"][is_finite]
     if len(losses) < window:
-        axes.plot([], [], color=colour, label=f"{name}no finite loss")
+        axes.plot([], [], color=colour, label=_shown(f"{name}no finite loss"))
         return
     if window > 1:
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.6)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     middle = steps[window // 2 :][: len(smooth)]
-    axes.plot(middle, smooth, color=colour, linewidth=1.6, label=f"{name}training")
+    axes.plot(middle, smooth, color=colour, linewidth=1.6, label=_shown(f"{name}training"))
     for marker, (split, (at, means)) in zip("osD^", held_out_loss(run).items(), strict=False):
         axes.plot(
             at, means, color=colour, linestyle=":", linewidth=1, marker=marker, markersize=4.5,
-            markerfacecolor="white", markeredgewidth=1.3, zorder=3, label=f"{name}{split}, last {means[-1]:.4f}",
+            markerfacecolor="white", markeredgewidth=1.3, zorder=3, label=_shown(f"{name}{split}, last {means[-1]:.4f}"),
         )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def _table(shown: TextTable) -> str:
 
 def _configs(group: Group) -> TextTable:
     """The fields in which the arms' first runs differ."""
-    configs = {name: flat_config(runs[0]) for name, runs in group.arms.items()}
+    configs = {name: flat_config(runs[0]) for name, runs in group.arms.items() if runs}
     keys = sorted({key for own in configs.values() for key in own})
     rows = []
     for key in keys:

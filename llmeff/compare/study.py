@@ -9,7 +9,7 @@ from typing import Any
 from llmeff.compare.ledger import LEDGER, SWEEP, Entry, read_entries, read_facts
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.report import title_of
-from llmeff.compare.verdict import Comparison, StepTimes, judge, show_cell
+from llmeff.compare.verdict import Comparison, judge, show_cell
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 
@@ -50,11 +50,13 @@ def read_study(
     said = _said(paths)
     if timing is None and len(paths) == 1 and (paths[0] / TIMING).is_file():
         timing = paths[0] / TIMING
+    timed = said.get("timing") if timing is None else read_timing(timing)
     return judge(
         read_entries(paths) if entries is None else entries,
-        baseline=baseline or said.get("sweep", {}).get("baseline"),
-        target=target or said.get("sweep", {}).get("target"),
-        step_times=said.get("step_s") if timing is None else read_step_times(timing),
+        baseline=said.get("sweep", {}).get("baseline") if baseline is None else baseline,
+        target=said.get("sweep", {}).get("target") if target is None else target,
+        step_times=None if timed is None else timed["step_s"],
+        notes=[] if timed is None else [timed["note"]],
         mixed=mixed,
         command=said.get("command") or shlex.join(["llmeff", "compare", *map(str, paths)]),
     )
@@ -72,7 +74,7 @@ def write_pictures(comparison: Comparison, path: Path) -> None:
             raise ConfigError(f"{path}: there is nothing to draw, no run was evaluated twice")
         own = path
         if len(comparison.groups) > 1:
-            own = path.with_name(f"{path.stem}-{show_cell(group.cell).replace(' ', '')}{path.suffix}")
+            own = path.with_name(f"{path.stem}-{files.safe_name(show_cell(group.cell).replace(' ', ''))}{path.suffix}")
         with files.reported(own):
             files.write_bytes(own, picture)
 
@@ -94,20 +96,21 @@ def _said(paths: Sequence[Path]) -> dict[str, Any]:
     return {"sweep": json.loads(sweep.read_text(encoding="utf-8"))} if sweep.is_file() else {}
 
 
-def read_step_times(path: Path) -> StepTimes:
-    """Seconds a step by arm, a value for each generation of a timing lane's file.
+def read_timing(path: Path) -> dict[str, Any]:
+    """What a timing lane found: `step_s` by lane, a value for each generation of processes, and `note`, how.
 
     Raises:
         ConfigError: it cannot be read, or is none.
     """
     try:
-        generations = json.loads(path.read_text(encoding="utf-8"))["generations"]
-        names = list(generations[0][0])
-        return {
-            name: [sum(turns[name]["step_s"] for turns in rounds) / len(rounds) for rounds in generations]
-            for name in names
-        }
+        found = json.loads(path.read_text(encoding="utf-8"))
+        races = found["races"]
+        rounds, dropped = (sum(race[key] for race in races) for key in ("rounds", "noisy_rounds_dropped"))
+        busy = sum(len(race["busy_generations"]) for race in races)
+        note = f"the timing lane had {rounds} rounds, of which {dropped} were dropped since others used the cores"
+        note += f"; in {busy} generations all were noisy, and kept" if busy else ""
+        return {"step_s": {name: list(map(float, values)) for name, values in found["step_s"].items()}, "note": note}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}: is no file of step times, which `llmeff sweep --timing` writes") from None

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,25 +129,27 @@ def _ratio(run: Run, first: tuple[tuple[str, str], pa.Table] | None) -> Estimate
     return resampled_ratio(ours, theirs)
 
 
-def render(rows: Sequence[RunSummary], kind: str, width: int | None = None) -> str:
+def render(rows: Sequence[RunSummary], kind: str, width: int | None = None, notes: Sequence[str] = ()) -> str:
     """The table as text.
 
     Args:
         rows: of `compare`.
         kind: a `Format`.
         width: of the terminal, in characters; asked of it where it is left out.
+        notes: what a reader must know; CSV has no place for them.
 
     Raises:
         ConfigError: there is no such format.
     """
+    closing = "\n".join([*(f"Note: {note}." for note in notes), CAVEAT, FOOTNOTE])
     if kind == "terminal":
-        return _terminal(rows, width)
+        return _terminal(rows, width, closing)
     if kind == "markdown":
-        return _markdown(rows)
+        return f"{_markdown(rows)}\n{closing}\n"
     if kind == "csv":
         return as_csv(_plain(rows))
     if kind == "json":
-        return _json(rows)
+        return _json(rows, notes)
     raise ConfigError(f"unknown table format {kind!r}.{nearest(kind, get_args(Format))}")
 
 
@@ -188,7 +191,7 @@ def _quantities(rows: Sequence[RunSummary]) -> list[str]:
     return list(dict.fromkeys(quantity for row in rows for quantity in row.errors))
 
 
-def _terminal(rows: Sequence[RunSummary], width: int | None) -> str:
+def _terminal(rows: Sequence[RunSummary], width: int | None, closing: str) -> str:
     """Runs side by side, quantities below one another; runs that do not fit go into a further table."""
     headers, cells = _shown(rows)
     buffer = io.StringIO()
@@ -200,13 +203,13 @@ def _terminal(rows: Sequence[RunSummary], width: int | None) -> str:
         for n, header in enumerate(headers[1:], start=1):
             table.add_row(header, *(Text(run[n]) for run in runs))
         console.print(table)
-    console.print(Text(f"{CAVEAT}\n{FOOTNOTE}"))
+    console.print(Text(closing))
     return buffer.getvalue()
 
 
 def _markdown(rows: Sequence[RunSummary]) -> str:
     headers, cells = _shown(rows)
-    return f"{markdown(TextTable(title='', headers=headers, rows=cells), num_left=2)}\n{CAVEAT}\n{FOOTNOTE}\n"
+    return markdown(TextTable(title="", headers=headers, rows=cells), num_left=2)
 
 
 _ESTIMATED = {"": "value", "_lower": "lower", "_upper": "upper"}
@@ -225,5 +228,11 @@ def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
     return flat
 
 
-def _json(rows: Sequence[RunSummary]) -> str:
-    return json.dumps({"caveat": CAVEAT, "footnote": FOOTNOTE, "runs": _plain(rows)}, indent=1) + "\n"
+def _json(rows: Sequence[RunSummary], notes: Sequence[str]) -> str:
+    runs = [{name: _finite(value) for name, value in row.items()} for row in _plain(rows)]
+    return json.dumps({"caveat": CAVEAT, "footnote": FOOTNOTE, "notes": list(notes), "runs": runs}, indent=1) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN, and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,10 +18,14 @@ class TextTable:
 
 def markdown(table: TextTable, num_left: int = 1) -> str:
     """The table as Markdown, below its title where it has one; columns after the first `num_left` are set right."""
-    lines = [[cell.strip().replace("|", "\\|") for cell in row] for row in [table.headers, *table.rows]]
+    lines = [[_escaped(cell) for cell in row] for row in [table.headers, *table.rows]]
     lines.insert(1, ["---" if n < num_left else "---:" for n in range(len(table.headers))])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"**{table.title}**\n\n{body}" if table.title else body
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.split()).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def render_tables(tables: Sequence[TextTable]) -> str:

@@ -21,7 +21,7 @@ NEAR = 1.01
 Call = Literal["better", "worse", "not told apart", "equal", "one pair", ""]
 
 StepTimes = Mapping[str, Sequence[float]]
-"""By arm, as `arm` or `arm @ cell`: seconds a step in the timing lane, one for each generation, paired over arms."""
+"""By `lane_name`: seconds a step in the timing lane, one for each generation, paired over arms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,7 @@ def judge(
     baseline: str | None = None,
     target: float | None = None,
     step_times: StepTimes | None = None,
+    notes: Sequence[str] = (),
     mixed: bool = False,
     command: str | None = None,
 ) -> Comparison:
@@ -137,20 +138,25 @@ def judge(
         baseline: the arm that others are set beside; None: the first.
         target: a loss; None: in each cell the lowest that every run of the baseline reaches.
         step_times: of the timing lane; without it no times are compared.
+        notes: what else a reader must know.
         mixed: compare runs that read other data or had another budget all the same.
         command: that makes the study again.
 
     Raises:
         ConfigError: there is nothing to compare, no such baseline, or the runs are not of one kind.
     """
-    finals = [entry for entry in entries if entry.phase == "final"]
-    arms = list(dict.fromkeys(entry.arm for entry in finals))
+    arms = list(dict.fromkeys(entry.arm for entry in sorted(entries, key=lambda entry: entry.phase != "final")))
+    if not any(entry.phase == "final" for entry in entries):
+        raise ConfigError("no final run was begun yet: nothing to compare")
     if len(arms) < 2:
         raise ConfigError(f"there is one arm ({', '.join(arms) or 'none'}): nothing to compare it with")
     if baseline is not None and baseline not in arms:
         raise ConfigError(f"--baseline {baseline!r}: there is no such arm.{nearest(baseline, arms)}")
+    if target is not None and not 0 < target < math.inf:
+        raise ConfigError(f"the target loss is {target}: it must be a positive number")
+    finals = [entry for entry in entries if entry.phase == "final"]
     cells = list(dict.fromkeys(_key(entry.cell) for entry in finals))
-    groups, notes = [], []
+    groups, said = [], list(notes)
     for key in cells:
         own = [entry for entry in finals if _key(entry.cell) == key]
         unlike = differences(own)
@@ -159,11 +165,11 @@ def judge(
                 f"these runs are not of one kind{_where(own[0].cell)}:", *unlike,
                 "--mixed compares them all the same, and says so",
             ])  # fmt: skip
-        notes += [f"compared although{_where(own[0].cell)} {text}" for text in unlike]
+        said += [f"compared although{_where(own[0].cell)} {text}" for text in unlike]
         trials = [entry for entry in entries if entry.phase == "tuning" and _key(entry.cell) == key]
         groups.append(_group(own, trials, baseline or arms[0], target, step_times))
-    notes += _notes(groups, step_times)
-    return Comparison(groups=groups, calibration=calibrate(entries), notes=notes, command=command)
+    said += _notes(groups, step_times)
+    return Comparison(groups=groups, calibration=calibrate(entries), notes=said, command=command)
 
 
 def _key(cell: Mapping[str, Any]) -> str:
@@ -172,6 +178,11 @@ def _key(cell: Mapping[str, Any]) -> str:
 
 def _where(cell: Mapping[str, Any]) -> str:
     return f" ({show_cell(cell)})" if cell else ""
+
+
+def lane_name(arm: str, cell: Mapping[str, Any]) -> str:
+    """What an arm's lane is called in a race."""
+    return f"{arm} @ {show_cell(dict(sorted(cell.items())))}" if cell else arm
 
 
 def show_cell(cell: Mapping[str, Any]) -> str:
@@ -195,7 +206,8 @@ def differences(entries: Sequence[Entry]) -> list[str]:
     for what, value in kinds:
         by_value: dict[Any, list[str]] = {}
         for entry in done:
-            by_value.setdefault(value(entry), []).append(entry.name)
+            if value is not _budget or entry.steps:  # one that diverged at once was to train on what is not known
+                by_value.setdefault(value(entry), []).append(entry.name)
         if len(by_value) > 1:
             shown = "; ".join(f"{own}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
                               for own, names in by_value.items())  # fmt: skip
@@ -207,7 +219,7 @@ def _budget(entry: Entry) -> int | None:
     """Items that the run was to train on, to the step."""
     planned: int | None = entry.config.get("train", {}).get("steps")
     if planned is None or entry.items_per_step is None:
-        return entry.items
+        return entry.items if entry.steps else None
     return round(planned * entry.items_per_step)
 
 
@@ -217,13 +229,15 @@ def _budget(entry: Entry) -> int | None:
 def _group(
     entries: list[Entry], trials: list[Entry], baseline: str, target: float | None, step_times: StepTimes | None
 ) -> Group:
-    arms: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: entry.seed):
-        arms.setdefault(entry.arm, []).append(entry)
-    ordered = sorted(arms, key=lambda name: (name != baseline, [e.arm for e in entries].index(name)))
-    arms = {name: arms[name] for name in ordered}
+    names = dict.fromkeys(entry.arm for entry in [*entries, *trials])
+    arms: dict[str, list[Entry]] = {name: [] for name in sorted(names, key=lambda name: name != baseline)}
     if baseline not in arms:
         raise ConfigError(f"the baseline {baseline!r} has no run{_where(entries[0].cell)}")
+    for entry in sorted(entries, key=lambda entry: entry.seed):
+        if any(run.seed == entry.seed for run in arms[entry.arm]):
+            twice = ", ".join(run.name for run in entries if (run.arm, run.seed) == (entry.arm, entry.seed))
+            raise ConfigError(f"{entry.arm}{_where(entry.cell)} has the seed {entry.seed} twice: {twice}")
+        arms[entry.arm].append(entry)
     if target is None:
         reached = [min(entry.curve_losses) for entry in arms[baseline] if entry.is_done and entry.curve_losses]
         target = max(reached) if reached else None
@@ -275,7 +289,7 @@ def _effects(
     if all(lane is not None for lane in times.values()):
         laps = [
             (replace(own[0], seed=lap), seconds)
-            for name, own in arms.items() for lap, seconds in enumerate(times[name] or ())
+            for name, own in arms.items() if own for lap, seconds in enumerate(times[name] or ())
         ]  # fmt: skip
         by_lap = {id(entry): seconds for entry, seconds in laps}
         found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)])
@@ -285,12 +299,12 @@ def _effects(
 def _lane(step_times: StepTimes | None, arm: str, cell: Mapping[str, Any]) -> Sequence[float] | None:
     if step_times is None:
         return None
-    return step_times.get(f"{arm} @ {show_cell(cell)}") if cell else step_times.get(arm)
+    return step_times.get(lane_name(arm, cell))
 
 
 def _by_seed(runs: list[Entry], of: Callable[[Entry], float | None]) -> dict[int, float]:
-    found = {run.seed: of(run) for run in runs}
-    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+    found = ((run.seed, of(run)) for run in runs)
+    return {seed: value for seed, value in found if value is not None and math.isfinite(value)}
 
 
 def _budgets(arms: Mapping[str, list[Entry]], times: Mapping[str, Sequence[float] | None]) -> dict[str, float]:
@@ -377,6 +391,7 @@ def _row(
     times: Mapping[str, Sequence[float] | None],
 ) -> dict[str, Cell]:
     found: dict[str, Difference | None] = {}
+    family = len(arms) - 1
     for name in arms:
         complete = len(values[name]) == len(arms[name]) and len(values[baseline]) == len(arms[baseline])
         seeds = [seed for seed in values[name] if seed in values[baseline]]
@@ -384,20 +399,32 @@ def _row(
             found[name] = None
         elif quantity.key in _TIMED:
             found[name] = _timed(quantity, values, name, baseline, seeds, times)
+        elif min(min(values[own][seed] for seed in seeds) for own in (name, baseline)) <= 0:
+            found[name] = None  # nothing has a ratio to nothing
         else:
-            found[name] = paired([values[name][seed] for seed in seeds], [values[baseline][seed] for seed in seeds])
+            ours, theirs = ([values[own][seed] for seed in seeds] for own in (name, baseline))
+            found[name] = paired(ours, theirs, family)
     adjusted = dict(zip(found, holm([math.nan if own is None else own.p for own in found.values()]), strict=True))
     return {
         name: Cell(
             values=values[name],
             num_seeds=len(arms[name]),
-            mean=mean_interval(list(values[name].values())) if len(values[name]) == len(arms[name]) else None,
+            mean=_mean(quantity, values[name], arms[name], times[name]),
             difference=found[name],
             p_adjusted=adjusted[name],
             call=_call(found[name], adjusted[name]),
         )
         for name in arms
     }
+
+
+def _mean(
+    quantity: Quantity, values: Mapping[int, float], runs: Sequence[Entry], lane: Sequence[float] | None
+) -> Estimate | None:
+    """Over seeds; of a step's time over generations."""
+    if not runs or len(values) < len(runs):
+        return None
+    return mean_interval([*values.values()] if lane is None or quantity.key != "step_s" else lane)
 
 
 def _timed(
@@ -411,12 +438,12 @@ def _timed(
     ours, theirs = times[name], times[baseline]
     if ours is None or theirs is None:
         return None
-    lane = paired(ours, theirs)
+    lane = paired(ours, theirs, len(times) - 1)
     if not _TIMED[quantity.key]:
         return lane
     each = math.log(plain.fmean(ours) / plain.fmean(theirs))
     steps = [math.log(values[name][seed] / values[baseline][seed]) - each for seed in seeds]
-    return product(steps, [math.log(own / other) for own, other in zip(ours, theirs, strict=True)])
+    return product(steps, [math.log(own / other) for own, other in zip(ours, theirs, strict=True)], len(times) - 1)
 
 
 def _call(difference: Difference | None, p: float) -> Call:
@@ -470,8 +497,9 @@ def calibrate(entries: Sequence[Entry]) -> dict[str, Calibration]:
     for entry in entries:
         for quantity, predicted in entry.predicted.items():
             measured = entry.measured.get(quantity)
-            if measured:
-                errors.setdefault(quantity, []).append((predicted / measured - 1, entry.name))
+            if measured is not None:
+                error = predicted / measured - 1 if measured else math.inf if predicted else 0.0
+                errors.setdefault(quantity, []).append((error, entry.name))
     found = {}
     for quantity, own in errors.items():
         worst, name = max(own, key=lambda pair: abs(pair[0]))
@@ -484,6 +512,10 @@ def _notes(groups: list[Group], step_times: StepTimes | None) -> list[str]:
     notes = []
     for group in groups:
         notes += [*_run_notes(group), *_target_notes(group), *_tuning_notes(group)]
+    lanes = {lane_name(name, group.cell) for group in groups for name in group.arms}
+    missing = sorted(lanes - step_times.keys()) if step_times is not None else []
+    if missing:
+        notes.append(f"the timing lane has no {', '.join(map(repr, missing))}: their times are not compared")
     if step_times is None:
         notes.append("no timing lane was given: times are not compared (runs side by side slow one another)")
     return notes
@@ -498,7 +530,7 @@ def _run_notes(group: Group) -> Iterator[str]:
                 why = next((f": {run.diagnosis.splitlines()[0]}" for run in those if run.diagnosis), "")
                 yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
         seeds = sorted(run.seed for run in runs)
-        if seeds != known:
+        if seeds != known and seeds and known:
             yield f"{name}{where} was run with the seeds {seeds}, the baseline with {known}: only those of both are compared"
 
 
@@ -515,14 +547,15 @@ def _tuning_notes(group: Group) -> Iterator[str]:
     where = _where(group.cell)
     for name, tuning in group.tuning.items():
         if tuning.best is None:
-            yield f"{name}{where}: none of {len(tuning.trials)} trials finished, so nothing was chosen"
+            yield f"{name}{where}: none of {len(tuning.trials)} trials finished, so nothing was chosen, and no final run made"
             continue
         for edge in tuning.at_edge:
             yield (
                 f"{name}{where}: the best {edge} of {len(tuning.trials)} trials lies at the edge of its search "
                 f"({tuning.best[edge]}): a wider search may do better"
             )
-    counts = {name: len(tuning.trials) for name, tuning in group.tuning.items()}
-    if counts and len({counts.get(name, 0) for name in group.arms}) > 1:
-        shown = ", ".join(f"{name} {counts.get(name, 0)}" for name in group.arms)
+    tuned = {name: next((run.tuned_as for run in runs if run.tuned_as), name) for name, runs in group.arms.items()}
+    counts = {name: len(group.tuning[own].trials) if own in group.tuning else 0 for name, own in tuned.items()}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
         yield f"the arms had other numbers of trials{where}: {shown}"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +18,8 @@ from llmeff.core.units import show_bytes, show_count, show_seconds
 
 FOOTNOTE = (
     "Means over seeds with 95 % intervals (Student's t); ratios to the baseline are geometric means over pairs of one "
-    "seed. Better or worse: Holm's p below 0.05 over all arms. Smallest visible: a true ratio of so much would have been "
-    "found in four of five such studies. All of it holds given this tuning."
+    "seed. Better or worse: Holm's p below 0.05 over all arms. Smallest visible: a true ratio of so much in one arm would "
+    "have been found in four of five such studies. All of it holds given this tuning."
 )
 
 
@@ -35,6 +36,8 @@ def show_value(quantity: Quantity, value: float) -> str:
 
 def show_mean(quantity: Quantity, cell: Cell) -> str:
     """The mean with its interval, or how many came to it."""
+    if not cell.num_seeds:
+        return "no trial finished"
     if cell.mean is None:
         return f"{len(cell.values)} of {cell.num_seeds} runs"
     mean = cell.mean
@@ -163,15 +166,34 @@ def _terminal(comparison: Comparison, width: int | None) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=width or Console().width)
     for shown in tables(comparison):
-        columns = [
-            Column(Text(header), justify="left" if n == 0 else "right") for n, header in enumerate(shown.headers)
-        ]
-        table = Table(*columns, title=Text(shown.title, style="bold"), title_justify="left")
-        for row in shown.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
+        for part in _beside(shown, console.width):
+            columns = [
+                Column(Text(header), justify="left" if n == 0 else "right") for n, header in enumerate(part.headers)
+            ]
+            table = Table(*columns, title=Text(part.title, style="bold"), title_justify="left")
+            for row in part.rows:
+                table.add_row(*(Text(cell) for cell in row))
+            console.print(table)
     console.print(Text("\n".join(_closing(comparison))))
     return buffer.getvalue()
+
+
+_FRAME = 3
+"""Characters between two columns."""
+
+
+def _beside(table: TextTable, width: int) -> Iterator[TextTable]:
+    """The table, in parts whose columns fit beside one another; each begins with the first column."""
+    widths = [max(len(row[n]) for row in [table.headers, *table.rows]) + _FRAME for n in range(len(table.headers))]
+    first = 1
+    while first < len(widths) or first == 1:
+        last = first + 1
+        while last < len(widths) and 1 + widths[0] + sum(widths[first : last + 1]) <= width:
+            last += 1
+        columns = [0, *range(first, min(last, len(widths)))]
+        rows = [[row[n] for n in columns] for row in table.rows]
+        yield TextTable(title=table.title, headers=[table.headers[n] for n in columns], rows=rows)
+        first = last
 
 
 def _markdown(comparison: Comparison) -> str:
@@ -228,7 +250,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                 "best": tuning.best,
                 "expected_best": [_plain(loss) for loss in tuning.expected_best],
                 "at_edge": tuning.at_edge,
-                "near_factor": tuning.near_factor,
+                "near_factor": {name: _plain(factor) for name, factor in tuning.near_factor.items()},
             }
             for group in comparison.groups
             for name, tuning in group.tuning.items()
@@ -247,7 +269,10 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
             for key, found in group.effects.items()
             for effect in found.effects
         ],
-        "calibration": {name: dataclasses.asdict(own) for name, own in comparison.calibration.items()},
+        "calibration": {
+            name: dataclasses.asdict(own) | {"median": _plain(own.median), "worst": _plain(own.worst)}
+            for name, own in comparison.calibration.items()
+        },
         "notes": comparison.notes,
         "footnote": FOOTNOTE,
         "command": comparison.command,

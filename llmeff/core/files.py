@@ -21,6 +21,15 @@ PARTIAL = ".partial-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+_UNUSUAL = re.compile(r"[^A-Za-z0-9.+=-]+")
+
+
+def safe_name(text: str) -> str:
+    """A name for a file: the text, or where that holds anything unusual, what is left of it and a digest."""
+    kept = _UNUSUAL.sub("-", text).strip("-.")
+    return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex[:8]}")
 

@@ -33,8 +33,16 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What was run, as written."""
-        return dict(json.loads((self.folder / schema.CONFIG).read_text(encoding="utf-8")))
+        """What was run, as written.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        path = self.folder / schema.CONFIG
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
 
     @property
     def name(self) -> str:

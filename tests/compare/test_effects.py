@@ -8,12 +8,13 @@ from llmeff.compare.effects import effects
 from llmeff.core.config import ConfigError
 
 TRUE = {"a": 0.10, "b": -0.30, "c": 0.0}
-TOGETHER = 0.05  # of a and b
+TOGETHER = 0.05
+"""By which each of a and b grows where the other is high."""
 
 
 def loss(levels, noise):
     codes = {name: 1 if level == "high" else -1 for name, level in levels.items()}
-    log = sum(TRUE[name] / 2 * code for name, code in codes.items()) + TOGETHER / 2 * codes["a"] * codes["b"]
+    log = sum(TRUE[name] / 2 * code for name, code in codes.items()) + TOGETHER / 4 * codes["a"] * codes["b"]
     return math.exp(log + noise)
 
 

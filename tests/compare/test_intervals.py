@@ -61,6 +61,15 @@ def test_the_smallest_visible_difference_is_seen_four_times_in_five(n):
     assert seen / TRIALS == pytest.approx(0.8, abs=0.06)
 
 
+@pytest.mark.parametrize("family", [1, 4, 15])
+def test_the_smallest_visible_difference_is_that_of_holms_first_step(family):
+    ours, theirs = [1.70, 1.69, 1.72, 1.71], [1.74, 1.70, 1.73, 1.75]
+    found = paired(ours, theirs, family)
+    error = np.log(np.divide(ours, theirs)).std(ddof=1) / 2
+    t_of = stats.t(3).ppf
+    assert math.log(found.smallest_visible) == pytest.approx((t_of(1 - 0.025 / family) + t_of(0.8)) * error)
+
+
 def test_a_pair_is_judged_as_scipy_judges_it():
     ours, theirs = [1.70, 1.69, 1.72, 1.71], [1.74, 1.70, 1.73, 1.75]
     found = paired(ours, theirs)

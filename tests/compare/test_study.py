@@ -2,12 +2,15 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from llmeff.cli import main
-from llmeff.compare.ledger import LEDGER, write_ledger
-from llmeff.compare.study import read_step_times
+from llmeff.compare.ledger import LEDGER, read_ledger, write_ledger
+from llmeff.compare.study import read_timing
+from llmeff.compare.verdict import judge, lane_name
+from llmeff.compare.verdict_table import as_dict
 from llmeff.core.config import ConfigError
 
 
@@ -31,11 +34,76 @@ def test_plain_runs_of_different_kinds_stay_a_list(make_run, capsys):
     assert "One run each" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"generations": []}', '{"generations": [[]]}', '{"generations": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"step_s": 3, "races": []}',
+        '{"step_s": {}, "races": [{}]}',
+        '{"step_s": {"a": ["x"]}, "races": []}',
+    ],
+)
 def test_a_file_that_holds_no_step_times_is_refused(tmp_path, content):
     (tmp_path / "times.json").write_text(content)
     with pytest.raises(ConfigError, match="is no file of step times"):
-        read_step_times(tmp_path / "times.json")
+        read_timing(tmp_path / "times.json")
+
+
+def race(**changes):
+    return {"rounds": 30, "noisy_rounds_dropped": 4, "busy_generations": []} | changes
+
+
+def test_dropped_rounds_are_said_and_step_times_come_from_those_that_were_kept(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lanes = {"base": [0.1, 0.1, 0.1], "fast": [0.05, 0.05, 0.05], "same": [0.1, 0.1, 0.1]}
+    (tmp_path / "timing.json").write_text(json.dumps({"step_s": lanes, "races": [race(), race(busy_generations=[2])]}))
+    write_ledger(tmp_path / LEDGER, study, {"timing": read_timing(tmp_path / "timing.json")})
+    assert main(["compare", LEDGER, "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = {row["arm"]: row for row in found["table"] if row["quantity"] == "step_s"}
+    assert times["fast"]["ratio"] == pytest.approx(0.5)
+    (note,) = (note for note in found["notes"] if "timing lane" in note)
+    assert "60 rounds, of which 8 were dropped" in note
+    assert "in 1 generations all were noisy" in note
+    assert main(["compare", LEDGER, "--timing=timing.json", "--format=csv"]) == 0
+    assert "8 were dropped" in capsys.readouterr().err
+
+
+def test_a_lane_that_an_arm_lacks_is_said(study, tmp_path, capsys):
+    (tmp_path / "timing.json").write_text(json.dumps({"step_s": {"base": [0.1, 0.1]}, "races": [race()]}))
+    write_ledger(tmp_path / LEDGER, study)
+    assert main(["compare", str(tmp_path / LEDGER), f"--timing={tmp_path / 'timing.json'}", "--format=json"]) == 0
+    assert any("has no 'fast', 'same'" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+def test_a_ledger_is_compared_as_what_it_was_made_of(study, tmp_path):
+    cell = {"train.batch": 8, "model": "llama-1m"}
+    entries = [replace(run, cell=cell) for run in study]
+    write_ledger(tmp_path / LEDGER, entries)
+    lanes = {lane_name(arm, cell): [0.1, 0.2] for arm in ("base", "fast", "same")}
+    found = [judge(own, step_times=lanes) for own in (entries, read_ledger(tmp_path / LEDGER))]
+    assert as_dict(found[0]) == as_dict(found[1])
+    assert list(found[1].groups[0].cell) == ["train.batch", "model"]
+
+
+def test_plain_runs_that_read_other_data_are_noted(make_run, capsys):
+    runs = [make_run("one"), make_run("two", steps=3)]
+    result = json.loads((runs[1] / "result.json").read_text())
+    (runs[1] / "result.json").write_text(json.dumps(result | {"data": {"sha256": "1" * 64}}))
+    for form in ("terminal", "markdown", "json"):
+        assert main(["compare", *map(str, runs), f"--format={form}"]) == 0
+        assert "read other data" in " ".join(capsys.readouterr().out.split())
+    assert main(["compare", *map(str, runs), "--format=csv"]) == 0
+    assert "read other data" in capsys.readouterr().err
+
+
+def test_a_config_that_was_cut_off_is_one_error(make_run, capsys):
+    run = make_run("one")
+    (run / "config.json").write_text('{"seed": ')
+    assert main(["compare", str(run)]) == 2
+    assert "config.json: cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow

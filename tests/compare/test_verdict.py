@@ -167,3 +167,50 @@ def test_what_only_some_levels_have_has_no_effects_and_breaks_nothing(entry):
     assert [effect.factors for effect in group.effects["loss"].effects] == [
         ("optimizer",), ("ranks",), ("optimizer", "ranks"),
     ]  # fmt: skip
+
+
+def test_an_arm_of_which_no_trial_finished_is_still_there(study, entry):
+    lost = [entry(arm="lost", seed=1000, phase="tuning", trial={"optim.lr": rate}, status="diverged", loss=None)
+            for rate in (0.1, 1.0)]  # fmt: skip
+    comparison = judge([*lost, *study])
+    assert list(comparison.groups[0].arms) == ["base", "fast", "same", "lost"]
+    assert comparison.groups[0].table["loss"]["lost"].num_seeds == 0
+    assert any(note.startswith("lost: none of 2 trials finished") for note in comparison.notes)
+    (group,) = judge([*lost, *study], baseline="lost").groups
+    assert all(cell.difference is None for cell in group.table["loss"].values())
+
+
+def test_a_quantity_that_is_nothing_has_no_ratio(study):
+    nothing = [replace(run, measured={"optimizer_bytes": 0 if run.arm == "fast" else 8}) for run in study]
+    (group,) = judge(nothing).groups
+    assert group.table["optimizer_bytes"]["fast"].difference is None
+    assert group.table["optimizer_bytes"]["fast"].mean.value == 0
+    assert group.table["optimizer_bytes"]["same"].call == "equal"
+
+
+def test_a_run_that_diverged_at_once_is_of_the_same_kind(study):
+    broken = [replace(run, status="diverged", loss=None, steps=0, items=0, curve_steps=(), curve_losses=())
+              if run.name == "fast/seed-1" else run for run in study]  # fmt: skip
+    assert judge(broken).groups[0].table["loss"]["fast"].num_seeds == 3
+
+
+def test_a_seed_that_is_there_twice_is_refused(study):
+    with pytest.raises(ConfigError, match="fast has the seed 1 twice: fast/seed-1, fast/seed-1"):
+        judge([*study, next(run for run in study if run.name == "fast/seed-1")])
+
+
+def test_a_target_must_be_a_loss(study):
+    for target in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="must be a positive number"):
+            judge(study, target=target)
+
+
+def test_arms_that_are_tuned_as_another_had_its_trials(study, entry):
+    shared = [replace(run, tuned_as="base") if run.arm != "base" else run for run in study]
+    comparison = judge([*tuning(entry, "base", [0.1, 0.2, 0.3], [2.0, 1.9, 2.1]), *shared])
+    assert not any("other numbers of trials" in note for note in comparison.notes)
+
+
+def test_what_was_foreseen_of_nothing_is_infinitely_wrong(study):
+    wrong = [replace(run, predicted={"wire_bytes": 3.0}, measured={"wire_bytes": 0.0}) for run in study]
+    assert judge(wrong).calibration["wire_bytes"].worst == math.inf
