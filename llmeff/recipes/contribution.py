@@ -102,7 +102,7 @@ def contribution() -> SweepConfig:
 @sweep_recipe
 def contribution_10m() -> SweepConfig:
     """The same with 10M parameters, for what it takes; in so few steps losses tell of the first of training alone."""
-    return _study("contribution-10m", FACTORS, "llama-10m", steps=16, num_evaluations=4)
+    return _study("contribution-10m", FACTORS, "llama-10m", steps=12, num_evaluations=4)
 
 
 @sweep_recipe

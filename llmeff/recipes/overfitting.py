@@ -25,7 +25,7 @@ def overfitting() -> SweepConfig:
         arms[fp32] = ArmConfig(settings=arm.settings, search=arm.search)
         arms[bf16] = ArmConfig(settings=(*arm.settings, "precision=bf16"), tuned_as=fp32)
     base = RunConfig(
-        model=DecoderConfig(width=96, num_layers=2, num_heads=3, mlp_width=256),
+        model=DecoderConfig(width=64, num_layers=2, num_heads=2, mlp_width=176),
         data=one_text(validation=0.03, search=0.03, test=0.84, tokenizer=Bpe(vocab_size=512)),
         schedule=Cosine(warmup_steps=30),
         train=TrainConfig(batch=16, micro_batch="auto"),
