@@ -115,7 +115,21 @@ class SweepConfig(Config):
                 yield f"axes.{key} has a value twice: {', '.join(map(_toml, values))}"
         yield from self._field_problems()
         yield from self._search_problems()
-        yield from _errors_of(self)
+        errors = list(_errors_of(self))
+        yield from errors or self._budget_problems()
+
+    def _budget_problems(self) -> Iterator[str]:
+        """Shorter trials that are not equally short."""
+        steps = self.tuning.steps
+        for cell in self.cells() if steps is not None else ():
+            items = {
+                name: items_per_step(self.run_config(name, cell, self.first_trial(name), 0)) * (steps or 0)
+                for name, arm in self.arms.items() if arm.search
+            }  # fmt: skip
+            if len(set(items.values())) > 1:
+                shown = ", ".join(f"{name} {count}" for name, count in items.items())
+                yield f"tuning.steps = {steps} gives trials of other numbers of items: {shown}"
+                return
 
     def _field_problems(self) -> Iterator[str]:
         """Fields that are the sweep's own to set, or that two parts of it would set."""

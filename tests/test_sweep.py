@@ -127,6 +127,13 @@ def test_final_runs_have_fresh_seeds_and_the_split_that_was_not_searched():
             "give one of them",
         ),
         ({"axes": {"train.batch": []}}, "an axis has no value"),
+        (
+            {
+                "tuning": {"trials": 2, "steps": 2},
+                "arms": SMALL["arms"] | {"wide": {"settings": ["train.batch=8"], "search": RATES}},
+            },
+            "other numbers of items: adamw 128, muon 128, wide 256",
+        ),
         ({"axes": {"train.batch": [4, 8, 4]}}, r"axes\.train\.batch has a value twice: 4, 8, 4"),
         ({"axes": {"seed": [1, 2]}}, "axes sets seed, which `seeds` gives"),
         ({"axes": {"train.steps": [1, 2]}, "items": 640}, "train.steps, which follow from items"),

@@ -191,7 +191,7 @@ def _beside(table: TextTable, width: int) -> Iterator[TextTable]:
         while last < len(widths) and 1 + widths[0] + sum(widths[first : last + 1]) <= width:
             last += 1
         columns = [0, *range(first, min(last, len(widths)))]
-        rows = [[row[n] for n in columns] for row in table.rows]
+        rows = [[row[n] for n in columns] for row in table.rows if any(row[n] for n in columns[1:])]
         yield TextTable(title=table.title, headers=[table.headers[n] for n in columns], rows=rows)
         first = last
 
