@@ -98,8 +98,9 @@ class Entry:
 
     @property
     def step_flops(self) -> float | None:
-        """Executed in one optimizer step."""
-        return self.measured.get("executed_flops", self.predicted.get("executed_flops"))
+        """Executed in one optimizer step, on all ranks: each does as much as the main one, whose are counted."""
+        on_one = self.measured.get("executed_flops", self.predicted.get("executed_flops"))
+        return None if on_one is None else on_one * self.config.get("parallel", {}).get("ranks", 1)
 
     @property
     def items_per_step(self) -> float | None:

@@ -240,7 +240,7 @@ def _group(
         arms[entry.arm].append(entry)
     if target is None:
         reached = [min(entry.curve_losses) for entry in arms[baseline] if entry.is_done and entry.curve_losses]
-        target = max(reached) if reached else None
+        target = _rounded_up(max(reached)) if reached else None
     times = {name: _lane(step_times, name, entries[0].cell) for name in arms}
     budgets = _budgets(arms, times)
     table, quantities, of_quantity = {}, [], {}
@@ -269,6 +269,16 @@ _PREDICTED = ("peak_bytes", "wire_bytes", "optimizer_bytes")
 """Quantities that a run's price foresees."""
 
 
+def _rounded_up(loss: float) -> float:
+    """To five digits: arms that differ from the baseline by rounding alone reach what it reaches."""
+    digit = 10.0 ** (math.floor(math.log10(loss)) - 4) if loss > 0 else 1.0
+    return math.ceil(loss / digit) * digit
+
+
+_AS_OTHERS = ("bits_per_byte", "items_to_target")
+"""Of runs of one budget, data and batch, their ratios are those of the loss and of the steps."""
+
+
 def _effects(
     arms: Mapping[str, list[Entry]],
     quantities: Sequence[Quantity],
@@ -282,7 +292,7 @@ def _effects(
     found = {}
     for quantity in quantities:
         of, key = of_quantity[quantity.key], quantity.key
-        if key in _TIMED or not is_factorial([run for run in runs if of(run) is not None]):
+        if key in _TIMED or key in _AS_OTHERS or not is_factorial([run for run in runs if of(run) is not None]):
             continue
         foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
         found[key] = effects(runs, of, foresee)

@@ -214,3 +214,22 @@ def test_arms_that_are_tuned_as_another_had_its_trials(study, entry):
 def test_what_was_foreseen_of_nothing_is_infinitely_wrong(study):
     wrong = [replace(run, predicted={"wire_bytes": 3.0}, measured={"wire_bytes": 0.0}) for run in study]
     assert judge(wrong).calibration["wire_bytes"].worst == math.inf
+
+
+def test_flops_are_those_of_all_ranks(study):
+    shared = [
+        replace(run, config=run.config | {"parallel": {"ranks": 2}}) if run.arm == "same" else run for run in study
+    ]
+    flops = judge(shared, target=2.5).groups[0].table["flops_to_target"]
+    alone = judge(study, target=2.5).groups[0].table["flops_to_target"]
+    assert flops["same"].mean.value == pytest.approx(2 * alone["same"].mean.value)
+    assert flops["base"].mean.value == alone["base"].mean.value
+
+
+def test_an_arm_that_differs_by_rounding_reaches_the_baselines_target(study):
+    twins = [replace(run, arm="twin", curve_losses=tuple(loss * (1 + 1e-9) for loss in run.curve_losses))
+             for run in study if run.arm == "base"]  # fmt: skip
+    (group,) = judge([*study, *twins]).groups
+    assert len(group.table["steps_to_target"]["twin"].values) == 3
+    worst = max(min(run.curve_losses) for run in study if run.arm == "base")
+    assert worst <= group.target <= worst * 1.0001
