@@ -40,18 +40,7 @@ EXACT: tuple[Kind, ...] = (
     "gradient_bytes",
     "optimizer_bytes",
 )
-SHOWN: tuple[Kind, ...] = (
-    "executed_flops",
-    "parameter_bytes",
-    "frozen_bytes",
-    "master_bytes",
-    "gradient_bytes",
-    "optimizer_bytes",
-    "gathered_bytes",
-    "bucket_bytes",
-    "peak_bytes",
-    "wire_bytes",
-)
+SHOWN: tuple[Kind, ...] = (*EXACT, "gathered_bytes", "bucket_bytes", "peak_bytes", "wire_bytes")
 CPU = torch.device("cpu")
 SLACK_BYTES = 4096
 """What may live beside what a strategy says it holds: norms, counters, lists of offsets."""

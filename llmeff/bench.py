@@ -38,6 +38,7 @@ Arm = Callable[[RunConfig, Tick], None]
 NOISE = 0.1
 """Cores that other processes may use in a round before it is dropped."""
 _MANY_STEPS = 1_000_000
+"""More than any race has, so that the loop does not come to a run's end."""
 END_S = 30.0
 """How long an arm's process may take to end before it is killed."""
 

@@ -75,6 +75,9 @@ def slurm_job(
         gpus: that it needs.
         count: of an array's jobs; None: it is no array.
         more: options of sbatch, which go before those above where they say the same.
+
+    Raises:
+        ConfigError: a folder's name cannot stand in a batch script.
     """
     own = [f"--job-name={name}", f"--output={_quoted(log)}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
     own += [f"--array=0-{count - 1}"] if count is not None else []

@@ -219,7 +219,7 @@ def _budget(entry: Entry) -> int | None:
     """Items that the run was to train on, to the step."""
     planned: int | None = entry.config.get("train", {}).get("steps")
     if planned is None or entry.items_per_step is None:
-        return entry.items if entry.steps else None
+        return entry.items
     return round(planned * entry.items_per_step)
 
 

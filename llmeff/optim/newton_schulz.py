@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 IterationFormat = Literal["auto", "float32", "bfloat16"]
-"""auto: bfloat16 on an accelerator; float32 (of float64, that) on a CPU, where products in bfloat16 are emulated and take
-tens of times as long."""
+"""auto: bfloat16 on an accelerator; float32 (of float64, that) on a CPU, where products in bfloat16 are emulated."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pulls singular values to about 1 in five iterations (Jordan et al. 2024)."""

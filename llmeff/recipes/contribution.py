@@ -71,7 +71,7 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
 def _study(
     name: str, factors: Mapping[str, tuple[Level, Level]], model: str, steps: int, num_evaluations: int = 16
 ) -> SweepConfig:
-    """Without matrix units for it, bf16 takes 13 times as long as fp32: steps, held-out text and seeds are few."""
+    """A CPU without matrix units for bf16 emulates it, slowly: steps, held-out text and seeds are few."""
     arms = half_fraction(factors)
     base = RunConfig(
         data=one_text(validation=0.002, search=0.02),
