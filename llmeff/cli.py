@@ -100,9 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
     )  # fmt: skip
     instead.add_argument("--only", metavar="PHASE:N", help="one run of the sweep, as in tuning:3 or final:0")
-    sweep.add_argument("--processes", type=int, default=5, metavar="N", help="of --timing: fresh processes of each arm")
-    sweep.add_argument("--rounds", type=int, default=30, metavar="N", help="of --timing: turns of each arm")
-    sweep.add_argument("--steps", type=int, default=10, metavar="N", help="of --timing: steps of a turn")
+    sweep.add_argument("--processes", type=int, metavar="N", help="of --timing: fresh processes of each arm (5)")
+    sweep.add_argument("--rounds", type=int, metavar="N", help="of --timing: turns of each arm (30)")
+    sweep.add_argument("--steps", type=int, metavar="N", help="of --timing: steps of a turn (10)")
     sweep.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     sweep.set_defaults(command=_sweep)
 
@@ -303,6 +303,16 @@ def _place(text: str) -> tuple[str, int]:
     return phase, int(number)
 
 
+def _lane(options: argparse.Namespace) -> dict[str, int]:
+    """What was asked of a timing lane; what belongs to a mode that is not asked for is refused."""
+    given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
+    if given and not options.timing:
+        raise ConfigError(f"--{next(iter(given))} is of the timing lane: give --timing too")
+    if options.sbatch and not options.slurm:
+        raise ConfigError("--sbatch is for the jobs that --slurm writes: give both")
+    return given
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from llmeff.compare.study import read_study
     from llmeff.compare.verdict_table import render_comparison
@@ -311,10 +321,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores
+    lane = _lane(options)
     if cores < 1:
         raise ConfigError(f"--cores {cores}: at least 1")
-    if options.sbatch and not options.slurm:
-        raise ConfigError("--sbatch is for the jobs that --slurm writes: give both")
     if options.cores is not None:
         check_cores(sweep, cores)
     folder = options.out or Path("sweeps") / sweep.name
@@ -337,10 +346,7 @@ def _sweep(options: argparse.Namespace) -> int:
         one = Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell)
         return 0 if one.run_one(phase, number) else EXIT_FAILED
     if options.timing:
-        write_timing(
-            sweep, folder, processes=options.processes, rounds=options.rounds, steps=options.steps,
-            modules=options.imports, command=command,
-        )  # fmt: skip
+        write_timing(sweep, folder, modules=options.imports, command=command, **lane)
     else:
         tell(plan_text(sweep))
         Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell).run()

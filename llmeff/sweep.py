@@ -400,7 +400,14 @@ def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], mor
 
 
 def write_timing(
-    sweep: SweepConfig, folder: Path, *, processes: int, rounds: int, steps: int, modules: Sequence[str], command: str
+    sweep: SweepConfig,
+    folder: Path,
+    *,
+    modules: Sequence[str],
+    command: str,
+    processes: int = 5,
+    rounds: int = 30,
+    steps: int = 10,
 ) -> None:
     """Races the arms against one another as their final runs are, cell by cell, and writes the step times.
 

@@ -47,7 +47,7 @@ def read_study(
     Raises:
         ConfigError: see `judge` and `read_entries`; or the step times cannot be read.
     """
-    said = _said(paths)
+    said, given_timing = _said(paths), timing
     if timing is None and len(paths) == 1 and (paths[0] / TIMING).is_file():
         timing = paths[0] / TIMING
     timed = said.get("timing") if timing is None else read_timing(timing)
@@ -58,8 +58,23 @@ def read_study(
         step_times=None if timed is None else timed["step_s"],
         notes=[] if timed is None else [timed["note"]],
         mixed=mixed,
-        command=said.get("command") or shlex.join(["llmeff", "compare", *map(str, paths)]),
+        command=_command(paths, said, baseline=baseline, target=target, timing=given_timing, mixed=mixed),
     )
+
+
+def _command(
+    paths: Sequence[Path], said: dict[str, Any], *, baseline: str | None, target: float | None, timing: Path | None,
+    mixed: bool,
+) -> str:  # fmt: skip
+    """What makes the study, where that is known, and then this view of it, where that is not the study's own."""
+    options = {"--baseline": baseline, "--target": target, "--timing": timing}
+    asked = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    asked += ["--mixed"] if mixed else []
+    view = shlex.join(["llmeff", "compare", *map(str, paths), *asked])
+    study: str | None = said.get("command")
+    if study is None:
+        return view
+    return f"{study} && {view}" if asked else study
 
 
 def write_pictures(comparison: Comparison, path: Path) -> None:

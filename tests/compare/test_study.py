@@ -22,7 +22,7 @@ def test_a_ledger_is_compared_in_every_form(study, tmp_path, capsys, monkeypatch
         assert words in capsys.readouterr().out
     assert main(["compare", LEDGER, "--format=json", "--baseline=base", "--target=2.0"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["command"] == "llmeff sweep --recipe it"
+    assert found["command"] == (f"llmeff sweep --recipe it && llmeff compare {LEDGER} --baseline base --target 2.0")
     assert found["targets"] == {"": 2.0}
     assert {row["baseline"] for row in found["table"]} == {"base"}
     assert (tmp_path / "it.html").exists()
