@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2}}
 
 def sweep_of(*settings, **changes):
     return validate(SweepConfig, override(SMALL | changes, settings))
+
+
+def test_the_study_of_the_readme_is_one_that_works():
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("# study.toml")[2].partition("```")[0]
+    sweep = validate(SweepConfig, tomllib.loads(block.partition("\n")[2]))
+    assert plan_text(sweep).startswith("20 tuning runs and 12 final runs, ")
 
 
 def test_one_span_is_searched_evenly_over_its_logarithm():
