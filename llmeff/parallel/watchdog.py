@@ -29,6 +29,8 @@ _EVERY_S = 1.0
 _GRACE_S = 5.0
 """How long an interrupted rank may take to end by itself, and the most that one look counts as standing still: a process
 that was itself stopped begins to count anew."""
+_DYING_S = 2.0
+"""How long a lost rank may take to be seen to be gone."""
 _FAILED, _INTERRUPTED = 1, 130
 
 
@@ -126,6 +128,7 @@ class Watchdog:
             return
         if group.is_loss(error):
             traceback.print_exception(kind, error, trace)
+            self._await_death()
             self._end("a rank was lost")
         if self._handler is not None:
             signal.set_wakeup_fd(self._wakeup)
@@ -198,6 +201,12 @@ class Watchdog:
             return []
         beats = [_read(path) for path in sorted((self._folder / FOLDER).glob("rank-*.json"))]
         return [beat for beat in beats if beat is not None and beat.rank != self._rank]
+
+    def _await_death(self) -> None:
+        """A process that dies closes its connections before it is seen to be gone."""
+        deadline_s = time.monotonic() + _DYING_S
+        while time.monotonic() < deadline_s and all(beat.state() == "alive" for beat in self._others()):
+            time.sleep(_DYING_S / 40)
 
     def _end(self, reason: str) -> NoReturn:
         """Says why, once for all ranks of the machine, and ends this process."""
