@@ -17,7 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_facts, read_ledger, read_sweep, write_ledger
+from llmeff.compare.ledger import (
+    LEDGER,
+    LOSS,
+    PLACE,
+    RUNS,
+    SWEEP,
+    find_metric,
+    known_metrics,
+    read_facts,
+    read_ledger,
+    read_sweep,
+    write_ledger,
+)
 from llmeff.compare.study import TIMING, read_timing
 from llmeff.compare.verdict import lane_name
 from llmeff.core import files, log
@@ -49,7 +61,7 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
     path = folder / SWEEP
     mine = json.loads(sweep.model_dump_json())
     if path.is_file():
-        theirs = read(path)
+        theirs = {"metric": LOSS.name} | read(path)  # which was all that there was to decide by
         if theirs != mine:
             changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
             raise ConfigError(
@@ -88,7 +100,7 @@ def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
         if not own:
             return {}
         path = _choice(sweep, folder, arm, cell)
-        return read(path) if path.is_file() else best_trial(own, folder)
+        return read(path) if path.is_file() else best_trial(own, folder, sweep.metric)
 
     return _finals(sweep, len(trials), chosen)
 
@@ -112,22 +124,26 @@ def _finals(
     return jobs
 
 
-def best_trial(trials: Sequence[Job], folder: Path) -> dict[str, Any] | None:
-    """The settings of the trial with the lowest loss; of equals the first; None where none finished."""
-    losses = [_loss(folder / RUNS / job.path) for job in trials]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    return trials[best].trial if math.isfinite(losses[best]) else None
+def best_trial(trials: Sequence[Job], folder: Path, metric: str) -> dict[str, Any] | None:
+    """The settings of the trial with the best value of a metric; of equals the first; None where none finished.
+
+    Raises:
+        ConfigError: a trial is not judged by the metric.
+    """
+    costs = [_cost(folder / RUNS / job.path, metric) for job in trials]
+    best = min(range(len(costs)), key=costs.__getitem__)
+    return trials[best].trial if math.isfinite(costs[best]) else None
 
 
-def _loss(folder: Path) -> float:
-    """Infinite where the run did not finish."""
+def _cost(folder: Path, metric: str) -> float:
+    """What a run reached of a metric, as a number of which less is better; infinite where it did not finish."""
     if not (folder / schema.RESULT).is_file():
         return math.inf
     run = read_run(folder)
     if run.result is None or run.result.status != "finished":
         return math.inf
-    loss = run.result.metrics[run.config["evaluation"]["split"]]["loss"]
-    return loss if math.isfinite(loss) else math.inf
+    judged = find_metric(metric, known_metrics([run.result.goals]))
+    return judged.cost(run.result.metrics[run.config["evaluation"]["split"]].get(metric))
 
 
 @dataclass
@@ -278,9 +294,8 @@ class Sweep:
 
     def _end(self, ended: _Running) -> None:
         own = self.folder / RUNS / ended.job.path
-        if (own / schema.RESULT).is_file():
-            status = read_run(own).result
-            self._tell(f"{ended.job.path}: {'ended' if status is None else status.status}")
+        if (own / schema.RESULT).is_file() and (result := read_run(own).result) is not None:
+            self._tell(f"{ended.job.path}: {result.status}")
             return
         lines = ended.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         failure = lines[-1] if lines else f"exit code {ended.process.returncode}"

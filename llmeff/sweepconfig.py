@@ -88,8 +88,10 @@ class SweepConfig(Config):
     """The same for all arms."""
     seeds: tuple[Integer, ...] = (0, 1, 2)
     """Of the final runs: each arm is run with each."""
+    metric: Text = "loss"
+    """What decides, of the metrics that the task names: which trial is chosen, and what the arms are compared by."""
     target: Positive | None = None
-    """The loss to which steps, items, FLOPs and time are counted; None: the lowest that every run of the
+    """The value of the metric to which steps, items, FLOPs and time are counted; None: the best that every run of the
     baseline reaches."""
 
     @model_validator(mode="after")
@@ -104,6 +106,9 @@ class SweepConfig(Config):
             yield f"a sweep compares arms, given: {', '.join(self.arms) or 'none'}"
         if self.baseline not in self.arms:
             yield f"baseline is {self.baseline!r}, the arms are: {', '.join(self.arms)}"
+        task = self.base.task
+        if self.metric not in task.goals:
+            yield f"metric is {self.metric!r}: task {task.name!r} is not judged by it.{nearest(self.metric, task.goals)}"
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             yield f"seeds must be different and at least one, given: {list(self.seeds)}"
         if self.tuning.seed in self.seeds and any(arm.search for arm in self.arms.values()):

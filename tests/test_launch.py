@@ -98,6 +98,7 @@ def assert_same_run(one, other):
         assert first.steps[name].tolist() == second.steps[name].tolist(), name
     assert len(first.steps["step"]) == STEPS
     assert first.evals.equals(second.evals)
+    assert first.evaluations == second.evaluations
     assert first.result.sample == second.result.sample
     weights = "model/model.safetensors"
     assert (one / weights).read_bytes() == (other / weights).read_bytes()

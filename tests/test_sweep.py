@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from llmeff.cli import main
 from llmeff.compare.effects import effects
 from llmeff.compare.ledger import LEDGER, RUNS, Entry, read_ledger, read_sweep
+from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.recipes import SWEEPS
 from llmeff.sweep import Sweep, best_trial, final_jobs, open_sweep, plan_text, tuning_jobs
@@ -206,34 +208,89 @@ def tried(monkeypatch):
     """Sets the losses of trials, by arm; infinite where one has none."""
     losses = {}
     monkeypatch.setattr(
-        "llmeff.sweep._loss", lambda folder: losses.get(folder.parent.name, {}).get(folder.name, math.inf)
+        "llmeff.sweep._cost", lambda folder, metric: losses.get(folder.parent.name, {}).get(folder.name, math.inf)
     )
     return losses
 
 
 def test_the_best_trial_that_finished_is_chosen(tried, tmp_path):
     sweep = sweep_of()
-    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) is None
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path, "loss") is None
     assert final_jobs(sweep, tmp_path) == []
     tried["adamw"] = {"trial-01": 2.0}
-    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) == sweep.trials("adamw")[1]
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path, "loss") == sweep.trials("adamw")[1]
     tried["adamw"]["trial-00"] = 1.5
-    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) == sweep.trials("adamw")[0]
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path, "loss") == sweep.trials("adamw")[0]
     assert {job.arm for job in final_jobs(sweep, tmp_path)} == {"adamw"}
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(make_run, tmp_path):
+@pytest.fixture
+def trials(make_run, tmp_path):
+    """Writes the trials of `adamw`, with the metrics that they ended with."""
+
+    def make(*metrics, goals=None):
+        for number, own in enumerate(metrics):
+            run = make_run(f"trial-{number}")
+            result = json.loads((run / "result.json").read_text())
+            result |= {"metrics": {"search": own}, "goals": goals or {}}
+            (run / "result.json").write_text(json.dumps(result))
+            (run / "config.json").write_text(json.dumps({"seed": 0, "evaluation": {"split": "search"}}))
+            place = tmp_path / RUNS / "adamw" / f"trial-{number:02d}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            run.rename(place)
+
+    return make
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(trials, tmp_path):
     sweep = sweep_of()
-    for number, loss in ((0, math.nan), (1, 1.5)):
-        run = make_run(f"trial-{number}")
-        result = json.loads((run / "result.json").read_text())
-        result["metrics"] = {"search": {"loss": loss}}
-        (run / "result.json").write_text(json.dumps(result))
-        (run / "config.json").write_text(json.dumps({"seed": 0, "evaluation": {"split": "search"}}))
-        place = tmp_path / RUNS / "adamw" / f"trial-{number:02d}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        run.rename(place)
-    assert best_trial(tuning_jobs(sweep)[:2], tmp_path) == sweep.trials("adamw")[1]
+    trials({"loss": math.nan}, {"loss": 1.5})
+    assert best_trial(tuning_jobs(sweep)[:2], tmp_path, "loss") == sweep.trials("adamw")[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"), [("loss", 0), ("mean_iou", 1), ("error", 0), ("recall", 1), ("precision", None)]
+)
+def test_the_metric_decides_which_trial_is_the_best(trials, tmp_path, metric, best):
+    sweep = sweep_of()
+    goals = {"mean_iou": "higher", "error": "lower", "recall": "higher", "precision": "higher"}
+    trials(
+        {"loss": 1.5, "mean_iou": 0.4, "error": 0.1, "recall": math.nan},
+        {"loss": 1.6, "mean_iou": 0.5, "error": 0.2, "recall": 0.1},
+        goals=goals,
+    )
+    chosen = best_trial(tuning_jobs(sweep)[:2], tmp_path, metric)
+    assert chosen == (None if best is None else sweep.trials("adamw")[best])
+
+
+def test_what_the_sweep_chose_is_what_the_comparison_says_was_chosen(trials, tmp_path, entry_of_levels):
+    sweep, goals = sweep_of(metric="bits_per_byte"), {"loss": "lower", "bits_per_byte": "lower"}
+    reached = [{"loss": 1.5, "bits_per_byte": 2.5}, {"loss": 1.6, "bits_per_byte": 2.4}]
+    trials(*reached, goals=goals)
+    (chosen,) = {job.trial["optim.lr"] for job in final_jobs(sweep, tmp_path)}
+    tried = [
+        replace(entry_of_levels({}, 1000), arm="adamw", phase="tuning", trial=trial, metrics=own, goals=goals)
+        for trial, own in zip(sweep.trials("adamw"), reached, strict=True)
+    ]
+    finals = [replace(entry_of_levels({}, 0), arm=arm) for arm in ("adamw", "muon")]
+    assert judge([*tried, *finals], metric="bits_per_byte").groups[0].tuning["adamw"].best == {"optim.lr": chosen}
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_starts():
+    with pytest.raises(
+        ConfigError, match=r"'bits_per_bite': .* Did you mean 'bits_per_byte'\? Known: bits_per_byte, loss"
+    ):
+        sweep_of(metric="bits_per_bite")
+
+
+def test_a_sweep_from_before_there_was_a_choice_of_metrics_goes_on_by_the_loss(tmp_path):
+    open_sweep(sweep_of(), tmp_path / "it")
+    written = json.loads((tmp_path / "it" / "sweep.json").read_text())
+    assert written.pop("metric") == "loss"
+    (tmp_path / "it" / "sweep.json").write_text(json.dumps(written))
+    open_sweep(sweep_of(), tmp_path / "it")
+    with pytest.raises(ConfigError, match="holds another sweep: metric differ"):
+        open_sweep(sweep_of(metric="bits_per_byte"), tmp_path / "it")
 
 
 def test_what_was_chosen_stays_though_a_trial_that_had_failed_comes_to_be_better(tried, tmp_path, monkeypatch):
@@ -255,7 +312,7 @@ def test_an_arm_can_be_tuned_as_another(monkeypatch, tmp_path):
     arms = {"fp32": {"search": RATES}, "bf16": {"settings": ["precision=bf16"], "tuned_as": "fp32"}}
     sweep = sweep_of(arms=arms, baseline="fp32")
     assert {job.arm for job in tuning_jobs(sweep)} == {"fp32"}
-    monkeypatch.setattr("llmeff.sweep.best_trial", lambda trials, folder: trials[1].trial)
+    monkeypatch.setattr("llmeff.sweep.best_trial", lambda trials, folder, metric: trials[1].trial)
     jobs = final_jobs(sweep, tmp_path)
     assert [(job.arm, job.number) for job in jobs] == [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1)]
     assert {job.trial["optim.lr"] for job in jobs} == {sweep.trials("fp32")[1]["optim.lr"]}

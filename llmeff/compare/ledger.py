@@ -2,8 +2,9 @@
 
 import io
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 
 from llmeff.core import files
 from llmeff.core.config import ConfigError
+from llmeff.core.registry import nearest
 from llmeff.record import schema
 from llmeff.record.reader import Run, progress, read_run
+from llmeff.record.schema import Goal
 
 LEDGER_VERSION = 1
 """Of the Parquet file."""
@@ -24,6 +27,62 @@ SWEEP, RUNS, LEDGER = "sweep.json", "runs", "ledger.parquet"
 """Where a sweep's description, its runs and its ledger lie in its folder."""
 PLACE = ".place.json"
 """Ends the name of the file beside a run's folder that says which arm, cell, phase and trial of the sweep it is."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What evaluations measure, and runs can be judged by."""
+
+    name: str
+    """Its key."""
+    better: Goal
+    """Which way."""
+
+    @property
+    def sign(self) -> int:
+        """What a value is multiplied by to be a number of which less is better."""
+        return 1 if self.better == "lower" else -1
+
+    def cost(self, value: float | None) -> float:
+        """A value as a number of which less is better; infinite where there is none."""
+        return math.inf if value is None or not math.isfinite(value) else self.sign * value
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return spelled(self.name)
+
+
+def spelled(name: str) -> str:
+    """A metric's name for people: `mean IoU` of `mean_iou`."""
+    return " ".join(_SPELLED.get(word, word) for word in name.split("_"))
+
+
+_SPELLED = {"iou": "IoU", "f1": "F1"}
+"""Words of metrics' names that are not written in small letters."""
+
+LOSS = Metric("loss", "lower")
+"""What every run can be judged by."""
+
+
+def known_metrics(goals: Iterable[Mapping[str, Goal]]) -> dict[str, Metric]:
+    """The metrics that runs can be judged by, by name: the loss, and what their tasks name.
+
+    Where no run says, as none did at first, the others are those that runs of text had.
+    """
+    said = {name: better for own in goals for name, better in own.items()} or {"bits_per_byte": "lower"}
+    return {LOSS.name: LOSS} | {name: Metric(name, better) for name, better in said.items()}
+
+
+def find_metric(name: str, known: Mapping[str, Metric]) -> Metric:
+    """A metric by its name.
+
+    Raises:
+        ConfigError: runs are not judged by it.
+    """
+    if name not in known:
+        raise ConfigError(f"metric {name!r}: these runs are not judged by it.{nearest(name, known)}")
+    return known[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +131,10 @@ class Entry:
     """Of the evaluations."""
     curve_losses: tuple[float, ...] = ()
     """At each, nats an item."""
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """At each, the goals' metrics other than the loss, by name; of a run without a result all that every evaluation has."""
+    goals: dict[str, Goal] = field(default_factory=dict)
+    """The metrics that its task names, and which way each is better; none of an older run, or one without a result."""
     items_per_s: float | None = None
     """Median step after warm-up, of a run that may have had the machine for itself or not."""
     train_s: float | None = None
@@ -96,6 +159,14 @@ class Entry:
         """Whether it has all that was asked of it."""
         return self.status == "finished" and self.loss is not None
 
+    def final(self, metric: str) -> float | None:
+        """A metric at the end."""
+        return self.loss if metric == LOSS.name else self.metrics.get(metric)
+
+    def curve(self, metric: str) -> tuple[float, ...]:
+        """A metric at `curve_steps`; empty where not every evaluation has it."""
+        return self.curve_losses if metric == LOSS.name else self.curves.get(metric, ())
+
     @property
     def step_flops(self) -> float | None:
         """Executed in one optimizer step, on all ranks: each does as much as the main one, whose are counted."""
@@ -118,7 +189,8 @@ def entry_of(run: Run, **place: Any) -> Entry:
     result, done = run.result, progress(run)
     split = run.config.get("evaluation", {}).get("split", "validation")
     held_out = {} if result is None else result.metrics.get(split, {})
-    curve = held_out_loss(run).get(split)
+    goals = {} if result is None else result.goals
+    steps, values = held_out_curves(run).get(split, ([], {}))
     known = {"name": run.name, "arm": run.config.get("name", run.name)} | place
     return Entry(
         **known,
@@ -134,8 +206,10 @@ def entry_of(run: Run, **place: Any) -> Entry:
         train_loss=done.train_loss,
         loss=held_out.get("loss"),
         metrics=held_out,
-        curve_steps=() if curve is None else tuple(int(step) for step in curve[0]),
-        curve_losses=() if curve is None else tuple(float(loss) for loss in curve[1]),
+        curve_steps=tuple(steps),
+        curve_losses=tuple(values.pop(LOSS.name, ())),
+        curves={name: tuple(own) for name, own in values.items() if result is None or name in goals},
+        goals=goals,
         items_per_s=done.items_per_s,
         train_s=None if result is None else result.timings.train_s + result.timings.data_s,
         energy_j=None if result is None else result.energy_j,
@@ -148,8 +222,20 @@ def entry_of(run: Run, **place: Any) -> Entry:
     )
 
 
-def held_out_loss(run: Run) -> dict[str, tuple[Any, Any]]:
-    """By split: the steps of its evaluations, and the mean loss of each over all items, nats."""
+def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
+    """By split: the steps of its evaluations, and by name the values there of each metric that all of them have."""
+    if not run.evaluations:
+        return _loss_curves(run)
+    curves = {}
+    for split in dict.fromkeys(row.split for row in run.evaluations):
+        rows = [row for row in run.evaluations if row.split == split]
+        names = [name for name in rows[0].metrics if all(name in row.metrics for row in rows)]
+        curves[split] = [row.step for row in rows], {name: [row.metrics[name] for row in rows] for name in names}
+    return curves
+
+
+def _loss_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
+    """Of an older run: the mean loss over all items, from its units."""
     if run.evals is None:
         return {}
     sums = run.evals.group_by(["split", "step"], use_threads=False).aggregate([("loss_sum", "sum"), ("count", "sum")])
@@ -157,7 +243,7 @@ def held_out_loss(run: Run) -> dict[str, tuple[Any, Any]]:
     for split in sums["split"].unique().to_pylist():
         rows = sums.filter(pc.field("split") == split).sort_by("step")
         means = rows["loss_sum_sum"].to_numpy() / rows["count_sum"].to_numpy()
-        curves[split] = rows["step"].to_numpy(), means
+        curves[split] = rows["step"].to_pylist(), {LOSS.name: means.tolist()}
     return curves
 
 
@@ -263,7 +349,7 @@ def read_sweep(folder: Path) -> list[Entry]:
 
 # -- one file
 
-_JSON = ("cell", "factors", "trial", "metrics", "predicted", "measured", "config")
+_JSON = ("cell", "factors", "trial", "metrics", "curves", "goals", "predicted", "measured", "config")
 _KINDS: dict[str, Any] = {
     "seed": pa.int64(),
     "steps": pa.int64(),
@@ -299,7 +385,7 @@ def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | N
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """The entries of a ledger file.
+    """The entries of a ledger file; what it was written without is as it is by default.
 
     Raises:
         ConfigError: it is none, or of another version.
@@ -307,8 +393,9 @@ def read_ledger(path: Path) -> list[Entry]:
     table = _open(path)
     rows = table.to_pylist()
     for row in rows:
-        row.update({name: json.loads(row[name]) for name in _JSON})
+        row.update({name: json.loads(row[name]) for name in _JSON if name in row})
         row.update({name: tuple(row[name]) for name in ("curve_steps", "curve_losses")})
+        row["curves"] = {name: tuple(values) for name, values in row.get("curves", {}).items()}
     return [Entry(**row) for row in rows]
 
 
@@ -332,26 +419,29 @@ def _open(path: Path) -> Any:
     return table
 
 
-def loss_at(entry: Entry, steps: float) -> float | None:
-    """The held-out loss after so many steps, between two evaluations by a straight line; None outside of them."""
-    if not entry.curve_steps:
+def value_at(entry: Entry, steps: float, metric: Metric = LOSS) -> float | None:
+    """A metric after so many steps, between two evaluations by a straight line; None outside of them."""
+    values = entry.curve(metric.name)
+    if not values:
         return None
     steps = (
         min(steps, entry.curve_steps[-1]) if steps <= entry.curve_steps[-1] * (1 + 1e-9) else steps
     )  # but for rounding
     if not entry.curve_steps[0] <= steps <= entry.curve_steps[-1]:
         return None
-    return float(np.interp(steps, entry.curve_steps, entry.curve_losses))
+    return float(np.interp(steps, entry.curve_steps, values))
 
 
-def steps_to(entry: Entry, target: float) -> float | None:
-    """After how many steps the held-out loss first is the target, by a straight line; None where it never is."""
+def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None:
+    """After how many steps a metric first is as good as the target, by a straight line; None where it never is."""
     before: tuple[float, float] | None = None
-    for step, loss in zip(entry.curve_steps, entry.curve_losses, strict=True):
-        if loss <= target:
-            if before is None or before[1] <= loss:
+    values = entry.curve(metric.name)
+    for step, value in zip(entry.curve_steps if values else (), values, strict=True):
+        if metric.sign * value <= metric.sign * target:
+            if before is None:
                 return float(step)
-            share = (before[1] - target) / (before[1] - loss)
+            share = (before[1] - target) / (before[1] - value)
             return before[0] + share * (step - before[0])
-        before = float(step), loss
+        if math.isfinite(value):
+            before = float(step), value
     return None

@@ -1,14 +1,14 @@
-"""Loss curves of runs and of arms, as pictures."""
+"""Loss curves of runs and of arms, and how well they know each class, as pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llmeff.compare.ledger import Entry, held_out_loss
+from llmeff.compare.ledger import LOSS, Entry, Metric, held_out_curves
 from llmeff.compare.verdict import Group, show_cell
 from llmeff.core import files
 from llmeff.core.config import ConfigError
@@ -38,42 +38,45 @@ def loss_curve(runs: Sequence[Run], path: Path) -> None:
 
 
 def arm_curves(group: Group) -> bytes | None:
-    """Held-out loss over items by arm, as a PNG: the mean over seeds, and a band from the lowest to the highest.
+    """The held-out metric over items by arm, as a PNG: the mean over seeds, and a band from the lowest to the highest.
 
     None where no arm was evaluated twice.
     """
-    curves = {name: _band(runs) for name, runs in group.arms.items()}
+    metric = group.metric
+    curves = {name: _band(runs, metric) for name, runs in group.arms.items()}
     if all(curve is None for curve in curves.values()):
         return None
     figure, axes = _figure()
-    low, high = [], []
+    best, early = [], []
     for number, (name, curve) in enumerate(curves.items()):
         if curve is None:
             axes.plot([], [], color=_COLOURS[number % len(_COLOURS)], label=_shown(f"{name}: no curve"))
             continue
-        items, losses = curve
+        items, values = curve
         colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        mean = losses.mean(axis=0)
+        mean = values.mean(axis=0)
         axes.plot(
-            items, mean, color=colour, linestyle=style, linewidth=1.6, label=_shown(f"{name} (n = {len(losses)})")
+            items, mean, color=colour, linestyle=style, linewidth=1.6, label=_shown(f"{name} (n = {len(values)})")
         )
-        axes.fill_between(items, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-        low.append(losses.min())
-        high.append(mean[len(mean) // 4])
+        axes.fill_between(items, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        best.append((metric.sign * values).min())
+        early.append(metric.sign * mean[len(mean) // 4])
     # The beginning, which all have in common, would press the ends together.
-    axes.set_ylim(min(low) - 0.05 * (max(high) - min(low)), max(high) + 0.05 * (max(high) - min(low)) + 1e-6)
+    _limit(axes, metric, min(best), max(early), room=1e-6)
     if group.target is not None:
         axes.axhline(group.target, color="#888888", linewidth=0.8, linestyle=":", label=f"target {group.target:.4f}")
     item = next((run.item for runs in group.arms.values() for run in runs if run.item), "item")
     where = f", {show_cell(group.cell)}" if group.cell else ""
-    _label(axes, f"{item}s trained on", f"held-out loss (nats per {item})", f"Mean and range over seeds{where}")
+    y = f"held-out {_named(metric, f'nats per {item}')}"
+    _label(axes, f"{item}s trained on", y, f"Mean and range over seeds{where}")
     axes.set_xlim(left=0)
     return _png(figure)
 
 
 def tuning_curves(group: Group) -> bytes | None:
-    """The loss of every trial over the one number that was searched, by arm, as a PNG; None where there is no such."""
+    """What every trial reached over the one number that was searched, by arm, as a PNG; None where there is no such."""
     figure, axes = _figure()
+    metric = group.metric
     names: set[str] = set()
     finite: list[float] = []
     for number, arm in enumerate(group.arms):
@@ -81,11 +84,11 @@ def tuning_curves(group: Group) -> bytes | None:
         if tuning is None or not tuning.near_factor:
             continue
         (name,) = tuning.near_factor
-        points = sorted((trial[name], loss) for trial, loss in tuning.trials if np.isfinite(loss))
+        points = sorted((trial[name], value) for trial, value in tuning.trials if np.isfinite(value))
         if not points:
             continue
         names.add(name)
-        finite += [loss for _, loss in points]
+        finite += [metric.sign * value for _, value in points]
         colour = _COLOURS[number % len(_COLOURS)]
         axes.plot(
             *zip(*points, strict=True), color=colour, marker="o", markersize=4.5, linewidth=1.4, label=_shown(arm)
@@ -93,16 +96,18 @@ def tuning_curves(group: Group) -> bytes | None:
     if not finite:
         return None
     axes.set_xscale("log")
-    best, top = min(finite), min(max(finite), _FAR * min(finite))
-    axes.set_ylim(best - 0.05 * (top - best) - 1e-3, top + 0.05 * (top - best) + 1e-3)
+    far = _FAR**metric.sign * min(finite)
+    _limit(axes, metric, min(finite), min(max(finite), far), room=1e-3)
     where = f", {show_cell(group.cell)}" if group.cell else ""
-    above = f"; trials of more than {_FAR} times the best loss lie above" if max(finite) > top else ""
-    _label(axes, ", ".join(sorted(names)), "loss of the trial (nats)", f"Sensitivity{where}{above}")
+    more, above = ("more", "above") if metric.better == "lower" else ("less", "below")
+    beyond = f"; trials of {more} than {_FAR**metric.sign:.2g} times the best {metric.label} lie {above}"
+    y = _named(metric, "nats", " of the trial")
+    _label(axes, ", ".join(sorted(names)), y, f"Sensitivity{where}{beyond if max(finite) > far else ''}")
     return _png(figure)
 
 
 def trials_curves(group: Group) -> bytes | None:
-    """The loss to expect of the best of 1, 2, ... trials by arm, as a PNG; None where no arm was tuned by several.
+    """What to expect of the best of 1, 2, ... trials by arm, as a PNG; None where no arm was tuned by several.
 
     The trials are taken in random order: what a smaller budget would have found, on average.
     """
@@ -122,7 +127,43 @@ def trials_curves(group: Group) -> bytes | None:
         )  # fmt: skip
     axes.xaxis.get_major_locator().set_params(integer=True)
     where = f", {show_cell(group.cell)}" if group.cell else ""
-    _label(axes, "trials", "expected loss of the best (nats)", f"Loss against tuning budget{where}")
+    label = group.metric.label
+    y = f"expected {_named(group.metric, 'nats', ' of the best')}"
+    _label(axes, "trials", y, f"{label[0].upper()}{label[1:]} against tuning budget{where}")
+    return _png(figure)
+
+
+def class_bars(values: Mapping[str, Sequence[float]], classes: Sequence[str], label: str, title: str) -> bytes:
+    """A bar for each class and run, below one another, as a PNG.
+
+    Args:
+        values: by run, its classes' shares in their order; NaN where a class is not there.
+        classes: their names.
+        label: of the axis of the values.
+        title: of the picture.
+    """
+    thick = 0.8 / len(values)
+    figure, axes = _figure(height=1.5 + len(classes) * (0.14 + 0.16 * len(values)))
+    for number, (name, own) in enumerate(values.items()):
+        shares = np.array(own)
+        places = np.arange(len(classes)) + (number - (len(values) - 1) / 2) * thick
+        colour = _COLOURS[number % len(_COLOURS)]
+        known = np.isfinite(shares)
+        mean = f"{name} (mean {shares[known].mean():.3f})" if known.any() else name
+        axes.barh(places, np.where(known, shares, 0), height=0.9 * thick, color=colour, label=_shown(mean))
+        for place, share in zip(places, shares, strict=True):
+            text = f"{share:.3f}" if np.isfinite(share) else "not there"
+            axes.text(np.nan_to_num(share) + 0.006, place, text, va="center", fontsize=7, color="#444444")
+    _label(axes, label, "", title)
+    axes.set_yticks(range(len(classes)), classes, parse_math=False)
+    axes.tick_params("y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(classes) - 0.5, -0.5)
+    axes.get_legend().remove()
+    legend = figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=min(3, len(values)))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return _png(figure)
 
 
@@ -130,23 +171,36 @@ _FAR = 1.5
 _STYLES = ("-", "--", ":")
 
 
-def _band(runs: Sequence[Entry]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Items, and (runs, evaluations) losses, of the runs that were evaluated alike and at least twice."""
-    known = [run for run in runs if len(run.curve_steps) > 1 and run.items_per_step and run.is_done]
+def _named(metric: Metric, unit: str, of: str = "") -> str:
+    """A metric on an axis; the loss has a unit."""
+    return f"{metric.label}{of} ({unit})" if metric == LOSS else f"{metric.label}{of}"
+
+
+def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) -> None:
+    """Shows what lies between two costs, and a twentieth more."""
+    more = 0.05 * (worst - best)
+    axes.set_ylim(sorted((metric.sign * (best - more - room), metric.sign * (worst + more + room))))
+
+
+def _band(runs: Sequence[Entry], metric: Metric) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+    """Items, and (runs, evaluations) values, of the runs that were evaluated alike and at least twice."""
+    known = [run for run in runs if len(run.curve(metric.name)) > 1 and run.items_per_step and run.is_done]
+    known = [run for run in known if np.isfinite(run.curve(metric.name)).all()]
     known = [run for run in known if run.curve_steps == known[0].curve_steps]
     if not known:
         return None
     each = known[0].items_per_step
     assert each is not None
-    return np.array(known[0].curve_steps) * each, np.array([run.curve_losses for run in known])
+    return np.array(known[0].curve_steps) * each, np.array([run.curve(metric.name) for run in known])
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(height: float = 4.5) -> tuple[Any, Any]:
+    """In inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A figure of its own, not pyplot's: nothing of the caller's backend or open figures is touched.
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
@@ -185,7 +239,8 @@ def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     middle = steps[window // 2 :][: len(smooth)]
     axes.plot(middle, smooth, color=colour, linewidth=1.6, label=_shown(f"{name}training"))
-    for marker, (split, (at, means)) in zip("osD^", held_out_loss(run).items(), strict=False):
+    held_out = {split: (at, own[LOSS.name]) for split, (at, own) in held_out_curves(run).items() if LOSS.name in own}
+    for marker, (split, (at, means)) in zip("osD^", held_out.items(), strict=False):
         axes.plot(
             at, means, color=colour, linestyle=":", linewidth=1, marker=marker, markersize=4.5,
             markerfacecolor="white", markeredgewidth=1.3, zorder=3, label=_shown(f"{name}{split}, last {means[-1]:.4f}"),

@@ -27,8 +27,8 @@ th:first-child, td:first-child { text-align: left; }
 .verdict li { margin: .2rem 0; } .note { color: #b45309; } .small { opacity: .75; font-size: .9em; }
 img { max-width: 100%; background: white; border-radius: .4rem; } code { font-size: .92em; }
 """
-_SAID = ("loss", "loss_at_seconds", "steps_to_target", "seconds_to_target", "peak_bytes", "optimizer_bytes")
-"""Quantities that the verdict speaks of, where they are there."""
+_SAID = ("steps_to_target", "seconds_to_target", "peak_bytes", "optimizer_bytes")
+"""Quantities that the verdict speaks of beside the metric, where they are there."""
 
 
 def write_report(comparison: Comparison, path: Path, title: str) -> None:
@@ -48,7 +48,7 @@ def page(comparison: Comparison, title: str) -> str:
     for group in comparison.groups:
         where = f": {html.escape(show_cell(group.cell))}" if group.cell else ""
         pictures = [
-            (arm_curves(group), "held-out loss"),
+            (arm_curves(group), f"held-out {group.metric.label}"),
             (tuning_curves(group), "tuning"),
             (trials_curves(group), "tuning budget"),
         ]
@@ -68,13 +68,14 @@ def page(comparison: Comparison, title: str) -> str:
 
 def verdicts(group: Group) -> list[str]:
     """What may be said of each arm, in a sentence."""
+    keys = (group.metric.name, f"{group.metric.name}_at_seconds", *_SAID)
     said = []
     for name in group.arms:
         if name == group.baseline:
             continue
         parts = []
         for quantity in group.quantities:
-            if quantity.key not in _SAID:
+            if quantity.key not in keys:
                 continue
             cell = group.table[quantity.key][name]
             if cell.difference is not None:

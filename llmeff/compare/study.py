@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmeff.compare.ledger import LEDGER, SWEEP, Entry, read_entries, read_facts
+from llmeff.compare.ledger import LEDGER, LOSS, SWEEP, Entry, read_entries, read_facts
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.report import title_of
 from llmeff.compare.verdict import Comparison, judge, show_cell
@@ -31,6 +31,7 @@ def read_study(
     *,
     baseline: str | None = None,
     target: float | None = None,
+    metric: str | None = None,
     timing: Path | None = None,
     mixed: bool = False,
 ) -> Comparison:
@@ -40,7 +41,8 @@ def read_study(
         paths: run folders, sweeps' folders, or ledgers.
         entries: what was read from them, where it was.
         baseline: see `judge`; None: the sweep's own, where there is one.
-        target: see `judge`; None: the sweep's own, where it has one.
+        target: see `judge`; None: the sweep's own, where it has one of this metric.
+        metric: see `judge`; None: the sweep's own, or the loss.
         timing: a file of step times; None: the sweep's or the ledger's own, where there are some.
         mixed: see `judge`.
 
@@ -48,26 +50,32 @@ def read_study(
         ConfigError: see `judge` and `read_entries`; or the step times cannot be read.
     """
     said, given_timing = _said(paths), timing
+    sweep = said.get("sweep", {})
+    own_metric = sweep.get("metric", LOSS.name)
+    is_own = metric in (None, own_metric)
     if timing is None and len(paths) == 1 and (paths[0] / TIMING).is_file():
         timing = paths[0] / TIMING
     timed = said.get("timing") if timing is None else read_timing(timing)
     return judge(
         read_entries(paths) if entries is None else entries,
-        baseline=said.get("sweep", {}).get("baseline") if baseline is None else baseline,
-        target=said.get("sweep", {}).get("target") if target is None else target,
+        baseline=sweep.get("baseline") if baseline is None else baseline,
+        target=sweep.get("target") if target is None and is_own else target,
+        metric=own_metric if metric is None else metric,
         step_times=None if timed is None else timed["step_s"],
         notes=[] if timed is None else [timed["note"]],
         mixed=mixed,
-        command=_command(paths, said, baseline=baseline, target=target, timing=given_timing, mixed=mixed),
+        command=_command(
+            paths, said, baseline=baseline, target=target, metric=metric, timing=given_timing, mixed=mixed
+        ),
     )
 
 
 def _command(
-    paths: Sequence[Path], said: dict[str, Any], *, baseline: str | None, target: float | None, timing: Path | None,
-    mixed: bool,
+    paths: Sequence[Path], said: dict[str, Any], *, baseline: str | None, target: float | None, metric: str | None,
+    timing: Path | None, mixed: bool,
 ) -> str:  # fmt: skip
     """What makes the study, where that is known, and then this view of it, where that is not the study's own."""
-    options = {"--baseline": baseline, "--target": target, "--timing": timing}
+    options = {"--baseline": baseline, "--target": target, "--metric": metric, "--timing": timing}
     asked = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     asked += ["--mixed"] if mixed else []
     view = shlex.join(["llmeff", "compare", *map(str, paths), *asked])
@@ -78,7 +86,7 @@ def _command(
 
 
 def write_pictures(comparison: Comparison, path: Path) -> None:
-    """Draws the loss curves; of several cells, each has a file of its own.
+    """Draws the curves; of several cells, each has a file of its own.
 
     Raises:
         ConfigError: there is nothing to draw, or a file cannot be written.

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmeff.compare.intervals import FEW_UNITS, Estimate, resampled_ratio
+from llmeff.compare.ledger import spelled
 from llmeff.compare.text_table import TextTable, as_csv, markdown
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
@@ -60,6 +61,8 @@ class RunSummary:
     """Nats an item, at the last evaluation of an ended run."""
     bits_per_byte: float | None
     """On the validation split, at the end."""
+    metrics: dict[str, float]
+    """Of the same evaluation, what else the task's goals name."""
     items_per_s: float | None
     """Median over steps after warm-up."""
     peak_bytes: float | None
@@ -71,10 +74,15 @@ class RunSummary:
     None where there are few units, or others."""
 
 
+_OWN = ("loss", "bits_per_byte")
+"""Metrics with a field of their own."""
+
+
 def summarise(run: Run) -> RunSummary:
     """A run's row."""
     result, done = run.result, progress(run)
     held_out = {} if result is None else result.metrics.get("validation", {})
+    goals = {} if result is None else result.goals
     return RunSummary(
         name=run.name,
         status=f"unfinished at step {done.steps}" if result is None else result.status,
@@ -86,6 +94,7 @@ def summarise(run: Run) -> RunSummary:
         train_loss=done.train_loss,
         validation_loss=held_out.get("loss"),
         bits_per_byte=held_out.get("bits_per_byte"),
+        metrics={name: held_out[name] for name in goals if name in held_out and name not in _OWN},
         items_per_s=done.items_per_s,
         peak_bytes=None if result is None else result.measured.get("peak_bytes"),
         errors={} if result is None else result.error,
@@ -167,6 +176,7 @@ def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
         ("validation loss", [_show(row.validation_loss, "{:.4f}".format) for row in rows]),
         ("loss / first run's", [_show_ratio(row.loss_ratio) for row in rows]),
         ("bits per byte", [_show(row.bits_per_byte, "{:.4f}".format) for row in rows]),
+        *((spelled(name), [_show(row.metrics.get(name), "{:.4f}".format) for row in rows]) for name in _metrics(rows)),
         (f"{item}s/s", [_show(row.items_per_s, show_count) for row in rows]),
         ("peak memory", [_show(row.peak_bytes, show_bytes) for row in rows]),
         ("device", [row.device for row in rows]),
@@ -185,6 +195,10 @@ def _show(value: float | None, show: Callable[[float], str]) -> str | None:
 
 def _show_ratio(ratio: Estimate | None) -> str | None:
     return None if ratio is None else f"{ratio.value:.4f} ({ratio.lower:.4f} to {ratio.upper:.4f})"
+
+
+def _metrics(rows: Sequence[RunSummary]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
 
 
 def _quantities(rows: Sequence[RunSummary]) -> list[str]:
@@ -220,9 +234,10 @@ def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
     flat = []
     for row in rows:
         values = dataclasses.asdict(row)
-        del values["errors"]
+        del values["errors"], values["metrics"]
         ratio = values.pop("loss_ratio") or {}
         values |= {f"loss_ratio{end}": ratio.get(key) for end, key in _ESTIMATED.items()}
+        values |= {name: row.metrics.get(name) for name in _metrics(rows)}
         errors = {f"error_of_{quantity}": row.errors.get(quantity) for quantity in _quantities(rows)}
         flat.append(values | errors)
     return flat

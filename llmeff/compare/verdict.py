@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from llmeff.compare.effects import Effects, effects, is_factorial
 from llmeff.compare.intervals import Difference, Estimate, best_of, holm, mean_interval, paired, product
-from llmeff.compare.ledger import Entry, loss_at, steps_to
+from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, known_metrics, steps_to, value_at
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
+from llmeff.record.schema import Goal
 
 ALPHA = 0.05
 """Below which an adjusted p value is called a difference."""
@@ -24,9 +25,13 @@ StepTimes = Mapping[str, Sequence[float]]
 """By `lane_name`: seconds a step in the timing lane, one for each generation, paired over arms."""
 
 
+Value = Callable[[Entry], float | None]
+"""Of a run; None where it has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """Something that a run costs or reaches, of which less is better."""
+    """Something that a run costs or reaches."""
 
     key: str
     """For machines."""
@@ -34,6 +39,8 @@ class Quantity:
     """For people."""
     show: str
     """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
+    better: Goal = "lower"
+    """Which way it is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +66,11 @@ class Tuning:
     """What an arm's trials showed."""
 
     trials: list[tuple[dict[str, Any], float]]
-    """Settings and the loss that they reached; infinite where they diverged or failed."""
+    """Settings and what they reached of the metric; infinitely bad where they diverged or failed."""
     best: dict[str, Any] | None
-    """The settings of the lowest; None where all failed."""
+    """The settings of the best; None where all failed."""
     expected_best: list[float]
-    """The expected lowest loss after 1, 2, ... trials."""
+    """The expected best value after 1, 2, ... trials."""
     at_edge: list[str]
     """Fields whose best value is the lowest or highest that was tried: a wider search may find better."""
     near_factor: dict[str, float]
@@ -88,10 +95,12 @@ class Group:
     """By arm."""
     effects: dict[str, Effects]
     """By quantity, where the arms are combinations of factors of two levels."""
+    metric: Metric
+    """What is judged by."""
     target: float | None
-    """The loss that `..._to_target` are counted to."""
+    """Its value that `..._to_target` are counted to."""
     budgets: dict[str, float]
-    """What `loss_at_...` are read at."""
+    """What `loss_at_...`, or the metric's, are read at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +113,8 @@ class Comparison:
     """By quantity: predictions against measurements, over all runs."""
     notes: list[str]
     """What a reader must know."""
+    metrics: list[Metric]
+    """What runs are judged by; first the one that decides."""
     command: str | None = None
     """That makes it again."""
 
@@ -126,6 +137,7 @@ def judge(
     *,
     baseline: str | None = None,
     target: float | None = None,
+    metric: str = LOSS.name,
     step_times: StepTimes | None = None,
     notes: Sequence[str] = (),
     mixed: bool = False,
@@ -136,14 +148,16 @@ def judge(
     Args:
         entries: of a study.
         baseline: the arm that others are set beside; None: the first.
-        target: a loss; None: in each cell the lowest that every run of the baseline reaches.
+        target: a value of the metric; None: in each cell the best that every run of the baseline reaches.
+        metric: what decides: targets, budgets and tuning go by it. Ratios, of which all statistics are made, are of positive
+            values: where one is not, nothing is compared.
         step_times: of the timing lane; without it no times are compared.
         notes: what else a reader must know.
         mixed: compare runs that read other data or had another budget all the same.
         command: that makes the study again.
 
     Raises:
-        ConfigError: there is nothing to compare, no such baseline, or the runs are not of one kind.
+        ConfigError: there is nothing to compare, no such baseline or metric, or the runs are not of one kind.
     """
     arms = list(dict.fromkeys(entry.arm for entry in sorted(entries, key=lambda entry: entry.phase != "final")))
     if not any(entry.phase == "final" for entry in entries):
@@ -152,8 +166,11 @@ def judge(
         raise ConfigError(f"there is one arm ({', '.join(arms) or 'none'}): nothing to compare it with")
     if baseline is not None and baseline not in arms:
         raise ConfigError(f"--baseline {baseline!r}: there is no such arm.{nearest(baseline, arms)}")
+    known = known_metrics(entry.goals for entry in entries)
+    decisive = find_metric(metric, known)
+    metrics = [decisive, *(other for other in known.values() if other != decisive)]
     if target is not None and not 0 < target < math.inf:
-        raise ConfigError(f"the target loss is {target}: it must be a positive number")
+        raise ConfigError(f"the target {decisive.label} is {target}: it must be a positive number")
     finals = [entry for entry in entries if entry.phase == "final"]
     cells = list(dict.fromkeys(_key(entry.cell) for entry in finals))
     groups, said = [], list(notes)
@@ -167,9 +184,9 @@ def judge(
             ])  # fmt: skip
         said += [f"compared although{_where(own[0].cell)} {text}" for text in unlike]
         trials = [entry for entry in entries if entry.phase == "tuning" and _key(entry.cell) == key]
-        groups.append(_group(own, trials, baseline or arms[0], target, step_times))
-    said += _notes(groups, step_times)
-    return Comparison(groups=groups, calibration=calibrate(entries), notes=said, command=command)
+        groups.append(_group(own, trials, baseline or arms[0], metrics, target, step_times))
+    said += _notes(groups, metrics, step_times)
+    return Comparison(groups=groups, calibration=calibrate(entries), notes=said, metrics=metrics, command=command)
 
 
 def _key(cell: Mapping[str, Any]) -> str:
@@ -227,8 +244,14 @@ def _budget(entry: Entry) -> int | None:
 
 
 def _group(
-    entries: list[Entry], trials: list[Entry], baseline: str, target: float | None, step_times: StepTimes | None
+    entries: list[Entry],
+    trials: list[Entry],
+    baseline: str,
+    metrics: Sequence[Metric],
+    target: float | None,
+    step_times: StepTimes | None,
 ) -> Group:
+    metric = metrics[0]
     names = dict.fromkeys(entry.arm for entry in [*entries, *trials])
     arms: dict[str, list[Entry]] = {name: [] for name in sorted(names, key=lambda name: name != baseline)}
     if baseline not in arms:
@@ -239,19 +262,18 @@ def _group(
             raise ConfigError(f"{entry.arm}{_where(entry.cell)} has the seed {entry.seed} twice: {twice}")
         arms[entry.arm].append(entry)
     if target is None:
-        reached = [min(entry.curve_losses) for entry in arms[baseline] if entry.is_done and entry.curve_losses]
-        target = _rounded_up(max(reached)) if reached else None
+        target = _reached_by_all(arms[baseline], metric)
     times = {name: _lane(step_times, name, entries[0].cell) for name in arms}
     budgets = _budgets(arms, times)
     table, quantities, of_quantity = {}, [], {}
-    for quantity, of in _quantities(target, budgets, times):
+    for quantity, of in _quantities(metrics, target, budgets, times):
         values = {name: _by_seed(runs, of) for name, runs in arms.items()}
         if not any(values.values()):
             continue
         quantities.append(quantity)
         of_quantity[quantity.key] = of
         table[quantity.key] = _row(quantity, arms, values, baseline, times)
-    tuned = {name: _tuning([entry for entry in trials if entry.arm == name]) for name in arms}
+    tuned = {name: _tuning([entry for entry in trials if entry.arm == name], metric) for name in arms}
     return Group(
         cell=entries[0].cell,
         arms=arms,
@@ -259,7 +281,8 @@ def _group(
         quantities=quantities,
         table=table,
         tuning={name: tuning for name, tuning in tuned.items() if tuning is not None},
-        effects=_effects(arms, quantities, of_quantity, times),
+        effects=_effects(arms, metric, quantities, of_quantity, times),
+        metric=metric,
         target=target,
         budgets=budgets,
     )
@@ -269,10 +292,14 @@ _PREDICTED = ("peak_bytes", "wire_bytes", "optimizer_bytes")
 """Quantities that a run's price foresees."""
 
 
-def _rounded_up(loss: float) -> float:
-    """To five digits: arms that differ from the baseline by rounding alone reach what it reaches."""
-    digit = 10.0 ** (math.floor(math.log10(loss)) - 4) if loss > 0 else 1.0
-    return math.ceil(loss / digit) * digit
+def _reached_by_all(runs: Sequence[Entry], metric: Metric) -> float | None:
+    """The best value that every run reaches, to five digits: arms that differ by rounding alone reach it too."""
+    curves = [run.curve(metric.name) for run in runs if run.is_done and run.curve(metric.name)]
+    value = metric.sign * max((min(map(metric.cost, curve)) for curve in curves), default=math.inf)
+    if not math.isfinite(value):
+        return None
+    digit = 10.0 ** (math.floor(math.log10(value)) - 4) if value > 0 else 1.0
+    return (math.ceil if metric.better == "lower" else math.floor)(value / digit) * digit
 
 
 _AS_OTHERS = ("bits_per_byte", "items_to_target")
@@ -281,8 +308,9 @@ _AS_OTHERS = ("bits_per_byte", "items_to_target")
 
 def _effects(
     arms: Mapping[str, list[Entry]],
+    metric: Metric,
     quantities: Sequence[Quantity],
-    of_quantity: Mapping[str, Callable[[Entry], float | None]],
+    of_quantity: Mapping[str, Value],
     times: Mapping[str, Sequence[float] | None],
 ) -> dict[str, Effects]:
     """Of the quantities whose runs are combinations of factors: one that only some levels have has no effects."""
@@ -292,7 +320,8 @@ def _effects(
     found = {}
     for quantity in quantities:
         of, key = of_quantity[quantity.key], quantity.key
-        if key in _TIMED or key in _AS_OTHERS or not is_factorial([run for run in runs if of(run) is not None]):
+        is_apart = key not in _TIMED and (key not in _AS_OTHERS or key == metric.name)
+        if not is_apart or not is_factorial([run for run in runs if (of(run) or 0) > 0]):
             continue
         foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
         found[key] = effects(runs, of, foresee)
@@ -312,7 +341,7 @@ def _lane(step_times: StepTimes | None, arm: str, cell: Mapping[str, Any]) -> Se
     return step_times.get(lane_name(arm, cell))
 
 
-def _by_seed(runs: list[Entry], of: Callable[[Entry], float | None]) -> dict[int, float]:
+def _by_seed(runs: list[Entry], of: Value) -> dict[int, float]:
     found = ((run.seed, of(run)) for run in runs)
     return {seed: value for seed, value in found if value is not None and math.isfinite(value)}
 
@@ -333,13 +362,46 @@ def _budgets(arms: Mapping[str, list[Entry]], times: Mapping[str, Sequence[float
     return budgets
 
 
-def _quantities(
-    target: float | None, budgets: Mapping[str, float], times: Mapping[str, Sequence[float] | None]
-) -> list[tuple[Quantity, Callable[[Entry], float | None]]]:
-    def reached(entry: Entry) -> float | None:
-        return None if target is None else steps_to(entry, target)
+_FINAL = {"bits_per_byte": "bits per byte"}
+"""Labels of final values that are not `final` and the metric."""
 
-    def times_steps(of: Callable[[Entry], float | None]) -> Callable[[Entry], float | None]:
+
+def _final(metric: Metric) -> tuple[Quantity, Value]:
+    label = _FINAL.get(metric.name, f"final {metric.label}")
+    quantity = Quantity(key=metric.name, label=label, show="number", better=metric.better)
+    return quantity, _done(lambda entry: entry.final(metric.name))
+
+
+def _at_equal(metric: Metric, what: str, key: str) -> Quantity:
+    label = f"{metric.label} at equal {what}"
+    return Quantity(key=f"{metric.name}_at_{key}", label=label, show="number", better=metric.better)
+
+
+def _done(value: Value) -> Value:
+    return lambda entry: value(entry) if entry.is_done else None
+
+
+def _gap(entry: Entry) -> float | None:
+    # as a ratio, which is what is compared: how much more held-out text costs than what was trained on
+    return None if entry.loss is None or not entry.train_loss else entry.loss / entry.train_loss
+
+
+def _step_joules(entry: Entry) -> float | None:
+    return None if entry.energy_j is None or not entry.steps else entry.energy_j / entry.steps
+
+
+def _quantities(
+    metrics: Sequence[Metric],
+    target: float | None,
+    budgets: Mapping[str, float],
+    times: Mapping[str, Sequence[float] | None],
+) -> list[tuple[Quantity, Value]]:
+    metric = metrics[0]
+
+    def reached(entry: Entry) -> float | None:
+        return None if target is None else steps_to(entry, target, metric)
+
+    def times_steps(of: Value) -> Value:
         def value(entry: Entry) -> float | None:
             steps, each = reached(entry), of(entry)
             return None if steps is None or each is None else steps * each
@@ -350,42 +412,30 @@ def _quantities(
         lane = times[entry.arm]
         return None if lane is None else plain.fmean(lane)
 
-    def joules(entry: Entry) -> float | None:
-        return None if entry.energy_j is None or not entry.steps else entry.energy_j / entry.steps
+    def at(budget: str, of: Value) -> Value:
+        def value(entry: Entry) -> float | None:
+            each = of(entry)
+            return value_at(entry, budgets[budget] / each, metric) if budget in budgets and each else None
 
-    def at_flops(entry: Entry) -> float | None:
-        return loss_at(entry, budgets["flops"] / entry.step_flops) if "flops" in budgets and entry.step_flops else None
+        return value
 
-    def at_seconds(entry: Entry) -> float | None:
-        each = seconds(entry)
-        return loss_at(entry, budgets["seconds"] / each) if "seconds" in budgets and each else None
-
-    def gap(entry: Entry) -> float | None:
-        # as a ratio, which is what is compared: how much more held-out text costs than what was trained on
-        return None if entry.loss is None or not entry.train_loss else entry.loss / entry.train_loss
-
-    def done(value: Callable[[Entry], float | None]) -> Callable[[Entry], float | None]:
-        return lambda entry: value(entry) if entry.is_done else None
-
-    to = "" if target is None else f" to loss {target:.4f}"
+    to = "" if target is None else f" to {metric.label} {target:.4f}"
     return [
-        (Quantity(key="loss", label="final loss", show="number"), done(lambda entry: entry.loss)),
-        (Quantity(key="bits_per_byte", label="bits per byte", show="number"),
-         done(lambda entry: entry.metrics.get("bits_per_byte"))),
-        (Quantity(key="loss_at_flops", label="loss at equal FLOPs", show="number"), at_flops),
-        (Quantity(key="loss_at_seconds", label="loss at equal time", show="number"), at_seconds),
+        *map(_final, metrics),
+        (_at_equal(metric, "FLOPs", "flops"), at("flops", lambda e: e.step_flops)),
+        (_at_equal(metric, "time", "seconds"), at("seconds", seconds)),
         (Quantity(key="steps_to_target", label=f"steps{to}", show="count"), reached),
         (Quantity(key="items_to_target", label=f"items{to}", show="count"), times_steps(lambda e: e.items_per_step)),
         (Quantity(key="flops_to_target", label=f"FLOPs{to}", show="count"), times_steps(lambda e: e.step_flops)),
         (Quantity(key="seconds_to_target", label=f"time{to}", show="duration"), times_steps(seconds)),
-        (Quantity(key="joules_to_target", label=f"energy{to}", show="energy"), times_steps(joules)),
+        (Quantity(key="joules_to_target", label=f"energy{to}", show="energy"), times_steps(_step_joules)),
         (Quantity(key="step_s", label="time of a step", show="duration"), seconds),
-        (Quantity(key="peak_bytes", label="peak memory", show="memory"), done(lambda entry: entry.peak_bytes)),
+        (Quantity(key="peak_bytes", label="peak memory", show="memory"), _done(lambda entry: entry.peak_bytes)),
         (Quantity(key="optimizer_bytes", label="optimizer state", show="memory"),
-         done(lambda entry: entry.measured.get("optimizer_bytes"))),
+         _done(lambda entry: entry.measured.get("optimizer_bytes"))),
         (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory"),
-         done(lambda entry: entry.measured.get("wire_bytes") or None)),
-        (Quantity(key="gap", label="held-out / training loss", show="number"), done(gap)),
+         _done(lambda entry: entry.measured.get("wire_bytes") or None)),
+        (Quantity(key="gap", label="held-out / training loss", show="number"), _done(_gap)),
     ]  # fmt: skip
 
 
@@ -422,7 +472,7 @@ def _row(
             mean=_mean(quantity, values[name], arms[name], times[name]),
             difference=found[name],
             p_adjusted=adjusted[name],
-            call=_call(found[name], adjusted[name]),
+            call=_call(found[name], adjusted[name], quantity.better),
         )
         for name in arms
     }
@@ -456,7 +506,7 @@ def _timed(
     return product(steps, [math.log(own / other) for own, other in zip(ours, theirs, strict=True)], len(times) - 1)
 
 
-def _call(difference: Difference | None, p: float) -> Call:
+def _call(difference: Difference | None, p: float, better: Goal) -> Call:
     if difference is None:
         return ""
     ratio = difference.ratio
@@ -466,36 +516,36 @@ def _call(difference: Difference | None, p: float) -> Call:
         return "one pair"
     if p >= ALPHA:
         return "not told apart"
-    return "better" if ratio.value < 1 else "worse"
+    return "better" if (ratio.value < 1) == (better == "lower") else "worse"
 
 
 # -- tuning, calibration, notes
 
 
-def _tuning(trials: list[Entry]) -> Tuning | None:
+def _tuning(trials: list[Entry], metric: Metric) -> Tuning | None:
     if not trials:
         return None
-    losses = [(entry.trial, entry.loss if entry.is_done and entry.loss is not None else math.inf) for entry in trials]
-    best = min(losses, key=lambda pair: pair[1])
+    costs = [(entry.trial, metric.cost(entry.final(metric.name) if entry.is_done else None)) for entry in trials]
+    best = min(costs, key=lambda pair: pair[1])
     settings = best[0] if math.isfinite(best[1]) else None
     searched = {
-        name: sorted({trial[name] for trial, _ in losses})
-        for name in losses[0][0]
-        if all(isinstance(trial.get(name), int | float) and not isinstance(trial[name], bool) for trial, _ in losses)
+        name: sorted({trial[name] for trial, _ in costs})
+        for name in costs[0][0]
+        if all(isinstance(trial.get(name), int | float) and not isinstance(trial[name], bool) for trial, _ in costs)
     }
     edge = [
         name for name, tried in searched.items()
         if settings is not None and len(tried) > 1 and settings[name] in (tried[0], tried[-1])
     ]  # fmt: skip
     near = {}
-    if settings is not None and len(losses[0][0]) == 1:
+    if settings is not None and len(costs[0][0]) == 1:
         for name in searched:
-            close = [trial[name] for trial, loss in losses if loss <= NEAR * best[1]]
+            close = [trial[name] for trial, cost in costs if cost <= NEAR**metric.sign * best[1]]
             near[name] = max(close) / min(close) if min(close) > 0 else math.nan
     return Tuning(
-        trials=losses,
+        trials=[(trial, metric.sign * cost) for trial, cost in costs],
         best=settings,
-        expected_best=best_of([loss for _, loss in losses]),
+        expected_best=[metric.sign * cost for cost in best_of([cost for _, cost in costs])],
         at_edge=edge,
         near_factor=near,
     )
@@ -518,8 +568,9 @@ def calibrate(entries: Sequence[Entry]) -> dict[str, Calibration]:
     return found
 
 
-def _notes(groups: list[Group], step_times: StepTimes | None) -> list[str]:
-    notes = []
+def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes | None) -> list[str]:
+    higher = [metric.label for metric in metrics if metric.better == "higher"]
+    notes = [f"of {', '.join(higher)} more is better, of all else less"] if higher else []
     for group in groups:
         notes += [*_run_notes(group), *_target_notes(group), *_tuning_notes(group)]
     lanes = {lane_name(name, group.cell) for group in groups for name in group.arms}
@@ -548,7 +599,7 @@ def _target_notes(group: Group) -> Iterator[str]:
     for name, cell in group.table.get("steps_to_target", {}).items():
         if len(cell.values) < cell.num_seeds:
             yield (
-                f"{name}{_where(group.cell)} reached the loss {group.target:.4f} in {len(cell.values)} of "
+                f"{name}{_where(group.cell)} reached the {group.metric.label} {group.target:.4f} in {len(cell.values)} of "
                 f"{cell.num_seeds} runs: what it takes is not averaged over those that did"
             )
 

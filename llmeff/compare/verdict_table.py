@@ -113,7 +113,7 @@ def _tuning_table(group: Group, where: str) -> TextTable:
         chosen = (
             "none" if tuning.best is None else ", ".join(f"{key} = {_short(own)}" for key, own in tuning.best.items())
         )
-        reached = [f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in tuning.expected_best]
+        reached = [f"{value:.4f}" if math.isfinite(value) else "-" for value in tuning.expected_best]
         near = ", ".join(f"{key} x {factor:.3g}" for key, factor in tuning.near_factor.items())
         rows.append([name, str(len(tuning.trials)), chosen, near or "-", " ".join(reached)])
     headers = ["arm", "trials", "chosen", "within 1 % of the best", "expected best after 1, 2, ... trials"]
@@ -239,6 +239,8 @@ def _plain(value: float) -> float | None:
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All of it, for JSON: no NaN and no infinity."""
     return {
+        "metric": comparison.metrics[0].name,
+        "goals": {metric.name: metric.better for metric in comparison.metrics},
         "table": flat(comparison),
         "targets": {show_cell(group.cell): group.target for group in comparison.groups},
         "budgets": {show_cell(group.cell): group.budgets for group in comparison.groups},
@@ -246,9 +248,9 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
             {
                 "cell": show_cell(group.cell),
                 "arm": name,
-                "trials": [{"settings": trial, "loss": _plain(loss)} for trial, loss in tuning.trials],
+                "trials": [{"settings": trial, group.metric.name: _plain(value)} for trial, value in tuning.trials],
                 "best": tuning.best,
-                "expected_best": [_plain(loss) for loss in tuning.expected_best],
+                "expected_best": [_plain(value) for value in tuning.expected_best],
                 "at_edge": tuning.at_edge,
                 "near_factor": {name: _plain(factor) for name, factor in tuning.near_factor.items()},
             }

@@ -3,9 +3,10 @@
 import shlex
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,8 @@ from llmeff.record.schema import Result, StepRow
 _BAR_EVERY_S = 0.25
 _LINES_EVERY_S = 10.0
 _BAR_CELLS = 24
+NONE: Mapping[str, Path] = MappingProxyType({})
+"""Of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,8 @@ class Display(ABC):
         """Ends the display."""
 
     @abstractmethod
-    def summary(self, result: Result, folder: Path, plot: Path | None = None) -> None:
-        """Shows how the run ended."""
+    def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
+        """Shows how the run ended, and where to look: its folder, and pictures by what they show."""
 
 
 def open_display(shown: Shown, *, is_silent: bool, console: Console | None = None) -> Display:
@@ -82,7 +85,7 @@ class Silent(Display):
     def close(self) -> None:
         """Nothing."""
 
-    def summary(self, result: Result, folder: Path, plot: Path | None = None) -> None:
+    def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
         """Nothing."""
 
 
@@ -119,9 +122,9 @@ class _Visible(Display):
     def close(self) -> None:
         """Nothing is left open."""
 
-    def summary(self, result: Result, folder: Path, plot: Path | None = None) -> None:
+    def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
         self.close()
-        show_summary(self._console, result, folder, plot)
+        show_summary(self._console, result, folder, pictures)
 
     def _parts(self, row: StepRow, now: float) -> list[str]:
         speed = row.items_per_s if self._items_per_s is None else self._items_per_s
@@ -172,7 +175,7 @@ class Bar(_Visible):
         self._is_drawn = False
 
 
-def show_summary(console: Console, result: Result, folder: Path, plot: Path | None = None) -> None:
+def show_summary(console: Console, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
     """The end of a run: what it was predicted to take and took, what it learned, where it lies."""
     if result.status == "diverged":
         console.print(Text(f"The run diverged after step {result.steps}. {result.diagnosis}", "bold red"))
@@ -202,9 +205,8 @@ def show_summary(console: Console, result: Result, folder: Path, plot: Path | No
     if result.sample:
         console.print(Text("sample", "bright_black"))
         console.print(Text(_printable(result.sample)), soft_wrap=True)
-    for name, path in [("run", folder), ("loss curve", plot)]:
-        if path is not None:
-            console.print(Text.assemble((f"{name:<12} ", "bright_black"), str(path)), soft_wrap=True)
+    for name, path in [("run", folder), *pictures.items()]:
+        console.print(Text.assemble((f"{name:<12} ", "bright_black"), str(path)), soft_wrap=True)
     console.print(
         Text.assemble(("look further", "bright_black"), f" llmeff compare {shlex.quote(str(folder))}"), soft_wrap=True
     )
@@ -213,12 +215,9 @@ def show_summary(console: Console, result: Result, folder: Path, plot: Path | No
 def _facts(result: Result) -> list[tuple[str, str]]:
     facts = [("training", f"{result.train_loss:.4f} nats a {result.item} (mean of the last steps)")]
     for split, metrics in result.metrics.items():
-        facts.append(
-            (
-                split,
-                ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()),
-            )
-        )
+        named = result.goals or metrics
+        shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name in named)
+        facts.append((split, ", ".join(shown)))
     if result.references:
         references = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.references.items())
         facts.append(("beside", ", ".join(references)))

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from llmeff.core.config import ConfigError
 from llmeff.record import schema
-from llmeff.record.schema import Environment, Quartiles, Record, Result, StepRow
+from llmeff.record.schema import Environment, Evaluation, Quartiles, Record, Result, StepRow
 
 Columns = dict[str, npt.NDArray[Any]]
 """One array for each field of StepRow; null is NaN."""
@@ -59,6 +59,12 @@ class Run:
         """The rows of `metrics.jsonl` as columns."""
         path = self.folder / schema.METRICS
         return read_steps(path.read_bytes() if path.exists() else b"", path)
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """The rows of `evaluations.jsonl`; none before the first evaluation, and none of an older run."""
+        path = self.folder / schema.EVALUATIONS
+        return read_evaluations(path.read_bytes() if path.exists() else b"", path)
 
     @cached_property
     def evals(self) -> Any:
@@ -149,6 +155,16 @@ def read_evals(folder: Path) -> Any:
     return table
 
 
+def read_evaluations(content: bytes, path: Path) -> list[Evaluation]:
+    """The lines of `evaluations.jsonl`; a last line without its end is left out.
+
+    Raises:
+        ConfigError: a line does not parse, or is of another version; `path` names the file in the message.
+    """
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [_parse(line, f"{path}: line {number}", Evaluation) for number, line in enumerate(lines, start=1)]
+
+
 def whole_rows(content: bytes) -> list[tuple[int, bytes]]:
     """(step, line) for each line of `metrics.jsonl` before the first that is torn."""
     rows = []
@@ -236,19 +252,24 @@ _COLUMNS = {name: _column(field.annotation) for name, field in StepRow.model_fie
 
 def _load(path: Path, kind: type[R]) -> R:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data.get("schema_version")
-        if version != schema.SCHEMA_VERSION:
-            raise ConfigError(_other_version(path, version))
-        return kind.model_validate(data)
+        return _parse(path.read_bytes(), path, kind)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse(content: bytes, where: object, kind: type[R]) -> R:
+    try:
+        data = json.loads(content.decode("utf-8"))
+        version = data.get("schema_version")
+        if version != schema.SCHEMA_VERSION:
+            raise ConfigError(_other_version(where, version))
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ConfigError(f"{path}: does not parse ({error})") from None
+        raise ConfigError(f"{where}: does not parse ({error})") from None
 
 
-def _other_version(path: Path, version: object) -> str:
-    return f"{path}: its schema_version is {version}, this llmeff reads {schema.SCHEMA_VERSION}"
+def _other_version(where: object, version: object) -> str:
+    return f"{where}: its schema_version is {version}, this llmeff reads {schema.SCHEMA_VERSION}"

@@ -9,12 +9,16 @@ SCHEMA_VERSION: Final = 1
 """Of every file below; a reader refuses any other."""
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
-EVALS, RESULT = "evals.parquet", "result.json"
+EVALUATIONS, EVALS, RESULT = "evaluations.jsonl", "evals.parquet", "result.json"
 MODEL, CHECKPOINTS = "model", "checkpoints"
+LOSS_CURVE, SAMPLES = "loss.png", "samples.png"
 """Where each part lies in a run folder. `config.json` says that a run was begun, `result.json` that it ended."""
 
 LAST_STEPS: Final = 50
 """Steps at the end of a run that its final training loss is a mean over."""
+
+Goal = Literal["lower", "higher"]
+"""Which way a metric is better."""
 
 Q = TypeVar("Q", bound=str)
 
@@ -83,6 +87,19 @@ class EvalRow(Record):
     """Items that the sum is over."""
     metrics: dict[str, float] = {}
     """More sums over the unit, by name (`bytes`)."""
+
+
+class Evaluation(Record):
+    """One line of `evaluations.jsonl`: what all units of one evaluation come to."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Of this line."""
+    step: int
+    """Optimizer steps done before the evaluation."""
+    split: str
+    """`validation`, `test`, ..."""
+    metrics: dict[str, float]
+    """By name, each in its own unit (`loss` in nats an item)."""
 
 
 class Environment(Record):
@@ -177,6 +194,8 @@ class Result(Record):
     """Mean over the last 50 steps, or all where there are fewer, nats an item."""
     metrics: dict[str, dict[str, float]]
     """By split, then name: the last evaluation (`{"validation": {"loss": ..., "bits_per_byte": ...}}`)."""
+    goals: dict[str, Goal] = {}
+    """The metrics that comparisons speak of, and which way each is better; of an older run, none."""
     references: dict[str, float] = {}
     """What metrics are set beside, made without a model (`gzip_bits_per_byte`)."""
     timings: Timings

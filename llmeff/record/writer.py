@@ -5,7 +5,7 @@ import fcntl
 import io
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,8 @@ from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.core.log import logger
 from llmeff.record import schema
-from llmeff.record.reader import read_environment, read_evals, whole_rows
-from llmeff.record.schema import Environment, EvalRow, Result, StepRow
+from llmeff.record.reader import read_environment, read_evals, read_evaluations, whole_rows
+from llmeff.record.schema import Environment, EvalRow, Evaluation, Record, Result, StepRow
 
 _LOCK = ".lock"
 
@@ -37,6 +37,7 @@ class RunWriter:
         self._lock: int | None = lock(folder)
         self._metrics: io.FileIO | None = None
         self._evals: Any = None
+        self._evaluations: list[Evaluation] | None = []
 
     @classmethod
     def create(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
@@ -101,11 +102,21 @@ class RunWriter:
             self._evals = self._evals.filter(pc.field("step") <= step)
             if self._evals.num_rows != before:
                 self._write_evals()
+        self._cut_evaluations(step)
+
+    def _cut_evaluations(self, step: int) -> None:
+        path = self.folder / schema.EVALUATIONS
+        content = path.read_bytes() if path.exists() else b""
+        self._evaluations = [row for row in read_evaluations(content, path) if row.step <= step]
+        if not self._evaluations and self._evals is not None and self._evals.num_rows:
+            self._evaluations = None  # an older llmeff began the run: a file that lacks its first rows would mislead
+        elif _lines(self._evaluations) != content:
+            self._write_evaluations(self._evaluations)
 
     def step(self, row: StepRow) -> None:
         """Appends one line to `metrics.jsonl`; it survives a killed process, and after `sync` a dead machine."""
         assert self._metrics is not None
-        line, written = row.model_dump_json().encode() + b"\n", 0
+        line, written = _lines([row]), 0
         try:
             while written < len(line):  # a disk that fills takes a part
                 written += self._metrics.write(line[written:])
@@ -122,16 +133,25 @@ class RunWriter:
         with self._writing(schema.METRICS):
             os.fsync(self._metrics.fileno())
 
-    def evaluation(self, rows: Sequence[EvalRow]) -> None:
-        """Adds the rows of an evaluation to `evals.parquet`, in place of any of the same step and split."""
+    def evaluation(self, rows: Sequence[EvalRow], metrics: Mapping[str, float]) -> None:
+        """Adds an evaluation, in place of any of the same step and split.
+
+        Args:
+            rows: its units, for `evals.parquet`.
+            metrics: what they come to, for `evaluations.jsonl`.
+        """
         if not rows:
             return
+        step, split = rows[0].step, rows[0].split
         tables = [_eval_table(rows)]
         if self._evals is not None:
-            again = (pc.field("step") == rows[0].step) & (pc.field("split") == rows[0].split)
+            again = (pc.field("step") == step) & (pc.field("split") == split)
             tables.insert(0, self._evals.filter(~again))
         self._evals = pa.concat_tables(tables, promote_options="default")
         self._write_evals()
+        if self._evaluations is not None:
+            others = [row for row in self._evaluations if (row.step, row.split) != (step, split)]
+            self._write_evaluations([*others, Evaluation(step=step, split=split, metrics=dict(metrics))])
 
     def finish(self, result: Result) -> None:
         """Ends the run: writes `result.json`, whole or not at all, after everything else is on disk."""
@@ -171,6 +191,11 @@ class RunWriter:
         with self._writing(schema.EVALS):
             files.write_bytes(self.folder / schema.EVALS, buffer.getvalue())
 
+    def _write_evaluations(self, rows: list[Evaluation]) -> None:
+        self._evaluations = rows
+        with self._writing(schema.EVALUATIONS):
+            files.write_bytes(self.folder / schema.EVALUATIONS, _lines(rows))
+
     def _writing(self, name: str) -> contextlib.AbstractContextManager[None]:
         return files.reported(self.folder / name)
 
@@ -191,7 +216,7 @@ class Bystander(RunWriter):
     def sync(self) -> None:
         """Nothing."""
 
-    def evaluation(self, rows: Sequence[EvalRow]) -> None:
+    def evaluation(self, rows: Sequence[EvalRow], metrics: Mapping[str, float]) -> None:
         """Nothing."""
 
     def finish(self, result: Result) -> None:
@@ -200,6 +225,10 @@ class Bystander(RunWriter):
 
 def _write_json(path: Path, content: BaseModel) -> None:
     files.write_text(path, content.model_dump_json(indent=1) + "\n")
+
+
+def _lines(rows: Iterable[Record]) -> bytes:
+    return b"".join(row.model_dump_json().encode() + b"\n" for row in rows)
 
 
 def _with_earlier(now: Environment, before: Environment) -> Environment:

@@ -1,6 +1,7 @@
 """Entries of studies whose truth is known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,3 +59,19 @@ def study(entry: Callable[..., Entry]) -> list[Entry]:
         for arm, tau in (("base", 50.0), ("fast", 25.0), ("same", 50.0)):
             found.append(entry(arm, seed, tau=tau, factor=shared * float(np.exp(noise.normal(0, 0.001)))))
     return found
+
+
+@pytest.fixture
+def with_gain() -> Callable[[Entry], Entry]:
+    """Adds a metric that is the inverse of the loss, of which more is better."""
+
+    def add(entry: Entry) -> Entry:
+        final = {} if entry.loss is None else {"gain": 1 / entry.loss}
+        return replace(
+            entry,
+            metrics=entry.metrics | final,
+            curves={"gain": tuple(1 / loss for loss in entry.curve_losses)},
+            goals={"loss": "lower", "gain": "higher"},
+        )
+
+    return add

@@ -82,6 +82,20 @@ def test_names_and_texts_are_escaped(study):
     assert Page(text).open == []
 
 
+def test_the_verdict_speaks_of_the_metric(study, with_gain):
+    runs = [with_gain(run) for run in study]
+    lane = {"base": [1.0, 1.01, 0.99], "fast": [1.5, 1.52, 1.49], "same": [1.0, 1.0, 1.0]}
+    comparison = judge(runs, metric="gain", step_times=lane)
+    fast, _ = verdicts(comparison.groups[0])
+    for part in ("final gain x 1.", "gain at equal time x 1.", "steps to gain 0.", "time to gain 0.", "peak memory"):
+        assert part in fast
+    assert "loss" not in fast
+    text = page(comparison, "a study")
+    assert 'alt="held-out gain"' in text
+    assert "<td>final loss</td>" in text
+    assert "of gain more is better, of all else less" in text
+
+
 def test_each_arm_has_a_sentence(comparison):
     (group,) = comparison.groups
     assert [line.split(" ")[0] for line in verdicts(group)] == ["fast", "same"]

@@ -29,6 +29,39 @@ def test_a_ledger_is_compared_in_every_form(study, tmp_path, capsys, monkeypatch
     assert (tmp_path / "it.png").exists()
 
 
+def test_a_study_is_judged_by_its_own_metric_or_by_the_one_that_is_asked_for(
+    study, with_gain, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    facts = {"command": "llmeff sweep --recipe it", "sweep": {"metric": "gain", "target": 0.4}}
+    write_ledger(tmp_path / LEDGER, [with_gain(run) for run in study], facts)
+
+    def compared(*options):
+        assert main(["compare", LEDGER, "--format=json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    own = compared("--html=it.html", "--plot=it.png")
+    assert (own["metric"], own["targets"]) == ("gain", {"": 0.4})
+    assert own["goals"] == {"gain": "higher", "loss": "lower"}
+    assert own["command"] == "llmeff sweep --recipe it"
+    assert "of gain more is better, of all else less" in own["notes"]
+    assert "steps to gain 0.4000" in (tmp_path / "it.html").read_text()
+    other = compared("--metric=loss")
+    assert other["metric"] == "loss"
+    assert 1.5 < other["targets"][""] < 2.5  # a target of another metric is none
+    assert other["command"] == f"llmeff sweep --recipe it && llmeff compare {LEDGER} --metric loss"
+    assert compared("--metric=gain")["targets"] == {"": 0.4}
+    assert main(["compare", LEDGER, "--metric=gian"]) == 2
+    assert "'gian': these runs are not judged by it. Did you mean 'gain'? Known: gain, loss." in capsys.readouterr().err
+
+
+def test_a_metric_that_is_asked_for_makes_a_comparison_of_plain_runs(make_run, capsys):
+    runs = [make_run("one"), make_run("two", scale=2)]
+    (runs[1] / "config.json").write_text('{"seed": 7, "name": "two", "width": 8}')
+    assert main(["compare", *map(str, runs), "--metric=accuracy"]) == 0
+    assert "steps to accuracy 0.4000" in capsys.readouterr().out
+
+
 def test_plain_runs_of_different_kinds_stay_a_list(make_run, capsys):
     assert main(["compare", str(make_run("one")), str(make_run("two", steps=3))]) == 0
     assert "One run each" in capsys.readouterr().out

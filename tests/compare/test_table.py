@@ -18,6 +18,7 @@ def test_finished_and_unfinished_runs_stand_side_by_side(rows):
     assert (done.name, done.status, done.steps, done.items) == ("done", "finished", 4, 256)
     assert done.train_loss == pytest.approx((4 + 2 + 4 / 3 + 1) / 4)
     assert (done.validation_loss, done.bits_per_byte, done.parameters) == (2.5, 1.75, 1000)
+    assert (done.metrics, cut.metrics) == ({"accuracy": 0.4}, {})
     assert (done.items_per_s, done.peak_bytes) == (103.5, 100 * 2**20)
     assert done.errors == {"parameters": 0.0, "peak_bytes": pytest.approx(-0.05)}
     assert (cut.status, cut.steps, cut.items_per_s) == ("unfinished at step 3", 3, 103.0)
@@ -43,7 +44,7 @@ def test_markdown(rows):
     cells = dict(zip(header.split(" | "), done.split(" | "), strict=True))
     assert cells["tokens/s"] == "103.5"
     assert cells["peak memory"] == "100.00 MiB"
-    assert cells["validation loss"] == "2.5000"
+    assert (cells["validation loss"], cells["accuracy"]) == ("2.5000", "0.4000")
     assert len(rule.split("|")) == len(cut.split("|"))
     assert " - " in cut
 
@@ -56,6 +57,7 @@ def test_a_bar_in_a_name_does_not_break_markdown(make_run):
 def test_csv_and_json_hold_plain_numbers(rows):
     done, cut = csv.DictReader(io.StringIO(render(rows, "csv")))
     assert (done["peak_bytes"], done["error_of_parameters"]) == (str(100.0 * 2**20), "0.0")
+    assert (done["accuracy"], cut["accuracy"]) == ("0.4", "")
     assert (cut["peak_bytes"], cut["error_of_parameters"]) == ("", "")
     done, cut = json.loads(render(rows, "json"))["runs"]
     assert (done["peak_bytes"], cut["peak_bytes"]) == (100 * 2**20, None)

@@ -2,9 +2,11 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from llmeff.compare.ledger import label_arms
+from llmeff.compare.plots import arm_curves
 from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError
 
@@ -118,6 +120,189 @@ def test_tuning_says_what_was_chosen_and_how_sure_that_is(study, entry):
     assert tunings["base"].expected_best == pytest.approx([(1.7 + 1.5 + 1.51) / 3, (1.5 + 1.5 + 1.51) / 3, 1.5])
     assert tunings["fast"].expected_best[0] == math.inf
     assert any("same 0" in note and "other numbers of trials" in note for note in comparison.notes)
+
+
+# -- by other metrics
+
+
+def random_study(entry, seed, num_seeds):
+    """Arms that are better, worse or hardly other than the first, evaluated so often that lines between are exact."""
+    noise, found = np.random.default_rng(seed), []
+    for number in range(num_seeds):
+        shared = noise.normal(0, 0.02)
+        for arm, effect in (("base", 0.0), ("good", -0.04), ("bad", 0.05), ("near", 0.002)):
+            factor = float(np.exp(shared + effect + noise.normal(0, 0.005)))
+            steps = range(1, 401)
+            losses = tuple(factor * (1.5 + 3 * math.exp(-step / 100)) for step in steps)
+            found.append(
+                entry(arm, number, steps=400, loss=losses[-1], curve_steps=tuple(steps), curve_losses=losses,
+                      metrics={"loss": losses[-1]})
+            )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(("seed", "num_seeds"), [(0, 3), (1, 3), (2, 2), (3, 5), (4, 1), (5, 8)])
+def test_by_the_inverse_of_the_loss_of_which_more_is_better_all_is_mirrored(entry, with_gain, seed, num_seeds):
+    runs = [with_gain(run) for run in random_study(entry, seed, num_seeds)]
+    lane = {"base": [1.0, 1.01, 0.99], "good": [1.1, 1.12, 1.09], "bad": [0.9, 0.91, 0.9], "near": [1.0, 1.0, 1.0]}
+    by_loss, by_gain = (judge(runs, metric=name, step_times=lane).groups[0] for name in ("loss", "gain"))
+    mirrored = {"loss": "gain", "loss_at_flops": "gain_at_flops", "loss_at_seconds": "gain_at_seconds"}
+    for (one, other), arm in itertools.product(mirrored.items(), ("good", "bad", "near")):
+        loss, gain = by_loss.table[one][arm], by_gain.table[other][arm]
+        assert gain.call == loss.call, (one, arm)
+        assert gain.p_adjusted == pytest.approx(loss.p_adjusted, rel=1e-3, nan_ok=True)
+        ours, theirs = gain.difference.ratio, loss.difference.ratio
+        inverse = (1 / theirs.value, 1 / theirs.upper, 1 / theirs.lower)
+        assert (ours.value, ours.lower, ours.upper) == pytest.approx(inverse, rel=1e-4, nan_ok=True)
+        assert gain.difference.smallest_visible == pytest.approx(
+            loss.difference.smallest_visible, rel=1e-3, nan_ok=True
+        )
+    assert by_gain.target == pytest.approx(1 / by_loss.target, rel=2e-4)
+    for key in ("steps_to_target", "items_to_target", "flops_to_target", "seconds_to_target"):
+        for arm in by_loss.arms:
+            loss, gain = by_loss.table[key][arm], by_gain.table[key][arm]
+            assert (gain.values.keys(), gain.call) == (loss.values.keys(), loss.call), (key, arm)
+            assert [*gain.values.values()] == pytest.approx([*loss.values.values()], rel=0.05)
+    assert set(by_gain.table) == {mirrored.get(key, key) for key in by_loss.table} | {"loss"}
+    assert by_gain.table["peak_bytes"] == by_loss.table["peak_bytes"]
+    assert by_gain.table["loss"] == by_loss.table["loss"]
+
+
+def test_tuning_by_the_inverse_of_the_loss_chooses_the_same(study, entry, with_gain):
+    rates = [1e-4, 1e-3, 3e-3, 1e-2]
+    trials = tuning(entry, "base", rates, [None, 1.7, 1.5, 1.514]) + tuning(
+        entry, "fast", rates, [1.9, 1.8, None, None]
+    )
+    trials += tuning(entry, "same", rates, [None] * 4)
+    runs = [with_gain(run) for run in [*study, *trials]]
+    by_loss, by_gain = (judge(runs, metric=name).groups[0].tuning for name in ("loss", "gain"))
+    for arm, loss in by_loss.items():
+        gain = by_gain[arm]
+        assert (gain.best, gain.at_edge, gain.near_factor) == (loss.best, loss.at_edge, loss.near_factor)
+        assert [value for _, value in gain.trials] == [
+            -math.inf if math.isinf(value) else pytest.approx(1 / value) for _, value in loss.trials
+        ]
+        values = [value for _, value in gain.trials]
+        for spent, expected in enumerate(gain.expected_best, start=1):
+            assert expected == pytest.approx(np.mean([max(some) for some in itertools.combinations(values, spent)]))
+    assert by_gain["base"].near_factor == {"optim.lr": pytest.approx(1e-2 / 3e-3)}
+
+
+def scored(run, **finals):
+    """The run, with metrics that rise in a straight line to these."""
+    curves = {name: tuple(value * (n + 1) / len(run.curve_steps) for n in range(len(run.curve_steps)))
+              for name, value in finals.items()}  # fmt: skip
+    goals = {"loss": "lower"} | dict.fromkeys(finals, "higher")
+    return replace(run, metrics=run.metrics | finals, curves=curves, goals=goals)
+
+
+IOU = {"base": 0.50, "fast": 0.55, "same": 0.50}
+
+
+@pytest.fixture
+def segmented(study):
+    """The study, as if it were of images: `fast` is a tenth better by its mean IoU, and reaches any sooner."""
+    return [scored(run, mean_iou=IOU[run.arm] * (1 + 0.001 * (3 * n % 7)), boundary_f1=0.3, class_accuracy=0.7)
+            for n, run in enumerate(study)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "better", "label", "call"),
+    [
+        ("loss", "lower", "loss", "better"),
+        ("mean_iou", "higher", "mean IoU", "better"),
+        ("boundary_f1", "higher", "boundary F1", "equal"),
+        ("class_accuracy", "higher", "class accuracy", "equal"),
+    ],
+)
+def test_every_goal_can_decide_and_all_are_shown(segmented, metric, better, label, call):
+    comparison = judge(segmented, metric=metric)
+    (group,) = comparison.groups
+    assert (group.metric.name, group.metric.better) == (metric, better)
+    assert comparison.metrics[0] == group.metric
+    shown = {quantity.key: quantity.label for quantity in group.quantities}
+    finals = {"loss": "final loss", "mean_iou": "final mean IoU", "boundary_f1": "final boundary F1",
+              "class_accuracy": "final class accuracy"}  # fmt: skip
+    assert list(shown)[:4] == [metric, *(name for name in finals if name != metric)]
+    assert finals.items() <= shown.items()
+    assert shown[f"{metric}_at_flops"] == f"{label} at equal FLOPs"
+    assert shown["steps_to_target"] == f"steps to {label} {group.target:.4f}"
+    assert group.table[metric]["fast"].call == call
+    assert group.table["mean_iou"]["fast"].difference.ratio.value == pytest.approx(1.1, rel=0.01)
+    (note,) = [note for note in comparison.notes if note.endswith(" more is better, of all else less")]
+    assert set(note.removeprefix("of ").split(" more is")[0].split(", ")) == {
+        "mean IoU",
+        "boundary F1",
+        "class accuracy",
+    }
+
+
+def test_the_target_of_a_metric_of_which_more_is_better_is_reached_by_every_run_of_the_baseline(segmented):
+    (group,) = judge(segmented, metric="mean_iou").groups
+    least = min(run.metrics["mean_iou"] for run in segmented if run.arm == "base")
+    assert least * 0.9999 <= group.target <= least
+    steps = group.table["steps_to_target"]
+    assert [len(steps[arm].values) for arm in ("base", "fast", "same")] == [3, 3, 3]
+    assert steps["fast"].call == "better"
+    (group,) = judge(segmented, metric="mean_iou", target=0.53).groups
+    assert [len(group.table["steps_to_target"][arm].values) for arm in ("base", "fast", "same")] == [0, 3, 0]
+
+
+def test_a_metric_that_is_unknown_is_one_error_with_those_that_are_there(segmented):
+    with pytest.raises(
+        ConfigError, match=r"'mean_iuo'.*Did you mean 'mean_iou'\? Known: .*class_accuracy.*loss"
+    ) as raised:
+        judge(segmented, metric="mean_iuo")
+    assert len(raised.value.problems) == 1
+    with pytest.raises(ConfigError, match="the target mean IoU is 0"):
+        judge(segmented, metric="mean_iou", target=0.0)
+
+
+def test_a_metric_that_is_nothing_or_absent_has_no_ratio(segmented):
+    runs = [scored(run, mean_iou=0.0) if run.arm == "fast" else run for run in segmented]
+    runs = [replace(run, metrics={}) if run.name == "same/seed-1" else run for run in runs]
+    (group,) = judge(runs, metric="mean_iou").groups
+    assert group.table["mean_iou"]["fast"].mean.value == 0
+    assert (group.table["mean_iou"]["fast"].difference, group.table["mean_iou"]["fast"].call) == (None, "")
+    assert group.table["steps_to_target"]["fast"].values == {}
+    assert (group.table["mean_iou"]["same"].mean, len(group.table["mean_iou"]["same"].values)) == (None, 2)
+
+
+def test_a_metric_that_is_no_number_decides_nothing_and_breaks_nothing(segmented):
+    nothing = tuple([math.nan] * len(segmented[0].curve_steps))
+    runs = [replace(run, metrics=run.metrics | {"recall": math.nan}, curves={"recall": nothing},
+                    goals={"loss": "lower", "recall": "higher"}) for run in segmented]  # fmt: skip
+    (group,) = judge(runs, metric="recall").groups
+    assert (group.target, "recall" in group.table, group.table["loss"]["fast"].call) == (None, False, "better")
+    assert arm_curves(group) is None
+
+
+def test_a_metric_without_a_curve_is_compared_at_the_end_alone(segmented):
+    (group,) = judge([replace(run, curves={}) for run in segmented], metric="mean_iou").groups
+    assert group.target is None
+    assert group.table["mean_iou"]["fast"].call == "better"
+    assert not {"mean_iou_at_flops", "steps_to_target"} & set(group.table)
+
+
+def test_every_goal_has_effects(entry):
+    runs = []
+    for (optimizer, more), (ranks, _) in itertools.product((("sgd", 1.0), ("adamw", 1.2)), (("1", 1), ("2", 2))):
+        for seed in range(2):
+            run = entry(f"{optimizer}, {ranks}", seed, factors={"optimizer": optimizer, "ranks": ranks})
+            nothing = 0.0 if optimizer == "sgd" else 0.5  # of which there is no ratio
+            runs.append(scored(run, mean_iou=0.4 * more * (1 + 0.01 * seed), boundary_f1=nothing))
+    (group,) = judge(runs).groups
+    assert {"loss", "mean_iou", "loss_at_flops"} <= set(group.effects)
+    assert "boundary_f1" not in group.effects
+    assert group.effects["mean_iou"].effects[0].ratio.value == pytest.approx(1.2)
+    assert "mean_iou_at_flops" in judge(runs, metric="mean_iou").groups[0].effects
+
+
+def test_bits_per_byte_have_effects_where_they_decide(entry):
+    runs = [entry(f"{one}{other}", seed, factors={"one": one, "other": other}, metrics={"bits_per_byte": 1.5 + seed})
+            for one in "ab" for other in "cd" for seed in range(2)]  # fmt: skip
+    assert "bits_per_byte" not in judge(runs).groups[0].effects  # which would be those of the loss once more
+    assert "bits_per_byte" in judge(runs, metric="bits_per_byte").groups[0].effects
 
 
 def test_a_best_at_the_edge_is_said(study, entry):

@@ -81,7 +81,7 @@ def test_silence(capsys, step_row, result):
 
 def test_the_summary_sets_prediction_beside_measurement(result):
     console = _console(is_terminal=False)
-    show_summary(console, result, Path("my run"), Path("my run/loss.png"))
+    show_summary(console, result, Path("my run"), {"loss curve": Path("my run/loss.png")})
     text = console.file.getvalue()
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in text.splitlines() if line.startswith("│")}
     cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
@@ -94,6 +94,15 @@ def test_the_summary_sets_prediction_beside_measurement(result):
     assert "def f():\n    pass" in text
     assert "gzip bits per byte 1.8940" in text
     assert text.rstrip().endswith("llmeff compare 'my run'")
+
+
+@pytest.mark.parametrize(("goals", "is_shown"), [({"loss": "lower"}, False), ({}, True)])
+def test_the_summary_shows_the_goals_and_of_an_older_run_all(result, goals, is_shown):
+    console = _console(is_terminal=False)
+    metrics = {"validation": {"loss": 2.5, "iou.sky": 0.75}}
+    show_summary(console, result.model_copy(update={"goals": goals, "metrics": metrics}), Path("run"))
+    assert "loss 2.5000" in console.file.getvalue()
+    assert ("iou.sky 0.7500" in console.file.getvalue()) == is_shown
 
 
 def test_a_sample_cannot_command_the_terminal(result):

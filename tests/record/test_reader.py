@@ -21,6 +21,7 @@ def test_a_run_before_its_first_step_is_empty(make_run):
     run = read_run(make_run("run", steps=0, is_finished=False))
     assert {len(column) for column in run.steps.values()} == {0}
     assert run.evals is None
+    assert run.evaluations == []
     assert final_loss(run.steps) is None
     assert throughput(run.steps) is None
 
@@ -48,6 +49,24 @@ def test_a_damaged_line_is_named(make_run, line, message):
         file.write(line)
     with pytest.raises(ConfigError, match=message):
         _ = read_run(folder).steps
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"garbage\n", "line 2: does not parse"),
+        (b"\0\0\0\0\n", "line 2: does not parse"),
+        (b"[1]\n", "line 2: does not parse"),
+        (b'{"schema_version":1,"step":2,"split":"test"}\n', "line 2: metrics: Field required"),
+        (b'{"schema_version":2}\n', "line 2: its schema_version is 2"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(make_run, line, message):
+    folder = make_run("run", steps=2, is_finished=False)
+    with (folder / "evaluations.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(ConfigError, match=rf"evaluations\.jsonl: {message}"):
+        _ = read_run(folder).evaluations
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "env.json", "result.json"])

@@ -13,6 +13,11 @@ def test_errors_are_of_quantities_that_were_both_predicted_and_measured():
     }  # fmt: skip
 
 
+def test_a_result_from_before_there_were_goals_has_none(result):
+    older = result.model_dump(exclude={"goals"})
+    assert Result.model_validate(older).goals == {}
+
+
 def test_a_result_with_an_infinite_error_comes_back(result):
     broken = result.model_copy(update={"error": {"saved_bytes": math.inf}, "train_loss": -math.inf})
     assert Result.model_validate_json(broken.model_dump_json()) == broken

@@ -12,7 +12,7 @@ import pytest
 
 from llmeff.core.config import Config, ConfigError
 from llmeff.record.reader import read_run
-from llmeff.record.schema import EvalRow, StepRow
+from llmeff.record.schema import EvalRow, Evaluation, StepRow
 from llmeff.record.writer import RunWriter
 from tests.conftest import SeedOnly
 
@@ -31,14 +31,21 @@ def test_what_is_written_is_read(make_run, step_row, environment, result):
         "step": 4, "split": "validation", "unit": "document-3", "loss_sum": 7.5, "count": 3, "bytes": 90.0,
     }  # fmt: skip
     assert run.evals.num_rows == 4
+    assert run.evaluations == [
+        Evaluation(
+            step=step, split="validation", metrics={"loss": 10 / step, "bits_per_byte": 7 / step, "accuracy": step / 10}
+        )
+        for step in (2, 4)
+    ]
 
 
 def test_each_file_says_its_version(make_run):
     folder = make_run("run")
     for name in ("env.json", "result.json"):
         assert json.loads((folder / name).read_text())["schema_version"] == 1
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["schema_version"] for line in lines] == [1, 1, 1, 1]
+    for name, count in (("metrics.jsonl", 4), ("evaluations.jsonl", 2)):
+        lines = (folder / name).read_text().splitlines()
+        assert [json.loads(line)["schema_version"] for line in lines] == [1] * count
     assert read_run(folder).evals.schema.metadata[b"schema_version"] == b"1"
 
 
@@ -55,14 +62,27 @@ def test_what_is_not_finite_is_json_and_comes_back(make_run):
     assert steps["is_warmup"].tolist() == [True, True, False]
 
 
+def test_a_metric_that_is_no_number_comes_back(tmp_path, environment):
+    row = EvalRow(step=1, split="validation", unit="a", loss_sum=1.0, count=2)
+    with RunWriter.create(tmp_path / "run", Config(), environment) as writer:
+        writer.evaluation([row], {"recall": math.nan, "loss": math.inf})
+    json.loads((tmp_path / "run" / "evaluations.jsonl").read_text(), parse_constant=pytest.fail)
+    (read,) = read_run(tmp_path / "run").evaluations
+    assert math.isnan(read.metrics["recall"])
+    assert read.metrics["loss"] == math.inf
+
+
 def test_evaluations_may_have_other_metrics(tmp_path, environment):
     row = {"split": "validation", "unit": "a", "loss_sum": 1.0, "count": 2}
     with RunWriter.create(tmp_path / "run", Config(), environment) as writer:
-        writer.evaluation([EvalRow(step=1, **row, metrics={"bytes": 3.0})])
-        writer.evaluation([EvalRow(step=2, **row, metrics={"correct": 1.0})])
+        writer.evaluation([EvalRow(step=1, **row, metrics={"bytes": 3.0})], {"loss": 0.5})
+        writer.evaluation([EvalRow(step=2, **row, metrics={"correct": 1.0})], {"loss": 0.5, "recall": 1.0})
         with pytest.raises(ValueError, match="count"):
-            writer.evaluation([EvalRow(step=3, **row, metrics={"count": 1.0})])
+            writer.evaluation([EvalRow(step=3, **row, metrics={"count": 1.0})], {"loss": 0.5})
     evals = read_run(tmp_path / "run").evals
+    assert [own.metrics for own in read_run(tmp_path / "run").evaluations] == [
+        {"loss": 0.5}, {"loss": 0.5, "recall": 1.0},
+    ]  # fmt: skip
     assert evals["bytes"].to_pylist() == [3.0, None]
     assert evals["correct"].to_pylist() == [None, 1.0]
 
@@ -78,9 +98,10 @@ def test_an_evaluation_made_again_counts_once(tmp_path, environment):
             [row(2, "test", 3)],
             [row(2, "validation", 4)],
         ):
-            writer.evaluation(rows)
-    evals = read_run(tmp_path / "run").evals
-    assert evals["loss_sum"].to_pylist() == [1.0, 3.0, 4.0]
+            writer.evaluation(rows, {"loss": rows[0].loss_sum / 2})
+    run = read_run(tmp_path / "run")
+    assert run.evals["loss_sum"].to_pylist() == [1.0, 3.0, 4.0]
+    assert [own.metrics["loss"] for own in run.evaluations] == [0.5, 1.5, 2.0]
 
 
 def test_no_result_means_unfinished(make_run):
@@ -101,16 +122,21 @@ def test_resuming_drops_what_the_checkpoint_does_not_know(make_run, step_row, en
     run = read_run(folder)
     assert run.steps["step"].tolist() == list(range(1, kept + 2))
     assert set(run.evals["step"].to_pylist()) == {2} - set(range(kept + 1, 3))
+    assert [row.step for row in run.evaluations] == [2][: kept // 2]
 
 
 def test_a_run_resumed_is_byte_for_byte_the_run_that_was_not(make_run, step_row, environment):
     whole = make_run("whole", steps=5, is_finished=False)
-    cut = make_run("cut", steps=3, is_finished=False)
-    with _resume(cut, environment, 2) as writer:
-        for step in (3, 4, 5):
+    cut = make_run("cut", steps=5, is_finished=False)
+    last = read_run(cut).evaluations[-1]
+    with _resume(cut, environment, 3) as writer:
+        for step in (4, 5):
             writer.step(step_row(step))
-    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert (cut / "env.json").read_bytes() == (whole / "env.json").read_bytes()
+            if step == last.step:
+                unit = EvalRow(step=step, split=last.split, unit="a", loss_sum=1.0, count=1)
+                writer.evaluation([unit], last.metrics)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "env.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_alone(make_run, step_row, environment):
@@ -124,6 +150,32 @@ def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_alone(make_run, ste
         with _resume(folder, environment, 2) as writer:
             writer.step(step_row(3))
         assert metrics.read_bytes() == whole
+
+
+def test_a_kill_at_any_byte_of_an_evaluation_loses_that_evaluation_alone(make_run, environment):
+    folder = make_run("run", steps=4, is_finished=False)
+    path = folder / "evaluations.jsonl"
+    whole = path.read_bytes()
+    first = whole[: whole[:-1].rfind(b"\n") + 1]
+    for end in range(len(first), len(whole)):
+        path.write_bytes(whole[:end])
+        assert [row.step for row in read_run(folder).evaluations] == [2]
+        with _resume(folder, environment, 3):
+            assert path.read_bytes() == first
+
+
+def test_a_run_that_was_begun_before_there_were_evaluations_goes_on_without(make_run, environment):
+    """Of a file that lacks the first of them a curve would begin late."""
+    folder = make_run("run", steps=4, is_finished=False)
+    (folder / "evaluations.jsonl").unlink()
+    row = EvalRow(step=4, split="validation", unit="a", loss_sum=1.0, count=2)
+    with _resume(folder, environment, 3) as writer:
+        writer.evaluation([row], {"loss": 0.5})
+    run = read_run(folder)
+    assert (run.evaluations, sorted(set(run.evals["step"].to_pylist()))) == ([], [2, 4])
+    with _resume(folder, environment, 1) as writer:  # before the first evaluation there is none that it would lack
+        writer.evaluation([row], {"loss": 0.5})
+    assert [own.step for own in read_run(folder).evaluations] == [4]
 
 
 def test_a_record_with_a_hole_is_refused(make_run, environment):
