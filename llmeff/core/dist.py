@@ -162,7 +162,7 @@ def unchanged_environment() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where token caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
+    """Where caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
     given = os.environ.get("LLMEFF_CACHE")
     if given:
         return Path(given)

@@ -1,12 +1,8 @@
 """The token cache: a corpus as memory-mapped tokens, in a folder named by the hash of all that decides them."""
 
 import contextlib
-import hashlib
 import json
 import math
-import shutil
-import time
-import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,26 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmeff.core import files
 from llmeff.core.config import ConfigError
-from llmeff.core.log import logger
 from llmeff.core.pulse import beat
+from llmeff.data import sealed
 from llmeff.data.baseline import Gzip
 from llmeff.data.splits import Document, Split
 from llmeff.data.tokenizer import Tokenizer
 
+KIND = "token cache"
+"""What it is called in messages."""
 FORMAT = 1
 """Changes when a cache that an older version wrote must not be read."""
-SAMPLE_BLOCKS = 64
-SAMPLE_BLOCK_BYTES = 256 * 1024
-"""Opening a cache hashes 64 blocks of 256 KiB spread over each file: all of a file of up to 16 MiB."""
 ENCODED_CHARACTERS = 2**20
 """Documents are handed to the tokenizer together until they have so many."""
 CHARACTER_TOKENS = 8
 """More than a character becomes with the end token: no document behind the one that reaches `max_tokens` is encoded, which
 might hold what the tokenizer does not know."""
-ABANDONED_S = 3600.0
-"""A half-written folder whose files have not grown for so long has no writer any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +77,12 @@ class TokenCache:
     """A cache that is whole.
 
     Args:
-        folder: what `ensure` made.
+        folder: what `sealed.ensure` made.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        content = (folder / "meta.json").read_bytes()
-        meta = json.loads(content)
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        meta, self.fingerprint = sealed.read_meta(folder)
         self.vocab_size: int = meta["vocab_size"]
         self.end_id: int = meta["end_id"]
         self.dtype = np.dtype(meta["dtype"])
@@ -110,37 +100,6 @@ class TokenCache:
 
         index = np.dtype("<i8")
         return TokenStream(read("tokens", self.dtype), read("starts", index), read("bytes", index), units)
-
-
-def ensure(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes the cache unless a whole one is there; a damaged one is set aside, with a warning, and made again.
-
-    Args:
-        folder: where the cache lies; its name is the hash of what decides its content.
-        write: fills a new folder by `write_corpus`.
-
-    Raises:
-        ConfigError: the disk is full, or the folder cannot be written.
-    """
-    if folder.exists():
-        damage = _damage(folder)
-        if damage is None:
-            return
-        aside = folder.with_name(f"damaged-{folder.name}-{uuid.uuid4().hex[:8]}")
-        folder.rename(aside)
-        logger.warning("the token cache is damaged (%s): made again; the old one is kept as %s", damage, aside)
-    try:
-        _sweep_abandoned(folder.parent)
-        with files.new_folder(folder) as part:
-            write(part)
-            _seal(part)
-    except OSError as error:
-        if (folder / "meta.json").exists():  # another process was faster
-            return
-        raise ConfigError(
-            f"the token cache {folder} cannot be written ({error.strerror or error}): "
-            "make room, or set LLMEFF_CACHE to a folder that has it"
-        ) from None
 
 
 def write_corpus(
@@ -173,6 +132,7 @@ def write_corpus(
         raise ConfigError(f"data.source: there is no text in {source}: no document, or only empty ones")
     tokenizer.save(folder)
     meta = {
+        "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
         "end_id": tokenizer.end_id,
         "dtype": dtype.str,
@@ -239,43 +199,3 @@ class _SplitWriter:
             num_bytes=sum(self._bytes),
             gzip_bits_per_byte=self._gzip.bits_per_byte() if self._gzip is not None else None,
         )
-
-
-def _sample(path: Path) -> str:
-    """A hash of the file's size and of blocks spread evenly over it."""
-    size = path.stat().st_size
-    hasher = hashlib.sha256(str(size).encode())
-    last = max(0, size - SAMPLE_BLOCK_BYTES)
-    step = max(SAMPLE_BLOCK_BYTES, -(-last // (SAMPLE_BLOCKS - 1)))
-    with path.open("rb") as file:
-        for place in [*range(0, last, step), last]:
-            file.seek(place)
-            hasher.update(file.read(SAMPLE_BLOCK_BYTES))
-    return hasher.hexdigest()
-
-
-def _seal(folder: Path) -> None:
-    """Writes down each file's hashes: the whole one names the content, the sampled one is checked at every opening."""
-    path = folder / "meta.json"
-    meta = json.loads(path.read_text(encoding="utf-8"))
-    names = sorted(file.name for file in folder.iterdir() if file != path)
-    hashes = {name: {"sha256": files.sha256(folder / name), "sample": _sample(folder / name)} for name in names}
-    path.write_text(json.dumps({"format": FORMAT, **meta, "files": hashes}, indent=1), encoding="utf-8")
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with the cache; None where it is whole."""
-    try:
-        hashes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
-        wrong = [name for name, known in hashes.items() if _sample(folder / name) != known["sample"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{', '.join(wrong)} changed" if wrong else None
-
-
-def _sweep_abandoned(folder: Path) -> None:
-    """Removes half-written caches whose writer was killed; a living writer's files grow."""
-    for part in folder.glob(f"{files.PARTIAL}*"):
-        times = [entry.stat().st_mtime for entry in (part, *part.glob("*"))]
-        if time.time() - max(times) > ABANDONED_S:
-            shutil.rmtree(part, ignore_errors=True)

@@ -5,7 +5,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +17,7 @@ from llmeff.core.dist import cache_folder
 from llmeff.data.splits import Document, Split
 
 REMEMBERED_BYTES = 8 * 2**20
-"""Files from this size on are hashed once and again only when their size or time changes."""
+"""Files that are so large, alone or together, are hashed once and again only when their size or time changes."""
 
 
 class SourceConfig(Component, family="source"):
@@ -45,23 +45,27 @@ def fingerprint_of(parts: Iterable[object]) -> str:
 
 
 def digest(path: Path) -> str:
-    """The file's SHA-256; of a large file it is remembered in the cache folder with its size and time."""
-    status = path.stat()
-    if status.st_size < REMEMBERED_BYTES:
-        return files.sha256(path)
-    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    memo = cache_folder() / "digests" / f"{key}.json"
-    stamp = [status.st_size, status.st_mtime_ns]
+    """The file's SHA-256, see `digests`."""
+    return digests([path])[0]
+
+
+def digests(paths: Sequence[Path]) -> list[str]:
+    """Each file's SHA-256; of files large together it is remembered in the cache folder, with their sizes and times."""
+    states = [path.stat() for path in paths]
+    if sum(state.st_size for state in states) < REMEMBERED_BYTES:
+        return [files.sha256(path) for path in paths]
+    memo = cache_folder() / "digests" / f"{fingerprint_of(str(path.resolve()) for path in paths)}.json"
+    stamp = [[state.st_size, state.st_mtime_ns] for state in states]
     try:
         known = json.loads(memo.read_text())
     except (OSError, ValueError):
         known = {}
     if known.get("stamp") != stamp:
-        known = {"stamp": stamp, "sha256": files.sha256(path)}
+        known = {"stamp": stamp, "sha256": [files.sha256(path) for path in paths]}
         with contextlib.suppress(OSError):  # without a place for it, it is computed again
             memo.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(memo, json.dumps(known))
-    return str(known["sha256"])
+    return list(known["sha256"])
 
 
 def decode(content: bytes, where: str) -> str:

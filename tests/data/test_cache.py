@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
 from llmeff.core.config import ConfigError
-from llmeff.data import cache
+from llmeff.data import cache, sealed
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.splits import Document
 
+ensure = partial(sealed.ensure, kind=cache.KIND)
 TOKENIZER = Bytes().build(list)
 DOCUMENTS = [
     ("train", Document(unit="a", text="one")),
@@ -34,7 +36,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def made(folder):
-    cache.ensure(folder, writer())
+    ensure(folder, writer())
     return folder
 
 
@@ -67,14 +69,14 @@ def test_large_vocabularies_have_wide_tokens(folder):
         def encode_batch(self, texts):
             return [np.full(len(text), 2**16, dtype=np.uint32) for text in texts]
 
-    cache.ensure(folder, lambda part: cache.write_corpus(part, DOCUMENTS, Wide(), None))
+    ensure(folder, lambda part: cache.write_corpus(part, DOCUMENTS, Wide(), None))
     assert cache.TokenCache(folder).stream("train").tokens[:5].tolist() == [256, 65536, 65536, 65536, 256]
 
 
 def test_documents_encoded_together_are_the_same(folder, made, monkeypatch):
     monkeypatch.setattr(cache, "ENCODED_CHARACTERS", 1)
     other = folder.with_name("other")
-    cache.ensure(other, writer())
+    ensure(other, writer())
     assert cache.TokenCache(other).fingerprint == cache.TokenCache(made).fingerprint
 
 
@@ -82,12 +84,12 @@ def test_documents_encoded_together_are_the_same(folder, made, monkeypatch):
     ("max_tokens", "units"), [(1, ["a"]), (4, ["a"]), (5, ["a"]), (12, ["a", "b"]), (99, ["a", "b"])]
 )
 def test_max_tokens_ends_with_the_document_that_reaches_it(folder, max_tokens, units):
-    cache.ensure(folder, writer(max_tokens=max_tokens))
+    ensure(folder, writer(max_tokens=max_tokens))
     assert cache.TokenCache(folder).stream("train").units == units
 
 
 def test_a_whole_cache_is_not_made_again(made):
-    cache.ensure(made, refuse)
+    ensure(made, refuse)
 
 
 def all_files(folder):
@@ -111,40 +113,11 @@ def test_a_damaged_cache_is_set_aside_and_made_again(made, harm, caplog):
     whole = all_files(made)
     harm(made)
     damaged = all_files(made)
-    cache.ensure(made, writer())
+    ensure(made, writer())
     assert all_files(made) == whole
     assert "the token cache is damaged" in caplog.text
     (aside,) = made.parent.glob("damaged-*")
     assert all_files(aside) == damaged
-
-
-def test_a_changed_bit_of_a_large_file_is_seen_where_it_is_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SAMPLE_BLOCK_BYTES", 16)
-    monkeypatch.setattr(cache, "SAMPLE_BLOCKS", 4)
-    file = tmp_path / "file"
-    file.write_bytes(bytes(1000))
-    whole = cache._sample(file)
-    seen = []
-    for place in range(1000):
-        content = bytearray(1000)
-        content[place] = 1
-        file.write_bytes(content)
-        seen.append(cache._sample(file) != whole)
-    assert 48 <= sum(seen) <= 64
-    assert seen[0]
-    assert seen[-1]
-
-
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 64])
-def test_every_bit_of_a_small_file_is_seen(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(cache, "SAMPLE_BLOCK_BYTES", 16)
-    monkeypatch.setattr(cache, "SAMPLE_BLOCKS", 4)
-    file = tmp_path / "file"
-    seen = set()
-    for place in range(size + 1):
-        file.write_bytes(bytes(place == i for i in range(size)))
-        seen.add(cache._sample(file))
-    assert len(seen) == size + 1
 
 
 def test_an_error_leaves_nothing(folder):
@@ -153,13 +126,13 @@ def test_an_error_leaves_nothing(folder):
         raise ConfigError("line 2 is bad")
 
     with pytest.raises(ConfigError, match="line 2 is bad"):
-        cache.ensure(folder, writer(fail()))
+        ensure(folder, writer(fail()))
     assert list(folder.parent.iterdir()) == []
 
 
 def test_no_text_is_an_error(folder):
     with pytest.raises(ConfigError, match="there is no text in it"):
-        cache.ensure(folder, writer([]))
+        ensure(folder, writer([]))
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(folder):
@@ -168,7 +141,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(ConfigError, match=r"cannot be written \(File too large\): make room, or set LLMEFF_CACHE"):
-            cache.ensure(folder, writer(documents))
+            ensure(folder, writer(documents))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(folder.parent.iterdir()) == []
@@ -177,7 +150,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(folder):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\)"):
-        cache.ensure(tmp_path / "file" / "tokens" / "key", writer())
+        ensure(tmp_path / "file" / "tokens" / "key", writer())
 
 
 def test_another_process_that_was_faster_wins(folder):
@@ -185,18 +158,18 @@ def test_another_process_that_was_faster_wins(folder):
         writer()(part)
         if not folder.exists():
             other = folder.with_name("other")
-            cache.ensure(other, writer())
+            ensure(other, writer())
             other.rename(folder)
 
-    cache.ensure(folder, write)
-    cache.ensure(folder, refuse)
+    ensure(folder, write)
+    ensure(folder, refuse)
     assert [entry.name for entry in folder.parent.iterdir()] == ["key"]
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llmeff.data import cache
+from llmeff.data import cache, sealed
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.splits import Document
 
@@ -206,7 +179,8 @@ def documents():
         if i == 3000:
             os.kill(os.getpid(), signal.SIGKILL)
 
-cache.ensure(Path(sys.argv[1]), lambda f: cache.write_corpus(f, documents(), Bytes().build(list), None))
+write = lambda folder: cache.write_corpus(folder, documents(), Bytes().build(list), None)
+sealed.ensure(Path(sys.argv[1]), write, cache.KIND)
 """
 
 
@@ -215,14 +189,14 @@ def test_a_killed_writer_leaves_nothing_that_is_read(folder):
     assert killed.returncode == -signal.SIGKILL
     (part,) = folder.parent.iterdir()
     assert (part / "train.tokens").stat().st_size > 0
-    cache.ensure(folder, writer())
+    ensure(folder, writer())
     assert cache.TokenCache(folder).stream("train").units == ["a", "b"]
     assert part.exists()  # its writer might live
-    old = time.time() - cache.ABANDONED_S - 1
+    old = time.time() - sealed.ABANDONED_S - 1
     for entry in (*part.iterdir(), part):
         os.utime(entry, (old, old))
     shutil.rmtree(folder)
-    cache.ensure(folder, writer())
+    ensure(folder, writer())
     assert not part.exists()
 
 
