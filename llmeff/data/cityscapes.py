@@ -1,0 +1,98 @@
+"""Cityscapes as a source."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from llmeff.core.config import ConfigError, Text
+from llmeff.core.registry import nearest
+from llmeff.data.image_files import FilePair, ImageFiles, paired
+from llmeff.data.image_source import IGNORED
+from llmeff.data.splits import Split
+
+CLASSES = {
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+    21: "vegetation",
+    22: "terrain",
+    23: "sky",
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
+"""What is evaluated, by its number in the masks: the order is that of the labels ("trainIds"). From
+github.com/mcordts/cityscapesScripts, helpers/labels.py."""
+
+NUM_IDS = 34
+"""The numbers in the masks are 0 to 33; those of no class are ignored."""
+
+
+class Cityscapes(ImageFiles):
+    """The street scenes of Cordts et al. (2016) with fine masks and the official 19 classes.
+
+    The files are to be got from their site, for research that is not commercial. The labels of its test set are not
+    public: its 500 validation images, of three other cities, are the split `test` here, and what settings are chosen on
+    and what is watched are whole cities taken out of training.
+    """
+
+    name: Literal["cityscapes"] = "cityscapes"
+    path: Text
+    """The folder that holds leftImg8bit and gtFine."""
+    search_cities: tuple[Text, ...] = ("krefeld", "ulm")
+    """Training cities that are the split `search`: by default 194 images."""
+    validation_cities: tuple[Text, ...] = ("darmstadt", "monchengladbach")
+    """Training cities that are the split `validation`: by default 179 images."""
+
+    @model_validator(mode="after")
+    def _a_city_is_in_one_split(self) -> Self:
+        if both := sorted(set(self.search_cities) & set(self.validation_cities)):
+            raise ValueError(f"search_cities and validation_cities share {', '.join(both)}")
+        return self
+
+    def classes(self) -> tuple[str, ...]:
+        """The 19 classes."""
+        return tuple(CLASSES.values())
+
+    def labels(self) -> dict[int, int]:
+        """Masks hold the original ids ("labelIds")."""
+        return dict.fromkeys(range(NUM_IDS), IGNORED) | {value: label for label, value in enumerate(CLASSES)}
+
+    def pairs(self) -> list[FilePair]:
+        """Training and validation, each in the order of cities and names."""
+        splits: dict[str, Split] = {
+            **dict.fromkeys(self.search_cities, "search"),
+            **dict.fromkeys(self.validation_cities, "validation"),
+        }
+        train, val = self._part("train"), self._part("val")
+        cities = {name.partition("/")[0] for name in train}
+        if unknown := [city for city in splits if city not in cities]:
+            raise ConfigError(
+                f"data.source: there is no training city {unknown[0]!r} in {self.path}.{nearest(unknown[0], cities)}"
+            )
+        return [
+            *(
+                self._pair(f"train/{name}", splits.get(name.partition("/")[0], "train"), files)
+                for name, files in train.items()
+            ),
+            *(self._pair(f"val/{name}", "test", files) for name, files in val.items()),
+        ]
+
+    def _part(self, part: str) -> dict[str, tuple[Path, Path]]:
+        root = Path(self.path).expanduser()
+        ends = ("_leftImg8bit.png",), ("_gtFine_labelIds.png",)
+        return paired(root / "leftImg8bit" / part, root / "gtFine" / part, *ends)
+
+    def _pair(self, unit: str, split: Split, files: tuple[Path, Path]) -> FilePair:
+        return FilePair(unit=unit, split=split, image=files[0], mask=files[1])

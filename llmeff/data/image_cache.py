@@ -1,0 +1,160 @@
+"""The image cache: labelled images of one size as memory-mapped bytes, with what is counted in each."""
+
+import contextlib
+import json
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from llmeff.core.config import ConfigError
+from llmeff.core.pulse import beat
+from llmeff.data import sealed
+from llmeff.data.image_source import IGNORED, LabelledImage, Pair
+from llmeff.data.splits import Split
+
+KIND = "image cache"
+"""What it is called in messages."""
+FORMAT = 1
+"""Changes when a cache that an older version wrote must not be read."""
+
+Size = tuple[int, int]
+"""(H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredImages:
+    """The images of a split, N of H x W."""
+
+    images: NDArray[np.uint8]
+    """(N, H, W, 3), RGB."""
+    labels: NDArray[np.uint8]
+    """(N, H, W): a class, or IGNORED."""
+    class_pixels: NDArray[np.int64]
+    """(N, K): labelled pixels of each class."""
+    sums: NDArray[np.int64]
+    """(N, 2, 3): sums of the channels' values, and of their squares, over all pixels."""
+    units: list[str]
+    """The images' names."""
+
+    def first(self, num_images: int) -> "StoredImages":
+        """The first so many."""
+        return StoredImages(**{name: values[:num_images] for name, values in vars(self).items()})
+
+
+class ImageCache:
+    """A cache that is whole.
+
+    Args:
+        folder: what `sealed.ensure` made.
+    """
+
+    def __init__(self, folder: Path):
+        meta, self.fingerprint = sealed.read_meta(folder)
+        self.classes: tuple[str, ...] = tuple(meta["classes"])
+        self.size: Size = (meta["size"][0], meta["size"][1])
+        self.splits: dict[Split, StoredImages] = {split: self._read(folder, split) for split in meta["splits"]}
+
+    def _read(self, folder: Path, split: Split) -> StoredImages:
+        def values(kind: str, dtype: str, *shape: int) -> NDArray[Any]:
+            whole = np.memmap(folder / f"{split}.{kind}", dtype=dtype, mode="r").view(np.ndarray)
+            return whole.reshape(-1, *shape)
+
+        return StoredImages(
+            images=values("pixels", "u1", *self.size, 3),
+            labels=values("labels", "u1", *self.size),
+            class_pixels=values("class_pixels", "<i8", len(self.classes)),
+            sums=values("sums", "<i8", 2, 3),
+            units=json.loads((folder / f"{split}.units.json").read_text(encoding="utf-8")),
+        )
+
+
+def write_images(
+    folder: Path, images: Iterable[tuple[Split, LabelledImage]], classes: tuple[str, ...], size: Size | None
+) -> None:
+    """Decodes images into a folder.
+
+    Args:
+        folder: to fill.
+        images: with the split of each, at least one.
+        classes: their names.
+        size: to which all are brought; None: all must be alike.
+
+    Raises:
+        ConfigError: an image is not what it should be, or of another size than the first.
+    """
+    writers: dict[Split, _SplitWriter] = {}
+    first = None
+    with contextlib.ExitStack() as opened:
+        for split, image in images:
+            beat()
+            pixels, labels = image.read() if size is None else _resized(image.read(), size)
+            first = first or (image.unit, labels.shape)
+            if labels.shape != first[1]:
+                raise ConfigError(
+                    f"data.size: the image {image.unit} is {_words(labels.shape)}, but {first[0]} is "
+                    f"{_words(first[1])}: give the size to which all are to be brought"
+                )
+            if split not in writers:
+                writers[split] = _SplitWriter(folder, split, len(classes), opened)
+            writers[split].add(image.unit, pixels, labels)
+    assert first is not None, "there is a training image"
+    for writer in writers.values():
+        writer.finish()
+    meta = {"format": FORMAT, "classes": classes, "size": first[1], "splits": list(writers)}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+class _SplitWriter:
+    """Writes one split's files, with no more than what is counted in memory."""
+
+    def __init__(self, folder: Path, split: Split, num_classes: int, opened: contextlib.ExitStack):
+        self._folder, self._split, self._num_classes = folder, split, num_classes
+        self._pixels = opened.enter_context((folder / f"{split}.pixels").open("wb"))
+        self._labels = opened.enter_context((folder / f"{split}.labels").open("wb"))
+        self._class_pixels, self._sums = array("q"), array("q")
+        self._units: list[str] = []
+
+    def add(self, unit: str, pixels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
+        self._pixels.write(np.ascontiguousarray(pixels).data)
+        self._labels.write(np.ascontiguousarray(labels).data)
+        self._class_pixels.extend(np.bincount(labels.ravel(), minlength=IGNORED + 1)[: self._num_classes].tolist())
+        levels = np.arange(256)
+        counts = np.array([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])
+        self._sums.extend([*(counts @ levels).tolist(), *(counts @ levels**2).tolist()])
+        self._units.append(unit)
+
+    def finish(self) -> None:
+        for kind, values in (("class_pixels", self._class_pixels), ("sums", self._sums)):
+            (self._folder / f"{self._split}.{kind}").write_bytes(np.array(values, dtype="<i8").tobytes())
+        (self._folder / f"{self._split}.units.json").write_text(json.dumps(self._units), encoding="utf-8")
+
+
+def resized(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """An (H, W, 3) image brought to a size.
+
+    A pixel is the mean of those that it covers or, where a side grows, between its neighbours.
+    """
+    if pixels.shape[:2] == size:
+        return pixels
+    height, width = size
+    shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
+    resampling = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(pixels).resize((width, height), resampling))
+
+
+def _resized(pair: Pair, size: Size) -> Pair:
+    """An image and its labels, each the nearest, brought to a size."""
+    pixels, labels = pair
+    if labels.shape != size:
+        labels = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
+    return resized(pixels, size), labels
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} pixels wide and {shape[0]} high"

@@ -1,0 +1,266 @@
+"""Labelled images as training data: a source, splits and augmentation."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmeff.core.config import ConfigError, Count, Fraction
+from llmeff.core.dist import cache_folder
+from llmeff.data import image_cache, sealed
+from llmeff.data.augment import AugmentConfig, Colours
+from llmeff.data.data import DataConfig
+from llmeff.data.image_cache import ImageCache, Size, StoredImages
+from llmeff.data.image_source import IGNORED, ImageSourceConfig
+from llmeff.data.permute import permuted
+from llmeff.data.scenes import Scenes
+from llmeff.data.source import fingerprint_of
+from llmeff.data.splits import Shares, Split
+
+LEAST_STD = 1 / 255
+"""Of a channel that is the same everywhere: it is not divided by nothing."""
+
+
+class ImageSplits(Shares):
+    """How images whose source names no splits are shared out: by a hash of their names, so on average."""
+
+    calibration: Fraction = 0.05
+    """Share of the images."""
+    search: Fraction = 0.1
+    """Share of the images."""
+    validation: Fraction = 0.1
+    """Share of the images."""
+    test: Fraction = 0.15
+    """Share of the images."""
+
+
+class ImageData(DataConfig):
+    """Images in which every pixel has a class."""
+
+    name: Literal["images"] = "images"
+    source: ImageSourceConfig = Scenes()
+    """Where the images come from."""
+    size: tuple[Count, Count] | None = None
+    """(H, W) to which all are brought. None: as they are, and then all must be alike."""
+    augment: AugmentConfig = AugmentConfig()
+    """How training images are changed each time they are seen."""
+    splits: ImageSplits = ImageSplits()
+    """What is trained on and what is held out, for a source that does not say it."""
+    max_train: Count | None = None
+    """Train on the first so many training images, in the source's order. None: on all."""
+
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names, in the order of their labels."""
+        return self.source.classes()
+
+    def row_size(self) -> Size | None:
+        """(H, W) of a training row; None where only the images tell."""
+        return self.augment.crop or self.size or self.source.image_size()
+
+    def open(self, *, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> "ImageCorpus":
+        """The corpus, from the image cache; one process makes the cache where there is none.
+
+        Args:
+            is_main: whether this process looks after the cache.
+            wait: returns when all processes have called it.
+
+        Raises:
+            ConfigError: the source is not what it is described as, `ImageCorpus` refuses it, or the cache cannot be
+                written.
+        """
+        splits = self.splits.model_dump(mode="json")
+        key = fingerprint_of([image_cache.FORMAT, self.source.fingerprint(), self.size, splits])
+        folder = cache_folder() / "images" / key[:32]
+        sealed.ensure_by_one(folder, self._write, image_cache.KIND, is_main=is_main, wait=wait)
+        return ImageCorpus(self, ImageCache(folder))
+
+    def _write(self, folder: Path) -> None:
+        images = [(image.split or self.splits.by_hash(image.unit), image) for image in self.source.images()]
+        _check_split("train", Counter(split for split, _ in images), self.source)
+        image_cache.write_images(folder, images, self.classes(), self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """What a split holds."""
+
+    num_images: int
+    """Images."""
+    num_pixels: int
+    """Labelled pixels of all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Images with what each pixel is to predict."""
+
+    images: NDArray[np.float32]
+    """(B, 3, H, W): less the mean, in units of the standard deviation; padding is 0."""
+    labels: NDArray[np.int64]
+    """(B, H, W): a class, or IGNORED."""
+    units: list[str]
+    """The images' names."""
+
+
+def _check_split(split: Split, counts: Mapping[Split, int], source: ImageSourceConfig) -> None:
+    if split not in counts:
+        there = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+        raise ConfigError(
+            f"data.splits: nothing fell in the split {split!r} (images: {there}): give it a larger share, or images, "
+            f"where the source {source.name!r} itself names the splits"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    """The order in which an epoch sees the training images."""
+    return permuted(np.arange(num_images), num_images, seed, epoch)
+
+
+class ImageCorpus:
+    """Labelled images that are ready to be read.
+
+    Args:
+        config: what they are.
+        cache: their cache.
+
+    Raises:
+        ConfigError: there are fewer training images than `max_train`, or their labels hold one class only.
+    """
+
+    def __init__(self, config: ImageData, cache: ImageCache):
+        self._config = config
+        self._stored = dict(cache.splits)
+        self.name = config.source.name
+        """The source's."""
+        self.classes = cache.classes
+        """K names, in the order of their labels."""
+        self.size = cache.size
+        """(H, W) of the images; that of training rows may be another, see `AugmentConfig.crop`."""
+        train = self._stored["train"] = self._train(cache.splits["train"])
+        self.fingerprint = fingerprint_of([cache.fingerprint, len(train.units)])
+        """SHA-256 of all that is read: every pixel and label of every split, the images' and the classes' names."""
+        self.pixels: NDArray[np.int64] = train.class_pixels.sum(axis=0)
+        """(K,): labelled pixels of each class in the training images."""
+        labelled = train.class_pixels.sum(axis=1, keepdims=True)
+        self.present: NDArray[np.int64] = ((train.class_pixels > 0) * labelled).sum(axis=0)
+        """(K,): labelled pixels, of whatever class, in the training images that hold the class at all."""
+        self._check_classes()
+        num_pixels = len(train.units) * self.size[0] * self.size[1]
+        mean, mean_square = train.sums.sum(axis=0) / num_pixels
+        self.mean: NDArray[np.float32] = (mean / 255).astype(np.float32)
+        """(3,): of R, G and B in 0..1, over all pixels of the training images."""
+        std = np.sqrt(np.maximum(mean_square - mean**2, 0)) / 255
+        self.std: NDArray[np.float32] = np.maximum(std, LEAST_STD).astype(np.float32)
+        """(3,): the standard deviation, the same way; at least 1/255."""
+
+    @property
+    def splits(self) -> dict[Split, ImageFacts]:
+        """What each split holds; a split without images is not there."""
+        return {
+            split: ImageFacts(num_images=len(stored.units), num_pixels=int(stored.class_pixels.sum()))
+            for split, stored in self._stored.items()
+        }
+
+    def batch(self, seed: int, step: int, rows: range, global_batch: int) -> ImageBatch:
+        """Some rows of a step's batch: the same whatever process asks and whatever was asked before.
+
+        An epoch sees every training image once, in a shuffled order.
+
+        Args:
+            seed: of the run.
+            step: from 0.
+            rows: which of the step's rows, within range(global_batch).
+            global_batch: rows of a step on all ranks together.
+        """
+        train, augment = self._stored["train"], self._config.augment
+        size = augment.crop or self.size
+        images = np.zeros((len(rows), 3, *size), dtype=np.float32)
+        labels = np.full((len(rows), *size), IGNORED, dtype=np.int64)
+        units = []
+        for place, row in enumerate(rows):
+            epoch, slot = divmod(step * global_batch + row, len(train.units))
+            index = _order(seed, epoch, len(train.units))[slot]
+            placed = augment.apply(train.images[index], train.labels[index], seed, step, row)
+            images[place, :, placed.rows, placed.columns] = self._normalised(placed.image)
+            labels[place, placed.rows, placed.columns] = placed.labels
+            units.append(train.units[index])
+        return ImageBatch(images=images, labels=labels, units=units)
+
+    def held_out(self, split: Split, images: range) -> ImageBatch:
+        """Images of a split in order, as they are.
+
+        Args:
+            split: which.
+            images: their places in range(num_images).
+
+        Raises:
+            ConfigError: the split has no image.
+        """
+        self.check_split(split)
+        stored = self._stored[split]
+        chosen = slice(images.start, images.stop, images.step)
+        return ImageBatch(
+            images=self._normalised(stored.images[chosen]),
+            labels=stored.labels[chosen].astype(np.int64),
+            units=stored.units[chosen],
+        )
+
+    def as_stored(self, split: Split) -> NDArray[np.uint8]:
+        """(N, H, W, 3) RGB: the images of `held_out` for people to look at."""
+        return self._stored[split].images
+
+    def units(self, split: Split) -> list[str]:
+        """The names of a split's images, in order."""
+        return self._stored[split].units
+
+    def check_split(self, split: Split) -> None:
+        """Refuses a split without images.
+
+        Raises:
+            ConfigError: says what is in the others.
+        """
+        counts = {name: len(stored.units) for name, stored in self._stored.items()}
+        _check_split(split, counts, self._config.source)
+
+    def _train(self, stored: StoredImages) -> StoredImages:
+        wanted, there = self._config.max_train, len(stored.units)
+        if wanted is not None and wanted > there:
+            raise ConfigError(f"data.max_train: {wanted} given, but there are {there} training images")
+        return stored.first(wanted or there)
+
+    def _check_classes(self) -> None:
+        there = [name for name, num_pixels in zip(self.classes, self.pixels, strict=True) if num_pixels]
+        if len(there) < 2:
+            source = self._config.source.model_dump_json(exclude_defaults=True)
+            found = f"only the class {there[0]!r}" if there else "no class at all"
+            raise ConfigError(
+                f"data.source: the labels of the training images of {source} hold {found}, of {len(self.classes)}: there "
+                "is nothing to tell apart"
+            )
+
+    def _normalised(self, images: Colours) -> NDArray[np.float32]:
+        return normalised(images, self.mean, self.std)
+
+
+def normalised(images: Colours, mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Images less a mean, in units of a standard deviation.
+
+    Args:
+        images: (..., H, W, 3) in 0..255.
+        mean: (3,) in 0..1.
+        std: (3,) in 0..1.
+
+    Returns:
+        (..., 3, H, W).
+    """
+    # Each channel by itself first: arithmetic is fast along the memory, slow across it.
+    channels = np.ascontiguousarray(np.moveaxis(images, -1, -3), dtype=np.float32)
+    channels *= (1 / (255 * std))[:, None, None]
+    channels -= (mean / std)[:, None, None]
+    return channels
