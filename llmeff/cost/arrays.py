@@ -26,6 +26,10 @@ class Storage:
     def __del__(self) -> None:
         self._live.change(self.label, -self.num_bytes)
 
+    def beside(self, num_bytes: int) -> "Storage":
+        """More bytes, for the same."""
+        return Storage(self._live, num_bytes, self.label)
+
     def relabel(self, label: tuple[str, str]) -> None:
         """Says anew what the bytes are for."""
         self._live.change(self.label, -self.num_bytes)
@@ -68,6 +72,15 @@ class Array:
         """How many numbers it has."""
         return prod(self.shape)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its numbers lie one behind another: of all rows of an array some channels do not."""
+        return self.shape[:1] == (1,) or self.size * NUM_BYTES[self.dtype] == self.storage.num_bytes
+
+    def like(self) -> "Array":
+        """A new array of its shape and format."""
+        return Array(self.shape, self.dtype, self.storage.beside(self.size * NUM_BYTES[self.dtype]))
+
     def view(self, *shape: int) -> "Array":
         """The same bytes in another shape."""
         assert prod(shape) == self.size, (shape, self.shape)
@@ -81,12 +94,16 @@ class Node:
     inputs: tuple["Node | None", ...] = ()
     saved: tuple[Array, ...] = ()
     backward: Backward | None = None
+    replay: "Callable[[list[Array], Array], Array | None] | None" = None
+    """In place of `backward`, of a part that runs again: it is handed its gradient in a list, to take it out and use it up."""
     gradient: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
         """Adds to the gradient of the node's output: in the first one's place, as PyTorch does where it may."""
         if self.gradient is None:
             self.gradient = gradient
+        elif not self.gradient.is_dense:
+            self.gradient = self.gradient.like()
 
 
 @dataclass(slots=True)
@@ -111,5 +128,5 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a matrix within a layer: neither embedding nor head, nor a norm or bias."""
-        return len(self.shape) == 2 and self.part not in ("embedding", "head")
+        """Whether it is a matrix or convolution within a layer: neither embedding nor head, nor a norm or bias."""
+        return len(self.shape) > 1 and self.part not in ("embedding", "head")

@@ -21,6 +21,8 @@ class Keeping:
 
     updates_on_host = False
     """Whether the optimizer's state lies in CPU memory, wherever the model is."""
+    is_shared = False
+    """Whether there are other ranks."""
     replaces_linear = False
     """Whether `torch.nn.functional.linear` is an autograd.Function, which keeps its input and weight without casts."""
 

@@ -24,6 +24,9 @@ class Batch:
         self._places = [tape.given((self._rows, workload.num_tokens), "int64")]
         if workload.packed:
             self._places.append(tape.given(self.shape, "int64"))
+        places = self._places if workload.packed else []  # else they are made in the forward pass
+        self.num_bytes = sum(array.storage.num_bytes for array in (self.tokens, self.targets, *places))
+        """What a micro-batch takes that is made and waits for its turn."""
         self._biases: dict[str, tuple[Array, Array]] = {}
         self._rotary: dict[tuple[int, float], tuple[Array, Array]] = {}
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from llmeff.cost.arrays import Array, Weight
 from llmeff.cost.keeping import Keeping
@@ -23,10 +24,12 @@ _AT_PEAK = {
     "gathered_bytes": "gathered parameters",
     "bucket_bytes": "buckets",
 }
-Law = Callable[[Tape, Batch], Array]
+Law = Callable[[Tape, Any], Array]
+"""Of a tape and a micro-batch, which `Given` makes."""
+Given = Callable[[Tape], Any]
 
 
-def price_step(law: Law, workload: Workload, keeping: Keeping | None = None) -> Price:
+def price_step(law: Law, workload: Workload, keeping: Keeping | None = None, given: Given = Batch) -> Price:
     """Plays forward and backward of a step's micro-batches, and its update.
 
     The optimizer's state, which lives at every moment, is not in it: an optimizer's own price adds it.
@@ -35,9 +38,10 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None) -> 
         law: the forward pass of a micro-batch to its summed loss.
         workload: what the step does.
         keeping: what becomes of weights and gradients; None: one process alone keeps them.
+        given: makes the micro-batch that the law reads.
     """
-    keeping = keeping or Keeping(weights(law), workload.precision)
-    keeping.rehearsed(_uses(law, workload))
+    keeping = keeping or Keeping(weights(law, given), workload.precision)
+    keeping.rehearsed(_uses(law, workload, given))
     tape = Tape(workload, keeping)
     num_played = min(workload.num_micro_batches, 3)
     wire: Counter[str] = Counter()
@@ -45,11 +49,13 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None) -> 
         tape.counts.clear()
         keeping.wire.clear()
         keeping.begin_micro_batch(is_last=index == num_played - 1)
-        batch = Batch(tape)
+        batch = given(tape)
+        num_waiting = workload.num_micro_batches - 1 - (index if index < 2 else workload.num_micro_batches - 1)
+        waiting = keeping.make("batch_bytes", num_waiting * batch.num_bytes)
         loss = law(tape, batch)
         tape.end_forward()
         tape.backward(loss)
-        del batch, loss
+        del batch, loss, waiting
         # the second stands for all that are neither first nor last
         times = workload.num_micro_batches - 2 if index == 1 and num_played == 3 else 1
         wire.update({name: num_bytes * times for name, num_bytes in keeping.wire.items()})
@@ -109,17 +115,17 @@ class _Rehearsal(Keeping):
         self.uses.append((weight.name, in_backward))
 
 
-def _uses(law: Law, workload: Workload) -> list[tuple[str, bool]]:
+def _uses(law: Law, workload: Workload, given: Given) -> list[tuple[str, bool]]:
     rehearsal = _Rehearsal()
     tape = Tape(replace(workload, num_sequences=1, num_tokens=1), rehearsal)
-    loss = law(tape, Batch(tape))
+    loss = law(tape, given(tape))
     tape.end_forward()
     tape.backward(loss)
     return rehearsal.uses
 
 
-def weights(law: Law) -> list[Weight]:
+def weights(law: Law, given: Given = Batch) -> list[Weight]:
     """The trained parameters that a law uses."""
-    tape = Tape(Workload(num_sequences=1, num_tokens=1))
-    law(tape, Batch(tape))
+    tape = Tape(Workload(num_sequences=1, num_tokens=1, image_size=(1, 1)))
+    law(tape, given(tape))
     return list(tape.weights.values())

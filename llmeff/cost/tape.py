@@ -92,31 +92,35 @@ class Tape:
             self._casts[name] = make()
         return self._casts[name]
 
-    def save(self, inputs: tuple[Array, ...], saved: tuple[Array, ...], backward: Backward) -> Node | None:
+    def save(self, inputs: tuple[Array, ...], saved: tuple[Array, ...], backward: Backward | None) -> Node | None:
         """Records an operation, before its output is made (PyTorch's order, by which recomputation stops early).
 
         Args:
             inputs: what gradients flow to, in the order in which `backward` returns them.
             saved: what is kept for backward.
-            backward: makes the gradients.
+            backward: makes the gradients; None: what is recorded says it in another way.
         """
-        self._num_saves += len(saved)
-        if self._saves_left is not None:
-            self._saves_left -= len(saved)
+        self._count_saves(len(saved))
         if not self._keeps:
             return None
         for array in inputs:
             if isinstance(array.node, Leaf):
                 array.node.num_awaited += 1
-        node = Node(tuple(array.node for array in inputs), (), self._in_part(backward))
+        node = Node(tuple(array.node for array in inputs), (), None if backward is None else self._in_part(backward))
         self._nodes.append(node)
         self._keep(node, saved)
         return node
 
     def save_output(self, node: Node | None, *outputs: Array) -> None:
         """Keeps what an operation made, too, for its backward; it comes after the arrays that `save` was given."""
+        self._count_saves(len(outputs))
         if node is not None:
             self._keep(node, outputs)
+
+    def _count_saves(self, number: int) -> None:
+        self._num_saves += number
+        if self._saves_left is not None:
+            self._saves_left -= number
 
     def _keep(self, node: Node, arrays: tuple[Array, ...]) -> None:
         for array in arrays:
@@ -151,6 +155,11 @@ class Tape:
             self.counts["elementwise_ops", self._part] += prod(shape)
         return self.new(shape, dtype, node)
 
+    def elementwise_in_place(self, x: Array) -> None:
+        """Counts an operation that writes into the array that it reads, and is no contraction."""
+        if not self._recomputes:
+            self.counts["elementwise_ops", self._part] += x.size
+
     def contract(self, flops: int, model_flops: int | None = None) -> None:
         """Counts a contraction of a forward pass.
 
@@ -177,9 +186,11 @@ class Tape:
         y = run(x)
         self._keeps = True
         place = self._path, self._part
-        again = partial(self._again, run, self._num_saves - before, place)
+        again = partial(self._again, run, self._num_saves - before, place, x.node is not None)
         with self.within("", "layer inputs"):
-            node = self.save((x,), (x,), again)
+            node = self.save((x,), (x,), None)
+        if node is not None:
+            node.replay = again
         return Array(y.shape, y.dtype, y.storage, node)
 
     def _again(
@@ -187,10 +198,11 @@ class Tape:
         run: Callable[[Array], Array],
         num_saves: int,
         place: tuple[tuple[str, ...], str],
-        gradient: Array,
+        flows_on: bool,
+        gradients: list[Array],
         x: Array,
-    ) -> tuple[Array | None]:
-        start = Array(x.shape, x.dtype, x.storage, Node())
+    ) -> Array | None:
+        start = Array(x.shape, x.dtype, x.storage, Node() if flows_on else None)
         outer = self._nodes, self._path
         self._nodes, (self._path, self._part) = [], place
         self._recomputes, self._saves_left = True, num_saves
@@ -198,12 +210,11 @@ class Tape:
         self._recomputes, self._saves_left = False, None
         self._casts.clear()
         assert end is not None
-        assert start.node is not None
-        end.accumulate(gradient)
-        del gradient
+        end.accumulate(gradients.pop())
+        del end  # it would keep what backward lets go
         self._play_back()
         self._nodes, self._path = outer
-        return (start.node.gradient,)
+        return None if start.node is None else start.node.gradient
 
     def end_forward(self) -> None:
         """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""
@@ -226,14 +237,22 @@ class Tape:
         while self._nodes:
             node = self._nodes.pop()
             gradient, node.gradient = node.gradient, None
-            if gradient is None or node.backward is None:
+            if gradient is None or (node.backward is None and node.replay is None):
                 continue
             for below in node.inputs:
                 if isinstance(below, Leaf):
                     self.keeping.use(below.weight, in_backward=True)
-            gradients = list(node.backward(gradient, *node.saved))[::-1]
+            if node.replay is not None:
+                handed, replay = [gradient], node.replay
+                node.replay = None  # what it reads goes with it
+                del gradient
+                gradients = [replay(handed, *node.saved)]
+                del replay
+            else:
+                assert node.backward is not None
+                gradients = list(node.backward(gradient, *node.saved))[::-1]
+                del gradient
             node.saved = ()
-            del gradient
             for below in node.inputs:
                 arrived = gradients.pop()
                 if below is not None and arrived is not None:

@@ -12,12 +12,14 @@ kernels); `math` is plain matrix products."""
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One optimizer step of one rank, on token sequences."""
+    """One optimizer step of one rank, on token sequences or images."""
 
     num_sequences: int
-    """B, sequences in a micro-batch."""
+    """B, sequences (or images) in a micro-batch."""
     num_tokens: int
-    """T, tokens in a sequence."""
+    """T, tokens in a sequence (or pixels in an image)."""
+    image_size: tuple[int, int] | None = None
+    """H and W; None: there are no images."""
     num_micro_batches: int = 1
     """Micro-batches in a step."""
     precision_name: PrecisionName = "fp32"
@@ -30,6 +32,8 @@ class Workload:
     """Rows hold several documents, which do not see one another."""
     kernel: Kernel = "flash"
     """Of softmax attention."""
+    num_threads: int = 1
+    """Of a rank, where it computes on a CPU; they choose among the kernels of convolutions."""
     on_cpu: bool = True
     """Ranks talk by gloo, which puts parts together and takes sums apart in copies of its own, and what is offloaded lies
     in the same memory as all else."""

@@ -201,8 +201,9 @@ class ShardKeeping(RankKeeping):
 
 
 def _unit(weight: Weight) -> str:
-    first, _, rest = weight.name.partition(".")
-    return f"{first}.{rest.partition('.')[0]}" if first == "layers" else _ROOT
+    """The layer that it is in: models keep theirs in lists (`layers.0`, `encoder.0`)."""
+    first, number, *_ = (*weight.name.split("."), "")
+    return f"{first}.{number}" if number.isdigit() else _ROOT
 
 
 class Sharded(Strategy):

@@ -8,8 +8,8 @@ from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
 
-_OWN_BYTES = 8 + 4
-"""What the loop itself sums over the ranks in a step: the number of targets, and the loss."""
+_OWN_BYTES = 8 + 8 + 4
+"""What the loop itself sums over the ranks in a step: what the loss is divided by, the number of items, and the loss."""
 
 
 class RankKeeping(Keeping):
@@ -25,6 +25,7 @@ class RankKeeping(Keeping):
     def __init__(self, weights: Iterable[Weight], work: Workload, ranks: int, rank: int):
         super().__init__(weights, work.precision)
         self.ranks, self.rank = ranks, rank
+        self.is_shared = ranks > 1
         self.wide = BYTES[work.precision.master or work.precision.parameters]
         """Bytes of a number of what is updated."""
         self.narrow = BYTES[work.precision.parameters]

@@ -1,6 +1,7 @@
 """What a step really takes: bytes live at once, bytes kept for backward, FLOPs executed, energy drawn."""
 
 import contextlib
+import math
 import resource
 import sys
 import time
@@ -23,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmeff.core import group
 from llmeff.core.dist import silence_profiler
-from llmeff.core.group import is_shared
 from llmeff.core.log import logger
 
 Kind = Literal["parameters", "gradients", "optimizer", "other"]
@@ -268,13 +269,13 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
         return torch.cuda.max_memory_allocated(device)
     silence_profiler()
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
-    settled = _Settled() if is_shared() else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+    settled = _Settled() if group.is_shared() else contextlib.nullcontext()  # type: ignore[no-untyped-call]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, settled:
         run()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     results = profiler.profiler.kineto_results
-    if is_shared():
+    if group.is_shared():
         changes = _with_unseen(results.experimental_event_tree())
     else:
         changes = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
@@ -393,15 +394,27 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 class EnergyMeter:
-    """The energy that a GPU has drawn since this was made, from NVML's counter (Volta and newer)."""
+    """The energy that GPUs have drawn, from NVML's counter (Volta and newer).
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: this rank's.
+        before_j: what those of all ranks had drawn for the run before this was made; None: nobody knows.
+    """
+
+    def __init__(self, device: torch.device, before_j: float | None = 0.0):
         self._read = _energy_counter(device) if device.type == "cuda" else None
         self._start_j = self._read() if self._read is not None else 0.0
+        self._before_j = before_j
 
     def energy_j(self) -> float | None:
-        """Joules of the whole GPU, whoever used it; None where nothing counts them."""
+        """Joules of this rank's whole GPU since this was made, whoever used it; None where nothing counts them."""
         return None if self._read is None else self._read() - self._start_j
+
+    def total_j(self) -> float | None:
+        """Joules of all ranks' GPUs, with those before; None where one is not known. All ranks call it."""
+        known = [math.nan if part is None else part for part in (self.energy_j(), self._before_j)]
+        total = float(group.total(torch.tensor(known[0], dtype=torch.float64))) + known[1]
+        return None if math.isnan(total) else total
 
 
 def _energy_counter(device: torch.device) -> Callable[[], float] | None:

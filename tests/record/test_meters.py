@@ -284,6 +284,14 @@ def test_energy_is_the_counter_s_difference(gpu, monkeypatch):
     assert EnergyMeter(gpu).energy_j() == 7.5
 
 
+@pytest.mark.parametrize(
+    ("before_j", "own_j", "total_j"), [(0.0, 5.0, 5.0), (2.5, 5.0, 7.5), (None, 5.0, None), (2.5, None, None)]
+)
+def test_energy_adds_to_what_was_drawn_before_where_all_of_it_is_known(monkeypatch, before_j, own_j, total_j):
+    monkeypatch.setattr(EnergyMeter, "energy_j", lambda self: own_j)
+    assert EnergyMeter(torch.device("cpu"), before_j).total_j() == total_j
+
+
 def test_no_counter_no_energy(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert EnergyMeter(gpu).energy_j() is None
