@@ -16,11 +16,13 @@ from llmeff.optim.joined import Joined
 from llmeff.optim.newton_schulz import IterationFormat, OrthogonalMomentum
 from llmeff.optim.optimizer import OptimizerConfig
 
+_MATRICES: tuple[Role, ...] = ("matrix", "conv")
+
 
 class Muon(OptimizerConfig):
     """`OrthogonalMomentum` for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
 
-    Matrices move as far as AdamW would move them (Liu et al. 2025, equation 4), so that both have one learning rate.
+    A convolution is the matrix of its patches: an output channel a row, all inputs that it reads its columns. Matrices move as far as AdamW would move them (Liu et al. 2025, equation 4), so that both have one learning rate.
     """
 
     sharding: ClassVar[Sharding] = "whole_tensor"
@@ -43,14 +45,14 @@ class Muon(OptimizerConfig):
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
         """The matrices, then AdamW's groups of the rest."""
-        matrices = [name for name, role in roles.items() if role == "matrix"]
-        rest = {name: role for name, role in roles.items() if role != "matrix"}
+        matrices = [name for name, role in roles.items() if role in _MATRICES]
+        rest = {name: role for name, role in roles.items() if role not in _MATRICES}
         return [names for names in (matrices, *self._adamw.groups(rest)) if names]
 
     def build(self, rows: list[Row]) -> Optimizer:
         """Both as one; the one alone that has parameters, if the other has none."""
-        matrices = [row.parameter for row in rows if row.role == "matrix"]
-        others = [row for row in rows if row.role != "matrix"]
+        matrices = [row.parameter for row in rows if row.role in _MATRICES]
+        others = [row for row in rows if row.role not in _MATRICES]
         optimizers: list[Optimizer] = []
         if matrices:
             optimizers.append(
@@ -83,7 +85,7 @@ class Muon(OptimizerConfig):
             num_bytes = weight.size * BYTES[precision.master or precision.parameters]
             entries["optimizer_bytes", weight.part] += num_bytes
             entries["peak_bytes", "optimizer"] += num_bytes
-            short, long = sorted(weight.shape)
+            short, long = sorted((weight.shape[0], weight.size // weight.shape[0]))
             # X X', the square of that, and that times X
             entries["executed_flops", "optimizer"] += self.ns_steps * (4 * short**2 * long + 2 * short**3)
         return Price(entries) + self._adamw.price(rest, precision)

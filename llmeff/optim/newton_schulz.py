@@ -50,7 +50,7 @@ class OrthogonalMomentum(Optimizer):
     `weight_decay`. `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` does the same, always in bfloat16.
 
     Args:
-        parameters: matrices, each whole.
+        parameters: matrices, each whole; one of more dimensions is the matrix of its first against all others.
         lr: the learning rate.
         momentum: decay of the mean of gradients.
         nesterov: whether to look ahead along it.
@@ -59,7 +59,7 @@ class OrthogonalMomentum(Optimizer):
         iteration_format: see `orthogonalize`.
 
     Raises:
-        ValueError: a parameter is no matrix.
+        ValueError: a parameter has fewer dimensions than a matrix.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class OrthogonalMomentum(Optimizer):
         super().__init__(parameters, defaults)
         self._num_iterations, self._iteration_format = num_iterations, iteration_format
         shapes = [tuple(parameter.shape) for group in self.param_groups for parameter in group["params"]]
-        wrong = [shape for shape in shapes if len(shape) != 2]
+        wrong = [shape for shape in shapes if len(shape) < 2]
         if wrong:
             raise ValueError(f"only matrices can be made orthogonal, given a parameter of shape {wrong[0]}")
 
@@ -101,6 +101,7 @@ class OrthogonalMomentum(Optimizer):
         momentum: Tensor = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonalize(ahead, self._num_iterations, self._iteration_format)
+        matrix = ahead.flatten(1)
+        update = orthogonalize(matrix, self._num_iterations, self._iteration_format).view_as(parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * 0.2 * sqrt(max(parameter.shape)))
+        parameter.add_(update, alpha=-group["lr"] * 0.2 * sqrt(max(matrix.shape)))

@@ -70,6 +70,53 @@ def test_what_is_no_matrix_is_refused():
         OrthogonalMomentum([nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 7, 7), (16, 2, 1, 1)])
+def test_a_convolution_is_the_matrix_of_its_patches_to_the_last_bit(shape):
+    torch.manual_seed(0)
+    convolution = nn.Parameter(torch.randn(shape))
+    matrix = nn.Parameter(convolution.detach().flatten(1).clone())
+    torchs = nn.Parameter(matrix.detach().clone())
+    kinds = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3}
+    optimizers = [
+        OrthogonalMomentum([convolution], **kinds, iteration_format="bfloat16"),
+        OrthogonalMomentum([matrix], **kinds, iteration_format="bfloat16"),
+        torch.optim.Muon([torchs], 0.02, 0.3, 0.9, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        convolution.grad = torch.randn(shape)
+        matrix.grad, torchs.grad = (convolution.grad.flatten(1).clone() for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(convolution.detach().flatten(1), matrix.detach())
+        assert torch.equal(matrix, torchs)
+    assert optimizers[0].state[convolution]["momentum_buffer"].shape == shape
+
+
+def test_convolutions_are_made_orthogonal_and_the_last_is_not():
+    roles = {
+        "0.weight": "conv",
+        "0.bias": "bias",
+        "1.weight": "norm",
+        "1.bias": "norm",
+        "2.weight": "head",
+        "2.bias": "bias",
+    }
+    model = nn.Sequential(nn.Conv2d(3, 6, 5), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1))
+    rows = table(model, roles)
+    optimizer = SETTINGS.build(rows)
+    for row in rows:
+        row.parameter.grad = torch.randn(row.shape)
+    assert SETTINGS.groups(roles) == [["0.weight"], ["2.weight"], ["0.bias", "1.weight", "1.bias", "2.bias"]]
+    parts = {"conv": "convolutions", "head": "head", "norm": "norms", "bias": "convolutions"}
+    weights = [Weight(row.name, row.shape, "float32", parts[row.role]) for row in rows]
+    price = SETTINGS.price(weights, precision("fp32"))
+    assert price.total("executed_flops") == count_flops(optimizer.step) > 0
+    assert price.total("optimizer_bytes") == state_bytes(optimizer)
+    kinds = {row.name: set(optimizer.state[row.parameter]) for row in rows}
+    assert kinds["0.weight"] == {"momentum_buffer"}
+    assert kinds["2.weight"] == {"exp_avg", "exp_avg_sq", "step"}
+
+
 def test_state_and_groups_are_those_of_the_parts():
     model, rows = model_and_rows()
     optimizer = SETTINGS.build(rows)

@@ -53,7 +53,7 @@ def test_the_tables_are_complete():
 
 @every_optimizer
 def test_the_groups_that_are_stated_are_those_that_are_built(name):
-    roles = {"first.weight": "matrix", "first.bias": "bias", "norm": "norm", "last.weight": "head"}
+    roles = {"conv": "conv", "first.weight": "matrix", "first.bias": "bias", "norm": "norm", "last.weight": "head"}
     rows = [Row(name=own, parameter=nn.Parameter(torch.zeros(2, 2)), role=role) for own, role in roles.items()]
     names = {row.parameter: row.name for row in rows}
     config = OptimizerConfig.registry[name]()
