@@ -1,5 +1,6 @@
 """Predicted against measured, over random models and steps: `python analysis/price_gate.py` writes results/price_gate.json."""
 
+import itertools
 import json
 import random
 import statistics
@@ -21,13 +22,13 @@ from llmeff.core.layout import Layout
 from llmeff.core.table import table
 from llmeff.cost.price import Kind, Price
 from llmeff.cost.workload import Workload
-from llmeff.models import Decoder, DecoderConfig
+from llmeff.models import DecoderConfig, ModelConfig, SegNetBasic, SegNetVGG
 from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
 from llmeff.predict import price_step
-from llmeff.record.meters import count_flops, peak_bytes
+from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 
-NUM_CASES = 40
+NUM_CASES, NUM_IMAGE_CASES = 40, 12
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
 
 
@@ -35,7 +36,7 @@ KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logi
 class Case:
     """A model and what a step of it does."""
 
-    model: DecoderConfig
+    model: ModelConfig
     workload: Workload
 
 
@@ -75,13 +76,34 @@ def random_case(seed: int, **workload: Any) -> Case:
     return Case(model, replace(drawn, **workload))
 
 
+def random_image_case(seed: int, **workload: Any) -> Case:
+    """Any SegNet, small, on images large enough that the copies of its kernels are those that the law knows."""
+    pick = random.Random(seed)
+    model = pick.choice((SegNetVGG, SegNetBasic))(
+        num_classes=pick.randint(2, 19),
+        width=pick.choice((16, 24)),
+        connection=pick.choice(("none", "add", "concat", "concat1x1")),
+        residual_blocks=pick.random() < 0.5,
+        norm=pick.choice(("batch", "batch_sync", "group", "frozen")),
+    )
+    height, width = pick.randint(48, 72), pick.randint(48, 80)
+    drawn = Workload(
+        num_sequences=pick.randint(1, 3),
+        num_tokens=height * width,
+        image_size=(height, width),
+        num_micro_batches=pick.choice((1, 1, 3)),
+        recompute=pick.random() < 0.4,
+    )
+    return Case(model, replace(drawn, **workload))
+
+
 class Step:
     """A training step of the case, as plain as can be."""
 
     def __init__(self, case: Case):
         torch.manual_seed(0)
         self.case = case
-        self.model: Decoder = case.model.build()
+        self.model: Any = case.model.build()
         self.model.recompute = case.workload.recompute
         self.optimizer = AdamW().build(table(self.model, self.model.roles()))
 
@@ -94,26 +116,51 @@ class Step:
 
     def batch(self) -> tuple[Tensor, Tensor, Layout]:
         """Tokens, targets and layout of a micro-batch."""
-        work = self.case.workload
+        work, model = self.case.workload, self.case.model
+        assert isinstance(model, DecoderConfig)
         shape = (work.num_sequences, work.num_tokens)
-        tokens, targets = (torch.randint(self.case.model.vocabulary(), shape) for _ in range(2))
+        tokens, targets = (torch.randint(model.vocabulary(), shape) for _ in range(2))
         if not work.packed:
             return tokens, targets, Layout.plain(work.num_tokens, tokens.device)
         places = torch.arange(work.num_tokens).repeat(work.num_sequences, 1)
         half = work.num_tokens // 2
         return tokens, targets, Layout(positions=places % half, documents=places // half)
 
+    def saved(self) -> Counter[str]:
+        """Bytes kept for backward, by part."""
+        return Saved(self).num_bytes
+
     def run(self) -> None:
         """One optimizer step."""
         work = self.case.workload
         for _ in range(work.num_micro_batches):
-            batch = self.batch()
+            batch: Any = self.batch()
             loss = self.forward(*batch)
             (loss / (work.num_sequences * work.num_tokens * work.num_micro_batches)).backward()
             del loss
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class ImageStep(Step):
+    """The same of images; what it keeps is not told apart."""
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        """The summed loss."""
+        precision = self.case.workload.precision
+        with torch.autocast("cpu", getattr(torch, precision.compute), enabled=precision.autocast):
+            return self.case.model.loss(self.model, batch)
+
+    def batch(self) -> tuple[dict[str, Any]]:  # type: ignore[override]
+        """A micro-batch without content."""
+        return (self.case.model.example(self.case.workload),)
+
+    def saved(self) -> Counter[str]:
+        """Bytes kept for backward."""
+        (batch,) = self.batch()
+        held = [*self.model.parameters(), *self.model.buffers(), *batch.values()]
+        return Counter({"model": saved_bytes(lambda: self.forward(batch), held)})
 
 
 class Saved:
@@ -167,13 +214,13 @@ def measure(case: Case) -> Price:
     """What the case really takes."""
     flash = case.workload.kernel == "flash"
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH):
-        return _measure(Step(case))
+        return _measure(Step(case) if case.workload.image_size is None else ImageStep(case))
 
 
 def _measure(step: Step) -> Price:
     step.run()  # the optimizer makes its state
     state = [x for own in step.optimizer.state.values() for x in own.values()]
-    held = [*step.model.parameters(), *state]
+    held = [*step.model.parameters(), *step.model.buffers(), *state]
     entries: Counter[tuple[Kind, str]] = Counter(
         {
             ("parameters", "model"): sum(p.numel() for p in step.model.parameters()),
@@ -183,9 +230,9 @@ def _measure(step: Step) -> Price:
         }
     )
     with Logits() as logits:
-        saved = Saved(step)
+        saved = step.saved()
     entries["logits_bytes", "loss"] = logits.num_bytes
-    entries.update({("saved_bytes", part): num_bytes for part, num_bytes in saved.num_bytes.items()})
+    entries.update({("saved_bytes", part): num_bytes for part, num_bytes in saved.items()})
     return Price(entries, "traced")
 
 
@@ -195,9 +242,10 @@ def predict(case: Case) -> Price:
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:
-    """Relative errors by kind, and of saved bytes by part."""
+    """Relative errors by kind, and of saved bytes by part where they are told apart."""
     pairs = {kind: (predicted.total(kind), measured.total(kind)) for kind in KINDS if measured.total(kind)}
     parts = measured.parts("saved_bytes")
+    parts.pop("model", None)
     pairs |= {f"saved_bytes: {part}": (predicted.parts("saved_bytes").get(part, 0), parts[part]) for part in parts}
     return {name: given / real - 1 for name, (given, real) in pairs.items()}
 
@@ -205,8 +253,10 @@ def errors(predicted: Price, measured: Price) -> dict[str, float]:
 def main(path: Path) -> None:
     """Measures all cases, prints the table of errors, writes everything."""
     rows = []
-    for seed in range(NUM_CASES):
-        case = random_case(seed)
+    cases = [(seed, random_case(seed)) for seed in range(NUM_CASES)]
+    for seed, name in itertools.product(range(NUM_IMAGE_CASES), ("fp32", "bf16")):
+        cases.append((seed, random_image_case(seed, precision_name=name)))
+    for seed, case in cases:
         predicted, measured = predict(case), measure(case)
         rows.append(
             {

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from llmeff.core.config import validate
 from llmeff.core.dist import world
 from llmeff.core.files import write_text
-from llmeff.core.layout import Layout
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.table import table
 from llmeff.cost.price import Kind, Price
@@ -53,15 +52,19 @@ WIDE = {"vocab_size": 1009, "width": 96, "num_layers": 2, "num_heads": 4, "mlp_w
 def case(name: str, parallel: dict[str, Any], ranks: int = 2, model: dict[str, Any] = PLAIN, **more: Any) -> Any:
     """A run's config; of the rest of it more may be given, by the names below."""
     num, rows = more.get("num_micro_batches", 1), more.get("micro_batch", 2)
-    return name, {
+    texts = {
         "model": {"name": "decoder", "tied_embeddings": more.get("tied", False), **model},
         "data": {"name": "text", "sequence_length": more.get("tokens", 32)},
+    }
+    images = {"task": {"name": "segmentation"}, "model": model, "data": {"name": "images", "size": more.get("size")}}
+    return name, {
+        **(images if "size" in more else texts),
         "precision": more.get("precision", "fp32"),
         "optim": more.get("optim", {"name": "adamw"}),
         "transforms": more.get("transforms", []),
         "parallel": parallel if parallel["name"] == "single" else parallel | {"ranks": ranks},
         "train": {"batch": num * rows * ranks, "micro_batch": rows, "clip_norm": 0.5},
-        "runtime": {"device": "cpu", "recompute": more.get("recompute", False)},
+        "runtime": {"device": "cpu", "threads": 1, "recompute": more.get("recompute", False)},
     }
 
 
@@ -81,6 +84,14 @@ SMALL = {"reduce_bucket_size": 15_000}
 LORA = [{"name": "lora", "rank": 3}]
 MUON = {"name": "muon"}
 
+
+def segnet(name: str, parallel: dict[str, Any], ranks: int = 2, *, basic: bool = False, **more: Any) -> Any:
+    """The same for images; what is not known of a run is a field of the model's."""
+    run = {key: more.pop(key) for key in ("num_micro_batches", "precision", "optim", "recompute") if key in more}
+    model = {"name": "segnet-basic" if basic else "segnet", "width": 16, "num_classes": 5, **more}
+    return case(f"SegNet, {name}", parallel, ranks, model, size=[48, 70], **run)
+
+
 FAST = dict(
     [
         case("single", SINGLE, 1),
@@ -93,6 +104,9 @@ FAST = dict(
         case("stage 2, offloaded", zero(2, **OFFLOAD), precision="bf16_master"),
         case("stage 3", zero(3), model=ODD),
         case("stage 3, LoRA", zero(3), transforms=LORA),
+        segnet("ddp, synchronised, accumulated", DDP, norm="batch_sync", connection="add", num_micro_batches=2),
+        segnet("fsdp, synchronised", FSDP, norm="batch_sync", connection="concat"),
+        segnet("stage 3, groups", zero(3), norm="group", connection="concat1x1"),
     ]
 )
 SLOW = dict(
@@ -155,6 +169,22 @@ SLOW = dict(
         case("ddp, Muon", DDP, optim=MUON),
         case("ddp, shared optimizer, Muon", SHARING, optim=MUON, model=ODD),
         case("stage 0, Muon", zero(0), optim=MUON),
+        segnet("single, accumulated", SINGLE, 1, num_micro_batches=3),
+        segnet("single, bf16, recomputed", SINGLE, 1, connection="concat1x1", precision="bf16", recompute=True),
+        segnet("ddp, basic, bf16", DDP, basic=True, connection="add", precision="bf16"),
+        segnet("ddp, synchronised, recomputed", DDP, norm="batch_sync", residual_blocks=True, recompute=True),
+        segnet("ddp, shared optimizer, Muon", SHARING, connection="add", optim=MUON),
+        segnet("ddp, three ranks, synchronised", DDP, 3, norm="batch_sync"),
+        segnet("fsdp, kept, accumulated", KEEPING, norm="frozen", connection="add", num_micro_batches=2),
+        segnet("fsdp, recomputed", FSDP, norm="batch_sync", connection="add", recompute=True),
+        segnet("fsdp, basic, bf16", FSDP, basic=True, norm="group", connection="concat", precision="bf16"),
+        segnet("stage 0, synchronised", zero(0), norm="batch_sync"),
+        segnet("stage 1, accumulated", zero(1), norm="frozen", connection="add", num_micro_batches=2),
+        segnet("stage 2, small buckets", zero(2, **SMALL), norm="batch_sync", connection="add"),
+        segnet("stage 2, offloaded", zero(2, **OFFLOAD), norm="group"),
+        segnet("stage 3, synchronised", zero(3), norm="batch_sync", connection="add"),
+        segnet("stage 3, basic, recomputed", zero(3), basic=True, norm="frozen", recompute=True),
+        segnet("stage 3, bf16, all offloaded", zero(3, **ALL_OFF), connection="concat", precision="bf16"),
     ]
 )
 
@@ -172,7 +202,7 @@ def predict(raw: dict[str, Any], rank: int) -> Price:
 
 
 class Steps:
-    """The loop's step on random tokens, and no more."""
+    """The loop's step on a batch without content, and no more."""
 
     def __init__(self, raw: dict[str, Any]):
         torch.set_num_threads(1)
@@ -184,16 +214,13 @@ class Steps:
         self.gradient_bytes = 0
 
     def _loss(self) -> Tensor:
-        shape = (self.work.num_sequences, self.work.num_tokens)
-        tokens, targets = (torch.randint(self.config.model.vocabulary(), shape) for _ in range(2))
-        layout = Layout.plain(self.work.num_tokens, CPU)
-        loss: Tensor = self.strategy.model(tokens=tokens, layout=layout, targets=targets, loss_chunk=None)
-        return loss
+        model = self.config.model
+        return model.loss(self.strategy.model, model.example(self.work))
 
     def run(self) -> None:
         """One optimizer step."""
         strategy = self.strategy
-        count = int(strategy.reduce_sum(torch.tensor([self.work.num_tokens])))
+        count, _ = strategy.reduce_sum(torch.tensor([self.work.num_tokens] * 2, dtype=torch.float64)).tolist()
         total = torch.zeros(())
         for index in range(self.num_shares):
             with strategy.accumulate(is_last=index == self.num_shares - 1):
@@ -282,7 +309,7 @@ def _parameters(strategy: Strategy) -> Iterable[Tensor]:
 
 def _frozen(strategy: Strategy) -> list[Tensor]:
     frozen = [parameter for parameter in strategy._plain.parameters() if not parameter.requires_grad]
-    return [getattr(parameter, "ds_tensor", parameter) for parameter in frozen]
+    return [*(getattr(parameter, "ds_tensor", parameter) for parameter in frozen), *strategy._plain.buffers()]
 
 
 def _masters(strategy: Strategy) -> Iterable[Tensor]:

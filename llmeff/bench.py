@@ -107,7 +107,7 @@ def bare(config: RunConfig, tick: Tick) -> None:
     parameters = list(model.parameters())
     for step in itertools.count():
         batch = task.batch(step, range(config.train.batch), device)
-        loss = model(**batch.inputs) / batch.counts["loss"]
+        loss = task.loss(model, batch)["loss"] / batch.counts["loss"]
         loss.backward()
         if config.train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm)

@@ -20,6 +20,8 @@ from llmeff.core.optimizer_state import set_learning_rate, state_bytes
 from llmeff.core.precision import precision
 from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
+from llmeff.core.tensors import unmoved_buffers
+from llmeff.core.units import show_names
 from llmeff.cost.devices import mfu, peak_flops_per_s
 from llmeff.cost.price import Kind
 from llmeff.parallel.watchdog import Watchdog
@@ -33,6 +35,7 @@ from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
 from llmeff.record.writer import Bystander, RunWriter, check_free
 from llmeff.runconfig import RunConfig
+from llmeff.tasks.task import ITEMS, Sample
 
 _PREDICTED: tuple[Kind, ...] = (
     "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "optimizer_bytes", "peak_bytes",
@@ -77,7 +80,7 @@ class _State(BaseModel):
     measured: dict[str, float] = {}
     metrics: dict[str, dict[str, float]] = {}
     timings: Timings = Timings()
-    energy_j: float | None = None
+    energy_j: float | None = 0.0
 
 
 class Trainer:
@@ -113,7 +116,7 @@ class Trainer:
         if resume:
             self._go_back(checkpoint)
         self._clock = StepClock(self.device)
-        self._energy = meters.EnergyMeter(self.device)
+        self._energy = meters.EnergyMeter(self.device, self._state.energy_j)
         interval = self.config.evaluation.interval(self.config.train.steps)
         self._counted, self._metered = meters.metered_steps(self.config.train.steps, interval)
         self._pending: dict[int, dict[str, Any]] = {}
@@ -173,16 +176,17 @@ class Trainer:
     def _saved_bytes(self) -> int:
         """What a forward pass of one micro-batch keeps for backward."""
         batch = self._task.batch(self.step, self._shares[0], self.device)
-        given = [value for value in batch.inputs.values() if isinstance(value, torch.Tensor)]
+        given = [value for value in (*batch.inputs.values(), batch.targets) if isinstance(value, torch.Tensor)]
         held = [*self._strategy.held(), *given]
-        with torch.random.fork_rng(), self._strategy.accumulate(is_last=False):
-            return meters.saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)
+        model = self._strategy.model
+        with torch.random.fork_rng(), unmoved_buffers(model), self._strategy.accumulate(is_last=False):
+            return meters.saved_bytes(lambda: self._task.loss(model, batch), held)
 
     def _update(self) -> None:
         clock, strategy, number = self._clock, self._strategy, self.step + 1
         clock.begin(number)
         batches = [self._task.batch(self.step, rows, self.device) for rows in self._shares]
-        counts = group.totals([batch.counts for batch in batches])
+        totals = group.totals([batch.totals() for batch in batches])
         clock.mark("data")
 
         losses = []
@@ -191,7 +195,7 @@ class Trainer:
             beat("forward")
             with strategy.accumulate(is_last=not batches):
                 sums = self._task.loss(strategy.model, batch)
-                share = reduce(operator.add, (sums[name] / counts[name] for name in sums))
+                share = reduce(operator.add, (sums[name] / totals[name] for name in sums))
                 clock.mark("forward")
                 strategy.backward(share)
                 clock.mark("backward")
@@ -206,7 +210,7 @@ class Trainer:
         strategy.step()
         clock.mark("optimizer")
 
-        self.step, items = number, sum(counts.values())
+        self.step, items = number, int(totals[ITEMS])
         self._state.items_seen += items
         self._pending[number] = {
             "loss": loss,
@@ -230,8 +234,7 @@ class Trainer:
             self._clocks.add("record", start)  # no `hold`: to write a row must not stop the device
 
     def _fail(self, loss: float, norm: float) -> None:
-        ids = self._task.unit_ids(self.step, range(self.config.train.batch))
-        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        shown = show_names(self._task.unit_ids(self.step, range(self.config.train.batch)))
         saved = self._checkpoints.newest()
         kept = "no checkpoint was saved yet" if saved is None else f"the checkpoint of step {saved.step} is kept"
         diagnosis = (
@@ -239,23 +242,24 @@ class Trainer:
             f"The step read: {shown}"
         )
         self._record(self._clock.flush())
-        energy_j = self._energy_j()
+        energy_j = self._energy.total_j()
         if self._is_main:
             self._writer.finish(self._result("diverged", diagnosis, None, energy_j))
         raise DivergedError(diagnosis)
 
     # -- once in a while
 
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
+
     def evaluate_if_due(self) -> None:
         """Held-out loss on a few units."""
-        every = self.config.evaluation.interval(self.config.train.steps)
-        if every and self.step % every == 0 and self.step < self.config.train.steps:
+        if self._is_due(self.config.evaluation.interval(self.config.train.steps)):
             self._evaluate(self.config.evaluation.max_units)
 
     def save_if_due(self) -> None:
         """A checkpoint."""
-        every = self.config.checkpoint.every
-        if every and self.step % every == 0 and self.step < self.config.train.steps:
+        if self._is_due(self.config.checkpoint.every):
             self._save()
 
     def _evaluate(self, max_units: int | None) -> None:
@@ -263,9 +267,9 @@ class Trainer:
         split = self.config.evaluation.split
         with self._clocks.hold("eval"), self._eagerly(), self._strategy.evaluating() as model:
             results = list(self._task.evaluate(model, split, max_units, self.device, self._strategy.world))
-        self._state.metrics[split] = self._task.summary(results)
-        self._writer.evaluation([EvalRow(step=self.step, split=split, **vars(result)) for result in results])
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in self._state.metrics[split].items())
+        self._state.metrics[split] = metrics = self._task.summary(results)
+        self._writer.evaluation([EvalRow(step=self.step, split=split, **vars(result)) for result in results], metrics)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in self.config.task.goals)
         self._display.note(f"step {self.step}, {split}: {shown}")
 
     def _eagerly(self) -> AbstractContextManager[object]:
@@ -276,16 +280,8 @@ class Trainer:
         self._record(self._clock.flush())
         self._writer.sync()
         with self._clocks.hold("checkpoint"):
-            state = self._state.model_copy(update={"timings": self._clocks.timings(), "energy_j": self._energy_j()})
-            self._checkpoints.save(self.step, state.model_dump(), self._strategy.save)
-
-    def _energy_j(self) -> float | None:
-        """Of all ranks, in all their processes so far; None where one could not tell. All ranks call it."""
-        unknown, own = math.nan, self._energy.energy_j()
-        now = float(group.total(torch.tensor(unknown if own is None else own, dtype=torch.float64)))
-        if self._state.timings != Timings():  # earlier processes
-            now += unknown if self._state.energy_j is None else self._state.energy_j
-        return None if math.isnan(now) else now
+            now = self._state.model_copy(update={"timings": self._clocks.timings(), "energy_j": self._energy.total_j()})
+            self._checkpoints.save(self.step, now.model_dump(), self._strategy.save)
 
     # -- the end
 
@@ -294,12 +290,12 @@ class Trainer:
         self._record(self._clock.flush())
         self._evaluate(max_units=None)
         self._save()
-        tokens = self.config.evaluation.sample_tokens
+        split, tokens = self.config.evaluation.split, self.config.evaluation.sample_tokens
         with self._clocks.hold("eval"), self._eagerly(), self._strategy.evaluating() as model:
-            sample = self._task.sample(model, tokens, self.device) if tokens else None
+            sample = self._task.sample(model, split, tokens, self.device) if tokens else Sample()
         with self._clocks.hold("checkpoint"):
             weights = self._strategy.state_dict()
-        energy_j = self._energy_j()
+        energy_j = self._energy.total_j()
         with group.agreed():
             if self._is_main:
                 self._finish(weights, sample, energy_j)
@@ -307,15 +303,19 @@ class Trainer:
         assert result is not None
         return result
 
-    def _finish(self, weights: dict[str, torch.Tensor], sample: str | None, energy_j: float | None) -> None:
-        folder, plot = self._writer.folder / schema.MODEL, self._writer.folder / "loss.png"
-        with self._clocks.hold("checkpoint"), files.reported(folder):
-            self._task.save_model(whole_model(self.config, weights), folder)
-        with self._clocks.hold("record"):
-            loss_curve([read_run(self._writer.folder)], plot)
-        result = self._result("finished", None, sample, energy_j)
+    def _finish(self, weights: dict[str, torch.Tensor], sample: Sample, energy_j: float | None) -> None:
+        folder = self._writer.folder
+        pictures = {"loss curve": folder / schema.LOSS_CURVE}
+        with self._clocks.hold("checkpoint"), files.reported(folder / schema.MODEL):
+            self._task.save_model(whole_model(self.config, weights), folder / schema.MODEL)
+        with self._clocks.hold("record"), files.reported(folder):
+            loss_curve([read_run(folder)], pictures["loss curve"])
+            if sample.picture is not None:
+                pictures["samples"] = folder / schema.SAMPLES
+                files.write_bytes(pictures["samples"], sample.picture)
+        result = self._result("finished", None, sample.text, energy_j)
         self._writer.finish(result)
-        self._display.summary(result, self._writer.folder, plot)
+        self._display.summary(result, folder, pictures)
 
     def _result(self, status: Any, diagnosis: str | None, sample: str | None, energy_j: float | None) -> Result:
         steps = read_run(self._writer.folder).steps
@@ -334,6 +334,7 @@ class Trainer:
             parameters=self._strategy.num_parameters,
             train_loss=math.nan if loss is None else loss,
             metrics=self._state.metrics,
+            goals=self.config.task.goals,
             references=self._task.references(self.config.evaluation.split),
             timings=self._clocks.timings(),
             items_per_s=speed,

@@ -21,14 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from llmeff.core import group
 from llmeff.core.config import ConfigError
-from llmeff.core.layout import Layout
+from llmeff.core.dist import usable_cores
 from llmeff.core.table import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
+from llmeff.cost import image_laws
 from llmeff.cost.arrays import Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.step import price_state
+from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from llmeff.models import ModelConfig, TransformConfig
 from llmeff.optim import OptimizerConfig
@@ -78,8 +80,15 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         num_micro_batches=config.train.batch // config.parallel.ranks // micro_batch,
         precision_name=config.precision,
         recompute=config.runtime.recompute,
+        num_threads=num_threads(config),
         on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
+
+
+def num_threads(config: RunConfig) -> int:
+    """CPU threads of a rank: as given, or a share of the cores that this process may use."""
+    given = config.runtime.threads
+    return max(1, usable_cores() // config.parallel.ranks) if given == "auto" else given
 
 
 _ALONE = Single()
@@ -102,11 +111,7 @@ def price_step(
         with contextlib.suppress(NotImplementedError):
             weights = model.weights()
     if weights is None:
-        with torch.device("meta"):
-            module = model.build()
-            for transform in transforms:
-                module = transform.apply(module)
-        return trace(module, optim, work, parallel, rank)
+        return trace(model, optim, work, parallel, rank, transforms)
     keeping = parallel.keeping(weights, optim.groups(model.roles()), work, rank)
     return model.price(work, keeping) + _state(optim, work, keeping)
 
@@ -286,9 +291,14 @@ _SHARED: tuple[Kind, ...] = (
 
 
 def trace(
-    module: nn.Module, optim: OptimizerConfig, work: Workload, parallel: StrategyConfig = _ALONE, rank: int = 0
+    model: ModelConfig,
+    optim: OptimizerConfig,
+    work: Workload,
+    parallel: StrategyConfig = _ALONE,
+    rank: int = 0,
+    transforms: Sequence[TransformConfig] = (),
 ) -> Price:
-    """Counts a module's step by running it on tensors without numbers, which takes next to no memory.
+    """Counts a model's step by running it on tensors without numbers, which takes next to no memory.
 
     Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
     mask, and without a mask no copies of the keys for grouped queries. So a packed step is traced with documents that end
@@ -296,40 +306,46 @@ def trace(
     experts, for whose grouped products torch moreover knows no shapes in float32.
 
     Args:
-        module: with the forward of `Decoder`; on any device, "meta" included. It is moved.
+        model: which is built without numbers, and says what its step is given and what the loss is.
         optim: whose state the step finds.
         work: what the step does.
         parallel: how the state is shared out: its price is the law's, with the weights in the order in which the modules
             use them, and the peak is that of one process, more or less by what it takes elsewhere. What recomputation
             gathers again is not in it.
         rank: which share.
+        transforms: what is changed in the built model.
     """
+    with torch.device("meta"):
+        module = model.build()
+        for transform in transforms:
+            module = transform.apply(module)
     with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():  # type: ignore[no-untyped-call]
         empty_on(module, "cpu", getattr(torch, work.precision.parameters))
         module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
 
         def forward(batch: dict[str, Any]) -> Tensor:
             with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
-                loss: Tensor = module(**batch)
-            return loss
+                return model.loss(module, batch)
 
-        def run() -> None:
-            forward(_batch(work)).backward()
+        def run(batch: dict[str, Any]) -> None:
+            forward(batch).backward()  # the batch lives on meanwhile
 
-        flops = count_flops(run)
+        batch = model.example(work)
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
+        flops = count_flops(lambda: run(batch))
         module.recompute = False  # type: ignore[assignment]
         with _Attention() as attention:  # type: ignore[no-untyped-call]
-            model_flops = count_flops(run) - attention.surplus_flops
-        uses = _uses(module, lambda: forward(_batch(work)))
+            model_flops = count_flops(lambda: run(batch)) - attention.surplus_flops
+        uses = _uses(module, lambda: forward(batch))
         module.recompute = work.recompute  # type: ignore[assignment]
         module.zero_grad(set_to_none=True)
-        batch = _batch(work)
-        given = [value for value in batch.values() if isinstance(value, Tensor)]
         saved = saved_bytes(lambda: forward(batch), [*module.parameters(), *module.buffers(), *given])
-        with PeakLiveBytes(module.parameters(), held=module.buffers()) as live:
-            for _ in range(min(work.num_micro_batches, 2)):
-                run()
-    roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
+        with PeakLiveBytes(module.parameters(), held=module.buffers()) as live, _Copies(work):
+            batches = [model.example(work) for _ in range(min(work.num_micro_batches, 2))]
+            while batches:
+                run(batches.pop(0))
+    waiting = max(0, work.num_micro_batches - 2) * sum(value.nbytes for value in given)
+    roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every model
     weights = {
         name: Weight(
             name,
@@ -349,7 +365,7 @@ def trace(
         ("executed_flops", "model"): flops * work.num_micro_batches,
         ("model_flops", "model"): model_flops * work.num_micro_batches,
         ("saved_bytes", "model"): saved,
-        ("peak_bytes", "model"): live.peak.total + state.total("peak_bytes") - alone.total("peak_bytes"),
+        ("peak_bytes", "model"): live.peak.total + waiting + state.total("peak_bytes") - alone.total("peak_bytes"),
     }
     shared = state.only(_SHARED) + _state(optim, work, keeping)
     return Price(entries, "traced") + shared
@@ -370,19 +386,6 @@ def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, b
         hook.remove()
     seen = {name for name, _ in found}
     return found + [(n, p.requires_grad) for n, p in module.named_parameters() if n not in seen]
-
-
-def _batch(work: Workload) -> dict[str, Any]:
-    tokens = torch.zeros(work.num_sequences, work.num_tokens, dtype=torch.int64)
-    layout = None
-    if work.packed:
-        layout = Layout(positions=torch.zeros_like(tokens), documents=torch.zeros_like(tokens))
-    return {
-        "tokens": tokens,
-        "layout": layout,
-        "targets": torch.zeros_like(tokens),
-        "loss_chunk": work.loss_chunk,
-    }
 
 
 class _RealIntegers(TorchDispatchMode):
@@ -410,6 +413,66 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _counts(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+class _Copies(TorchDispatchMode):
+    """Makes and frees around convolutions what their kernels on a CPU copy, as `image_laws.convolution` has it.
+
+    Args:
+        work: what the step does.
+    """
+
+    def __init__(self, work: Workload):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = Tape(work)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            return self._forward(func, args)
+        if func is torch.ops.aten.convolution_backward.default:
+            return self._backward(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _forward(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        x, weight = args[:2]
+        shape = func(*args).shape
+        made = self._copies(x, weight, x, weight, shape, shape)
+        y: Tensor = func(*args)
+        del made
+        return y
+
+    def _backward(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        gradient, x, weight, *_, (wants_x, *wants_own) = args
+        grad_x = None
+        if wants_x:
+            made = self._copies(x, weight, gradient, weight, x.shape, None)
+            grad_x = func(*args[:-1], [True, False, False])[0]
+            del made
+        made = self._copies(x, weight, gradient, x, weight.shape, gradient.shape)
+        _, grad_weight, grad_bias = func(*args[:-1], [False, *wants_own])
+        del made
+        return grad_x, grad_weight, grad_bias
+
+    def _copies(
+        self, x: Tensor, weight: Tensor, left: Tensor, right: Tensor, made: torch.Size, patches: torch.Size | None
+    ) -> Tensor | None:
+        """What lives beside what one contraction of a convolution makes; what it reads has come and gone."""
+        given, by = (self._tape.new(tuple(own.shape), str(own.dtype).removeprefix("torch.")) for own in (x, weight))
+        kernel = image_laws.kernel_of(self._tape, given, by)
+        if kernel == "blocks":
+            read = [self._blocks(left.shape), self._blocks(right.shape)]
+            copy = self._blocks(made)
+            del read
+            return copy
+        if kernel == "patches" and patches is not None:
+            return x.new_empty(x.shape[0], weight.numel() // weight.shape[0], *patches[2:])
+        return None
+
+    def _blocks(self, shape: torch.Size) -> Tensor | None:
+        array = image_laws.blocks(self._tape, tuple(shape))
+        return None if array is None else torch.empty(array.shape)
 
 
 class _Attention(TorchDispatchMode):

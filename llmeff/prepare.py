@@ -15,7 +15,6 @@ from llmeff.core.dist import (
     launcher_engine,
     launcher_statements,
     make_cublas_repeatable,
-    usable_cores,
     world,
 )
 from llmeff.core.precision import precision
@@ -23,7 +22,7 @@ from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
 from llmeff.parallel import Parts, Strategy, StrategyConfig
-from llmeff.predict import check_model, resolve_micro_batch
+from llmeff.predict import check_model, num_threads, resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import Task
@@ -52,10 +51,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     config = config.model_copy(update={"model": task.resolve(config.model)})
     task.check_split(config.evaluation.split)
     check_model(config)
-    threads = config.runtime.threads
-    if threads == "auto":
-        threads = max(1, usable_cores() // config.parallel.ranks)
-    runtime = config.runtime.model_copy(update={"device": device, "threads": threads})
+    runtime = config.runtime.model_copy(update={"device": device, "threads": num_threads(config)})
     config = config.model_copy(update={"runtime": runtime})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
     config = config.model_copy(update={"train": train_config})

@@ -49,7 +49,7 @@ class EvalConfig(Config):
     max_units: Count | None = 64
     """Documents (or images) of the validation split while training; null: all. At the end it is always all."""
     sample_tokens: CountOrZero = 64
-    """Tokens of sample text at the end; 0: none."""
+    """Tokens of sample text at the end, where the model writes text; 0: no sample of any kind."""
 
     def interval(self, steps: int) -> int:
         """Steps between the evaluations of a run of so many; 0: only at the end."""

@@ -44,6 +44,29 @@ def config(*settings: str, num_ranks: int = 1, accumulation: int = 1) -> RunConf
             "sequence_length": LENGTH,
             "packing": "documents",
         },
+    }
+    return _config(data, settings, num_ranks, accumulation)
+
+
+def image_config(*settings: str, num_ranks: int = 1, accumulation: int = 1) -> RunConfig:
+    """The same on images, with flips, connections, weights of classes, and sizes that no number of ranks divides."""
+    data = {
+        "task": {"name": "segmentation", "balance": 0.5},
+        "model": {"name": "segnet-basic", "width": 6, "connection": "concat1x1", "norm": "group", "norm_groups": 2},
+        "data": {
+            "name": "images",
+            "source": {
+                "name": "scenes", "height": 17, "width": LENGTH, "num_train": 20, "num_search": 0,
+                "num_validation": 3, "num_test": 0,
+            },
+            "augment": {"flip": 0.5},
+        },
+    }  # fmt: skip
+    return _config(data, settings, num_ranks, accumulation)
+
+
+def _config(data: dict[str, Any], settings: tuple[str, ...], num_ranks: int, accumulation: int) -> RunConfig:
+    rest = {
         "optim": {"name": "adamw", "lr": 3e-4},
         "schedule": {"name": "constant"},
         "train": {"steps": STEPS, "batch": BATCH, "micro_batch": BATCH // num_ranks // accumulation},
@@ -53,15 +76,17 @@ def config(*settings: str, num_ranks: int = 1, accumulation: int = 1) -> RunConf
     }
     if num_ranks > 1:
         settings = (*settings, f"parallel.ranks={num_ranks}")
-    return validate(RunConfig, override(data, settings))
+    return validate(RunConfig, override(data | rest, settings))
 
 
 @contextlib.contextmanager
 def ragged() -> Iterator[None]:
-    """The rows of this process's batches have different numbers of targets; row 0 has none but one."""
+    """The rows of this process's batches have different numbers of targets; row 0 has none but one, or one column."""
+    from llmeff.data.image_source import IGNORED
+    from llmeff.data.images import ImageCorpus
     from llmeff.data.packing import MASKED, TrainWindows
 
-    whole = TrainWindows.batch
+    whole, whole_images = TrainWindows.batch, ImageCorpus.batch
 
     def batch(self: TrainWindows, seed: int, step: int, rows: range, global_batch: int) -> Any:
         packed = whole(self, seed, step, rows, global_batch)
@@ -70,11 +95,18 @@ def ragged() -> Iterator[None]:
             targets[place, 1 + (row * 5) % LENGTH :] = MASKED
         return dataclasses.replace(packed, targets=targets)
 
-    TrainWindows.batch = batch  # type: ignore[method-assign]
+    def image_batch(self: ImageCorpus, seed: int, step: int, rows: range, global_batch: int) -> Any:
+        given = whole_images(self, seed, step, rows, global_batch)
+        labels = given.labels.copy()
+        for place, row in enumerate(rows):
+            labels[place, :, 1 + (row * 5) % labels.shape[2] :] = IGNORED
+        return dataclasses.replace(given, labels=labels)
+
+    TrainWindows.batch, ImageCorpus.batch = batch, image_batch  # type: ignore[method-assign]
     try:
         yield
     finally:
-        TrainWindows.batch = whole  # type: ignore[method-assign]
+        TrainWindows.batch, ImageCorpus.batch = whole, whole_images  # type: ignore[method-assign]
 
 
 NEWTON_SCHULZ: list[tuple[int, ...]] = []

@@ -49,9 +49,12 @@ def test_the_record_is_complete(finished):
     assert run.result == result
     assert result.status == "finished"
     assert set(run.evals["step"].to_pylist()) == {3, 6}
+    assert [(row.step, row.split) for row in run.evaluations] == [(3, "validation"), (6, "validation")]
+    assert run.evaluations[-1].metrics == result.metrics["validation"]
+    assert result.goals == {"loss": "lower", "bits_per_byte": "lower"}
     assert {path.name for path in folder.iterdir()} >= {
-        schema.CONFIG, schema.ENVIRONMENT, schema.METRICS, schema.EVALS, schema.RESULT, schema.MODEL,
-        schema.CHECKPOINTS, "loss.png",
+        schema.CONFIG, schema.ENVIRONMENT, schema.METRICS, schema.EVALUATIONS, schema.EVALS, schema.RESULT,
+        schema.MODEL, schema.CHECKPOINTS, "loss.png",
     }  # fmt: skip
     assert [path.name for path in sorted((folder / schema.CHECKPOINTS).iterdir())] == ["step-00000004", "step-00000006"]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llmeff.optim import OptimizerConfig
 from tests.ranks import ranks
-from tests.strategies import STEPS, STRATEGIES, Trajectory, by_hand, config, trained
+from tests.strategies import STEPS, STRATEGIES, Trajectory, by_hand, config, image_config, trained
 
 RELATIVE, OF_THE_UPDATE = 1e-5, 1e-4
 BF16_ROUNDOFF = 2**-8
@@ -23,6 +24,14 @@ MODELS = {
     "documents, untied": ("model.tied_embeddings=false",),
     "documents, LoRA": ('transforms=[{name="lora", rank=2}]',),
     "plain, recomputed": ("data.packing=plain", "runtime.recompute=true", "task.loss_chunk=5"),
+}
+
+
+IMAGES = {
+    "groups": ("model.norm=group",),
+    "frozen": ("model.norm=frozen",),
+    # AdamW would move a bias before BatchNorm, whose gradient is nothing but rounding, as far as all else
+    "synchronised": ("model.norm=batch_sync", "optim=sgd", "optim.lr=0.1"),
 }
 
 
@@ -54,6 +63,47 @@ def test_every_strategy_trains_as_one_process_does(tmp_path, strategy):
 @pytest.mark.parametrize(("strategy", "model", "accumulation"), list(itertools.product(STRATEGIES, MODELS, (1, 4))))
 def test_every_strategy_trains_as_one_process_does_in_every_way(tmp_path, strategy, model, accumulation):
     assert_the_same(run(tmp_path, strategy, model, accumulation), one_process(model))
+
+
+@functools.cache
+def one_process_on_images(*settings: str, accumulation: int = 1) -> Trajectory:
+    with tempfile.TemporaryDirectory() as folder:
+        return trained(image_config(*settings, accumulation=accumulation), Path(folder) / "run")[0]
+
+
+def on_images(tmp_path, *settings, accumulation=1):
+    return trained(image_config(*settings, num_ranks=2, accumulation=accumulation), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "norm", "accumulation"),
+    [
+        pytest.param(strategy, norm, accumulation, marks=() if is_fast else pytest.mark.slow)
+        for strategy, norm, accumulation in itertools.product(STRATEGIES, IMAGES, (1, 2, 4))
+        if norm != "synchronised" or accumulation == 1  # what ranks see at once is the whole batch
+        for is_fast in [(norm, accumulation) == ("synchronised", 1) or (strategy, accumulation) == ("zero 2", 2)]
+    ],
+)
+def test_every_strategy_trains_on_images_as_one_process_does(tmp_path, strategy, norm, accumulation):
+    found = on_images(tmp_path, *IMAGES[norm], *STRATEGIES[strategy], accumulation=accumulation)
+    assert_the_same(found[0], one_process_on_images(*IMAGES[norm]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "norm"), list(itertools.product(STRATEGIES, IMAGES)))
+def test_every_strategy_trains_the_large_segnet_as_one_process_does(tmp_path, strategy, norm):
+    """A few small steps: rounding moves a maximum of its many poolings to another pixel sooner or later."""
+    model = ("model.name=segnet", "model.width=4", "model.norm_groups=2", "model.residual_blocks=true")
+    size = ("data.source.height=33", "data.source.width=37", "runtime.recompute=true")
+    settings = (*IMAGES[norm], *model, *size, "optim.lr=3e-3", "train.steps=4")
+    assert_the_same(on_images(tmp_path, *settings, *STRATEGIES[strategy])[0], one_process_on_images(*settings))
+
+
+@pytest.mark.parametrize("norm", ["groups", "frozen"])
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_one_process_accumulates_images_exactly(norm, accumulation):
+    settings = IMAGES[norm]
+    assert_the_same(one_process_on_images(*settings, accumulation=accumulation), one_process_on_images(*settings))
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -133,3 +183,34 @@ def test_muon_sees_every_matrix_as_a_whole(tmp_path, shared_out):
         assert sorted(own[0] + own[1]) == sorted(matrices * STEPS)
     else:
         assert own[0] == own[1] == matrices * STEPS
+
+
+ON_IMAGES = {
+    "adamw": ("optim.lr=1e-2",),
+    "adamw8bit": ("optim.lr=1e-2", "optim.min_8bit_size=1"),
+    "lion": ("optim.lr=2e-3",),
+    "muon": ("optim.lr=1e-2",),
+    "sgd": ("optim.lr=5e-2",),
+}
+"""Optimizers, with what makes each learn something in ten steps."""
+OF_THE_UPDATE_IN_8_BITS = 1e-3
+"""Of two moments that differ in the last digit, some round to different ones of 256 values."""
+
+
+@pytest.mark.parametrize("name", ON_IMAGES)
+def test_every_optimizer_trains_convolutions_and_shared_out_too(tmp_path, name):
+    settings = (f"optim={name}", *ON_IMAGES[name])
+    expected = one_process_on_images(*settings)
+    assert expected.losses[-1] < 0.75 * expected.losses[0]
+    found = on_images(tmp_path, *settings, *STRATEGIES["ddp, optimizer shared out"])
+    assert found[0].losses == pytest.approx(expected.losses, rel=RELATIVE)
+    assert found[0].norms == pytest.approx(expected.norms, rel=RELATIVE)
+    assert expected.distance(found[0]) <= (OF_THE_UPDATE_IN_8_BITS if name == "adamw8bit" else OF_THE_UPDATE)
+    every = [shape for rank in found for shape in rank.newton_schulz]
+    # of width 6, with kernels of 7 x 7 on 3 or 6 channels, and of 1 x 1 on 12
+    matrices = [(6, 3 * 49), *[(6, 6 * 49)] * 7, *[(6, 12)] * 4] if name == "muon" else []
+    assert sorted(every) == sorted(expected.newton_schulz) == sorted(matrices * STEPS)
+
+
+def test_the_table_of_optimizers_is_complete():
+    assert sorted(ON_IMAGES) == OptimizerConfig.registry.names()

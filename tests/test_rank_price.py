@@ -135,9 +135,7 @@ def test_a_plan_shows_what_is_sent():
 def test_a_traced_price_shares_the_state_as_the_law_does(parallel):
     config = run_config(parallel | {"ranks": 2}, micro_batch=2)
     work = gate.work_of(config)
-    with torch.device("meta"):
-        module = config.model.build()
-    traced = trace(module, AdamW(), work, config.parallel)
+    traced = trace(config.model, AdamW(), work, config.parallel)
     law = price_step(config.model, AdamW(), work, config.parallel)
     for kind in ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes", "wire_bytes"):
         assert traced.total(kind) == law.total(kind), kind

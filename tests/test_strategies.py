@@ -20,7 +20,7 @@ from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
 from tests.ranks import Ranks, ranks
-from tests.strategies import STRATEGIES, config, numbers, ragged
+from tests.strategies import STRATEGIES, config, image_config, numbers, ragged
 
 ZERO = ("zero 1", "zero 2", "zero 3")
 
@@ -181,11 +181,33 @@ def test_a_run_that_was_killed_goes_on_to_the_last_bit(tmp_path, strategy, victi
     ranks(2).run(train_on, settings, tmp_path / "whole", False)
     killed(settings, tmp_path / "killed", victims, False, dice)
     ranks(2).run(train_on, settings, tmp_path / "killed", True)
-    whole, again = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
+    assert_the_same_to_the_last_bit(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "norm"),
+    [
+        pytest.param(strategy, norm, marks=() if (strategy, norm) == ("ddp", "batch") else pytest.mark.slow)
+        for strategy in STRATEGIES
+        for norm in ("batch", "batch_sync", "group")
+    ],
+)
+def test_so_does_one_on_images_that_is_broken_off_with_its_running_statistics(tmp_path, strategy, norm):
+    """Where every rank has statistics of its own, the main one's are evaluated, saved and gone on with."""
+    more = ("checkpoint.every=3", "evaluation.every=4", f"model.norm={norm}")
+    settings = image_config(*STRATEGIES[strategy], *more, num_ranks=2, accumulation=2)
+    ranks(2).run(train_on, settings, tmp_path / "whole", False)
+    ranks(2).run(train_until, settings, tmp_path / "broken", False, 8)
+    ranks(2).run(train_on, settings, tmp_path / "broken", True)
+    assert_the_same_to_the_last_bit(tmp_path / "broken", tmp_path / "whole")
+
+
+def assert_the_same_to_the_last_bit(folder: Path, unbroken: Path) -> None:
+    again, whole = read_run(folder), read_run(unbroken)
     for name in ("loss", "grad_norm", "learning_rate"):
         assert again.steps[name].tolist() == whole.steps[name].tolist()
-    assert again.result.metrics == whole.result.metrics
-    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert repr(again.result.metrics) == repr(whole.result.metrics)  # in which a value that is not known is itself
+    ours, theirs = weights(folder), weights(unbroken)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

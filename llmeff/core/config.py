@@ -125,7 +125,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if not equals or not all(path):
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4")
     raw = raw.strip()
-    if raw in ("null", "none", "None"):
+    if raw in ("null", "None"):
         return path, None
     try:
         return path, tomllib.loads(f"value = {raw}")["value"]

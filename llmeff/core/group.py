@@ -80,15 +80,16 @@ def least(value: int) -> int:
     return -int(_reduced(torch.tensor(-value), torch.distributed.ReduceOp.MAX))
 
 
-def totals(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Sums by name over micro-batches and ranks, at least 1: what each named sum of losses is divided by, once.
+def totals(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by name over micro-batches and ranks; 1 in the place of 0: what named sums of losses are divided by, once.
 
     A step in which every target is masked has no loss, and no gradient.
     """
     summed = {name: sum(count[name] for count in counts) for name in counts[0]}
     if is_shared():
-        summed = dict(zip(summed, total(torch.tensor(list(summed.values()))).tolist(), strict=True))
-    return {name: max(1, number) for name, number in summed.items()}
+        values = total(torch.tensor([*summed.values()], dtype=torch.float64)).tolist()  # whole numbers stay exact
+        summed = dict(zip(summed, values, strict=True))
+    return {name: number or 1 for name, number in summed.items()}
 
 
 def from_main(value: T) -> T:

@@ -1,6 +1,7 @@
 """A module's stored tensors by name: each parameter once, and the buffers that are saved."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,3 +57,13 @@ def empty_on(module: nn.Module, device: str, dtype: torch.dtype | None = None) -
                     moved[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 if tensor is not None:
                     table[name] = moved[tensor]
+
+
+@contextlib.contextmanager
+def unmoved_buffers(module: nn.Module) -> Iterator[None]:
+    """A block after which the module's buffers are what they were: running statistics, where a batch is seen once more."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, values in before:
+            buffer.copy_(values)

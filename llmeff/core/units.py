@@ -1,5 +1,7 @@
 """Numbers with their units, for people to read. Records keep plain numbers."""
 
+from collections.abc import Sequence
+
 
 def show_bytes(count: float) -> str:
     """Binary units: 1 KiB = 1024 B.
@@ -61,3 +63,12 @@ def show_quantity(name: str, value: float) -> str:
     if name.endswith("_flops"):
         return show_count(value, "FLOP")
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+
+
+def show_names(names: Sequence[str], most: int = 8) -> str:
+    """Some names, and how many more there are.
+
+    >>> show_names(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

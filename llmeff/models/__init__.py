@@ -1,9 +1,13 @@
 from llmeff.models.hf import HFModelConfig as HFModelConfig
 from llmeff.models.llama_format import read_config as read_config
 from llmeff.models.lora import LoRA as LoRA
+from llmeff.models.model import ImageModelConfig as ImageModelConfig
 from llmeff.models.model import LanguageModelConfig as LanguageModelConfig
 from llmeff.models.model import ModelConfig as ModelConfig
 from llmeff.models.model import save_model as save_model
+from llmeff.models.segnet import SegNetBasic as SegNetBasic
+from llmeff.models.segnet import SegNetVGG as SegNetVGG
 from llmeff.models.transform import TransformConfig as TransformConfig
 from llmeff.models.transformer import Decoder as Decoder
 from llmeff.models.transformer import DecoderConfig as DecoderConfig
+from llmeff.models.unet import UNet as UNet

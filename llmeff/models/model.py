@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from functools import singledispatch
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmeff.core.config import Component, Count, Text
+from llmeff.core.layout import Layout
 from llmeff.core.table import Role
 from llmeff.cost.arrays import Array, Weight
+from llmeff.cost.image_laws import Images
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Price
@@ -18,6 +20,7 @@ from llmeff.cost.step import price_step, weights
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from llmeff.data.tokenizer import Tokenizer
+from llmeff.models.pixel_loss import weighted_loss
 
 
 class ModelConfig(Component, family="model"):
@@ -39,13 +42,34 @@ class ModelConfig(Component, family="model"):
         """
         yield from ()
 
-    def law(self, tape: Tape, batch: Batch) -> Array:
+    def batch(self, tape: Tape) -> Any:
+        """A micro-batch as the law sees it."""
+        return Batch(tape)
+
+    def law(self, tape: Tape, batch: Any) -> Array:
         """The price of a micro-batch's forward in training, to its summed loss."""
+        raise NotImplementedError(type(self))
+
+    def example(self, workload: Workload) -> dict[str, Any]:
+        """A micro-batch without content, for a model whose step is priced by running it."""
+        raise NotImplementedError(type(self))
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The summed loss of such a micro-batch, as the step makes it.
+
+        Args:
+            model: what `build` gave, whatever was changed in it since.
+            batch: of `example`.
+        """
         raise NotImplementedError(type(self))
 
     def weights(self) -> list[Weight]:
         """The trained parameters, by their names in the module."""
-        return weights(self.law)
+        return weights(self.law, self.batch)
+
+    def buffer_bytes(self) -> int:
+        """What a rank keeps beside the parameters, at every moment."""
+        return 0
 
     def roles(self) -> dict[str, Role]:
         """What each trained parameter is, by its name in the module."""
@@ -61,7 +85,62 @@ class ModelConfig(Component, family="model"):
             workload: what the step does.
             keeping: what becomes of weights and gradients; None: one process alone keeps them.
         """
-        return price_step(self.law, workload, keeping)
+        kept = self.buffer_bytes()
+        buffers = Price({("frozen_bytes", "buffers"): kept, ("peak_bytes", "buffers"): kept})
+        return price_step(self.law, workload, keeping, self.batch) + buffers
+
+
+class ImageModelConfig(ModelConfig):
+    """A model that gives every pixel of an image a class."""
+
+    num_classes: Count | Literal["auto"] = "auto"
+    """K. auto: the data's."""
+
+    def classes(self) -> int:
+        """K as a number.
+
+        Raises:
+            ValueError: it is still to be resolved from the data.
+        """
+        if self.num_classes == "auto":
+            raise ValueError("num_classes is auto: it must be resolved from the data before the model is built")
+        return self.num_classes
+
+    def batch(self, tape: Tape) -> Images:
+        """Images with their labels."""
+        return Images(tape)
+
+    def example(self, workload: Workload) -> dict[str, Any]:
+        """Images, labels and the classes' weights."""
+        assert workload.image_size is not None, "a model of images needs a workload of images"
+        num, size = workload.num_sequences, workload.image_size
+        return {
+            "images": torch.zeros(num, 3, *size),
+            "labels": torch.zeros(num, *size, dtype=torch.int64),
+            "weights": torch.ones(self.classes()),
+        }
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Of the pixels' logits."""
+        return weighted_loss(model(batch["images"]), batch["labels"], batch["weights"])
+
+    def least_size(self) -> int:
+        """Pixels that each side of an image must have at least."""
+        return 1
+
+    def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
+        """Images that are too small, and weights in another format than theirs."""
+        size, least = workload.image_size, self.least_size()
+        if built is None and workload.precision.master is not None:
+            yield (
+                f"precision {workload.precision_name!r} is not for model {self.name!r}: images and running statistics would "
+                "have to be in the format of its weights; use 'bf16'"
+            )
+        if built is None and size is not None and min(size) < least:
+            yield (
+                f"model {self.name!r} needs images of at least {least} pixels a side, and these have {size[0]} x {size[1]}: "
+                "give data.size or a larger data.augment.crop"
+            )
 
 
 class LanguageModelConfig(ModelConfig):
@@ -79,6 +158,24 @@ class LanguageModelConfig(ModelConfig):
         if self.vocab_size == "auto":
             raise ValueError("vocab_size is auto: it must be resolved from the tokenizer before the model is built")
         return self.vocab_size
+
+    def example(self, workload: Workload) -> dict[str, Any]:
+        """Tokens and targets, with their layout where documents are kept apart."""
+        tokens = torch.zeros(workload.num_sequences, workload.num_tokens, dtype=torch.int64)
+        layout = None
+        if workload.packed:
+            layout = Layout(positions=torch.zeros_like(tokens), documents=torch.zeros_like(tokens))
+        return {
+            "tokens": tokens,
+            "layout": layout,
+            "targets": torch.zeros_like(tokens),
+            "loss_chunk": workload.loss_chunk,
+        }
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """What the model makes of all of it."""
+        loss: Tensor = model(**batch)
+        return loss
 
     def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
         """Why the model cannot be trained on a tokenizer's ids, beside how many these are."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from llmeff.data.packing import TokenBatch
 from llmeff.data.splits import Split
 from llmeff.models import LanguageModelConfig, ModelConfig, save_model
 from llmeff.models.cross_entropy import IGNORED
-from llmeff.tasks.task import Batch, Task, TaskConfig, UnitResult
+from llmeff.record.schema import Goal
+from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
 """Logits that live at once in evaluation, in numbers; a vocabulary counts as 2,048 at least, for the activations."""
@@ -34,6 +35,8 @@ _TEMPERATURE = 0.8
 
 class CausalLM(TaskConfig):
     """Cross-entropy of the next token, in nats, and bits per byte of held-out documents."""
+
+    goals: ClassVar[dict[str, Goal]] = {"loss": "lower", "bits_per_byte": "lower"}
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
@@ -128,7 +131,8 @@ class CausalLMTask(Task):
             "targets": targets.to(device, non_blocking=True),
             "loss_chunk": self._loss_chunk,
         }
-        return Batch(inputs=inputs, counts={"loss": int((packed.targets != IGNORED).sum())})
+        num_targets = int((packed.targets != IGNORED).sum())
+        return Batch(inputs=inputs, counts={"loss": num_targets}, items=num_targets)
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
         """The documents' names."""
@@ -196,7 +200,7 @@ class CausalLMTask(Task):
         return {"gzip_bits_per_byte": facts.gzip_bits_per_byte}
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, num_tokens: int, device: torch.device) -> str:
+    def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
         """Text drawn from the model, a token at a time, from the beginning of a document."""
         generator = torch.Generator().manual_seed(self._sample_seed)
         ids = [self.corpus.end_id]
@@ -206,7 +210,7 @@ class CausalLMTask(Task):
             logits = model(context)[0, -1, : self.corpus.vocab_size]
             probabilities = F.softmax(logits.float().cpu() / _TEMPERATURE, dim=-1)
             ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        return self.corpus.tokenizer.decode(ids[1:])
+        return Sample(text=self.corpus.tokenizer.decode(ids[1:]))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
         """A folder that transformers' Auto classes load: weights, config and tokenizer."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from llmeff.core.table import Row
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.models import ModelConfig
+from llmeff.record.schema import Goal
+
+ITEMS = "items of the step"
+"""Among the names of losses, what `Batch.totals` counts beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,17 @@ class Batch:
 
     inputs: dict[str, Any]
     """What the model's forward takes, by argument name."""
-    counts: dict[str, int]
-    """How many units (tokens, pixels) each named loss sums over in this share, known from the data alone."""
+    targets: Any = None
+    """What the loss compares with the model's output, where forward does not take it."""
+    counts: dict[str, float]
+    """What each named loss is divided by, as far as this share adds to it: items, or their weights; known from the data
+    alone."""
+    items: int
+    """Tokens or pixels of this share that a loss is summed over."""
+
+    def totals(self) -> dict[str, float]:
+        """What is added up over all shares of a step: what losses are divided by, and the items."""
+        return {**self.counts, ITEMS: self.items}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +52,16 @@ class UnitResult:
     """What the sum is over (tokens, pixels)."""
     metrics: dict[str, float]
     """More sums over this unit, by name (`bytes`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Something that a trained model makes, for people to look at."""
+
+    text: str | None = None
+    """For the terminal and the result."""
+    picture: bytes | None = None
+    """A PNG, for the run's folder."""
 
 
 class Task(ABC):
@@ -96,8 +119,11 @@ class Task(ABC):
         """What a run's metrics on a split are set beside, made without a model (`gzip_bits_per_byte`)."""
 
     @abstractmethod
-    def sample(self, model: nn.Module, num_tokens: int, device: torch.device) -> str | None:
-        """Something that the trained model makes, for people to look at; None where the task has none."""
+    def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
+        """What people look at when a run has ended: so many tokens of text, or what becomes of a few of a split's units.
+
+        All ranks call it.
+        """
 
     @abstractmethod
     def save_model(self, model: nn.Module, folder: Path) -> None:
@@ -110,6 +136,10 @@ class Task(ABC):
 
 class TaskConfig(Component, family="task"):
     """What a run trains for."""
+
+    goals: ClassVar[dict[str, Goal]]
+    """The metrics of `Task.summary` that comparisons speak of, and which way each is better. They are compared by their ratios:
+    a value that is not positive has none."""
 
     name: Text
     """The task's name."""

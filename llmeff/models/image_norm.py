@@ -1,0 +1,176 @@
+"""Normalisation of feature maps: by the batch, by the batch of all ranks, by groups of channels, or by frozen statistics."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.core import group
+from llmeff.cost.tape import Array, Tape
+
+# B batch, C channels, H height, W width
+
+ImageNorm = Literal["batch", "batch_sync", "group", "frozen"]
+"""batch: by the mean and variance of a rank's micro-batch (Ioffe and Szegedy 2015). batch_sync: of the micro-batches of all
+ranks together. group: of each image's groups of channels (Wu and He 2018). frozen: by running statistics that never move,
+which leaves a scale and a shift of each channel."""
+
+EPS = 1e-5
+"""Added under the root."""
+_MOMENTUM = 0.1
+"""Weight of the newest batch in running statistics."""
+
+_is_replayed: ContextVar[bool] = ContextVar("is_replayed", default=False)
+
+
+@contextlib.contextmanager
+def replayed() -> Iterator[None]:
+    """A block in which a forward pass is run again: its batch was seen, and moves no running statistics."""
+    token = _is_replayed.set(True)
+    try:
+        yield
+    finally:
+        _is_replayed.reset(token)
+
+
+class _SyncedNorm(torch.autograd.Function):
+    """Batch normalization over all ranks: they add up sums, sums of squares and counts, and in backward their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        variance, mean = (part.double() for part in torch.var_mean(x, (0, 2, 3), correction=0))
+        count = x.numel() // x.shape[1]
+        # in double precision: a mean and a variance of floats lose nothing on the way through sums of squares
+        sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
+        sums = group.total(sums)
+        num_channels, total = x.shape[1], sums[-1]
+        mean, square = sums[:num_channels] / total, sums[num_channels:-1] / total
+        variance = (square - mean * mean).clamp(min=0)
+        mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.total = total
+        ctx.mark_non_differentiable(mean, variance, total)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=EPS), mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, mean, variance = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        # with given statistics: gradient * weight / root, and the sums of gradient * normalized x and of gradient
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, EPS, [True, True, True]
+        )
+        sums = group.total(torch.cat([grad_weight, grad_bias]).double())
+        along, shift = (sums / ctx.total).to(weight.dtype).chunk(2)
+        inverse = (variance + EPS).rsqrt()
+        slope = along * weight * inverse * inverse
+        shift = shift * weight * inverse - slope * mean
+        shape = (1, -1, 1, 1)
+        grad_x.sub_(shift.view(shape)).addcmul_(x, slope.view(shape), value=-1.0)
+        return grad_x, grad_weight, grad_bias
+
+
+_synced_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] = _SyncedNorm.apply
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization of (B, C, H, W), by running statistics where it does not learn.
+
+    Args:
+        num_channels: C.
+        kind: whose statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_channels: int, kind: Literal["batch", "batch_sync", "frozen"]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+        self.kind, self.momentum = kind, _MOMENTUM
+        self.is_synced = kind == "batch_sync"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        by_batch = self.training and self.kind != "frozen"
+        if not (by_batch and self.is_synced and group.is_shared()):
+            mean, variance = self.running_mean, self.running_var
+            if by_batch and _is_replayed.get():
+                mean, variance = mean.clone(), variance.clone()
+            return F.batch_norm(x, mean, variance, self.weight, self.bias, by_batch, self.momentum, EPS)
+        y, mean, variance, total = _synced_norm(x, self.weight, self.bias)
+        if not _is_replayed.get():
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (total / (total - 1)).to(variance.dtype), self.momentum)
+        return y
+
+
+def build(kind: ImageNorm, num_channels: int, num_groups: int) -> nn.Module:
+    """The module for C channels."""
+    return nn.GroupNorm(num_groups, num_channels, EPS) if kind == "group" else BatchNorm(num_channels, kind)
+
+
+def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
+    """The price of the module `build` gives, within its name on the tape."""
+    num_channels = x.shape[1]
+    weight, bias = tape.weight("weight", num_channels), tape.weight("bias", num_channels)
+    synced = kind == "batch_sync" and tape.keeping.is_shared
+    node = tape.save((x, weight, bias), (x, weight), partial(_law_back, tape, weight.shape, synced))
+    if synced:
+        tape.keeping.send("all_reduce", (2 * num_channels + 1) * _DOUBLE)
+    y = tape.elementwise(x.shape, x.dtype, node)
+    # means and inverse deviations; frozen ones are kept anyway
+    shape = {"group": (x.shape[0], num_groups), "frozen": (0,)}.get(kind, (num_channels,))
+    tape.save_output(node, *(tape.new(shape, "float32") for _ in range(2)))
+    return y
+
+
+_DOUBLE = 8
+"""Bytes of a sum that ranks add up."""
+
+
+def _law_back(
+    tape: Tape, shape: tuple[int, ...], synced: bool, gradient: Array, x: Array, weight: Array, *_: Array
+) -> tuple[Array, Array, Array]:
+    if synced:
+        tape.keeping.send("all_reduce", 2 * weight.size * _DOUBLE)
+    return tape.new(x.shape, x.dtype), tape.new(shape, weight.dtype), tape.new(shape, weight.dtype)
+
+
+@torch.no_grad()
+def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Puts the mean over batches in the place of the running statistics of every BatchNorm.
+
+    Args:
+        model: left in the mode that it is in.
+        batches: (B, 3, H, W) each, the same on all ranks.
+    """
+    norms: list[Any] = [module for module in model.modules() if _moves(module)]
+    synced = [norm for norm in norms if isinstance(norm, BatchNorm) and norm.is_synced]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in synced:
+        norm.is_synced = False
+    for number, images in enumerate(batches, start=1):
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1 / number
+        model(images)
+    for norm, (learns, momentum) in zip(norms, before, strict=True):
+        norm.train(learns)
+        norm.momentum = momentum
+    for norm in synced:
+        norm.is_synced = True
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether it has running statistics that a batch moves, ours or torch's own."""
+    return isinstance(module, nn.BatchNorm2d) or (isinstance(module, BatchNorm) and module.kind != "frozen")

@@ -1,0 +1,277 @@
+"""Image segmentation: a class for every pixel."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmeff.core import group
+from llmeff.core.config import ConfigError, CountOrZero, NotNegative, Share
+from llmeff.core.dist import World
+from llmeff.core.pulse import beat
+from llmeff.core.seed import derive
+from llmeff.core.table import Row, table
+from llmeff.cost.workload import Workload
+from llmeff.data import DataConfig, ImageCorpus, ImageData
+from llmeff.data.image_source import IGNORED
+from llmeff.data.pictures import Shown, panel, png
+from llmeff.data.splits import Split
+from llmeff.models import ImageModelConfig, ModelConfig
+from llmeff.models.image_model import Preparation, save_image_model
+from llmeff.models.image_norm import averaged
+from llmeff.models.pixel_loss import weighted_loss
+from llmeff.record.schema import Goal
+from llmeff.tasks.image_metrics import BOUNDARY, boundary_f1, confusion, counts_of, scores
+from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
+
+_EVAL_PIXELS = 2**18
+"""Pixels that are evaluated at once."""
+_NUM_SHOWN = 4
+"""Held-out images that people see when a run has ended."""
+
+
+class Segmentation(TaskConfig):
+    """Cross-entropy of every labelled pixel's class, in nats, with a balance between frequent and rare classes.
+
+    Held-out loss is the plain cross-entropy a labelled pixel, whatever the balance, so that runs are comparable.
+    """
+
+    goals: ClassVar[dict[str, Goal]] = {
+        "loss": "lower", "mean_iou": "higher", "class_accuracy": "higher", "global_accuracy": "higher",
+        "boundary_f1": "higher",
+    }  # fmt: skip
+
+    name: Literal["segmentation"] = "segmentation"
+    balance: NotNegative = 0.0
+    """beta: a class weighs (f_median / f)^beta, f being its share of the labelled pixels in the training images that hold
+    it. 0: all alike. 1: median-frequency balancing (Eigen and Fergus 2015)."""
+    divisor: Literal["weights", "pixels"] = "weights"
+    """What a step's sum of weighted losses is divided by: the sum of the weights, so that beta leaves the size of
+    gradients as it is, or the number of labelled pixels."""
+    recomputed_norms: CountOrZero = 0
+    """Training images over which BatchNorm's statistics are averaged anew before each evaluation, as SegNet was
+    evaluated; 0: its running averages are used."""
+    boundary_tolerance: Share = 0.0075
+    """Distance within which outlines meet, as a share of the image's diagonal."""
+
+    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+        """A model of images and images to read are needed."""
+        if not isinstance(model, ImageModelConfig):
+            yield f"task 'segmentation' needs a model of images; model {model.name!r} is none"
+        if not isinstance(data, ImageData):
+            yield f"task 'segmentation' needs images; data {data.name!r} is none"
+
+    def foresee(self, model: ModelConfig, data: DataConfig) -> ImageModelConfig | None:
+        """Fills in the number of classes, which the source's config tells."""
+        assert isinstance(model, ImageModelConfig)
+        assert isinstance(data, ImageData)
+        return _with_classes(model, len(data.classes()))
+
+    def items(self, data: DataConfig) -> int:
+        """Pixels of a training row."""
+        return math.prod(_row_size(data))
+
+    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+        """One image."""
+        size = _row_size(data)
+        return Workload(num_sequences=1, num_tokens=math.prod(size), image_size=size)
+
+    def open(
+        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
+    ) -> "SegmentationTask":
+        """The task over the decoded images."""
+        assert isinstance(data, ImageData)
+        return SegmentationTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
+
+
+def _row_size(data: DataConfig) -> tuple[int, int]:
+    assert isinstance(data, ImageData)
+    size = data.row_size()
+    if size is None:
+        raise ConfigError("data.size: only the images tell how large they are; give (H, W) to plan without them")
+    return size
+
+
+def _with_classes(model: ImageModelConfig, num_classes: int) -> ImageModelConfig:
+    if model.num_classes == "auto":
+        return model.model_copy(update={"num_classes": num_classes})
+    if model.num_classes != num_classes:
+        raise ConfigError(f"model.num_classes: {model.num_classes} given, but the data have {num_classes} classes")
+    return model
+
+
+def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance: float) -> NDArray[np.float64]:
+    """(K,) weights (f_median / f)^balance with f = pixels / present; a class that training never sees weighs 1.
+
+    Args:
+        pixels: (K,) labelled pixels of each class.
+        present: (K,) labelled pixels of all images that hold it.
+        balance: beta; 0 gives ones, 1 median-frequency balancing.
+    """
+    seen = pixels > 0
+    frequency = pixels[seen] / present[seen]
+    weights = np.ones(len(pixels))
+    weights[seen] = (np.median(frequency) / frequency) ** balance
+    return weights
+
+
+class SegmentationTask(Task):
+    """The images, and what is done with them."""
+
+    item = "pixel"
+
+    def __init__(self, config: Segmentation, data: ImageData, corpus: ImageCorpus, seed: int, batch_size: int):
+        self.corpus = corpus
+        self._config, self._data = config, data
+        self._order_seed, self._batch_size = derive(seed, "data"), batch_size
+        self.items_per_step = batch_size * config.items(data)
+        self.weights = class_weights(corpus.pixels, corpus.present, config.balance)
+        """(K,), of the loss."""
+        self._weights: dict[torch.device, Tensor] = {}
+
+    def resolve(self, model: ModelConfig) -> ModelConfig:
+        """Fills in the number of classes."""
+        assert isinstance(model, ImageModelConfig)
+        return _with_classes(model, len(self.corpus.classes))
+
+    def table(self, model: nn.Module) -> list[Row]:
+        """All that is trained, with the roles that the model gives."""
+        return table(model, model.roles())  # type: ignore[operator]  # a method of every model of images
+
+    def batch(self, step: int, rows: range, device: torch.device) -> Batch:
+        """(B, 3, H, W) images and (B, H, W) labels."""
+        given = self.corpus.batch(self._order_seed, step, rows, self._batch_size)
+        pixels = np.bincount(given.labels.ravel(), minlength=IGNORED + 1)[: len(self.weights)]
+        num_pixels = int(pixels.sum())
+        divisor = float(pixels @ self.weights) if self._config.divisor == "weights" else num_pixels
+        return Batch(
+            inputs={"images": self._on(given.images, device)},
+            targets=self._on(given.labels, device),
+            counts={"loss": divisor},
+            items=num_pixels,
+        )
+
+    @staticmethod
+    def _on(values: NDArray[Any], device: torch.device) -> Tensor:
+        given = torch.from_numpy(values)
+        # a copy on a CPU too: torch's account of memory knows nothing of what numpy has made
+        return given.clone() if device.type == "cpu" else given.to(device, non_blocking=True)
+
+    def unit_ids(self, step: int, rows: range) -> list[str]:
+        """The images' names."""
+        return self.corpus.batch(self._order_seed, step, rows, self._batch_size).units
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Weighted cross-entropy summed over the share's labelled pixels."""
+        return {"loss": weighted_loss(model(**batch.inputs), batch.targets, self._weights_on(batch.targets.device))}
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        if device not in self._weights:
+            self._weights[device] = torch.tensor(self.weights, dtype=torch.float32, device=device)
+        return self._weights[device]
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
+    ) -> Iterator[UnitResult]:
+        """Each image's plain cross-entropy, pixel counts and boundary F1; the ranks share the images.
+
+        Running statistics of BatchNorm are the main rank's, or averaged anew where the config asks for that.
+        """
+        self._settle_norms(model, device)
+        split, classes = cast(Split, split), self.corpus.classes
+        num_images = self.corpus.splits[split].num_images
+        num_images = num_images if max_units is None else min(max_units, num_images)
+        rows = max(1, _EVAL_PIXELS // math.prod(self.corpus.size))
+        names = [*counts_of(np.zeros((len(classes),) * 2, np.int64), classes), BOUNDARY]
+        found = np.zeros((num_images, 2 + len(names)))
+        tolerance = self._config.boundary_tolerance * math.hypot(*self.corpus.size)
+        for start in range(0, num_images, rows * world.ranks):
+            low = start + rows * world.rank
+            mine = range(low, min(low + rows, num_images))
+            beat()
+            # a rank that is left without work goes along with the others, who may need its part of the parameters
+            given = self.corpus.held_out(split, mine or range(1))
+            logits = model(self._on(given.images, device)).float()
+            labels = self._on(given.labels, device)
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum((1, 2))
+            predicted = logits.argmax(1).cpu().numpy()
+            for place, index in enumerate(mine):
+                truth = given.labels[place]
+                matrix = confusion(predicted[place], truth, len(classes))
+                outline = boundary_f1(predicted[place], truth, len(classes), tolerance)
+                found[index] = [float(losses[place]), matrix.sum(), *counts_of(matrix, classes).values(), outline]
+        found = group.total(torch.from_numpy(found)).numpy()
+        units = self.corpus.units(split)
+        for unit, (loss_sum, count, *metrics) in zip(units, found.tolist(), strict=False):
+            yield UnitResult(
+                unit=unit, loss_sum=loss_sum, count=int(count), metrics=dict(zip(names, metrics, strict=True))
+            )
+
+    def _settle_norms(self, model: nn.Module, device: torch.device) -> None:
+        if self._config.recomputed_norms:
+            images = self.corpus.held_out("train", range(min(self._config.recomputed_norms, self._num_train)))
+            size = self._batch_size
+            chunks = [images.images[start : start + size] for start in range(0, len(images.images), size)]
+            averaged(model, (self._on(chunk, device) for chunk in chunks))
+        elif group.is_shared():
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    @property
+    def _num_train(self) -> int:
+        return self.corpus.splits["train"].num_images
+
+    def summary(self, results: list[UnitResult]) -> dict[str, float]:
+        """Nats per labelled pixel, and `scores`."""
+        loss_sum = math.fsum(result.loss_sum for result in results)
+        loss = loss_sum / max(1, sum(result.count for result in results))
+        return {"loss": loss, **scores((result.metrics for result in results), self.corpus.classes)}
+
+    def check_split(self, split: str) -> None:
+        """Some image must be in it."""
+        self.corpus.check_split(cast(Split, split))
+
+    def references(self, split: str) -> dict[str, float]:
+        """None: the majority of each place is not worth its name on moving cameras."""
+        return {}
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
+        """A few of the split's images, evenly apart, with their labels and what the model says."""
+        split = cast(Split, split)
+        num_images = self.corpus.splits[split].num_images
+        rows = []
+        for place in range(min(_NUM_SHOWN, num_images)):
+            index = place * num_images // min(_NUM_SHOWN, num_images)
+            given = self.corpus.held_out(split, range(index, index + 1))
+            predicted = model(self._on(given.images, device)).argmax(1).cpu().numpy().astype(np.uint8)
+            labels = [given.labels[0].astype(np.uint8), predicted[0]]
+            rows.append(Shown(pixels=self.corpus.as_stored(split)[index], labels=labels))
+        return Sample(picture=png(panel(rows, ["image", "truth", "predicted"], self.corpus.classes)))
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """The weights as safetensors, and what prepares a picture for them."""
+        corpus = self.corpus
+        preparation = Preparation(
+            classes=corpus.classes, mean=tuple(corpus.mean.tolist()), std=tuple(corpus.std.tolist()), size=corpus.size
+        )
+        save_image_model(model, folder, preparation)
+
+    def facts(self) -> dict[str, Any]:
+        """The source, its fingerprint, what each split holds, and how classes weigh."""
+        corpus = self.corpus
+        return {
+            "source": corpus.name,
+            "sha256": corpus.fingerprint,
+            "splits": {split: asdict(facts) for split, facts in corpus.splits.items()},
+            "class_pixels": dict(zip(corpus.classes, corpus.pixels.tolist(), strict=True)),
+            "class_weights": dict(zip(corpus.classes, self.weights.tolist(), strict=True)),
+        }
