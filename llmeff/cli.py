@@ -107,22 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(command=_sweep)
 
     compare = commands.add_parser("compare", help="runs side by side; arms against a baseline, with intervals")
-    compare.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweeps' folders, or ledger files"
-    )
-    compare.add_argument("--baseline", metavar="ARM", help="what the others are set beside; the sweep's, or the first")
-    compare.add_argument("--target", type=float, metavar="LOSS", help="count steps, FLOPs and time to this loss")
-    compare.add_argument("--timing", type=Path, metavar="FILE", help="step times, of `llmeff sweep --timing`")
-    compare.add_argument("--mixed", action="store_true", help="compare runs of other data or budgets, and say so")
-    compare.add_argument("--html", type=Path, metavar="FILE", help="write one page that holds everything")
-    compare.add_argument(
-        "--format",
-        choices=("terminal", "markdown", "csv", "json"),
-        default="terminal",
-        help="of the table",
-    )
-    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the loss curves as a PNG")
+    _add_compare_options(compare)
     compare.set_defaults(command=_compare)
+
+    segment = commands.add_parser("segment", help="what a trained model makes of pictures: masks, overlays, scores")
+    _add_segment_options(segment)
+    segment.set_defaults(command=_segment)
 
     bench = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
     _add_config_options(bench)
@@ -154,10 +144,47 @@ def _add_config_options(parser: argparse.ArgumentParser, kind: str = "run") -> N
         metavar="A.B=C",
         help="change one value of the config (repeatable)",
     )
+    _add_imports(parser)
+
+
+def _add_segment_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that has ended")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="pictures, and folders of them")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new folder for what is made")
+    parser.add_argument("--masks", type=Path, metavar="MASKS", help="a folder with the truth, by the pictures' names")
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", action="extend", default=[], metavar="RUN",
+        help="other runs to set beside it",
+    )  # fmt: skip
+    _add_imports(parser)
+
+
+def _add_imports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--import", action="append", default=[], dest="imports", metavar="MODULE",
         help="import a module that registers components of your own (repeatable)",
     )  # fmt: skip
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweeps' folders, or ledger files"
+    )
+    parser.add_argument("--baseline", metavar="ARM", help="what the others are set beside; the sweep's, or the first")
+    parser.add_argument("--metric", metavar="NAME", help="what decides, as in bits_per_byte; the sweep's, or the loss")
+    parser.add_argument(
+        "--target", type=float, metavar="VALUE", help="count steps, FLOPs and time to this value of the metric"
+    )
+    parser.add_argument("--timing", type=Path, metavar="FILE", help="step times, of `llmeff sweep --timing`")
+    parser.add_argument("--mixed", action="store_true", help="compare runs of other data or budgets, and say so")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page that holds everything")
+    parser.add_argument(
+        "--format",
+        choices=("terminal", "markdown", "csv", "json"),
+        default="terminal",
+        help="of the table",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the metric as a PNG")
 
 
 def _config(options: argparse.Namespace) -> "RunConfig":
@@ -361,7 +388,8 @@ def _compare(options: argparse.Namespace) -> int:
     from llmeff.compare.verdict_table import render_comparison
 
     entries = read_entries(options.runs)
-    wants_arms = any(own is not None for own in (options.baseline, options.target, options.timing, options.html))
+    asked = (options.baseline, options.target, options.metric, options.timing, options.html)
+    wants_arms = any(own is not None for own in asked)
     if is_list(options.runs, entries) and not (wants_arms or options.mixed):
         from llmeff.compare.table import compare, render
         from llmeff.compare.verdict import differences
@@ -378,8 +406,8 @@ def _compare(options: argparse.Namespace) -> int:
             loss_curve([read_run(folder) for folder in options.runs], options.plot)
         return 0
     comparison = read_study(
-        options.runs, entries, baseline=options.baseline, target=options.target, timing=options.timing,
-        mixed=options.mixed,
+        options.runs, entries, baseline=options.baseline, target=options.target, metric=options.metric,
+        timing=options.timing, mixed=options.mixed,
     )  # fmt: skip
     if options.html is not None:
         write_report(comparison, options.html, name_of(options.runs, entries))
@@ -389,6 +417,16 @@ def _compare(options: argparse.Namespace) -> int:
         for note in comparison.notes:
             log.logger.warning(note)
     sys.stdout.write(render_comparison(comparison, options.format) + "\n")
+    return 0
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from llmeff.core.components import load_components
+    from llmeff.segment import segment
+
+    load_components(options.imports)
+    told = segment(options.run, options.images, options.out, masks=options.masks, beside=options.beside)
+    sys.stdout.write(told + "\n")
     return 0
 
 
