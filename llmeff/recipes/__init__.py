@@ -9,4 +9,9 @@ from llmeff.recipes.recipe import RECIPES as RECIPES
 from llmeff.recipes.recipe import SWEEPS as SWEEPS
 from llmeff.recipes.recipe import recipe as recipe
 from llmeff.recipes.recipe import sweep_recipe as sweep_recipe
+from llmeff.recipes.segmentation import camvid as camvid
+from llmeff.recipes.segmentation import scenes as scenes
+from llmeff.recipes.segmentation import scenes_contribution as scenes_contribution
+from llmeff.recipes.segmentation import scenes_optimizers as scenes_optimizers
+from llmeff.recipes.segmentation import segmentation as segmentation
 from llmeff.recipes.yardstick import yardstick as yardstick

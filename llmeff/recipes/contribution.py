@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from llmeff.core.config import override, validate
+from llmeff.models.transformer import PRESETS
 from llmeff.optim import Cosine
 from llmeff.recipes.corpus import one_text
 from llmeff.recipes.optimizers import ADAMW_RATES, SGD_RATES
@@ -68,12 +69,27 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
     return arms
 
 
+def factorial(name: str, factors: Mapping[str, tuple[Level, Level]], base: RunConfig, metric: str) -> SweepConfig:
+    """Half of the combinations of factors over a run, under DeepSpeed, where all of them are at hand; two seeds.
+
+    A CPU without matrix units for bf16 emulates it, slowly: steps, held-out text and seeds are few.
+
+    Args:
+        name: of the study.
+        factors: each with its two levels.
+        base: what all runs have in common.
+        metric: what decides.
+    """
+    arms = half_fraction(factors)
+    shared = validate(RunConfig, override(base.model_dump(mode="json"), ["parallel=deepspeed", "parallel.stage=0"]))
+    return SweepConfig(name=name, base=shared, arms=arms, baseline=next(iter(arms)), metric=metric, seeds=(0, 1))
+
+
 def _study(
     name: str, factors: Mapping[str, tuple[Level, Level]], model: str, steps: int, num_evaluations: int = 16
 ) -> SweepConfig:
-    """A CPU without matrix units for bf16 emulates it, slowly: steps, held-out text and seeds are few."""
-    arms = half_fraction(factors)
     base = RunConfig(
+        model=PRESETS[model](),
         data=one_text(validation=0.002, search=0.02),
         schedule=Cosine(warmup_steps=steps // 8),
         train=TrainConfig(steps=steps, batch=4, micro_batch=2),
@@ -81,8 +97,7 @@ def _study(
         checkpoint=CheckpointConfig(every=0),
         runtime=RuntimeConfig(threads=1),
     )
-    shared = override(base.model_dump(mode="json"), [f"model={model}", "parallel=deepspeed", "parallel.stage=0"])
-    return SweepConfig(name=name, base=validate(RunConfig, shared), arms=arms, baseline=next(iter(arms)), seeds=(0, 1))
+    return factorial(name, factors, base, "loss")
 
 
 FACTORS = {
