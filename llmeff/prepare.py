@@ -170,16 +170,19 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
         model = transform.apply(model)
     model = model.to(device)
     model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
+    # a step's shapes are all known: a size met a second time in another layer must not become a symbol, which is slower
     if config.runtime.compile == "model":
-        model.compile()
+        model.compile(dynamic=False)
     elif config.runtime.compile == "layers":
         layers = getattr(model, "layers", None)
         if layers is None:
             raise ConfigError(
                 f"runtime.compile = 'layers': model {config.model.name!r} has no layers of ours: use 'model'"
             )
+        # layers of one class share its code; beyond so many forms of it, further layers would silently run uncompiled
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(layers))
         for layer in layers:
-            layer.compile()
+            layer.compile(dynamic=False)
     return model
 
 

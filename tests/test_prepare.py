@@ -1,4 +1,6 @@
-"""What keeps a run from beginning is said before its folder is made."""
+"""What keeps a run from beginning is said before its folder is made; what does not gets the model that the config asks for."""
+
+from functools import partialmethod
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.data import Bpe
 from llmeff.loop import train
+from llmeff.prepare import prepare_model
 from llmeff.runconfig import RunConfig
 
 SIZES = {"vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -70,3 +73,22 @@ def test_what_a_model_can_is_done_at_the_price_that_was_named(config, tmp_path, 
     assert result.prediction == "traced"
     assert result.error["executed_flops"] == result.error["saved_bytes"] == 0
     assert abs(result.error["peak_bytes"]) < 0.03
+
+
+def test_every_stage_of_a_segnet_is_compiled_for_its_own_shapes(monkeypatch):
+    """They share one forward, of which torch.compile keeps eight forms unless it is told of more."""
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    segnet = {"name": "segnet", "width": 2, "num_classes": 3, "connection": "add"}
+    data = {"task": "segmentation", "model": segnet, "data": {"name": "images"}, "runtime": {"compile": "layers"}}
+    model = prepare_model(validate(RunConfig, data), torch.device("cpu"))
+    torch._dynamo.reset()
+    counters.clear()
+    with dynamo.patch(fail_on_recompile_limit_hit=True, error_on_recompile=False):
+        for _ in range(2):
+            model(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == len(model.layers) == 10
+    assert not counters["graph_break"]

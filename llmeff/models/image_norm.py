@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -25,17 +24,19 @@ EPS = 1e-5
 _MOMENTUM = 0.1
 """Weight of the newest batch in running statistics."""
 
-_is_replayed: ContextVar[bool] = ContextVar("is_replayed", default=False)
+_is_replayed = False
+"""Whether what runs now has run before. No ContextVar, which torch.compile cannot read."""
 
 
 @contextlib.contextmanager
 def replayed() -> Iterator[None]:
     """A block in which a forward pass is run again: its batch was seen, and moves no running statistics."""
-    token = _is_replayed.set(True)
+    global _is_replayed
+    before, _is_replayed = _is_replayed, True
     try:
         yield
     finally:
-        _is_replayed.reset(token)
+        _is_replayed = before
 
 
 class _SyncedNorm(torch.autograd.Function):
@@ -43,7 +44,9 @@ class _SyncedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        variance, mean = (part.double() for part in torch.var_mean(x, (0, 2, 3), correction=0))
+        # statistics of half precision come in the format of those that they would move
+        unmoved = torch.zeros_like(weight), torch.zeros_like(weight)
+        mean, variance = (part.double() for part in torch.batch_norm_update_stats(x, *unmoved, 0.0))
         count = x.numel() // x.shape[1]
         # in double precision: a mean and a variance of floats lose nothing on the way through sums of squares
         sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
@@ -103,11 +106,11 @@ class BatchNorm(nn.Module):
         by_batch = self.training and self.kind != "frozen"
         if not (by_batch and self.is_synced and group.is_shared()):
             mean, variance = self.running_mean, self.running_var
-            if by_batch and _is_replayed.get():
+            if by_batch and _is_replayed:
                 mean, variance = mean.clone(), variance.clone()
             return F.batch_norm(x, mean, variance, self.weight, self.bias, by_batch, self.momentum, EPS)
         y, mean, variance, total = _synced_norm(x, self.weight, self.bias)
-        if not _is_replayed.get():
+        if not _is_replayed:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (total / (total - 1)).to(variance.dtype), self.momentum)

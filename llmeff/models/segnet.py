@@ -299,9 +299,9 @@ class SegNet(nn.Module):
 
         def run(stage: nn.Module, x: Tensor, skipped: Tensor | None = None) -> Tensor:
             if recompute:
-                again = checkpoint(
-                    stage, x, skipped, use_reentrant=False, preserve_rng_state=False, context_fn=_once_moved
-                )
+                # a compiled graph runs no module again, but single operations of it
+                around: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _once_moved}
+                again = checkpoint(stage, x, skipped, use_reentrant=False, preserve_rng_state=False, **around)
                 return cast(Tensor, again)
             return cast(Tensor, stage(x, skipped))
 

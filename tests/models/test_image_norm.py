@@ -125,6 +125,25 @@ def test_over_two_ranks_it_is_one_process_on_the_joined_batch(sizes, dtype, with
         assert_close({name: values.double() for name, values in found.items()}, own, **within)
 
 
+def of_bfloat16(sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """One batch as autocast gives it to the module."""
+    x, above = shares(sizes, world().rank)
+    found = passed(norm("batch_sync").float(), x.bfloat16(), above.bfloat16())
+    return found | {name: group.total(found[name]) for name in ("weight", "bias")}
+
+
+def test_over_two_ranks_maps_of_bfloat16_have_statistics_of_float32():
+    sizes = (2, 3)
+    rounded = [part.bfloat16().double() for part in (maps(5), maps(5, 1))]
+    expected = passed(norm("batch"), *rounded)
+    for rank, found in enumerate(ranks(2).run(of_bfloat16, sizes)):
+        assert {name for name, values in found.items() if values.dtype == torch.bfloat16} == {"x", "y"}
+        for name, values in found.items():
+            own = expected[name].split(sizes)[rank] if name in "xy" else expected[name]
+            within = 2**-7 if name in "xy" else 1e-5
+            torch.testing.assert_close(values.double(), own, rtol=within, atol=within * float(own.abs().max()))
+
+
 def far_from_zero() -> Tensor:
     """The output for numbers whose mean is ten thousand times their deviation."""
     x = (maps(2, seed=world().rank) + 2e4).float()

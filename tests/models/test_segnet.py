@@ -248,6 +248,21 @@ def test_recomputed_stages_give_the_same_losses_gradients_and_running_statistics
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("by_stage", [False, True], ids=["whole", "stage by stage"])
+def test_torch_compile_takes_it_whole(by_stage, recompute):
+    plain = build(connection="add", residual_blocks=True)
+    plain.recompute = recompute
+    compiled = copy.deepcopy(plain)
+    for part in compiled.layers if by_stage else [compiled]:
+        part.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=2 * len(compiled.layers)):
+        found = two_steps(compiled)
+    for values, expected in zip(found, two_steps(plain), strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_run_again_where_nothing_is_learnt():
     model = moved(build("segnet", width=2, norm_groups=1)).eval()
     images = pictures(2, 3, 32, 32)
