@@ -212,9 +212,13 @@ def _part(name: str) -> str | None:
 
 def measure(case: Case) -> Price:
     """What the case really takes."""
-    flash = case.workload.kernel == "flash"
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH):
-        return _measure(Step(case) if case.workload.image_size is None else ImageStep(case))
+    flash, before = case.workload.kernel == "flash", torch.get_num_threads()
+    torch.set_num_threads(case.workload.num_threads)
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH):
+            return _measure(Step(case) if case.workload.image_size is None else ImageStep(case))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _measure(step: Step) -> Price:

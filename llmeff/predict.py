@@ -171,9 +171,11 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     peak_bytes = price.total("peak_bytes")
     if peak_bytes <= budget_bytes:
         return micro_batch
+    are_images = workload(config, 1).image_size is not None
+    one, less = ("image", "give a smaller data.size") if are_images else ("sequence", "shorten data.sequence_length")
     raise ConfigError(
-        f"train.micro_batch: one sequence at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
-        "may be used: shorten data.sequence_length, set runtime.recompute = true, or choose a smaller model"
+        f"train.micro_batch: one {one} at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
+        f"may be used: {less}, set runtime.recompute = true, or choose a smaller model"
     )
 
 

@@ -13,7 +13,7 @@ from llmeff.core.layout import Layout
 from llmeff.core.table import table
 from llmeff.cost.price import Price
 from llmeff.cost.workload import Workload
-from llmeff.data import Bpe, HfTokenizer, TextData
+from llmeff.data import Bpe, HfTokenizer, ImageData, TextData
 from llmeff.models import DecoderConfig, SegNetBasic, SegNetVGG
 from llmeff.optim import AdamW
 from llmeff.predict import (
@@ -96,12 +96,7 @@ def test_price_gate_where_torch_chooses_other_kernels(model, num_sequences, num_
     work = Workload(
         num_sequences=num_sequences, num_tokens=48 * 64, image_size=(48, 64), num_threads=num_threads, recompute=True
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        assert_exact_but_for_the_peak(gate.Case(model, work))
-    finally:
-        torch.set_num_threads(before)
+    assert_exact_but_for_the_peak(gate.Case(model, work))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -279,8 +274,20 @@ def test_the_largest_micro_batch_that_fits_is_taken(fitting):
 
 
 def test_nothing_fits():
-    with pytest.raises(ConfigError, match=r"one sequence at a time would take .* and 1000 B may be used"):
+    with pytest.raises(ConfigError, match=r"one sequence at a time would take .* and 1000 B may be used: shorten"):
         fit_micro_batch(run_config(), 1000)
+    images = RunConfig.model_validate({"task": "segmentation", "model": SEGNET, "data": {"name": "images"}})
+    with pytest.raises(ConfigError, match=r"one image at a time would take .* and 1000 B may be used: give a smaller"):
+        fit_micro_batch(images, 1000)
+
+
+def test_a_plan_of_images_needs_no_images(monkeypatch):
+    monkeypatch.setattr(ImageData, "open", None)
+    config = {"task": "segmentation", "model": SegNetVGG(), "data": {"name": "images"}, "train": {"micro_batch": 2}}
+    price = plan(RunConfig.model_validate(config)).price
+    assert price.total("parameters") == 29_449_355  # of the eleven classes that the scenes have
+    pixels, channels = 2 * 96 * 128, 64
+    assert price.parts("model_flops")["head"] == 3 * 2 * pixels * channels * 9 * 11 * 8  # of eight micro-batches
 
 
 def test_micro_batch_is_resolved():

@@ -66,17 +66,33 @@ LOOP = {
 }
 
 
-def errors_of_a_run(folder, parallel):
-    return train(validate(RunConfig, LOOP | {"parallel": parallel}), Path(folder)).error
+ON_IMAGES = LOOP | {
+    "task": {"name": "segmentation", "balance": 1.0},
+    "model": {"name": "segnet", "width": 8, "connection": "add", "norm": "batch_sync"},
+    "data": {
+        "name": "images",
+        "source": {"name": "scenes", "height": 48, "width": 64, "num_train": 8, "num_search": 0, "num_validation": 2, "num_test": 0},
+    },
+}  # fmt: skip
+
+
+def errors_of_a_run(folder, parallel, loop=LOOP):
+    return train(validate(RunConfig, loop | {"parallel": parallel}), Path(folder)).error
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [{"name": "ddp"}, {"name": "fsdp"}, {"name": "deepspeed", "stage": 3}],
-    ids=lambda parallel: parallel["name"],
+    ("loop", "parallel"),
+    [
+        (LOOP, {"name": "ddp"}),
+        (LOOP, {"name": "fsdp"}),
+        (LOOP, {"name": "deepspeed", "stage": 3}),
+        (ON_IMAGES, {"name": "ddp"}),
+        (ON_IMAGES, {"name": "deepspeed", "stage": 2}),
+    ],
+    ids=["ddp", "fsdp", "deepspeed", "images, ddp", "images, deepspeed"],
 )
-def test_a_run_sets_its_wire_and_its_peak_beside_the_price(parallel, tmp_path):
-    for error in ranks(2).run(errors_of_a_run, str(tmp_path / "run"), parallel | {"ranks": 2}):
+def test_a_run_sets_its_wire_and_its_peak_beside_the_price(loop, parallel, tmp_path):
+    for error in ranks(2).run(errors_of_a_run, str(tmp_path / "run"), parallel | {"ranks": 2}, loop):
         assert error["wire_bytes"] == error["optimizer_bytes"] == 0
         assert error["saved_bytes"] == pytest.approx(0, abs=0.05)
         assert error["peak_bytes"] == pytest.approx(0, abs=PEAK_TOLERANCE)
