@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -67,6 +67,8 @@ class TuningConfig(Config):
     """Of all of them; final runs have others."""
     steps: Count | None = None
     """Of a trial; None: as many as a final run. Shorter trials are cheaper, and may choose what is best early."""
+    split: Literal["search", "validation"] = "search"
+    """What trials are judged on, which final runs are not."""
 
 
 class SweepConfig(Config):
@@ -113,6 +115,11 @@ class SweepConfig(Config):
             yield f"seeds must be different and at least one, given: {list(self.seeds)}"
         if self.tuning.seed in self.seeds and any(arm.search for arm in self.arms.values()):
             yield f"tuning.seed {self.tuning.seed} is among the seeds {list(self.seeds)}: final runs need fresh ones"
+        if self.tuning.split == self.base.evaluation.split and any(arm.search for arm in self.arms.values()):
+            yield (
+                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}: what settings were chosen on "
+                "cannot judge them"
+            )
         for key, values in self.axes.items():
             if not values:
                 yield "an axis has no value"
@@ -248,14 +255,14 @@ def _errors_of(sweep: SweepConfig) -> Iterator[str]:
 
 
 def job_config(sweep: SweepConfig, job: "Job") -> RunConfig:
-    """The run's config. Trials are judged on the split that is there for searching, and keep no samples.
+    """The run's config. Trials are judged on a split of their own, and keep no samples.
 
     Raises:
         ConfigError: it cannot work.
     """
     more: dict[str, Any] = {}
     if job.phase == "tuning":
-        more = {"evaluation.split": "search", "evaluation.sample_tokens": 0}
+        more = {"evaluation.split": sweep.tuning.split, "evaluation.sample_tokens": 0}
         if sweep.tuning.steps is not None:
             more["train.steps"] = sweep.tuning.steps
     seed = sweep.tuning.seed if job.phase == "tuning" else job.number

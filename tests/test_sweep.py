@@ -116,6 +116,12 @@ def test_final_runs_have_fresh_seeds_and_the_split_that_was_not_searched():
     assert (final.seed, final.evaluation.split, final.optim.lr) == (1, "validation", 0.5)
 
 
+def test_trials_may_be_judged_on_the_validation_split_where_the_test_judges_final_runs():
+    sweep = sweep_of("base.evaluation.split=test", "tuning.split=validation")
+    tried, final = job_config(sweep, tuning_jobs(sweep)[0]), sweep.run_config("adamw", {}, {}, 1)
+    assert (tried.evaluation.split, final.evaluation.split) == ("validation", "test")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -153,6 +159,10 @@ def test_final_runs_have_fresh_seeds_and_the_split_that_was_not_searched():
                 "base": SMALL["base"] | {"schedule": {"name": "cosine", "warmup_steps": 3}},
             },
             "arms.adamw, optim.lr = .*: schedule.warmup_steps is 3",
+        ),
+        (
+            {"tuning": {"trials": 2, "split": "validation"}},
+            "tuning.split and base.evaluation.split are both 'validation': what settings were chosen on cannot judge",
         ),
         ({"trails": 3}, "no such field"),
     ],

@@ -323,9 +323,9 @@ class TestCamVid:
     @pytest.mark.parametrize(
         ("settings", "splits"),
         [
-            ({}, ["search", "train", "train", "validation", "test"]),
+            ({}, ["train", "train", "train", "validation", "test"]),
             ({"search": "0006R0_2"}, ["train", "train", "search", "validation", "test"]),
-            ({"search": ""}, ["train", "train", "train", "validation", "test"]),
+            ({"search": "0001TP"}, ["search", "train", "train", "validation", "test"]),
         ],
     )
     def test_a_sequence_is_the_search_split(self, folder, settings, splits):
