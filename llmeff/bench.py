@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import torch
 
 from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
 from llmeff.core.components import load_components
-from llmeff.core.config import ConfigError, validate
+from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import become_rank, free_port
 from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
@@ -212,7 +213,8 @@ def bench(
 
     Args:
         config: what every arm trains.
-        arms: their names; the first is what the others are set beside.
+        arms: their names, each with settings of its own where they follow, as in "ours runtime.compile=model"; the first
+            is what the others are set beside.
         rounds: how often every arm has its turn, over all generations.
         steps: steps of a turn.
         warmup_steps: steps of each process before its first round.
@@ -229,10 +231,8 @@ def bench(
     """
     if len(set(arms)) < max(2, len(arms)):
         raise ConfigError(f"--arm: give at least two different arms, given: {', '.join(arms)}")
-    for name in arms:
-        find_arm(name)
     raced = race(
-        {name: (config, name) for name in arms},
+        {arm: _lane(config, arm) for arm in arms},
         seed=config.seed,
         rounds=rounds,
         steps=steps,
@@ -241,6 +241,19 @@ def bench(
         modules=modules,
     )
     return raced | {"config": config.model_dump(mode="json")}
+
+
+def _lane(config: RunConfig, arm: str) -> tuple[RunConfig, str]:
+    """What an arm trains, and its name."""
+    try:
+        name, *settings = shlex.split(arm) or [""]
+    except ValueError as error:
+        raise ConfigError(f"--arm {arm!r}: cannot be read ({error})") from None
+    find_arm(name)
+    try:
+        return validate(RunConfig, override(config.model_dump(mode="json"), settings)), name
+    except ConfigError as error:
+        raise ConfigError([f"--arm {arm!r}: {problem}" for problem in error.problems]) from None
 
 
 def race(
@@ -466,19 +479,20 @@ def _rounded(value: Any) -> Any:
 
 def show(result: dict[str, Any]) -> str:
     """The result for people."""
+    width = max(24, *map(len, [*result["arms"], *result["ratios"]]))
     lines = [
-        f"{name:<24} {1e3 * arm['median_step_s']:.2f} ms a step (half of the rounds between "
+        f"{name:<{width}} {1e3 * arm['median_step_s']:.2f} ms a step (half of the rounds between "
         f"{1e3 * arm['lower_quartile_s']:.2f} and {1e3 * arm['upper_quartile_s']:.2f})"
         for name, arm in result["arms"].items()
     ]
     for pair, value in result["ratios"].items():
         lines.append(
-            f"{pair:<24} {value['mean']:.3f} (95 %: {value['lower']:.3f} to {value['upper']:.3f}, "
+            f"{pair:<{width}} {value['mean']:.3f} (95 %: {value['lower']:.3f} to {value['upper']:.3f}, "
             f"n = {value['n']} generations, {result['rounds_used']} rounds)"
         )
     for pair, value in result["differences_s"].items():
         lines.append(
-            f"{pair:<24} {1e3 * value['mean']:.2f} ms ({1e3 * value['lower']:.2f} to {1e3 * value['upper']:.2f})"
+            f"{pair:<{width}} {1e3 * value['mean']:.2f} ms ({1e3 * value['lower']:.2f} to {1e3 * value['upper']:.2f})"
         )
     if result["noisy_rounds_dropped"]:
         lines.append(f"{result['noisy_rounds_dropped']} of {result['rounds']} rounds were noisy and are left out")

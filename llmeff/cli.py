@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(bench)
     bench.add_argument(
         "--arm", action="append", default=[], dest="arms", metavar="ARM",
-        help="ours, bare, hf-trainer, or FILE.py:FUNCTION (repeatable; the first is set beside all others)",
+        help="ours, bare, hf-trainer, or FILE.py:FUNCTION, with settings of its own as in 'ours runtime.compile=model' "
+        "(repeatable; the first is set beside all others)",
     )  # fmt: skip
     bench.add_argument(
         "--processes", type=int, default=5, metavar="N",

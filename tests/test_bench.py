@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
 from functools import partial
@@ -189,6 +190,30 @@ def test_runs_of_one_and_of_two_ranks_are_raced():
     found = lane.race(lanes, seed=0, rounds=3, steps=2, warmup_steps=1, processes=3)
     assert found["ratios"]["two / one"]["mean"] > 1
     assert list(found["generations"][0][0]) == ["one", "two"]
+
+
+def test_an_arm_may_have_settings_of_its_own(monkeypatch):
+    told = {}
+    monkeypatch.setattr(lane, "race", lambda lanes, **others: told.update(lanes) or {})
+    shaped = "ours train.batch=8 'name=\"two words\"'"
+    bench(validate(RunConfig, TINY), ["ours", shaped], rounds=3, steps=1, warmup_steps=1, processes=3)
+    assert told == {
+        "ours": (validate(RunConfig, TINY), "ours"),
+        shaped: (validate(RunConfig, override(TINY, ["train.batch=8", 'name="two words"'])), "ours"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ("ours train.bach=8", r"--arm 'ours train.bach=8': train.bach: there is no such field. Did you mean 'batch'"),
+        ("ours 'train.batch=8", "cannot be read"),
+        ("", "unknown arm ''"),
+    ],
+)
+def test_wrong_settings_of_an_arm_are_said_before_any_starts(capsys, arm, words):
+    assert main(["bench", "--recipe=debug", "--arm=ours", f"--arm={arm}"]) == 2
+    assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["our", "arms.py:run", "arms.py", ""])
