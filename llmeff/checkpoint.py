@@ -93,17 +93,26 @@ class Checkpoints:
             place.rename(place.with_name(f"damaged-{place.name}-{uuid.uuid4().hex[:8]}"))
         part.mkdir()
 
-    def resume_point(self) -> Checkpoint | None:
+    def resume_point(self, data: str) -> Checkpoint | None:
         """The newest whole checkpoint; None where none was saved yet. The main rank looks for all.
 
+        Args:
+            data: fingerprint of what the run now reads.
+
         Raises:
-            ConfigError: there are some, and none can be read: going on would begin the run anew and drop its record.
+            ConfigError: there are some, and none can be read: going on would begin the run anew and drop its record. Or
+                the data are no longer those that it was made with.
         """
         checkpoint = group.from_main(self.newest() if world().is_main else None)
         if checkpoint is None and any(self.folder.glob("step-*")):
             raise ConfigError(
                 f"{self.folder}: no checkpoint there can be read, for the reasons above, and the run is left as it is; "
                 "to begin it anew, move them away"
+            )
+        if checkpoint is not None and checkpoint.state.get("data", "") not in ("", data):
+            raise ConfigError(
+                f"{checkpoint.folder}: was made with other data (SHA-256 {checkpoint.state['data'][:12]}... then, "
+                f"{data[:12]}... now): put the files back, or begin a new run"
             )
         return checkpoint
 

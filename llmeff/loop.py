@@ -76,6 +76,7 @@ class _State(BaseModel):
 
     sharing: str
     """How the ranks share a step, in which the below was measured."""
+    data: str = ""
     items_seen: int = 0
     measured: dict[str, float] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -107,8 +108,8 @@ class Trainer:
         # All that can be wrong has been asked for: now the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
-        self._state = _State(sharing=sharing(self.config))
-        checkpoint = self._checkpoints.resume_point() if resume else None
+        self._state = _State(sharing=sharing(self.config), data=self._task.facts()["sha256"])
+        checkpoint = self._checkpoints.resume_point(self._state.data) if resume else None
         with group.agreed():
             begin = RunWriter.resume if resume else RunWriter.create
             opened = begin(folder, self.config, self._environment) if self._is_main else Bystander(folder)
@@ -121,9 +122,8 @@ class Trainer:
         self._counted, self._metered = meters.metered_steps(self.config.train.steps, interval)
         self._pending: dict[int, dict[str, Any]] = {}
         self._display = open_display(self._shown(), is_silent=is_silent or not self._is_main)
-        earlier = self._state.timings
-        startup_s = earlier.startup_s + time.perf_counter() - start_s
-        self._clocks = Clocks(self.device, earlier.model_copy(update={"startup_s": startup_s}))
+        startup_s = self._state.timings.startup_s + time.perf_counter() - start_s
+        self._clocks = Clocks(self.device, self._state.timings.model_copy(update={"startup_s": startup_s}))
 
     def _go_back(self, checkpoint: Checkpoint | None) -> None:
         """To the checkpoint, or where there is none to the beginning."""

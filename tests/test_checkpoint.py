@@ -188,9 +188,24 @@ def test_checkpoints_that_cannot_be_read_are_no_reason_to_begin_anew(tmp_path):
     from llmeff.core.config import ConfigError
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert checkpoints.resume_point() is None
+    assert checkpoints.resume_point("") is None
     place = tmp_path / "checkpoints" / "step-00000004"
     place.mkdir(parents=True)
     (place / "manifest.json").write_text('{"schema_version": 99, "sha256": {}}')
     with pytest.raises(ConfigError, match="no checkpoint there can be read"):
-        checkpoints.resume_point()
+        checkpoints.resume_point("")
+
+
+@pytest.mark.parametrize(("then", "is_refused"), [("a" * 64, False), ("b" * 64, True), (None, False)])
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, then, is_refused):
+    from llmeff.core.config import ConfigError
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(4, {} if then is None else {"data": then}, write)
+    if is_refused:
+        with pytest.raises(
+            ConfigError, match=r"was made with other data .SHA-256 bbbbbbbbbbbb... then, aaaaaaaaaaaa... now"
+        ):
+            checkpoints.resume_point("a" * 64)
+    else:
+        assert checkpoints.resume_point("a" * 64).step == 4

@@ -131,7 +131,7 @@ class Task(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What the record says of the data: names, sizes, hashes."""
+        """What the record says of the data: names, sizes, and a `sha256` of all that is read."""
 
 
 class TaskConfig(Component, family="task"):
