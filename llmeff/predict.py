@@ -162,10 +162,10 @@ def resolve_micro_batch(config: RunConfig) -> int:
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
-    """The largest divisor of a rank's batch whose predicted peak is within the budget.
+    """The largest divisor of a rank's batch whose predicted peak is within the budget; all of it where a step depends on that.
 
     Raises:
-        ConfigError: not even one sequence is.
+        ConfigError: not even one sequence is, or not all.
     """
     micro_batch, price = _fit(config, budget_bytes)
     peak_bytes = price.total("peak_bytes")
@@ -173,8 +173,11 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
         return micro_batch
     are_images = workload(config, 1).image_size is not None
     one, less = ("image", "give a smaller data.size") if are_images else ("sequence", "shorten data.sequence_length")
+    many = f"one {one}" if micro_batch == 1 else f"{micro_batch} {one}s"
+    if micro_batch > 1:
+        less = "give a smaller train.micro_batch, over which its statistics then are"
     raise ConfigError(
-        f"train.micro_batch: one {one} at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
+        f"train.micro_batch: {many} at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
         f"may be used: {less}, set runtime.recompute = true, or choose a smaller model"
     )
 
@@ -187,9 +190,13 @@ def _most(config: RunConfig, micro_batch: int) -> Price:
 
 
 def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
-    """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence."""
+    """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence.
+
+    Where a step depends on the micro-batch, it is a rank's whole share: what is learned must not hang on free memory.
+    """
     share = config.train.batch // config.parallel.ranks
-    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
+    least = 1 if config.model.pools() == "nothing" else share
+    for micro_batch in (n for n in range(share, least - 1, -1) if share % n == 0):
         price = _most(config, micro_batch)
         if price.total("peak_bytes") <= budget_bytes:
             break

@@ -253,6 +253,7 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     if changed:
         raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
     merged = asked.model_dump(mode="json")
+    _keep_pools(asked, merged, saved)
     if merged["parallel"] == saved["parallel"]:
         # what was resolved for the same ranks stays: the memory that is free now may be another, and the bits with it
         for table, field in (("train", "micro_batch"), ("runtime", "threads"), ("runtime", "device")):
@@ -261,6 +262,30 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     free = {"parallel": merged["parallel"], "runtime": merged["runtime"]}
     train = saved["train"] | {"micro_batch": merged["train"]["micro_batch"]}
     return validate(RunConfig, saved | free | {"train": train})
+
+
+def _keep_pools(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Rows whose statistics a step takes together stay as many as they were, on ranks that may be others.
+
+    Raises:
+        ConfigError: they cannot, or others are asked for.
+    """
+    pools = validate(RunConfig, saved).model.pools()
+    was, now = (own["parallel"].get("ranks", 1) for own in (saved, merged))
+    if pools == "nothing" or "auto" in (was, now):
+        return
+    rows = saved["train"]["micro_batch"] * (was if pools == "ranks" else 1)
+    size, rest = divmod(rows, now if pools == "ranks" else 1)
+    given = merged["train"]["micro_batch"]
+    changes_ranks = pools == "micro-batch" and was != now
+    if rest or given not in ("auto", size) or changes_ranks:
+        what = f"{now} ranks" if changes_ranks or rest else f"train.micro_batch {given}"
+        raise ConfigError(
+            f"--resume: model {asked.model.name!r} takes statistics over {rows} images together, on {was} ranks"
+            f"{'' if pools == 'ranks' else ', each by itself'}; with {what} what it learns would be another thing. Go on as it "
+            "was, or begin with model.norm = 'group'" + ("" if pools == "ranks" else " or 'batch_sync'")
+        )
+    merged["train"]["micro_batch"] = size
 
 
 _FREE = ("parallel", "runtime", "train.micro_batch")

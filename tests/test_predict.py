@@ -276,9 +276,31 @@ def test_the_largest_micro_batch_that_fits_is_taken(fitting):
 def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"one sequence at a time would take .* and 1000 B may be used: shorten"):
         fit_micro_batch(run_config(), 1000)
-    images = RunConfig.model_validate({"task": "segmentation", "model": SEGNET, "data": {"name": "images"}})
+    segnet = SEGNET.model_copy(update={"norm": "group"})
+    images = RunConfig.model_validate({"task": "segmentation", "model": segnet, "data": {"name": "images"}})
     with pytest.raises(ConfigError, match=r"one image at a time would take .* and 1000 B may be used: give a smaller"):
         fit_micro_batch(images, 1000)
+
+
+@pytest.mark.parametrize(("norm", "micro_batch"), [("batch", 16), ("batch_sync", 16), ("group", 2), ("frozen", 2)])
+def test_what_is_learned_does_not_hang_on_free_memory(norm, micro_batch):
+    images = {
+        "task": "segmentation",
+        "model": SegNetVGG(num_classes=11, width=8, norm=norm),
+        "data": {"name": "images"},
+        "train": {"batch": 16},
+    }
+    config = RunConfig.model_validate(images)
+    two = plan(config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 2})}))
+    budget = two.price.total("peak_bytes")
+    if micro_batch == 2:
+        assert fit_micro_batch(config, budget) == 2
+    else:
+        with pytest.raises(
+            ConfigError, match=r"16 images at a time would take .*: give a smaller train.micro_batch, over"
+        ):
+            fit_micro_batch(config, budget)
+        assert fit_micro_batch(config, 10 * budget) == 16
 
 
 def test_a_plan_of_images_needs_no_images(monkeypatch):

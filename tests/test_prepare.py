@@ -9,7 +9,7 @@ import transformers
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.data import Bpe
 from llmeff.loop import train
-from llmeff.prepare import prepare_model
+from llmeff.prepare import begun_config, prepare_model
 from llmeff.runconfig import RunConfig
 
 SIZES = {"vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -92,3 +92,49 @@ def test_every_stage_of_a_segnet_is_compiled_for_its_own_shapes(monkeypatch):
             model(torch.randn(1, 3, 32, 32)).sum().backward()
     assert counters["stats"]["unique_graphs"] == len(model.layers) == 10
     assert not counters["graph_break"]
+
+
+def begun(tmp_path, norm, **changes):
+    """A run of images in a folder, as it was resolved on two ranks, and the same asked for with changes."""
+    segnet = {"name": "segnet-basic", "width": 8, "num_classes": 11, "norm": norm}
+    config = {"task": "segmentation", "model": segnet, "data": {"name": "images"}}
+    saved = {"train": {"batch": 8, "micro_batch": 2}, "parallel": {"name": "ddp", "ranks": 2}}
+    (tmp_path / "config.json").write_text(validate(RunConfig, config | saved).model_dump_json())
+    asked = {"train": {"batch": 8, "micro_batch": "auto"}, "parallel": saved["parallel"]} | changes
+    return begun_config(validate(RunConfig, config | asked), tmp_path).train.micro_batch
+
+
+ONE, FOUR = {"name": "single"}, {"name": "ddp", "ranks": 4}
+
+
+@pytest.mark.parametrize(
+    ("norm", "changes", "micro_batch"),
+    [
+        ("batch", {}, 2),
+        ("batch_sync", {}, 2),
+        ("batch_sync", {"parallel": ONE}, 4),
+        ("batch_sync", {"parallel": FOUR}, 1),
+        ("group", {"parallel": FOUR}, "auto"),
+        ("group", {"train": {"batch": 8, "micro_batch": 1}}, 1),
+    ],
+)
+def test_a_run_goes_on_with_statistics_of_as_many_images(tmp_path, norm, changes, micro_batch):
+    assert begun(tmp_path, norm, **changes) == micro_batch
+
+
+@pytest.mark.parametrize(
+    ("norm", "changes", "words"),
+    [
+        (
+            "batch",
+            {"parallel": ONE},
+            "over 2 images together, on 2 ranks, each by itself; with 1 ranks .* 'batch_sync'",
+        ),
+        ("batch", {"train": {"batch": 8, "micro_batch": 4}}, "with train.micro_batch 4 what it learns would be"),
+        ("batch_sync", {"parallel": {"name": "ddp", "ranks": 8}}, "over 4 images together, on 2 ranks; with 8 ranks"),
+        ("batch_sync", {"train": {"batch": 8, "micro_batch": 1}}, "with train.micro_batch 1 .* 'group'$"),
+    ],
+)
+def test_a_run_does_not_go_on_with_statistics_of_other_images(tmp_path, norm, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        begun(tmp_path, norm, **changes)

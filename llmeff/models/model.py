@@ -42,6 +42,13 @@ class ModelConfig(Component, family="model"):
         """
         yield from ()
 
+    def pools(self) -> Literal["nothing", "micro-batch", "ranks"]:
+        """Over what a training step takes statistics of several rows together, and so depends on how rows are shared out.
+
+        Nothing, a rank's micro-batch, or the micro-batches of all ranks.
+        """
+        return "nothing"
+
     def batch(self, tape: Tape) -> Any:
         """A micro-batch as the law sees it."""
         return Batch(tape)

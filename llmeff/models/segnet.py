@@ -82,6 +82,11 @@ class SegNetConfig(ImageModelConfig):
         """The module, initialized from torch's default generator."""
         return SegNet(self)
 
+    def pools(self) -> Literal["nothing", "micro-batch", "ranks"]:
+        """By the kind of batch normalization."""
+        kinds: dict[str, Literal["micro-batch", "ranks"]] = {"batch": "micro-batch", "batch_sync": "ranks"}
+        return kinds.get(self.norm, "nothing")
+
     def roles(self) -> dict[str, Role]:
         """By the names that the law has in common with the module."""
         return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights() if weight.is_trained}
@@ -257,6 +262,25 @@ class Stage(nn.Module):
         return x
 
 
+def unpool(x: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+    """Puts the maxima of `max_pool2d` back to their places.
+
+    Args:
+        x: (B, C, h, w).
+        indices: (B, C, h, w) int64, places in a map of `size`.
+        size: (B, C, H, W)'s last two.
+
+    Returns:
+        (B, C, H, W), zeros where no maximum was.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.max_unpool2d(x, indices, (2, 2), output_size=size)
+    # torch has no word for it that places of 2x2 windows are never the same, and refuses max_unpool2d
+    flat = x.new_zeros(*x.shape[:2], size[0] * size[1])
+    placed: Tensor = flat.scatter(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)
+    return placed
+
+
 class SegNet(nn.Module):
     """Images to logits of each pixel."""
 
@@ -316,7 +340,7 @@ class SegNet(nn.Module):
             del pooled, indices
         for stage in self.decoder:
             skipped, indices, size = kept.pop()
-            x = F.max_unpool2d(x, indices, (2, 2), output_size=size)
+            x = unpool(x, indices, size)
             del indices
             x = run(stage, x, skipped)
             del skipped

@@ -24,6 +24,10 @@ class UNet(ImageModelConfig):
     channels: tuple[Count, Count, Count, Count, Count] = (256, 128, 64, 32, 16)
     """Of the decoder's stages, innermost first."""
 
+    def pools(self) -> Literal["nothing", "micro-batch", "ranks"]:
+        """It has batch normalization."""
+        return "micro-batch"
+
     def build(self) -> "UNetModel":
         """The module, initialized from torch's default generator.
 

@@ -30,7 +30,7 @@ def segmentation() -> RunConfig:
         data=ImageData(augment=FLIPPED),
         schedule=Cosine(warmup_steps=50),
         optim=AdamW(lr=5e-3),
-        train=TrainConfig(steps=500, batch=8),
+        train=TrainConfig(steps=500, batch=8, micro_batch=8),
         evaluation=EvalConfig(every=100, max_units=32),
         checkpoint=CheckpointConfig(every=0),
     )

@@ -13,7 +13,7 @@ from llmeff.cost.workload import Workload
 from llmeff.models import ImageModelConfig, SegNetBasic, SegNetVGG
 from llmeff.models.image_model import Preparation, load_image_model, save_image_model
 from llmeff.models.image_norm import EPS
-from llmeff.models.segnet import SegNet
+from llmeff.models.segnet import SegNet, unpool
 
 KINDS: dict[str, type[ImageModelConfig]] = {"segnet": SegNetVGG, "segnet-basic": SegNetBasic}
 CONNECTIONS = ("none", "add", "concat", "concat1x1")
@@ -261,6 +261,19 @@ def test_torch_compile_takes_it_whole(by_stage, recompute):
         found = two_steps(compiled)
     for values, expected in zip(found, two_steps(plain), strict=True):
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)])
+def test_repeatable_unpooling_is_unpooling(size, monkeypatch):
+    x = torch.randn(2, 3, *size)
+    pooled, indices = F.max_pool2d(x, 2, return_indices=True)
+    pooled.requires_grad_()
+    expected = unpool(pooled, indices, list(size))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    found = unpool(pooled, indices, list(size))
+    assert torch.equal(found, expected)
+    above = torch.randn_like(found)
+    assert torch.equal(*(torch.autograd.grad(y, pooled, above)[0] for y in (found, expected)))
 
 
 def test_nothing_is_run_again_where_nothing_is_learnt():
