@@ -15,6 +15,7 @@ from PIL import Image
 from llmeff.core.config import ConfigError
 from llmeff.core.pulse import beat
 from llmeff.data import sealed
+from llmeff.data.image_files import LISTED, raise_all
 from llmeff.data.image_source import IGNORED, LabelledImage, Pair
 from llmeff.data.splits import Split
 
@@ -86,14 +87,23 @@ def write_images(
         size: to which all are brought; None: all must be alike.
 
     Raises:
-        ConfigError: an image is not what it should be, or of another size than the first.
+        ConfigError: images are not what they should be, or of another size than the first.
     """
     writers: dict[Split, _SplitWriter] = {}
+    problems: list[str] = []
     first = None
     with contextlib.ExitStack() as opened:
         for split, image in images:
             beat()
-            pixels, labels = image.read() if size is None else _resized(image.read(), size)
+            try:
+                pixels, labels = image.read() if size is None else _resized(image.read(), size)
+            except ConfigError as error:
+                problems += error.problems
+                if len(problems) >= LISTED:
+                    break
+                continue
+            if problems:
+                continue  # what is written is thrown away: the others are only looked at
             first = first or (image.unit, labels.shape)
             if labels.shape != first[1]:
                 raise ConfigError(
@@ -103,6 +113,7 @@ def write_images(
             if split not in writers:
                 writers[split] = _SplitWriter(folder, split, len(classes), opened)
             writers[split].add(image.unit, pixels, labels)
+    raise_all(problems)
     assert first is not None, "there is a training image"
     for writer in writers.values():
         writer.finish()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from llmeff.core.config import ConfigError
 from llmeff.core.pulse import beat
@@ -21,6 +21,8 @@ MASK_MODES = ("1", "L", "P", "I;16")
 """What Pillow calls a channel of 1, 8 or 16 bits, or indices of a palette; a mask's numbers are read as they stand."""
 DEEP_MODES = ("I", "F")
 """The beginnings of modes that do not fit in 8 bits, which Pillow would cut off."""
+ON_ITS_SIDE = (5, 6, 7, 8)
+"""What a camera notes (EXIF's orientation) of an image whose width, as it is to be seen, is the height that is stored."""
 NUM_VALUES = 2**16
 """What a number in a mask can be."""
 NAMED = 3
@@ -124,16 +126,21 @@ def paired(
     """
     found, partners = listed(images, image_ends), listed(masks, mask_ends)
     problems = [
-        f"{there}: {len(alone)} files have no {partner} of their name below {absent}: {few(alone)}"
-        for there, absent, partner, alone in (
-            (images, masks, "mask", [path.name for name, path in found.items() if name not in partners]),
-            (masks, images, "image", [path.name for name, path in partners.items() if name not in found]),
+        f"{there}: {len(alone)} files have no {partner} of their name below {absent}, ending in {', '.join(ends)}: {few(alone)}"
+        for there, absent, partner, ends, alone in (
+            (images, masks, "mask", mask_ends, _alone(images, found, partners)),
+            (masks, images, "image", image_ends, _alone(masks, partners, found)),
         )
         if alone
     ]
     if problems:
         raise ConfigError(problems)
     return {name: (path, partners[name]) for name, path in found.items()}
+
+
+def _alone(folder: Path, own: Mapping[str, Path], others: Mapping[str, Path]) -> list[str]:
+    """The files without a partner, as they lie in their folder."""
+    return [path.relative_to(folder).as_posix() for name, path in own.items() if name not in others]
 
 
 def few(names: Iterable[str]) -> str:
@@ -183,6 +190,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
+    except ConfigError:
+        raise
     except UnidentifiedImageError:
         raise ConfigError(f"{path}: is no image, or of a format that Pillow does not know") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -215,13 +224,15 @@ def _too_deep(path: Path, mode: str) -> str:
 
 
 def _head(path: Path) -> tuple[str, tuple[int, int]]:
-    """What Pillow calls the kind of pixels; width and height."""
+    """What Pillow calls the kind of pixels; width and height, as it is to be seen."""
     with _opened(path) as image:
-        return image.mode, image.size
+        width, height = image.size
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
+        return image.mode, (height, width) if is_turned else (width, height)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image as (H, W, 3) RGB.
+    """An image as (H, W, 3) RGB, turned as its camera noted.
 
     Raises:
         ConfigError: the file is no image, not a whole one, or one of more than 8 bits a channel.
@@ -229,7 +240,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     with _opened(path) as image:
         if image.mode.startswith(DEEP_MODES):
             raise ConfigError(_too_deep(path, image.mode))
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _read(pair: FilePair, table: NDArray[np.int16]) -> Pair:

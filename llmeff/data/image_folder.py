@@ -1,5 +1,6 @@
 """A folder of images and a folder of masks as a source."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -15,14 +16,18 @@ MASK_ENDS = (".png", ".bmp", ".tif", ".tiff", ".pgm")
 """Formats that keep every number as it is; writers of GIF sort palettes anew."""
 
 SPLIT_FOLDERS: dict[str, Split] = {**{split: split for split in SPLITS}, "val": "validation"}
+_LIKE_SPLITS = re.compile(
+    r"(train(ing)?|val(id(at(e|ion|ing))?)?|dev|eval(uation)?|test(ing)?|search|calibration)([-_ ]?(set|split|data|images))?",
+    re.IGNORECASE,
+)
+"""What people call splits."""
 
 
 class ImageFolder(ImageFiles):
     """Any images with masks of the same names.
 
-    Folders below are searched too. Where they are called train, calibration, search, validation (or val) and test they
-    are the splits, else the data's settings choose. Pixels are read as they are stored, without the turn that a camera
-    may have noted beside them.
+    Folders below are searched too. Where they are called train, calibration, search, validation (or val) and test, in any
+    case, they are the splits, else the data's settings choose. Images are turned as their camera noted, as people see them.
     """
 
     name: Literal["folder"] = "folder"
@@ -59,6 +64,12 @@ class ImageFolder(ImageFiles):
             FilePair(unit=name, split=_split(name), image=image, mask=mask)
             for name, (image, mask) in paired(images, masks, IMAGE_ENDS, MASK_ENDS).items()
         ]
+        likely = sorted({name for pair in found if pair.split is None for name in _like_splits(pair.unit)})
+        if likely:
+            raise ConfigError(
+                f"data.source: {images} has folders {few(map(repr, likely))}, which seem to be splits, and images in them would "
+                f"be dealt out to others. Splits are directly below it, called {', '.join(SPLIT_FOLDERS)}"
+            )
         unsplit = [pair.unit for pair in found if pair.split is None]
         if 0 < len(unsplit) < len(found):
             raise ConfigError(
@@ -68,6 +79,12 @@ class ImageFolder(ImageFiles):
         return found
 
 
+def _like_splits(name: str) -> list[str]:
+    """Folders on the way to an image that are called as splits may be."""
+    folders = name.split("/")[:-1]
+    return ["/".join(folders[: depth + 1]) for depth, own in enumerate(folders) if _LIKE_SPLITS.fullmatch(own)]
+
+
 def _split(name: str) -> Split | None:
     folder, slash, _ = name.partition("/")
-    return SPLIT_FOLDERS.get(folder) if slash else None
+    return SPLIT_FOLDERS.get(folder.lower()) if slash else None

@@ -22,6 +22,8 @@ from llmeff.data.scenes import Scenes
 from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import Shares, Split
 
+PRIOR_IMAGES = 1000
+"""Of training images, so many are enough to know what is likeliest at each place."""
 LEAST_STD = 1 / 255
 """Of a channel that is the same everywhere: it is not divided by nothing."""
 
@@ -215,6 +217,26 @@ class ImageCorpus:
         """(N, H, W, 3) RGB: the images of `held_out` for people to look at."""
         return self._stored[split].images
 
+    def labels(self, split: Split) -> NDArray[np.uint8]:
+        """(N, H, W): a class, or IGNORED."""
+        return self._stored[split].labels
+
+    def likeliest(self, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+        """(H, W): at each place the class that weighs most over training images, of many as many as `PRIOR_IMAGES`.
+
+        Args:
+            weights: (K,), of a pixel of each class.
+        """
+        labels = self._stored["train"].labels
+        chosen = labels[:: max(1, len(labels) // PRIOR_IMAGES)]
+        counts = np.zeros((len(self.classes), *self.size))
+        for image in chosen:
+            for label in np.unique(image):
+                if label != IGNORED:
+                    counts[label] += image == label
+        likeliest: NDArray[np.int64] = (counts * weights[:, None, None]).argmax(axis=0)
+        return likeliest
+
     def units(self, split: Split) -> list[str]:
         """The names of a split's images, in order."""
         return self._stored[split].units
@@ -223,10 +245,12 @@ class ImageCorpus:
         """Refuses a split without images.
 
         Raises:
-            ConfigError: says what is in the others.
+            ConfigError: says what is in the others, or that no pixel of it has a label.
         """
         counts = {name: len(stored.units) for name, stored in self._stored.items()}
         _check_split(split, counts, self._config.source)
+        if not self._stored[split].class_pixels.any():
+            raise ConfigError(f"data.source: no pixel of the split {split!r} has a label: there is nothing to judge by")
 
     def _train(self, stored: StoredImages) -> StoredImages:
         wanted, there = self._config.max_train, len(stored.units)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmeff.core.config import Count, CountOrZero, Fraction, Integer
+from llmeff.data.camvid import CLASSES
 from llmeff.data.image_source import IGNORED, ImageSourceConfig, LabelledImage, Pair
 from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import SPLITS
@@ -17,10 +18,6 @@ from llmeff.data.splits import SPLITS
 EDITION = 1
 """Of the drawing: counted up with any change of a pixel, since the images have no other content to be told apart by."""
 
-CLASSES = (
-    *("sky", "building", "pole", "road", "pavement", "tree"),
-    *("signsymbol", "fence", "car", "pedestrian", "bicyclist"),
-)
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(len(CLASSES))
 
 FAR_M = 75.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.data import source as hashing
@@ -70,13 +70,27 @@ class TestImageFolder:
             *((split, split) for split in ("train", "calibration", "search", "validation", "test")),
             ("val", "validation"),
             ("train/deep", "train"),
-            ("training", None),
+            ("Train", "train"),
+            ("TEST", "test"),
+            ("trains", None),
+            ("valley/contest", None),
         ],
     )
     def test_folders_are_splits(self, tmp_path, put, name, split):
         put(tmp_path / "images" / name / "1.png", IMAGE)
         put(tmp_path / "masks" / name / "1.png", LABELS)
         assert read(self.config(tmp_path))[f"{name}/1"][0] == split
+
+    @pytest.mark.parametrize("name", ["training", "Validate", "test_set", "set/train", "deep/deeper/Testing", "dev"])
+    def test_what_may_be_a_split_is_not_dealt_out(self, tmp_path, put, name):
+        for own in (name, "others"):
+            put(tmp_path / "images" / own / "1.png", IMAGE)
+            put(tmp_path / "masks" / own / "1.png", LABELS)
+        words = (
+            f"images has folders '{name}', which seem to be splits, .* called train, calibration, search, validation"
+        )
+        with pytest.raises(ConfigError, match=words):
+            read(self.config(tmp_path))
 
     @pytest.mark.parametrize(
         "mask",
@@ -113,6 +127,14 @@ class TestImageFolder:
         (folder / "images" / "a.png").unlink()
         assert np.array_equal(read(self.config(folder))["a"][1], np.asarray(given.convert("RGB")))
 
+    @pytest.mark.parametrize(("orientation", "turned"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+    def test_images_are_turned_as_their_camera_noted(self, folder, put, orientation, turned):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(IMAGE).save(folder / "images" / "a.png", exif=exif)
+        put(folder / "masks" / "a.png", np.ascontiguousarray(np.rot90(LABELS, turned)))
+        assert np.array_equal(read(self.config(folder))["a"][1], np.rot90(IMAGE, turned))
+
     def test_a_photograph_with_a_mask_of_another_format(self, folder, put):
         (folder / "images" / "a.png").unlink()
         put(folder / "images" / "a.JPG", np.full((H, W, 3), 90, np.uint8))
@@ -140,15 +162,19 @@ class TestImageFolder:
             (lambda f, put: put(f / "images/a.png", LABELS.astype(np.uint16)), "images/a.png: has more than 8 bits"),
             (
                 lambda f, put: (f / "masks/a.png").unlink(),
-                r"images: 1 files have no mask of their name below .*masks: a.png",
+                r"images: 1 files have no mask of their name below .*masks, ending in .png, .bmp, .*: a.png",
+            ),
+            (
+                lambda f, put: (f / "masks/deep/c.png").unlink(),
+                r"images: 1 files have no mask of their name below .*: deep/c.png",
             ),
             (
                 lambda f, put: (f / "images/a.png").unlink(),
-                r"masks: 1 files have no image of their name below .*images: a.png",
+                r"masks: 1 files have no image of their name below .*images, .*: a.png",
             ),
             (
                 lambda f, put: [put(f / "images" / f"{i}.png", IMAGE) for i in range(5)],
-                r"images: 5 files have no mask of their name below .*masks: 0.png, 1.png, 2.png and 2 more$",
+                r"images: 5 files have no mask of their name below .*masks, .*: 0.png, 1.png, 2.png and 2 more$",
             ),
             (lambda f, put: put(f / "images/a.bmp", IMAGE), r"images/a.png: there is also a.bmp"),
             (lambda f, put: shutil.rmtree(f / "masks"), "there is no folder .*masks"),

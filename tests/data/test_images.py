@@ -295,6 +295,15 @@ class TestCache:
             config(folder).open()
         assert list((cache_folder / "images").iterdir()) == []
 
+    def test_all_files_that_turn_out_bad_are_named(self, folder, put):
+        for number in (0, 3, 5):
+            put(folder / f"masks/train/{number}.png", np.full((H, W), 9, np.uint8))
+        with pytest.raises(ConfigError) as raised:
+            config(folder).open()
+        assert [problem.partition(": holds 9")[0][-11:] for problem in raised.value.problems] == [
+            "train/0.png", "train/3.png", "train/5.png"
+        ]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("label", "found"), [(1, "only the class 'y', of 3"), (IGNORED, "no class at all, of 3")], ids=["one", "none"]
