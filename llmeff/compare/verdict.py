@@ -435,7 +435,9 @@ def _quantities(
          _done(lambda entry: entry.measured.get("optimizer_bytes"))),
         (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory"),
          _done(lambda entry: entry.measured.get("wire_bytes") or None)),
-        (Quantity(key="gap", label="held-out / training loss", show="number"), _done(_gap)),
+        # of a task that is judged by something else, training losses may be weighted
+        *([(Quantity(key="gap", label="held-out / training loss", show="number"), _done(_gap))]
+          if metric.name in ("loss", *_FINAL) else []),
     ]  # fmt: skip
 
 
