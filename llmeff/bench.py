@@ -130,6 +130,8 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
     from llmeff.prepare import prepare, prepare_device
 
     config, task = prepare(config)
+    if task.item != "token":
+        raise ConfigError(f"arm 'hf-trainer' trains decoders on tokens: model is {config.model.name!r}")
     _refuse_unlike("hf-trainer", config, recompute=False)
     device = prepare_device(config)
     batch_size = config.train.batch

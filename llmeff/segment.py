@@ -33,7 +33,7 @@ from llmeff.record import schema
 from llmeff.record.reader import progress, read_run
 from llmeff.runconfig import RunConfig
 from llmeff.tasks import Segmentation
-from llmeff.tasks.image_metrics import BOUNDARY, boundary_f1, confusion, counts_of, scores
+from llmeff.tasks.image_metrics import image_counts, scores
 
 # H height, W width, K classes
 
@@ -120,7 +120,8 @@ def segment(
             _draw(folder, picture.name, pixels, truth, predicted, runs[0].preparation.classes)
             if truth is not None:
                 for name, labels in predicted.items():
-                    counts[name].append(_counts(labels, truth, runs[0]))
+                    own = image_counts(labels, truth, runs[0].preparation.classes, runs[0].task.boundary_tolerance)
+                    counts[name].append(own)
         table = "" if masks is None else _scored(folder, counts, runs[0])
     return f"{table}{_number(pictures)} in {out}"
 
@@ -215,14 +216,6 @@ def _draw(
         path = folder / f"{name}.{kind}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-
-
-def _counts(predicted: Labels, truth: Labels, run: _Run) -> dict[str, float]:
-    """What is added up over pictures, each at its own size."""
-    classes = run.preparation.classes
-    tolerance = run.task.boundary_tolerance * math.hypot(*truth.shape)
-    outline = boundary_f1(predicted, truth, len(classes), tolerance)
-    return {**counts_of(confusion(predicted, truth, len(classes)), classes), BOUNDARY: outline}
 
 
 def _scored(folder: Path, counts: Mapping[str, Sequence[Mapping[str, float]]], run: _Run) -> str:

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,3 +378,10 @@ def test_a_run_leaves_a_picture_of_held_out_images(runs):
 def test_no_samples_where_none_are_asked_for(tmp_path):
     train(validate(RunConfig, override(SMALL, ["evaluation.sample_tokens=0", "train.steps=1"])), tmp_path / "run")
     assert not (tmp_path / "run" / "samples.png").exists()
+
+
+def test_the_pictures_of_the_readme_are_described_as_they_can_be():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("# photos.toml")[2].partition("```")[0].partition("\n")[2]
+    config = validate(RunConfig, tomllib.loads(block))
+    assert (config.task.name, config.model.name, config.data.source.name) == ("segmentation", "segnet", "folder")

@@ -162,14 +162,14 @@ def _concat_back(tape: Tape, given: tuple[tuple[tuple[int, ...], str], ...], gra
 def max_pool(tape: Tape, x: Array) -> tuple[Array, Array]:
     """2 x 2 pooling to (B, C, H // 2, W // 2), with the place of each maximum in its map, int64; its input is kept."""
     shape = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
-    node = tape.save((x,), (x,), partial(_pool_back, tape, x.shape))
+    node = tape.save((x,), (x,), partial(_shaped_back, tape, x.shape))
     pooled = tape.elementwise(shape, x.dtype, node)
     indices = tape.new(shape, "int64")
     tape.save_output(node, indices)
     return pooled, indices
 
 
-def _pool_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) -> tuple[Array]:
+def _shaped_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) -> tuple[Array]:
     return (tape.new(shape, gradient.dtype),)
 
 
@@ -179,7 +179,7 @@ def max_unpool(tape: Tape, x: Array, indices: Array, size: tuple[int, ...]) -> A
     On a CPU autocast has it done in float32.
     """
     x = laws.cast(tape, x, "float32") if tape.precision.autocast and tape.workload.on_cpu else x
-    node = tape.save((x,), (indices,), partial(_pool_back, tape, x.shape))
+    node = tape.save((x,), (indices,), partial(_shaped_back, tape, x.shape))
     return tape.elementwise((*x.shape[:2], *size), x.dtype, node)
 
 
@@ -188,10 +188,6 @@ def cross_entropy(tape: Tape, logits: Array, batch: Images) -> Array:
     logits = laws.cast(tape, logits, tape.precision.logits)
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
     log_probabilities = laws.log_softmax(tape, logits)
-    node = tape.save((log_probabilities,), (log_probabilities, batch.labels), partial(_new_like, tape, logits.shape))
+    node = tape.save((log_probabilities,), (log_probabilities, batch.labels), partial(_shaped_back, tape, logits.shape))
     tape.save_output(node, tape.new((), log_probabilities.dtype))
     return tape.elementwise((), log_probabilities.dtype, node)
-
-
-def _new_like(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) -> tuple[Array]:
-    return (tape.new(shape, gradient.dtype),)

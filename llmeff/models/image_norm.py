@@ -151,7 +151,7 @@ def _law_back(
 
 @torch.no_grad()
 def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Puts the mean over batches in the place of the running statistics of every BatchNorm.
+    """Puts the mean over batches, by their images, in the place of the running statistics of every BatchNorm.
 
     Args:
         model: left in the mode that it is in.
@@ -162,10 +162,12 @@ def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in synced:
         norm.is_synced = False
-    for number, images in enumerate(batches, start=1):
+    num_images = 0
+    for images in batches:
+        num_images += len(images)
         for norm in norms:
             norm.train()
-            norm.momentum = 1 / number
+            norm.momentum = len(images) / num_images
         model(images)
     for norm, (learns, momentum) in zip(norms, before, strict=True):
         norm.train(learns)

@@ -14,7 +14,7 @@ CORRECT, LABELLED, PREDICTED, BOUNDARY = "correct", "labelled", "predicted", "bo
 """Counts of pixels of each class, `correct.road`, and the boundary F1 of an image."""
 
 Labels = NDArray[np.integer]
-Masks = NDArray[np.bool_]
+Mask = NDArray[np.bool_]
 
 
 def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.int64]:
@@ -66,9 +66,28 @@ def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dic
     }
 
 
+def mean_iou(matrix: NDArray[np.int64]) -> float:
+    """Mean IoU of a (K, K) confusion matrix, as in `scores`."""
+    classes = [str(label) for label in range(len(matrix))]
+    return scores([{**counts_of(matrix, classes), BOUNDARY: math.nan}], classes)["mean_iou"]
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
+
+
+def image_counts(predicted: Labels, truth: Labels, classes: Sequence[str], tolerance: float) -> dict[str, float]:
+    """What `scores` wants to know of an image.
+
+    Args:
+        predicted: (H, W) classes.
+        truth: (H, W) classes, or IGNORED.
+        classes: K names.
+        tolerance: within which outlines meet, as a share of the image's diagonal.
+    """
+    outline = boundary_f1(predicted, truth, len(classes), tolerance * math.hypot(*truth.shape))
+    return {**counts_of(confusion(predicted, truth, len(classes)), classes), BOUNDARY: outline}
 
 
 def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: float) -> float:
@@ -88,42 +107,43 @@ def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: f
         NaN where no class has an outline in the truth.
     """
     counted = truth != IGNORED
-    classes = np.arange(num_classes)[:, None, None]
-    outlines = [_outlines((labels == classes) & counted, counted) for labels in (predicted, truth)]
-    near = [_widened(own, tolerance) for own in outlines]
-    ours, theirs = (own.sum((1, 2)) for own in outlines)
-    hits, found = ((outlines[0] & near[1]).sum((1, 2)), (outlines[1] & near[0]).sum((1, 2)))
-    there = theirs > 0
-    if not there.any():
-        return math.nan
-    precision = hits[there] / np.maximum(ours[there], 1)
-    recall = found[there] / theirs[there]
-    both = precision + recall
-    return float(np.mean(np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)))
+    found = []
+    for label in np.flatnonzero(np.bincount(truth[counted], minlength=num_classes)):
+        theirs = _outline((truth == label) & counted, counted)
+        if theirs.any():
+            ours = _outline((predicted == label) & counted, counted)
+            found.append(_f1(ours, theirs, tolerance))
+    return math.fsum(found) / len(found) if found else math.nan
 
 
-def _outlines(masks: Masks, counted: Masks) -> Masks:
-    """(K, H, W) masks to the pixels of each that have a counted pixel of another beside them."""
-    others = counted & ~masks
-    beside = np.zeros_like(masks)
+def _f1(ours: Mask, theirs: Mask, tolerance: float) -> float:
+    hits, met = (ours & _widened(theirs, tolerance)).sum(), (theirs & _widened(ours, tolerance)).sum()
+    precision, recall = hits / max(1, ours.sum()), met / theirs.sum()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def _outline(mask: Mask, counted: Mask) -> Mask:
+    """(H, W) to the pixels of a mask that have a counted pixel outside of it beside them."""
+    others = counted & ~mask
+    beside = np.zeros_like(mask)
+    beside[1:] |= others[:-1]
+    beside[:-1] |= others[1:]
     beside[:, 1:] |= others[:, :-1]
     beside[:, :-1] |= others[:, 1:]
-    beside[:, :, 1:] |= others[:, :, :-1]
-    beside[:, :, :-1] |= others[:, :, 1:]
-    return masks & beside
+    return mask & beside
 
 
-def _widened(masks: Masks, radius: float) -> Masks:
-    """(K, H, W) masks to the pixels within a distance of each."""
+def _widened(mask: Mask, radius: float) -> Mask:
+    """(H, W) to the pixels within a distance of a mask's."""
     reach = int(radius)
-    height, width = masks.shape[1:]
+    height, width = mask.shape
     # pixels to the left of each place: a span of a row holds one where the counts at its ends differ
-    counts = np.cumsum(np.pad(masks, ((0, 0), (0, 0), (reach + 1, reach))), axis=2, dtype=np.int32)
-    found = np.zeros_like(masks)
+    counts = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))), axis=1, dtype=np.int32)
+    found = np.zeros_like(mask)
     for down in range(min(reach, height - 1) + 1):
         across = int(math.sqrt(radius**2 - down**2))
         left, right = reach - across, reach + across + 1
-        near = counts[:, :, right : right + width] > counts[:, :, left : left + width]
-        found[:, down:] |= near[:, : height - down]
-        found[:, : height - down] |= near[:, down:]
+        near = counts[:, right : right + width] > counts[:, left : left + width]
+        found[down:] |= near[: height - down]
+        found[: height - down] |= near[down:]
     return found

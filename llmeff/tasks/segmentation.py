@@ -28,7 +28,7 @@ from llmeff.models.image_model import Preparation, save_image_model
 from llmeff.models.image_norm import averaged
 from llmeff.models.pixel_loss import weighted_loss
 from llmeff.record.schema import Goal
-from llmeff.tasks.image_metrics import BOUNDARY, boundary_f1, confusion, counts_of, scores
+from llmeff.tasks.image_metrics import confusion, image_counts, mean_iou, scores
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_PIXELS = 2**18
@@ -67,6 +67,9 @@ class Segmentation(TaskConfig):
             yield f"task 'segmentation' needs a model of images; model {model.name!r} is none"
         if not isinstance(data, ImageData):
             yield f"task 'segmentation' needs images; data {data.name!r} is none"
+        norm = getattr(model, "norm", None)
+        if self.recomputed_norms and norm in ("group", "frozen"):
+            yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
 
     def foresee(self, model: ModelConfig, data: DataConfig) -> ImageModelConfig | None:
         """Fills in the number of classes, which the source's config tells."""
@@ -116,10 +119,15 @@ def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance
         balance: beta; 0 gives ones, 1 median-frequency balancing.
     """
     seen = pixels > 0
-    frequency = pixels[seen] / present[seen]
+    frequency = frequencies(pixels, present)[seen]
     weights = np.ones(len(pixels))
     weights[seen] = (np.median(frequency) / frequency) ** balance
     return weights
+
+
+def frequencies(pixels: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(K,) f = pixels / present: a class's share of the images that hold it; 0 of a class that is in none."""
+    return pixels / np.maximum(present, 1)
 
 
 class SegmentationTask(Task):
@@ -190,9 +198,10 @@ class SegmentationTask(Task):
         num_images = self.corpus.splits[split].num_images
         num_images = num_images if max_units is None else min(max_units, num_images)
         rows = max(1, _EVAL_PIXELS // math.prod(self.corpus.size))
-        names = [*counts_of(np.zeros((len(classes),) * 2, np.int64), classes), BOUNDARY]
+        tolerance = self._config.boundary_tolerance
+        nothing = np.full((1, 1), IGNORED)
+        names = list(image_counts(nothing, nothing, classes, tolerance))
         found = np.zeros((num_images, 2 + len(names)))
-        tolerance = self._config.boundary_tolerance * math.hypot(*self.corpus.size)
         for start in range(0, num_images, rows * world.ranks):
             low = start + rows * world.rank
             mine = range(low, min(low + rows, num_images))
@@ -205,9 +214,8 @@ class SegmentationTask(Task):
             predicted = logits.argmax(1).cpu().numpy()
             for place, index in enumerate(mine):
                 truth = given.labels[place]
-                matrix = confusion(predicted[place], truth, len(classes))
-                outline = boundary_f1(predicted[place], truth, len(classes), tolerance)
-                found[index] = [float(losses[place]), matrix.sum(), *counts_of(matrix, classes).values(), outline]
+                counts = image_counts(predicted[place], truth, classes, tolerance)
+                found[index] = [float(losses[place]), (truth != IGNORED).sum(), *counts.values()]
         found = group.total(torch.from_numpy(found)).numpy()
         units = self.corpus.units(split)
         for unit, (loss_sum, count, *metrics) in zip(units, found.tolist(), strict=False):
@@ -217,10 +225,9 @@ class SegmentationTask(Task):
 
     def _settle_norms(self, model: nn.Module, device: torch.device) -> None:
         if self._config.recomputed_norms:
-            images = self.corpus.held_out("train", range(min(self._config.recomputed_norms, self._num_train)))
-            size = self._batch_size
-            chunks = [images.images[start : start + size] for start in range(0, len(images.images), size)]
-            averaged(model, (self._on(chunk, device) for chunk in chunks))
+            num_images, size = min(self._config.recomputed_norms, self._num_train), self._batch_size
+            places = (range(start, min(start + size, num_images)) for start in range(0, num_images, size))
+            averaged(model, (self._on(self.corpus.held_out("train", own).images, device) for own in places))
         elif group.is_shared():
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -231,8 +238,8 @@ class SegmentationTask(Task):
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
         """Nats per labelled pixel, and `scores`."""
-        loss_sum = math.fsum(result.loss_sum for result in results)
-        loss = loss_sum / max(1, sum(result.count for result in results))
+        num_pixels = sum(result.count for result in results)
+        loss = math.fsum(result.loss_sum for result in results) / num_pixels if num_pixels else math.nan
         return {"loss": loss, **scores((result.metrics for result in results), self.corpus.classes)}
 
     def check_split(self, split: str) -> None:
@@ -240,8 +247,24 @@ class SegmentationTask(Task):
         self.corpus.check_split(cast(Split, split))
 
     def references(self, split: str) -> dict[str, float]:
-        """None: the majority of each place is not worth its name on moving cameras."""
-        return {}
+        """Mean IoU of what the training images have most often at each place, without a look at any image.
+
+        It is the higher of two: with classes as frequent as they are, and with each weighed by median frequency. A model that
+        is not clearly above it has learned nothing worth comparing.
+        """
+        split = cast(Split, split)
+        if split not in self.corpus.splits:
+            return {}
+        classes, found = self.corpus.classes, []
+        for balance in (0.0, 1.0):
+            weights = class_weights(self.corpus.pixels, self.corpus.present, balance)
+            said = self.corpus.likeliest(weights)
+            matrix = sum(
+                (confusion(said, truth, len(classes)) for truth in self.corpus.labels(split)),
+                start=np.zeros((len(classes),) * 2, dtype=np.int64),
+            )
+            found.append(mean_iou(matrix))
+        return {"location_prior_mean_iou": max(found)}
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
@@ -273,5 +296,8 @@ class SegmentationTask(Task):
             "sha256": corpus.fingerprint,
             "splits": {split: asdict(facts) for split, facts in corpus.splits.items()},
             "class_pixels": dict(zip(corpus.classes, corpus.pixels.tolist(), strict=True)),
+            "class_frequencies": dict(
+                zip(corpus.classes, frequencies(corpus.pixels, corpus.present).tolist(), strict=True)
+            ),
             "class_weights": dict(zip(corpus.classes, self.weights.tolist(), strict=True)),
         }

@@ -197,6 +197,12 @@ def test_averages_are_the_mean_of_the_batches_statistics(kind):
         torch.testing.assert_close(found[f"{place}.running_var"], variances)
 
 
+def test_a_smaller_last_batch_counts_by_its_images():
+    module, x = norm("batch"), torch.cat([torch.zeros(8, C, 3, 3), torch.ones(1, C, 3, 3)]).double()
+    averaged(module, x.split(8))
+    torch.testing.assert_close(module.running_mean, torch.full_like(module.running_mean, 1 / 9))
+
+
 def test_averaging_leaves_the_mode_and_the_momentum_as_they_are():
     module = two_norms("batch_sync")
     module[0].eval()

@@ -217,7 +217,7 @@ def test_an_evaluation_by_hand(small):
     assert summary["global_accuracy"] == 1 / 3
     assert summary["mean_iou"] == (1 / 3 + 0) / 2
     assert set(task.summary([first, second])) >= set(Segmentation.goals)
-    assert task.summary([second])["loss"] == 0
+    assert math.isnan(task.summary([second])["loss"])  # of no pixel there is no mean, and 0 would be the best of all
 
 
 def street(*settings: str, **fields: Any) -> RunConfig:
@@ -279,6 +279,58 @@ def test_recomputed_norms_are_averages_over_training_images():
     averaged(model, [*rows.split(2)])
     assert all(torch.equal(buffer, found[name]) for name, buffer in model.named_buffers())
     assert not model.training
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+def test_norms_that_average_nothing_are_not_recomputed(norm):
+    words = f"task.recomputed_norms is 5, but model.norm '{norm}' averages nothing over images"
+    with pytest.raises(ConfigError, match=words):
+        street(f"model.norm={norm}", "model.norm_groups=1", recomputed_norms=5)
+
+
+def test_a_split_without_a_label_is_no_judge(tmp_path):
+    source = write(tmp_path, SMALL | {"validation": np.full((2, 2, 2), X)})
+    with pytest.raises(ConfigError, match="no pixel of the split 'validation' has a label"):
+        opened(source).check_split("validation")
+
+
+def test_the_reference_is_the_likeliest_class_of_each_place(small):
+    task = opened(small)
+    labels = truth = np.array(SMALL["train"])
+    best = 0.0
+    for balance in (0.0, 1.0):
+        weights = class_weights(task.corpus.pixels, task.corpus.present, balance)
+        said = np.stack([(labels == label).sum(0) * weights[label] for label in range(3)]).argmax(0)
+        counted = truth != X
+        told = np.broadcast_to(said, truth.shape)
+        ious = []
+        for label in range(3):
+            both, either = (told == label) & (truth == label), ((told == label) | (truth == label)) & counted
+            if either.any():
+                ious.append(both.sum() / either.sum())
+        best = max(best, float(np.mean(ious)))
+    assert 0 < best < 1
+    assert task.references("train") == {"location_prior_mean_iou": pytest.approx(best)}
+    assert task.references("test") == {}
+
+
+def test_frequencies_and_weights_are_on_record(small):
+    facts = opened(small, balance=1.0).facts()
+    assert facts["class_frequencies"] == {"a": 6 / 11, "b": 3 / 7, "c": 2 / 4}
+    assert facts["class_weights"] == pytest.approx({"a": 0.5 * 11 / 6, "b": 0.5 * 7 / 3, "c": 1})
+
+
+def test_the_repeatable_loss_is_the_loss(monkeypatch):
+    logits = torch.randn(2, 3, 4, 5, requires_grad=True)
+    labels = torch.randint(3, (2, 4, 5))
+    labels[0, :2] = X
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    expected = weighted_loss(logits, labels, weights)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    found = weighted_loss(logits, labels, weights)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
+    assert weighted_loss(logits, torch.full_like(labels, X), weights) == 0
 
 
 # -- through the loop
