@@ -210,6 +210,10 @@ def show_cell(cell: Mapping[str, Any]) -> str:
 # -- which runs belong together
 
 
+LABELLED = 0.02
+"""By so much, as a share, the labelled pixels of equally many images may differ."""
+
+
 def differences(entries: Sequence[Entry]) -> list[str]:
     """What keeps runs from being compared: other data, tokenizer, split or budget. Runs that failed are left aside."""
     done = [entry for entry in entries if entry.status in ("finished", "diverged")]
@@ -225,6 +229,8 @@ def differences(entries: Sequence[Entry]) -> list[str]:
         for entry in done:
             if value is not _budget or entry.steps:  # one that diverged at once was to train on what is not known
                 by_value.setdefault(value(entry), []).append(entry.name)
+        if value is _budget and {entry.item for entry in done} == {"pixel"}:
+            by_value = _together(by_value)
         if len(by_value) > 1:
             shown = "; ".join(f"{own}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
                               for own, names in by_value.items())  # fmt: skip
@@ -238,6 +244,15 @@ def _budget(entry: Entry) -> int | None:
     if planned is None or entry.items_per_step is None:
         return entry.items
     return round(planned * entry.items_per_step)
+
+
+def _together(by_value: Mapping[int, list[str]]) -> dict[int, list[str]]:
+    """Numbers of pixels that equally many images may well have labels for, as one: seeds see other images."""
+    found: dict[int, list[str]] = {}
+    for value, names in sorted(by_value.items()):
+        near = next((own for own in found if value <= own * (1 + LABELLED)), value)
+        found.setdefault(near, []).extend(names)
+    return found
 
 
 # -- quantities

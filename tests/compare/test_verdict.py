@@ -7,7 +7,7 @@ import pytest
 
 from llmeff.compare.ledger import label_arms
 from llmeff.compare.plots import arm_curves
-from llmeff.compare.verdict import judge
+from llmeff.compare.verdict import differences, judge
 from llmeff.core.config import ConfigError
 
 
@@ -418,3 +418,18 @@ def test_an_arm_that_differs_by_rounding_reaches_the_baselines_target(study):
     assert len(group.table["steps_to_target"]["twin"].values) == 3
     worst = max(min(run.curve_losses) for run in study if run.arm == "base")
     assert worst <= group.target <= worst * 1.0001
+
+
+@pytest.mark.parametrize(
+    ("item", "items", "is_one_budget"),
+    [
+        ("token", (6400, 6400), True),
+        ("token", (6400, 6401), False),
+        ("pixel", (122_128_702, 122_144_446), True),
+        ("pixel", (122_128_702, 61_064_351), False),
+    ],
+)
+def test_images_of_other_seeds_may_have_labels_for_other_numbers_of_pixels(entry, item, items, is_one_budget):
+    runs = [entry(arm, seed, item=item, items=items[seed]) for arm in ("a", "b") for seed in (0, 1)]
+    found = differences(runs)
+    assert found == [] if is_one_budget else "were to train on other numbers of items" in found[0]
