@@ -221,21 +221,14 @@ class ImageCorpus:
         """(N, H, W): a class, or IGNORED."""
         return self._stored[split].labels
 
-    def likeliest(self, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-        """(H, W): at each place the class that weighs most over training images, of many as many as `PRIOR_IMAGES`.
-
-        Args:
-            weights: (K,), of a pixel of each class.
-        """
+    def place_counts(self) -> NDArray[np.int64]:
+        """(K, H, W): training images, of many about `PRIOR_IMAGES`, that have the class at the place."""
         labels = self._stored["train"].labels
-        chosen = labels[:: max(1, len(labels) // PRIOR_IMAGES)]
-        counts = np.zeros((len(self.classes), *self.size))
-        for image in chosen:
-            for label in np.unique(image):
-                if label != IGNORED:
-                    counts[label] += image == label
-        likeliest: NDArray[np.int64] = (counts * weights[:, None, None]).argmax(axis=0)
-        return likeliest
+        classes = np.arange(len(self.classes))[:, None, None]
+        counts = np.zeros((len(self.classes), *self.size), dtype=np.int64)
+        for image in labels[:: max(1, len(labels) // PRIOR_IMAGES)]:
+            counts += image == classes
+        return counts
 
     def units(self, split: Split) -> list[str]:
         """The names of a split's images, in order."""

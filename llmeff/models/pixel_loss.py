@@ -7,6 +7,21 @@ from torch import Tensor
 from llmeff.data.image_source import IGNORED
 
 
+def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each pixel in nats, (B, H, W); 0 where a pixel does not count.
+
+    Args:
+        logits: (B, K, H, W).
+        labels: (B, H, W) int64, or IGNORED.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    # of images, torch's own has no form for a GPU that it counts as repeatable
+    known = labels.masked_fill(labels == IGNORED, 0)
+    losses = -logits.log_softmax(1).gather(1, known[:, None])[:, 0]
+    return losses.masked_fill(labels == IGNORED, 0)
+
+
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """The sum over labelled pixels of weight times cross-entropy, in nats; a scalar, float32 or wider.
 
@@ -16,9 +31,7 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         weights: (K,).
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if torch.are_deterministic_algorithms_enabled():  # of images, torch's own adds up in any order on a GPU
-        counted = labels != IGNORED
-        known = labels.masked_fill(~counted, 0)
-        losses = -wide.log_softmax(1).gather(1, known[:, None])[:, 0] * weights.to(wide.dtype)[known]
-        return losses.masked_fill(~counted, 0).sum()
-    return F.cross_entropy(wide, labels, weight=weights.to(wide.dtype), ignore_index=IGNORED, reduction="sum")
+    weights = weights.to(wide.dtype)
+    if torch.are_deterministic_algorithms_enabled():
+        return (pixel_losses(wide, labels) * weights[labels.masked_fill(labels == IGNORED, 0)]).sum()
+    return F.cross_entropy(wide, labels, weight=weights, ignore_index=IGNORED, reduction="sum")

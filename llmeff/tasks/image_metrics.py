@@ -15,6 +15,7 @@ CORRECT, LABELLED, PREDICTED, BOUNDARY = "correct", "labelled", "predicted", "bo
 
 Labels = NDArray[np.integer]
 Mask = NDArray[np.bool_]
+Counts = NDArray[np.integer] | NDArray[np.floating]
 
 
 def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.int64]:
@@ -53,8 +54,7 @@ def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dic
         return np.array([math.fsum(image[f"{kind}.{name}"] for image in given) for name in classes])
 
     correct, labelled, predicted = total(CORRECT), total(LABELLED), total(PREDICTED)
-    union = labelled + predicted - correct
-    iou = np.divide(correct, union, out=np.full(len(classes), np.nan), where=union > 0)
+    iou = _iou(correct, labelled, predicted)
     recall = np.divide(correct, labelled, out=np.full(len(classes), np.nan), where=labelled > 0)
     boundaries = [image[BOUNDARY] for image in given if not math.isnan(image[BOUNDARY])]
     return {
@@ -68,8 +68,14 @@ def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dic
 
 def mean_iou(matrix: NDArray[np.int64]) -> float:
     """Mean IoU of a (K, K) confusion matrix, as in `scores`."""
-    classes = [str(label) for label in range(len(matrix))]
-    return scores([{**counts_of(matrix, classes), BOUNDARY: math.nan}], classes)["mean_iou"]
+    return _mean(_iou(matrix.diagonal(), matrix.sum(1), matrix.sum(0)))
+
+
+def _iou(correct: Counts, labelled: Counts, predicted: Counts) -> NDArray[np.float64]:
+    """(K,), NaN for a class that is nowhere."""
+    union = labelled + predicted - correct
+    iou: NDArray[np.float64] = np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
+    return iou
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from llmeff.data.splits import Split
 from llmeff.models import ImageModelConfig, ModelConfig
 from llmeff.models.image_model import Preparation, save_image_model
 from llmeff.models.image_norm import averaged
-from llmeff.models.pixel_loss import weighted_loss
+from llmeff.models.pixel_loss import pixel_losses, weighted_loss
 from llmeff.record.schema import Goal
 from llmeff.tasks.image_metrics import confusion, image_counts, mean_iou, scores
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
@@ -65,11 +64,11 @@ class Segmentation(TaskConfig):
         """A model of images and images to read are needed."""
         if not isinstance(model, ImageModelConfig):
             yield f"task 'segmentation' needs a model of images; model {model.name!r} is none"
+        elif self.recomputed_norms and model.pools() == "nothing":
+            norm = getattr(model, "norm", "none")
+            yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
         if not isinstance(data, ImageData):
             yield f"task 'segmentation' needs images; data {data.name!r} is none"
-        norm = getattr(model, "norm", None)
-        if self.recomputed_norms and norm in ("group", "frozen"):
-            yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
 
     def foresee(self, model: ModelConfig, data: DataConfig) -> ImageModelConfig | None:
         """Fills in the number of classes, which the source's config tells."""
@@ -210,7 +209,7 @@ class SegmentationTask(Task):
             given = self.corpus.held_out(split, mine or range(1))
             logits = model(self._on(given.images, device)).float()
             labels = self._on(given.labels, device)
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum((1, 2))
+            losses = pixel_losses(logits, labels).double().sum((1, 2))
             predicted = logits.argmax(1).cpu().numpy()
             for place, index in enumerate(mine):
                 truth = given.labels[place]
@@ -255,15 +254,12 @@ class SegmentationTask(Task):
         split = cast(Split, split)
         if split not in self.corpus.splits:
             return {}
-        classes, found = self.corpus.classes, []
-        for balance in (0.0, 1.0):
-            weights = class_weights(self.corpus.pixels, self.corpus.present, balance)
-            said = self.corpus.likeliest(weights)
-            matrix = sum(
-                (confusion(said, truth, len(classes)) for truth in self.corpus.labels(split)),
-                start=np.zeros((len(classes),) * 2, dtype=np.int64),
-            )
-            found.append(mean_iou(matrix))
+        labels, frequent = self.corpus.labels(split), self.corpus.place_counts()
+        balanced = class_weights(self.corpus.pixels, self.corpus.present, 1.0)[:, None, None] * frequent
+        found = []
+        for counts in (frequent, balanced):
+            said = counts.argmax(axis=0)
+            found.append(mean_iou(np.sum([confusion(said, own, len(counts)) for own in labels], axis=0)))
         return {"location_prior_mean_iou": max(found)}
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from llmeff.data.images import ImageData
 from llmeff.loop import train
 from llmeff.models import DecoderConfig, SegNetBasic, SegNetVGG
 from llmeff.models.image_norm import averaged
-from llmeff.models.pixel_loss import weighted_loss
+from llmeff.models.pixel_loss import pixel_losses, weighted_loss
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
 from llmeff.tasks import Segmentation
@@ -325,8 +325,10 @@ def test_the_repeatable_loss_is_the_loss(monkeypatch):
     labels = torch.randint(3, (2, 4, 5))
     labels[0, :2] = X
     weights = torch.tensor([0.5, 1.0, 2.0])
-    expected = weighted_loss(logits, labels, weights)
+    expected, each = weighted_loss(logits, labels, weights), pixel_losses(logits, labels)
+    assert not each[0, :2].any()
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    torch.testing.assert_close(pixel_losses(logits, labels), each)
     found = weighted_loss(logits, labels, weights)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
