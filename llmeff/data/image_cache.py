@@ -21,7 +21,7 @@ from llmeff.data.splits import Split
 
 KIND = "image cache"
 """What it is called in messages."""
-FORMAT = 1
+FORMAT = 2
 """Changes when a cache that an older version wrote must not be read."""
 
 Size = tuple[int, int]

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from llmeff.core.config import ConfigError
 from llmeff.core.pulse import beat
+from llmeff.core.units import show_names
 from llmeff.data.image_source import ImageSourceConfig, LabelledImage, Pair
 from llmeff.data.source import digests, fingerprint_of
 from llmeff.data.splits import Split
@@ -145,9 +146,7 @@ def _alone(folder: Path, own: Mapping[str, Path], others: Mapping[str, Path]) ->
 
 def few(names: Iterable[str]) -> str:
     """The first of many names."""
-    names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return show_names(list(names), NAMED)
 
 
 def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> dict[str, Path]:
