@@ -125,13 +125,13 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
     from transformers import Trainer as HFTrainer
     from transformers import TrainerCallback, TrainingArguments
 
-    from llmeff.models import Decoder
+    from llmeff.models import DecoderConfig
     from llmeff.models.pretrained import LlmeffForCausalLM
     from llmeff.prepare import prepare, prepare_device
 
     config, task = prepare(config)
-    if task.item != "token":
-        raise ConfigError(f"arm 'hf-trainer' trains decoders on tokens: model is {config.model.name!r}")
+    if not isinstance(config.model, DecoderConfig):
+        raise ConfigError(f"arm 'hf-trainer' trains decoders of llmeff's own: model is {config.model.name!r}")
     _refuse_unlike("hf-trainer", config, recompute=False)
     device = prepare_device(config)
     batch_size = config.train.batch
@@ -165,9 +165,7 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
             disable_tqdm=True,
             train_sampling_strategy="sequential",
         )
-        decoder = config.model.build()
-        assert isinstance(decoder, Decoder)
-        model = LlmeffForCausalLM.from_decoder(decoder)
+        model = LlmeffForCausalLM.from_decoder(config.model.build())
         HFTrainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[Ticker()]).train()
 
 

@@ -228,6 +228,13 @@ def test_a_file_without_the_function_is_refused(tmp_path):
         find_arm(f"{tmp_path / 'arms.py'}:run")
 
 
+def test_an_arm_refuses_a_model_that_it_cannot_train(tmp_path):
+    images = {"name": "images", "source": {"name": "scenes", "height": 32, "width": 32, "num_train": 4}}
+    given = {"task": "segmentation", "model": {"name": "segnet", "width": 8}, "data": images}
+    with pytest.raises(ConfigError, match="'hf-trainer' trains decoders of llmeff's own: model is 'segnet'"):
+        ARMS["hf-trainer"](validate(RunConfig, given | {"train": {"batch": 2}}), lambda: None)
+
+
 def test_an_unknown_arm_is_wrong_input(capsys):
     assert main(["bench", "--recipe=debug", "--arm=ours", "--arm=theirs"]) == 2
     assert "unknown arm 'theirs'" in capsys.readouterr().err
