@@ -1,9 +1,10 @@
 """SegNet (Badrinarayanan, Kendall and Cipolla 2017) with connections that keep detail, and the price of it all.
 
 What pooling threw away is put back by its indices, and, where asked for, by connections from encoder to decoder and around
-the convolutions of a stage. The connections are an implementation of two ideas of "An Enhanced Encoder-Decoder Network Architecture for Reducing
-Information Loss in Image Semantic Segmentation" (arXiv 2406.01605; with almost the same abstract, Computer Measurement and
-Control 2024, 32(1)), of which the full text was not at hand: where they go, and how they join, is our reading.
+the convolutions of a stage. The connections are an implementation of two ideas of "An Enhanced Encoder-Decoder Network
+Architecture for Reducing Information Loss in Image Semantic Segmentation" (arXiv 2406.01605; with almost the same abstract,
+Computer Measurement and Control 2024, 32(1)), of which the full text was not at hand: where they go, and how they join, is
+our reading.
 """
 
 from contextlib import nullcontext

@@ -22,7 +22,8 @@ _MATRICES: tuple[Role, ...] = ("matrix", "conv")
 class Muon(OptimizerConfig):
     """`OrthogonalMomentum` for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
 
-    A convolution is the matrix of its patches: an output channel a row, all inputs that it reads its columns. Matrices move as far as AdamW would move them (Liu et al. 2025, equation 4), so that both have one learning rate.
+    A convolution is the matrix of its patches: an output channel a row, all inputs that it reads its columns. Matrices move
+    as far as AdamW would move them (Liu et al. 2025, equation 4), so that both have one learning rate.
     """
 
     sharding: ClassVar[Sharding] = "whole_tensor"
