@@ -263,8 +263,18 @@ class Stage(nn.Module):
         return x
 
 
+def pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maxima of windows of 2 x 2, (B, C, H // 2, W // 2), and their places in a map, int64."""
+    if not torch.are_deterministic_algorithms_enabled():
+        pooled, indices = F.max_pool2d(x, 2, return_indices=True)
+        return pooled, indices
+    # torch refuses the gradient of max_pool2d on a GPU, where windows may overlap, and allows that of gather
+    indices = F.max_pool2d(x.detach(), 2, return_indices=True)[1]
+    return x.flatten(2).gather(2, indices.flatten(2)).view_as(indices), indices
+
+
 def unpool(x: Tensor, indices: Tensor, size: list[int]) -> Tensor:
-    """Puts the maxima of `max_pool2d` back to their places.
+    """Puts the maxima of `pool` back to their places.
 
     Args:
         x: (B, C, h, w).
@@ -335,7 +345,7 @@ class SegNet(nn.Module):
         for stage in self.encoder:
             x = run(stage, x)
             size = list(x.shape[-2:])
-            pooled, indices = F.max_pool2d(x, 2, return_indices=True)
+            pooled, indices = pool(x)
             kept.append((x if self.config.connection != "none" else None, indices, size))
             x = pooled
             del pooled, indices

@@ -13,7 +13,7 @@ from llmeff.cost.workload import Workload
 from llmeff.models import ImageModelConfig, SegNetBasic, SegNetVGG
 from llmeff.models.image_model import Preparation, load_image_model, save_image_model
 from llmeff.models.image_norm import EPS
-from llmeff.models.segnet import SegNet, unpool
+from llmeff.models.segnet import SegNet, pool, unpool
 
 KINDS: dict[str, type[ImageModelConfig]] = {"segnet": SegNetVGG, "segnet-basic": SegNetBasic}
 CONNECTIONS = ("none", "add", "concat", "concat1x1")
@@ -264,16 +264,18 @@ def test_torch_compile_takes_it_whole(by_stage, recompute):
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 7)])
-def test_repeatable_unpooling_is_unpooling(size, monkeypatch):
-    x = torch.randn(2, 3, *size)
-    pooled, indices = F.max_pool2d(x, 2, return_indices=True)
-    pooled.requires_grad_()
-    expected = unpool(pooled, indices, list(size))
+def test_what_is_repeatable_pools_and_unpools_as_torch_does(size, monkeypatch):
+    x = torch.randn(2, 3, *size, requires_grad=True)
+
+    def there_and_back():
+        pooled, indices = pool(x)
+        back = unpool(pooled**2, indices, list(size))
+        return pooled, indices, back, torch.autograd.grad((back**2 / 2).sum() + pooled.sum(), x)[0]
+
+    expected = there_and_back()
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    found = unpool(pooled, indices, list(size))
-    assert torch.equal(found, expected)
-    above = torch.randn_like(found)
-    assert torch.equal(*(torch.autograd.grad(y, pooled, above)[0] for y in (found, expected)))
+    for found, plain in zip(there_and_back(), expected, strict=True):
+        assert torch.equal(found, plain)
 
 
 def test_nothing_is_run_again_where_nothing_is_learnt():
