@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, Text
@@ -90,9 +91,11 @@ class UNetModel(nn.Module):
         self.config, self.network = config, network
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, K, H, W), of any size."""
-        logits: Tensor = self.network(images)
-        return logits
+        """(B, 3, H, W) to (B, K, H, W), of any size: zeros are set at the right and below until all halvings go through."""
+        height, width = images.shape[-2:]
+        whole = self.config.least_size()
+        logits: Tensor = self.network(F.pad(images, (0, -width % whole, 0, -height % whole)))
+        return logits[..., :height, :width]
 
     def roles(self) -> dict[str, Role]:
         """What each parameter is, by name, told by the module that holds it."""

@@ -77,10 +77,11 @@ def test_every_parameter_has_its_role(library):
     assert {name for name, role in roles.items() if role == "norm"} == norms
 
 
-def test_logits_are_as_large_as_the_images(library):
+@pytest.mark.parametrize("size", [(64, 96), (45, 60), (33, 64)])
+def test_logits_are_as_large_as_the_images(library, size):
     model = CONFIG.build().eval()
     with torch.no_grad():
-        assert model(torch.zeros(2, 3, 64, 96)).shape == (2, 5, 64, 96)
+        assert model(torch.zeros(2, 3, *size)).shape == (2, 5, *size)
 
 
 def test_the_library_builds_what_is_known_as_u_net_on_resnet34(library):
