@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -20,6 +21,7 @@ from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig, ImageCorpus, ImageData
 from llmeff.data.image_source import IGNORED
+from llmeff.data.images import ImageBatch
 from llmeff.data.pictures import Shown, panel, png
 from llmeff.data.splits import Split
 from llmeff.models import ImageModelConfig, ModelConfig
@@ -142,6 +144,9 @@ class SegmentationTask(Task):
         self.weights = class_weights(corpus.pixels, corpus.present, config.balance)
         """(K,), of the loss."""
         self._weights: dict[torch.device, Tensor] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
+        self._begun: dict[tuple[int, range], Future[ImageBatch]] = {}
+        """Rows of steps to come."""
 
     def resolve(self, model: ModelConfig) -> ModelConfig:
         """Fills in the number of classes."""
@@ -154,7 +159,7 @@ class SegmentationTask(Task):
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
         """(B, 3, H, W) images and (B, H, W) labels."""
-        given = self.corpus.batch(self._order_seed, step, rows, self._batch_size)
+        given = self._read(step, rows)
         pixels = np.bincount(given.labels.ravel(), minlength=IGNORED + 1)[: len(self.weights)]
         num_pixels = int(pixels.sum())
         divisor = float(pixels @ self.weights) if self._config.divisor == "weights" else num_pixels
@@ -165,6 +170,17 @@ class SegmentationTask(Task):
             items=num_pixels,
         )
 
+    def _read(self, step: int, rows: range) -> ImageBatch:
+        """What the corpus gives, made while the step before ran; the next step's is begun."""
+        begun = self._begun.pop((step, rows), None)
+        self._begun = {key: batch for key, batch in self._begun.items() if key[0] >= step}
+        if (step + 1, rows) not in self._begun:
+            self._begun[step + 1, rows] = self._reader.submit(self._make, step + 1, rows)
+        return self._make(step, rows) if begun is None else begun.result()
+
+    def _make(self, step: int, rows: range) -> ImageBatch:
+        return self.corpus.batch(self._order_seed, step, rows, self._batch_size)
+
     @staticmethod
     def _on(values: NDArray[Any], device: torch.device) -> Tensor:
         given = torch.from_numpy(values)
@@ -173,7 +189,7 @@ class SegmentationTask(Task):
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
         """The images' names."""
-        return self.corpus.batch(self._order_seed, step, rows, self._batch_size).units
+        return self._make(step, rows).units
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Weighted cross-entropy summed over the share's labelled pixels."""

@@ -192,6 +192,16 @@ def test_rows_of_a_step_add_up_to_it_however_they_are_split(small):
     assert task.unit_ids(2, range(1, 3)) == task.unit_ids(2, range(3))[1:]
 
 
+@pytest.mark.parametrize("steps", [range(4), (0, 1, 1, 2), (3, 0, 1, 5, 4)], ids=str)
+def test_what_was_asked_for_before_changes_no_batch(small, steps):
+    task = opened(small)
+    for step in steps:
+        for rows in (range(2), range(2, 3)):
+            found, alone = (one.batch(step, rows, CPU) for one in (task, opened(small)))
+            assert torch.equal(found.inputs["images"], alone.inputs["images"])
+            assert torch.equal(found.targets, alone.targets)
+
+
 # -- evaluation
 
 
