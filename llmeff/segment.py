@@ -26,6 +26,7 @@ from llmeff.data import ImageData
 from llmeff.data.image_cache import resized
 from llmeff.data.image_files import FilePair, few, labelled, listed, raise_all, read_image
 from llmeff.data.image_folder import IMAGE_ENDS, MASK_ENDS
+from llmeff.data.image_source import ImageSourceConfig
 from llmeff.data.images import normalised
 from llmeff.data.pictures import Labels, Pixels, Shown, mask, overlay, panel, png
 from llmeff.models.image_model import Preparation, load_image_model
@@ -106,7 +107,7 @@ def segment(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: is there and not empty; nothing is overwritten: give another folder")
     runs = _opened([run, *beside])
-    pictures = _found(images, masks, runs[0].data.source.labels())
+    pictures = _found(images, masks, runs[0].data.source)
     raise_all(problem for picture in pictures for problem in _unreadable(picture))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for each in runs:
@@ -165,8 +166,11 @@ def _open(folder: Path, name: str) -> _Run:
     return _Run(name=name, model=model, preparation=preparation, data=config.data, task=config.task)
 
 
-def _found(images: Iterable[Path], masks: Path | None, labels: Mapping[int, int]) -> list[_Picture]:
-    """The pictures by their names; in a folder these are from there on, without the end."""
+def _found(images: Iterable[Path], masks: Path | None, source: ImageSourceConfig) -> list[_Picture]:
+    """The pictures by their names; in a folder these are from there on, without the end.
+
+    A mask has its picture's name, or the one that it has in the run's source.
+    """
     raise_all(f"IMAGES: there is no {given}" for given in images if not given.exists())
     paths: dict[str, Path] = {}
     for given in images:
@@ -178,11 +182,13 @@ def _found(images: Iterable[Path], masks: Path | None, labels: Mapping[int, int]
     if masks is None:
         return [_Picture(name=name, read=partial(_alone, path)) for name, path in paths.items()]
     truths = listed(masks, MASK_ENDS, "--masks")
-    missing = [str(path) for name, path in paths.items() if name not in truths]
+    named = {name: (name, f"{name.removesuffix(source.image_end)}{source.mask_end}") for name in paths}
+    own = {name: next((truths[mask] for mask in named[name] if mask in truths), None) for name in paths}
+    missing = [str(paths[name]) for name, mask in own.items() if mask is None]
     if missing:
         raise ConfigError(f"--masks {masks}: there is no mask with the name of {few(missing)}")
-    pairs = [FilePair(unit=name, split=None, image=path, mask=truths[name]) for name, path in paths.items()]
-    return [_Picture(name=image.unit, read=image.read) for image in labelled(pairs, labels)]
+    pairs = [FilePair(unit=name, split=None, image=paths[name], mask=mask) for name, mask in own.items() if mask]
+    return [_Picture(name=image.unit, read=image.read) for image in labelled(pairs, source.labels())]
 
 
 def _alone(path: Path) -> tuple[Pixels, None]:

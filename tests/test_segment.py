@@ -16,6 +16,7 @@ from PIL import Image
 import llmeff.segment as module
 from llmeff.cli import main
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.data import cityscapes
 from llmeff.data.image_source import IGNORED
 from llmeff.data.pictures import OPACITY, coloured
 from llmeff.loop import train
@@ -210,6 +211,18 @@ def test_masks_are_read_as_the_runs_source_reads_them(run, tmp_path):
         segment(run, [path], tmp_path / "out", masks=tmp_path / "masks")
     Image.fromarray(np.where(labels == IGNORED, 77, labels).astype(np.uint8)).save(tmp_path / "masks" / "p.png")
     segment(run, [path], tmp_path / "out", masks=tmp_path / "masks")
+    assert (tmp_path / "out" / "scores.json").is_file()
+
+
+def test_masks_have_their_names_in_the_runs_source(run, tmp_path):
+    changed(run, "config.json", data__source={"name": "cityscapes", "path": "nowhere"})
+    path = picture(tmp_path / "p" / "ulm" / "ulm_000000_000019_leftImg8bit.png")
+    labels = truth(tmp_path / "masks" / "ulm" / "ulm_000000_000019_gtFine_labelIds.png")
+    ids = np.where(labels == IGNORED, 0, np.array([*cityscapes.CLASSES])[labels % 11]).astype(np.uint8)
+    Image.fromarray(ids).save(tmp_path / "masks" / "ulm" / "ulm_000000_000019_gtFine_labelIds.png")
+    truth(tmp_path / "masks" / "ulm" / "ulm_000000_000019_gtFine_instanceIds.png")
+    segment(run, [path.parent.parent], tmp_path / "out", masks=tmp_path / "masks")
+    assert (tmp_path / "out" / "ulm" / "ulm_000000_000019_leftImg8bit.panel.png").is_file()
     assert (tmp_path / "out" / "scores.json").is_file()
 
 

@@ -1,7 +1,7 @@
 """Cityscapes as a source."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -47,6 +47,9 @@ class Cityscapes(ImageFiles):
     and what is watched are whole cities taken out of training.
     """
 
+    image_end: ClassVar[str] = "_leftImg8bit"
+    mask_end: ClassVar[str] = "_gtFine_labelIds"
+
     name: Literal["cityscapes"] = "cityscapes"
     path: Text
     """The folder that holds leftImg8bit and gtFine."""
@@ -91,7 +94,7 @@ class Cityscapes(ImageFiles):
 
     def _part(self, part: str) -> dict[str, tuple[Path, Path]]:
         root = Path(self.path).expanduser()
-        ends = ("_leftImg8bit.png",), ("_gtFine_labelIds.png",)
+        ends = (f"{self.image_end}.png",), (f"{self.mask_end}.png",)
         return paired(root / "leftImg8bit" / part, root / "gtFine" / part, *ends)
 
     def _pair(self, unit: str, split: Split, files: tuple[Path, Path]) -> FilePair:

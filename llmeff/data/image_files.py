@@ -18,8 +18,9 @@ from llmeff.data.image_source import ImageSourceConfig, LabelledImage, Pair
 from llmeff.data.source import digests, fingerprint_of
 from llmeff.data.splits import Split
 
-MASK_MODES = ("1", "L", "P", "I;16")
-"""What Pillow calls a channel of 1, 8 or 16 bits, or indices of a palette; a mask's numbers are read as they stand."""
+MASK_MODES = ("1", "L", "P", "I;16", "I;16B")
+"""What Pillow calls a channel of 1, 8 or 16 bits (in either order of bytes), or indices of a palette; a mask's numbers are
+read as they stand."""
 DEEP_MODES = ("I", "F")
 """The beginnings of modes that do not fit in 8 bits, which Pillow would cut off."""
 ON_ITS_SIDE = (5, 6, 7, 8)
@@ -150,7 +151,7 @@ def few(names: Iterable[str]) -> str:
 
 
 def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> dict[str, Path]:
-    """The files below a folder whose names end so, by their names below it without that end, sorted.
+    """The files below a folder whose names end so, by their names below it without that end, sorted; none that is hidden.
 
     Args:
         folder: searched with all below it.
@@ -165,9 +166,10 @@ def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> d
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         end = next((end for end in ends if path.name.lower().endswith(end.lower())), None)
-        if end is None or path.name.startswith(".") or not path.is_file():
+        own = path.relative_to(folder)
+        if end is None or any(part.startswith(".") for part in own.parts) or not path.is_file():
             continue
-        name = path.relative_to(folder).as_posix()[: -len(end)]
+        name = own.as_posix()[: -len(end)]
         if name in found:
             raise ConfigError(
                 f"{path}: there is also {found[name].name}, and a file is paired by its name without the end"

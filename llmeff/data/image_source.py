@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,10 @@ class LabelledImage:
 
 class ImageSourceConfig(Component, family="image source"):
     """Where the labelled images come from."""
+
+    image_end: ClassVar[str] = ""
+    mask_end: ClassVar[str] = ""
+    """What the names of its images and of their masks end in, before the kind of file, where these are not the same."""
 
     name: Text
     """The kind of source."""

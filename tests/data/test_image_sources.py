@@ -97,12 +97,14 @@ class TestImageFolder:
         [
             Image.fromarray(LABELS),
             Image.fromarray(LABELS.astype(np.uint16)),
+            Image.frombytes("I;16B", LABELS.shape[::-1], LABELS.astype(">u2").tobytes()),
             palette(LABELS),
         ],
-        ids=["8 bits", "16 bits", "palette"],
+        ids=["8 bits", "16 bits", "16 bits, the higher byte first", "palette"],
     )
     def test_masks_are_read_as_numbers(self, folder, put, mask):
-        path = put(folder / "masks" / "a.png", mask)
+        (folder / "masks" / "a.png").unlink()
+        path = put(folder / "masks" / f"a.{'tif' if mask.mode == 'I;16B' else 'png'}", mask)
         with Image.open(path) as stored:
             assert stored.mode == mask.mode
         assert np.array_equal(read(self.config(folder))["a"][2], LABELS)
