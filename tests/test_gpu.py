@@ -47,6 +47,49 @@ def test_a_deterministic_run_repeats_and_resumes_to_the_last_bit(tmp_path):
     assert whole.result.metrics == cut.result.metrics
 
 
+IMAGES = {
+    "task": {"name": "segmentation", "balance": 0.5},
+    "model": {"name": "segnet", "width": 8, "connection": "add"},
+    "data": {
+        "name": "images",
+        "source": {
+            "name": "scenes", "height": 45, "width": 60, "num_train": 16, "num_search": 0, "num_validation": 4,
+            "num_test": 0,
+        },
+        "augment": {"flip": 0.5},
+    },
+    "schedule": {"name": "constant"},
+    "train": {"steps": 10, "batch": 4},
+    "evaluation": {"every": 0},
+    "checkpoint": {"every": 0},
+    "runtime": {"device": "cuda", "threads": 1},
+}  # fmt: skip
+
+
+def images(*settings):
+    return validate(RunConfig, override(IMAGES, settings))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_segnet_trains_as_on_the_cpu_and_meets_its_price(tmp_path, precision):
+    result = train(images(f"precision={precision}"), tmp_path / "run")
+    assert result.error["parameters"] == 0
+    assert result.error["saved_bytes"] == 0
+    assert abs(result.error["peak_bytes"]) <= 0.05
+    losses = read_run(tmp_path / "run").steps["loss"]
+    if precision == "fp32":  # convolutions may add in TF32, of 10 bits
+        train(images("runtime.device=cpu"), tmp_path / "cpu")
+        assert losses == pytest.approx(read_run(tmp_path / "cpu").steps["loss"], rel=2**-9)
+    assert losses[-1] < losses[0]
+
+
+def test_a_deterministic_segnet_repeats_to_the_last_bit(tmp_path):
+    for name in ("a", "b"):
+        train(images("runtime.deterministic=true"), tmp_path / name)
+    a, b = (read_run(tmp_path / name).steps["loss"] for name in ("a", "b"))
+    assert a.tolist() == b.tolist()
+
+
 ZERO = {
     "zero 0": ("parallel.stage=0",),
     "zero 1": ("parallel.stage=1",),

@@ -219,7 +219,10 @@ def differences(entries: Sequence[Entry]) -> list[str]:
     done = [entry for entry in entries if entry.status in ("finished", "diverged")]
     found = []
     kinds: tuple[tuple[str, Callable[[Entry], Any]], ...] = (
-        ("read other data, or by another tokenizer (SHA-256)", lambda entry: (entry.data_sha256 or "unknown")[:12]),
+        (
+            "read other data (SHA-256, of texts with their tokenizer)",
+            lambda entry: (entry.data_sha256 or "unknown")[:12],
+        ),
         ("count other items", lambda entry: entry.item),
         ("are evaluated on other splits", lambda entry: entry.split),
         ("were to train on other numbers of items", _budget),
