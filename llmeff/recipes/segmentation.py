@@ -104,13 +104,14 @@ def camvid() -> SweepConfig:
 
 @sweep_recipe
 def scenes_optimizers() -> SweepConfig:
-    """The optimizers that are compared on language, on built-in street scenes: five rates each, three fresh seeds."""
+    """The optimizers that are compared on language, on built-in street scenes: five rates each, eight fresh seeds."""
     return SweepConfig(
         name="scenes-optimizers",
         base=_base(ImageData(augment=FLIPPED), steps=400, batch=4),
         arms=OPTIMIZERS,
         baseline="adamw",
         metric="mean_iou",
+        seeds=tuple(range(8)),
     )
 
 
