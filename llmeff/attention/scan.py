@@ -1,0 +1,217 @@
+"""The recurrence that all mixers with a state have in common, step by step for decoding and in chunks for training.
+
+A state S of (K, V) is carried from token to token. It decays, gives up what it held for a key (the delta rule), takes in a
+key and its value, and is read by a query:
+
+    S_t = (I - beta_t k_t k_t') diag(exp(g_t)) S_(t-1) + beta_t k_t v_t',    o_t = S_t' q_t
+
+Without beta nothing is given up and values are taken in whole: S_t = diag(exp(g_t)) S_(t-1) + k_t v_t'. In a chunk of C
+tokens, with c_t the sum of g from its start to t, all that depends on no earlier chunk is matrix products (Yang et al.
+2024, arXiv 2312.06635 and 2406.06484; 2412.06464 with decay); between chunks only the state is handed on.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# B batch, N heads, T tokens, K key width, V value width, M chunks, C tokens of a chunk, S tokens of a block of a chunk
+
+CHUNK = 64
+"""C, tokens that are taken together."""
+BLOCK = 16
+"""S, tokens over which decays of single channels are put into their keys. A larger block could overflow."""
+LEAST = -5.0
+"""The least g of a channel that has its own: exp(-LEAST * BLOCK) is still a float32. It leaves 0.7 % of the state."""
+
+
+def step(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token.
+
+    Args:
+        query: (B, N, K).
+        key: (B, N, K).
+        value: (B, N, V).
+        log_decay: g, (B, N, K), or (B, N, 1) where a head's channels have one in common; None: 0.
+        beta: (B, N); None: there is no delta rule.
+        state: (B, N, K, V), of the token before; left as it is.
+
+    Returns:
+        (B, N, V) and the state.
+    """
+    if log_decay is not None:
+        state = state * log_decay.exp()[..., None]
+    if beta is not None:
+        value = beta[..., None] * (value - torch.einsum("bnk,bnkv->bnv", key, state))
+    state = state + key[..., None] * value[..., None, :]
+    return torch.einsum("bnk,bnkv->bnv", query, state), state
+
+
+def scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    documents: Tensor | None = None,
+    state: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """All tokens, in chunks.
+
+    Args:
+        query: (B, N, T, K).
+        key: (B, N, T, K).
+        value: (B, N, T, V).
+        log_decay: g, at most 0. (B or 1, N, T, 1) where a head's channels have one in common, or (B, N, T, K), and then
+            at least `LEAST`; None: 0.
+        beta: (B, N, T); None: there is no delta rule.
+        documents: (B, T); a document's tokens are neighbours, and where a new one begins, the state is 0. None: one a row.
+        state: (B, N, K, V), before the first token; it belongs to the first document. None: 0.
+        chunk: C; with decays of single channels a multiple of `BLOCK`.
+
+    Returns:
+        (B, N, T, V), and the state after the last token, of its document.
+    """
+    length, width = key.shape[-2:]
+    missing = -length % chunk
+    query, key, value = (_chunks(x, missing, chunk) for x in (query, key, value))
+    decay = None if log_decay is None else _chunks(log_decay, missing, chunk).cumsum(-2)
+    sees = _causal(documents, missing, chunk, query.device)
+    reaches = stays = lasts = None
+    if documents is not None:
+        reaches, stays, lasts = _borders(documents, missing, chunk, value.dtype)
+
+    read, kept = query, key
+    if decay is not None:
+        read, kept = query * decay.exp(), key * (decay[..., -1:, :] - decay).exp()
+    if reaches is not None:
+        read, kept = read * reaches, kept * stays
+    carry = None if decay is None else decay[..., -1, :, None].exp()
+    if lasts is not None:
+        carry = lasts if carry is None else carry * lasts
+    taken, erased = value, None
+    if beta is not None:
+        beta = _chunks(beta[..., None], missing, chunk)
+        found = key if decay is None else key * decay.exp()
+        found = found if reaches is None else found * reaches
+        overlap = (beta * _pairs(key, key, decay, sees)).tril(-1)
+        solved = torch.linalg.solve_triangular(
+            overlap, beta * torch.cat((value, found), dim=-1), upper=False, unitriangular=True
+        )
+        taken, erased = solved[..., : value.shape[-1]], solved[..., value.shape[-1] :]
+    if state is None:
+        state = value.new_zeros((*value.shape[:2], width, value.shape[-1]))
+    states, end, taken = _hand_on(kept, taken, carry, erased, state)
+    mixed = _pairs(query, key, decay, sees) @ taken + read @ states
+    return mixed.flatten(2, 3)[:, :, :length], end
+
+
+def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
+    """(B, N, T, .) to (B, N, M, C, .), with zeros in the last chunk's free places: they neither decay nor add."""
+    return F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) if missing else x.unflatten(2, (-1, chunk))
+
+
+def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.device) -> Tensor:
+    """Which tokens of its chunk each sees: (C, C), or (B, 1, M, C, C)."""
+    sees = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+    if documents is None:
+        return sees
+    parts = F.pad(documents, (0, missing), value=-1).unflatten(1, (-1, chunk))
+    return (sees & (parts[..., None] == parts[..., None, :]))[:, None]
+
+
+def _borders(documents: Tensor, missing: int, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """As zeros and ones: whether the state before a chunk reaches each token, whether it stays in the state after it, and whether
+    the first state goes on into the second. (B, 1, M, C, 1) twice and (B, 1, M, 1, 1)."""
+    if missing:  # free places belong to the last document
+        documents = torch.cat((documents, documents[:, -1:].expand(-1, missing)), dim=1)
+    parts = documents.unflatten(1, (-1, chunk))
+    last = parts[..., -1]
+    before = torch.cat((parts[:, :1, 0], last[:, :-1]), dim=1)  # a state that is given is the first document's
+    reaches = (parts == before[..., None])[:, None, :, :, None]
+    stays = (parts == last[..., None])[:, None, :, :, None]
+    return reaches.to(dtype), stays.to(dtype), (before == last)[:, None, :, None, None].to(dtype)
+
+
+def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Tensor:
+    """sum over channels of rows_t exp(c_t - c_s) keys_s where t sees s: (B, N, M, C, C)."""
+    if decay is None:
+        return (rows @ keys.mT).masked_fill(~sees, 0)
+    if decay.shape[-1] == 1:
+        between = (decay - decay.mT).masked_fill(~sees, -torch.inf)
+        return (rows @ keys.mT) * between.exp()
+    blocks = []
+    for start in range(0, decay.shape[-2], BLOCK):
+        end = start + BLOCK
+        base = decay[..., start : start + 1, :]
+        own = rows[..., start:end, :] * (decay[..., start:end, :] - base).exp()
+        theirs = keys[..., :end, :] * (base - decay[..., :end, :]).exp()
+        blocks.append(F.pad(own @ theirs.mT, (0, decay.shape[-2] - end)))
+    return torch.cat(blocks, dim=-2).masked_fill(~sees, 0)
+
+
+class _HandOn(torch.autograd.Function):
+    """States from chunk to chunk: U_i = u_i - w_i S_i, S_(i+1) = a_i S_i + k_i' U_i.
+
+    Autograd would take down every step of the loop; here backward is a loop of as many products, the gradients of all chunks'
+    inputs are one product each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, keys: Tensor, values: Tensor, carry: Tensor | None, erased: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_chunks = keys.shape[2]
+        states = state.new_empty((*state.shape[:2], num_chunks, *state.shape[2:]))
+        added = None if erased is not None else keys.mT @ values
+        taken = values.clone() if erased is not None else values
+        for index in range(num_chunks):
+            states[:, :, index] = state
+            if erased is not None:
+                taken[:, :, index].sub_(erased[:, :, index] @ state)
+                new = keys[:, :, index].mT @ taken[:, :, index]
+            else:
+                assert added is not None
+                new = added[:, :, index]
+            state = state + new if carry is None else torch.addcmul(new, state, carry[:, :, index])
+        ctx.save_for_backward(keys, taken, carry, erased, states)
+        if erased is None:
+            ctx.mark_non_differentiable(taken)
+        return states, state, taken
+
+    @staticmethod
+    def backward(ctx: Any, above_states: Tensor, above_end: Tensor, above_taken: Tensor) -> tuple[Tensor | None, ...]:
+        keys, taken, carry, erased, states = ctx.saved_tensors
+        after = torch.empty_like(states)  # gradients of the state after each chunk
+        grad_taken = None if erased is None else above_taken.clone()
+        gradient = above_end
+        for index in reversed(range(states.shape[2])):
+            after[:, :, index] = gradient
+            before = above_states[:, :, index]
+            if grad_taken is not None:
+                grad_taken[:, :, index] += keys[:, :, index] @ gradient
+                before = before - erased[:, :, index].mT @ grad_taken[:, :, index]
+            gradient = before + gradient if carry is None else torch.addcmul(before, gradient, carry[:, :, index])
+        grad_keys = taken @ after.mT
+        grad_values = keys @ after if grad_taken is None else grad_taken
+        grad_erased = None if grad_taken is None else -(grad_taken @ states.mT)
+        grad_carry = None
+        if carry is not None and ctx.needs_input_grad[2]:
+            grad_carry = (states * after).sum_to_size(carry.shape)
+        return grad_keys, grad_values, grad_carry, grad_erased, gradient
+
+
+def _hand_on(
+    keys: Tensor, values: Tensor, carry: Tensor | None, erased: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before each chunk (B, N, M, K, V), the one after the last, and what each chunk takes in (B, N, M, C, V)."""
+    states, end, taken = cast(
+        tuple[Tensor, Tensor, Tensor],
+        _HandOn.apply(keys, values, carry, erased, state),  # type: ignore[no-untyped-call]
+    )
+    return states, end, values if erased is None else taken

@@ -1,0 +1,114 @@
+"""The recurrence: chunks against single steps in float64, values and gradients, over every kind of decay and rule."""
+
+import itertools
+
+import pytest
+import torch
+
+from llmeff.attention.scan import scan, step
+
+KINDS = list(itertools.product([None, "head", "channel"], [False, True]))
+every_kind = pytest.mark.parametrize(("decays", "has_delta"), KINDS)
+
+
+def inputs(decays, has_delta, length=50, batch=2, heads=3, width=8, values=5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shape = (batch, heads, length)
+    key = torch.nn.functional.normalize(normal(*shape, width), dim=-1)
+    given = {"query": normal(*shape, width), "key": key, "value": normal(*shape, values)}
+    if decays is not None:
+        given["log_decay"] = -normal(*shape, 1 if decays == "head" else width).exp() * 0.3
+        given["log_decay"] = given["log_decay"].clamp(min=-5)
+    if has_delta:
+        given["beta"] = normal(*shape).sigmoid()
+    return {name: x.to(dtype).requires_grad_() for name, x in given.items()}
+
+
+def stepwise(given, documents=None, state=None):
+    query, key, value = given["query"], given["key"], given["value"]
+    batch, heads, length, width = key.shape
+    if state is None:
+        state = value.new_zeros(batch, heads, width, value.shape[-1])
+    out = []
+    for t in range(length):
+        if documents is not None and t:
+            state = state * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
+        log_decay, beta = given.get("log_decay"), given.get("beta")
+        mixed, state = step(
+            query[:, :, t], key[:, :, t], value[:, :, t],
+            None if log_decay is None else log_decay[:, :, t],
+            None if beta is None else beta[:, :, t],
+            state,
+        )  # fmt: skip
+        out.append(mixed)
+    return torch.stack(out, dim=2), state
+
+
+def gradients(given, run):
+    out, end = run(given)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    ends = torch.randn(end.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
+    found = torch.autograd.grad((out * weights).sum() + (end * ends).sum(), list(given.values()))
+    return {"out": out, "end": end} | dict(zip(given, found, strict=True))
+
+
+def assert_same(found, expected, tolerance):
+    for name, values in expected.items():
+        scale = float(values.detach().abs().max())
+        torch.testing.assert_close(found[name].double(), values, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_kind
+@pytest.mark.parametrize("length", [1, 16, 50, 64])
+def test_chunks_are_the_steps(decays, has_delta, length):
+    given = inputs(decays, has_delta, length)
+    expected = gradients(given, stepwise)
+    for chunk in (16, 32):
+        assert_same(gradients(given, lambda own, c=chunk: scan(**own, chunk=c)), expected, 1e-11)
+
+
+@every_kind
+def test_in_float32_it_is_the_steps_of_float64(decays, has_delta):
+    given = inputs(decays, has_delta, 200, width=32, values=32)
+    expected = gradients(given, stepwise)
+    single = {name: x.detach().float().requires_grad_() for name, x in given.items()}
+    assert_same(gradients(single, lambda own: scan(**own)), expected, 1e-5)
+
+
+@every_kind
+def test_documents_of_a_row_do_not_see_one_another(decays, has_delta):
+    given = inputs(decays, has_delta, 70)
+    documents = torch.stack((torch.arange(70) // 17, (torch.arange(70) >= 32).long() + (torch.arange(70) >= 33)))
+    assert_same(
+        gradients(given, lambda own: scan(**own, documents=documents, chunk=16)),
+        gradients(given, lambda own: stepwise(own, documents)),
+        1e-11,
+    )
+
+
+@every_kind
+def test_a_state_goes_on(decays, has_delta):
+    given = inputs(decays, has_delta, 50)
+    whole, end = scan(**given, chunk=16)
+    first = {name: x[:, :, :21] for name, x in given.items()}
+    second = {name: x[:, :, 21:] for name, x in given.items()}
+    out, state = scan(**first, chunk=16)
+    torch.testing.assert_close(out, whole[:, :, :21])
+    out, state = scan(**second, state=state, chunk=32)
+    torch.testing.assert_close(out, whole[:, :, 21:])
+    torch.testing.assert_close(state, end)
+
+
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_the_strongest_decays_do_not_overflow(has_delta):
+    given = inputs("channel", has_delta, 64, dtype=torch.float32)
+    with torch.no_grad():
+        given["log_decay"].fill_(-5.0)
+    found = gradients(given, lambda own: scan(**own))
+    assert all(bool(x.isfinite().all()) for x in found.values())
+    double = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    assert_same({name: found[name] for name in found}, gradients(double, stepwise), 1e-5)
