@@ -10,7 +10,8 @@ tokens, with c_t the sum of g from its start to t, all that depends on no earlie
 2024, arXiv 2312.06635 and 2406.06484; 2412.06464 with decay); between chunks only the state is handed on.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor
 
 CHUNK = 64
 """C, tokens that are taken together."""
+SEGMENT = 1024
+"""Tokens whose chunks are computed at once, and again in backward: between segments only states are kept."""
 BLOCK = 16
 """S, tokens over which decays of single channels are put into their keys. A larger block could overflow."""
 LEAST = -5.0
@@ -60,40 +63,113 @@ def scan(
     documents: Tensor | None = None,
     state: Tensor | None = None,
     chunk: int = CHUNK,
+    segment: int = SEGMENT,
 ) -> tuple[Tensor, Tensor]:
-    """All tokens, in chunks.
+    """All tokens, in chunks; for backward the arguments alone are kept, and a state for each segment.
 
     Args:
         query: (B, N, T, K).
         key: (B, N, T, K).
         value: (B, N, T, V).
-        log_decay: g, at most 0. (B or 1, N, T, 1) where a head's channels have one in common, or (B, N, T, K), and then
-            at least `LEAST`; None: 0.
+        log_decay: g, at most 0. (B, N, T, 1) where a head's channels have one in common, or (B, N, T, K), and then at
+            least `LEAST`; None: 0.
         beta: (B, N, T); None: there is no delta rule.
         documents: (B, T); a document's tokens are neighbours, and where a new one begins, the state is 0. None: one a row.
         state: (B, N, K, V), before the first token; it belongs to the first document. None: 0.
         chunk: C; with decays of single channels a multiple of `BLOCK`.
+        segment: tokens that are computed at once; a multiple of C.
 
     Returns:
         (B, N, T, V), and the state after the last token, of its document.
     """
-    length, width = key.shape[-2:]
+    if state is None:
+        state = value.new_zeros((*value.shape[:2], key.shape[-1], value.shape[-1]))
+    return _scan((chunk, segment), documents, query, key, value, log_decay, beta, state)
+
+
+class _Scan(torch.autograd.Function):
+    """Segments one after another, each from the state that the one before left."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: tuple[int, int], documents: Tensor | None, *given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        *rows, state = given
+        value = rows[2]
+        assert value is not None
+        assert state is not None
+        out, states = torch.empty_like(value), []
+        for index, part in enumerate(_segments(value.shape[2], sizes[1])):
+            states.append(state)
+            own = [None if x is None else x[:, :, part] for x in rows]
+            out[:, :, part], state = _segment(sizes[0], _part(documents, part, index), *own, state)
+        ctx.sizes = sizes
+        ctx.save_for_backward(documents, *rows, *states)
+        return out, state
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor, above_state: Tensor) -> tuple[Tensor | None, ...]:
+        documents, *saved = ctx.saved_tensors
+        rows, states = saved[:5], saved[5:]
+        gradients = [None if x is None else torch.empty_like(x) for x in rows]
+        for index, part in reversed(list(enumerate(_segments(above.shape[2], ctx.sizes[1])))):
+            leaves = [None if x is None else x[:, :, part].detach().requires_grad_() for x in (*rows, None)]
+            leaves[-1] = state = states[index].detach().requires_grad_()
+            with torch.enable_grad():
+                results = _segment(ctx.sizes[0], _part(documents, part, index), *leaves)
+            *found, above_state = torch.autograd.grad(
+                results, [x for x in leaves if x is not None], (above[:, :, part], above_state)
+            )
+            del results, state
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient[:, :, part] = found.pop(0)
+        return None, None, *gradients, above_state
+
+
+_scan: Callable[..., tuple[Tensor, Tensor]] = _Scan.apply
+
+
+def _segments(length: int, segment: int) -> list[slice]:
+    return [slice(start, start + segment) for start in range(0, length, segment)]
+
+
+def _part(documents: Tensor | None, part: slice, index: int) -> Tensor | None:
+    """A segment's documents, after that of the token before it."""
+    if documents is None:
+        return None
+    first = part.start - 1 if index else 0
+    return torch.cat((documents[:, first : first + 1], documents[:, part]), dim=1)
+
+
+def _segment(
+    chunk: int,
+    documents: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`scan` of one segment, as autograd can follow it; `documents` begins with that of the state."""
+    length = key.shape[2]
     missing = -length % chunk
     query, key, value = (_chunks(x, missing, chunk) for x in (query, key, value))
     decay = None if log_decay is None else _chunks(log_decay, missing, chunk).cumsum(-2)
     sees = _causal(documents, missing, chunk, query.device)
-    reaches = stays = lasts = None
+    reaches = stays = goes_on = None
     if documents is not None:
-        reaches, stays, lasts = _borders(documents, missing, chunk, value.dtype)
+        reaches, stays, goes_on = (x.to(value.dtype) for x in _borders(documents, missing, chunk))
 
     read, kept = query, key
+    carry = None
     if decay is not None:
         read, kept = query * decay.exp(), key * (decay[..., -1:, :] - decay).exp()
+        carry = decay[..., -1, :, None].exp()
     if reaches is not None:
         read, kept = read * reaches, kept * stays
-    carry = None if decay is None else decay[..., -1, :, None].exp()
-    if lasts is not None:
-        carry = lasts if carry is None else carry * lasts
+        carry = goes_on if carry is None else carry * goes_on
     taken, erased = value, None
     if beta is not None:
         beta = _chunks(beta[..., None], missing, chunk)
@@ -104,8 +180,6 @@ def scan(
             overlap, beta * torch.cat((value, found), dim=-1), upper=False, unitriangular=True
         )
         taken, erased = solved[..., : value.shape[-1]], solved[..., value.shape[-1] :]
-    if state is None:
-        state = value.new_zeros((*value.shape[:2], width, value.shape[-1]))
     states, end, taken = _hand_on(kept, taken, carry, erased, state)
     mixed = _pairs(query, key, decay, sees) @ taken + read @ states
     return mixed.flatten(2, 3)[:, :, :length], end
@@ -116,30 +190,38 @@ def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) if missing else x.unflatten(2, (-1, chunk))
 
 
+def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
+    """(B, 1 + T) to (B, M, C); free places belong to the last document."""
+    own = documents[:, 1:]
+    return torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk))
+
+
 def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.device) -> Tensor:
     """Which tokens of its chunk each sees: (C, C), or (B, 1, M, C, C)."""
     sees = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
     if documents is None:
         return sees
-    parts = F.pad(documents, (0, missing), value=-1).unflatten(1, (-1, chunk))
+    parts = _parts(documents, missing, chunk)
     return (sees & (parts[..., None] == parts[..., None, :]))[:, None]
 
 
-def _borders(documents: Tensor, missing: int, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """As zeros and ones: whether the state before a chunk reaches each token, whether it stays in the state after it, and whether
-    the first state goes on into the second. (B, 1, M, C, 1) twice and (B, 1, M, 1, 1)."""
-    if missing:  # free places belong to the last document
-        documents = torch.cat((documents, documents[:, -1:].expand(-1, missing)), dim=1)
-    parts = documents.unflatten(1, (-1, chunk))
+def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What ends with a document, in chunks.
+
+    Returns:
+        whether the state before a chunk reaches each token, whether each token stays in the state after it, (B, 1, M, C, 1),
+        and whether the first state goes on into the second, (B, 1, M, 1, 1).
+    """
+    parts = _parts(documents, missing, chunk)
     last = parts[..., -1]
-    before = torch.cat((parts[:, :1, 0], last[:, :-1]), dim=1)  # a state that is given is the first document's
-    reaches = (parts == before[..., None])[:, None, :, :, None]
-    stays = (parts == last[..., None])[:, None, :, :, None]
-    return reaches.to(dtype), stays.to(dtype), (before == last)[:, None, :, None, None].to(dtype)
+    before = torch.cat((documents[:, :1], last[:, :-1]), dim=1)
+    reaches = (parts == before[..., None])[:, None, ..., None]
+    stays = (parts == last[..., None])[:, None, ..., None]
+    return reaches, stays, (before == last)[:, None, :, None, None]
 
 
 def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Tensor:
-    """sum over channels of rows_t exp(c_t - c_s) keys_s where t sees s: (B, N, M, C, C)."""
+    """Sum over channels of rows_t exp(c_t - c_s) keys_s where t sees s: (B, N, M, C, C)."""
     if decay is None:
         return (rows @ keys.mT).masked_fill(~sees, 0)
     if decay.shape[-1] == 1:
@@ -206,12 +288,12 @@ class _HandOn(torch.autograd.Function):
         return grad_keys, grad_values, grad_carry, grad_erased, gradient
 
 
+_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HandOn.apply
+
+
 def _hand_on(
     keys: Tensor, values: Tensor, carry: Tensor | None, erased: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states before each chunk (B, N, M, K, V), the one after the last, and what each chunk takes in (B, N, M, C, V)."""
-    states, end, taken = cast(
-        tuple[Tensor, Tensor, Tensor],
-        _HandOn.apply(keys, values, carry, erased, state),  # type: ignore[no-untyped-call]
-    )
+    states, end, taken = _apply(keys, values, carry, erased, state)
     return states, end, values if erased is None else taken

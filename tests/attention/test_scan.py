@@ -56,10 +56,13 @@ def gradients(given, run):
     return {"out": out, "end": end} | dict(zip(given, found, strict=True))
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(found, expected, tolerance, scale=None):
+    """Within a part of each tensor's own largest number, or of `scale`."""
     for name, values in expected.items():
-        scale = float(values.detach().abs().max())
-        torch.testing.assert_close(found[name].double(), values, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        own = float(values.detach().abs().max()) if scale is None else scale
+        torch.testing.assert_close(
+            found[name].double(), values, rtol=0, atol=tolerance * own, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @every_kind
@@ -68,7 +71,7 @@ def test_chunks_are_the_steps(decays, has_delta, length):
     given = inputs(decays, has_delta, length)
     expected = gradients(given, stepwise)
     for chunk in (16, 32):
-        assert_same(gradients(given, lambda own, c=chunk: scan(**own, chunk=c)), expected, 1e-11)
+        assert_same(gradients(given, lambda own, c=chunk: scan(**own, chunk=c, segment=2 * c)), expected, 1e-11)
 
 
 @every_kind
@@ -84,7 +87,7 @@ def test_documents_of_a_row_do_not_see_one_another(decays, has_delta):
     given = inputs(decays, has_delta, 70)
     documents = torch.stack((torch.arange(70) // 17, (torch.arange(70) >= 32).long() + (torch.arange(70) >= 33)))
     assert_same(
-        gradients(given, lambda own: scan(**own, documents=documents, chunk=16)),
+        gradients(given, lambda own: scan(**own, documents=documents, chunk=16, segment=32)),
         gradients(given, lambda own: stepwise(own, documents)),
         1e-11,
     )
@@ -93,7 +96,7 @@ def test_documents_of_a_row_do_not_see_one_another(decays, has_delta):
 @every_kind
 def test_a_state_goes_on(decays, has_delta):
     given = inputs(decays, has_delta, 50)
-    whole, end = scan(**given, chunk=16)
+    whole, end = scan(**given, chunk=16, segment=16)
     first = {name: x[:, :, :21] for name, x in given.items()}
     second = {name: x[:, :, 21:] for name, x in given.items()}
     out, state = scan(**first, chunk=16)
@@ -111,4 +114,6 @@ def test_the_strongest_decays_do_not_overflow(has_delta):
     found = gradients(given, lambda own: scan(**own))
     assert all(bool(x.isfinite().all()) for x in found.values())
     double = {name: x.detach().double().requires_grad_() for name, x in given.items()}
-    assert_same({name: found[name] for name in found}, gradients(double, stepwise), 1e-5)
+    # where all decays away, the gradient of a decay is what rounding leaves of sums of gradients of keys and queries
+    expected = gradients(double, stepwise)
+    assert_same(found, expected, 1e-6, scale=max(float(x.detach().abs().max()) for x in expected.values()))
