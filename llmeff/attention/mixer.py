@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -32,19 +32,35 @@ class MixerShape:
     """Added under the root of every normalization."""
 
 
-class KeyValueCache(Protocol):
-    """The cached form of a mixer that keeps its keys and values."""
+class LayerCache(Protocol):
+    """What a layer keeps of the tokens that it has seen: their keys and values, or states by name."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (B, K, T, H) keys and values; returns all of them, (B, K, S, H)."""
         ...
 
+    def recall(self, name: str) -> Tensor | None:
+        """What was kept under a name; None before the first token. Its first dimension is B."""
+        ...
 
-class Mixer(nn.Module, ABC):
+    def keep(self, name: str, state: Tensor) -> None:
+        """Puts a state in the place of the one of that name."""
+        ...
+
+
+class Initialized(nn.Module, ABC):
+    """A module with parameters of its own that begin neither as the model's matrices nor at 1."""
+
+    def initial(self) -> dict[str, Tensor]:
+        """Their first values, by name, drawn from torch's default generator."""
+        return {}
+
+
+class Mixer(Initialized):
     """Mixes a sequence. Without a cache, the form for training; with one, the form for decoding: the two agree."""
 
     @abstractmethod
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); token t sees only tokens of its document that are not after it, and no padding."""
 
     @abstractmethod
@@ -55,13 +71,30 @@ class Mixer(nn.Module, ABC):
 class MixerConfig(Component, family="mixer"):
     """Which mixer a layer has."""
 
+    extends: ClassVar[bool] = False
+    """Whether decoding keeps keys and values by `LayerCache.extend` alone, for which any of transformers' caches will do."""
+
     name: Text
     """The mixer's name."""
 
+    def problems(self, shape: MixerShape) -> list[str]:
+        """What of the widths does not fit it."""
+        return []
+
     def build(self, shape: MixerShape) -> Mixer:
-        """The module, with uninitialized weights."""
+        """The module, with uninitialized weights but for `Initialized.initial`."""
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: Batch) -> Array:
         """The price of the module's forward in training, within it on the tape: (B, T, D) to (B, T, D)."""
+        raise NotImplementedError(type(self))
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """What decoding keeps of one sequence.
+
+        Args:
+            shape: the widths.
+            num_tokens: S, tokens that the sequence has.
+            number_bytes: of a number of keys and values; states of sums are float32.
+        """
         raise NotImplementedError(type(self))

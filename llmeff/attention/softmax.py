@@ -1,14 +1,14 @@
 """Softmax attention: multi-head, grouped-query or multi-query, with rotary positions."""
 
 from functools import partial
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import norm
-from llmeff.attention.mixer import KeyValueCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.norm import RMSNorm
 from llmeff.core.config import Flag
 from llmeff.core.layout import Layout
@@ -44,6 +44,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
 class Softmax(MixerConfig):
     """Softmax attention (Vaswani et al. 2017; GQA: Ainslie et al. 2023) with rotary positions (Su et al. 2021)."""
 
+    extends: ClassVar[bool] = True
+
     name: Literal["softmax"] = "softmax"
     qk_norm: Flag = False
     """Normalize queries and keys per head before they are turned (Dehghani et al. 2023; as in Qwen3)."""
@@ -75,6 +77,10 @@ class Softmax(MixerConfig):
         weight = tape.weight("o_proj.weight", shape.width, shape.num_heads * shape.head_dim)
         return laws.linear(tape, laws.joined_heads(tape, mixed), weight)
 
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """Every key and value."""
+        return 2 * shape.num_kv_heads * shape.head_dim * num_tokens * number_bytes
+
 
 class SoftmaxMixer(Mixer):
     """Projections around `attend`. Parameter names are those of transformers' Llama and Qwen3."""
@@ -91,7 +97,7 @@ class SoftmaxMixer(Mixer):
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         head_dim = self.shape.head_dim
         query = self.q_proj(x).unflatten(-1, (-1, head_dim)).transpose(1, 2)

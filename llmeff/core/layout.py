@@ -33,6 +33,16 @@ class Layout:
         positions = torch.arange(past, past + length, device=device)[None]
         return Layout(positions=positions, past=past)
 
+    @property
+    def is_padding(self) -> Tensor | None:
+        """(B, T) bool of the new tokens, True where one is padding; None where none is."""
+        return None if self.padding is None else ~self.padding[:, self.past : self.past + self.positions.shape[-1]]
+
+    def cleared(self, x: Tensor) -> Tensor:
+        """(B, T, .) with zeros for padding."""
+        is_padding = self.is_padding
+        return x if is_padding is None else x.masked_fill(is_padding[..., None], 0)
+
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary angles, float32, each (B or 1, 1, T, head_dim).
 

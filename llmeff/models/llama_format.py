@@ -25,9 +25,10 @@ _REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_co
 
 
 def is_stock(config: DecoderConfig) -> bool:
-    """Whether transformers has the model: softmax attention, and the same widths in every layer."""
+    """Whether transformers has the model: one kind of softmax attention, and the same widths in every layer."""
     shapes = {
         (
+            config.layer_mixer(index).model_dump_json(),
             config.layer_heads(index),
             config.layer_mlp_width(index),
             layer.has_mixer and layer.has_mlp,
@@ -35,7 +36,7 @@ def is_stock(config: DecoderConfig) -> bool:
         for index in range(config.num_layers)
         for layer in [config.layer(index)]
     }
-    return isinstance(config.mixer, Softmax) and len(shapes) == 1 and all(whole for *_, whole in shapes)
+    return isinstance(config.layer_mixer(0), Softmax) and len(shapes) == 1 and all(whole for *_, whole in shapes)
 
 
 def shared_name(name: str) -> str:
@@ -64,8 +65,9 @@ def _architecture(config: DecoderConfig) -> dict[str, Any]:
             "model_type": "llmeff",
             "decoder_config": own_fields(config),
         }
-    assert isinstance(config.mixer, Softmax)
-    model_type = "qwen3" if config.mixer.qk_norm else "llama"
+    mixer = config.layer_mixer(0)
+    assert isinstance(mixer, Softmax)
+    model_type = "qwen3" if mixer.qk_norm else "llama"
     num_heads, num_kv_heads = config.layer_heads(0)
     return {
         "architectures": [_STOCK[model_type]],

@@ -15,11 +15,12 @@ from transformers import (
     PreTrainedModel,
     initialization,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from llmeff.attention.mixer import Initialized
 from llmeff.attention.norm import RMSNorm
 from llmeff.core.layout import Layout
 from llmeff.models.llama_format import from_own_fields, own_fields, shared_name
@@ -99,6 +100,64 @@ class LlmeffConfig(PreTrainedConfig):
         return self.unwrap().head_width
 
 
+class StateLayer(CacheLayerMixin):
+    """What a mixer keeps by name, as a layer of a transformers cache: it is reordered, repeated and selected with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, Tensor] = {}
+        self.num_tokens = 0
+        """Tokens that the states have seen, padding included."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """States come with the first token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values go elsewhere."""
+        raise NotImplementedError("this layer keeps states by name, no keys and values")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens that a mask is over, from the first."""
+        return self.num_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that were seen."""
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        """No end."""
+        return -1
+
+    def reset(self) -> None:
+        """As before the first token."""
+        self.states.clear()
+        self.num_tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """States have forgotten what was before."""
+        raise ValueError(
+            "a mixer with a state cannot go back to an earlier token: decode without assisted or prompt-lookup generation"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows of these numbers."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The rows of these numbers."""
+        self.states = {name: state.index_select(0, indices.to(state.device)) for name, state in self.states.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so often."""
+        self.states = {name: state.repeat_interleave(repeats, dim=0) for name, state in self.states.items()}
+
+    def offload(self) -> None:
+        """States are small and stay."""
+
+    def prefetch(self) -> None:
+        """They are there."""
+
+
 @dataclass(frozen=True)
 class _LayerCache:
     """One layer's part of a transformers cache, as a mixer takes it."""
@@ -109,6 +168,22 @@ class _LayerCache:
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.update(key, value, self.index)
         return keys, values
+
+    def recall(self, name: str) -> Tensor | None:
+        return self._layer().states.get(name)
+
+    def keep(self, name: str, state: Tensor) -> None:
+        self._layer().states[name] = state
+
+    def _layer(self) -> StateLayer:
+        layers = self.cache.layers
+        layer = layers[self.index] if self.index < len(layers) else None
+        if not isinstance(layer, StateLayer):
+            raise ValueError(
+                f"layer {self.index} of the cache is {type(layer).__name__}, and its mixer keeps states: give no cache, or "
+                "the one that the model makes"
+            )
+        return layer
 
 
 def _documents(positions: Tensor) -> Tensor | None:
@@ -162,6 +237,19 @@ class LlmeffPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.weight, 0.0, std)
         elif isinstance(module, RMSNorm):
             initialization.ones_(module.weight)
+        elif isinstance(module, Initialized):
+            for name, values in module.initial().items():
+                initialization.copy_(getattr(module, name), values)
+
+    def make_cache(self) -> Cache:
+        """An empty cache that every mixer can decode with."""
+        config = self.config.unwrap()
+        layers = [index for index in range(config.num_layers) if config.layer(index).has_mixer]
+        if all(config.layer_mixer(index).extends for index in layers):
+            return DynamicCache(config=self.config)
+        return Cache(
+            layers=[DynamicLayer() if config.layer_mixer(index).extends else StateLayer() for index in layers]
+        )
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Asked by `generate` for a cache of fixed size: the layout makes the mask from the padding itself."""
@@ -204,13 +292,16 @@ class LlmeffModel(LlmeffPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(x.shape[1], position_ids, attention_mask, past_key_values, x.device)
         if use_cache and past_key_values is None and layout.documents is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self.make_cache()
         for layer, index in zip(self.layers, self._cache_indices, strict=True):
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, layout)
             else:
                 cache = None if past_key_values is None else _LayerCache(past_key_values, index)
                 x = layer(x, layout, cache)
+        for kept in () if past_key_values is None else past_key_values.layers:
+            if isinstance(kept, StateLayer):
+                kept.num_tokens += x.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
@@ -225,6 +316,22 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Asked by `generate`: transformers' own caches hold keys and values only."""
+        plain = self.config.unwrap()
+        extends = all(plain.layer_mixer(index).extends for index in range(plain.num_layers))
+        if extends or generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}: mixers with a state have a cache of "
+                "their own; leave it out"
+            )
+        model_kwargs["past_key_values"] = self.make_cache()
 
     @can_return_tuple
     def forward(

@@ -2,19 +2,20 @@
 
 import math
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import create_model, model_validator
+from pydantic import Field, create_model, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmeff.attention import norm
-from llmeff.attention.mixer import KeyValueCache, MixerConfig, MixerShape
+from llmeff.attention import norm, pattern
+from llmeff.attention.mixer import Initialized, LayerCache, MixerConfig, MixerShape
 from llmeff.attention.norm import RMSNorm
 from llmeff.attention.softmax import Softmax
-from llmeff.core.config import Config, Count, Flag, Positive
+from llmeff.core.config import Config, Count, Flag, Positive, Text
 from llmeff.core.layout import Layout
 from llmeff.core.table import Role
 from llmeff.cost import laws
@@ -35,6 +36,8 @@ class LayerConfig(Config):
     """Key and value heads."""
     mlp_width: Count | None = None
     """F."""
+    mixer: MixerConfig | None = None
+    """What mixes the sequence."""
     has_mixer: Flag = True
     """False: the layer has no mixer (a pruned model)."""
     has_mlp: Flag = True
@@ -58,7 +61,12 @@ class DecoderConfig(LanguageModelConfig):
     mlp_width: Count | Literal["auto"] = "auto"
     """F. auto: 8/3 width, rounded up to a multiple of 32, so that SwiGLU has the parameters of a 4-fold MLP."""
     mixer: MixerConfig = Softmax()
-    """What mixes the sequence in every layer."""
+    """What mixes the sequence in every layer that says nothing else."""
+    pattern: Text | None = None
+    """Mixers of the layers by name, from the first on and again and again to the last: "sliding*3+softmax". None: all
+    have `mixer`."""
+    mixers: dict[Text, MixerConfig] = Field(default_factory=dict)
+    """Settings of mixers that the pattern names, by any name; those that stand here under none have their defaults."""
     tied_embeddings: Flag = True
     """One matrix embeds the tokens and gives the logits."""
     rope_theta: Positive = 10_000.0
@@ -79,11 +87,16 @@ class DecoderConfig(LanguageModelConfig):
             problems.append(f"head_dim {self.head_width} is odd: rotary positions turn pairs")
         if self.layers is not None and len(self.layers) != self.num_layers:
             problems.append(f"layers has {len(self.layers)} entries for num_layers {self.num_layers}")
+        elif self.pattern is not None and (wrong := pattern.problems(self.pattern, self.mixers, self.num_layers)):
+            problems += wrong
         else:
             for index in range(self.num_layers):
                 heads, kv_heads = self.layer_heads(index)
                 if heads % kv_heads:
                     problems.append(f"layer {index}: num_heads {heads} is no multiple of num_kv_heads {kv_heads}")
+                    break
+                if wrong := self.layer_mixer(index).problems(self.mixer_shape(index)):
+                    problems += [f"layer {index}: {problem}" for problem in wrong]
                     break
         if problems:
             raise ValueError("; ".join(problems))
@@ -104,6 +117,15 @@ class DecoderConfig(LanguageModelConfig):
         heads = own.num_heads or self.num_heads
         shared = heads if self.num_kv_heads == "auto" else self.num_kv_heads
         return heads, own.num_kv_heads or shared
+
+    def layer_mixer(self, index: int) -> MixerConfig:
+        """The mixer of a layer."""
+        own = self.layer(index).mixer
+        if own is not None:
+            return own
+        if self.pattern is None:
+            return self.mixer
+        return next(islice(pattern.mixers(self.pattern, self.mixers), index, None))
 
     def layer_mlp_width(self, index: int) -> int:
         """F of a layer."""
@@ -159,7 +181,7 @@ class DecoderConfig(LanguageModelConfig):
             with tape.within("input_layernorm", "norms"):
                 normed = norm.law(tape, x)
             with tape.within("self_attn", "attention"):
-                mixed = self.mixer.law(self.mixer_shape(index), tape, normed, batch)
+                mixed = self.layer_mixer(index).law(self.mixer_shape(index), tape, normed, batch)
                 del normed
                 x = laws.add(tape, x, mixed)
                 del mixed
@@ -204,13 +226,13 @@ class Layer(nn.Module):
         own = config.layer(index)
         if own.has_mixer:
             self.input_layernorm = RMSNorm(config.width, config.norm_eps)
-            self.self_attn = config.mixer.build(config.mixer_shape(index))
+            self.self_attn = config.layer_mixer(index).build(config.mixer_shape(index))
         if own.has_mlp:
             self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
             self.mlp = MLP(config.width, config.layer_mlp_width(index))
         self.has_mixer, self.has_mlp = own.has_mixer, own.has_mlp
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         if self.has_mixer:
             x = x + self.self_attn(self.input_layernorm(x), layout, cache)
@@ -254,6 +276,10 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, self.config.initial_std(name))
             else:
                 parameter.fill_(1.0)
+        for module in self.modules():
+            if isinstance(module, Initialized):
+                for name, values in module.initial().items():
+                    getattr(module, name).copy_(values)
 
     def hidden(self, tokens: Tensor, layout: Layout | None = None, caches: Any = None) -> Tensor:
         """(B, T) tokens to the (B, T, D) states before the output embedding; `caches[i]` is layer i's."""

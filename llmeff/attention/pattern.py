@@ -1,0 +1,52 @@
+"""Which mixer each layer has, said in a line: `sliding*3+softmax`."""
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+
+from llmeff.attention.mixer import MixerConfig
+from llmeff.core.registry import nearest
+
+
+def _runs(pattern: str) -> list[tuple[str, int | None]]:
+    """Names with how many layers in a row have them; None where that is no number above 0."""
+    found: list[tuple[str, int | None]] = []
+    for run in pattern.split("+"):
+        name, times, count = (part.strip() for part in run.partition("*"))
+        number = int(count) if count.isdecimal() else 0
+        found.append((name, 1 if not times else number or None))
+    return found
+
+
+def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int) -> list[str]:
+    """What of a pattern cannot be."""
+    runs, found = _runs(pattern), []
+    for name, count in runs:
+        if name not in settings and name not in MixerConfig.registry:
+            known = [*MixerConfig.registry.names(), *settings]
+            found.append(f"pattern {pattern!r}: there is no mixer {name!r}.{nearest(name, known)}")
+        if count is None:
+            found.append(f"pattern {pattern!r}: {name!r} is taken times no number above 0; write it as in 'sliding*3+softmax'")
+    length = sum(count or 0 for _, count in runs)
+    if not found and num_layers % length:
+        found.append(f"pattern {pattern!r} is {length} layers long, which does not divide num_layers {num_layers}")
+    found += [
+        f"mixers.{name}: the pattern {pattern!r} names no such mixer" for name in settings if name not in dict(runs)
+    ]
+    return found
+
+
+def mixers(pattern: str, settings: Mapping[str, MixerConfig]) -> Iterator[MixerConfig]:
+    """The mixers of a pattern that has no problems, from the first layer on, without end.
+
+    >>> from itertools import islice
+    >>> from llmeff.attention import Softmax
+    >>> [own.name for own in islice(mixers("plain*2+softmax", {"plain": Softmax(qk_norm=True)}), 4)]
+    ['softmax', 'softmax', 'softmax', 'softmax']
+    """
+    return cycle(
+        [
+            settings[name] if name in settings else MixerConfig.registry[name]()
+            for name, count in _runs(pattern)
+            for _ in range(count or 0)
+        ]
+    )
