@@ -25,7 +25,9 @@ def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int)
             known = [*MixerConfig.registry.names(), *settings]
             found.append(f"pattern {pattern!r}: there is no mixer {name!r}.{nearest(name, known)}")
         if count is None:
-            found.append(f"pattern {pattern!r}: {name!r} is taken times no number above 0; write it as in 'sliding*3+softmax'")
+            found.append(
+                f"pattern {pattern!r}: {name!r} is taken times no number above 0; write it as in 'sliding*3+softmax'"
+            )
     length = sum(count or 0 for _, count in runs)
     if not found and num_layers % length:
         found.append(f"pattern {pattern!r} is {length} layers long, which does not divide num_layers {num_layers}")

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmeff.attention.mixer import LayerCache
+from llmeff.core.layout import Layout
+
 # B batch, N heads, T tokens, K key width, V value width, M chunks, C tokens of a chunk, S tokens of a block of a chunk
 
 CHUNK = 64
@@ -27,6 +30,55 @@ BLOCK = 16
 """S, tokens over which decays of single channels are put into their keys. A larger block could overflow."""
 LEAST = -5.0
 """The least g of a channel that has its own: exp(-LEAST * BLOCK) is still a float32. It leaves 0.7 % of the state."""
+
+
+def mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    layout: Layout,
+    cache: LayerCache | None,
+) -> Tensor:
+    """A batch's tokens through the recurrence: in chunks, or by one step after a state that was kept. In float32 or wider.
+
+    Args:
+        query: (B, T, N, K).
+        key: (B, T, N, K).
+        value: (B, T, N, V).
+        log_decay: (B, T, N, 1), or (B, T, N, K) and then at least `LEAST`; None: 0.
+        beta: (B, T, N); None: there is no delta rule.
+        layout: documents have a state each, and padding changes none.
+        cache: keeps the state.
+
+    Returns:
+        (B, T, N, V).
+    """
+    with torch.autocast(key.device.type, enabled=False):
+        rows = [_rows(x) for x in (query, layout.cleared(key.flatten(2)).view_as(key), value, log_decay)]
+        if log_decay is not None:
+            rows[3] = _rows(layout.cleared(log_decay.flatten(2)).view_as(log_decay))
+        beta = None if beta is None else _wide(beta.transpose(1, 2))
+        state = None if cache is None else cache.recall("state")
+        if state is not None and key.shape[1] == 1:
+            one = [None if x is None else x[:, :, 0] for x in (*rows, beta)]
+            mixed, state = step(*one, state)  # type: ignore[arg-type]
+            mixed = mixed[:, :, None]
+        else:
+            mixed, state = scan(*rows, beta, documents=layout.documents, state=state)  # type: ignore[arg-type]
+    if cache is not None:
+        cache.keep("state", state)
+    return mixed.transpose(1, 2)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """(B, T, N, .) to (B, N, T, .), half precisions as float32."""
+    return None if x is None else _wide(x.transpose(1, 2))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def step(
@@ -111,16 +163,16 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor, above_state: Tensor) -> tuple[Tensor | None, ...]:
         documents, *saved = ctx.saved_tensors
         rows, states = saved[:5], saved[5:]
-        gradients = [None if x is None else torch.empty_like(x) for x in rows]
+        needed = [x is not None and need for x, need in zip(rows, ctx.needs_input_grad[2:], strict=False)]
+        gradients = [torch.empty_like(x) if need else None for x, need in zip(rows, needed, strict=True)]
         for index, part in reversed(list(enumerate(_segments(above.shape[2], ctx.sizes[1])))):
-            leaves = [None if x is None else x[:, :, part].detach().requires_grad_() for x in (*rows, None)]
-            leaves[-1] = state = states[index].detach().requires_grad_()
+            own = [None if x is None else x[:, :, part].detach() for x in rows]
+            leaves = [x.requires_grad_() for x, need in zip(own, needed, strict=True) if need and x is not None]
+            leaves.append(states[index].detach().requires_grad_())
             with torch.enable_grad():
-                results = _segment(ctx.sizes[0], _part(documents, part, index), *leaves)
-            *found, above_state = torch.autograd.grad(
-                results, [x for x in leaves if x is not None], (above[:, :, part], above_state)
-            )
-            del results, state
+                results = _segment(ctx.sizes[0], _part(documents, part, index), *own, leaves[-1])
+            *found, above_state = torch.autograd.grad(results, leaves, (above[:, :, part], above_state))
+            del results
             for gradient in gradients:
                 if gradient is not None:
                     gradient[:, :, part] = found.pop(0)

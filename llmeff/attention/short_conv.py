@@ -1,7 +1,6 @@
 """A causal convolution over the last few tokens of each channel, within documents."""
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +8,6 @@ from torch import Tensor
 
 from llmeff.attention.mixer import Initialized, LayerCache
 from llmeff.core.layout import Layout
-from llmeff.cost import laws
-from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, C channels, W taps
 

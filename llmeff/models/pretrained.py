@@ -247,9 +247,7 @@ class LlmeffPreTrainedModel(PreTrainedModel):
         layers = [index for index in range(config.num_layers) if config.layer(index).has_mixer]
         if all(config.layer_mixer(index).extends for index in layers):
             return DynamicCache(config=self.config)
-        return Cache(
-            layers=[DynamicLayer() if config.layer_mixer(index).extends else StateLayer() for index in layers]
-        )
+        return Cache(layers=[DynamicLayer() if config.layer_mixer(index).extends else StateLayer() for index in layers])
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Asked by `generate` for a cache of fixed size: the layout makes the mask from the padding itself."""
