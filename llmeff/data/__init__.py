@@ -16,6 +16,7 @@ from llmeff.data.images import ImageData as ImageData
 from llmeff.data.images import ImageSplits as ImageSplits
 from llmeff.data.jsonl import JsonLines as JsonLines
 from llmeff.data.parquet import Parquet as Parquet
+from llmeff.data.recall import RecallData as RecallData
 from llmeff.data.scenes import Scenes as Scenes
 from llmeff.data.source import SourceConfig as SourceConfig
 from llmeff.data.splits import SplitConfig as SplitConfig

@@ -1,0 +1,175 @@
+"""Recall: answer what a row asks about what stood in it before."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.core import group
+from llmeff.core.config import ConfigError
+from llmeff.core.dist import World
+from llmeff.core.pulse import beat
+from llmeff.core.seed import derive
+from llmeff.core.table import Row, table
+from llmeff.cost.workload import Workload
+from llmeff.data import DataConfig
+from llmeff.data.recall import HELD_OUT, RecallData
+from llmeff.models import LanguageModelConfig, ModelConfig, save_model
+from llmeff.models.cross_entropy import IGNORED
+from llmeff.record.schema import Goal
+from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
+
+_EVAL_ROWS = 256
+"""Rows that are evaluated at once."""
+_NUM_SHOWN = 4
+"""Rows that people see when a run has ended."""
+
+
+class Recall(TaskConfig):
+    """Cross-entropy of the answers, in nats, and the share of them that are right."""
+
+    goals: ClassVar[dict[str, Goal]] = {"loss": "lower", "accuracy": "higher"}
+
+    name: Literal["recall"] = "recall"
+
+    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+        """A model of tokens and questions are needed."""
+        if not isinstance(model, LanguageModelConfig):
+            yield f"task 'recall' needs a language model; model {model.name!r} is none"
+        if not isinstance(data, RecallData):
+            yield f"task 'recall' needs questions; data {data.name!r} is none: use data 'recall'"
+
+    def foresee(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig:
+        """Fills in the vocabulary's size."""
+        assert isinstance(model, LanguageModelConfig)
+        assert isinstance(data, RecallData)
+        return _with_vocabulary(model, data)
+
+    def items(self, data: DataConfig) -> int:
+        """Tokens of a row."""
+        assert isinstance(data, RecallData)
+        return data.sequence_length
+
+    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+        """One row."""
+        assert isinstance(data, RecallData)
+        return Workload(num_sequences=1, num_tokens=data.sequence_length)
+
+    def open(
+        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
+    ) -> "RecallTask":
+        """The task; nothing need be read."""
+        assert isinstance(data, RecallData)
+        return RecallTask(data, seed, batch_size)
+
+
+def _with_vocabulary(model: LanguageModelConfig, data: RecallData) -> LanguageModelConfig:
+    if model.vocab_size == "auto":
+        return model.model_copy(update={"vocab_size": data.vocab_size})
+    if model.vocabulary() < data.vocab_size:
+        raise ConfigError(f"model.vocab_size: {model.vocabulary()} given, but data.vocab_size is {data.vocab_size}")
+    return model
+
+
+class RecallTask(Task):
+    """Rows of questions, and how many are answered."""
+
+    item = "token"
+
+    def __init__(self, data: RecallData, seed: int, batch_size: int):
+        self._data, self._order_seed = data, derive(seed, "data")
+        self.items_per_step = batch_size * data.sequence_length
+
+    def resolve(self, model: ModelConfig) -> ModelConfig:
+        """Fills in the vocabulary's size."""
+        assert isinstance(model, LanguageModelConfig)
+        return _with_vocabulary(model, self._data)
+
+    def table(self, model: nn.Module) -> list[Row]:
+        """All that is trained, with the roles that the model gives."""
+        return table(model, model.roles())  # type: ignore[operator]  # a method of every language model
+
+    def batch(self, step: int, rows: range, device: torch.device) -> Batch:
+        """(B, T) tokens and targets; the loss is a mean over the answers."""
+        given = self._data.train_rows(self._order_seed, step, rows)
+        inputs = {
+            "tokens": torch.from_numpy(given.tokens).to(device, non_blocking=True),
+            "targets": torch.from_numpy(given.targets).to(device, non_blocking=True),
+        }
+        return Batch(inputs=inputs, counts={"loss": int((given.targets != IGNORED).sum())}, items=given.tokens.size)
+
+    def unit_ids(self, step: int, rows: range) -> list[str]:
+        """Step and row."""
+        return [f"step {step}, row {row}" for row in rows]
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy summed over the answers."""
+        return {"loss": model(**batch.inputs)}
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
+    ) -> Iterator[UnitResult]:
+        """Each row's cross-entropy and right answers; the ranks share the rows."""
+        num_rows = self._data.held_out if max_units is None else min(max_units, self._data.held_out)
+        found = np.zeros((num_rows, 2))
+        for start in range(0, num_rows, _EVAL_ROWS * world.ranks):
+            low = start + _EVAL_ROWS * world.rank
+            mine = range(low, min(low + _EVAL_ROWS, num_rows))
+            beat()
+            # a rank that is left without work goes along with the others, who may need its part of the parameters
+            given = self._data.held_out_rows(split, mine or range(1))
+            logits = model(torch.from_numpy(given.tokens).to(device)).float().cpu()
+            targets = torch.from_numpy(given.targets)
+            losses = F.cross_entropy(logits.mT, targets, ignore_index=IGNORED, reduction="none").double().sum(-1)
+            right = (logits.argmax(-1) == targets).sum(-1)
+            if mine:
+                found[mine.start : mine.stop] = np.stack((losses.numpy(), right.numpy()), axis=-1)
+        found = group.total(torch.from_numpy(found)).numpy()
+        for row, (loss_sum, num_right) in enumerate(found.tolist()):
+            yield UnitResult(
+                unit=f"{split}/{row}", loss_sum=loss_sum, count=self._data.questions(), metrics={"right": num_right}
+            )
+
+    def summary(self, results: list[UnitResult]) -> dict[str, float]:
+        """Nats per answer, and the share that is right."""
+        num_asked = sum(result.count for result in results)
+        return {
+            "loss": math.fsum(result.loss_sum for result in results) / num_asked,
+            "accuracy": sum(result.metrics["right"] for result in results) / num_asked,
+        }
+
+    def check_split(self, split: str) -> None:
+        """Every held-out split has rows."""
+        assert split in HELD_OUT
+
+    def references(self, split: str) -> dict[str, float]:
+        """None: a guess is right once in as many answers as there are."""
+        return {}
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
+        """A few rows' answers beside the right ones."""
+        given = self._data.held_out_rows(split, range(min(_NUM_SHOWN, self._data.held_out)))
+        answers = model(torch.from_numpy(given.tokens).to(device)).argmax(-1).cpu().numpy()
+        lines = []
+        for tokens, targets, said in zip(given.tokens, given.targets, answers, strict=True):
+            asked = np.flatnonzero(targets != IGNORED)
+            pairs = (
+                f"{tokens[t]}: {said[t]}" + ("" if said[t] == targets[t] else f" (not {targets[t]})") for t in asked
+            )
+            lines.append(", ".join(pairs))
+        return Sample(text="\n".join(lines))
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """A folder that transformers' Auto classes load."""
+        save_model(model, folder, max_length=self._data.sequence_length, end_id=0)
+
+    def facts(self) -> dict[str, Any]:
+        """What the rows are, and their fingerprint."""
+        return {"name": self._data.kind, "sha256": self._data.fingerprint(), "vocab_size": self._data.vocab_size}

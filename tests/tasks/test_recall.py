@@ -1,0 +1,80 @@
+"""Recall through the loop: softmax learns it, answers are counted, any split of a batch is the same step."""
+
+import pytest
+import torch
+
+from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.dist import World
+from llmeff.loop import train
+from llmeff.record.reader import read_run
+from llmeff.runconfig import RunConfig
+
+SMALL = {
+    "task": "recall",
+    "model": {"name": "decoder", "width": 32, "num_layers": 2, "num_heads": 2},
+    "data": {"name": "recall", "vocab_size": 16, "pairs": 2, "sequence_length": 16, "held_out": 64},
+    "schedule": {"name": "cosine", "warmup_steps": 20},
+    "optim": {"name": "adamw", "lr": 1e-2},
+    "train": {"steps": 300, "batch": 64},
+    "evaluation": {"every": 0, "sample_tokens": 8, "max_units": None},
+    "checkpoint": {"every": 0},
+    "runtime": {"device": "cpu", "threads": 1},
+}
+
+
+def config(*settings):
+    return validate(RunConfig, override(SMALL, settings))
+
+
+def test_two_layers_of_softmax_learn_to_recall(tmp_path):
+    result = train(config(), tmp_path / "run")
+    assert result.metrics["validation"]["accuracy"] > 0.99
+    assert result.metrics["validation"]["loss"] < 0.1
+    assert result.error["executed_flops"] == result.error["saved_bytes"] == 0
+    assert read_run(tmp_path / "run").steps["loss"][0] == pytest.approx(torch.log(torch.tensor(16.0)).item(), rel=0.2)
+
+
+def opened(*settings):
+    own = config(*settings)
+    return own.task.open(own.data, 0, own.train.batch, is_main=True, wait=lambda: None)
+
+
+def test_a_batch_in_parts_is_the_batch():
+    task = opened()
+    whole = task.batch(4, range(8), torch.device("cpu"))
+    parts = [task.batch(4, rows, torch.device("cpu")) for rows in (range(3), range(3, 8))]
+    assert torch.equal(torch.cat([part.inputs["tokens"] for part in parts]), whole.inputs["tokens"])
+    assert sum(part.counts["loss"] for part in parts) == whole.counts["loss"] == 16
+
+
+class Parrot(torch.nn.Module):
+    """Answers with the token that follows the last time it saw the asked one."""
+
+    def forward(self, tokens):
+        logits = torch.zeros(*tokens.shape, 16)
+        for row, place in torch.cartesian_prod(torch.arange(tokens.shape[0]), torch.arange(tokens.shape[1])).tolist():
+            seen = (tokens[row, : min(place, 4)] == tokens[row, place]).nonzero()
+            if len(seen):
+                logits[row, place, tokens[row, seen[0] + 1]] = 50.0
+        return logits
+
+
+def test_right_answers_are_counted():
+    task = opened()
+    results = list(task.evaluate(Parrot(), "test", 10, torch.device("cpu"), World(rank=0, ranks=1, local_rank=0)))
+    assert len(results) == 10
+    assert task.summary(results) == {"loss": pytest.approx(0, abs=1e-6), "accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data=text", "task 'recall' needs questions; data 'text' is none: use data 'recall'"),
+        ("task=causal_lm", "task 'causal_lm' needs text; data 'recall' is none"),
+        ("model.vocab_size=8", "model.vocab_size: 8 given, but data.vocab_size is 16"),
+    ],
+)
+def test_what_does_not_belong_together_is_said(setting, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        train(config(setting), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
