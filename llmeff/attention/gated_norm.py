@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention.norm import RMSNorm
+from llmeff.attention.mixer import Initialized
+from llmeff.attention.norm import RMSNorm, wide
 
 
 class GatedRMSNorm(nn.Module):
@@ -25,5 +26,29 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """(..., W) twice to (..., W), in the gate's format."""
-        gated = self.norm(x) * self.activation(gate.to(torch.promote_types(gate.dtype, torch.float32)))
-        return gated.to(gate.dtype)
+        return (self.norm(x) * self.activation(wide(gate))).to(gate.dtype)
+
+
+class GroupedRMSNorm(Initialized):
+    """rmsnorm(x * silu(gate)) over groups of channels, in float32: the gate comes first (Dao and Gu 2024).
+
+    Args:
+        width: of the last dimension.
+        num_groups: divides it.
+        eps: added under the root.
+    """
+
+    def __init__(self, width: int, num_groups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.num_groups, self.eps = num_groups, eps
+
+    def initial(self) -> dict[str, Tensor]:
+        """A weight of 1."""
+        return {"weight": torch.ones_like(self.weight)}
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """(..., W) twice to (..., W), in the gate's format."""
+        gated = (wide(x) * F.silu(wide(gate))).unflatten(-1, (self.num_groups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * self.weight).to(gate.dtype)

@@ -11,7 +11,7 @@ from llmeff.cost.laws import promote
 from llmeff.cost.tape import Array, Tape
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Half precisions as float32; others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -21,20 +21,20 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        full = wide(x)
+        inverse_rms = torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (wide * inverse_rms).to(x.dtype) * weight
+        return (full * inverse_rms).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # inverse_rms would count as a constant
             raise RuntimeError("RMSNorm is differentiated once, not twice (create_graph=True)")
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = _wide(x) * inverse_rms
-        wide = _wide(grad)
-        grad_weight = (wide * normed).sum(dim=tuple(range(grad.dim() - 1)))
-        weighted = wide * weight
+        normed = wide(x) * inverse_rms
+        above = wide(grad)
+        grad_weight = (above * normed).sum(dim=tuple(range(grad.dim() - 1)))
+        weighted = above * weight
         along = (weighted * normed).mean(-1, keepdim=True)
         grad_x = weighted.addcmul_(normed, along, value=-1).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

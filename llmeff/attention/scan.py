@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmeff.attention.mixer import LayerCache
+from llmeff.attention.norm import wide
 from llmeff.core.layout import Layout
 
 # B batch, N heads, T tokens, K key width, V value width, M chunks, C tokens of a chunk, S tokens of a block of a chunk
@@ -59,7 +60,7 @@ def mix(
         rows = [_rows(x) for x in (query, layout.cleared(key.flatten(2)).view_as(key), value, log_decay)]
         if log_decay is not None:
             rows[3] = _rows(layout.cleared(log_decay.flatten(2)).view_as(log_decay))
-        beta = None if beta is None else _wide(beta.transpose(1, 2))
+        beta = None if beta is None else wide(beta.transpose(1, 2))
         state = None if cache is None else cache.recall("state")
         if state is not None and key.shape[1] == 1:
             one = [None if x is None else x[:, :, 0] for x in (*rows, beta)]
@@ -74,11 +75,7 @@ def mix(
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """(B, T, N, .) to (B, N, T, .), half precisions as float32."""
-    return None if x is None else _wide(x.transpose(1, 2))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return None if x is None else wide(x.transpose(1, 2))
 
 
 def step(

@@ -1,0 +1,76 @@
+"""What mixers with a delta rule have in common: a state gives up what it held for a key, and takes in another value for it."""
+
+from abc import abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llmeff.attention.heads import repeated, split
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.scan import mix
+from llmeff.attention.short_conv import ShortConv
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+
+# B batch, T tokens, D width, N heads of values, K heads of queries and keys, H head width
+
+
+class DeltaConfig(MixerConfig):
+    """Values have `num_heads` heads, queries and keys `num_kv_heads`."""
+
+    conv: Count = 4
+    """Tokens that the short convolution of queries, keys and values spans."""
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """A state for each head, and the last tokens of the convolution."""
+        channels = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        return 4 * shape.num_heads * shape.head_dim**2 + channels * (self.conv - 1) * number_bytes
+
+
+class DeltaMixer(Mixer):
+    """S_t = (I - beta k k') diag(exp(g)) S_(t-1) + beta k v', read by q; q, k and v convolved, q and k of length 1.
+
+    Args:
+        config: the mixer's.
+        shape: the widths.
+    """
+
+    def __init__(self, config: DeltaConfig, shape: MixerShape):
+        super().__init__()
+        self.shape = shape
+        self.value_width, key_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.width, key_width, bias=False)
+        self.k_proj = nn.Linear(shape.width, key_width, bias=False)
+        self.v_proj = nn.Linear(shape.width, self.value_width, bias=False)
+        self.b_proj = nn.Linear(shape.width, shape.num_heads, bias=False)
+        self.conv = ShortConv(2 * key_width + self.value_width, config.conv)
+        self.o_proj = nn.Linear(self.value_width, shape.width, bias=False)
+
+    @abstractmethod
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """Of (B, T, D), g: (B, T, N, 1) or (B, T, N, H); None: nothing decays."""
+
+    @abstractmethod
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """What was read, (B, T, N, H), normalized, and gated by (B, T, D): (B, T, N, H)."""
+
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        shape = self.shape
+        mixed = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        heads = split(self.conv(mixed, layout, cache), 2 * shape.num_kv_heads + shape.num_heads)
+        query, key, value = heads.split((shape.num_kv_heads, shape.num_kv_heads, shape.num_heads), dim=2)
+        query, key = unit(query) * shape.head_dim**-0.5, unit(key)
+        query, key = repeated(query, shape.num_heads), repeated(key, shape.num_heads)
+        out = mix(query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache)
+        return cast(Tensor, self.o_proj(self.finish(out, x).flatten(-2)))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of the heads' outputs."""
+        return [self.o_proj]
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., H) of length 1, with 1e-6 under the root, as the kernels have it."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

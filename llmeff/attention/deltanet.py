@@ -1,0 +1,37 @@
+"""DeltaNet: a delta rule whose state does not decay."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from llmeff.attention.delta import DeltaConfig, DeltaMixer
+from llmeff.attention.mixer import MixerShape
+from llmeff.attention.norm import RMSNorm
+
+# B batch, T tokens, D width, N heads of values, H head width
+
+
+class DeltaNet(DeltaConfig):
+    """DeltaNet (Schlag et al. 2021, arXiv 2102.11174), with the convolution and norms of Yang et al. 2024 (2406.06484)."""
+
+    name: Literal["deltanet"] = "deltanet"
+
+    def build(self, shape: MixerShape) -> "DeltaNetMixer":
+        """The module."""
+        return DeltaNetMixer(self, shape)
+
+
+class DeltaNetMixer(DeltaMixer):
+    """What is read is normalized, without a gate."""
+
+    def __init__(self, config: DeltaNet, shape: MixerShape):
+        super().__init__(config, shape)
+        self.o_norm = RMSNorm(shape.head_dim, shape.norm_eps)
+
+    def log_decay(self, x: Tensor) -> None:
+        """Nothing decays."""
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """(B, T, N, H)."""
+        normed: Tensor = self.o_norm(out)
+        return normed.to(x.dtype)

@@ -1,0 +1,83 @@
+"""Gated linear attention: a state that decays channel by channel, as each token says."""
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.attention.gated_norm import GatedRMSNorm
+from llmeff.attention.heads import repeated, split
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.norm import wide
+from llmeff.attention.scan import LEAST, mix
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+
+# B batch, T tokens, D width, N heads, K key-value heads, H head width, W key width
+
+_TEMPERATURE = 16.0
+"""By which the logarithm of a decay is divided, so that states begin to live for many tokens (section 4.4)."""
+
+
+class GLA(MixerConfig):
+    """Gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
+
+    name: Literal["gla"] = "gla"
+    key_width: Count | Literal["auto"] = "auto"
+    """W, of a head's queries and keys. auto: H / 2."""
+    rank: Count = 16
+    """Of the projection to the decays."""
+
+    def width(self, shape: MixerShape) -> int:
+        """W as a number."""
+        return shape.head_dim // 2 if self.key_width == "auto" else self.key_width
+
+    def build(self, shape: MixerShape) -> "GLAMixer":
+        """The module."""
+        return GLAMixer(self, shape)
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """A state for each head."""
+        return 4 * shape.num_heads * self.width(shape) * shape.head_dim
+
+
+class GLAMixer(Mixer):
+    """S_t = diag(exp(g)) S_(t-1) + k v' with g = log(sigmoid(f x + b)) / 16, read by q, normalized and gated (section 4.4).
+
+    A channel keeps at least exp(`scan.LEAST`) of its state, 0.7 %, from one token to the next.
+    """
+
+    def __init__(self, config: GLA, shape: MixerShape):
+        super().__init__()
+        self.shape = shape
+        width = config.width(shape)
+        self.q_proj = nn.Linear(shape.width, shape.num_heads * width, bias=False)
+        self.k_proj = nn.Linear(shape.width, shape.num_kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(shape.width, shape.num_kv_heads * shape.head_dim, bias=False)
+        self.g_proj = nn.Linear(shape.width, shape.num_heads * shape.head_dim, bias=False)
+        self.f_a_proj = nn.Linear(shape.width, config.rank, bias=False)
+        self.f_b_proj = nn.Linear(config.rank, shape.num_kv_heads * width, bias=False)
+        self.decay_bias = nn.Parameter(torch.empty(shape.num_kv_heads * width))
+        self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
+        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.width, bias=False)
+
+    def initial(self) -> dict[str, Tensor]:
+        """A bias of 0."""
+        return {"decay_bias": torch.zeros_like(self.decay_bias)}
+
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        query, gate = split(self.q_proj(x), num_heads), split(self.g_proj(x), num_heads)
+        key, value = split(self.k_proj(x), num_kv_heads), split(self.v_proj(x), num_kv_heads)
+        open_ = wide(self.f_b_proj(self.f_a_proj(x))) + self.decay_bias
+        log_decay = split((F.logsigmoid(open_) / _TEMPERATURE).clamp(min=LEAST), num_kv_heads)
+        query = query * query.shape[-1] ** -0.5
+        key, value, log_decay = (repeated(own, num_heads) for own in (key, value, log_decay))
+        out = mix(query, key, value, log_decay, None, layout, cache)
+        return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of the heads' outputs."""
+        return [self.o_proj]

@@ -1,0 +1,61 @@
+"""Kimi Delta Attention: a delta rule whose state decays, channel by channel."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.attention.decay import initial_rates, initial_steps
+from llmeff.attention.delta import DeltaConfig, DeltaMixer
+from llmeff.attention.gated_norm import GatedRMSNorm
+from llmeff.attention.heads import split
+from llmeff.attention.mixer import MixerShape
+from llmeff.attention.norm import wide
+from llmeff.attention.scan import LEAST
+
+# B batch, T tokens, D width, N heads of values, H head width
+
+
+class KDA(DeltaConfig):
+    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692), as in Kimi Linear.
+
+    A channel keeps at least exp(`scan.LEAST`) of its state, 0.7 %, from one token to the next; Kimi's has no bound.
+    """
+
+    name: Literal["kda"] = "kda"
+
+    def build(self, shape: MixerShape) -> "KDAMixer":
+        """The module."""
+        return KDAMixer(self, shape)
+
+
+class KDAMixer(DeltaMixer):
+    """g = -exp(A) softplus(f x + dt) of each channel; what is read is normalized and gated by a sigmoid.
+
+    f and the gate's projection have rank H.
+    """
+
+    def __init__(self, config: KDA, shape: MixerShape):
+        super().__init__(config, shape)
+        self.f_a_proj = nn.Linear(shape.width, shape.head_dim, bias=False)
+        self.f_b_proj = nn.Linear(shape.head_dim, self.value_width, bias=False)
+        self.g_a_proj = nn.Linear(shape.width, shape.head_dim, bias=False)
+        self.g_b_proj = nn.Linear(shape.head_dim, self.value_width, bias=False)
+        self.log_rate = nn.Parameter(torch.empty(shape.num_heads))
+        self.step_bias = nn.Parameter(torch.empty(self.value_width))
+        self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, torch.sigmoid)
+
+    def initial(self) -> dict[str, Tensor]:
+        """Rates as in Kimi Linear; steps by Mamba's rule."""
+        return {"log_rate": initial_rates(self.log_rate, 1), "step_bias": initial_steps(self.step_bias)}
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """(B, T, N, H)."""
+        steps = F.softplus(wide(self.f_b_proj(self.f_a_proj(x))) + self.step_bias)
+        return (-self.log_rate.exp()[:, None] * split(steps, self.shape.num_heads)).clamp(min=LEAST)
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """(B, T, N, H)."""
+        gated: Tensor = self.o_norm(out, split(self.g_b_proj(self.g_a_proj(x)), self.shape.num_heads))
+        return gated

@@ -1,0 +1,95 @@
+"""Mamba-2: a state space whose state decays, head by head, as each token says how much time passes."""
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.attention.decay import initial_rates, initial_steps
+from llmeff.attention.gated_norm import GroupedRMSNorm
+from llmeff.attention.heads import repeated, split
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.norm import wide
+from llmeff.attention.scan import mix
+from llmeff.attention.short_conv import ShortConv
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+
+# B batch, T tokens, D width, N heads after expansion, K groups, H head width, W state width
+
+
+class Mamba2(MixerConfig):
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). Its groups, which have B and C in common, are the `num_kv_heads`."""
+
+    name: Literal["mamba2"] = "mamba2"
+    state_width: Count = 128
+    """W, numbers of state for each channel."""
+    expand: Count = 2
+    """Heads for each of `num_heads`."""
+    conv: Count = 4
+    """Tokens that the short convolution spans."""
+
+    def num_heads(self, shape: MixerShape) -> int:
+        """N."""
+        return self.expand * shape.num_heads
+
+    def channels(self, shape: MixerShape) -> int:
+        """Of the short convolution."""
+        return self.num_heads(shape) * shape.head_dim + 2 * shape.num_kv_heads * self.state_width
+
+    def build(self, shape: MixerShape) -> "Mamba2Mixer":
+        """The module."""
+        return Mamba2Mixer(self, shape)
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """A state for each head, and the last tokens of the convolution."""
+        state = 4 * self.num_heads(shape) * shape.head_dim * self.state_width
+        return state + self.channels(shape) * (self.conv - 1) * number_bytes
+
+
+class Mamba2Mixer(Mixer):
+    """S_t = exp(-exp(A) dt) S_(t-1) + b (dt x)', y = S' c + D x, gated and normalized, with dt = softplus(a x + bias).
+
+    As linear attention has it: c is the query, b the key, x the value (section 7.2).
+    """
+
+    def __init__(self, config: Mamba2, shape: MixerShape):
+        super().__init__()
+        self.num_heads, self.num_groups = config.num_heads(shape), shape.num_kv_heads
+        inner, width = self.num_heads * shape.head_dim, self.num_groups * config.state_width
+        self.widths = (width, width, inner)
+        self.q_proj = nn.Linear(shape.width, width, bias=False)
+        self.k_proj = nn.Linear(shape.width, width, bias=False)
+        self.v_proj = nn.Linear(shape.width, inner, bias=False)
+        self.g_proj = nn.Linear(shape.width, inner, bias=False)
+        self.a_proj = nn.Linear(shape.width, self.num_heads, bias=False)
+        self.conv = ShortConv(config.channels(shape), config.conv, has_bias=True)
+        self.log_rate = nn.Parameter(torch.empty(self.num_heads))
+        self.step_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.skip = nn.Parameter(torch.empty(self.num_heads))
+        self.o_norm = GroupedRMSNorm(inner, self.num_groups, shape.norm_eps)
+        self.o_proj = nn.Linear(inner, shape.width, bias=False)
+
+    def initial(self) -> dict[str, Tensor]:
+        """Rates and steps as in Mamba-2; what is skipped counts once."""
+        return {
+            "log_rate": initial_rates(self.log_rate, 1),
+            "step_bias": initial_steps(self.step_bias),
+            "skip": torch.ones_like(self.skip),
+        }
+
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        mixed = self.conv(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), layout, cache)
+        query, key, value = mixed.split(self.widths, dim=-1)
+        query, key = (repeated(split(own, self.num_groups), self.num_heads) for own in (query, key))
+        value = wide(split(value, self.num_heads))
+        steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)[..., None]
+        log_decay = -self.log_rate.exp()[:, None] * steps
+        out = mix(query, key, value * steps, log_decay, None, layout, cache) + value * self.skip[:, None]
+        return cast(Tensor, self.o_proj(self.o_norm(out.flatten(-2), self.g_proj(x))))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of the heads' outputs."""
+        return [self.o_proj]

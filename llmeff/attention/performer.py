@@ -1,0 +1,97 @@
+"""Performer: softmax attention estimated by positive orthogonal random features (FAVOR+)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmeff.attention.kernel import KernelMixer
+from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
+from llmeff.attention.norm import wide
+from llmeff.attention.softmax import rotate
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+
+# B batch, T tokens, N heads, K key-value heads, H head width, M features
+
+
+class Performer(MixerConfig):
+    """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): an estimate of `Softmax` with the same weights, rotary too."""
+
+    name: Literal["performer"] = "performer"
+    num_features: Count | Literal["auto"] = "auto"
+    """M. auto: H ln H, rounded up (Theorem 4's order)."""
+
+    def width(self, shape: MixerShape) -> int:
+        """M as a number."""
+        auto = math.ceil(shape.head_dim * math.log(shape.head_dim))
+        return auto if self.num_features == "auto" else self.num_features
+
+    def build(self, shape: MixerShape) -> "PerformerMixer":
+        """The module."""
+        return PerformerMixer(self, shape)
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """A state for each head, with a column of sums, and for each head of keys what its features are relative to."""
+        return 4 * (shape.num_heads * self.width(shape) * (shape.head_dim + 1) + shape.num_kv_heads)
+
+
+class PerformerMixer(KernelMixer):
+    """exp(w_i' x - |x|^2 / 2) for random w_i, with x a query or key over H^(1/4) (equation 7).
+
+    The exponentials would overflow. Those of a query are taken relative to its own largest, those of keys relative to the
+    largest of all keys so far: as either falls out of the quotient, that is exact, and no token depends on a later one.
+    """
+
+    directions: Tensor
+
+    def __init__(self, config: Performer, shape: MixerShape):
+        super().__init__(shape)
+        self.register_buffer("directions", torch.empty(config.width(shape), shape.head_dim))
+
+    def initial(self) -> dict[str, Tensor]:
+        """The random directions: drawn once, in the checkpoint, not trained."""
+        return {"directions": orthogonal(self.directions)}
+
+    def features(
+        self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, N, M), (B, T, K, M) and (B, T, K, 1)."""
+        head_dim = self.shape.head_dim
+        cos, sin = (table.transpose(1, 2) for table in layout.rotary(head_dim, self.shape.rope_theta))
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = (rotate(wide(x) * head_dim**-0.25, cos, sin) for x in (query, key))
+            directions = wide(self.directions)
+            query = query @ directions.mT
+            key = key @ directions.mT - key.square().sum(-1, keepdim=True) / 2
+        query = query - query.detach().amax(-1, keepdim=True)
+        largest = self._largest(key, layout, cache)[..., None]
+        key = layout.cleared((key - largest[:, 1:]).flatten(2)).view_as(key)
+        return query.exp(), key.exp(), -largest.diff(dim=1)
+
+    def _largest(self, exponents: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
+        """(B, 1 + T, K): the largest exponent before the first token, and up to each; at least 0, padding not counted."""
+        largest = exponents.detach().amax(-1)
+        is_padding = layout.is_padding
+        if is_padding is not None:
+            largest = largest.masked_fill(is_padding[..., None], -torch.inf)
+        before = None if cache is None else cache.recall("largest")
+        if before is None:
+            before = torch.zeros_like(largest[:, 0])
+        largest = torch.cat((before[:, None], largest), dim=1).cummax(dim=1).values
+        if cache is not None:
+            cache.keep("largest", largest[:, -1])
+        return largest
+
+
+def orthogonal(like: Tensor) -> Tensor:
+    """Rows as those of a Gaussian matrix, but in blocks of H at right angles to one another (section 2.4).
+
+    Args:
+        like: (M, H).
+    """
+    num_rows, width = like.shape
+    count = -(-num_rows // width)
+    blocks = torch.linalg.qr(like.new_empty(count, width, width).normal_()).Q
+    return blocks.flatten(0, 1)[:num_rows] * torch.empty_like(like).normal_().norm(dim=1, keepdim=True)

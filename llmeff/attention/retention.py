@@ -1,0 +1,74 @@
+"""Retention: a state that decays at a rate of its own for each head."""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from llmeff.attention.gated_norm import GatedRMSNorm
+from llmeff.attention.heads import repeated, split
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.scan import mix
+from llmeff.attention.softmax import rotate
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+
+# B batch, T tokens, D width, N heads, K key-value heads, H head width, V value width
+
+
+class Retention(MixerConfig):
+    """Multi-scale retention (Sun et al. 2023, arXiv 2307.08621)."""
+
+    name: Literal["retention"] = "retention"
+    value_width: Count | Literal["auto"] = "auto"
+    """V, of a head's values. auto: 2 H."""
+
+    def width(self, shape: MixerShape) -> int:
+        """V as a number."""
+        return 2 * shape.head_dim if self.value_width == "auto" else self.value_width
+
+    def build(self, shape: MixerShape) -> "RetentionMixer":
+        """The module."""
+        return RetentionMixer(self, shape)
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """A state for each head."""
+        return 4 * shape.num_heads * shape.head_dim * self.width(shape)
+
+
+class RetentionMixer(Mixer):
+    """S_t = (1 - 2^(-5 - n)) S_(t-1) + k v' in head n, read by q, normalized and gated; q and k turned (equations 5 to 8)."""
+
+    def __init__(self, config: Retention, shape: MixerShape):
+        super().__init__()
+        self.shape = shape
+        width = config.width(shape)
+        self.q_proj = nn.Linear(shape.width, shape.num_heads * shape.head_dim, bias=False)
+        self.k_proj = nn.Linear(shape.width, shape.num_kv_heads * shape.head_dim, bias=False)
+        self.v_proj = nn.Linear(shape.width, shape.num_kv_heads * width, bias=False)
+        self.g_proj = nn.Linear(shape.width, shape.num_heads * width, bias=False)
+        self.o_norm = GatedRMSNorm(width, shape.norm_eps)
+        self.o_proj = nn.Linear(shape.num_heads * width, shape.width, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        shape = self.shape
+        query, gate = split(self.q_proj(x), shape.num_heads), split(self.g_proj(x), shape.num_heads)
+        key, value = split(self.k_proj(x), shape.num_kv_heads), split(self.v_proj(x), shape.num_kv_heads)
+        cos, sin = (table.transpose(1, 2) for table in layout.rotary(shape.head_dim, shape.rope_theta))
+        query, key = rotate(query, cos, sin) * shape.head_dim**-0.5, rotate(key, cos, sin)
+        key, value = repeated(key, shape.num_heads), repeated(value, shape.num_heads)
+        log_decay = log_decays(query).expand(*query.shape[:3], 1)
+        out = mix(query, key, value, log_decay, None, layout, cache)
+        return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of the heads' outputs."""
+        return [self.o_proj]
+
+
+def log_decays(query: Tensor) -> Tensor:
+    """(N, 1) of (B, T, N, H)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads = torch.arange(query.shape[2], dtype=wide, device=query.device)
+    return torch.log1p(-torch.exp2(-5 - heads))[:, None]
