@@ -1,0 +1,314 @@
+"""What must hold of every mixer, over the registry: against formulas in float64, and of its forms against one another."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmeff.attention import MixerConfig, scan
+from llmeff.attention.mixer import MixerShape
+from llmeff.core.layout import Layout
+
+SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
+SETTINGS = {"mamba2": {"state_width": 5}}
+every_mixer = pytest.mark.parametrize("name", MixerConfig.registry.names())
+
+
+def build(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    mixer = config(name).build(SHAPE)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.normal_(0.0, 0.5)
+        for module in mixer.modules():
+            for own, values in getattr(module, "initial", dict)().items():
+                getattr(module, own).copy_(values + 0.2 * torch.randn_like(values))
+    return mixer.to(dtype)
+
+
+def config(name):
+    return MixerConfig.registry[name](**SETTINGS.get(name, {}))
+
+
+def inputs(length, dtype=torch.float64, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, length, SHAPE.width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def plain(length, past=0):
+    return Layout.plain(length, torch.device("cpu"), past)
+
+
+class Kept:
+    """A layer's cache of one's own."""
+
+    def __init__(self):
+        self.states = {}
+
+    def extend(self, key, value):
+        for name, new in (("key", key), ("value", value)):
+            self.states[name] = torch.cat((self.states[name], new), dim=2) if name in self.states else new
+        return self.states["key"], self.states["value"]
+
+    def recall(self, name):
+        return self.states.get(name)
+
+    def keep(self, name, state):
+        self.states[name] = state
+
+
+def gradients(out, sources):
+    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.autograd.grad((out * above).sum(), sources)
+
+
+def equal(found, expected, tolerance=1e-9):
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(scale, 1e-3))
+
+
+# The formulas. Each is of one row of one document, (T, D) in float64, and takes weights by their names
+
+
+def heads(mixer, name, x, num):
+    return (x @ mixer.get_parameter(f"{name}.weight").T).unflatten(-1, (num, -1))
+
+
+def grouped(x, num=SHAPE.num_heads):
+    return torch.stack([x[:, head * x.shape[1] // num] for head in range(num)], dim=1)
+
+
+def turned(x):
+    cos, sin = (table[0].double().transpose(0, 1) for table in plain(len(x)).rotary(x.shape[-1], SHAPE.rope_theta))
+    half = x.shape[-1] // 2
+    return torch.cat(
+        (x[..., :half] * cos[..., :half] - x[..., half:] * sin[..., :half],
+         x[..., half:] * cos[..., half:] + x[..., :half] * sin[..., half:]), dim=-1
+    )  # fmt: skip
+
+
+def normed(x, weight=1.0):
+    return x / (x.square().mean(-1, keepdim=True) + SHAPE.norm_eps).sqrt() * weight
+
+
+def convolved(mixer, *parts):
+    x, weight, bias = torch.cat(parts, dim=-1), mixer.conv.weight[:, 0], mixer.conv.bias
+    taps, out = weight.shape[1], []
+    for t in range(len(x)):
+        reached = [weight[:, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))]
+        out.append(F.silu(sum(reached) + (0 if bias is None else bias)))
+    return torch.stack(out)
+
+
+def weighed(mixer, weights, value):
+    """(N, T, T) weights, those of later tokens not counted, and (T, N, V) values to (T, D)."""
+    out = torch.einsum("nts,snv->tnv", weights.tril(), value)
+    return out.flatten(1) @ mixer.o_proj.weight.T
+
+
+def recurrent(query, key, value, decay, beta=None):
+    """S_t = (I - beta k k') diag(decay) S_(t-1) + beta k v', row by row: (T, N, .) to (T, N, V)."""
+    state, out = torch.zeros(*key.shape[1:], value.shape[-1], dtype=key.dtype), []
+    for t in range(len(key)):
+        rate = torch.ones(key.shape[1], dtype=key.dtype) if beta is None else beta[t]
+        outer = key[t][:, :, None] * key[t][:, None, :]
+        kept = torch.eye(key.shape[-1], dtype=key.dtype) - (0 if beta is None else rate[:, None, None] * outer)
+        state = kept @ (decay[t][..., None] * state) + rate[:, None, None] * key[t][:, :, None] * value[t][:, None, :]
+        out.append(torch.einsum("nkv,nk->nv", state, query[t]))
+    return torch.stack(out)
+
+
+def softmax(mixer, x):
+    query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
+    scores = torch.einsum("tnh,snh->nts", turned(query), grouped(turned(key))) / SHAPE.head_dim**0.5
+    seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+    return weighed(mixer, scores.masked_fill(~seen, -torch.inf).softmax(-1), grouped(value))
+
+
+def kernel(mixer, x, features_of_queries, features_of_keys):
+    query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
+    weights = torch.einsum("tnm,snm->nts", features_of_queries(query), grouped(features_of_keys(key))).tril()
+    return weighed(mixer, weights / weights.sum(-1, keepdim=True), grouped(value))
+
+
+def linear(mixer, x):
+    def features(own):
+        return torch.where(own > 0, own + 1, own.exp())
+
+    return kernel(mixer, x, features, features)
+
+
+def performer(mixer, x):
+    def features(own):
+        own = turned(own) / SHAPE.head_dim**0.25
+        return (own @ mixer.directions.T - own.square().sum(-1, keepdim=True) / 2).exp()
+
+    return kernel(mixer, x, features, features)
+
+
+def retention(mixer, x):
+    query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
+    scores = torch.einsum("tnh,snh->nts", turned(query), grouped(turned(key))) / SHAPE.head_dim**0.5
+    places = torch.arange(len(x), dtype=torch.float64)
+    rates = torch.tensor([1 - 2 ** (-5.0 - head) for head in range(4)], dtype=torch.float64)
+    decays = rates[:, None, None] ** (places[:, None] - places).clamp(min=0)
+    out = torch.einsum("nts,snv->tnv", (scores * decays).tril(), grouped(value))
+    out = normed(out, mixer.o_norm.norm.weight) * F.silu(heads(mixer, "g_proj", x, 4))
+    return out.flatten(1) @ mixer.o_proj.weight.T
+
+
+def gla(mixer, x):
+    query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
+    opened = (x @ mixer.f_a_proj.weight.T @ mixer.f_b_proj.weight.T + mixer.decay_bias).sigmoid()
+    decay = grouped((opened ** (1 / 16)).unflatten(-1, (2, -1)))
+    out = recurrent(query / query.shape[-1] ** 0.5, grouped(key), grouped(value), decay)
+    out = normed(out, mixer.o_norm.norm.weight) * F.silu(heads(mixer, "g_proj", x, 4))
+    return out.flatten(1) @ mixer.o_proj.weight.T
+
+
+def delta(mixer, x, decay, gate):
+    mixed = convolved(mixer, *(x @ mixer.get_parameter(f"{name}_proj.weight").T for name in "qkv"))
+    query, key, value = mixed.unflatten(-1, (8, 6)).split((2, 2, 4), dim=1)
+    query, key = (own / (own.square().sum(-1, keepdim=True) + 1e-6).sqrt() for own in (query, key))
+    beta = (x @ mixer.b_proj.weight.T).sigmoid()
+    out = recurrent(grouped(query) / SHAPE.head_dim**0.5, grouped(key), value, decay, beta)
+    return (normed(out) * gate).flatten(1) @ mixer.o_proj.weight.T
+
+
+def deltanet(mixer, x):
+    return delta(mixer, x, torch.ones(len(x), 4, 1, dtype=x.dtype), mixer.o_norm.weight)
+
+
+def gated_deltanet(mixer, x):
+    steps = (1 + (x @ mixer.a_proj.weight.T + mixer.step_bias).exp()).log()
+    decay = (-mixer.log_rate.exp() * steps).exp()[..., None]
+    return delta(mixer, x, decay, mixer.o_norm.norm.weight * F.silu(heads(mixer, "g_proj", x, 4)))
+
+
+def kda(mixer, x):
+    low, gate = x @ mixer.f_a_proj.weight.T, x @ mixer.g_a_proj.weight.T @ mixer.g_b_proj.weight.T
+    steps = (1 + (low @ mixer.f_b_proj.weight.T + mixer.step_bias).exp()).log().unflatten(-1, (4, 6))
+    decay = (-mixer.log_rate.exp()[:, None] * steps).clamp(min=-5).exp()
+    return delta(mixer, x, decay, mixer.o_norm.norm.weight * gate.unflatten(-1, (4, 6)).sigmoid())
+
+
+def mamba2(mixer, x):
+    mixed = convolved(mixer, *(x @ mixer.get_parameter(f"{name}_proj.weight").T for name in "qkv"))
+    query, key, value = mixed.split((10, 10, 48), dim=-1)
+    query, key = (grouped(own.unflatten(-1, (2, 5)), 8) for own in (query, key))
+    value = value.unflatten(-1, (8, 6))
+    steps = (1 + (x @ mixer.a_proj.weight.T + mixer.step_bias).exp()).log()[..., None]
+    out = recurrent(query, key, steps * value, (-mixer.log_rate.exp()[:, None] * steps).exp())
+    out = (out + mixer.skip[:, None] * value).flatten(1) * F.silu(x @ mixer.g_proj.weight.T)
+    return (normed(out.unflatten(-1, (2, 24))).flatten(1) * mixer.o_norm.weight) @ mixer.o_proj.weight.T
+
+
+FORMULAS = {
+    "deltanet": deltanet, "gated-deltanet": gated_deltanet, "gla": gla, "kda": kda, "linear": linear,
+    "mamba2": mamba2, "performer": performer, "retention": retention, "softmax": softmax,
+}  # fmt: skip
+
+
+@every_mixer
+def test_values_and_gradients_are_those_of_the_formula(name):
+    mixer, x = build(name), inputs(70)
+    sources = [x, *mixer.parameters()]
+    found, expected = mixer(x, plain(70)), torch.stack([FORMULAS[name](mixer, row) for row in x])
+    equal(found, expected)
+    for own, theirs in zip(gradients(found, sources), gradients(expected, sources), strict=True):
+        equal(own, theirs, 1e-8)
+
+
+@every_mixer
+def test_no_token_depends_on_a_later_one(name):
+    mixer, x = build(name), inputs(20)
+    out = mixer(x, plain(20))
+    (grad,) = torch.autograd.grad(out[:, 9].square().sum(), x)
+    assert not grad[:, 10:].any()
+    assert bool((grad[:, [0, 9]] != 0).any(-1).all())
+    changed = torch.cat((x[:, :10], x[:, 10:] * 3), dim=1)
+    equal(mixer(changed, plain(20))[:, :10], out[:, :10], 1e-12)
+
+
+@every_mixer
+@pytest.mark.parametrize("sizes", [(1,) * 12, (5, 4, 3), (7, 1, 4)], ids=str)
+def test_token_by_token_and_in_pieces_it_is_the_whole(name, sizes):
+    mixer, x = build(name), inputs(12).detach()
+    cache, past, pieces = Kept(), 0, []
+    for piece in x.split(sizes, dim=1):
+        pieces.append(mixer(piece, plain(piece.shape[1], past), cache))
+        past += piece.shape[1]
+    equal(torch.cat(pieces, dim=1), mixer(x, plain(12)))
+
+
+@every_mixer
+def test_packed_documents_are_separate_documents(name):
+    mixer, x, lengths = build(name), inputs(80), (5, 1, 60, 14)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].expand(2, -1)
+    found = mixer(x, Layout(positions=positions, documents=documents))
+    expected = torch.cat([mixer(part, plain(part.shape[1])) for part in x.split(lengths, dim=1)], dim=1)
+    equal(found, expected)
+    equal(*(gradients(out, x)[0] for out in (found, expected)), 1e-8)
+
+
+@every_mixer
+def test_padding_on_the_left_changes_nothing(name):
+    mixer, x = build(name), inputs(12)
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :5] = False
+    positions = (padding.long().cumsum(-1) - 1).clamp(min=0)
+    cache, pieces = Kept(), []
+    for start, end in ((0, 3), (3, 10), (10, 11), (11, 12)):
+        layout = Layout(positions=positions[:, start:end], padding=padding[:, :end], past=start)
+        pieces.append(mixer(x[:, start:end], layout, cache))
+    alone = mixer(x[:1, 5:], plain(7))
+    for found in (mixer(x, Layout(positions=positions, padding=padding)), torch.cat(pieces, dim=1)):
+        assert bool(found.isfinite().all())
+        equal(found[:1, 5:], alone)
+        equal(found[1:], mixer(x[1:], plain(12)))
+        (grad,) = gradients(found.masked_fill(~padding[..., None], 0), x)
+        assert not grad[0, :5].any()
+
+
+@every_mixer
+def test_chunk_and_segment_change_nothing(name, monkeypatch):
+    mixer, x = build(name), inputs(70)
+    whole = mixer(x, plain(70))
+    monkeypatch.setattr(scan, "scan", functools.partial(scan.scan, chunk=16, segment=32))
+    pieces = mixer(x, plain(70))
+    equal(pieces, whole)
+    equal(*(gradients(out, x)[0] for out in (pieces, whole)))
+
+
+@every_mixer
+@pytest.mark.parametrize(("dtype", "number_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_cache_bytes_are_those_that_are_kept(name, dtype, number_bytes):
+    mixer, cache = build(name, dtype), Kept()
+    with torch.no_grad():
+        for past, length in ((0, 9), (9, 1)):
+            mixer(inputs(length, dtype), plain(length, past), cache)
+    kept = sum(state.nbytes for state in cache.states.values())
+    assert kept == 2 * config(name).cache_bytes(SHAPE, 10, number_bytes)
+
+
+@every_mixer
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_near(name, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    mixer, x = build(name, dtype), inputs(20, dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = mixer(x, plain(20))
+    assert out.dtype == torch.bfloat16
+    expected = copy.deepcopy(mixer).double()(x.double(), plain(20))
+    assert (out - expected).norm() <= 0.05 * expected.norm()
+    out.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@every_mixer
+def test_only_what_is_written_as_such_is_written(name):
+    mixer = build(name)
+    assert mixer.output_projections() == [mixer.o_proj]

@@ -1,0 +1,51 @@
+"""Performer: what its features estimate, and that no number is too large for it."""
+
+import pytest
+import torch
+
+from llmeff.attention import Performer, Softmax
+from llmeff.attention.mixer import MixerShape
+from llmeff.attention.performer import orthogonal
+from llmeff.core.layout import Layout
+
+SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
+
+
+def pair(num_features, std):
+    torch.manual_seed(0)
+    softmax = Softmax().build(SHAPE)
+    performer = Performer(num_features=num_features).build(SHAPE)
+    for parameter in softmax.parameters():
+        torch.nn.init.normal_(parameter, 0, std)
+    performer.load_state_dict(softmax.state_dict() | performer.initial())
+    return softmax, performer
+
+
+@torch.no_grad()
+def test_it_estimates_softmax_attention_with_its_weights():
+    x, errors = torch.randn(2, 30, 12), []
+    for num_features in (16, 4096):
+        softmax, performer = pair(num_features, 0.2)
+        layout = Layout.plain(30, x.device)
+        expected = softmax(x, layout)
+        errors.append(float((performer(x, layout) - expected).norm() / expected.norm()))
+    assert errors[1] < 0.03
+    assert errors[1] < errors[0] / 4
+
+
+def test_directions_are_at_right_angles_within_a_block_and_as_long_as_those_of_a_gaussian():
+    torch.manual_seed(0)
+    directions = orthogonal(torch.empty(3000, 6, dtype=torch.float64))
+    products = directions[:6] @ directions[:6].T
+    torch.testing.assert_close(products, products.diag().diag())
+    assert directions.square().sum(-1).mean() == pytest.approx(6, rel=0.05)
+
+
+def test_large_numbers_neither_overflow_nor_vanish():
+    _, performer = pair(64, 1.0)
+    x = (8 * torch.randn(2, 100, 12)).requires_grad_()
+    out = performer(x, Layout.plain(100, x.device))
+    out.square().sum().backward()
+    assert x.grad.isfinite().all()
+    exact = performer.double()(x.double(), Layout.plain(100, x.device))
+    assert (out - exact).norm() <= 1e-3 * exact.norm()
