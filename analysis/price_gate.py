@@ -175,7 +175,9 @@ class Saved:
                 module.register_forward_hook(lambda *_: self._parts.pop() and None)
         step.model.norm.register_forward_hook(lambda *_: self._parts.__setitem__(0, "head"))
         tokens, targets, layout = step.batch()
-        known = {x.untyped_storage()._cdata for x in (*step.model.parameters(), tokens, targets)}
+        places = [x for x in (layout.positions, layout.documents) if x is not None]
+        held = (*step.model.parameters(), *step.model.buffers(), tokens, targets, *places)
+        known = {x.untyped_storage()._cdata for x in held}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -207,6 +209,8 @@ class Logits(TorchDispatchMode):
 def _part(name: str) -> str | None:
     last = name.rpartition(".")[2]
     known = {"self_attn": "attention", "mlp": "mlp", "embed_tokens": "embedding", "norm": "norms"}
+    if last == "norm" and last != name:  # a mixer's own
+        return None
     return "norms" if last.endswith("_layernorm") else known.get(last)
 
 

@@ -1,17 +1,21 @@
 """What mixers with a delta rule have in common: a state gives up what it held for a key, and takes in another value for it."""
 
 from abc import abstractmethod
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from llmeff.attention.heads import repeated, split
+from llmeff.attention import scan_law, short_conv
+from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.scan import mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads of values, K heads of queries and keys, H head width
 
@@ -21,6 +25,33 @@ class DeltaConfig(MixerConfig):
 
     conv: Count = 4
     """Tokens that the short convolution of queries, keys and values spans."""
+
+    def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array | None:
+        """The price of `DeltaMixer.log_decay`."""
+        raise NotImplementedError(type(self))
+
+    def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
+        """The price of `DeltaMixer.finish`."""
+        raise NotImplementedError(type(self))
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """Projections, convolution and scan; names live as long as in `DeltaMixer.forward`."""
+        num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        given = (("q_proj", num_kv_heads), ("k_proj", num_kv_heads), ("v_proj", num_heads))
+        parts = [project(tape, name, x, num, head_dim).view(*x.shape[:2], num * head_dim) for name, num in given]
+        joined = laws.concat(tape, *parts)
+        del parts
+        with tape.within("conv"):
+            mixed = short_conv.law(tape, joined, self.conv)
+        del joined
+        query, key, value = laws.split(tape, mixed, *((*x.shape[:2], num, head_dim) for _, num in given))
+        query, key = laws.function(tape, unit_law(tape, query), "nothing"), unit_law(tape, key)
+        query, key = repeated_law(tape, query, num_heads), repeated_law(tape, key, num_heads)
+        log_decay = self.log_decay_law(shape, tape, x)
+        beta = laws.linear(tape, x, tape.weight("b_proj.weight", num_heads, shape.width))
+        out = scan_law.law(tape, query, key, value, log_decay, laws.function(tape, beta, "output"))
+        out = self.finish_law(shape, tape, out, x).view(*x.shape[:2], num_heads * head_dim)
+        return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head, and the last tokens of the convolution."""
@@ -58,8 +89,8 @@ class DeltaMixer(Mixer):
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         shape = self.shape
-        mixed = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
-        heads = split(self.conv(mixed, layout, cache), 2 * shape.num_kv_heads + shape.num_heads)
+        mixed = self.conv(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), layout, cache)
+        heads = split(mixed, 2 * shape.num_kv_heads + shape.num_heads)
         query, key, value = heads.split((shape.num_kv_heads, shape.num_kv_heads, shape.num_heads), dim=2)
         query, key = unit(query) * shape.head_dim**-0.5, unit(key)
         query, key = repeated(query, shape.num_heads), repeated(key, shape.num_heads)
@@ -74,3 +105,20 @@ class DeltaMixer(Mixer):
 def unit(x: Tensor) -> Tensor:
     """(..., H) of length 1, with 1e-6 under the root, as the kernels have it."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def unit_law(tape: Tape, x: Array) -> Array:
+    """The price of `unit`."""
+    node = tape.save((x,), (x, x), partial(_unit_back, tape))
+    square = tape.elementwise(x.shape, x.dtype)
+    inverse = tape.elementwise((*x.shape[:-1], 1), x.dtype)
+    del square
+    tape.save_output(node, inverse, inverse)
+    return tape.elementwise(x.shape, x.dtype, node)
+
+
+def _unit_back(tape: Tape, gradient: Array, *_: Array) -> tuple[Array]:
+    direct = tape.new(gradient.shape, gradient.dtype)
+    along = tape.new(gradient.shape, gradient.dtype), tape.new(gradient.shape, gradient.dtype)
+    del along
+    return (direct,)

@@ -4,9 +4,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from llmeff.attention import norm
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.norm import RMSNorm
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads of values, H head width
 
@@ -19,6 +22,14 @@ class DeltaNet(DeltaConfig):
     def build(self, shape: MixerShape) -> "DeltaNetMixer":
         """The module."""
         return DeltaNetMixer(self, shape)
+
+    def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> None:
+        """Nothing decays."""
+
+    def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
+        """(B, T, N, H)."""
+        with tape.within("o_norm"):
+            return laws.cast(tape, norm.law(tape, out), x.dtype)
 
 
 class DeltaNetMixer(DeltaMixer):

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention.decay import initial_rates, initial_steps
+from llmeff.attention import gated_norm
+from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
-from llmeff.attention.heads import split
+from llmeff.attention.heads import project, split
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.norm import wide
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads of values, H head width
 
@@ -24,6 +27,18 @@ class GatedDelta(DeltaConfig):
     def build(self, shape: MixerShape) -> "GatedDeltaMixer":
         """The module."""
         return GatedDeltaMixer(self, shape)
+
+    def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array:
+        """(B, T, N, 1)."""
+        own = laws.linear(tape, x, tape.weight("a_proj.weight", shape.num_heads, shape.width))
+        steps = steps_law(tape, own, tape.weight("step_bias", shape.num_heads))
+        return laws.times(tape, steps, rates_law(tape, shape.num_heads)).view(*x.shape[:2], shape.num_heads, 1)
+
+    def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
+        """(B, T, N, H)."""
+        gate = project(tape, "g_proj", x, shape.num_heads, shape.head_dim)
+        with tape.within("o_norm"):
+            return gated_norm.law(tape, out, gate)
 
 
 class GatedDeltaMixer(DeltaMixer):

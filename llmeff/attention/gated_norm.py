@@ -1,13 +1,18 @@
 """Normalization of each head's output, with a gate: how mixers with a state end."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmeff.attention import norm
 from llmeff.attention.mixer import Initialized
 from llmeff.attention.norm import RMSNorm, wide
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 
 class GatedRMSNorm(nn.Module):
@@ -52,3 +57,32 @@ class GroupedRMSNorm(Initialized):
         gated = (wide(x) * F.silu(wide(gate))).unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight).to(gate.dtype)
+
+
+def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "input") -> Array:
+    """The price of a `GatedRMSNorm`, within it on the tape; `keeps` is what its activation keeps."""
+    with tape.within("norm"):
+        normed = norm.law(tape, x)
+    opened = laws.function(tape, laws.cast(tape, gate, "float32"), keeps)
+    return laws.cast(tape, laws.multiply(tape, normed, opened), gate.dtype)
+
+
+def grouped_law(tape: Tape, x: Array, gate: Array, num_groups: int) -> Array:
+    """The price of a `GroupedRMSNorm`, within it on the tape."""
+    weight = tape.weight("weight", x.shape[-1])
+    opened = laws.silu(tape, laws.cast(tape, gate, "float32"))
+    gated = laws.multiply(tape, x, opened)
+    del opened
+    node = tape.save((gated,), (gated,), partial(_groups_back, tape))
+    inverse_rms = tape.elementwise((*x.shape[:-1], num_groups), "float32")
+    tape.save_output(node, inverse_rms)
+    normed = tape.elementwise(x.shape, "float32", node)
+    del gated
+    return laws.cast(tape, laws.times(tape, normed, weight), gate.dtype)
+
+
+def _groups_back(tape: Tape, gradient: Array, *_: Array) -> tuple[Array]:
+    normed = tape.new(gradient.shape, gradient.dtype)
+    weighted = tape.new(gradient.shape, gradient.dtype)
+    del normed, weighted
+    return (tape.new(gradient.shape, gradient.dtype),)

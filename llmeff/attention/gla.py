@@ -1,18 +1,22 @@
 """Gated linear attention: a state that decays channel by channel, as each token says."""
 
+from functools import partial
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
-from llmeff.attention.heads import repeated, split
+from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import LEAST, mix
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, W key width
 
@@ -36,6 +40,30 @@ class GLA(MixerConfig):
     def build(self, shape: MixerShape) -> "GLAMixer":
         """The module."""
         return GLAMixer(self, shape)
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """Projections and scan; names live as long as in `GLAMixer.forward`."""
+        num_heads, num_kv_heads, head_dim, width = (
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            self.width(shape),
+        )
+        query, gate = project(tape, "q_proj", x, num_heads, width), project(tape, "g_proj", x, num_heads, head_dim)
+        key = project(tape, "k_proj", x, num_kv_heads, width)
+        value = project(tape, "v_proj", x, num_kv_heads, head_dim)
+        low = project(tape, "f_a_proj", x, 1, self.rank).view(*x.shape[:2], self.rank)
+        high = laws.cast(tape, project(tape, "f_b_proj", low, num_kv_heads, width), "float32")
+        del low
+        open_ = laws.plus(tape, high, tape.weight("decay_bias", num_kv_heads * width))
+        del high
+        log_decay = laws.function(tape, laws.function(tape, _logsigmoid_law(tape, open_), "nothing"), "input")
+        query = laws.function(tape, query, "nothing")
+        key, value, log_decay = (repeated_law(tape, own, num_heads) for own in (key, value, log_decay))
+        out = scan_law.law(tape, query, key, value, log_decay, None)
+        with tape.within("o_norm"):
+            out = gated_norm.law(tape, out, gate).view(*x.shape[:2], num_heads * head_dim)
+        return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head."""
@@ -81,3 +109,16 @@ class GLAMixer(Mixer):
     def output_projections(self) -> list[nn.Linear]:
         """The projection of the heads' outputs."""
         return [self.o_proj]
+
+
+def _logsigmoid_law(tape: Tape, x: Array) -> Array:
+    """On a CPU it keeps an exponential beside its input."""
+    node = tape.save((x,), (x,), partial(_logsigmoid_back, tape))
+    y = tape.elementwise(x.shape, x.dtype, node)
+    if tape.workload.on_cpu:
+        tape.save_output(node, tape.elementwise(x.shape, x.dtype))
+    return y
+
+
+def _logsigmoid_back(tape: Tape, gradient: Array, *_: Array) -> tuple[Array]:
+    return (tape.new(gradient.shape, gradient.dtype),)

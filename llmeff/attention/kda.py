@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention.decay import initial_rates, initial_steps
+from llmeff.attention import gated_norm
+from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
-from llmeff.attention.heads import split
+from llmeff.attention.heads import project, split
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import LEAST
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads of values, H head width
 
@@ -28,6 +31,19 @@ class KDA(DeltaConfig):
     def build(self, shape: MixerShape) -> "KDAMixer":
         """The module."""
         return KDAMixer(self, shape)
+
+    def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array:
+        """(B, T, N, H)."""
+        own = low_rank_law(tape, "f", x, shape).view(*x.shape[:2], shape.num_heads * shape.head_dim)
+        steps = steps_law(tape, own, tape.weight("step_bias", own.shape[-1]))
+        steps = steps.view(*x.shape[:2], shape.num_heads, shape.head_dim)
+        return laws.function(tape, laws.times(tape, steps, rates_law(tape, shape.num_heads)), "input")
+
+    def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
+        """(B, T, N, H)."""
+        gate = low_rank_law(tape, "g", x, shape)
+        with tape.within("o_norm"):
+            return gated_norm.law(tape, out, gate, "output")
 
 
 class KDAMixer(DeltaMixer):
@@ -59,3 +75,9 @@ class KDAMixer(DeltaMixer):
         """(B, T, N, H)."""
         gated: Tensor = self.o_norm(out, split(self.g_b_proj(self.g_a_proj(x)), self.shape.num_heads))
         return gated
+
+
+def low_rank_law(tape: Tape, name: str, x: Array, shape: MixerShape) -> Array:
+    """The price of a projection of rank H, to (B, T, N, H)."""
+    low = project(tape, f"{name}_a_proj", x, 1, shape.head_dim).view(*x.shape[:2], shape.head_dim)
+    return project(tape, f"{name}_b_proj", low, shape.num_heads, shape.head_dim)

@@ -1,21 +1,48 @@
 """What mixers with a kernel in place of softmax's exponential have in common: features of queries and of keys."""
 
 from abc import abstractmethod
+from functools import partial
 from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention.heads import repeated, split
-from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
+from llmeff.attention import scan_law
+from llmeff.attention.heads import project, repeated, repeated_law, split
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import mix
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, M features
 
 _SMALLEST = 1e-30
 """The least sum of weights that is divided by: what padding reads is 0, and no number over nothing."""
+
+
+class KernelConfig(MixerConfig):
+    """Features of queries and keys take the place of softmax."""
+
+    def features_law(
+        self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
+    ) -> tuple[Array, Array, Array | None]:
+        """The price of `KernelMixer.features`."""
+        raise NotImplementedError(type(self))
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """Projections, features, scan and quotient; names live as long as in `KernelMixer.forward`."""
+        num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        value = project(tape, "v_proj", x, num_kv_heads, head_dim)
+        query = project(tape, "q_proj", x, num_heads, head_dim)
+        key = project(tape, "k_proj", x, num_kv_heads, head_dim)
+        query, key, log_decay = self.features_law(shape, tape, query, key, batch)
+        key, counted = repeated_law(tape, key, num_heads), repeated_law(tape, _count_law(tape, value), num_heads)
+        log_decay = None if log_decay is None else repeated_law(tape, log_decay, num_heads)
+        out = scan_law.law(tape, query, key, counted, log_decay, None)
+        out = laws.cast(tape, _quotient_law(tape, out), value.dtype).view(*x.shape[:2], num_heads * head_dim)
+        return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
 
 class KernelMixer(Mixer):
@@ -68,3 +95,32 @@ class KernelMixer(Mixer):
     def output_projections(self) -> list[nn.Linear]:
         """The projection of the heads' outputs."""
         return [self.o_proj]
+
+
+def _count_law(tape: Tape, value: Array) -> Array:
+    """Values with their column of ones."""
+    value = laws.cast(tape, value, "float32")
+    node = tape.save((value,), (), partial(_count_back, tape, value.shape))
+    return tape.elementwise((*value.shape[:-1], value.shape[-1] + 1), value.dtype, node)
+
+
+def _count_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Array]:
+    return (tape.new(shape, gradient.dtype),)
+
+
+def _quotient_law(tape: Tape, out: Array) -> Array:
+    """Sums over the sums of weights, which both are kept."""
+    node = tape.save((out,), (out, out), partial(_quotient_back, tape))
+    sums = tape.elementwise((*out.shape[:-1], 1), out.dtype)
+    tape.save_output(node, sums)
+    return tape.elementwise((*out.shape[:-1], out.shape[-1] - 1), out.dtype, node)
+
+
+def _quotient_back(tape: Tape, gradient: Array, out: Array, *_: Array) -> tuple[Array]:
+    above = tape.new(gradient.shape, gradient.dtype)
+    below = tape.new(gradient.shape, gradient.dtype)
+    del below
+    whole = tape.new(out.shape, out.dtype)
+    del above
+    tape.new(out.shape, out.dtype)
+    return (whole,)

@@ -5,15 +5,17 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmeff.attention.kernel import KernelMixer
-from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
+from llmeff.attention.kernel import KernelConfig, KernelMixer
+from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, N heads, K key-value heads, H head width
 
 
-class Linear(MixerConfig):
+class Linear(KernelConfig):
     """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236); only causality tells it of positions."""
 
     name: Literal["linear"] = "linear"
@@ -21,6 +23,15 @@ class Linear(MixerConfig):
     def build(self, shape: MixerShape) -> "LinearMixer":
         """The module."""
         return LinearMixer(shape)
+
+    def features_law(
+        self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
+    ) -> tuple[Array, Array, None]:
+        """What elu is given is kept; 1 is added in another array."""
+        query, key = (
+            laws.shift(tape, laws.function(tape, laws.cast(tape, x, "float32"), "input")) for x in (query, key)
+        )
+        return query, key, None
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head, with a column of sums."""

@@ -6,15 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention.decay import initial_rates, initial_steps
+from llmeff.attention import gated_norm, scan_law, short_conv
+from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
-from llmeff.attention.heads import repeated, split
+from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads after expansion, K groups, H head width, W state width
 
@@ -41,6 +44,37 @@ class Mamba2(MixerConfig):
     def build(self, shape: MixerShape) -> "Mamba2Mixer":
         """The module."""
         return Mamba2Mixer(self, shape)
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """Projections, convolution and scan; names live as long as in `Mamba2Mixer.forward`."""
+        num_heads, num_groups = self.num_heads(shape), shape.num_kv_heads
+        widths = ((num_groups, self.state_width), (num_groups, self.state_width), (num_heads, shape.head_dim))
+        parts = [
+            project(tape, f"{name}_proj", x, *own).view(*x.shape[:2], own[0] * own[1])
+            for name, own in zip("qkv", widths, strict=True)
+        ]
+        joined = laws.concat(tape, *parts)
+        del parts
+        with tape.within("conv"):
+            mixed = short_conv.law(tape, joined, self.conv, has_bias=True)
+        del joined
+        query, key, value = laws.split(tape, mixed, *((*x.shape[:2], *own) for own in widths))
+        query, key = repeated_law(tape, query, num_heads), repeated_law(tape, key, num_heads)
+        value = laws.cast(tape, value, "float32")
+        own = laws.linear(tape, x, tape.weight("a_proj.weight", num_heads, shape.width))
+        steps = steps_law(tape, own, tape.weight("step_bias", num_heads))
+        del own
+        log_decay = laws.times(tape, steps, rates_law(tape, num_heads)).view(*x.shape[:2], num_heads, 1)
+        given = laws.times(tape, value, steps.view(*x.shape[:2], num_heads, 1))
+        out = scan_law.law(tape, query, key, given, log_decay, None)
+        del given
+        skipped = laws.times(tape, value, tape.weight("skip", num_heads))
+        out = laws.add(tape, out, skipped).view(*x.shape[:2], num_heads * shape.head_dim)
+        del skipped
+        gate = laws.linear(tape, x, tape.weight("g_proj.weight", out.shape[-1], shape.width))
+        with tape.within("o_norm"):
+            out = gated_norm.grouped_law(tape, out, gate, num_groups)
+        return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, out.shape[-1]))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head, and the last tokens of the convolution."""

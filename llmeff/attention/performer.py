@@ -1,22 +1,25 @@
 """Performer: softmax attention estimated by positive orthogonal random features (FAVOR+)."""
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmeff.attention.kernel import KernelMixer
-from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
+from llmeff.attention.kernel import KernelConfig, KernelMixer
+from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.softmax import rotate
+from llmeff.attention.softmax import rotate, rotate_law
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, N heads, K key-value heads, H head width, M features
 
 
-class Performer(MixerConfig):
+class Performer(KernelConfig):
     """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): an estimate of `Softmax` with the same weights, rotary too."""
 
     name: Literal["performer"] = "performer"
@@ -31,6 +34,21 @@ class Performer(MixerConfig):
     def build(self, shape: MixerShape) -> "PerformerMixer":
         """The module."""
         return PerformerMixer(self, shape)
+
+    def features_law(
+        self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
+    ) -> tuple[Array, Array, Array]:
+        """Exponentials are kept, and the keys for their lengths; the directions are there anyway."""
+        width = self.width(shape)
+        cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
+        query, key = (
+            rotate_law(tape, laws.function(tape, laws.cast(tape, x, "float32"), "nothing"), cos, sin)
+            for x in (query, key)
+        )
+        query, key = _exponents_law(tape, query, width), _exponents_law(tape, key, width, has_lengths=True)
+        query, key = laws.shift(tape, query), laws.shift(tape, key)
+        largest = tape.elementwise((*key.shape[:-1], 1), "float32")
+        return laws.function(tape, query, "output"), laws.function(tape, key, "output"), largest
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head, with a column of sums, and for each head of keys what its features are relative to."""
@@ -95,3 +113,26 @@ def orthogonal(like: Tensor) -> Tensor:
     count = -(-num_rows // width)
     blocks = torch.linalg.qr(like.new_empty(count, width, width).normal_()).Q
     return blocks.flatten(0, 1)[:num_rows] * torch.empty_like(like).normal_().norm(dim=1, keepdim=True)
+
+
+def _exponents_law(tape: Tape, x: Array, width: int, *, has_lengths: bool = False) -> Array:
+    """The product with the directions, which have no gradient; for keys, less half of their squared lengths."""
+    flops = 2 * x.size * width
+    node = tape.save((x,), (x,) if has_lengths else (), partial(_exponents_back, tape, flops, x.shape))
+    tape.contract(flops)
+    shape = (*x.shape[:-1], width)
+    if not has_lengths:
+        return tape.new(shape, x.dtype, node)
+    products = tape.new(shape, x.dtype)
+    tape.elementwise(x.shape, x.dtype)  # squares
+    less = tape.elementwise(shape, x.dtype, node)
+    del products
+    return less
+
+
+def _exponents_back(tape: Tape, flops: int, shape: tuple[int, ...], gradient: Array, *saved: Array) -> tuple[Array]:
+    tape.execute(flops)
+    grad = tape.new(shape, gradient.dtype)
+    if saved:
+        tape.new(shape, gradient.dtype)
+    return (grad,)

@@ -5,13 +5,16 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
-from llmeff.attention.heads import repeated, split
+from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.scan import mix
-from llmeff.attention.softmax import rotate
+from llmeff.attention.softmax import rotate, rotate_law
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, V value width
 
@@ -30,6 +33,26 @@ class Retention(MixerConfig):
     def build(self, shape: MixerShape) -> "RetentionMixer":
         """The module."""
         return RetentionMixer(self, shape)
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """Projections, turns and scan; names live as long as in `RetentionMixer.forward`."""
+        num_heads, num_kv_heads, width = shape.num_heads, shape.num_kv_heads, self.width(shape)
+        query, gate = (
+            project(tape, "q_proj", x, num_heads, shape.head_dim),
+            project(tape, "g_proj", x, num_heads, width),
+        )
+        key = project(tape, "k_proj", x, num_kv_heads, shape.head_dim)
+        value = project(tape, "v_proj", x, num_kv_heads, width)
+        cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
+        turned = laws.function(tape, rotate_law(tape, query, cos, sin), "nothing")
+        query, key = turned, rotate_law(tape, key, cos, sin)
+        key, value = repeated_law(tape, key, num_heads), repeated_law(tape, value, num_heads)
+        # one number a head, for every token
+        log_decay = Array((*x.shape[:2], num_heads, 1), "float32", tape.elementwise((num_heads,), "float32").storage)
+        out = scan_law.law(tape, query, key, value, log_decay, None)
+        with tape.within("o_norm"):
+            out = gated_norm.law(tape, out, gate).view(*x.shape[:2], num_heads * width)
+        return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * width))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head."""

@@ -147,7 +147,8 @@ class _Scan(torch.autograd.Function):
         value = rows[2]
         assert value is not None
         assert state is not None
-        out, states = torch.empty_like(value), []
+        batch, heads, length, width = value.shape
+        out, states = value.new_empty(batch, length, heads, width).transpose(1, 2), []  # lies as mixers go on with it
         for index, part in enumerate(_segments(value.shape[2], sizes[1])):
             states.append(state)
             own = [None if x is None else x[:, :, part] for x in rows]
@@ -236,7 +237,9 @@ def _segment(
 
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
     """(B, N, T, .) to (B, N, M, C, .), with zeros in the last chunk's free places: they neither decay nor add."""
-    return F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) if missing else x.unflatten(2, (-1, chunk))
+    # one copy here saves one in each product
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+    return x.unflatten(2, (-1, chunk))
 
 
 def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:

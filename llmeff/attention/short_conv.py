@@ -1,6 +1,7 @@
 """A causal convolution over the last few tokens of each channel, within documents."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from llmeff.attention.mixer import Initialized, LayerCache
 from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
 
 # B batch, T tokens, C channels, W taps
 
@@ -56,3 +59,61 @@ class ShortConv(Initialized):
                 mixed = mixed + whole[:, start : start + length] * weights[:, start] * reaches
             mixed = mixed if self.bias is None else mixed + self.bias
         return F.silu(mixed)
+
+
+def law(tape: Tape, x: Array, taps: int, *, has_bias: bool = False) -> Array:
+    """The price of a `ShortConv` without a cache, within it on the tape; names live as long as in its forward."""
+    num_rows, length, channels = x.shape
+    weight = tape.weight("weight", channels, 1, taps)
+    bias = tape.weight("bias", channels) if has_bias else None
+    before = tape.new((num_rows, taps - 1, channels), x.dtype)
+    whole = laws.concat(tape, before.view(num_rows, channels, taps - 1), x.view(num_rows, channels, length))
+    if tape.workload.packed:
+        mixed = _packed_law(tape, x, whole, weight, bias, taps)
+    else:
+        mixed = _convolution_law(tape, whole, weight, bias).view(*x.shape)
+    return laws.silu(tape, mixed)
+
+
+def _convolution_law(tape: Tape, whole: Array, weight: Array, bias: Array | None) -> Array:
+    """(B, C, W - 1 + T) to (B, C, T)."""
+    whole, weight = laws.autocast(tape, whole), laws.autocast_weight(tape, weight)
+    bias = None if bias is None else laws.autocast_weight(tape, bias)
+    num_rows, channels, length = whole.shape
+    shape = (num_rows, channels, length - weight.shape[-1] + 1)
+    flops = 2 * num_rows * shape[-1] * weight.size
+    own = (weight,) if bias is None else (weight, bias)
+    node = tape.save((whole, *own), (whole, weight), partial(_convolution_back, tape, flops, bias is not None))
+    tape.contract(flops)
+    dense = tape.new(whole.shape, whole.dtype)  # channels before tokens
+    mixed = tape.new(shape, whole.dtype, node)
+    del dense
+    return mixed
+
+
+def _convolution_back(
+    tape: Tape, flops: int, has_bias: bool, gradient: Array, whole: Array, weight: Array
+) -> tuple[Array, ...]:
+    tape.execute(2 * flops)
+    dense = tape.new(whole.shape, whole.dtype), tape.new(gradient.shape, gradient.dtype)
+    found = tape.new(whole.shape, whole.dtype), tape.new(weight.shape, weight.dtype)
+    del dense
+    return (*found, tape.new(weight.shape[:1], weight.dtype)) if has_bias else found
+
+
+def _packed_law(tape: Tape, x: Array, whole: Array, weight: Array, bias: Array | None, taps: int) -> Array:
+    """A product for each tap, where documents end within a row."""
+    num_rows, length, channels = x.shape
+    weights = laws.cast(tape, weight, x.dtype)
+
+    def tap(own: Array) -> Array:
+        # of views, each with a gradient of its own as wide as what it is a view of
+        view = Array((channels,), weights.dtype, weights.storage, weights.node)
+        return laws.times(tape, own, view)
+
+    mixed = tap(x)
+    for _ in range(1, taps):
+        part = Array(x.shape, whole.dtype, whole.storage, whole.node)
+        reaches = tape.new((num_rows, length, 1), "bool")
+        mixed = laws.add(tape, mixed, laws.scale(tape, tap(part), reaches))
+    return mixed if bias is None else laws.plus(tape, mixed, bias)

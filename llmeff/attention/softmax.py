@@ -72,7 +72,7 @@ class Softmax(MixerConfig):
                 query, key = normed_query, norm.law(tape, key)
             del normed_query
         cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
-        query, key = _rotate_law(tape, query, cos, sin), _rotate_law(tape, key, cos, sin)
+        query, key = rotate_law(tape, query, cos, sin), rotate_law(tape, key, cos, sin)
         mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
         weight = tape.weight("o_proj.weight", shape.width, shape.num_heads * shape.head_dim)
         return laws.linear(tape, laws.joined_heads(tape, mixed), weight)
@@ -117,7 +117,8 @@ class SoftmaxMixer(Mixer):
         return [self.o_proj]
 
 
-def _rotate_law(tape: Tape, x: Array, cos: Array, sin: Array) -> Array:
+def rotate_law(tape: Tape, x: Array, cos: Array, sin: Array) -> Array:
+    """The price of `rotate`."""
     kept = laws.scale(tape, x, laws.cast(tape, cos, x.dtype))
     node = tape.save((x,), (), partial(_swap_back, tape))
     tape.elementwise((x.size // 2,), x.dtype)  # -second

@@ -77,13 +77,14 @@ class Component(Config):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """A field typed by the family holds any of it: validated by its name, dumped whole."""
-        schema = handler(source)
         if "registry" not in cls.__dict__:
-            return schema
+            return handler(source)
         dump = core_schema.plain_serializer_function_ser_schema(
             lambda value, info: value.model_dump(mode=info.mode), info_arg=True
         )
-        return core_schema.no_info_before_validator_function(cls._by_name, schema, serialization=dump)
+        # not the family's own model: pydantic would know that from a second field on, and go by it alone
+        own = core_schema.is_instance_schema(cls)
+        return core_schema.no_info_before_validator_function(cls._by_name, own, serialization=dump)
 
     @classmethod
     def _by_name(cls, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The laws of single operations, as PyTorch runs them eagerly: what each computes, keeps, and makes on the way."""
 
 from functools import partial
+from typing import Literal
 
 from llmeff.cost.tape import Array, Tape
 
@@ -158,14 +159,89 @@ def scale(tape: Tape, x: Array, constant: Array) -> Array:
     return tape.elementwise(x.shape, x.dtype, node)
 
 
-def _scale_back(tape: Tape, gradient: Array, constant: Array) -> tuple[Array]:
+def _scale_back(tape: Tape, gradient: Array, *_: Array) -> tuple[Array]:
     return (tape.new(gradient.shape, gradient.dtype),)
+
+
+def function(tape: Tape, x: Array, keeps: Literal["input", "output", "nothing"]) -> Array:
+    """Any function of single numbers, by what its derivative is made of."""
+    node = tape.save((x,), (x,) if keeps == "input" else (), partial(_scale_back, tape))
+    y = tape.elementwise(x.shape, x.dtype, node)
+    if keeps == "output":
+        tape.save_output(node, y)
+    return y
+
+
+def shift(tape: Tape, x: Array) -> Array:
+    """The sum with what has no gradient and broadcasts to it; backward hands its gradient on."""
+    return tape.elementwise(x.shape, x.dtype, tape.save((x,), (), _shift_back))
+
+
+def _shift_back(gradient: Array) -> tuple[Array]:
+    return (gradient,)
 
 
 def silu(tape: Tape, x: Array) -> Array:
     """`torch.nn.functional.silu`; its input is kept."""
-    node = tape.save((x,), (x,), partial(_scale_back, tape))
-    return tape.elementwise(x.shape, x.dtype, node)
+    return function(tape, x, "input")
+
+
+def times(tape: Tape, x: Array, factor: Array) -> Array:
+    """The product with what broadcasts to it; both are kept."""
+    node = tape.save((x, factor), (x, factor), partial(_times_back, tape))
+    return tape.elementwise(x.shape, promote(x.dtype, factor.dtype), node)
+
+
+def _times_back(tape: Tape, gradient: Array, x: Array, factor: Array) -> tuple[Array, Array]:
+    grad_x = tape.new(gradient.shape, x.dtype)
+    return grad_x, _summed(tape, tape.new(gradient.shape, gradient.dtype), factor.shape, factor.dtype)
+
+
+def _summed(tape: Tape, gradient: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """A gradient added up over what was broadcast."""
+    return gradient if gradient.shape == shape else tape.new(shape, dtype)
+
+
+def plus(tape: Tape, x: Array, summand: Array) -> Array:
+    """The sum with what broadcasts to it."""
+    node = tape.save((x, summand), (), partial(_plus_back, tape, x.dtype, summand.shape, summand.dtype))
+    return tape.elementwise(x.shape, promote(x.dtype, summand.dtype), node)
+
+
+def _plus_back(tape: Tape, dtype: str, shape: tuple[int, ...], own: str, gradient: Array) -> tuple[Array, Array]:
+    return gradient if gradient.dtype == dtype else tape.new(gradient.shape, dtype), _summed(tape, gradient, shape, own)
+
+
+def concat(tape: Tape, *parts: Array) -> Array:
+    """Arrays side by side; backward hands on views of its gradient."""
+    given = [part.shape for part in parts]
+    node = tape.save(parts, (), partial(_concat_back, given))
+    shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+    return tape.elementwise(shape, parts[0].dtype, node)
+
+
+def _concat_back(given: list[tuple[int, ...]], gradient: Array) -> tuple[Array, ...]:
+    return tuple(Array(shape, gradient.dtype, gradient.storage) for shape in given)
+
+
+def split(tape: Tape, x: Array, *shapes: tuple[int, ...]) -> list[Array]:
+    """Views of parts; backward waits for the gradients of all, and puts them side by side."""
+    arrived: list[Array] = []
+    first = tape.save((x,), (), partial(_split_back, tape, x.shape, arrived))
+    others = [tape.save((), (), partial(put_aside, arrived)) for _ in shapes[1:]]
+    return [Array(shape, x.dtype, x.storage, node) for shape, node in zip(shapes, (first, *others), strict=True)]
+
+
+def _split_back(tape: Tape, shape: tuple[int, ...], arrived: list[Array], gradient: Array) -> tuple[Array]:
+    whole = tape.new(shape, gradient.dtype)
+    arrived.clear()
+    return (whole,)
+
+
+def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
+    """The gradient of one of an operation's further outputs, which its backward takes from there."""
+    arrived.append(gradient)
+    return ()
 
 
 def attention(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
@@ -215,18 +291,19 @@ def _flash_back(
 
 def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
     num_heads, num_keys = query.shape[1], key.shape[2]
-    product = partial(_product, tape, 2 * query.size * num_keys, 2 * _pairs(query))
-    key, value = _repeat(tape, key, num_heads), _repeat(tape, value, num_heads)
-    scores = product(_copy(tape, query), _copy(tape, key), (*query.shape[:3], num_keys))
+    of = partial(product, tape, 2 * query.size * num_keys, 2 * _pairs(query))
+    key, value = repeat(tape, key, num_heads), repeat(tape, value, num_heads)
+    scores = of(_copy(tape, query), _copy(tape, key), (*query.shape[:3], num_keys))
     scores = _copy(tape, scores)  # with the bias added
     node = tape.save((scores,), (), partial(_scale_back, tape))
     weights = tape.elementwise(scores.shape, scores.dtype, node)
     tape.save_output(node, weights)
     del scores
-    return product(weights, _copy(tape, value), query.shape)
+    return of(weights, _copy(tape, value), query.shape)
 
 
-def _repeat(tape: Tape, x: Array, num_heads: int) -> Array:
+def repeat(tape: Tape, x: Array, num_heads: int) -> Array:
+    """(B, K, .) to (B, N, .); itself where that is as many."""
     if x.shape[1] == num_heads:
         return x
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
@@ -238,7 +315,8 @@ def _copy(tape: Tape, x: Array) -> Array:
     return tape.elementwise(x.shape, x.dtype, node)
 
 
-def _product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:
+def product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:
+    """A product of matrices; both are kept."""
     node = tape.save((left, right), (left, right), partial(_product_back, tape, flops))
     tape.contract(flops, model_flops)
     return tape.new(shape, left.dtype, node)

@@ -6,7 +6,7 @@ backward. So a law whose names live as long as the module's own gives its memory
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ class Tape:
         self._keeps = True
         self._saves_left: int | None = None
         self._num_saves = 0
-        self._recomputes = self._in_backward = False
+        self._recomputes = self._in_backward = self._is_inside = False
         self.keeping.begin(self.live)
 
     @contextmanager
@@ -118,6 +118,8 @@ class Tape:
             self._keep(node, outputs)
 
     def _count_saves(self, number: int) -> None:
+        if self._is_inside:
+            return
         self._num_saves += number
         if self._saves_left is not None:
             self._saves_left -= number
@@ -215,6 +217,50 @@ class Tape:
         self._play_back()
         self._nodes, self._path = outer
         return None if start.node is None else start.node.gradient
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Enters the forward pass of an autograd.Function: nothing in it is kept but what it saves itself."""
+        outer = self._keeps, self._is_inside
+        self._keeps, self._is_inside = False, True
+        try:
+            yield
+        finally:
+            self._keeps, self._is_inside = outer
+
+    def run_again(
+        self,
+        run: Callable[..., tuple[Array, ...]],
+        starts: Sequence[Array | None],
+        flows: Sequence[bool],
+        gradients: list[Array],
+    ) -> list[Array | None]:
+        """What the backward of an autograd.Function does that runs its forward pass again, and lets autograd go back through it.
+
+        Args:
+            run: the forward pass.
+            starts: what it is given.
+            flows: of which of it gradients are made.
+            gradients: of what it returns; used up.
+
+        Returns:
+            the gradients of `starts`, None where there is none.
+        """
+        outer, self._nodes = self._nodes, []
+        recomputed, self._recomputes = self._recomputes, True
+        leaves = [Node() if flow else None for flow in flows]
+        given = [
+            None if x is None else Array(x.shape, x.dtype, x.storage, leaf)
+            for x, leaf in zip(starts, leaves, strict=True)
+        ]
+        ends = run(*given)
+        for end in ends[::-1]:
+            assert end.node is not None
+            end.node.accumulate(gradients.pop())
+        self._recomputes = recomputed
+        self._play_back()
+        self._nodes = outer
+        return [None if leaf is None else leaf.gradient for leaf in leaves]
 
     def end_forward(self) -> None:
         """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""

@@ -375,8 +375,24 @@ def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, valu
     return 2 * B * N * T * key[2] * (3 * H + 2 * value[3])
 
 
-# torch has no formula for its CPU kernel of scaled dot product attention, and would count nothing.
+def _convolution_backward_flops(
+    grad_out: _Shape, x: _Shape, weight: _Shape, *rest: Any, output_mask: Any = None, **__: Any
+) -> int:
+    """As much as forward for each gradient that is asked for; torch's own formula forgets that channels are in groups."""
+    transposed, mask = rest[4], rest[7] if output_mask is None else output_mask
+    sites = math.prod((x if transposed else grad_out)[2:])
+    return 2 * x[0] * sites * math.prod(weight) * (bool(mask[0]) + bool(mask[1]))
+
+
+def _solve_flops(matrix: _Shape, right: _Shape, *_: Any, left: bool = True, **__: Any) -> int:
+    """Half of a product with a whole matrix: a multiply-add for each number of a triangle and each column."""
+    return math.prod(right) * matrix[-1]
+
+
+# For its CPU kernel of scaled dot product attention and for triangular systems torch has no formula, and would count nothing.
 _FORMULAS = {
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+    torch.ops.aten.linalg_solve_triangular: _solve_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
