@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmeff.attention import Softmax
+from llmeff.attention import MixerConfig, Softmax
 from llmeff.core.files import write_text
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
@@ -29,6 +29,12 @@ from llmeff.predict import price_step
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 
 NUM_CASES, NUM_IMAGE_CASES = 40, 12
+MIXER_WORKLOADS: tuple[dict[str, Any], ...] = (
+    {},
+    {"packed": True, "num_tokens": 128},
+    {"precision_name": "bf16"},
+    {"recompute": True, "num_micro_batches": 3},
+)
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
 
 
@@ -95,6 +101,23 @@ def random_image_case(seed: int, **workload: Any) -> Case:
         recompute=pick.random() < 0.4,
     )
     return Case(model, replace(drawn, **workload))
+
+
+def mixer_case(name: str, **workload: Any) -> Case:
+    """Layers of one mixer, over more than a chunk of a scan."""
+    pick = random.Random(name)
+    kv_heads = pick.choice((1, 2))
+    model = DecoderConfig(
+        vocab_size=60,
+        width=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        head_dim=16,
+        mlp_width=96,
+        mixer=MixerConfig.registry[name](),
+    )
+    return Case(model, replace(Workload(num_sequences=2, num_tokens=pick.randint(65, 127)), **workload))
 
 
 class Step:
@@ -264,6 +287,8 @@ def main(path: Path) -> None:
     cases = [(seed, random_case(seed)) for seed in range(NUM_CASES)]
     for seed, name in itertools.product(range(NUM_IMAGE_CASES), ("fp32", "bf16")):
         cases.append((seed, random_image_case(seed, precision_name=name)))
+    for name, (seed, workload) in itertools.product(MixerConfig.registry.names(), enumerate(MIXER_WORKLOADS)):
+        cases.append((seed, mixer_case(name, **workload)))
     for seed, case in cases:
         predicted, measured = predict(case), measure(case)
         rows.append(

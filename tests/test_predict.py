@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmeff.attention import MixerConfig
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
@@ -65,6 +66,12 @@ def test_price_gate_of_plain_products(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_price_gate_under_autocast(seed):
     assert_exact_but_for_the_peak(gate.random_case(seed, precision_name="bf16"))
+
+
+@pytest.mark.parametrize("name", MixerConfig.registry.names())
+@pytest.mark.parametrize("workload", gate.MIXER_WORKLOADS, ids=str)
+def test_price_gate_of_every_mixer(name, workload):
+    assert_exact_but_for_the_peak(gate.mixer_case(name, **workload))
 
 
 @pytest.mark.parametrize(

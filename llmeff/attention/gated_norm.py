@@ -31,7 +31,8 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """(..., W) twice to (..., W), in the gate's format."""
-        return (self.norm(x) * self.activation(wide(gate))).to(gate.dtype)
+        gated: Tensor = self.norm(x) * self.activation(wide(gate))
+        return gated.to(gate.dtype)
 
 
 class GroupedRMSNorm(Initialized):

@@ -1,6 +1,7 @@
 """Heads as mixers with a state have them: (B, T, N, H), where queries may have more heads than keys and values."""
 
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from llmeff.cost.tape import Array, Tape
 
 def split(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, N H) to (B, T, N, H)."""
-    return x.unflatten(-1, (num_heads, -1))
+    return cast(Tensor, x.unflatten(-1, (num_heads, -1)))
 
 
 def repeated(x: Tensor, num_heads: int) -> Tensor:
@@ -25,7 +26,7 @@ def repeated_law(tape: Tape, x: Array, num_heads: int) -> Array:
     """The price of `repeated`."""
     if num_heads == x.shape[2]:
         return x
-    node = tape.save((x,), (), partial(_repeated_back, tape, x.shape))
+    node = None if x.node is None else tape.save((x,), (), partial(_repeated_back, tape, x.shape))
     return tape.elementwise((*x.shape[:2], num_heads, *x.shape[3:]), x.dtype, node)
 
 

@@ -11,7 +11,7 @@ tokens, with c_t the sum of g from its start to t, all that depends on no earlie
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,25 +57,20 @@ def mix(
         (B, T, N, V).
     """
     with torch.autocast(key.device.type, enabled=False):
-        rows = [_rows(x) for x in (query, layout.cleared(key.flatten(2)).view_as(key), value, log_decay)]
         if log_decay is not None:
-            rows[3] = _rows(layout.cleared(log_decay.flatten(2)).view_as(log_decay))
-        beta = None if beta is None else wide(beta.transpose(1, 2))
+            log_decay = layout.cleared(log_decay.flatten(2)).view_as(log_decay)
+        given = (query, layout.cleared(key.flatten(2)).view_as(key), value, log_decay, beta)
+        rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in given]
         state = None if cache is None else cache.recall("state")
         if state is not None and key.shape[1] == 1:
-            one = [None if x is None else x[:, :, 0] for x in (*rows, beta)]
-            mixed, state = step(*one, state)  # type: ignore[arg-type]
+            one: list[Any] = [None if x is None else x[:, :, 0] for x in rows]
+            mixed, state = step(*one, state=state)
             mixed = mixed[:, :, None]
         else:
-            mixed, state = scan(*rows, beta, documents=layout.documents, state=state)  # type: ignore[arg-type]
+            mixed, state = scan(*rows, documents=layout.documents, state=state)
     if cache is not None:
         cache.keep("state", state)
     return mixed.transpose(1, 2)
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    """(B, T, N, .) to (B, N, T, .), half precisions as float32."""
-    return None if x is None else wide(x.transpose(1, 2))
 
 
 def step(
@@ -151,8 +146,8 @@ class _Scan(torch.autograd.Function):
         out, states = value.new_empty(batch, length, heads, width).transpose(1, 2), []  # lies as mixers go on with it
         for index, part in enumerate(_segments(value.shape[2], sizes[1])):
             states.append(state)
-            own = [None if x is None else x[:, :, part] for x in rows]
-            out[:, :, part], state = _segment(sizes[0], _part(documents, part, index), *own, state)
+            own: list[Any] = [None if x is None else x[:, :, part] for x in rows]
+            out[:, :, part], state = _segment(sizes[0], _part(documents, part, index), *own, state=state)
         ctx.sizes = sizes
         ctx.save_for_backward(documents, *rows, *states)
         return out, state
@@ -164,11 +159,11 @@ class _Scan(torch.autograd.Function):
         needed = [x is not None and need for x, need in zip(rows, ctx.needs_input_grad[2:], strict=False)]
         gradients = [torch.empty_like(x) if need else None for x, need in zip(rows, needed, strict=True)]
         for index, part in reversed(list(enumerate(_segments(above.shape[2], ctx.sizes[1])))):
-            own = [None if x is None else x[:, :, part].detach() for x in rows]
+            own: list[Any] = [None if x is None else x[:, :, part].detach() for x in rows]
             leaves = [x.requires_grad_() for x, need in zip(own, needed, strict=True) if need and x is not None]
             leaves.append(states[index].detach().requires_grad_())
             with torch.enable_grad():
-                results = _segment(ctx.sizes[0], _part(documents, part, index), *own, leaves[-1])
+                results = _segment(ctx.sizes[0], _part(documents, part, index), *own, state=leaves[-1])
             *found, above_state = torch.autograd.grad(results, leaves, (above[:, :, part], above_state))
             del results
             for gradient in gradients:
@@ -208,23 +203,24 @@ def _segment(
     query, key, value = (_chunks(x, missing, chunk) for x in (query, key, value))
     decay = None if log_decay is None else _chunks(log_decay, missing, chunk).cumsum(-2)
     sees = _causal(documents, missing, chunk, query.device)
-    reaches = stays = goes_on = None
+    borders = None
     if documents is not None:
-        reaches, stays, goes_on = (x.to(value.dtype) for x in _borders(documents, missing, chunk))
+        borders = [x.to(value.dtype) for x in _borders(documents, missing, chunk)]
 
     read, kept = query, key
     carry = None
     if decay is not None:
         read, kept = query * decay.exp(), key * (decay[..., -1:, :] - decay).exp()
         carry = decay[..., -1, :, None].exp()
-    if reaches is not None:
+    if borders is not None:
+        reaches, stays, goes_on = borders
         read, kept = read * reaches, kept * stays
         carry = goes_on if carry is None else carry * goes_on
     taken, erased = value, None
     if beta is not None:
         beta = _chunks(beta[..., None], missing, chunk)
         found = key if decay is None else key * decay.exp()
-        found = found if reaches is None else found * reaches
+        found = found if borders is None else found * borders[0]
         overlap = (beta * _pairs(key, key, decay, sees)).tril(-1)
         solved = torch.linalg.solve_triangular(
             overlap, beta * torch.cat((value, found), dim=-1), upper=False, unitriangular=True
@@ -239,13 +235,13 @@ def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
     """(B, N, T, .) to (B, N, M, C, .), with zeros in the last chunk's free places: they neither decay nor add."""
     # one copy here saves one in each product
     x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
-    return x.unflatten(2, (-1, chunk))
+    return cast(Tensor, x.unflatten(2, (-1, chunk)))
 
 
 def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
     """(B, 1 + T) to (B, M, C); free places belong to the last document."""
     own = documents[:, 1:]
-    return torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk))
+    return cast(Tensor, torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk)))
 
 
 def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.device) -> Tensor:

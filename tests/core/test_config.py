@@ -166,3 +166,15 @@ def test_config_files_that_cannot_be_read(tmp_path, name, content, message):
 def test_a_config_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "none.toml")
+
+
+def test_a_family_may_stand_in_many_fields_of_one_config():
+    class Ferry(Config):
+        engine: Engine = Steam()
+        spare: dict[str, Engine]
+        more: tuple[Engine, ...] = ()
+
+    spare = {"name": "electric", "recovery": 0.25}
+    own = validate(Ferry, {"spare": {"one": spare}, "more": [spare]})
+    assert own.spare["one"] == own.more[0] == Electric(recovery=0.25)
+    assert validate(Ferry, own.model_dump(mode="json")) == own

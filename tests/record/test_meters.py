@@ -51,6 +51,16 @@ def test_a_forward_pass_without_gradients_holds_two_neighbours_at_most(x, w):
     assert meter.peak.by_kind == {"parameters": W, "gradients": 0, "optimizer": 0, "other": 3 * X}
 
 
+def test_channels_of_a_grouped_convolution_and_triangular_systems_are_counted():
+    x, weight = torch.randn(2, D, 20, requires_grad=True), torch.randn(D, 1, 4, requires_grad=True)
+    forward = 2 * 2 * D * 17 * 4
+    assert count_flops(lambda: F.conv1d(x, weight, groups=D)) == forward
+    assert count_flops(lambda: F.conv1d(x, weight, groups=D).sum().backward()) == 3 * forward
+    matrix = torch.eye(D).expand(3, D, D)
+    right = torch.randn(3, D, 5)
+    assert count_flops(lambda: torch.linalg.solve_triangular(matrix, right, upper=False)) == 3 * D * D * 5
+
+
 def test_a_chain_keeps_every_product_for_backward(x, w):
     weights = [w, nn.Parameter(torch.randn(D, D))]
 
