@@ -29,7 +29,7 @@ def test_it_estimates_softmax_attention_with_its_weights():
         layout = Layout.plain(30, x.device)
         expected = softmax(x, layout)
         errors.append(float((performer(x, layout) - expected).norm() / expected.norm()))
-    assert errors[1] < 0.03
+    assert errors[1] < 0.1
     assert errors[1] < errors[0] / 4
 
 
