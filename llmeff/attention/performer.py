@@ -111,8 +111,9 @@ def orthogonal(like: Tensor) -> Tensor:
     """
     num_rows, width = like.shape
     count = -(-num_rows // width)
-    blocks = torch.linalg.qr(like.new_empty(count, width, width).normal_()).Q
-    return blocks.flatten(0, 1)[:num_rows] * torch.empty_like(like).normal_().norm(dim=1, keepdim=True)
+    blocks: Tensor = torch.linalg.qr(like.new_empty(count, width, width).normal_()).Q
+    lengths: Tensor = torch.empty_like(like).normal_().norm(dim=1, keepdim=True)
+    return blocks.flatten(0, 1)[:num_rows] * lengths
 
 
 def _exponents_law(tape: Tape, x: Array, width: int, *, has_lengths: bool = False) -> Array:

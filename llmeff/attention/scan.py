@@ -63,8 +63,8 @@ def mix(
         rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in given]
         state = None if cache is None else cache.recall("state")
         if state is not None and key.shape[1] == 1:
-            one: list[Any] = [None if x is None else x[:, :, 0] for x in rows]
-            mixed, state = step(*one, state=state)
+            one: list[Any] = [*(None if x is None else x[:, :, 0] for x in rows), state]
+            mixed, state = step(*one)
             mixed = mixed[:, :, None]
         else:
             mixed, state = scan(*rows, documents=layout.documents, state=state)
@@ -146,8 +146,8 @@ class _Scan(torch.autograd.Function):
         out, states = value.new_empty(batch, length, heads, width).transpose(1, 2), []  # lies as mixers go on with it
         for index, part in enumerate(_segments(value.shape[2], sizes[1])):
             states.append(state)
-            own: list[Any] = [None if x is None else x[:, :, part] for x in rows]
-            out[:, :, part], state = _segment(sizes[0], _part(documents, part, index), *own, state=state)
+            own: list[Any] = [*(None if x is None else x[:, :, part] for x in rows), state]
+            out[:, :, part], state = _segment(sizes[0], _part(documents, part, index), *own)
         ctx.sizes = sizes
         ctx.save_for_backward(documents, *rows, *states)
         return out, state
@@ -160,10 +160,10 @@ class _Scan(torch.autograd.Function):
         gradients = [torch.empty_like(x) if need else None for x, need in zip(rows, needed, strict=True)]
         for index, part in reversed(list(enumerate(_segments(above.shape[2], ctx.sizes[1])))):
             own: list[Any] = [None if x is None else x[:, :, part].detach() for x in rows]
-            leaves = [x.requires_grad_() for x, need in zip(own, needed, strict=True) if need and x is not None]
-            leaves.append(states[index].detach().requires_grad_())
+            own.append(states[index].detach())
+            leaves = [x.requires_grad_() for x, need in zip(own, (*needed, True), strict=True) if need]
             with torch.enable_grad():
-                results = _segment(ctx.sizes[0], _part(documents, part, index), *own, state=leaves[-1])
+                results = _segment(ctx.sizes[0], _part(documents, part, index), *own)
             *found, above_state = torch.autograd.grad(results, leaves, (above[:, :, part], above_state))
             del results
             for gradient in gradients:

@@ -1,7 +1,7 @@
 """The price of `scan.mix` in training: its products, what it keeps, and what lives while segments are computed again."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from llmeff.attention.scan import BLOCK, CHUNK, SEGMENT
 from llmeff.cost import laws
@@ -24,7 +24,8 @@ def law(tape: Tape, query: Array, key: Array, value: Array, log_decay: Array | N
     with tape.inside():
         for start in range(0, length, SEGMENT):
             states.append(state)
-            mixed, state = _segment(tape, *_part(rows, start), state)
+            own: list[Any] = [*_part(rows, start), state]
+            mixed, state = _segment(tape, *own)
             del mixed
     flows = [x is not None and x.node is not None for x in rows]
     present = [x is not None for x in rows]
