@@ -8,4 +8,5 @@ from llmeff.attention.mixer import Mixer as Mixer
 from llmeff.attention.mixer import MixerConfig as MixerConfig
 from llmeff.attention.performer import Performer as Performer
 from llmeff.attention.retention import Retention as Retention
+from llmeff.attention.sliding import Sliding as Sliding
 from llmeff.attention.softmax import Softmax as Softmax

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from llmeff.core.config import Component, Text
@@ -62,6 +63,15 @@ class Mixer(Initialized):
     @abstractmethod
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); token t sees only tokens of its document that are not after it, and no padding."""
+
+    def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
+        """Makes the layout's tables that layers share: torch.compile lets no layer that runs twice write them.
+
+        Args:
+            layout: of the batch.
+            num_rows: B.
+            dtype: in which queries, keys and values are mixed.
+        """
 
     @abstractmethod
     def output_projections(self) -> list[nn.Linear]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmeff.attention.kernel import KernelConfig, KernelMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.softmax import rotate, rotate_law
+from llmeff.attention.rotary_heads import rotate, rotate_law
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws

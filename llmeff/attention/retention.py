@@ -9,8 +9,8 @@ from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.rotary_heads import rotate, rotate_law
 from llmeff.attention.scan import mix
-from llmeff.attention.softmax import rotate, rotate_law
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws

@@ -1,11 +1,15 @@
 """Where each token of a batch stands: its position, its document, and whether it is padding."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 # B batch, T queries, S keys, R rotary angles (half a head)
+
+Tables = TypeVar("Tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Layout:
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
     _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    _tables: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def plain(length: int, device: torch.device, past: int = 0) -> "Layout":
@@ -42,6 +47,12 @@ class Layout:
         """(B, T, .) with zeros for padding."""
         is_padding = self.is_padding
         return x if is_padding is None else x.masked_fill(is_padding[..., None], 0)
+
+    def tables(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
+        """What a mixer makes of the layout, for all its layers; a key begins with the mixer's name."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return cast(Tables, self._tables[key])
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary angles, float32, each (B or 1, 1, T, head_dim).

@@ -1,7 +1,8 @@
 """The laws of single operations, as PyTorch runs them eagerly: what each computes, keeps, and makes on the way."""
 
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from llmeff.cost.tape import Array, Tape
 
@@ -30,6 +31,13 @@ class Batch:
         """What a micro-batch takes that is made and waits for its turn."""
         self._biases: dict[str, tuple[Array, Array]] = {}
         self._rotary: dict[tuple[int, float], tuple[Array, Array]] = {}
+        self._tables: dict[Hashable, Any] = {}
+
+    def tables(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """`Layout.tables`."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Array, Array]:
         """Cosines and sines, each (B or 1, 1, T, head_dim)."""
@@ -117,8 +125,13 @@ def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, wei
 
 def embedding(tape: Tape, batch: Batch, weight: Array) -> Array:
     """(B, T) tokens, rows of (V, D), to (B, T, D)."""
-    node = tape.save((weight,), (batch.tokens,), partial(_new_back, tape, weight.shape))
-    return tape.elementwise((*batch.shape, weight.shape[1]), weight.dtype, node)
+    return rows(tape, weight, batch.tokens)
+
+
+def rows(tape: Tape, x: Array, index: Array) -> Array:
+    """Rows of (V, D) by their numbers (...), as `torch.nn.functional.embedding` takes them, to (..., D)."""
+    node = tape.save((x,), (index,), partial(_new_back, tape, x.shape))
+    return tape.elementwise((*index.shape, x.shape[1]), x.dtype, node)
 
 
 def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) -> tuple[Array]:
@@ -244,8 +257,10 @@ def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
     return ()
 
 
-def attention(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-    """`scaled_dot_product_attention` by the workload's kernel, causal.
+def attention(
+    tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, num_pairs: int | None = None
+) -> Array:
+    """`scaled_dot_product_attention` by the workload's kernel.
 
     Args:
         tape: where it is taken down.
@@ -253,24 +268,21 @@ def attention(tape: Tape, query: Array, key: Array, value: Array, bias: Array | 
         key: (B, K, S, H).
         value: (B, K, S, H).
         bias: (B, 1, T, S), added to the scores; None where plain causal attention is meant.
+        num_pairs: pairs of query and key, over batch and heads, that the model asks for; None: those of causal attention.
 
     Returns:
         (B, N, T, H), in memory (B, T, N, H).
     """
     query, key, value = (autocast(tape, x) for x in (query, key, value))
     flash = tape.workload.kernel == "flash"
-    return (_flash if flash else _math)(tape, query, key, value, bias)
+    pairs = query.size * (query.shape[2] + 1) // 2 if num_pairs is None else num_pairs * query.shape[3]
+    return (_flash if flash else _math)(tape, query, key, value, bias, pairs)
 
 
-def _pairs(query: Array) -> int:
-    """Products over H that causal attention asks for."""
-    return query.size * (query.shape[2] + 1) // 2
-
-
-def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, pairs: int) -> Array:
     saved = (query, key, value) if bias is None else (query, key, value, bias)
     node = tape.save((query, key, value), saved, partial(_flash_back, tape))
-    tape.contract(4 * query.size * key.shape[2], model_flops=4 * _pairs(query))
+    tape.contract(4 * query.size * key.shape[2], model_flops=4 * pairs)
     mixed = tape.new(query.shape, query.dtype, node)
     log_sums = tape.elementwise(query.shape[:-1], "float32")
     tape.save_output(node, mixed, log_sums)
@@ -289,17 +301,17 @@ def _flash_back(
     )
 
 
-def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, pairs: int) -> Array:
     num_heads, num_keys = query.shape[1], key.shape[2]
-    of = partial(product, tape, 2 * query.size * num_keys, 2 * _pairs(query))
+    of = partial(product, tape, 2 * query.size * num_keys, 2 * pairs)
     key, value = repeat(tape, key, num_heads), repeat(tape, value, num_heads)
-    scores = of(_copy(tape, query), _copy(tape, key), (*query.shape[:3], num_keys))
-    scores = _copy(tape, scores)  # with the bias added
+    scores = of(copy(tape, query), copy(tape, key), (*query.shape[:3], num_keys))
+    scores = copy(tape, scores)  # with the bias added
     node = tape.save((scores,), (), partial(_scale_back, tape))
     weights = tape.elementwise(scores.shape, scores.dtype, node)
     tape.save_output(node, weights)
     del scores
-    return of(weights, _copy(tape, value), query.shape)
+    return of(weights, copy(tape, value), query.shape)
 
 
 def repeat(tape: Tape, x: Array, num_heads: int) -> Array:
@@ -310,9 +322,26 @@ def repeat(tape: Tape, x: Array, num_heads: int) -> Array:
     return tape.elementwise((x.shape[0], num_heads, *x.shape[2:]), x.dtype, node)
 
 
-def _copy(tape: Tape, x: Array) -> Array:
+def copy(tape: Tape, x: Array) -> Array:
+    """The same in other bytes."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return tape.elementwise(x.shape, x.dtype, node)
+
+
+def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros behind it, up to the shape; itself where there is nothing to add."""
+    if x.shape == shape:
+        return x
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return tape.elementwise(shape, x.dtype, node)
+
+
+def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
+    """Its beginning, a view, whose gradient is put among zeros; itself where all is left."""
+    if x.shape == shape:
+        return x
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return Array(shape, x.dtype, x.storage, node)
 
 
 def product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:
@@ -334,7 +363,7 @@ def joined_heads(tape: Tape, mixed: Array) -> Array:
     joined = mixed.view(num_batch, num_tokens, num_heads * head_dim)
     if tape.workload.kernel == "flash":
         return joined
-    return _copy(tape, mixed).view(*joined.shape)
+    return copy(tape, mixed).view(*joined.shape)
 
 
 def log_softmax(tape: Tape, x: Array) -> Array:

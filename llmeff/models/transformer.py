@@ -288,10 +288,11 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         if recompute:  # the tables that layers share are made before: torch.compile lets no part that runs twice write
-            layout.rotary(self.config.head_width, self.config.rope_theta)
             device = tokens.device.type
-            autocast = torch.is_autocast_enabled(device)
-            layout.bias(tokens.shape[1], torch.get_autocast_dtype(device) if autocast else x.dtype)
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            for layer in self.layers:
+                if layer.has_mixer:
+                    layer.self_attn.prepare(layout, tokens.shape[0], dtype)
         for index, layer in enumerate(self.layers):
             if recompute:
                 x = checkpoint(layer, x, layout, use_reentrant=False)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from llmeff.attention import Softmax
 from llmeff.attention.mixer import MixerShape
-from llmeff.attention.softmax import attend, rotate
+from llmeff.attention.rotary_heads import rotate
+from llmeff.attention.softmax import attend
 from llmeff.core.layout import Layout
 
 DEVICE = torch.device("cpu")

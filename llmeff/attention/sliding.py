@@ -1,0 +1,304 @@
+"""Softmax attention over the last few tokens, with sinks and global tokens that are seen from afar."""
+
+from functools import cache as memoized
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor
+
+from llmeff.attention.mixer import LayerCache, MixerShape
+from llmeff.attention.rotary_heads import HeadsConfig, HeadsMixer
+from llmeff.attention.softmax import attend, attend_biased
+from llmeff.core.config import Count, CountOrZero
+from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
+
+# B batch, T queries, S keys, N heads, K key-value heads, H head width; M blocks of C queries, G keys that a block is given
+
+LEAST_BLOCK = 64
+"""The fewest tokens of a block: smaller ones save products, but no time."""
+
+
+class Sliding(HeadsConfig):
+    """Softmax attention over the last `window` tokens, itself among them (Beltagy et al. 2020; as in Mistral)."""
+
+    name: Literal["sliding"] = "sliding"
+    window: Count = 256
+    """Tokens back to which a token sees, itself among them."""
+    sinks: CountOrZero = 0
+    """The first tokens of a document, which all of its tokens see (Xiao et al. 2023, arXiv 2309.17453)."""
+    global_every: Count | None = None
+    """The last of every so many tokens of a document is seen by all after it: the `fixed` pattern of Child et al. 2019, the
+    causal case of the global tokens of Longformer and BigBird. The cache then grows by one key so often. None: none is."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Sliding":
+        if self.sinks > self.window:
+            raise ValueError(f"sinks {self.sinks} are more than the window of {self.window} tokens: give fewer")
+        if self.global_every == 1:
+            raise ValueError("global_every 1 lets all tokens see all before them: take the mixer 'softmax'")
+        return self
+
+    def build(self, shape: MixerShape) -> "SlidingMixer":
+        """The module."""
+        return SlidingMixer(self, shape)
+
+    @property
+    def block(self) -> int:
+        """C: a query sees no further back than into the block before its own, but for sinks and global tokens."""
+        return max(self.window, LEAST_BLOCK)
+
+    def num_kept(self, num_tokens: int) -> int:
+        """How many of a document's first tokens the one after them still sees."""
+        far = max(0, num_tokens - self.window + 1)
+        sinks = min(self.sinks, far)
+        every = self.global_every
+        return num_tokens - far + sinks + (0 if every is None else far // every - sinks // every)
+
+    def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
+        """Blocks of queries, each with the keys that it is given; names live as long as in `slide`."""
+        num_rows, num_heads, num_tokens, head_dim = query.shape
+        if num_tokens <= self.window:
+            mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
+            return laws.joined_heads(tape, mixed)
+        num_blocks, num_keys = _sizes(self, num_tokens)
+        index, bias = batch.tables((self, query.dtype), partial(_blocks_law, self, tape, query))
+        missing = num_blocks * self.block - num_tokens
+        blocks = (num_rows * num_blocks, num_heads, self.block, head_dim)
+        query = laws.padded(tape, query, (num_rows, num_heads, num_tokens + missing, head_dim)).view(*blocks)
+
+        def given(x: Array) -> Array:
+            flat = x.view(num_rows * num_tokens, x.shape[1] * head_dim)
+            return laws.rows(tape, flat, index).view(num_rows * num_blocks, x.shape[1], num_keys, head_dim)
+
+        pairs = num_rows * num_heads * _num_pairs(self, num_tokens)
+        mixed = laws.attention(tape, query, given(key), given(value), bias, pairs)
+        joined = laws.joined_heads(tape, mixed).view(num_rows, num_tokens + missing, num_heads * head_dim)
+        return laws.cut(tape, joined, (num_rows, num_tokens, num_heads * head_dim))
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """Keys, values and places of what is still seen."""
+        return self.num_kept(num_tokens) * (2 * shape.num_kv_heads * shape.head_dim * number_bytes + 8)
+
+
+class SlidingMixer(HeadsMixer):
+    """Projections around `slide`. Parameter names are those of transformers' Mistral."""
+
+    def __init__(self, config: Sliding, shape: MixerShape):
+        super().__init__(config, shape)
+        self.config = config
+
+    def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
+        """The rotary tables, and those of the blocks."""
+        super().prepare(layout, num_rows, dtype)
+        num_tokens = layout.positions.shape[-1]
+        if num_tokens <= self.config.window:
+            layout.bias(num_tokens, dtype)
+        else:
+            _blocks(self.config, layout, num_rows, dtype)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
+        """In blocks over the whole row, or piece by piece after what is kept."""
+        if cache is None:
+            return slide(self.config, query, key, value, layout)
+        return self._go_on(query, key, value, layout, cache).transpose(1, 2).flatten(-2)
+
+    def _go_on(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache) -> Tensor:
+        kept = [cache.recall(name) for name in ("key", "value", "places")]
+        places = _places(layout)[:, layout.past :].expand(query.shape[0], -1)
+        num_tokens, mixed = layout.past, []
+        for start in range(0, query.shape[2], self.config.block):
+            part = slice(start, start + self.config.block)
+            new = (key[:, :, part], value[:, :, part], places[:, part, None])
+            whole = [y if x is None else torch.cat((x, y), dim=-2) for x, y in zip(kept, new, strict=True)]
+            mixed.append(_attend_places(self.config, query[:, :, part], *whole[:2], places[:, part], whole[2][..., 0]))
+            num_tokens += new[0].shape[2]
+            kept = list(_still_seen(self.config, *whole, num_tokens))
+        for name, state in zip(("key", "value", "places"), kept, strict=True):
+            assert state is not None
+            cache.keep(name, state)
+        return torch.cat(mixed, dim=2)
+
+
+def slide(
+    config: Sliding, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k') v over what the window, sinks and global tokens let each query see; without a T x T matrix.
+
+    Args:
+        config: who sees whom, beside the layout.
+        query: (B, N, T, H).
+        key: (B, K, S, H) of the layout's past and new tokens; K divides N.
+        value: (B, K, S, H).
+        layout: documents and padding.
+        scale: of the scores; None: 1 / sqrt(H).
+
+    Returns:
+        (B, T, N H).
+    """
+    num_rows, num_tokens = query.shape[0], query.shape[2]
+    if key.shape[2] <= config.window:
+        return attend(query, key, value, layout, scale).transpose(1, 2).flatten(-2)
+    if key.shape[2] > num_tokens:
+        places = _places(layout)
+        mixed = _attend_places(config, query, key, value, places[:, layout.past :], places, scale)
+        return mixed.transpose(1, 2).flatten(-2)
+    num_blocks, num_keys = _sizes(config, num_tokens)
+    index, bias = _blocks(config, layout, num_rows, query.dtype)
+    missing = num_blocks * config.block - num_tokens
+    query = query.transpose(1, 2)
+    if missing:
+        query = F.pad(query, (0, 0, 0, 0, 0, missing))
+    query = query.reshape(num_rows * num_blocks, config.block, *query.shape[2:]).transpose(1, 2)
+
+    def given(x: Tensor) -> Tensor:
+        rows = F.embedding(index, x.transpose(1, 2).flatten(2).flatten(0, 1))
+        return rows.view(num_rows * num_blocks, num_keys, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    mixed = attend_biased(query, given(key), given(value), bias, scale)
+    return mixed.transpose(1, 2).reshape(num_rows, num_blocks * config.block, -1)[:, :num_tokens]
+
+
+def _sees(config: Sliding, query: Tensor, key: Tensor) -> Tensor:
+    """Whether a token at one place of a document sees the one at another; below 0 there is none."""
+    seen = (query - key < config.window) | _is_far_seen(config, key)
+    return seen & (key >= 0) & (key <= query)
+
+
+def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
+    """Whether tokens are sinks or global."""
+    is_sink = places < config.sinks
+    if config.global_every is None:
+        return is_sink
+    return is_sink | (places % config.global_every == config.global_every - 1)
+
+
+def _places(layout: Layout) -> Tensor:
+    """(B or 1, past + T): each token's place among the real tokens of its document, -1 where it is padding."""
+    num_tokens = layout.past + layout.positions.shape[-1]
+    if layout.documents is not None:
+        places = layout.positions
+    elif layout.padding is not None:
+        places = layout.padding[:, :num_tokens].cumsum(-1) - 1
+    else:
+        return torch.arange(num_tokens, device=layout.positions.device)[None]
+    return places if layout.padding is None else places.masked_fill(~layout.padding[:, :num_tokens], -1)
+
+
+def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores. A query that sees nothing is padding, and is let see all: nobody uses what it gets."""
+    sees = sees | ~sees.any(dim=-1, keepdim=True)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
+
+
+def _attend_places(
+    config: Sliding,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_places: Tensor,
+    key_places: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """The same over keys that may lie in any order: (B, N, T, H) by places (B or 1, T) and (B or 1, S)."""
+    sees = _sees(config, query_places[:, None, :, None], key_places[:, None, None, :])
+    return attend_biased(query, key, value, _bias(sees, query.dtype), scale)
+
+
+def _still_seen(
+    config: Sliding, key: Tensor, value: Tensor, places: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What later tokens will see of keys and values (B, K, S, H) and their places (B, S, 1), `num_tokens` into the row.
+
+    A row with padding has fewer than the others; its places beyond are -1.
+    """
+    num_kept = config.num_kept(num_tokens)
+    if num_kept == places.shape[1]:
+        return key, value, places
+    seen = _sees(config, places.amax(dim=1, keepdim=True) + 1, places)[..., 0]
+    order = seen.logical_not().sort(dim=-1, stable=True).indices[:, :num_kept]
+    rows = order[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+    places = places.masked_fill(~seen[..., None], -1).gather(1, order[..., None])
+    return key.gather(2, rows), value.gather(2, rows), places
+
+
+def _sizes(config: Sliding, num_tokens: int) -> tuple[int, int]:
+    """M, and the keys that each block is given: its own and the block before, sinks, and as many globals as there may be."""
+    num_blocks = -(-num_tokens // config.block)
+    num_far = 0 if num_blocks < 3 else config.sinks + _num_globals(config, num_blocks)
+    return num_blocks, min(num_blocks, 2) * config.block + num_far
+
+
+def _num_globals(config: Sliding, num_blocks: int) -> int:
+    """The most global tokens that a row has before what the last block sees of the block before it."""
+    return 0 if config.global_every is None else (num_blocks - 2) * config.block // config.global_every
+
+
+def _blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which keys each block is given, (B M G) of all rows' tokens in a line, and their bias, (B M, 1, C, G)."""
+    key = ("sliding", config.window, config.sinks, config.global_every, num_rows, dtype)
+    return layout.tables(key, partial(_make_blocks, config, layout, num_rows, dtype))
+
+
+def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    places, size = _places(layout), config.block
+    num_tokens, device = places.shape[1], places.device
+    num_blocks, num_keys = _sizes(config, num_tokens)
+    starts = torch.arange(0, num_blocks * size, size, device=device)[:, None]
+    near = starts + torch.arange(-size if num_blocks > 1 else 0, size, device=device)
+    index, is_given = near[None], (near >= 0) & (near < num_tokens)
+    if num_blocks > 2:
+        far = _far(config, places, starts)
+        # what lies in the block before is given already
+        is_given = torch.cat((is_given.expand(len(far), -1, -1), (far >= 0) & (far < starts - size)), dim=-1)
+        index = torch.cat((index.expand(len(far), -1, -1), far), dim=-1)
+    index = index.clamp(0, num_tokens - 1)
+
+    def of_keys(x: Tensor) -> Tensor:
+        return x[:, index[0]] if len(index) == 1 else x.gather(1, index.flatten(1)).view_as(index)
+
+    def of_queries(x: Tensor, empty: int) -> Tensor:
+        return F.pad(x, (0, num_blocks * size - num_tokens), value=empty).unflatten(1, (num_blocks, size))
+
+    key_places = torch.where(is_given, of_keys(places), -1)
+    sees = _sees(config, of_queries(places, -1)[..., None], key_places[..., None, :])
+    if layout.documents is not None:
+        sees = sees & (of_queries(layout.documents, -1)[..., None] == of_keys(layout.documents)[..., None, :])
+    bias = _bias(sees, dtype).expand(num_rows, -1, -1, -1).flatten(0, 1)[:, None]
+    rows = torch.arange(0, num_rows * num_tokens, num_tokens, device=device)[:, None, None]
+    return (index + rows).flatten(), bias
+
+
+def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
+    """(B or 1, M, .): the sinks and global tokens that each block, from `starts` (M, 1) on, may be given beside near ones.
+
+    Where a document began before the block before, it is that of the block's first token.
+    """
+    first = places[:, starts[:, 0]]
+    begins = torch.where(first < 0, places.shape[1], starts[:, 0] - first)
+    sinks = begins[..., None] + torch.arange(config.sinks, device=places.device)
+    if config.global_every is None:
+        return sinks
+    number = _num_globals(config, len(starts))
+    before = places[:, : (len(starts) - 2) * config.block]
+    is_global = (before % config.global_every == config.global_every - 1) & (before >= config.sinks)
+    order = is_global.logical_not().sort(dim=-1, stable=True).indices[:, :number]
+    order = order.masked_fill(~is_global.gather(1, order), places.shape[1])
+    return torch.cat((sinks, order[:, None].expand(-1, len(starts), -1)), dim=-1)
+
+
+@memoized
+def _num_pairs(config: Sliding, num_tokens: int) -> int:
+    """How many pairs of query and key a document's tokens make."""
+    return sum(config.num_kept(before) + 1 for before in range(num_tokens))
+
+
+def _blocks_law(config: Sliding, tape: Tape, query: Array) -> tuple[Array, Array]:
+    num_blocks, num_keys = _sizes(config, query.shape[2])
+    num_blocks *= query.shape[0]
+    index = tape.new((num_blocks * num_keys,), "int64")
+    return index, tape.new((num_blocks, 1, config.block, num_keys), query.dtype)
