@@ -66,7 +66,7 @@ class Sliding(HeadsConfig):
             mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
             return laws.joined_heads(tape, mixed)
         num_blocks, num_keys = _sizes(self, num_tokens)
-        index, bias = batch.tables((self, query.dtype), partial(_blocks_law, self, tape, query))
+        index, bias = batch.tables((self, value.dtype), partial(_blocks_law, self, tape, value))
         missing = num_blocks * self.block - num_tokens
         blocks = (num_rows * num_blocks, num_heads, self.block, head_dim)
         query = laws.padded(tape, query, (num_rows, num_heads, num_tokens + missing, head_dim)).view(*blocks)
@@ -148,7 +148,7 @@ def slide(
         mixed = _attend_places(config, query, key, value, places[:, layout.past :], places, scale)
         return mixed.transpose(1, 2).flatten(-2)
     num_blocks, num_keys = _sizes(config, num_tokens)
-    index, bias = _blocks(config, layout, num_rows, query.dtype)
+    index, bias = _blocks(config, layout, num_rows, value.dtype)
     missing = num_blocks * config.block - num_tokens
     query = query.transpose(1, 2)
     if missing:
@@ -165,7 +165,8 @@ def slide(
 
 def _sees(config: Sliding, query: Tensor, key: Tensor) -> Tensor:
     """Whether a token at one place of a document sees the one at another; below 0 there is none."""
-    seen = (query - key < config.window) | _is_far_seen(config, key)
+    # only booleans are as large as all pairs
+    seen = (key > query - config.window) | _is_far_seen(config, key)
     return seen & (key >= 0) & (key <= query)
 
 
@@ -206,7 +207,7 @@ def _attend_places(
 ) -> Tensor:
     """The same over keys that may lie in any order: (B, N, T, H) by places (B or 1, T) and (B or 1, S)."""
     sees = _sees(config, query_places[:, None, :, None], key_places[:, None, None, :])
-    return attend_biased(query, key, value, _bias(sees, query.dtype), scale)
+    return attend_biased(query, key, value, _bias(sees, value.dtype), scale)
 
 
 def _still_seen(
@@ -297,8 +298,8 @@ def _num_pairs(config: Sliding, num_tokens: int) -> int:
     return sum(config.num_kept(before) + 1 for before in range(num_tokens))
 
 
-def _blocks_law(config: Sliding, tape: Tape, query: Array) -> tuple[Array, Array]:
-    num_blocks, num_keys = _sizes(config, query.shape[2])
-    num_blocks *= query.shape[0]
+def _blocks_law(config: Sliding, tape: Tape, value: Array) -> tuple[Array, Array]:
+    num_blocks, num_keys = _sizes(config, value.shape[2])
+    num_blocks *= value.shape[0]
     index = tape.new((num_blocks * num_keys,), "int64")
-    return index, tape.new((num_blocks, 1, config.block, num_keys), query.dtype)
+    return index, tape.new((num_blocks, 1, config.block, num_keys), value.dtype)

@@ -337,11 +337,15 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """Its beginning, a view, whose gradient is put among zeros; itself where all is left."""
+    """The beginning of its second dimension, whose gradient is put among zeros; itself where all is left.
+
+    Of one row it is a view; of several, which no longer lie one behind another, `linear` makes a copy.
+    """
     if x.shape == shape:
         return x
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-    return Array(shape, x.dtype, x.storage, node)
+    begun = Array(shape, x.dtype, x.storage, node)
+    return begun if shape[0] == 1 else copy(tape, begun)
 
 
 def product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:

@@ -112,37 +112,29 @@ class Cache:
         self.states[name] = state
 
 
-def pieces(mixer, x, sizes, padding=None):
-    cache, found, past = Cache(), [], 0
-    for piece in x.split(sizes, dim=1):
-        seen = past + piece.shape[1]
-        layout = Layout(
-            positions=torch.arange(past, seen)[None], padding=None if padding is None else padding[:, :seen], past=past
-        )
-        found.append(mixer(piece, layout, cache))
-        past = seen
-        yield cache, past
-    yield torch.cat(found, dim=1), past
-
-
 @every_reach
-@pytest.mark.parametrize("sizes", [(LENGTH,), (1,) * LENGTH, (11, 1, 7, 24), (1, 42)])
+@pytest.mark.parametrize("sizes", [(LENGTH,), (1,) * LENGTH, (11, 1, 7, 24), (1, 42)], ids=["all", "each", "some", "rest"])
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_decoding_is_the_whole_and_keeps_only_what_is_still_seen(config, sizes, is_padded):
     mixer, x = config.build(SHAPE).double(), torch.randn(2, LENGTH, 16, dtype=torch.float64)
-    padding = layouts()["left padding"].padding if is_padded else None
+    padding = layouts()["left padding"].padding if is_padded else torch.ones(2, LENGTH, dtype=torch.bool)
     whole = mixer(x, Layout(positions=torch.arange(LENGTH)[None], padding=padding))
-    *states, (found, _) = pieces(mixer, x, sizes, padding)
-    real = torch.ones(2, LENGTH, dtype=torch.bool) if padding is None else padding
-    torch.testing.assert_close(found[real], whole[real], rtol=0, atol=1e-12)
-    for cache, past in states:
+    cache, past = Cache(), 0
+    for piece in x.split(sizes, dim=1):
+        start, past = past, past + piece.shape[1]
+        known = padding[:, :past] if is_padded else None
+        found = mixer(piece, Layout(positions=torch.arange(start, past)[None], padding=known, past=start), cache)
+        real = padding[:, start:past]
+        torch.testing.assert_close(found[real], whole[:, start:past][real], rtol=0, atol=1e-12)
         assert config.cache_bytes(SHAPE, past, 8) * 2 == sum(x.nbytes for x in cache.states.values())
-        if not is_padded:
-            # the next token, at place `past`, sees each of them
-            kept = sorted(cache.states["places"][0, :, 0].tolist())
-            every = config.global_every or past + 2
-            far = [p for p in range(past) if p < config.sinks or (p + 1) % every == 0]
-            assert kept == sorted({*far, *range(max(0, past - config.window + 1), past)})
+        if not is_padded:  # else places of rows differ
+            assert sorted(cache.states["places"][0, :, 0].tolist()) == seen_after(config, past)
+
+
+def seen_after(config, past):
+    """The places that a token at place `past` sees."""
+    every = config.global_every or past + 2
+    return [p for p in range(past) if past - p < config.window or p < config.sinks or (p + 1) % every == 0]
 
 
 def test_the_cache_stops_growing():
@@ -234,11 +226,10 @@ def test_settings_that_make_no_sense(fields, said):
         validate(DecoderConfig, {"mixer": {"name": "sliding", **fields}})
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_torch_compile_takes_it_whole(recompute):
+def test_torch_compile_takes_it_whole():
     mixer = Sliding(window=6, sinks=2, global_every=5)
     model = DecoderConfig(vocab_size=61, width=32, num_layers=2, mlp_width=48, mixer=mixer).build()
-    model.recompute = recompute
+    model.recompute = True
     given = tokens(2, 29)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     grads = []
