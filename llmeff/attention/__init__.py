@@ -2,6 +2,7 @@ from llmeff.attention.deltanet import DeltaNet as DeltaNet
 from llmeff.attention.gated_delta import GatedDelta as GatedDelta
 from llmeff.attention.gla import GLA as GLA
 from llmeff.attention.kda import KDA as KDA
+from llmeff.attention.latent import Latent as Latent
 from llmeff.attention.linear import Linear as Linear
 from llmeff.attention.mamba2 import Mamba2 as Mamba2
 from llmeff.attention.mixer import Mixer as Mixer

@@ -75,8 +75,8 @@ class Sliding(HeadsConfig):
             flat = x.view(num_rows * num_tokens, x.shape[1] * head_dim)
             return laws.rows(tape, flat, index).view(num_rows * num_blocks, x.shape[1], num_keys, head_dim)
 
-        pairs = num_rows * num_heads * _num_pairs(self, num_tokens)
-        mixed = laws.attention(tape, query, given(key), given(value), bias, pairs)
+        model_flops = 4 * num_rows * num_heads * head_dim * _num_pairs(self, num_tokens)
+        mixed = laws.attention(tape, query, given(key), given(value), bias, model_flops)
         joined = laws.joined_heads(tape, mixed).view(num_rows, num_tokens + missing, num_heads * head_dim)
         return laws.cut(tape, joined, (num_rows, num_tokens, num_heads * head_dim))
 

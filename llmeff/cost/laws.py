@@ -258,7 +258,7 @@ def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
 
 
 def attention(
-    tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, num_pairs: int | None = None
+    tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, model_flops: int | None = None
 ) -> Array:
     """`scaled_dot_product_attention` by the workload's kernel.
 
@@ -268,21 +268,21 @@ def attention(
         key: (B, K, S, H).
         value: (B, K, S, H).
         bias: (B, 1, T, S), added to the scores; None where plain causal attention is meant.
-        num_pairs: pairs of query and key, over batch and heads, that the model asks for; None: those of causal attention.
+        model_flops: what the model asks for in a forward pass; None: that of causal attention.
 
     Returns:
         (B, N, T, H), in memory (B, T, N, H).
     """
     query, key, value = (autocast(tape, x) for x in (query, key, value))
     flash = tape.workload.kernel == "flash"
-    pairs = query.size * (query.shape[2] + 1) // 2 if num_pairs is None else num_pairs * query.shape[3]
-    return (_flash if flash else _math)(tape, query, key, value, bias, pairs)
+    asked = 2 * query.size * (query.shape[2] + 1) if model_flops is None else model_flops
+    return (_flash if flash else _math)(tape, query, key, value, bias, asked)
 
 
-def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, pairs: int) -> Array:
+def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, asked: int) -> Array:
     saved = (query, key, value) if bias is None else (query, key, value, bias)
     node = tape.save((query, key, value), saved, partial(_flash_back, tape))
-    tape.contract(4 * query.size * key.shape[2], model_flops=4 * pairs)
+    tape.contract(4 * query.size * key.shape[2], asked)
     mixed = tape.new(query.shape, query.dtype, node)
     log_sums = tape.elementwise(query.shape[:-1], "float32")
     tape.save_output(node, mixed, log_sums)
@@ -301,9 +301,9 @@ def _flash_back(
     )
 
 
-def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, pairs: int) -> Array:
+def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, asked: int) -> Array:
     num_heads, num_keys = query.shape[1], key.shape[2]
-    of = partial(product, tape, 2 * query.size * num_keys, 2 * pairs)
+    of = partial(product, tape, 2 * query.size * num_keys, asked // 2)
     key, value = repeat(tape, key, num_heads), repeat(tape, value, num_heads)
     scores = of(copy(tape, query), copy(tape, key), (*query.shape[:3], num_keys))
     scores = copy(tape, scores)  # with the bias added
@@ -336,6 +336,37 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
     return tape.elementwise(shape, x.dtype, node)
 
 
+def beside(tape: Tape, left: Array, right: Array) -> Array:
+    """(B, N, T, .) and (B, N, T, .) in one row; gradients are views, of which a projection's is then made dense."""
+    node = tape.save(
+        (dense_back(tape, left), dense_back(tape, right)), (), partial(_beside_back, left.shape, right.shape)
+    )
+    shape = (*left.shape[:-1], left.shape[-1] + right.shape[-1])
+    return tape.elementwise(shape, left.dtype, node)
+
+
+def _beside_back(left: tuple[int, ...], right: tuple[int, ...], gradient: Array) -> tuple[Array, Array]:
+    return Array(left, gradient.dtype, gradient.storage), Array(right, gradient.dtype, gradient.storage)
+
+
+def dense_back(tape: Tape, x: Array) -> Array:
+    """The same array, whose gradient is copied where it comes as a part of another."""
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return Array(x.shape, x.dtype, x.storage, node)
+
+
+def expanded(tape: Tape, x: Array, num_heads: int) -> Array:
+    """(B, 1, T, H) seen as (B, N, T, H)."""
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return Array((x.shape[0], num_heads, *x.shape[2:]), x.dtype, x.storage, node)
+
+
+def begun(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
+    """Its beginning, a view, whose gradient is put among zeros."""
+    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
+    return Array(shape, x.dtype, x.storage, node)
+
+
 def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
     """The beginning of its second dimension, whose gradient is put among zeros; itself where all is left.
 
@@ -343,9 +374,8 @@ def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
     """
     if x.shape == shape:
         return x
-    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-    begun = Array(shape, x.dtype, x.storage, node)
-    return begun if shape[0] == 1 else copy(tape, begun)
+    part = begun(tape, x, shape)
+    return part if shape[0] == 1 else copy(tape, part)
 
 
 def product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:

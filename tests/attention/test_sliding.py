@@ -113,7 +113,9 @@ class Cache:
 
 
 @every_reach
-@pytest.mark.parametrize("sizes", [(LENGTH,), (1,) * LENGTH, (11, 1, 7, 24), (1, 42)], ids=["all", "each", "some", "rest"])
+@pytest.mark.parametrize(
+    "sizes", [(LENGTH,), (1,) * LENGTH, (11, 1, 7, 24), (1, 42)], ids=["all", "each", "some", "rest"]
+)
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_decoding_is_the_whole_and_keeps_only_what_is_still_seen(config, sizes, is_padded):
     mixer, x = config.build(SHAPE).double(), torch.randn(2, LENGTH, 16, dtype=torch.float64)

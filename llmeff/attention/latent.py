@@ -1,0 +1,181 @@
+"""Multi-head latent attention: keys and values of all heads from one small vector a token, which is all that is cached."""
+
+from functools import partial
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmeff.attention import norm
+from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.norm import RMSNorm
+from llmeff.attention.rotary_heads import heads_law, rotate, rotate_law
+from llmeff.attention.softmax import attend
+from llmeff.core.config import Count
+from llmeff.core.layout import Layout
+from llmeff.cost import laws
+from llmeff.cost.tape import Array, Tape
+
+# B batch, T new tokens, S cached and new tokens, D width, N heads, H head width, L latent width, R rotary width
+
+
+class Latent(MixerConfig):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; as in DeepSeek-V3)."""
+
+    name: Literal["mla"] = "mla"
+    latent: Count | Literal["auto"] = "auto"
+    """L, numbers a token from which keys and values are made. auto: 4 H, as in DeepSeek-V2."""
+    rotary: Count | Literal["auto"] = "auto"
+    """R, numbers of a key that tell its position, one for all heads. auto: H / 2, as in DeepSeek-V2, made even."""
+    query_latent: Count | None = None
+    """Numbers a token from which queries are made. None: from the token itself, as in DeepSeek-V2-Lite."""
+
+    def widths(self, shape: MixerShape) -> tuple[int, int]:
+        """L and R."""
+        latent = 4 * shape.head_dim if self.latent == "auto" else self.latent
+        return latent, 2 * -(-shape.head_dim // 4) if self.rotary == "auto" else self.rotary
+
+    def problems(self, shape: MixerShape) -> list[str]:
+        """Heads that are shared already, and angles without a pair."""
+        found = []
+        if shape.num_kv_heads != shape.num_heads:
+            found.append(
+                f"num_kv_heads {shape.num_kv_heads} is not num_heads {shape.num_heads}: mla makes keys and values of every "
+                "head from its latent; leave num_kv_heads at 'auto'"
+            )
+        if self.widths(shape)[1] % 2:
+            found.append(f"mla.rotary {self.rotary} is odd: rotary positions turn pairs")
+        return found
+
+    def build(self, shape: MixerShape) -> "LatentMixer":
+        """The module."""
+        return LatentMixer(self, shape)
+
+    def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
+        """The expanded form; names live as long as in `LatentMixer.forward`."""
+        _, rotary = self.widths(shape)
+        tables = batch.rotary(rotary, shape.rope_theta)
+        query = self._query_law(shape, tape, x, tables)
+        latent, turned = self._latent_law(shape, tape, x, tables)
+        mixed = self._expanded_law(shape, tape, query, latent, turned, batch)
+        weight = tape.weight("o_proj.weight", shape.width, shape.num_heads * shape.head_dim)
+        return laws.linear(tape, mixed, weight)
+
+    def _query_law(self, shape: MixerShape, tape: Tape, x: Array, tables: tuple[Array, Array]) -> Array:
+        if self.query_latent is not None:
+            down = laws.linear(tape, x, tape.weight("q_down_proj.weight", self.query_latent, shape.width))
+            with tape.within("q_norm"):
+                x = norm.law(tape, down)
+            del down
+        heads = partial(heads_law, tape, x, num_heads=shape.num_heads)
+        turned = rotate_law(tape, heads("q_rope_proj", head_dim=self.widths(shape)[1]), *tables)
+        return laws.beside(tape, heads("q_up_proj", head_dim=shape.head_dim), turned)
+
+    def _latent_law(self, shape: MixerShape, tape: Tape, x: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+        latent, rotary = self.widths(shape)
+        down = laws.linear(tape, x, tape.weight("kv_down_proj.weight", latent, shape.width))
+        with tape.within("kv_norm"):
+            normed = norm.law(tape, down)
+        del down
+        return normed, rotate_law(tape, heads_law(tape, x, "k_rope_proj", 1, rotary), *tables)
+
+    def _expanded_law(
+        self, shape: MixerShape, tape: Tape, query: Array, latent: Array, turned: Array, batch: laws.Batch
+    ) -> Array:
+        heads = partial(heads_law, tape, latent, num_heads=shape.num_heads, head_dim=shape.head_dim)
+        key = laws.beside(tape, heads("k_up_proj"), laws.expanded(tape, turned, shape.num_heads))
+        value = laws.padded(tape, heads("v_up_proj"), query.shape)
+        num_rows, num_heads, num_tokens, width = query.shape
+        # values need no zeros: that is how it is computed
+        model_flops = num_rows * num_heads * num_tokens * (num_tokens + 1) * (width + shape.head_dim)
+        mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype), model_flops)
+        begun = laws.begun(tape, mixed, (num_rows, num_heads, num_tokens, shape.head_dim))
+        return laws.copy(tape, begun).view(num_rows, num_tokens, num_heads * shape.head_dim)
+
+    def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
+        """The latent and the rotary key of every token."""
+        return sum(self.widths(shape)) * num_tokens * number_bytes
+
+
+class LatentMixer(Mixer):
+    """Equations 37 to 47 of DeepSeek-V2, each of whose matrices is one here; half-split rotary pairs, as everywhere."""
+
+    def __init__(self, config: Latent, shape: MixerShape):
+        super().__init__()
+        self.shape = shape
+        self.latent, self.rotary = config.widths(shape)
+        heads, rotary_heads = shape.num_heads * shape.head_dim, shape.num_heads * self.rotary
+        given = config.query_latent or shape.width
+        self.q_down_proj = nn.Linear(shape.width, given, bias=False) if config.query_latent else None
+        self.q_norm = RMSNorm(given, shape.norm_eps) if config.query_latent else None
+        self.q_up_proj = nn.Linear(given, heads, bias=False)
+        self.q_rope_proj = nn.Linear(given, rotary_heads, bias=False)
+        self.kv_down_proj = nn.Linear(shape.width, self.latent, bias=False)
+        self.kv_norm = RMSNorm(self.latent, shape.norm_eps)
+        self.k_rope_proj = nn.Linear(shape.width, self.rotary, bias=False)
+        self.k_up_proj = nn.Linear(self.latent, heads, bias=False)
+        self.v_up_proj = nn.Linear(self.latent, heads, bias=False)
+        self.o_proj = nn.Linear(heads, shape.width, bias=False)
+
+    def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
+        """The rotary tables, and the bias of documents and padding."""
+        layout.rotary(self.rotary, self.shape.rope_theta)
+        layout.bias(layout.positions.shape[-1], dtype)
+
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        tables = layout.rotary(self.rotary, self.shape.rope_theta)
+        query = self._query(x, tables)
+        latent, turned = self._latent(x, tables)
+        kept = None
+        if cache is not None:
+            kept = cache.recall("latent")
+            new = torch.cat((latent, turned[:, 0]), dim=-1)
+            whole = new if kept is None else torch.cat((kept, new), dim=1)
+            cache.keep("latent", whole)
+        if kept is None:
+            mixed = self._expanded(query, latent, turned, layout)
+        elif type(self.k_up_proj) is type(self.v_up_proj) is nn.Linear:
+            mixed = self._absorbed(query, whole, layout)
+        else:  # what stands beside or in place of a plain matrix (LoRA, a quantized one) cannot be taken into the query
+            mixed = self._expanded(query, whole[..., : self.latent], whole[:, None, :, self.latent :], layout)
+        return cast(Tensor, self.o_proj(mixed))
+
+    def _query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, N, T, H + R)."""
+        if self.q_down_proj is not None and self.q_norm is not None:
+            x = self.q_norm(self.q_down_proj(x))
+        turned = rotate(self._heads(self.q_rope_proj(x)), *tables)
+        return torch.cat((self._heads(self.q_up_proj(x)), turned), dim=-1)
+
+    def _latent(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The latent, (B, T, L), and the rotary key, (B, 1, T, R)."""
+        normed = self.kv_norm(self.kv_down_proj(x))
+        return normed, rotate(self.k_rope_proj(x)[:, None], *tables)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.shape.num_heads, -1)).transpose(1, 2)
+
+    def _expanded(self, query: Tensor, latent: Tensor, turned: Tensor, layout: Layout) -> Tensor:
+        """Keys and values of every head. Values are as wide as keys, by zeros: fast kernels know one width."""
+        turned = turned.expand(-1, self.shape.num_heads, -1, -1)
+        key = torch.cat((self._heads(self.k_up_proj(latent)), turned), dim=-1)
+        value = F.pad(self._heads(self.v_up_proj(latent)), (0, self.rotary))
+        mixed = attend(query, key, value, layout)
+        return mixed[..., : self.shape.head_dim].transpose(1, 2).flatten(-2)
+
+    def _absorbed(self, query: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+        """The same by one head of keys, which are the values too, (B, S, L + R): k_up goes into queries, v_up comes after."""
+        shape = self.shape
+        keys = self.k_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)
+        values = self.v_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)
+        plain, turned = query.split((shape.head_dim, self.rotary), dim=-1)
+        taken = torch.cat((torch.einsum("bnth,nhl->bntl", plain, keys), turned), dim=-1)
+        scale = (shape.head_dim + self.rotary) ** -0.5
+        mixed = attend(taken, kept[:, None], kept[:, None], layout, scale)[..., : self.latent]
+        return torch.einsum("bntl,nhl->btnh", mixed, values).flatten(-2)
+
+    def output_projections(self) -> list[nn.Linear]:
+        """The projection of the heads' outputs."""
+        return [self.o_proj]
