@@ -65,7 +65,8 @@ class Sliding(HeadsConfig):
         if num_tokens <= self.window:
             mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
             return laws.joined_heads(tape, mixed)
-        num_blocks, num_keys = _sizes(self, num_tokens)
+        num_blocks = _num_blocks(self, num_tokens)
+        num_keys = _num_given(self, num_blocks)
         index, bias = batch.tables((self, value.dtype), partial(_blocks_law, self, tape, value))
         missing = num_blocks * self.block - num_tokens
         blocks = (num_rows * num_blocks, num_heads, self.block, head_dim)
@@ -147,7 +148,7 @@ def slide(
         places = _places(layout)
         mixed = _attend_places(config, query, key, value, places[:, layout.past :], places, scale)
         return mixed.transpose(1, 2).flatten(-2)
-    num_blocks, num_keys = _sizes(config, num_tokens)
+    num_blocks = _num_blocks(config, num_tokens)
     index, bias = _blocks(config, layout, num_rows, value.dtype)
     missing = num_blocks * config.block - num_tokens
     query = query.transpose(1, 2)
@@ -157,7 +158,7 @@ def slide(
 
     def given(x: Tensor) -> Tensor:
         rows = F.embedding(index, x.transpose(1, 2).flatten(2).flatten(0, 1))
-        return rows.view(num_rows * num_blocks, num_keys, x.shape[1], x.shape[3]).transpose(1, 2)
+        return rows.view(num_rows * num_blocks, -1, x.shape[1], x.shape[3]).transpose(1, 2)
 
     mixed = attend_biased(query, given(key), given(value), bias, scale)
     return mixed.transpose(1, 2).reshape(num_rows, num_blocks * config.block, -1)[:, :num_tokens]
@@ -227,11 +228,15 @@ def _still_seen(
     return key.gather(2, rows), value.gather(2, rows), places
 
 
-def _sizes(config: Sliding, num_tokens: int) -> tuple[int, int]:
-    """M, and the keys that each block is given: its own and the block before, sinks, and as many globals as there may be."""
-    num_blocks = -(-num_tokens // config.block)
+def _num_blocks(config: Sliding, num_tokens: int) -> int:
+    """M."""
+    return -(-num_tokens // config.block)
+
+
+def _num_given(config: Sliding, num_blocks: int) -> int:
+    """G: a block's own keys and those before, sinks, and as many global ones as there may be."""
     num_far = 0 if num_blocks < 3 else config.sinks + _num_globals(config, num_blocks)
-    return num_blocks, min(num_blocks, 2) * config.block + num_far
+    return min(num_blocks, 2) * config.block + num_far
 
 
 def _num_globals(config: Sliding, num_blocks: int) -> int:
@@ -248,7 +253,7 @@ def _blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) 
 def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     places, size = _places(layout), config.block
     num_tokens, device = places.shape[1], places.device
-    num_blocks, num_keys = _sizes(config, num_tokens)
+    num_blocks = _num_blocks(config, num_tokens)
     starts = torch.arange(0, num_blocks * size, size, device=device)[:, None]
     near = starts + torch.arange(-size if num_blocks > 1 else 0, size, device=device)
     index, is_given = near[None], (near >= 0) & (near < num_tokens)
@@ -299,7 +304,7 @@ def _num_pairs(config: Sliding, num_tokens: int) -> int:
 
 
 def _blocks_law(config: Sliding, tape: Tape, value: Array) -> tuple[Array, Array]:
-    num_blocks, num_keys = _sizes(config, value.shape[2])
-    num_blocks *= value.shape[0]
-    index = tape.new((num_blocks * num_keys,), "int64")
-    return index, tape.new((num_blocks, 1, config.block, num_keys), value.dtype)
+    num_blocks = _num_blocks(config, value.shape[2])
+    num_keys, num_rows = _num_given(config, num_blocks), value.shape[0]
+    index = tape.new((num_rows * num_blocks * num_keys,), "int64")
+    return index, tape.new((num_rows * num_blocks, 1, config.block, num_keys), value.dtype)

@@ -155,16 +155,25 @@ def test_rows_of_a_cache_are_reordered_like_any():
     torch.testing.assert_close(swapped, mixer(x, Layout.plain(12, x.device))[[1, 0], 11:])
 
 
+def largest_and_all(length):
+    """Bytes of the largest array that is kept for backward, and of all."""
+    given = [torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3)]
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        mixed = slide(Sliding(window=16, sinks=2), *given, Layout.plain(length, given[0].device))
+    assert mixed.requires_grad
+    return max(kept.values()), sum(kept.values())
+
+
 def test_no_array_is_as_large_as_all_pairs():
-    config, sizes = Sliding(window=16, sinks=2), []
-    for length in (128, 256, 512):
-        given = [torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3)]
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            slide(config, *given, Layout.plain(length, given[0].device))
-        sizes.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()))
-        assert max(x.numel() for x in kept) < length**2 / 2
-    assert sizes[2] / sizes[1] == pytest.approx(2, rel=0.02)
+    (_, smaller), (largest, all_kept) = largest_and_all(256), largest_and_all(512)
+    assert largest < 4 * 512**2 / 4
+    assert all_kept / smaller == pytest.approx(2, rel=0.02)
 
 
 # Mistral

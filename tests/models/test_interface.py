@@ -1,0 +1,248 @@
+"""Our attention in transformers' models, against their own eager attention with the mask written out in four dimensions."""
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import and_masks, eager_mask
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward as gpt2_eager
+from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager
+
+from llmeff.attention import GatedDelta, Sliding, Softmax
+from llmeff.core.config import ConfigError
+from llmeff.models import interface
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": None, "head_dim": 8,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+MODELS = {"Llama": SIZES, "Qwen2": SIZES, "Qwen3": SIZES, "GPT2": GPT2}
+REACHES = [Sliding(window=5), Sliding(window=4, sinks=2, global_every=6)]
+MIXERS = [Softmax(), *REACHES]
+every_model = pytest.mark.parametrize("name", MODELS)
+every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr("llmeff.attention.sliding.LEAST_BLOCK", 4)
+    torch.manual_seed(0)
+
+
+def build(name, **fields):
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    config = getattr(transformers, f"{name}Config")(**MODELS.get(name, SIZES) | fields)
+    model = getattr(transformers, f"{name}{head}")._from_config(config, attn_implementation="eager")
+    return model.eval()
+
+
+def written_out(mixer):
+    """A mask function of transformers that makes the whole mask of a mixer."""
+
+    def make(attention_mask=None, mask_function=None, **kwargs):
+        def sees(row, head, query, key):
+            if isinstance(mixer, Softmax):
+                return key >= 0
+            place = key if attention_mask is None else key - (~attention_mask).sum(-1)[row]
+            far = place < mixer.sinks
+            if mixer.global_every is not None:
+                far = far | ((place + 1) % mixer.global_every == 0)
+            return (query - key < mixer.window) | far
+
+        return eager_mask(attention_mask=attention_mask, mask_function=and_masks(mask_function, sees), **kwargs)
+
+    return make
+
+
+def pair(name, mixer):
+    """The model with our attention, and the same with transformers' own."""
+    theirs = build(name)
+    ours = build(name)
+    ours.load_state_dict(theirs.state_dict())
+    interface.use(ours, mixer)
+    AttentionInterface.register("written_out", gpt2_eager if name == "GPT2" else llama_eager)
+    AttentionMaskInterface.register("written_out", written_out(mixer))
+    theirs.set_attn_implementation("written_out")
+    return ours, theirs
+
+
+def tokens(*shape):
+    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(1))
+
+
+def padded(rows=3, length=19):
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, :12] = mask[1, :3] = 0
+    return tokens(rows, length).masked_fill(mask == 0, 0), mask
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@every_model
+@every_mixer
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_logits_and_gradients_are_those_of_eager_attention(name, mixer, is_padded):
+    given, mask = padded()
+    real = {"attention_mask": mask, "position_ids": positions(mask)} if is_padded else {}
+    counted = mask.bool() if is_padded else torch.ones_like(mask).bool()
+    grads = []
+    for model in pair(name, mixer):
+        logits = model(given, **real, use_cache=False).logits[counted]
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        (logits * weights).sum().backward()
+        grads.append({"logits": logits, **{key: p.grad for key, p in model.named_parameters()}})
+    for key, expected in grads[1].items():
+        torch.testing.assert_close(
+            grads[0][key], expected, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@every_model
+@every_mixer
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_is_written_with_a_cache_is_that_of_eager_attention(name, mixer, beams):
+    prompt, mask = padded()
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    ours, theirs = (model.generate(prompt, **options) for model in pair(name, mixer))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk_size": 5}, {"cache_implementation": "static", "disable_compile": True}]
+)
+def test_other_ways_of_caching_write_the_same(options):
+    prompt, mask = padded()
+    model, _ = pair("Llama", REACHES[1])
+    common = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **common, **options), model.generate(prompt, **common))
+
+
+@every_mixer
+def test_documents_that_positions_tell_apart_do_not_see_one_another(mixer):
+    ours, _ = pair("Llama", mixer)
+    given, lengths = tokens(2, 23), (9, 1, 13)
+    places = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    alone = torch.cat([ours(part, use_cache=False).logits for part in given.split(lengths, dim=1)], dim=1)
+    packed = ours(given, position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_window_of_mistral_is_taken_from_its_config():
+    theirs = build("Mistral", sliding_window=5)
+    ours = build("Mistral", sliding_window=5)
+    ours.load_state_dict(theirs.state_dict())
+    ours.set_attn_implementation("llmeff_sliding")
+    prompt, mask = padded()
+    found, expected = (m(prompt, attention_mask=mask, use_cache=False).logits for m in (ours, theirs))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": 2}
+    assert torch.equal(ours.generate(prompt, **options), theirs.generate(prompt, **options))
+
+
+def test_layers_of_qwen_that_do_not_slide_see_all():
+    fields = {
+        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }  # fmt: skip
+    theirs, ours = build("Qwen2", **fields), build("Qwen2", **fields)
+    ours.load_state_dict(theirs.state_dict())
+    ours.set_attn_implementation("llmeff_sliding")
+    given = tokens(2, 19)
+    torch.testing.assert_close(ours(given).logits, theirs(given).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*(m.generate(given, max_new_tokens=9, do_sample=False) for m in (ours, theirs)))
+
+
+def test_settings_are_saved_with_the_model(tmp_path):
+    model, _ = pair("Llama", REACHES[1])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="llmeff_sliding")
+    given = tokens(2, 19)
+    assert torch.equal(again(given).logits, model(given).logits)
+
+
+def test_layers_share_their_tables(monkeypatch):
+    made = []
+    make = interface._layout
+    monkeypatch.setattr(interface, "_layout", lambda *args: made.append(args) or make(*args))
+    pair("Llama", REACHES[1])[0](tokens(2, 19), use_cache=False)
+    assert len(made) == 1
+    assert not len(interface._layouts)
+
+
+# What cannot be
+
+
+def test_a_model_without_a_window_is_an_error():
+    model = build("Llama")
+    model.set_attn_implementation("llmeff_sliding")
+    with pytest.raises(ConfigError, match="LlamaConfig has neither sliding_window nor llmeff_sliding"):
+        model(tokens(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"), [({"window": 0}, "window: .* given: 0"), ({"windw": 3}, "Did you mean 'window'")]
+)
+def test_a_wrong_window_is_an_error(fields, said):
+    model = build("Llama")
+    model.config.llmeff_sliding = fields
+    model.set_attn_implementation("llmeff_sliding")
+    with pytest.raises(ConfigError, match=said):
+        model(tokens(1, 3))
+
+
+def test_two_windows_are_an_error():
+    with pytest.raises(ConfigError, match="a sliding_window of its own, 5"):
+        interface.use(build("Mistral", sliding_window=5), Sliding(window=4))
+    model = build("Mistral", sliding_window=5)
+    interface.use(model, Softmax())
+    with pytest.raises(ConfigError, match="sliding_window is 5: llmeff_softmax sees all tokens"):
+        model(tokens(1, 3))
+
+
+@pytest.mark.parametrize("mixer", [GatedDelta(), Softmax(qk_norm=True)], ids=str)
+def test_a_mixer_that_is_more_than_attention_is_an_error(mixer):
+    with pytest.raises(ConfigError, match=r"takes Softmax\(\) or Sliding"):
+        interface.use(build("Llama"), mixer)
+
+
+def test_a_model_without_the_interface_is_an_error():
+    config = transformers.CodeGenConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64)
+    with pytest.raises(ConfigError, match="CodeGenForCausalLM does not ask transformers' AttentionInterface"):
+        interface.use(transformers.CodeGenForCausalLM(config), Softmax())
+
+
+def test_dropout_is_an_error():
+    model = build("Llama", attention_dropout=0.1).train()
+    interface.use(model, Softmax())
+    with pytest.raises(ConfigError, match=r"drops 0\.1 of its weights"):
+        model(tokens(1, 3))
+
+
+def test_a_model_that_looks_ahead_is_an_error():
+    model = build("Llama")
+    model.config.is_causal = False
+    interface.use(model, Softmax())
+    with pytest.raises(ConfigError, match="see later ones"):
+        model(tokens(1, 3))
+
+
+def test_a_mask_of_four_dimensions_is_an_error():
+    model = build("Llama")
+    interface.use(model, Softmax())
+    with pytest.raises(ConfigError, match=r"one of shape \(1, 1, 3, 3\)"):
+        model(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3))
+
+
+def test_other_scores_than_those_of_products_are_an_error():
+    fields = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "layer_types": ["full_attention"] * 2}
+    model = build("Gemma2", **fields)
+    interface.use(model, Softmax())
+    with pytest.raises(ConfigError, match="asks for softcap"):
+        model(tokens(1, 3))
