@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmeff.attention import MixerConfig
+from llmeff.attention import Latent, MixerConfig, Sliding
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
@@ -72,6 +72,25 @@ def test_price_gate_under_autocast(seed):
 @pytest.mark.parametrize("workload", gate.MIXER_WORKLOADS, ids=str)
 def test_price_gate_of_every_mixer(name, workload):
     assert_exact_but_for_the_peak(gate.mixer_case(name, **workload))
+
+
+MIXERS = [
+    (Sliding(window=16), {}),
+    (Sliding(window=16, sinks=3, global_every=9), {"precision_name": "bf16"}),
+    (Sliding(window=70, sinks=2, qk_norm=True), {"packed": True}),
+    (Sliding(window=70), {"recompute": True, "num_sequences": 1}),
+    (Sliding(window=20, sinks=1), {"kernel": "math"}),
+    (Latent(), {"packed": True}),
+    (Latent(query_latent=20), {"precision_name": "bf16"}),
+    (Latent(query_latent=20, rotary=6), {"recompute": True}),
+    (Latent(latent=12), {"kernel": "math"}),
+]
+
+
+@pytest.mark.parametrize(("mixer", "work"), MIXERS, ids=str)
+def test_price_gate_of_settings_of_mixers(mixer, work):
+    workload = Workload(**{"num_sequences": 2, "num_tokens": 150} | work)
+    assert_exact_but_for_the_peak(gate.Case(MODEL.model_copy(update={"mixer": mixer}), workload))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def _checked(module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict
 
 def _filled(layout: Layout, x: Tensor) -> Tensor:
     """Keys or values without what a cache of fixed size has room for."""
-    return x[:, :, : layout.past + layout.positions.shape[-1]]
+    num_tokens = layout.past + layout.positions.shape[-1]
+    return x if x.shape[2] == num_tokens else x[:, :, :num_tokens]
 
 
 def _layout(documents: Tensor, num_queries: int) -> Layout:
@@ -146,7 +147,8 @@ def _layout(documents: Tensor, num_queries: int) -> Layout:
         raise ConfigError("rows of several documents, or chunks, are for training: decode them one by one")
     begins = F.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
     starts = torch.where(begins, places, 0).cummax(dim=-1).values
-    return Layout(positions=places - starts, documents=documents, padding=padding)
+    # a copy: what holds the mask itself would never let it go
+    return Layout(positions=places - starts, documents=documents.clone(), padding=padding)
 
 
 def _documents(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmeff.attention import MixerConfig, Softmax, norm
+from llmeff.attention import Latent, MixerConfig, Sliding, Softmax, norm
 from llmeff.attention.mixer import MixerShape
 from llmeff.cost import laws
 from llmeff.cost.tape import Tape
@@ -42,6 +42,24 @@ def test_softmax_flops():
     products = 2 * B * T * D * H * (2 * N + 2 * K)
     pairs = T * (T + 1) // 2
     assert play(Softmax()).counts["model_flops", "attention"] == 3 * (products + 4 * B * N * H * pairs)
+
+
+def test_a_window_asks_for_its_pairs_alone():
+    products = 2 * B * T * D * H * (2 * N + 2 * K)
+    # a token sees 3 with itself, and sink 0 and global token 3 once they are farther back
+    pairs = 1 + 2 + 3 + 4 + 4 + 4 + 5 + 5
+    asked = play(Sliding(window=3, sinks=1, global_every=4)).counts["model_flops", "attention"]
+    assert asked == 3 * (products + 4 * B * N * H * pairs)
+
+
+def test_latent_attention_flops_and_what_it_keeps():
+    latent, rotary = 10, 4
+    played = play(Latent(latent=latent, rotary=rotary))
+    products = 2 * B * T * (D * N * (H + rotary) + D * (latent + rotary) + 2 * latent * N * H + N * H * D)
+    pairs = T * (T + 1) // 2
+    assert played.counts["model_flops", "attention"] == 3 * (products + 2 * B * N * pairs * (2 * H + rotary))
+    numbers = D + (latent + 1) + latent + 4 * N * (H + rotary) + N + N * H
+    assert played.counts["saved_bytes", "attention"] == 4 * (B * T * numbers + 2 * T * rotary)
 
 
 def test_norm_keeps_its_input_and_a_number_a_row():
