@@ -19,8 +19,8 @@ from llmeff.cost.tape import Array, Tape
 
 # B batch, T queries, S keys, N heads, K key-value heads, H head width; M blocks of C queries, G keys that a block is given
 
-LEAST_BLOCK = 64
-"""The fewest tokens of a block: smaller ones save products, but no time."""
+LEAST_BLOCK = 16
+"""The fewest tokens of a block: so many of a tiny window's are taken at once, although few of its pairs are seen."""
 
 
 class Sliding(HeadsConfig):

@@ -168,7 +168,7 @@ def test_settings_are_saved_with_the_model(tmp_path):
 def test_layers_share_their_tables(monkeypatch):
     made = []
     make = interface._layout
-    monkeypatch.setattr(interface, "_layout", lambda *args: made.append(args) or make(*args))
+    monkeypatch.setattr(interface, "_layout", lambda *args: made.append(args[1]) or make(*args))
     before = len(interface._layouts)
     model, _ = pair("Llama", REACHES[1])
     for places in (torch.arange(19), torch.arange(19) % 7):
