@@ -155,7 +155,7 @@ class LatentMixer(Mixer):
         return normed, rotate(self.k_rope_proj(x)[:, None], *tables)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.shape.num_heads, -1)).transpose(1, 2)
+        return cast(Tensor, x.unflatten(-1, (self.shape.num_heads, -1)).transpose(1, 2))
 
     def _expanded(self, query: Tensor, latent: Tensor, turned: Tensor, layout: Layout) -> Tensor:
         """Keys and values of every head. Values are as wide as keys, by zeros: fast kernels know one width."""

@@ -109,16 +109,16 @@ class SlidingMixer(HeadsMixer):
         return self._go_on(query, key, value, layout, cache).transpose(1, 2).flatten(-2)
 
     def _go_on(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache) -> Tensor:
-        kept = [cache.recall(name) for name in ("key", "value", "places")]
+        kept = cache.recall("key"), cache.recall("value"), cache.recall("places")
         places = _places(layout)[:, layout.past :].expand(query.shape[0], -1)
         num_tokens, mixed = layout.past, []
         for start in range(0, query.shape[2], self.config.block):
             part = slice(start, start + self.config.block)
-            new = (key[:, :, part], value[:, :, part], places[:, part, None])
-            whole = [y if x is None else torch.cat((x, y), dim=-2) for x, y in zip(kept, new, strict=True)]
-            mixed.append(_attend_places(self.config, query[:, :, part], *whole[:2], places[:, part], whole[2][..., 0]))
-            num_tokens += new[0].shape[2]
-            kept = list(_still_seen(self.config, *whole, num_tokens))
+            keys, values = _after(kept[0], key[:, :, part]), _after(kept[1], value[:, :, part])
+            seen = _after(kept[2], places[:, part, None])
+            mixed.append(_attend_places(self.config, query[:, :, part], keys, values, places[:, part], seen[..., 0]))
+            num_tokens = min(num_tokens + self.config.block, layout.past + query.shape[2])
+            kept = _still_seen(self.config, keys, values, seen, num_tokens)
         for name, state in zip(("key", "value", "places"), kept, strict=True):
             assert state is not None
             cache.keep(name, state)
@@ -211,6 +211,10 @@ def _attend_places(
     return attend_biased(query, key, value, _bias(sees, value.dtype), scale)
 
 
+def _after(kept: Tensor | None, new: Tensor) -> Tensor:
+    return new if kept is None else torch.cat((kept, new), dim=-2)
+
+
 def _still_seen(
     config: Sliding, key: Tensor, value: Tensor, places: Tensor, num_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +272,7 @@ def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dt
         return x[:, index[0]] if len(index) == 1 else x.gather(1, index.flatten(1)).view_as(index)
 
     def of_queries(x: Tensor, empty: int) -> Tensor:
-        return F.pad(x, (0, num_blocks * size - num_tokens), value=empty).unflatten(1, (num_blocks, size))
+        return F.pad(x, (0, num_blocks * size - num_tokens), value=empty).view(-1, num_blocks, size)
 
     key_places = torch.where(is_given, of_keys(places), -1)
     sees = _sees(config, of_queries(places, -1)[..., None], key_places[..., None, :])

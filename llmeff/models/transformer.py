@@ -232,6 +232,11 @@ class Layer(nn.Module):
             self.mlp = MLP(config.width, config.layer_mlp_width(index))
         self.has_mixer, self.has_mlp = own.has_mixer, own.has_mlp
 
+    def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
+        """See `Mixer.prepare`."""
+        if self.has_mixer:
+            self.self_attn.prepare(layout, num_rows, dtype)
+
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         if self.has_mixer:
@@ -291,8 +296,7 @@ class Decoder(nn.Module):
             device = tokens.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             for layer in self.layers:
-                if layer.has_mixer:
-                    layer.self_attn.prepare(layout, tokens.shape[0], dtype)
+                cast(Layer, layer).prepare(layout, tokens.shape[0], dtype)
         for index, layer in enumerate(self.layers):
             if recompute:
                 x = checkpoint(layer, x, layout, use_reentrant=False)
