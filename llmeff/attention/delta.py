@@ -97,10 +97,6 @@ class DeltaMixer(Mixer):
         out = mix(query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache)
         return cast(Tensor, self.o_proj(self.finish(out, x).flatten(-2)))
 
-    def output_projections(self) -> list[nn.Linear]:
-        """The projection of the heads' outputs."""
-        return [self.o_proj]
-
 
 def unit(x: Tensor) -> Tensor:
     """(..., H) of length 1, with 1e-6 under the root, as the kernels have it."""

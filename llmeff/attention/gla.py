@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
-from llmeff.attention.heads import project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
+from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import LEAST, mix
 from llmeff.core.config import Count
@@ -43,12 +43,8 @@ class GLA(MixerConfig):
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
         """Projections and scan; names live as long as in `GLAMixer.forward`."""
-        num_heads, num_kv_heads, head_dim, width = (
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            self.width(shape),
-        )
+        num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
+        head_dim, width = shape.head_dim, self.width(shape)
         query, gate = project(tape, "q_proj", x, num_heads, width), project(tape, "g_proj", x, num_heads, head_dim)
         key = project(tape, "k_proj", x, num_kv_heads, width)
         value = project(tape, "v_proj", x, num_kv_heads, head_dim)
@@ -70,25 +66,20 @@ class GLA(MixerConfig):
         return 4 * shape.num_heads * self.width(shape) * shape.head_dim
 
 
-class GLAMixer(Mixer):
+class GLAMixer(ProjectedMixer):
     """S_t = diag(exp(g)) S_(t-1) + k v' with g = log(sigmoid(f x + b)) / 16, read by q, normalized and gated (section 4.4).
 
     A channel keeps at least exp(`scan.LEAST`) of its state, 0.7 %, from one token to the next.
     """
 
     def __init__(self, config: GLA, shape: MixerShape):
-        super().__init__()
-        self.shape = shape
         width = config.width(shape)
-        self.q_proj = nn.Linear(shape.width, shape.num_heads * width, bias=False)
-        self.k_proj = nn.Linear(shape.width, shape.num_kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(shape.width, shape.num_kv_heads * shape.head_dim, bias=False)
+        super().__init__(shape, key_width=width)
         self.g_proj = nn.Linear(shape.width, shape.num_heads * shape.head_dim, bias=False)
         self.f_a_proj = nn.Linear(shape.width, config.rank, bias=False)
         self.f_b_proj = nn.Linear(config.rank, shape.num_kv_heads * width, bias=False)
         self.decay_bias = nn.Parameter(torch.empty(shape.num_kv_heads * width))
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
-        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.width, bias=False)
 
     def initial(self) -> dict[str, Tensor]:
         """A bias of 0."""
@@ -105,10 +96,6 @@ class GLAMixer(Mixer):
         key, value, log_decay = (repeated(own, num_heads) for own in (key, value, log_decay))
         out = mix(query, key, value, log_decay, None, layout, cache)
         return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
-
-    def output_projections(self) -> list[nn.Linear]:
-        """The projection of the heads' outputs."""
-        return [self.o_proj]
 
 
 def _logsigmoid_law(tape: Tape, x: Array) -> Array:

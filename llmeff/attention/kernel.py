@@ -5,11 +5,11 @@ from functools import partial
 from typing import cast
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmeff.attention import scan_law
-from llmeff.attention.heads import project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
+from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import mix
 from llmeff.core.layout import Layout
@@ -45,23 +45,11 @@ class KernelConfig(MixerConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
 
-class KernelMixer(Mixer):
+class KernelMixer(ProjectedMixer):
     """o_t = (sum over s <= t of phi(q_t)' psi(k_s) v_s) / (sum over s <= t of phi(q_t)' psi(k_s)) (Katharopoulos et al. 2020, eq. 9).
 
-    The sums of weights are one more column of the values, of ones. Parameter names are those of `SoftmaxMixer`.
-
-    Args:
-        shape: the widths.
+    The sums of weights are one more column of the values, of ones.
     """
-
-    def __init__(self, shape: MixerShape):
-        super().__init__()
-        self.shape = shape
-        query_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.width, query_width, bias=False)
-        self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
-        self.o_proj = nn.Linear(query_width, shape.width, bias=False)
 
     @abstractmethod
     def features(
@@ -91,10 +79,6 @@ class KernelMixer(Mixer):
         out = mix(query, key, counted, log_decay, None, layout, cache)
         out = out[..., :-1] / out[..., -1:].clamp(min=_SMALLEST)
         return cast(Tensor, self.o_proj(out.to(value.dtype).flatten(-2)))
-
-    def output_projections(self) -> list[nn.Linear]:
-        """The projection of the heads' outputs."""
-        return [self.o_proj]
 
 
 def _count_law(tape: Tape, value: Array) -> Array:

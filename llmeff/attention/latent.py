@@ -1,6 +1,5 @@
 """Multi-head latent attention: keys and values of all heads from one small vector a token, which is all that is cached."""
 
-from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -8,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import norm
+from llmeff.attention.heads import heads_first_law, rotate, rotate_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
 from llmeff.attention.norm import RMSNorm
-from llmeff.attention.rotary_heads import heads_law, rotate, rotate_law
 from llmeff.attention.softmax import attend
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -68,9 +67,10 @@ class Latent(MixerConfig):
             with tape.within("q_norm"):
                 x = norm.law(tape, down)
             del down
-        heads = partial(heads_law, tape, x, num_heads=shape.num_heads)
-        turned = rotate_law(tape, heads("q_rope_proj", head_dim=self.widths(shape)[1]), *tables)
-        return laws.beside(tape, heads("q_up_proj", head_dim=shape.head_dim), turned)
+        turned = rotate_law(
+            tape, heads_first_law(tape, "q_rope_proj", x, shape.num_heads, self.widths(shape)[1]), *tables
+        )
+        return _beside(tape, heads_first_law(tape, "q_up_proj", x, shape.num_heads, shape.head_dim), turned)
 
     def _latent_law(self, shape: MixerShape, tape: Tape, x: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
         latent, rotary = self.widths(shape)
@@ -78,20 +78,22 @@ class Latent(MixerConfig):
         with tape.within("kv_norm"):
             normed = norm.law(tape, down)
         del down
-        return normed, rotate_law(tape, heads_law(tape, x, "k_rope_proj", 1, rotary), *tables)
+        return normed, rotate_law(tape, heads_first_law(tape, "k_rope_proj", x, 1, rotary), *tables)
 
     def _expanded_law(
         self, shape: MixerShape, tape: Tape, query: Array, latent: Array, turned: Array, batch: laws.Batch
     ) -> Array:
-        heads = partial(heads_law, tape, latent, num_heads=shape.num_heads, head_dim=shape.head_dim)
-        key = laws.beside(tape, heads("k_up_proj"), laws.expanded(tape, turned, shape.num_heads))
-        value = laws.padded(tape, heads("v_up_proj"), query.shape)
         num_rows, num_heads, num_tokens, width = query.shape
+        up = heads_first_law(tape, "k_up_proj", latent, num_heads, shape.head_dim)
+        key = _beside(tape, up, laws.view(tape, turned, (num_rows, num_heads, *turned.shape[2:])))
+        del up
+        value = heads_first_law(tape, "v_up_proj", latent, num_heads, shape.head_dim)
+        value = laws.padded(tape, value, query.shape)
         # values need no zeros: that is how it is computed
         model_flops = num_rows * num_heads * num_tokens * (num_tokens + 1) * (width + shape.head_dim)
         mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype), model_flops)
-        begun = laws.begun(tape, mixed, (num_rows, num_heads, num_tokens, shape.head_dim))
-        return laws.copy(tape, begun).view(num_rows, num_tokens, num_heads * shape.head_dim)
+        part = laws.view(tape, mixed, (num_rows, num_heads, num_tokens, shape.head_dim))
+        return laws.copy(tape, part).view(num_rows, num_tokens, num_heads * shape.head_dim)
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """The latent and the rotary key of every token."""
@@ -155,7 +157,7 @@ class LatentMixer(Mixer):
         return normed, rotate(self.k_rope_proj(x)[:, None], *tables)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return cast(Tensor, x.unflatten(-1, (self.shape.num_heads, -1)).transpose(1, 2))
+        return split(x, self.shape.num_heads).transpose(1, 2)
 
     def _expanded(self, query: Tensor, latent: Tensor, turned: Tensor, layout: Layout) -> Tensor:
         """Keys and values of every head. Values are as wide as keys, by zeros: fast kernels know one width."""
@@ -176,6 +178,7 @@ class LatentMixer(Mixer):
         mixed = attend(taken, kept[:, None], kept[:, None], layout, scale)[..., : self.latent]
         return torch.einsum("bntl,nhl->btnh", mixed, values).flatten(-2)
 
-    def output_projections(self) -> list[nn.Linear]:
-        """The projection of the heads' outputs."""
-        return [self.o_proj]
+
+def _beside(tape: Tape, left: Array, right: Array) -> Array:
+    """(B, N, T, .) twice in one row. Gradients come as parts of another, of which a projection makes its own dense."""
+    return laws.concat(tape, *(laws.view(tape, x, x.shape) for x in (left, right)))

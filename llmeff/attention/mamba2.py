@@ -123,7 +123,3 @@ class Mamba2Mixer(Mixer):
         log_decay = -self.log_rate.exp()[:, None] * steps
         out = mix(query, key, value * steps, log_decay, None, layout, cache) + value * self.skip[:, None]
         return cast(Tensor, self.o_proj(self.o_norm(out.flatten(-2), self.g_proj(x))))
-
-    def output_projections(self) -> list[nn.Linear]:
-        """The projection of the heads' outputs."""
-        return [self.o_proj]

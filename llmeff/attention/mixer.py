@@ -58,7 +58,10 @@ class Initialized(nn.Module, ABC):
 
 
 class Mixer(Initialized):
-    """Mixes a sequence. Without a cache, the form for training; with one, the form for decoding: the two agree."""
+    """Mixes a sequence. Without a cache, the form for training; with one, the form for decoding: the two agree.
+
+    What writes into the residual stream is called `o_proj`: by that name a model lets it begin smaller in deep stacks.
+    """
 
     @abstractmethod
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
@@ -72,10 +75,6 @@ class Mixer(Initialized):
             num_rows: B.
             dtype: in which queries, keys and values are mixed.
         """
-
-    @abstractmethod
-    def output_projections(self) -> list[nn.Linear]:
-        """The projections that write into the residual stream (initialized smaller in deep models)."""
 
 
 class MixerConfig(Component, family="mixer"):

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmeff.attention.heads import rotate, rotate_law
 from llmeff.attention.kernel import KernelConfig, KernelMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.rotary_heads import rotate, rotate_law
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -71,6 +71,10 @@ class PerformerMixer(KernelMixer):
     def initial(self) -> dict[str, Tensor]:
         """The random directions: drawn once, in the checkpoint, not trained."""
         return {"directions": orthogonal(self.directions)}
+
+    def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
+        """The rotary tables."""
+        layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
-from llmeff.attention.heads import project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
-from llmeff.attention.rotary_heads import rotate, rotate_law
+from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, rotate, rotate_law, split
+from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
 from llmeff.attention.scan import mix
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -59,19 +58,18 @@ class Retention(MixerConfig):
         return 4 * shape.num_heads * shape.head_dim * self.width(shape)
 
 
-class RetentionMixer(Mixer):
+class RetentionMixer(ProjectedMixer):
     """S_t = (1 - 2^(-5 - n)) S_(t-1) + k v' in head n, read by q, normalized and gated; q and k turned (equations 5 to 8)."""
 
     def __init__(self, config: Retention, shape: MixerShape):
-        super().__init__()
-        self.shape = shape
         width = config.width(shape)
-        self.q_proj = nn.Linear(shape.width, shape.num_heads * shape.head_dim, bias=False)
-        self.k_proj = nn.Linear(shape.width, shape.num_kv_heads * shape.head_dim, bias=False)
-        self.v_proj = nn.Linear(shape.width, shape.num_kv_heads * width, bias=False)
+        super().__init__(shape, value_width=width)
         self.g_proj = nn.Linear(shape.width, shape.num_heads * width, bias=False)
         self.o_norm = GatedRMSNorm(width, shape.norm_eps)
-        self.o_proj = nn.Linear(shape.num_heads * width, shape.width, bias=False)
+
+    def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
+        """The rotary tables."""
+        layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -84,10 +82,6 @@ class RetentionMixer(Mixer):
         log_decay = log_decays(query).expand(*query.shape[:3], 1)
         out = mix(query, key, value, log_decay, None, layout, cache)
         return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
-
-    def output_projections(self) -> list[nn.Linear]:
-        """The projection of the heads' outputs."""
-        return [self.o_proj]
 
 
 def log_decays(query: Tensor) -> Tensor:

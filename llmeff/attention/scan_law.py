@@ -95,7 +95,8 @@ def _segment(
         right = _times(tape, laws.concat(tape, value, found), beta)
         solved = _solve(tape, overlap, right)
         del right
-        taken, erased = _view(tape, solved, width), _view(tape, solved, key.shape[-1])
+        taken = laws.view(tape, solved, (*sites, width))
+        erased = laws.view(tape, solved, (*sites, key.shape[-1]))
     states, end, taken = _hand_on(tape, kept, taken, carry, erased, state)
     inner = _product(tape, _pairs(tape, query, key, decay, sees), taken, (*sites, width))
     mixed = laws.add(tape, inner, _product(tape, read, states, (*sites, width)))
@@ -136,14 +137,7 @@ def _cut(tape: Tape, x: Array, length: int) -> Array:
     """The first tokens of (B, N, M, C, V)."""
     if x.shape[2] * CHUNK == length:
         return Array((*x.shape[:2], length, x.shape[-1]), x.dtype, x.storage, x.node)
-    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-    return Array((*x.shape[:2], length, x.shape[-1]), x.dtype, x.storage, node)
-
-
-def _view(tape: Tape, x: Array, width: int) -> Array:
-    """Some channels; backward puts zeros in the others' place."""
-    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-    return Array((*x.shape[:-1], width), x.dtype, x.storage, node)
+    return laws.view(tape, x, (*x.shape[:2], length, x.shape[-1]))
 
 
 def _last(tape: Tape, decay: Array) -> Array:
@@ -203,8 +197,7 @@ def _pairs(tape: Tape, rows: Array, keys: Array, decay: Array | None, sees: Arra
 
 def _block(tape: Tape, rows: Array, keys: Array, decay: Array, start: int) -> Array:
     def cut(x: Array, tokens: int) -> Array:
-        node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-        return Array((*x.shape[:3], tokens, x.shape[-1]), x.dtype, x.storage, node)
+        return laws.view(tape, x, (*x.shape[:3], tokens, x.shape[-1]))
 
     def scaled(x: Array, tokens: int) -> Array:
         between = _less(tape, base, cut(decay, tokens))

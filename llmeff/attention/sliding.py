@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
 
+from llmeff.attention.heads import HeadsConfig, HeadsMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.rotary_heads import HeadsConfig, HeadsMixer
 from llmeff.attention.softmax import attend, attend_biased
 from llmeff.core.config import Count, CountOrZero
 from llmeff.core.layout import Layout

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmeff.attention.heads import HeadsConfig, HeadsMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.rotary_heads import HeadsConfig, HeadsMixer
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape

@@ -304,7 +304,7 @@ def _flash_back(
 def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, asked: int) -> Array:
     num_heads, num_keys = query.shape[1], key.shape[2]
     of = partial(product, tape, 2 * query.size * num_keys, asked // 2)
-    key, value = repeat(tape, key, num_heads), repeat(tape, value, num_heads)
+    key, value = _repeat(tape, key, num_heads), _repeat(tape, value, num_heads)
     scores = of(copy(tape, query), copy(tape, key), (*query.shape[:3], num_keys))
     scores = copy(tape, scores)  # with the bias added
     node = tape.save((scores,), (), partial(_scale_back, tape))
@@ -314,8 +314,7 @@ def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None
     return of(weights, copy(tape, value), query.shape)
 
 
-def repeat(tape: Tape, x: Array, num_heads: int) -> Array:
-    """(B, K, .) to (B, N, .); itself where that is as many."""
+def _repeat(tape: Tape, x: Array, num_heads: int) -> Array:
     if x.shape[1] == num_heads:
         return x
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
@@ -336,33 +335,8 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
     return tape.elementwise(shape, x.dtype, node)
 
 
-def beside(tape: Tape, left: Array, right: Array) -> Array:
-    """(B, N, T, .) and (B, N, T, .) in one row; gradients are views, of which a projection's is then made dense."""
-    node = tape.save(
-        (dense_back(tape, left), dense_back(tape, right)), (), partial(_beside_back, left.shape, right.shape)
-    )
-    shape = (*left.shape[:-1], left.shape[-1] + right.shape[-1])
-    return tape.elementwise(shape, left.dtype, node)
-
-
-def _beside_back(left: tuple[int, ...], right: tuple[int, ...], gradient: Array) -> tuple[Array, Array]:
-    return Array(left, gradient.dtype, gradient.storage), Array(right, gradient.dtype, gradient.storage)
-
-
-def dense_back(tape: Tape, x: Array) -> Array:
-    """The same array, whose gradient is copied where it comes as a part of another."""
-    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-    return Array(x.shape, x.dtype, x.storage, node)
-
-
-def expanded(tape: Tape, x: Array, num_heads: int) -> Array:
-    """(B, 1, T, H) seen as (B, N, T, H)."""
-    node = tape.save((x,), (), partial(_new_back, tape, x.shape))
-    return Array((x.shape[0], num_heads, *x.shape[2:]), x.dtype, x.storage, node)
-
-
-def begun(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """Its beginning, a view, whose gradient is put among zeros."""
+def view(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
+    """A part of it, it many times or as it is, in the same bytes; its gradient is one of its own, made of the view's."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return Array(shape, x.dtype, x.storage, node)
 
@@ -374,7 +348,7 @@ def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
     """
     if x.shape == shape:
         return x
-    part = begun(tape, x, shape)
+    part = view(tape, x, shape)
     return part if shape[0] == 1 else copy(tape, part)
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from llmeff.attention import Softmax
+from llmeff.attention.heads import rotate
 from llmeff.attention.mixer import MixerShape
-from llmeff.attention.rotary_heads import rotate
 from llmeff.attention.softmax import attend
 from llmeff.core.layout import Layout
 
@@ -97,9 +97,3 @@ def test_a_mixer_on_packed_documents_is_the_mixer_on_each(qk_norm: bool) -> None
     mixer, x = Softmax(qk_norm=qk_norm).build(shape), torch.randn(1, 7, 16)
     alone = [mixer(part, Layout.plain(part.shape[1], DEVICE)) for part in x.split((4, 3), dim=1)]
     torch.testing.assert_close(mixer(x, packed(4, 3)), torch.cat(alone, dim=1))
-
-
-def test_output_projections_write_into_the_stream() -> None:
-    shape = MixerShape(width=16, num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
-    mixer = Softmax().build(shape)
-    assert [projection.out_features for projection in mixer.output_projections()] == [16]
