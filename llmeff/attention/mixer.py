@@ -98,6 +98,15 @@ class MixerConfig(Component, family="mixer"):
         """The price of the module's forward in training, within it on the tape: (B, T, D) to (B, T, D)."""
         raise NotImplementedError(type(self))
 
+    def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
+        """What the module keeps beside its parameters, at every moment.
+
+        Args:
+            shape: the widths.
+            number_bytes: of a number of the parameters' format, which buffers have too.
+        """
+        return 0
+
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """What decoding keeps of one sequence.
 

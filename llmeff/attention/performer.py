@@ -50,6 +50,10 @@ class Performer(KernelConfig):
         largest = tape.elementwise((*key.shape[:-1], 1), "float32")
         return laws.function(tape, query, "output"), laws.function(tape, key, "output"), largest
 
+    def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
+        """The directions."""
+        return self.width(shape) * shape.head_dim * number_bytes
+
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head, with a column of sums, and for each head of keys what its features are relative to."""
         return 4 * (shape.num_heads * self.width(shape) * (shape.head_dim + 1) + shape.num_kv_heads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmeff.core.config import Component, Count, Text
 from llmeff.core.layout import Layout
 from llmeff.core.table import Role
-from llmeff.cost.arrays import Array, Weight
+from llmeff.cost.arrays import NUM_BYTES, Array, Weight
 from llmeff.cost.image_laws import Images
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.laws import Batch
@@ -74,8 +74,12 @@ class ModelConfig(Component, family="model"):
         """The trained parameters, by their names in the module."""
         return weights(self.law, self.batch)
 
-    def buffer_bytes(self) -> int:
-        """What a rank keeps beside the parameters, at every moment."""
+    def buffer_bytes(self, number_bytes: int) -> int:
+        """What a rank keeps beside the parameters, at every moment.
+
+        Args:
+            number_bytes: of a number of the parameters' format, which buffers have too.
+        """
         return 0
 
     def roles(self) -> dict[str, Role]:
@@ -92,7 +96,7 @@ class ModelConfig(Component, family="model"):
             workload: what the step does.
             keeping: what becomes of weights and gradients; None: one process alone keeps them.
         """
-        kept = self.buffer_bytes()
+        kept = self.buffer_bytes(NUM_BYTES[workload.precision.parameters])
         buffers = Price({("frozen_bytes", "buffers"): kept, ("peak_bytes", "buffers"): kept})
         return price_step(self.law, workload, keeping, self.batch) + buffers
 

@@ -98,10 +98,10 @@ class SegNetConfig(ImageModelConfig):
         stages = [_stage(weight.name) for weight in used]
         return sorted(used, key=lambda weight: (stages.index(_stage(weight.name)), ".norms." in weight.name))
 
-    def buffer_bytes(self) -> int:
+    def buffer_bytes(self, number_bytes: int) -> int:
         """Running means and variances."""
         shape = self.architecture()
-        return 0 if self.norm == "group" else 2 * 4 * sum(map(sum, (*shape.encoder, *shape.decoder)))
+        return 0 if self.norm == "group" else 2 * number_bytes * sum(map(sum, (*shape.encoder, *shape.decoder)))
 
     def least_size(self) -> int:
         """Every pooling must leave a pixel."""

@@ -160,6 +160,11 @@ class DecoderConfig(LanguageModelConfig):
         """By the names that the law has in common with the module."""
         return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights()}
 
+    def buffer_bytes(self, number_bytes: int) -> int:
+        """Those of its mixers."""
+        layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
+        return sum(self.layer_mixer(index).buffer_bytes(self.mixer_shape(index), number_bytes) for index in layers)
+
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
         """The price of `Decoder.forward` with targets; names live as long as there."""
         with tape.within("embed_tokens", "embedding"):
