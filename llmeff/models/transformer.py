@@ -82,12 +82,12 @@ class DecoderConfig(LanguageModelConfig):
     def _fits(self) -> "DecoderConfig":
         problems = []
         if self.head_dim == "auto" and self.width % self.num_heads:
-            problems.append(f"width {self.width} is no multiple of num_heads {self.num_heads}: give head_dim")
+            problems.append(f"width {self.width} is no multiple of num_heads {self.num_heads}: give one, or head_dim")
         elif self.head_width % 2:
             problems.append(f"head_dim {self.head_width} is odd: rotary positions turn pairs")
         if self.layers is not None and len(self.layers) != self.num_layers:
             problems.append(f"layers has {len(self.layers)} entries for num_layers {self.num_layers}")
-        elif self.pattern is not None and (wrong := pattern.problems(self.pattern, self.mixers, self.num_layers)):
+        elif wrong := self._pattern_problems():
             problems += wrong
         else:
             for index in range(self.num_layers):
@@ -101,6 +101,19 @@ class DecoderConfig(LanguageModelConfig):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _pattern_problems(self) -> list[str]:
+        """What of the fields that say which layer has which mixer cannot be."""
+        if self.pattern is not None:
+            found = pattern.problems(self.pattern, self.mixers, self.num_layers)
+            if self.mixer != Softmax():
+                found.append(
+                    f"mixer {self.mixer.name!r}: no layer takes it where pattern {self.pattern!r} names that of each; "
+                    "leave it out, and give settings of mixers in mixers"
+                )
+            return found
+        unused = ", ".join(map(repr, self.mixers))
+        return [f"mixers has settings of {unused}, and no pattern names a mixer: give pattern"] if unused else []
 
     @property
     def head_width(self) -> int:

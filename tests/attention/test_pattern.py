@@ -35,9 +35,17 @@ def test_settings_go_by_any_name():
         ({"pattern": "linear+"}, "there is no mixer ''"),
         ({"pattern": "linear", "mixers": {"wide": {"name": "kda"}}}, "mixers.wide: the pattern 'linear' names no such"),
         ({"mixer": "lineer"}, "Did you mean 'linear'"),
+        ({"layers": [{"mixer": "slidng"}] * 6}, "Did you mean 'sliding'"),
+        (
+            {"mixer": "kda", "pattern": "linear"},
+            "mixer 'kda': no layer takes it where pattern 'linear' names that of each",
+        ),
+        ({"mixers": {"wide": {"name": "kda"}}}, "mixers has settings of 'wide', and no pattern names a mixer"),
+        ({"pattern": "sliding", "mixers": {"sliding": {"name": "sliding", "window": -3}}}, "(given: -3)"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(fields, message):
     with pytest.raises(ConfigError) as caught:
         config(**fields)
     assert message in str(caught.value)
+    assert len(caught.value.problems) == 1

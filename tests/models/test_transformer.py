@@ -193,7 +193,7 @@ def test_presets_have_the_size_that_they_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"width": 30}, "width 30 is no multiple of num_heads 4"),
+        ({"width": 30}, "width 30 is no multiple of num_heads 4: give one, or head_dim"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"num_kv_heads": 3}, "num_heads 4 is no multiple of num_kv_heads 3"),
         ({"layers": [{}]}, "layers has 1 entries for num_layers 2"),
