@@ -29,12 +29,14 @@ from llmeff.predict import price_step
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 
 NUM_CASES, NUM_IMAGE_CASES = 40, 12
-MIXER_WORKLOADS: tuple[dict[str, Any], ...] = (
-    {},
-    {"packed": True, "num_tokens": 128},
-    {"precision_name": "bf16"},
-    {"recompute": True, "num_micro_batches": 3},
+MIXER_WORKLOADS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2, {}),
+    (4, {"packed": True, "num_tokens": 128}),
+    (1, {"precision_name": "bf16"}),
+    (2, {"recompute": True, "num_micro_batches": 3}),
+    (1, {"recompute": True, "packed": True}),
 )
+"""Key-value heads of four, and what of the workload is fixed."""
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
 
 
@@ -103,21 +105,16 @@ def random_image_case(seed: int, **workload: Any) -> Case:
     return Case(model, replace(drawn, **workload))
 
 
-def mixer_case(name: str, **workload: Any) -> Case:
-    """Layers of one mixer, over more than a chunk of a scan."""
-    pick = random.Random(name)
-    kv_heads = pick.choice((1, 2))
-    model = DecoderConfig(
-        vocab_size=60,
-        width=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=kv_heads,
-        head_dim=16,
-        mlp_width=96,
-        mixer=MixerConfig.registry[name](),
+def mixer_case(name: str, num_kv_heads: int, **workload: Any) -> Case:
+    """Layers of one mixer, over more than a chunk of a scan; with as many key-value heads as heads where it shares none."""
+    num_tokens = random.Random(name).randint(65, 127)
+    plain = DecoderConfig(
+        vocab_size=60, width=64, num_layers=2, num_heads=4, num_kv_heads=num_kv_heads, head_dim=16, mlp_width=96
     )
-    return Case(model, replace(Workload(num_sequences=2, num_tokens=pick.randint(65, 127)), **workload))
+    mixer = MixerConfig.registry[name]()
+    shared = {"num_kv_heads": "auto"} if mixer.problems(plain.mixer_shape(0)) else {}
+    model = plain.model_copy(update={"mixer": mixer, **shared})
+    return Case(model, replace(Workload(num_sequences=2, num_tokens=num_tokens), **workload))
 
 
 class Step:
@@ -287,8 +284,8 @@ def main(path: Path) -> None:
     cases = [(seed, random_case(seed)) for seed in range(NUM_CASES)]
     for seed, name in itertools.product(range(NUM_IMAGE_CASES), ("fp32", "bf16")):
         cases.append((seed, random_image_case(seed, precision_name=name)))
-    for name, (seed, workload) in itertools.product(MixerConfig.registry.names(), enumerate(MIXER_WORKLOADS)):
-        cases.append((seed, mixer_case(name, **workload)))
+    for name, (seed, (heads, workload)) in itertools.product(MixerConfig.registry.names(), enumerate(MIXER_WORKLOADS)):
+        cases.append((seed, mixer_case(name, heads, **workload)))
     for seed, case in cases:
         predicted, measured = predict(case), measure(case)
         rows.append(

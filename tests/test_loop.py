@@ -13,6 +13,7 @@ from llmeff.loop import DivergedError, Trainer, train
 from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
+from tests.mixers import every_mixer, fields
 
 TINY = {
     "model": {"name": "decoder", "width": 16, "num_layers": 2, "num_heads": 2, "mlp_width": 32},
@@ -238,6 +239,22 @@ def test_a_compiled_run_is_the_eager_run_to_rounding_and_stays_compiled(tmp_path
     assert run.steps["loss"] == pytest.approx(eager.steps["loss"], rel=1e-4)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] <= 2 * trainable_layers(compiled)
+
+
+@pytest.mark.slow
+@every_mixer
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_mixer_compiles_to_the_same_losses(tmp_path, name, recompute):
+    from torch._dynamo.utils import counters
+
+    plain, losses = tiny(f"runtime.recompute={recompute}".lower(), "train.steps=4").model_dump(mode="json"), []
+    plain["model"] |= fields(name, num_kv_heads=1)
+    for compiled in ("off", "model"):
+        counters.clear()
+        train(validate(RunConfig, override(plain, [f"runtime.compile={compiled}"])), tmp_path / compiled)
+        losses.append(read_run(tmp_path / compiled).steps["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert not counters["graph_break"]
 
 
 def trainable_layers(compiled):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from llmeff.core.config import validate
 from llmeff.optim import OptimizerConfig
+from llmeff.runconfig import RunConfig
+from tests import mixers
 from tests.ranks import ranks
 from tests.strategies import STEPS, STRATEGIES, Trajectory, by_hand, config, image_config, trained
 
@@ -26,6 +29,7 @@ MODELS = {
     "plain, recomputed": ("data.packing=plain", "runtime.recompute=true", "task.loss_chunk=5"),
 }
 
+EACH_KIND = "of each kind"
 
 IMAGES = {
     "groups": ("model.norm=group",),
@@ -63,6 +67,37 @@ def test_every_strategy_trains_as_one_process_does(tmp_path, strategy):
 @pytest.mark.parametrize(("strategy", "model", "accumulation"), list(itertools.product(STRATEGIES, MODELS, (1, 4))))
 def test_every_strategy_trains_as_one_process_does_in_every_way(tmp_path, strategy, model, accumulation):
     assert_the_same(run(tmp_path, strategy, model, accumulation), one_process(model))
+
+
+@functools.cache
+def one_process_of_mixers(name: str, accumulation: int = 1) -> Trajectory:
+    with tempfile.TemporaryDirectory() as folder:
+        return trained(of_mixers(config(accumulation=accumulation), name), Path(folder) / "run")[0]
+
+
+def of_mixers(plain: RunConfig, name: str) -> RunConfig:
+    """The run with that mixer in every layer, or with one of each kind."""
+    raw = plain.model_dump(mode="json")
+    own = mixers.fields_of_each_kind() if name == EACH_KIND else mixers.fields(name, num_kv_heads=1)
+    return validate(RunConfig, raw | {"model": raw["model"] | own})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "accumulation"),
+    [
+        pytest.param(strategy, name, accumulation, marks=() if is_fast else pytest.mark.slow)
+        for strategy, name, accumulation in itertools.product(STRATEGIES, [EACH_KIND, *mixers.NAMES], (1, 4))
+        for is_fast in [(strategy, name, accumulation) == ("zero 2", EACH_KIND, 4)]
+    ],
+)
+def test_every_strategy_trains_every_mixer_as_one_process_does(tmp_path, strategy, name, accumulation):
+    settings = of_mixers(config(*STRATEGIES[strategy], num_ranks=2, accumulation=accumulation), name)
+    assert_the_same(trained(settings, tmp_path / "run")[0], one_process_of_mixers(name))
+
+
+@pytest.mark.parametrize("name", [EACH_KIND, *(pytest.param(own, marks=pytest.mark.slow) for own in mixers.NAMES)])
+def test_one_process_accumulates_exactly_with_every_mixer(name):
+    assert_the_same(one_process_of_mixers(name, accumulation=4), one_process_of_mixers(name))
 
 
 @functools.cache

@@ -69,9 +69,9 @@ def test_price_gate_under_autocast(seed):
 
 
 @pytest.mark.parametrize("name", MixerConfig.registry.names())
-@pytest.mark.parametrize("workload", gate.MIXER_WORKLOADS, ids=str)
-def test_price_gate_of_every_mixer(name, workload):
-    assert_exact_but_for_the_peak(gate.mixer_case(name, **workload))
+@pytest.mark.parametrize(("num_kv_heads", "workload"), gate.MIXER_WORKLOADS, ids=str)
+def test_price_gate_of_every_mixer(name, num_kv_heads, workload):
+    assert_exact_but_for_the_peak(gate.mixer_case(name, num_kv_heads, **workload))
 
 
 MIXERS = [

@@ -13,6 +13,7 @@ import pytest
 from llmeff.core.config import validate
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
+from tests import mixers
 
 STEPS = 14
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -45,12 +46,19 @@ TASKS = {
 }  # fmt: skip
 
 
+TASKS["mixers of each kind"] = {**TASKS["text"], "model": TASKS["text"]["model"] | mixers.fields_of_each_kind()}
+MIXERS = {
+    name: {**TASKS["text"], "model": TASKS["text"]["model"] | mixers.fields(name, num_kv_heads=1)}
+    for name in mixers.NAMES
+}
+
+
 def config(task="text"):
     """A tiny run with a checkpoint every three steps and several micro-batches."""
     return validate(
         RunConfig,
         {
-            **TASKS[task],
+            **(TASKS | MIXERS)[task],
             "schedule": {"name": "cosine", "warmup_steps": 3},
             "train": {"steps": STEPS, "batch": 4, "micro_batch": 2},
             "evaluation": {"every": 5, "max_units": 2, "sample_tokens": 4},
@@ -189,6 +197,8 @@ def assert_same_run(one, other):
         ("images", "after update", 8),
         ("images", "replace", 4),
         ("images", "after rename", 7),
+        ("mixers of each kind", "after update", 8),
+        *(pytest.param(name, "after update", 8, marks=pytest.mark.slow) for name in MIXERS),
     ],
 )
 def test_killed_and_resumed_is_the_run_that_was_not(unbroken, tmp_path, task, moment, number):

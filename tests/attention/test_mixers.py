@@ -7,18 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmeff.attention import MixerConfig, scan
+from llmeff.attention import scan, sliding
 from llmeff.attention.mixer import MixerShape
 from llmeff.core.layout import Layout
+from tests.mixers import NAMES, config, every_mixer, grouped
 
 SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
-SETTINGS = {"mamba2": {"state_width": 5}}
-every_mixer = pytest.mark.parametrize("name", MixerConfig.registry.names())
+"""Of every mixer that can share heads of keys and values."""
 
 
 def build(name, dtype=torch.float64):
     torch.manual_seed(0)
-    mixer = config(name).build(SHAPE)
+    mixer = config(name).build(grouped(name, SHAPE))
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.normal_(0.0, 0.5)
@@ -26,10 +26,6 @@ def build(name, dtype=torch.float64):
             for own, values in getattr(module, "initial", dict)().items():
                 getattr(module, own).copy_(values + 0.2 * torch.randn_like(values))
     return mixer.to(dtype)
-
-
-def config(name):
-    return MixerConfig.registry[name](**SETTINGS.get(name, {}))
 
 
 def inputs(length, dtype=torch.float64, batch=2):
@@ -76,7 +72,7 @@ def heads(mixer, name, x, num):
     return (x @ mixer.get_parameter(f"{name}.weight").T).unflatten(-1, (num, -1))
 
 
-def grouped(x, num=SHAPE.num_heads):
+def repeated(x, num=SHAPE.num_heads):
     return torch.stack([x[:, head * x.shape[1] // num] for head in range(num)], dim=1)
 
 
@@ -120,17 +116,40 @@ def recurrent(query, key, value, decay, beta=None):
     return torch.stack(out)
 
 
-def softmax(mixer, x):
+def attended(mixer, scores, value, seen=True):
+    """(N, T, T) scores, softmax over those of tokens that are seen and not later, and (T, N, V) values to (T, D)."""
+    seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril() & seen
+    return weighed(mixer, scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+def softmax(mixer, x, seen=True):
     query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
-    scores = torch.einsum("tnh,snh->nts", turned(query), grouped(turned(key))) / SHAPE.head_dim**0.5
-    seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
-    return weighed(mixer, scores.masked_fill(~seen, -torch.inf).softmax(-1), grouped(value))
+    scores = torch.einsum("tnh,snh->nts", turned(query), repeated(turned(key))) / SHAPE.head_dim**0.5
+    return attended(mixer, scores, repeated(value), seen)
+
+
+def sliding_window(mixer, x):
+    places = torch.arange(len(x))
+    near = places[:, None] - places < 5
+    return softmax(mixer, x, near | (places < 1) | (places % 7 == 6))
+
+
+def latent(mixer, x):
+    low = normed(x @ mixer.q_down_proj.weight.T, mixer.q_norm.weight)
+    kept = normed(x @ mixer.kv_down_proj.weight.T, mixer.kv_norm.weight)
+    query, key, value = (
+        heads(mixer, name, own, 4) for name, own in (("q_up_proj", low), ("k_up_proj", kept), ("v_up_proj", kept))
+    )
+    scores = torch.einsum("tnh,snh->nts", query, key) + torch.einsum(
+        "tnr,sr->nts", turned(heads(mixer, "q_rope_proj", low, 4)), turned(heads(mixer, "k_rope_proj", x, 1))[:, 0]
+    )
+    return attended(mixer, scores / (6 + 4) ** 0.5, value)
 
 
 def kernel(mixer, x, features_of_queries, features_of_keys):
     query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
-    weights = torch.einsum("tnm,snm->nts", features_of_queries(query), grouped(features_of_keys(key))).tril()
-    return weighed(mixer, weights / weights.sum(-1, keepdim=True), grouped(value))
+    weights = torch.einsum("tnm,snm->nts", features_of_queries(query), repeated(features_of_keys(key))).tril()
+    return weighed(mixer, weights / weights.sum(-1, keepdim=True), repeated(value))
 
 
 def linear(mixer, x):
@@ -150,11 +169,11 @@ def performer(mixer, x):
 
 def retention(mixer, x):
     query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
-    scores = torch.einsum("tnh,snh->nts", turned(query), grouped(turned(key))) / SHAPE.head_dim**0.5
+    scores = torch.einsum("tnh,snh->nts", turned(query), repeated(turned(key))) / SHAPE.head_dim**0.5
     places = torch.arange(len(x), dtype=torch.float64)
     rates = torch.tensor([1 - 2 ** (-5.0 - head) for head in range(4)], dtype=torch.float64)
     decays = rates[:, None, None] ** (places[:, None] - places).clamp(min=0)
-    out = torch.einsum("nts,snv->tnv", (scores * decays).tril(), grouped(value))
+    out = torch.einsum("nts,snv->tnv", (scores * decays).tril(), repeated(value))
     out = normed(out, mixer.o_norm.norm.weight) * F.silu(heads(mixer, "g_proj", x, 4))
     return out.flatten(1) @ mixer.o_proj.weight.T
 
@@ -162,8 +181,8 @@ def retention(mixer, x):
 def gla(mixer, x):
     query, key, value = (heads(mixer, f"{name}_proj", x, num) for name, num in (("q", 4), ("k", 2), ("v", 2)))
     opened = (x @ mixer.f_a_proj.weight.T @ mixer.f_b_proj.weight.T + mixer.decay_bias).sigmoid()
-    decay = grouped((opened ** (1 / 16)).unflatten(-1, (2, -1)))
-    out = recurrent(query / query.shape[-1] ** 0.5, grouped(key), grouped(value), decay)
+    decay = repeated((opened ** (1 / 16)).unflatten(-1, (2, -1)))
+    out = recurrent(query / query.shape[-1] ** 0.5, repeated(key), repeated(value), decay)
     out = normed(out, mixer.o_norm.norm.weight) * F.silu(heads(mixer, "g_proj", x, 4))
     return out.flatten(1) @ mixer.o_proj.weight.T
 
@@ -173,7 +192,7 @@ def delta(mixer, x, decay, gate):
     query, key, value = mixed.unflatten(-1, (8, 6)).split((2, 2, 4), dim=1)
     query, key = (own / (own.square().sum(-1, keepdim=True) + 1e-6).sqrt() for own in (query, key))
     beta = (x @ mixer.b_proj.weight.T).sigmoid()
-    out = recurrent(grouped(query) / SHAPE.head_dim**0.5, grouped(key), value, decay, beta)
+    out = recurrent(repeated(query) / SHAPE.head_dim**0.5, repeated(key), value, decay, beta)
     return (normed(out) * gate).flatten(1) @ mixer.o_proj.weight.T
 
 
@@ -197,7 +216,7 @@ def kda(mixer, x):
 def mamba2(mixer, x):
     mixed = convolved(mixer, *(x @ mixer.get_parameter(f"{name}_proj.weight").T for name in "qkv"))
     query, key, value = mixed.split((10, 10, 48), dim=-1)
-    query, key = (grouped(own.unflatten(-1, (2, 5)), 8) for own in (query, key))
+    query, key = (repeated(own.unflatten(-1, (2, 5)), 8) for own in (query, key))
     value = value.unflatten(-1, (8, 6))
     steps = (1 + (x @ mixer.a_proj.weight.T + mixer.step_bias).exp()).log()[..., None]
     out = recurrent(query, key, steps * value, (-mixer.log_rate.exp()[:, None] * steps).exp())
@@ -207,8 +226,13 @@ def mamba2(mixer, x):
 
 FORMULAS = {
     "deltanet": deltanet, "gated-deltanet": gated_deltanet, "gla": gla, "kda": kda, "linear": linear,
-    "mamba2": mamba2, "performer": performer, "retention": retention, "softmax": softmax,
+    "mamba2": mamba2, "mla": latent, "performer": performer, "retention": retention, "sliding": sliding_window,
+    "softmax": softmax,
 }  # fmt: skip
+
+
+def test_the_table_of_formulas_is_complete():
+    assert sorted(FORMULAS) == NAMES
 
 
 @every_mixer
@@ -274,9 +298,10 @@ def test_padding_on_the_left_changes_nothing(name):
 
 
 @every_mixer
-def test_chunk_and_segment_change_nothing(name, monkeypatch):
+def test_block_chunk_and_segment_change_nothing(name, monkeypatch):
     mixer, x = build(name), inputs(70)
     whole = mixer(x, plain(70))
+    monkeypatch.setattr(sliding, "LEAST_BLOCK", 40)
     monkeypatch.setattr(scan, "scan", functools.partial(scan.scan, chunk=16, segment=32))
     pieces = mixer(x, plain(70))
     equal(pieces, whole)
@@ -291,7 +316,7 @@ def test_cache_bytes_are_those_that_are_kept(name, dtype, number_bytes):
         for past, length in ((0, 9), (9, 1)):
             mixer(inputs(length, dtype), plain(length, past), cache)
     kept = sum(state.nbytes for state in cache.states.values())
-    assert kept == 2 * config(name).cache_bytes(SHAPE, 10, number_bytes)
+    assert kept == 2 * config(name).cache_bytes(grouped(name, SHAPE), 10, number_bytes)
 
 
 @every_mixer
@@ -309,6 +334,11 @@ def test_half_precision_is_near(name, autocast):
 
 
 @every_mixer
-def test_only_what_is_written_as_such_is_written(name):
-    mixer = build(name)
-    assert mixer.output_projections() == [mixer.o_proj]
+def test_what_writes_into_the_stream_begins_smaller_by_its_name(name):
+    assert build(name).get_parameter("o_proj.weight").shape[0] == SHAPE.width
+
+
+@every_mixer
+def test_buffers_are_those_that_are_stated(name):
+    mixer = config(name).build(grouped(name, SHAPE))
+    assert sum(own.nbytes for own in mixer.buffers()) == config(name).buffer_bytes(grouped(name, SHAPE), 4)

@@ -1,23 +1,22 @@
 """The laws of mixers and norms, by hand."""
 
-import pytest
-
-from llmeff.attention import Latent, MixerConfig, Sliding, Softmax, norm
+from llmeff.attention import Latent, Sliding, Softmax, norm
 from llmeff.attention.mixer import MixerShape
 from llmeff.cost import laws
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
+from tests.mixers import config, every_mixer, grouped
 
 B, T, D, N, K, H = 2, 8, 12, 4, 2, 6
 SHAPE = MixerShape(width=D, num_heads=N, num_kv_heads=K, head_dim=H, rope_theta=1e4, norm_eps=1e-5)
 
 
-def play(mixer, **workload):
+def play(mixer, shape=SHAPE, **workload):
     tape = Tape(Workload(num_sequences=B, num_tokens=T, **workload))
     batch = laws.Batch(tape)
     x = laws.embedding(tape, batch, tape.weight("embedding", 10, D))
     with tape.within("mixer", "attention"):
-        mixer.law(SHAPE, tape, x, batch)
+        mixer.law(shape, tape, x, batch)
     tape.end_forward()
     return tape
 
@@ -71,9 +70,9 @@ def test_norm_keeps_its_input_and_a_number_a_row():
     assert tape.counts["saved_bytes", "norms"] == 4 * B * T * (D + 1)
 
 
-@pytest.mark.parametrize("name", MixerConfig.registry.names())
+@every_mixer
 def test_every_mixer_states_its_parameters(name):
-    config = MixerConfig.registry[name]()
-    tape = play(config)
+    own, shape = config(name), grouped(name, SHAPE)
+    tape = play(own, shape)
     declared = {n.removeprefix("mixer."): w.shape for n, w in tape.weights.items() if n.startswith("mixer.")}
-    assert declared == {n: tuple(p.shape) for n, p in config.build(SHAPE).named_parameters()}
+    assert declared == {n: tuple(p.shape) for n, p in own.build(shape).named_parameters()}

@@ -1,0 +1,48 @@
+"""Every mixer, with settings under which a short sequence meets all that it does; for tables over the registry."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llmeff.attention import MixerConfig
+from llmeff.attention.mixer import MixerShape
+
+NAMES = MixerConfig.registry.names()
+every_mixer = pytest.mark.parametrize("name", NAMES)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mamba2": {"state_width": 5},
+    "mla": {"latent": 10, "rotary": 4, "query_latent": 8},
+    "sliding": {"window": 5, "sinks": 1, "global_every": 7},
+}
+"""By name; a mixer that is not here has its defaults."""
+
+OF_EACH_KIND = ("sliding", "mla", "performer", "mamba2", "gated-deltanet")
+"""A window, a latent, a kernel with a buffer, a state that decays, and one with a delta rule."""
+
+
+def config(name: str) -> MixerConfig:
+    """The mixer's."""
+    return MixerConfig.registry[name](**SETTINGS.get(name, {}))
+
+
+def grouped(name: str, shape: MixerShape) -> MixerShape:
+    """The shape with half as many key-value heads as heads, or, where the mixer cannot share them, with as many."""
+    half = replace(shape, num_kv_heads=shape.num_heads // 2)
+    return replace(shape, num_kv_heads=shape.num_heads) if config(name).problems(half) else half
+
+
+def fields(name: str, num_kv_heads: int) -> dict[str, Any]:
+    """A decoder's, with so many key-value heads where the mixer can share them."""
+    own = SETTINGS.get(name, {})
+    shape = MixerShape(width=8, num_heads=2, num_kv_heads=1, head_dim=4, rope_theta=1e4, norm_eps=1e-5)
+    shared = grouped(name, shape).num_kv_heads == shape.num_kv_heads
+    return {"mixer": {"name": name, **own}, "num_kv_heads": num_kv_heads if shared else "auto"}
+
+
+def fields_of_each_kind() -> dict[str, Any]:
+    """A decoder's, of one layer each."""
+    own = {name: {"name": name, **SETTINGS[name]} for name in OF_EACH_KIND if name in SETTINGS}
+    pattern = {"pattern": "+".join(OF_EACH_KIND), "mixers": own, "num_layers": len(OF_EACH_KIND)}
+    return pattern | {"num_kv_heads": "auto"}
