@@ -34,7 +34,7 @@ MIXER_WORKLOADS: tuple[tuple[int, dict[str, Any]], ...] = (
     (4, {"packed": True, "num_tokens": 128}),
     (1, {"precision_name": "bf16"}),
     (2, {"recompute": True, "num_micro_batches": 3}),
-    (1, {"recompute": True, "packed": True}),
+    (1, {"recompute": True, "packed": True, "num_tokens": 128}),
 )
 """Key-value heads of four, and what of the workload is fixed."""
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
