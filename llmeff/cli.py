@@ -130,7 +130,36 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of a process before its first round")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
     bench.set_defaults(command=_bench)
+    subjects = bench.add_subparsers(metavar="mixers", title="instead of arms")
+    mixers = subjects.add_parser("mixers", help="what each mixer takes and keeps as sequences grow")
+    _add_mixer_options(mixers)
+    mixers.set_defaults(command=_bench_mixers)
     return parser
+
+
+def _add_mixer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mixer", action="append", default=[], dest="mixers", metavar="MIXER",
+        help="a mixer, with settings of its own as in 'sliding window=64' (repeatable; the first is set beside all others; "
+        "softmax and all others if left out)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", action="append", type=int, default=[], dest="lengths", metavar="T",
+        help="tokens (repeatable, ascending; 512 to 16384 by doubling if left out)",
+    )  # fmt: skip
+    parser.add_argument("--width", type=int, default=64, metavar="D", help="of the residual stream (64)")
+    parser.add_argument("--heads", type=int, default=2, metavar="N", help="heads of D / N (2)")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="number formats (fp32)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it computes (cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU (1)")
+    parser.add_argument(
+        "--processes", type=int, default=3, metavar="N", help="one after another; intervals are over them (3)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each mixer in a process (3)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write all times as JSON, and a picture of that name ending in .png"
+    )
+    _add_imports(parser)
 
 
 def _add_config_options(parser: argparse.ArgumentParser, kind: str = "run") -> None:
@@ -449,6 +478,37 @@ def _bench(options: argparse.Namespace) -> int:
         command = shlex.join(["llmeff", *sys.argv[1:]])
         with reported(options.out):
             write_text(options.out, json.dumps({"command": command} | result))
+    return 0
+
+
+def _bench_mixers(options: argparse.Namespace) -> int:
+    from llmeff.compare.verdict_table import terminal
+    from llmeff.core.components import load_components
+    from llmeff.core.files import reported, write_bytes, write_text
+    from llmeff.mixer_bench import MixerRace, bench_mixers, every_mixer, picture, tables
+
+    load_components(options.imports)
+    race = MixerRace(
+        mixers=tuple(options.mixers) or every_mixer(),
+        lengths=tuple(options.lengths) or (512, 1024, 2048, 4096, 8192, 16384),
+        width=options.width,
+        num_heads=options.heads,
+        precision=options.precision,
+        device=options.device,
+        threads=options.threads,
+        processes=options.processes,
+        rounds=options.rounds,
+        modules=tuple(options.imports),
+    )
+    if options.out is not None and options.out.suffix != ".json":
+        raise ConfigError(f"--out {options.out}: is a file of JSON, and ends in .json")
+    result = bench_mixers(race)
+    sys.stdout.write(terminal(tables(result)))
+    if options.out is not None:
+        command = shlex.join(["llmeff", *sys.argv[1:]])
+        with reported(options.out):
+            write_text(options.out, json.dumps({"command": command} | result, indent=1) + "\n")
+            write_bytes(options.out.with_suffix(".png"), picture(result))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,51 @@ def class_bars(values: Mapping[str, Sequence[float]], classes: Sequence[str], la
     legend = figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=min(3, len(values)))
     for text in legend.get_texts():
         text.set_parse_math(False)
+    return _png(figure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """A panel of `curves`."""
+
+    label: str
+    """Of its axis."""
+    values: Mapping[str, Sequence[float]]
+    """By name, above 0."""
+
+
+def curves(places: Sequence[float], panels: Sequence[Curves], label: str, title: str) -> bytes:
+    """Panels side by side with both axes logarithmic, as a PNG.
+
+    Args:
+        places: of the values of every curve.
+        panels: with curves of the same names.
+        label: of the places.
+        title: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(5 * len(panels), 5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, panel in enumerate(panels, start=1):
+        axes: Any = figure.add_subplot(1, len(panels), place)
+        for number, (name, values) in enumerate(panel.values.items()):
+            colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
+            axes.plot(places, values, color=colour, linestyle=style, marker="o", markersize=3.5, label=_shown(name))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(list(places)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params("x", labelrotation=45)
+        _label(axes, label, panel.label, "")
+        if place < len(panels):
+            axes.get_legend().remove()
+        else:
+            axes.get_legend().set(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
     return _png(figure)
 
 

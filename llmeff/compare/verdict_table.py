@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -154,7 +154,7 @@ def render_comparison(comparison: Comparison, kind: str, width: int | None = Non
         return as_csv(flat(comparison))
     if kind == "markdown":
         return _markdown(comparison)
-    return _terminal(comparison, width)
+    return terminal(tables(comparison), width, "\n".join(_closing(comparison)))
 
 
 def _closing(comparison: Comparison) -> list[str]:
@@ -162,10 +162,17 @@ def _closing(comparison: Comparison) -> list[str]:
     return [*(f"Note: {note}." for note in comparison.notes), FOOTNOTE, *command]
 
 
-def _terminal(comparison: Comparison, width: int | None) -> str:
+def terminal(shown_tables: Sequence[TextTable], width: int | None = None, closing: str = "") -> str:
+    """Tables for the terminal; one that is too wide for it is taken apart.
+
+    Args:
+        shown_tables: what to show.
+        width: of the terminal, in characters; asked of it where it is left out.
+        closing: set below them.
+    """
     buffer = io.StringIO()
     console = Console(file=buffer, width=width or Console().width)
-    for shown in tables(comparison):
+    for shown in shown_tables:
         for part in _beside(shown, console.width):
             columns = [
                 Column(Text(header), justify="left" if n == 0 else "right") for n, header in enumerate(part.headers)
@@ -174,7 +181,8 @@ def _terminal(comparison: Comparison, width: int | None) -> str:
             for row in part.rows:
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
-    console.print(Text("\n".join(_closing(comparison))))
+    if closing:
+        console.print(Text(closing))
     return buffer.getvalue()
 
 
