@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmeff import __version__
 from llmeff.core import log
@@ -114,6 +114,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment_options(segment)
     segment.set_defaults(command=_segment)
 
+    context = commands.add_parser(
+        "context",
+        help="language models on longer windows than their own: loss by position, of what stood before, speed",
+    )
+    _add_context_options(context)
+    context.set_defaults(command=_context)
+
+    _add_bench(commands)
+    return parser
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
     _add_config_options(bench)
     bench.add_argument(
@@ -134,7 +146,20 @@ def _parser() -> argparse.ArgumentParser:
     mixers = subjects.add_parser("mixers", help="what each mixer takes and keeps as sequences grow")
     _add_mixer_options(mixers)
     mixers.set_defaults(command=_bench_mixers)
-    return parser
+
+
+def _add_context_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folders of runs that have ended")
+    parser.add_argument("--times", type=int, default=4, metavar="N", help="the longest window, in training lengths (4)")
+    parser.add_argument(
+        "--gram", type=int, default=2, metavar="N", help="tokens of a run that counts as repeated (2: bigrams)"
+    )
+    parser.add_argument("--split", default="validation", help="whose text is read (validation)")
+    parser.add_argument("--max-tokens", type=int, default=2**17, metavar="N", help="the split's first so many (131072)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write all as JSON, and a picture of that name ending in .png"
+    )
+    _add_imports(parser)
 
 
 def _add_mixer_options(parser: argparse.ArgumentParser) -> None:
@@ -481,10 +506,43 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _context(options: argparse.Namespace) -> int:
+    from llmeff.compare.verdict_table import terminal
+    from llmeff.core.components import load_components
+    from llmeff.core.registry import nearest
+    from llmeff.data.splits import SPLITS
+    from llmeff.long_range import as_json, long_range, picture, tables
+
+    load_components(options.imports)
+    if options.split not in SPLITS:
+        raise ConfigError(f"--split {options.split!r}: there is no such split.{nearest(options.split, SPLITS)}")
+    _check_json(options.out)
+    found = long_range(
+        options.runs, times=options.times, gram=options.gram, split=options.split, max_tokens=options.max_tokens
+    )
+    sys.stdout.write(terminal(tables(found)))
+    if options.out is not None:
+        _write_with_picture(options.out, as_json(found), picture(found))
+    return 0
+
+
+def _check_json(out: Path | None) -> None:
+    if out is not None and out.suffix != ".json":
+        raise ConfigError(f"--out {out}: is a file of JSON, and ends in .json")
+
+
+def _write_with_picture(out: Path, result: dict[str, Any], png: bytes) -> None:
+    from llmeff.core.files import reported, write_bytes, write_text
+
+    command = shlex.join(["llmeff", *sys.argv[1:]])
+    with reported(out):
+        write_text(out, json.dumps({"command": command} | result, indent=1) + "\n")
+        write_bytes(out.with_suffix(".png"), png)
+
+
 def _bench_mixers(options: argparse.Namespace) -> int:
     from llmeff.compare.verdict_table import terminal
     from llmeff.core.components import load_components
-    from llmeff.core.files import reported, write_bytes, write_text
     from llmeff.mixer_bench import MixerRace, bench_mixers, every_mixer, picture, tables
 
     load_components(options.imports)
@@ -500,15 +558,11 @@ def _bench_mixers(options: argparse.Namespace) -> int:
         rounds=options.rounds,
         modules=tuple(options.imports),
     )
-    if options.out is not None and options.out.suffix != ".json":
-        raise ConfigError(f"--out {options.out}: is a file of JSON, and ends in .json")
+    _check_json(options.out)
     result = bench_mixers(race)
     sys.stdout.write(terminal(tables(result)))
     if options.out is not None:
-        command = shlex.join(["llmeff", *sys.argv[1:]])
-        with reported(options.out):
-            write_text(options.out, json.dumps({"command": command} | result, indent=1) + "\n")
-            write_bytes(options.out.with_suffix(".png"), picture(result))
+        _write_with_picture(options.out, result, picture(result))
     return 0
 
 

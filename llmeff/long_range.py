@@ -1,0 +1,253 @@
+"""What trained language models make of more context than they were trained on, and of what stood before in it."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from llmeff.compare.plots import Curves, curves
+from llmeff.compare.text_table import TextTable
+from llmeff.core.config import ConfigError, validate
+from llmeff.core.layout import Layout
+from llmeff.core.pulse import beat
+from llmeff.core.tensors import copy_tensors
+from llmeff.data import TextCorpus, TextData
+from llmeff.data.packing import EvalBatch, Ids
+from llmeff.data.splits import SPLITS, Split
+from llmeff.models import Decoder, llama_format
+from llmeff.record import schema
+from llmeff.record.environment import environment
+from llmeff.record.reader import progress, read_run
+from llmeff.runconfig import RunConfig
+
+# B windows, T tokens of a window
+
+FINE = 4
+"""Spans of positions in a training length."""
+_LOGITS = 2**22
+"""Numbers of logits that are made at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean loss."""
+
+    loss: float
+    """Nats per token; NaN of none."""
+    count: int
+    """Tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtLength:
+    """What a model does in windows of one length."""
+
+    length: int
+    """Tokens of a window."""
+    all: Mean
+    """Over all tokens."""
+    repeated: Mean
+    """Over the last tokens of runs of tokens that stood in the same document of the window before: what can be recalled."""
+    other: Mean
+    """Over the rest."""
+    tokens_per_s: float
+    """Forward, median over batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRange:
+    """What one model does."""
+
+    run: str
+    """Its name."""
+    training_length: int
+    """Tokens of a window that it was trained on."""
+    lengths: list[AtLength]
+    """From the training length on, by doubling."""
+    positions: list[tuple[int, Mean]]
+    """By how many tokens are seen at least, in windows of the largest length; a quarter of the training length each."""
+
+
+def long_range(
+    folders: Sequence[Path], *, times: int = 4, gram: int = 2, split: Split = "validation", max_tokens: int = 2**17
+) -> list[LongRange]:
+    """Reads held-out text in windows of 1, 2, 4, ... times what models were trained on.
+
+    Args:
+        folders: runs that have ended.
+        times: the largest multiple.
+        gram: tokens of a run that counts as repeated; 2: bigrams, as Arora et al. 2023 (arXiv 2312.04927) count them.
+        split: whose text.
+        max_tokens: the split's first so many are read.
+
+    Raises:
+        ConfigError: a folder holds no such run, or something asked for cannot be.
+    """
+    problems = []
+    if times < 1 or times & (times - 1):
+        problems.append(f"--times {times}: give a power of 2")
+    if gram < 2:
+        problems.append(f"--gram {gram}: at least 2")
+    if max_tokens < 1:
+        problems.append(f"--max-tokens {max_tokens}: at least 1")
+    if problems:
+        raise ConfigError(problems)
+    return [_long_range(folder, times, gram, split, max_tokens) for folder in folders]
+
+
+def _long_range(folder: Path, times: int, gram: int, split: Split, max_tokens: int) -> LongRange:
+    model, corpus, length = _opened(folder)
+    available = len(corpus.stream(split).tokens) - 1
+    if available < length * times:
+        raise ConfigError(
+            f"{folder}: the split {split!r} has {available} tokens, and a window of {times} times the training length has "
+            f"{length * times}: take another of {', '.join(SPLITS)}, or a smaller --times"
+        )
+    multiples = [2**power for power in range(times.bit_length())]
+    found = [_at_length(model, corpus, length * multiple, gram, split, max_tokens) for multiple in multiples]
+    seen, losses = found[-1][1]
+    step = max(1, length // FINE)
+    positions = [
+        (start, _mean(losses[(seen >= start) & (seen < start + step)])) for start in range(0, length * times, step)
+    ]
+    name = folder.resolve().name
+    return LongRange(run=name, training_length=length, lengths=[own for own, _ in found], positions=positions)
+
+
+def _opened(folder: Path) -> tuple[Decoder, TextCorpus, int]:
+    """A run's model, its corpus and the length that it was trained on."""
+    run = read_run(folder)
+    config = validate(RunConfig, run.config)
+    if not isinstance(config.data, TextData):
+        raise ConfigError(f"{folder}: is a run of data {config.data.name!r}, and what is asked is of text")
+    place = folder / schema.MODEL
+    if not place.is_dir():
+        state = f"unfinished at step {progress(run).steps}" if run.result is None else run.result.status
+        raise ConfigError(f"{folder}: the run is {state} and has no model, which is written at its end")
+    own, tensors = llama_format.load(place)
+    model = own.build()
+    copy_tensors(model, tensors)
+    return model.eval(), config.data.open(), config.data.sequence_length
+
+
+@torch.inference_mode()
+def _at_length(
+    model: Decoder, corpus: TextCorpus, length: int, gram: int, split: Split, max_tokens: int
+) -> tuple[AtLength, tuple[Ids, NDArray[np.float64]]]:
+    """The measures, and of every token how many were seen before it, itself excluded, and its loss."""
+    windows = corpus.eval_windows(split, length, min(max_tokens, len(corpus.stream(split).tokens) - 1))
+    rows = max(1, _LOGITS // max(corpus.vocab_size, 1024) // length)
+    seen, losses, hits, rates = [], [], [], []
+    for start in range(0, windows.num_windows, rows):
+        beat()
+        packed = windows.batch(range(start, min(start + rows, windows.num_windows)))
+        tokens = torch.from_numpy(packed.tokens)
+        began = time.perf_counter()
+        logits = model(tokens, _layout(packed)).float()
+        rates.append(tokens.numel() / (time.perf_counter() - began))
+        each = F.cross_entropy(logits.mT, torch.from_numpy(packed.targets), reduction="none").double().numpy()
+        counted = packed.target_documents >= 0
+        places = (
+            np.broadcast_to(np.arange(length), packed.tokens.shape) if packed.positions is None else packed.positions
+        )
+        seen.append(places[counted])
+        losses.append(each[counted])
+        hits.append(repeated(packed, gram)[counted])
+    all_seen, loss, hit = np.concatenate(seen), np.concatenate(losses), np.concatenate(hits)
+    own = AtLength(
+        length=length,
+        all=_mean(loss),
+        repeated=_mean(loss[hit]),
+        other=_mean(loss[~hit]),
+        tokens_per_s=statistics.median(rates),
+    )
+    return own, (all_seen, loss)
+
+
+def _layout(packed: EvalBatch) -> Layout | None:
+    if packed.positions is None or packed.documents is None:
+        return None
+    return Layout(positions=torch.from_numpy(packed.positions), documents=torch.from_numpy(packed.documents))
+
+
+def repeated(packed: EvalBatch, gram: int) -> NDArray[np.bool_]:
+    """(B, T): whether the run of `gram` tokens that ends with the target ended before in the same document of the row.
+
+    Args:
+        packed: windows.
+        gram: tokens of a run, the target among them.
+    """
+    whole = np.concatenate((packed.tokens, packed.targets[:, -1:]), axis=1)
+    apart = np.zeros_like(packed.tokens) if packed.documents is None else packed.documents
+    num_rows, length = packed.tokens.shape
+    found = np.zeros((num_rows, length), dtype=bool)
+    if length + 1 < gram:
+        return found
+    runs = np.lib.stride_tricks.sliding_window_view(whole, gram, axis=1)
+    for row in range(num_rows):
+        begins, ends = apart[row, : length + 2 - gram], apart[row, gram - 2 :]
+        places = np.arange(len(ends))
+        # a run that begins in one document and ends in another is like none
+        own = np.where(begins == ends, ends, -2 - places)
+        _, first, inverse = np.unique(np.column_stack((own, runs[row])), axis=0, return_index=True, return_inverse=True)
+        found[row, gram - 2 :] = first[inverse.reshape(-1)] < places
+    return found
+
+
+def _mean(losses: NDArray[np.float64]) -> Mean:
+    return Mean(loss=float(losses.mean()) if len(losses) else float("nan"), count=len(losses))
+
+
+def as_json(found: Sequence[LongRange]) -> dict[str, Any]:
+    """All that was found, and where; nothing is NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and value != value else value
+
+    where = environment(torch.device("cpu")).model_dump(mode="json")
+    return {"environment": where, "runs": [plain(asdict(each)) for each in found]}
+
+
+def tables(found: Sequence[LongRange]) -> list[TextTable]:
+    """The result for people."""
+    rows = [
+        [
+            each.run,
+            f"{own.length} ({own.length // each.training_length} x)",
+            *(f"{mean.loss:.4f}" for mean in (own.all, own.repeated, own.other)),
+            f"{100 * own.repeated.count / own.all.count:.1f} %",
+            f"{own.tokens_per_s:,.0f}",
+        ]
+        for each in found
+        for own in each.lengths
+    ]
+    headers = ["run", "window", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s"]
+    return [TextTable(title="Loss (nats per token) by length of window", headers=headers, rows=rows)]
+
+
+def picture(found: Sequence[LongRange]) -> bytes:
+    """Loss over how many tokens are seen, as a PNG.
+
+    Raises:
+        ConfigError: the runs were trained on windows of different lengths.
+    """
+    lengths = sorted({each.training_length for each in found})
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"runs of training lengths {', '.join(map(str, lengths))} make no one picture: give --out for each"
+        )
+    places = [start + lengths[0] / FINE / 2 for start, _ in found[0].positions]
+    values = {each.run: [mean.loss for _, mean in each.positions] for each in found}
+    title = f"Trained on windows of {lengths[0]} tokens"
+    return curves(places, [Curves(label="loss (nats per token)", values=values)], "tokens seen", title)

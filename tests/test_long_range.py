@@ -1,0 +1,138 @@
+"""Longer windows than a model's own: what is repeated, by brute force; the same loss as the run's; wrong input."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from llmeff.cli import main
+from llmeff.core.config import override, validate
+from llmeff.data.packing import EvalBatch
+from llmeff.long_range import FINE, as_json, long_range, picture, repeated, tables
+from llmeff.loop import train
+from llmeff.record.reader import read_run
+from llmeff.runconfig import RunConfig
+from tests.test_loop import TINY
+
+
+def batch(tokens, documents=None):
+    """Rows whose last token is only a target."""
+    tokens = np.array(tokens)
+    return EvalBatch(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], positions=None,
+        documents=None if documents is None else np.array(documents), units=list, target_documents=np.zeros(0),
+    )  # fmt: skip
+
+
+def test_a_bigram_is_repeated_from_its_second_time_on():
+    found = repeated(batch([[1, 2, 3, 1, 2, 2, 2, 2]]), 2)
+    assert found.tolist() == [[False, False, False, True, False, True, True]]
+
+
+def test_documents_know_nothing_of_one_another():
+    tokens, documents = [[1, 2, 1, 2, 1, 2, 1]], [[0, 0, 0, 1, 1, 1]]
+    # 1 2 | 2 1 | 1 2 again, and then 2 1, 1 2, 2 1 of the second document, whose first begins anew
+    assert repeated(batch(tokens, documents), 2).tolist() == [[False, False, True, False, False, True]]
+
+
+@pytest.mark.parametrize("gram", [2, 3, 5])
+def test_what_is_repeated_by_brute_force(gram):
+    rng = np.random.default_rng(gram)
+    tokens = rng.integers(2, size=(4, 24))
+    documents = np.sort(rng.integers(3, size=(4, 23)), axis=1)
+    expected = np.zeros((4, 23), dtype=bool)
+    for row in range(4):
+        before = set()
+        for t in range(gram - 2, 23):
+            own = documents[row, t - gram + 2 : t + 1]
+            run = (int(own[-1]), *tokens[row, t - gram + 2 : t + 2].tolist())
+            if own[0] == own[-1]:
+                expected[row, t] = run in before
+                before.add(run)
+    assert np.array_equal(repeated(batch(tokens, documents), gram), expected)
+    assert expected.any()
+
+
+def test_no_run_is_longer_than_a_window():
+    assert not repeated(batch([[1, 1, 1]]), 4).any()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Of softmax with documents one after another and apart, and of a mixer with a state."""
+    folder = tmp_path_factory.mktemp("context")
+    settings = {"stream": ["data.packing=plain"], "apart": ["data.packing=documents"],
+                "state": ["data.packing=plain", "model.mixer=gated-deltanet"]}  # fmt: skip
+    for name, own in settings.items():
+        train(validate(RunConfig, override(TINY, [*own])), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["stream", "apart", "state"])
+def test_at_the_training_length_the_loss_is_the_runs(runs, name):
+    ((found,),) = [[each.lengths[0] for each in long_range([runs / name], times=1, max_tokens=10**9)]]
+    recorded = read_run(runs / name).result.metrics["validation"]["loss"]
+    assert found.all.loss == pytest.approx(recorded, rel=1e-5)
+
+
+def test_positions_and_kinds_of_tokens_add_up(runs):
+    (found,) = long_range([runs / "stream"], times=4, gram=3)
+    for own in found.lengths:
+        assert own.repeated.count + own.other.count == own.all.count
+        parts = [mean.loss * mean.count for mean in (own.repeated, own.other) if mean.count]
+        assert sum(parts) == pytest.approx(own.all.loss * own.all.count)
+        assert own.tokens_per_s > 0
+    assert [own.length for own in found.lengths] == [found.training_length * n for n in (1, 2, 4)]
+    assert len(found.positions) == 4 * FINE
+    last = found.lengths[-1].all
+    assert sum(mean.count for _, mean in found.positions) == last.count
+    assert sum(mean.loss * mean.count for _, mean in found.positions if mean.count) == pytest.approx(
+        last.loss * last.count
+    )
+
+
+def test_more_is_repeated_in_longer_windows(runs):
+    (found,) = long_range([runs / "stream"], times=4)
+    shares = [own.repeated.count / own.all.count for own in found.lengths]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]
+
+
+def test_tables_json_and_picture(runs):
+    found = long_range([runs / "stream", runs / "state"], times=2)
+    assert [row[0] for row in tables(found)[0].rows] == ["stream", "stream", "state", "state"]
+    assert [each["run"] for each in json.loads(json.dumps(as_json(found), allow_nan=False))["runs"]] == [
+        "stream",
+        "state",
+    ]
+    assert picture(found).startswith(b"\x89PNG")
+
+
+def test_the_command_writes_what_it_found(capsys, runs, tmp_path):
+    out = tmp_path / "found.json"
+    assert main(["context", str(runs / "stream"), "--times", "2", "--out", str(out)]) == 0
+    assert "of repeated" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(out.read_text())["runs"][0]["run"] == "stream"
+    assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--times", "3"], "--times 3: give a power of 2"),
+        (["--gram", "1"], "--gram 1: at least 2"),
+        (["--max-tokens", "0"], "--max-tokens 0: at least 1"),
+        (["--split", "validaton"], r"--split 'validaton': there is no such split\. Did you mean 'validation'\?"),
+        (["--times", "1048576"], "has [0-9]+ tokens, and a window of 1048576 times the training length"),
+        (["--out", "x.csv"], r"--out x\.csv: is a file of JSON"),
+    ],
+)
+def test_wrong_input_is_one_error(capsys, runs, wrong, words):
+    assert main(["context", str(runs / "stream"), *wrong]) == 2
+    assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_folder_without_a_model_is_an_error(capsys, tmp_path):
+    assert main(["context", str(tmp_path)]) == 2
+    assert "is no run folder" in " ".join(capsys.readouterr().err.split())
