@@ -165,7 +165,8 @@ class LatentMixer(Mixer):
         key = torch.cat((self._heads(self.k_up_proj(latent)), turned), dim=-1)
         value = F.pad(self._heads(self.v_up_proj(latent)), (0, self.rotary))
         mixed = attend(query, key, value, layout)
-        return mixed[..., : self.shape.head_dim].transpose(1, 2).flatten(-2)
+        # transposed first: so the gradient lies as the kernel wants it
+        return mixed.transpose(1, 2)[..., : self.shape.head_dim].flatten(-2)
 
     def _absorbed(self, query: Tensor, kept: Tensor, layout: Layout) -> Tensor:
         """The same by one head of keys, which are the values too, (B, S, L + R): k_up goes into queries, v_up comes after."""

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from llmeff.attention.mixer import LayerCache
 from llmeff.attention.norm import wide
@@ -163,9 +164,11 @@ class _Scan(torch.autograd.Function):
             own.append(states[index].detach())
             leaves = [x.requires_grad_() for x, need in zip(own, (*needed, True), strict=True) if need]
             with torch.enable_grad():
-                results = _segment(ctx.sizes[0], _part(documents, part, index), *own)
-            *found, above_state = torch.autograd.grad(results, leaves, (above[:, :, part], above_state))
-            del results
+                # what was mixed is not needed again, only how to go back from it
+                ends = list(map(get_gradient_edge, _segment(ctx.sizes[0], _part(documents, part, index), *own)))
+            # one copy here saves one in each product
+            *found, above_state = torch.autograd.grad(ends, leaves, (above[:, :, part].contiguous(), above_state))
+            del ends
             for gradient in gradients:
                 if gradient is not None:
                     gradient[:, :, part] = found.pop(0)
@@ -312,14 +315,17 @@ class _HandOn(torch.autograd.Function):
         ctx.save_for_backward(keys, taken, carry, erased, states)
         if erased is None:
             ctx.mark_non_differentiable(taken)
+            ctx.set_materialize_grads(False)  # its gradient would be zeros, as large as all values
         return states, state, taken
 
     @staticmethod
-    def backward(ctx: Any, above_states: Tensor, above_end: Tensor, above_taken: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, above_states: Tensor, above_end: Tensor | None, above_taken: Tensor
+    ) -> tuple[Tensor | None, ...]:
         keys, taken, carry, erased, states = ctx.saved_tensors
         after = torch.empty_like(states)  # gradients of the state after each chunk
         grad_taken = None if erased is None else above_taken.clone()
-        gradient = above_end
+        gradient = torch.zeros_like(states[:, :, 0]) if above_end is None else above_end
         for index in reversed(range(states.shape[2])):
             after[:, :, index] = gradient
             before = above_states[:, :, index]

@@ -55,12 +55,20 @@ def _back(
     for index in reversed(range(len(kept))):
         starts = [*_part(rows, index * SEGMENT), kept[index]]
         assert starts[2] is not None
-        own = [Array(starts[2].shape, gradient.dtype, gradient.storage), above.pop()]
-        *parts, last = tape.run_again(partial(_segment, tape), starts, (*flows, True), own)
+        part = Array(starts[2].shape, gradient.dtype, gradient.storage)
+        given = partial(_given, tape, part, above, len(kept))
+        *parts, last = tape.run_again(partial(_segment, tape), starts, (*flows, True), given)
         assert last is not None
-        above.append(last)
+        above[:] = [last]
         del parts, last
     return tuple(own for own, is_there in zip(found, present, strict=True) if is_there)
+
+
+def _given(tape: Tape, part: Array, above: list[Array], num_segments: int) -> list[Array]:
+    """Gradients of a segment's results: the part of one that lies (B, T, N, .), dense, and that of the state."""
+    num_rows, num_heads = part.shape[:2]
+    is_dense = num_heads == 1 and (num_rows == 1 or num_segments == 1)
+    return [part if is_dense else tape.new(part.shape, part.dtype), *above]
 
 
 def _segment(

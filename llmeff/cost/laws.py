@@ -257,6 +257,12 @@ def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
     return ()
 
 
+_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
+"""From so many queries on torch's CPU kernel takes so many at once."""
+_KEY_BLOCK = 512
+"""Keys that it takes at once."""
+
+
 def attention(
     tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, model_flops: int | None = None
 ) -> Array:
@@ -285,8 +291,23 @@ def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | Non
     tape.contract(4 * query.size * key.shape[2], asked)
     mixed = tape.new(query.shape, query.dtype, node)
     log_sums = tape.elementwise(query.shape[:-1], "float32")
+    _blocks(tape, query, key)
     tape.save_output(node, mixed, log_sums)
     return mixed
+
+
+def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) -> None:
+    """What each thread of torch's CPU kernel computes in, and lets go: scores of a block of queries by one of keys."""
+    if not tape.workload.on_cpu:
+        return
+    num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
+    block = min(num_queries, next(size for least, size in _QUERY_BLOCKS if num_queries >= least))
+    scores = block * min(num_keys, _KEY_BLOCK)
+    held = 2 * scores if is_backward else scores + block * (width + 2)
+    workspace = tape.new((tape.workload.num_threads, held), "float32")
+    if query.dtype != "float32":
+        tape.new((tape.workload.num_threads, 2 * scores if is_backward else scores), query.dtype)
+    del workspace
 
 
 def _flash_back(
@@ -294,11 +315,13 @@ def _flash_back(
 ) -> tuple[Array, Array, Array]:
     # five products of (T, S) by H: the weights are made again
     tape.execute(10 * query.size * key.shape[2])
-    return (
+    gradients = (
         tape.new(query.shape, query.dtype),
         tape.new(key.shape, key.dtype),
         tape.new(value.shape, value.dtype),
     )
+    _blocks(tape, query, key, is_backward=True)
+    return gradients
 
 
 def _math(tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, asked: int) -> Array:

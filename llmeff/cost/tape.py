@@ -233,7 +233,7 @@ class Tape:
         run: Callable[..., tuple[Array, ...]],
         starts: Sequence[Array | None],
         flows: Sequence[bool],
-        gradients: list[Array],
+        given_gradients: Callable[[], list[Array]],
     ) -> list[Array | None]:
         """What the backward of an autograd.Function does that runs its forward pass again, and lets autograd go back through it.
 
@@ -241,7 +241,7 @@ class Tape:
             run: the forward pass.
             starts: what it is given.
             flows: of which of it gradients are made.
-            gradients: of what it returns; used up.
+            given_gradients: makes those of what it returns.
 
         Returns:
             the gradients of `starts`, None where there is none.
@@ -253,12 +253,16 @@ class Tape:
             None if x is None else Array(x.shape, x.dtype, x.storage, leaf)
             for x, leaf in zip(starts, leaves, strict=True)
         ]
-        ends = run(*given)
-        for end in ends[::-1]:
-            assert end.node is not None
-            end.node.accumulate(gradients.pop())
+        # what it gives is not needed again, only how to go back from it
+        nodes = [end.node for end in run(*given)]
+        above = given_gradients()  # autograd.grad holds them until it ends
+        for node, gradient in zip(nodes, above, strict=True):
+            assert node is not None
+            node.accumulate(gradient)
+        del gradient, node
         self._recomputes = recomputed
         self._play_back()
+        del above
         self._nodes = outer
         return [None if leaf is None else leaf.gradient for leaf in leaves]
 
