@@ -35,7 +35,7 @@ def test_settings_go_by_any_name():
         ({"pattern": "linear+"}, "there is no mixer ''"),
         ({"pattern": "linear", "mixers": {"wide": {"name": "kda"}}}, "mixers.wide: the pattern 'linear' names no such"),
         ({"mixer": "lineer"}, "Did you mean 'linear'"),
-        ({"layers": [{"mixer": "slidng"}] * 6}, "Did you mean 'sliding'"),
+        ({"layers": [{"mixer": "slidng"}] + [{}] * 5}, "Did you mean 'sliding'"),
         (
             {"mixer": "kda", "pattern": "linear"},
             "mixer 'kda': no layer takes it where pattern 'linear' names that of each",
