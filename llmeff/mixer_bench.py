@@ -116,9 +116,9 @@ class MixerRace:
 
 
 def every_mixer() -> tuple[str, ...]:
-    """The names of all that are registered, softmax first."""
-    names = MixerConfig.registry.names()
-    return ("softmax", *(name for name in names if name != "softmax"))
+    """The names of all that are registered, first that which a decoder has where nothing else is said."""
+    first = DecoderConfig().mixer.name
+    return (first, *(name for name in MixerConfig.registry.names() if name != first))
 
 
 class _Kept:

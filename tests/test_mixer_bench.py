@@ -78,7 +78,7 @@ def test_tables_name_every_mixer_and_the_picture_is_one(result):
     assert picture(result).startswith(b"\x89PNG")
 
 
-def test_softmax_is_what_all_mixers_are_set_beside():
+def test_the_decoders_own_mixer_is_what_all_are_set_beside():
     assert every_mixer()[0] == "softmax"
     assert sorted(every_mixer()) == sorted(NAMES)
 
