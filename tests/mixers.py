@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from llmeff.attention import MixerConfig
 from llmeff.attention.mixer import MixerShape
@@ -20,6 +21,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 OF_EACH_KIND = ("sliding", "mla", "performer", "mamba2", "gated-deltanet")
 """A window, a latent, a kernel with a buffer, a state that decays, and one with a delta rule."""
+
+
+class Kept:
+    """A layer's cache of one's own."""
+
+    def __init__(self):
+        self.states = {}
+
+    def extend(self, key, value):
+        for name, new in (("key", key), ("value", value)):
+            self.states[name] = torch.cat((self.states[name], new), dim=2) if name in self.states else new
+        return self.states["key"], self.states["value"]
+
+    def recall(self, name):
+        return self.states.get(name)
+
+    def keep(self, name, state):
+        self.states[name] = state
 
 
 def config(name: str) -> MixerConfig:

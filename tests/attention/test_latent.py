@@ -11,6 +11,7 @@ from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from llmeff.models.pretrained import LlmeffForCausalLM
 from llmeff.models.transformer import DecoderConfig
+from tests.mixers import Kept
 
 SHAPE = MixerShape(width=16, num_heads=4, num_kv_heads=4, head_dim=8, rope_theta=1e4, norm_eps=1e-6)
 every_query = pytest.mark.parametrize("query_latent", [None, 10])
@@ -21,23 +22,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-class Cache:
-    def __init__(self):
-        self.states = {}
-
-    def recall(self, name):
-        return self.states.get(name)
-
-    def keep(self, name, state):
-        self.states[name] = state
-
-
 @every_query
 @pytest.mark.parametrize("is_plain", [True, False], ids=["absorbed", "expanded"])
 def test_decoding_is_the_whole(query_latent, is_plain):
     config = Latent(query_latent=query_latent, latent=12, rotary=6)
     mixer, x = config.build(SHAPE).double(), torch.randn(2, 11, 16, dtype=torch.float64)
-    whole, cache, past = mixer(x, Layout.plain(11, x.device)), Cache(), 0
+    whole, cache, past = mixer(x, Layout.plain(11, x.device)), Kept(), 0
     if not is_plain:
         mixer.k_up_proj = Changed(mixer.k_up_proj)
     for piece in x.split((5, 1, 1, 4), dim=1):
@@ -61,7 +51,7 @@ class Changed(nn.Linear):
 def test_what_stands_beside_a_matrix_is_not_forgotten_in_decoding():
     mixer = Latent().build(SHAPE).double()
     mixer.v_up_proj = Changed(mixer.v_up_proj)
-    x, cache = torch.randn(1, 4, 16, dtype=torch.float64), Cache()
+    x, cache = torch.randn(1, 4, 16, dtype=torch.float64), Kept()
     whole = mixer(x, Layout.plain(4, x.device))
     mixer(x[:, :3], Layout.plain(3, x.device), cache)
     torch.testing.assert_close(mixer(x[:, 3:], Layout.plain(1, x.device, 3), cache), whole[:, 3:])

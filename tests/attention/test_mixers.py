@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from llmeff.attention import scan, sliding
 from llmeff.attention.mixer import MixerShape
 from llmeff.core.layout import Layout
-from tests.mixers import NAMES, config, every_mixer, grouped
+from tests.mixers import NAMES, Kept, config, every_mixer, grouped
 
 SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
 """Of every mixer that can share heads of keys and values."""
@@ -35,24 +35,6 @@ def inputs(length, dtype=torch.float64, batch=2):
 
 def plain(length, past=0):
     return Layout.plain(length, torch.device("cpu"), past)
-
-
-class Kept:
-    """A layer's cache of one's own."""
-
-    def __init__(self):
-        self.states = {}
-
-    def extend(self, key, value):
-        for name, new in (("key", key), ("value", value)):
-            self.states[name] = torch.cat((self.states[name], new), dim=2) if name in self.states else new
-        return self.states["key"], self.states["value"]
-
-    def recall(self, name):
-        return self.states.get(name)
-
-    def keep(self, name, state):
-        self.states[name] = state
 
 
 def gradients(out, sources):

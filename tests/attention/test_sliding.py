@@ -13,6 +13,7 @@ from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from llmeff.models.pretrained import LlmeffForCausalLM
 from llmeff.models.transformer import DecoderConfig
+from tests.mixers import Kept
 
 SHAPE = MixerShape(width=16, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
 LENGTH, LEAST = 43, 4
@@ -101,17 +102,6 @@ def test_the_size_of_blocks_changes_nothing(config, least, monkeypatch):
         torch.testing.assert_close(slide(config, *given, layout)[real], expected[real], rtol=0, atol=1e-12)
 
 
-class Cache:
-    def __init__(self):
-        self.states = {}
-
-    def recall(self, name):
-        return self.states.get(name)
-
-    def keep(self, name, state):
-        self.states[name] = state
-
-
 @every_reach
 @pytest.mark.parametrize(
     "sizes", [(LENGTH,), (1,) * LENGTH, (11, 1, 7, 24), (1, 42)], ids=["all", "each", "some", "rest"]
@@ -121,7 +111,7 @@ def test_decoding_is_the_whole_and_keeps_only_what_is_still_seen(config, sizes, 
     mixer, x = config.build(SHAPE).double(), torch.randn(2, LENGTH, 16, dtype=torch.float64)
     padding = layouts()["left padding"].padding if is_padded else torch.ones(2, LENGTH, dtype=torch.bool)
     whole = mixer(x, Layout(positions=torch.arange(LENGTH)[None], padding=padding))
-    cache, past = Cache(), 0
+    cache, past = Kept(), 0
     for piece in x.split(sizes, dim=1):
         start, past = past, past + piece.shape[1]
         known = padding[:, :past] if is_padded else None
@@ -148,7 +138,7 @@ def test_the_cache_stops_growing():
 def test_rows_of_a_cache_are_reordered_like_any():
     config = Sliding(window=5, sinks=2)
     mixer, x = config.build(SHAPE), torch.randn(2, 12, 16)
-    cache = Cache()
+    cache = Kept()
     mixer(x[:, :11], Layout.plain(11, x.device), cache)
     cache.states = {name: state[[1, 0]] for name, state in cache.states.items()}
     swapped = mixer(x[[1, 0], 11:], Layout.plain(1, x.device, past=11), cache)
