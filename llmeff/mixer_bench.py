@@ -95,6 +95,8 @@ class MixerRace:
                 f"--length: give at least {LAST} ascending numbers of tokens from 2 on, given: "
                 f"{', '.join(map(str, self.lengths))}"
             )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            problems.append("--device cuda: torch sees no CUDA device; allowed here: cpu")
         if problems:
             raise ConfigError(problems)
         return {mixer: self._config(mixer) for mixer in self.mixers}
@@ -310,21 +312,17 @@ def bench_mixers(race: MixerRace) -> dict[str, Any]:
     load_components(race.modules)
     configs = race.configs()
     generations = [_apart(race, number) for number in range(race.processes)]
-    first, *_ = configs
+    times: dict[str, dict[Kind, dict[int, list[float]]]] = {
+        name: {
+            kind: {length: [each["seconds"][name][length][kind] for each in generations] for length in race.lengths}
+            for kind in KINDS
+        }
+        for name in configs
+    }
+    firsts = times[next(iter(configs))]
     found = {}
     for name, config in configs.items():
-        seconds = {
-            kind: {
-                length: [each["seconds"][name][length][kind] for each in generations] for length in race.lengths
-            }
-            for kind in KINDS
-        }  # fmt: skip
-        firsts = {
-            kind: {
-                length: [each["seconds"][first][length][kind] for each in generations] for length in race.lengths
-            }
-            for kind in KINDS
-        }  # fmt: skip
+        seconds = times[name]
         found[name] = {
             "parameters": sum(math.prod(weight.shape) for weight in config.weights()),
             "lengths": {

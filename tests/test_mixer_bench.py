@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 
 from llmeff import mixer_bench
 from llmeff.cli import main
@@ -93,6 +94,10 @@ def test_the_decoders_own_mixer_is_what_all_are_set_beside():
         (["--length", "128", "--length", "64"], "--length: give at least 3 ascending numbers of tokens from 2 on, given: .*"),
         (["--heads", "3"], "width 16 is no multiple of num_heads 3|num_heads"),
         (["--processes", "1"], "--processes 1: at least 2"),
+        pytest.param(
+            ["--device", "cuda"], "--device cuda: torch sees no CUDA device; allowed here: cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device"),
+        ),
         (["--out", "here.txt"], r"--out here\.txt: is a file of JSON, and ends in \.json"),
     ],
 )  # fmt: skip
