@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from llmeff.data import TextCorpus, TextData
 from llmeff.data.packing import EvalBatch, Ids
 from llmeff.data.splits import SPLITS, Split
 from llmeff.models import Decoder, llama_format
-from llmeff.record import schema
 from llmeff.record.environment import environment
-from llmeff.record.reader import progress, read_run
+from llmeff.record.reader import model_folder, read_run
 from llmeff.runconfig import RunConfig
 
 # B windows, T tokens of a window
@@ -75,6 +75,16 @@ class LongRange:
     """By how many tokens are seen at least, in windows of the largest length; a quarter of the training length each."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A run that has ended."""
+
+    run: str
+    model: Decoder
+    corpus: TextCorpus
+    training_length: int
+
+
 def long_range(
     folders: Sequence[Path], *, times: int = 4, gram: int = 2, split: Split = "validation", max_tokens: int = 2**17
 ) -> list[LongRange]:
@@ -99,42 +109,35 @@ def long_range(
         problems.append(f"--max-tokens {max_tokens}: at least 1")
     if problems:
         raise ConfigError(problems)
-    return [_long_range(folder, times, gram, split, max_tokens) for folder in folders]
+    # all is opened before the first is read, which may take long
+    return [_read(opened, times, gram, split, max_tokens) for opened in [_open(each, times, split) for each in folders]]
 
 
-def _long_range(folder: Path, times: int, gram: int, split: Split, max_tokens: int) -> LongRange:
-    model, corpus, length = _opened(folder)
+def _read(opened: _Opened, times: int, gram: int, split: Split, max_tokens: int) -> LongRange:
+    model, corpus, length = opened.model, opened.corpus, opened.training_length
+    multiples = [2**power for power in range(times.bit_length())]
+    found = [_at_length(model, corpus, length * multiple, gram, split, max_tokens) for multiple in multiples]
+    seen, losses = found[-1][1]
+    borders = [place * length // FINE for place in range(times * FINE + 1)]
+    positions = [(start, _mean(losses[(seen >= start) & (seen < end)])) for start, end in pairwise(borders)]
+    return LongRange(run=opened.run, training_length=length, lengths=[own for own, _ in found], positions=positions)
+
+
+def _open(folder: Path, times: int, split: Split) -> _Opened:
+    run = read_run(folder)
+    config = validate(RunConfig, run.config)
+    if not isinstance(config.data, TextData):
+        raise ConfigError(f"{folder}: is a run of data {config.data.name!r}, and what is asked is of text")
+    own, tensors = llama_format.load(model_folder(run))
+    model, corpus, length = own.build(), config.data.open(), config.data.sequence_length
+    copy_tensors(model, tensors)
     available = len(corpus.stream(split).tokens) - 1
     if available < length * times:
         raise ConfigError(
             f"{folder}: the split {split!r} has {available} tokens, and a window of {times} times the training length has "
             f"{length * times}: take another of {', '.join(SPLITS)}, or a smaller --times"
         )
-    multiples = [2**power for power in range(times.bit_length())]
-    found = [_at_length(model, corpus, length * multiple, gram, split, max_tokens) for multiple in multiples]
-    seen, losses = found[-1][1]
-    step = max(1, length // FINE)
-    positions = [
-        (start, _mean(losses[(seen >= start) & (seen < start + step)])) for start in range(0, length * times, step)
-    ]
-    name = folder.resolve().name
-    return LongRange(run=name, training_length=length, lengths=[own for own, _ in found], positions=positions)
-
-
-def _opened(folder: Path) -> tuple[Decoder, TextCorpus, int]:
-    """A run's model, its corpus and the length that it was trained on."""
-    run = read_run(folder)
-    config = validate(RunConfig, run.config)
-    if not isinstance(config.data, TextData):
-        raise ConfigError(f"{folder}: is a run of data {config.data.name!r}, and what is asked is of text")
-    place = folder / schema.MODEL
-    if not place.is_dir():
-        state = f"unfinished at step {progress(run).steps}" if run.result is None else run.result.status
-        raise ConfigError(f"{folder}: the run is {state} and has no model, which is written at its end")
-    own, tensors = llama_format.load(place)
-    model = own.build()
-    copy_tensors(model, tensors)
-    return model.eval(), config.data.open(), config.data.sequence_length
+    return _Opened(run=folder.resolve().name, model=model.eval(), corpus=corpus, training_length=length)
 
 
 @torch.inference_mode()
@@ -237,17 +240,11 @@ def tables(found: Sequence[LongRange]) -> list[TextTable]:
 
 
 def picture(found: Sequence[LongRange]) -> bytes:
-    """Loss over how many tokens are seen, as a PNG.
-
-    Raises:
-        ConfigError: the runs were trained on windows of different lengths.
-    """
-    lengths = sorted({each.training_length for each in found})
-    if len(lengths) > 1:
-        raise ConfigError(
-            f"runs of training lengths {', '.join(map(str, lengths))} make no one picture: give --out for each"
-        )
-    places = [start + lengths[0] / FINE / 2 for start, _ in found[0].positions]
+    """Loss over how much is seen, in tokens or, where runs differ in it, in training lengths, as a PNG."""
+    lengths = {each.training_length for each in found}
+    unit, words = (lengths.pop(), "tokens seen") if len(lengths) == 1 else (1, "training lengths seen")
+    places = [unit * (place + 0.5) / FINE for place in range(len(found[0].positions))]
     values = {each.run: [mean.loss for _, mean in each.positions] for each in found}
-    title = f"Trained on windows of {lengths[0]} tokens"
-    return curves(places, [Curves(label="loss (nats per token)", values=values)], "tokens seen", title)
+    return curves(
+        places, [Curves(label="loss (nats per token)", values=values)], words, "Longer windows than in training"
+    )

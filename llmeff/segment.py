@@ -30,8 +30,7 @@ from llmeff.data.image_source import ImageSourceConfig
 from llmeff.data.images import normalised
 from llmeff.data.pictures import Labels, Pixels, Shown, mask, overlay, panel, png
 from llmeff.models.image_model import Preparation, load_image_model
-from llmeff.record import schema
-from llmeff.record.reader import progress, read_run
+from llmeff.record.reader import model_folder, read_run
 from llmeff.runconfig import RunConfig
 from llmeff.tasks import Segmentation
 from llmeff.tasks.image_metrics import image_counts, scores
@@ -155,14 +154,7 @@ def _open(folder: Path, name: str) -> _Run:
     config = validate(RunConfig, run.config)
     if not (isinstance(config.task, Segmentation) and isinstance(config.data, ImageData)):
         raise ConfigError(f"{folder}: is a run of the task {config.task.name!r}, whose model knows nothing of pictures")
-    place = folder / schema.MODEL
-    if not place.is_dir():
-        state = f"unfinished at step {progress(run).steps}" if run.result is None else run.result.status
-        there = ", ".join(sorted(path.name for path in folder.iterdir()))
-        raise ConfigError(
-            f"{folder}: the run is {state} and has no model, which is written at its end; there is {there}"
-        )
-    model, preparation = load_image_model(place)
+    model, preparation = load_image_model(model_folder(run))
     return _Run(name=name, model=model, preparation=preparation, data=config.data, task=config.task)
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from llmeff.cli import main
-from llmeff.core.config import override, validate
+from llmeff.core.config import ConfigError, override, validate
 from llmeff.data.packing import EvalBatch
 from llmeff.long_range import FINE, as_json, long_range, picture, repeated, tables
 from llmeff.loop import train
+from llmeff.models import Decoder
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
 from tests.test_loop import TINY
@@ -136,3 +137,18 @@ def test_wrong_input_is_one_error(capsys, runs, wrong, words):
 def test_a_folder_without_a_model_is_an_error(capsys, tmp_path):
     assert main(["context", str(tmp_path)]) == 2
     assert "is no run folder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_wrong_run_among_others_is_an_error_before_any_is_read(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Decoder, "forward", None)
+    with pytest.raises(ConfigError, match="is no run folder"):
+        long_range([runs / "stream", tmp_path])
+
+
+def test_runs_of_different_training_lengths_make_one_picture(runs, tmp_path):
+    train(validate(RunConfig, override(TINY, ["data.sequence_length=30"])), tmp_path / "short")
+    found = long_range([runs / "stream", tmp_path / "short"], times=2)
+    assert [len(each.positions) for each in found] == [2 * FINE, 2 * FINE]
+    for each in found:
+        assert sum(mean.count for _, mean in each.positions) == each.lengths[-1].all.count
+    assert picture(found).startswith(b"\x89PNG")

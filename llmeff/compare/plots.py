@@ -201,7 +201,7 @@ def curves(places: Sequence[float], panels: Sequence[Curves], label: str, title:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(list(places)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params("x", labelrotation=45)
         _label(axes, label, panel.label, "")

@@ -112,6 +112,22 @@ def progress(run: Run) -> Progress:
     )
 
 
+def model_folder(run: Run) -> Path:
+    """Where the model of a run that has ended lies.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    place = run.folder / schema.MODEL
+    if place.is_dir():
+        return place
+    state = f"unfinished at step {progress(run).steps}" if run.result is None else run.result.status
+    there = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+    raise ConfigError(
+        f"{run.folder}: the run is {state} and has no model, which is written at its end; there is {there}"
+    )
+
+
 def read_run(folder: Path) -> Run:
     """Opens a run folder.
 
