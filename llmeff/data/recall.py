@@ -91,32 +91,47 @@ class RecallData(DataConfig):
         return self._drawn([derive(self.seed, "recall", split, row) for row in rows])
 
     def _drawn(self, seeds: list[int]) -> RecallRows:
-        draw = self._mqar if self.kind == "mqar" else self._induction
-        rows = [draw(np.random.Generator(np.random.Philox(key=seed))) for seed in seeds]
-        tokens, targets = (np.stack(parts) for parts in zip(*rows, strict=True))
+        """Each row from uniform numbers of its own; what they come to, for all rows together."""
+        draw, num_numbers = (
+            (self._mqar, self._num_numbers) if self.kind == "mqar" else (self._induction, self.sequence_length)
+        )
+        numbers = np.stack([np.random.Generator(np.random.Philox(key=seed)).random(num_numbers) for seed in seeds])
+        tokens, targets = draw(numbers)
         return RecallRows(tokens=tokens, targets=targets)
 
-    def _mqar(self, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        half, num_pairs = self.vocab_size // 2, self.pairs
-        keys = 1 + generator.permutation(half - 1)[:num_pairs]
-        values = half + generator.integers(half, size=num_pairs)
-        tokens = np.full(self.sequence_length, _BLANK, dtype=np.int64)
-        if self.noise:
-            tokens = generator.integers(self.vocab_size, size=self.sequence_length)
-        targets = np.full(self.sequence_length, MASKED, dtype=np.int64)
-        tokens[0 : 2 * num_pairs : 2], tokens[1 : 2 * num_pairs : 2] = keys, values
-        # questions begin at every second place, so that the place after each is free for an answer
-        num_places = (self.sequence_length - 2 * num_pairs) // 2
+    @property
+    def _num_numbers(self) -> int:
+        """Of an mqar row: one for each possible key, for each value, for each place of a question, and for each token."""
+        return self.vocab_size // 2 - 1 + self.pairs + self._num_places + self.sequence_length
+
+    @property
+    def _num_places(self) -> int:
+        """Where a question may stand: at every second place, so that the place after each is free for an answer."""
+        return (self.sequence_length - 2 * self.pairs) // 2
+
+    def _mqar(self, numbers: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        half, num_pairs, num_places = self.vocab_size // 2, self.pairs, self._num_places
+        of_keys, of_values, of_places, of_noise = np.split(
+            numbers, np.cumsum([half - 1, num_pairs, num_places]), axis=1
+        )
+        keys = 1 + of_keys.argsort(axis=1)[:, :num_pairs]
+        values = half + (half * of_values).astype(np.int64)
+        tokens = (self.vocab_size * of_noise).astype(np.int64) if self.noise else np.full(of_noise.shape, _BLANK)
+        tokens[:, 0 : 2 * num_pairs : 2], tokens[:, 1 : 2 * num_pairs : 2] = keys, values
+        # places are drawn one after the other by their weights: the order in which clocks of these rates ring first
         weights = np.arange(1, num_places + 1, dtype=np.float64) ** (self.recency - 1)
-        places = generator.choice(num_places, size=num_pairs, replace=False, p=weights / weights.sum())
+        places = (-np.log1p(-of_places) / weights).argsort(axis=1)[:, :num_pairs]
         asked = 2 * num_pairs + 2 * places
-        tokens[asked], targets[asked] = keys, values
+        targets = np.full(tokens.shape, MASKED)
+        np.put_along_axis(tokens, asked, keys, axis=1)
+        np.put_along_axis(targets, asked, values, axis=1)
         return tokens, targets
 
-    def _induction(self, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        tokens = generator.integers(1, self.vocab_size, size=self.sequence_length)
-        targets = np.full(self.sequence_length, MASKED, dtype=np.int64)
-        place = int(generator.integers(self.sequence_length - 2))
-        tokens[place] = tokens[-1] = _BLANK
-        targets[-1] = tokens[place + 1]
+    def _induction(self, numbers: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens = 1 + ((self.vocab_size - 1) * numbers).astype(np.int64)
+        called = ((self.sequence_length - 2) * numbers[:, -1]).astype(np.int64)
+        rows = np.arange(len(tokens))
+        tokens[rows, called] = tokens[:, -1] = _BLANK
+        targets = np.full(tokens.shape, MASKED)
+        targets[:, -1] = tokens[rows, called + 1]
         return tokens, targets

@@ -1,3 +1,5 @@
+from llmeff.recipes.attention import attention as attention
+from llmeff.recipes.attention import recall as recall
 from llmeff.recipes.contribution import contribution as contribution
 from llmeff.recipes.contribution import contribution_8bit as contribution_8bit
 from llmeff.recipes.contribution import contribution_10m as contribution_10m

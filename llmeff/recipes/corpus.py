@@ -4,9 +4,14 @@ from llmeff.data import Characters, SplitConfig, TextData, TextFiles, TokenizerC
 
 
 def one_text(
-    *, validation: float, search: float = 0.0, test: float = 0.0, tokenizer: TokenizerConfig | None = None
+    *,
+    validation: float,
+    search: float = 0.0,
+    test: float = 0.0,
+    tokenizer: TokenizerConfig | None = None,
+    sequence_length: int = 64,
 ) -> TextData:
-    """Windows of 64 tokens of `input.txt` in the working folder: its first part trains, its last is held out.
+    """Windows of `input.txt` in the working folder: its first part trains, its last is held out.
 
     The studies were made on tinyshakespeare; `--set 'base.data.source.path=["mine.txt"]'` gives another.
     """
@@ -14,5 +19,5 @@ def one_text(
         source=TextFiles(path=("input.txt",)),
         tokenizer=tokenizer or Characters(),
         splits=SplitConfig(by="span", validation=validation, test=test, search=search, calibration=0.0),
-        sequence_length=64,
+        sequence_length=sequence_length,
     )

@@ -1,0 +1,113 @@
+"""Mixers against one another: what each remembers, and what it makes of text."""
+
+from collections.abc import Mapping
+
+from llmeff.core.config import Text, override, validate
+from llmeff.data import RecallData
+from llmeff.models import DecoderConfig
+from llmeff.optim import Cosine
+from llmeff.recipes.corpus import one_text
+from llmeff.recipes.recipe import sweep_recipe
+from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
+from llmeff.sweepconfig import ArmConfig, Span, SweepConfig, TuningConfig
+from llmeff.tasks import Recall
+
+_HEAD_DIM = 32
+MIXERS: dict[Text, dict[Text, int]] = {
+    "softmax": {},
+    "sliding": {"window": _HEAD_DIM // 2},
+    "mla": {"latent": 2 * _HEAD_DIM},
+    "linear": {},
+    "performer": {"num_features": _HEAD_DIM},
+    "retention": {"value_width": _HEAD_DIM},
+    "gla": {"key_width": _HEAD_DIM},
+    "mamba2": {"state_width": _HEAD_DIM // 2},
+    "deltanet": {},
+    "gated-deltanet": {},
+    "kda": {},
+}
+"""Every mixer, those with a state with one of as many numbers: for each head of `num_heads` a square of the head's width (of
+sliding windows, their keys and values; sums beside a kernel's state, and the tokens of short convolutions, are on top)."""
+_STEP = 8
+"""Widths of MLPs are multiples of it."""
+
+
+def _settings(mixer: Text, fields: Mapping[Text, int]) -> tuple[Text, ...]:
+    """As `--set` takes them."""
+    return f"model.mixer={mixer}", *(f"model.mixer.{field}={value}" for field, value in fields.items())
+
+
+def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]]) -> dict[Text, tuple[Text, ...]]:
+    """Models with as many parameters as the base has, as nearly as the width of their MLPs can make them."""
+
+    def num_parameters(own: tuple[Text, ...], width: int) -> int:
+        tree = {"model": base.model_dump(mode="json") | {"vocab_size": 1, "mlp_width": width}}
+        return sum(weight.size for weight in validate(DecoderConfig, override(tree, own)["model"]).weights())
+
+    found = {}
+    for name, own in settings.items():
+        a_step = num_parameters(own, 2 * _STEP) - (least := num_parameters(own, _STEP))
+        missing = num_parameters((), base.layer_mlp_width(0)) - least
+        found[name] = (*own, f"model.mlp_width={_STEP * (1 + max(0, round(missing / a_step)))}")
+    return found
+
+
+@sweep_recipe
+def recall() -> SweepConfig:
+    """What the state of every mixer remembers: sixteen pairs in 64 tokens (MQAR), three fresh seeds.
+
+    States are of equal size where there is one; a window holds a quarter of the row. The rate is chosen on one seed.
+    """
+    steps = 2400
+    return SweepConfig(
+        name="recall",
+        base=RunConfig(
+            task=Recall(),
+            model=DecoderConfig(width=2 * _HEAD_DIM, num_layers=2, num_heads=2, mlp_width=128),
+            data=RecallData(vocab_size=256, sequence_length=64, pairs=16, held_out=512),
+            schedule=Cosine(warmup_steps=steps // 10),
+            train=TrainConfig(steps=steps, batch=16, micro_batch=16),
+            evaluation=EvalConfig(every=0.1, max_units=None, sample_tokens=0),
+            checkpoint=CheckpointConfig(every=0),
+            runtime=RuntimeConfig(threads=1),
+        ),
+        arms={
+            name: ArmConfig(settings=_settings(name, fields), search={"optim.lr": (3e-3, 1e-2)})
+            for name, fields in MIXERS.items()
+        },
+        baseline="softmax",
+        metric="accuracy",
+        tuning=TuningConfig(trials=2),
+        seeds=(0, 1, 2),
+    )
+
+
+@sweep_recipe
+def attention() -> SweepConfig:
+    """Every mixer, and a hybrid, on text: equal parameters and tokens, four learning rates each, three fresh seeds.
+
+    Less than an epoch of tinyshakespeare, in windows of 128 tokens. `llmeff context` reads the same models in longer ones.
+    """
+    model = DecoderConfig(width=3 * _HEAD_DIM, num_layers=2, num_heads=3, mlp_width=256)
+    own = {name: _settings(name, fields) for name, fields in MIXERS.items()}
+    own["gated-deltanet + softmax"] = ("model.pattern=gated-deltanet+softmax",)
+    return SweepConfig(
+        name="attention",
+        base=RunConfig(
+            model=model,
+            data=one_text(validation=0.1, search=0.05, sequence_length=128),
+            schedule=Cosine(warmup_steps=30),
+            train=TrainConfig(batch=16, micro_batch=16),
+            evaluation=EvalConfig(every=0.125, max_units=None, sample_tokens=0),
+            checkpoint=CheckpointConfig(every=0),
+            runtime=RuntimeConfig(threads=1),
+        ),
+        arms={
+            name: ArmConfig(settings=settings, search={"optim.lr": Span(low=2e-3, high=3.2e-2)})
+            for name, settings in _of_equal_size(model, own).items()
+        },
+        baseline="softmax",
+        items=300 * 16 * 128,
+        tuning=TuningConfig(trials=4),
+        seeds=(0, 1, 2),
+    )
