@@ -1,7 +1,10 @@
 """What trained language models make of more context than they were trained on, and of what stood before in it."""
 
+import math
+import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -13,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from llmeff.compare.intervals import mean_interval
 from llmeff.compare.plots import Curves, curves
 from llmeff.compare.text_table import TextTable
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from llmeff.core.pulse import beat
 from llmeff.core.tensors import copy_tensors
+from llmeff.core.units import show_bytes
 from llmeff.data import TextCorpus, TextData
 from llmeff.data.packing import EvalBatch, Ids
 from llmeff.data.splits import SPLITS, Split
@@ -59,6 +64,8 @@ class AtLength:
     """Over the rest."""
     tokens_per_s: float
     """Forward, median over batches."""
+    state_bytes: int
+    """What decoding keeps of a sequence of so many tokens, in the parameters' format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,10 @@ class LongRange:
     """What one model does."""
 
     run: str
-    """Its name."""
+    """Its folder, below that of all."""
+    arm: str
+    """What runs that differ in nothing but their seeds have in common: their name, or where others have it too, the first's
+    folder."""
     training_length: int
     """Tokens of a window that it was trained on."""
     lengths: list[AtLength]
@@ -79,7 +89,7 @@ class LongRange:
 class _Opened:
     """A run that has ended."""
 
-    run: str
+    config: RunConfig
     model: Decoder
     corpus: TextCorpus
     training_length: int
@@ -107,20 +117,41 @@ def long_range(
         problems.append(f"--gram {gram}: at least 2")
     if max_tokens < 1:
         problems.append(f"--max-tokens {max_tokens}: at least 1")
+    twice = [folder for folder, count in Counter(each.resolve() for each in folders).items() if count > 1]
+    problems += [f"{folder}: is given twice" for folder in twice]
     if problems:
         raise ConfigError(problems)
     # all is opened before the first is read, which may take long
-    return [_read(opened, times, gram, split, max_tokens) for opened in [_open(each, times, split) for each in folders]]
+    opened, runs = [_open(each, times, split) for each in folders], _apart(folders)
+    arms = _arms(runs, [each.config for each in opened])
+    return [
+        _read(each, run, arm, times, gram, split, max_tokens) for each, run, arm in zip(opened, runs, arms, strict=True)
+    ]
 
 
-def _read(opened: _Opened, times: int, gram: int, split: Split, max_tokens: int) -> LongRange:
+def _apart(folders: Sequence[Path]) -> list[str]:
+    """Names of folders that tell them apart."""
+    whole = [folder.resolve() for folder in folders]
+    shared = Path(os.path.commonpath([each.parent for each in whole])) if whole else Path()
+    return [each.relative_to(shared).as_posix() for each in whole]
+
+
+def _arms(runs: Sequence[str], configs: Sequence[RunConfig]) -> list[str]:
+    """What each run is one of."""
+    alike = [config.model_copy(update={"seed": 0}).model_dump_json() for config in configs]
+    first = {own: place for place, own in reversed(list(enumerate(alike)))}
+    names = Counter(configs[place].name for place in first.values())
+    return [configs[first[own]].name if names[configs[first[own]].name] == 1 else runs[first[own]] for own in alike]
+
+
+def _read(opened: _Opened, run: str, arm: str, times: int, gram: int, split: Split, max_tokens: int) -> LongRange:
     model, corpus, length = opened.model, opened.corpus, opened.training_length
     multiples = [2**power for power in range(times.bit_length())]
     found = [_at_length(model, corpus, length * multiple, gram, split, max_tokens) for multiple in multiples]
     seen, losses = found[-1][1]
     borders = [place * length // FINE for place in range(times * FINE + 1)]
     positions = [(start, _mean(losses[(seen >= start) & (seen < end)])) for start, end in pairwise(borders)]
-    return LongRange(run=opened.run, training_length=length, lengths=[own for own, _ in found], positions=positions)
+    return LongRange(run=run, arm=arm, training_length=length, lengths=[own for own, _ in found], positions=positions)
 
 
 def _open(folder: Path, times: int, split: Split) -> _Opened:
@@ -137,7 +168,7 @@ def _open(folder: Path, times: int, split: Split) -> _Opened:
             f"{folder}: the split {split!r} has {available} tokens, and a window of {times} times the training length has "
             f"{length * times}: take another of {', '.join(SPLITS)}, or a smaller --times"
         )
-    return _Opened(run=folder.resolve().name, model=model.eval(), corpus=corpus, training_length=length)
+    return _Opened(config=config, model=model.eval(), corpus=corpus, training_length=length)
 
 
 @torch.inference_mode()
@@ -170,6 +201,7 @@ def _at_length(
         repeated=_mean(loss[hit]),
         other=_mean(loss[~hit]),
         tokens_per_s=statistics.median(rates),
+        state_bytes=model.config.cache_bytes(length, next(model.parameters()).itemsize),
     )
     return own, (all_seen, loss)
 
@@ -223,28 +255,52 @@ def as_json(found: Sequence[LongRange]) -> dict[str, Any]:
 
 
 def tables(found: Sequence[LongRange]) -> list[TextTable]:
-    """The result for people."""
-    rows = [
-        [
-            each.run,
-            f"{own.length} ({own.length // each.training_length} x)",
-            *(f"{mean.loss:.4f}" for mean in (own.all, own.repeated, own.other)),
-            f"{100 * own.repeated.count / own.all.count:.1f} %",
-            f"{own.tokens_per_s:,.0f}",
-        ]
-        for each in found
-        for own in each.lengths
-    ]
-    headers = ["run", "window", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s"]
+    """The result for people: each arm's mean, and of several runs its 95 % interval."""
+    rows = []
+    for arm, runs in _by_arm(found).items():
+        for place, own in enumerate(runs[0].lengths):
+            same = [each.lengths[place] for each in runs]
+            rows.append([
+                arm,
+                str(len(runs)),
+                f"{own.length} ({own.length // runs[0].training_length} x)",
+                *(_shown([mean.loss for mean in means]) for means in (
+                    [each.all for each in same], [each.repeated for each in same], [each.other for each in same]
+                )),
+                f"{100 * own.repeated.count / own.all.count:.1f} %",
+                f"{statistics.median(each.tokens_per_s for each in same):,.0f}",
+                show_bytes(own.state_bytes),
+            ])  # fmt: skip
+    headers = ["arm", "runs", "window", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s", "state"]
     return [TextTable(title="Loss (nats per token) by length of window", headers=headers, rows=rows)]
 
 
+def _by_arm(found: Sequence[LongRange]) -> dict[str, list[LongRange]]:
+    arms: dict[str, list[LongRange]] = {}
+    for each in found:
+        arms.setdefault(each.arm, []).append(each)
+    return arms
+
+
+def _shown(losses: Sequence[float]) -> str:
+    mean = mean_interval(losses)
+    if math.isnan(mean.value):
+        return "-"
+    return f"{mean.value:.4f}" + ("" if mean.n == 1 else f" ({mean.lower:.4f} to {mean.upper:.4f})")
+
+
 def picture(found: Sequence[LongRange]) -> bytes:
-    """Loss over how much is seen, in tokens or, where runs differ in it, in training lengths, as a PNG."""
+    """Loss, each arm's mean, over how much is seen, in tokens or, where runs differ in it, in training lengths, as a PNG."""
     lengths = {each.training_length for each in found}
     unit, words = (lengths.pop(), "tokens seen") if len(lengths) == 1 else (1, "training lengths seen")
     places = [unit * (place + 0.5) / FINE for place in range(len(found[0].positions))]
-    values = {each.run: [mean.loss for _, mean in each.positions] for each in found}
+    values = {
+        arm: [
+            statistics.fmean(own)
+            for own in zip(*([mean.loss for _, mean in each.positions] for each in runs), strict=True)
+        ]
+        for arm, runs in _by_arm(found).items()
+    }
     return curves(
         places, [Curves(label="loss (nats per token)", values=values)], words, "Longer windows than in training"
     )

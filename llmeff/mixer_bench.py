@@ -290,7 +290,7 @@ def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str,
         "saved_bytes": price.total("saved_bytes"),
         "peak_bytes": price.total("peak_bytes"),
         "executed_flops": price.total("executed_flops"),
-        "state_bytes": config.layer_mixer(0).cache_bytes(config.mixer_shape(0), length, number_bytes),
+        "state_bytes": config.cache_bytes(length, number_bytes),
     }
 
 

@@ -100,6 +100,35 @@ def test_more_is_repeated_in_longer_windows(runs):
     assert shares[0] < shares[-1]
 
 
+def test_runs_that_differ_in_their_seed_are_one_arm(runs, tmp_path):
+    for seed in (1, 2):
+        train(validate(RunConfig, override(TINY, ["data.packing=plain", f"seed={seed}"])), tmp_path / f"seed-{seed}")
+    found = long_range([tmp_path / "seed-1", runs / "state", tmp_path / "seed-2"], times=1)
+    first, other, second = [each.arm for each in found]
+    assert first == second == found[0].run != other == found[1].run
+    assert (found[0].run.split("/")[-1], found[2].run.split("/")[-1]) == ("seed-1", "seed-2")
+    losses = [found[0].lengths[0].all.loss, found[2].lengths[0].all.loss]
+    shown = {row[0]: row for row in tables(found)[0].rows}
+    mean, interval = shown[first][3].split(" ", 1)
+    assert float(mean) == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert "to" in interval
+    assert shown[first][1] == "2"
+    assert " " not in shown[other][3]
+
+
+def test_a_name_that_one_arm_has_names_it(tmp_path):
+    for name, settings in {"a": ["name=mine"], "b": ["name=mine", "seed=1"], "c": ["name=yours"]}.items():
+        train(validate(RunConfig, override(TINY, settings)), tmp_path / name)
+    assert [each.arm for each in long_range([tmp_path / name for name in "abc"], times=1)] == ["mine", "mine", "yours"]
+
+
+def test_decoding_keeps_what_a_state_takes(runs):
+    softmax, state = long_range([runs / "stream", runs / "state"], times=4)
+    first, *_, last = softmax.lengths
+    assert last.state_bytes == 4 * first.state_bytes > 0
+    assert len({own.state_bytes for own in state.lengths}) == 1
+
+
 def test_tables_json_and_picture(runs):
     found = long_range([runs / "stream", runs / "state"], times=2)
     assert [row[0] for row in tables(found)[0].rows] == ["stream", "stream", "state", "state"]
@@ -132,6 +161,11 @@ def test_the_command_writes_what_it_found(capsys, runs, tmp_path):
 def test_wrong_input_is_one_error(capsys, runs, wrong, words):
     assert main(["context", str(runs / "stream"), *wrong]) == 2
     assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_run_given_twice_is_an_error(capsys, runs):
+    assert main(["context", str(runs / "stream"), str(runs / "state" / ".." / "stream")]) == 2
+    assert "stream: is given twice" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_without_a_model_is_an_error(capsys, tmp_path):

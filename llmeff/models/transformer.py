@@ -178,6 +178,13 @@ class DecoderConfig(LanguageModelConfig):
         layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
         return sum(self.layer_mixer(index).buffer_bytes(self.mixer_shape(index), number_bytes) for index in layers)
 
+    def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:
+        """What decoding keeps of one sequence of so many tokens, see `MixerConfig.cache_bytes`."""
+        layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
+        return sum(
+            self.layer_mixer(index).cache_bytes(self.mixer_shape(index), num_tokens, number_bytes) for index in layers
+        )
+
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
         """The price of `Decoder.forward` with targets; names live as long as there."""
         with tape.within("embed_tokens", "embedding"):
