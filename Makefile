@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 BIN = $(dir $(PYTHON))
 STAMP = .venv/.installed
 
-.PHONY: setup check format train test test-slow test-system test-gpu
+.PHONY: setup check format train test test-slow test-system test-gpu test-kernels
 
 # A fresh environment, unless PYTHON names one that exists. constraints.txt pins what was tested.
 ifeq ($(PYTHON),.venv/bin/python)
@@ -41,3 +41,8 @@ test-system: setup
 
 test-gpu: setup
 	$(BIN)python -m pytest -m "gpu"
+
+# Kernels of GPUs without one: Triton interprets them.
+test-kernels: setup
+	$(BIN)python -m pip install --quiet --constraint constraints.txt --editable ".[fla]" triton
+	TRITON_INTERPRET=1 $(BIN)python -m pytest tests/attention/test_kernels.py

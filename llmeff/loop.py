@@ -6,7 +6,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel
@@ -82,6 +82,7 @@ class _State(BaseModel):
     metrics: dict[str, dict[str, float]] = {}
     timings: Timings = Timings()
     energy_j: float | None = 0.0
+    kernels: tuple[str, ...] = ()
 
 
 class Trainer:
@@ -161,26 +162,26 @@ class Trainer:
         number = self.step + 1
         if number == self._counted:
             # Counting makes autograd add gradients out of place: another step meters memory.
-            with self._eagerly(), meters.WireMeter() as wire:
-                self._state.measured["executed_flops"] = meters.count_flops(self._update)
-            self._state.measured |= {"wire_bytes": wire.num_bytes.total()} if wire.num_bytes else {}
+            with self._eagerly():
+                measured, self._state.kernels = meters.count_step(self._update)
+            self._state.measured |= measured
         elif number == self._metered:
             self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.held(), self.device)
             # last, since strategies that gather parameters take a forward pass without backward for another kind of step
-            if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
-                with self._clocks.hold("record"):
-                    self._state.measured["saved_bytes"] = self._saved_bytes()
+            with self._clocks.hold("record"):
+                self._state.measured |= self._saved_bytes()
         else:
             self._update()
 
-    def _saved_bytes(self) -> int:
-        """What a forward pass of one micro-batch keeps for backward."""
+    def _saved_bytes(self) -> dict[str, int]:
+        """What a forward pass of one micro-batch keeps for backward; of compiled code that is not seen."""
+        if self.config.runtime.compile != "off":
+            return {}
         batch = self._task.batch(self.step, self._shares[0], self.device)
         given = [value for value in (*batch.inputs.values(), batch.targets) if isinstance(value, torch.Tensor)]
         held = [*self._strategy.held(), *given]
-        model = self._strategy.model
-        with torch.random.fork_rng(), unmoved_buffers(model), self._strategy.accumulate(is_last=False):
-            return meters.saved_bytes(lambda: self._task.loss(model, batch), held)
+        with torch.random.fork_rng(), unmoved_buffers(self._strategy.model), self._strategy.accumulate(is_last=False):
+            return {"saved_bytes": meters.saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)}
 
     def _update(self) -> None:
         clock, strategy, number = self._clock, self._strategy, self.step + 1
@@ -299,9 +300,7 @@ class Trainer:
         with group.agreed():
             if self._is_main:
                 self._finish(weights, sample, energy_j)
-        result = read_run(self._writer.folder).result
-        assert result is not None
-        return result
+        return cast(Result, read_run(self._writer.folder).result)
 
     def _finish(self, weights: dict[str, torch.Tensor], sample: Sample, energy_j: float | None) -> None:
         folder = self._writer.folder
@@ -347,4 +346,5 @@ class Trainer:
             error=relative_errors(predicted, measured),
             sample=sample,
             data=self._task.facts(),
+            kernels=self._state.kernels,
         )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmeff.attention import fla
 from llmeff.core.config import override, validate
 from llmeff.loop import Trainer, train
 from llmeff.record.reader import read_run
@@ -45,6 +46,31 @@ def test_a_deterministic_run_repeats_and_resumes_to_the_last_bit(tmp_path):
     for name in ("loss", "grad_norm"):
         assert whole.steps[name].tolist() == cut.steps[name].tolist()
     assert whole.result.metrics == cut.result.metrics
+
+
+@pytest.mark.skipif(not fla.is_installed(), reason="flash-linear-attention is not installed")
+@pytest.mark.parametrize("packing", ["plain", "documents"])
+@pytest.mark.parametrize("name", ["retention", "gla", "mamba2", "deltanet", "gated-deltanet", "kda"])
+def test_a_run_with_kernels_of_flash_linear_attention_is_the_run_without(tmp_path, name, packing):
+    given = ["precision=bf16", f"data.packing={packing}", f"model.mixer={name}", "model.head_dim=16"]
+    found = {}
+    for kernel in ("torch", "fla"):
+        result = train(on_gpu(*given, f"model.mixer.kernel={kernel}"), tmp_path / kernel)
+        found[kernel] = read_run(tmp_path / kernel).steps["loss"].tolist()
+        assert any("flash-linear-attention" in ran for ran in result.kernels) == (kernel == "fla")
+    assert found["fla"] == pytest.approx(found["torch"], rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sliding"])
+def test_a_run_with_flex_attention_is_the_run_without(tmp_path, name):
+    given = ["data.packing=documents", f"model.mixer={name}", "model.head_dim=16"]
+    given += ["model.mixer.window=5"] if name == "sliding" else []
+    found = {}
+    for kernel in ("sdpa", "flex"):
+        result = train(on_gpu(*given, f"model.mixer.kernel={kernel}"), tmp_path / kernel)
+        found[kernel] = read_run(tmp_path / kernel).steps["loss"].tolist()
+        assert ("attention: torch FlexAttention" in result.kernels) == (kernel == "flex")
+    assert found["flex"] == pytest.approx(found["sdpa"], rel=1e-3)
 
 
 IMAGES = {

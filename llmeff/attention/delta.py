@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from llmeff.attention import scan_law, short_conv
 from llmeff.attention.heads import project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
-from llmeff.attention.scan import mix
+from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -20,7 +20,7 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads of values, K heads of queries and keys, H head width
 
 
-class DeltaConfig(MixerConfig):
+class DeltaConfig(ScanConfig):
     """Values have `num_heads` heads, queries and keys `num_kv_heads`."""
 
     conv: Count = 4
@@ -69,6 +69,7 @@ class DeltaMixer(Mixer):
 
     def __init__(self, config: DeltaConfig, shape: MixerShape):
         super().__init__()
+        self.kernel = config.kernel
         self.shape = shape
         self.value_width, key_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.width, key_width, bias=False)
@@ -94,7 +95,7 @@ class DeltaMixer(Mixer):
         query, key, value = heads.split((shape.num_kv_heads, shape.num_kv_heads, shape.num_heads), dim=2)
         query, key = unit(query) * shape.head_dim**-0.5, unit(key)
         query, key = repeated(query, shape.num_heads), repeated(key, shape.num_heads)
-        out = mix(query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache)
+        out = mix(query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache, self.kernel)
         return cast(Tensor, self.o_proj(self.finish(out, x).flatten(-2)))
 
 

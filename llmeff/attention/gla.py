@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
+from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.scan import LEAST, mix
+from llmeff.attention.scan import LEAST, ScanConfig, mix
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -24,7 +24,7 @@ _TEMPERATURE = 16.0
 """By which the logarithm of a decay is divided, so that states begin to live for many tokens (section 4.4)."""
 
 
-class GLA(MixerConfig):
+class GLA(ScanConfig):
     """Gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
 
     name: Literal["gla"] = "gla"
@@ -75,6 +75,7 @@ class GLAMixer(ProjectedMixer):
     def __init__(self, config: GLA, shape: MixerShape):
         width = config.width(shape)
         super().__init__(shape, key_width=width)
+        self.kernel = config.kernel
         self.g_proj = nn.Linear(shape.width, shape.num_heads * shape.head_dim, bias=False)
         self.f_a_proj = nn.Linear(shape.width, config.rank, bias=False)
         self.f_b_proj = nn.Linear(config.rank, shape.num_kv_heads * width, bias=False)
@@ -94,7 +95,7 @@ class GLAMixer(ProjectedMixer):
         log_decay = split((F.logsigmoid(open_) / _TEMPERATURE).clamp(min=LEAST), num_kv_heads)
         query = query * query.shape[-1] ** -0.5
         key, value, log_decay = (repeated(own, num_heads) for own in (key, value, log_decay))
-        out = mix(query, key, value, log_decay, None, layout, cache)
+        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel)
         return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,14 @@ class HeadsConfig(MixerConfig):
 
     qk_norm: Flag = False
     """Normalize queries and keys per head before they are turned (Dehghani et al. 2023; as in Qwen3)."""
+    kernel: Literal["sdpa", "flex"] = "sdpa"
+    """What computes it where a mask is more than causal. sdpa: torch's scaled_dot_product_attention, with a bias; flex: its
+    FlexAttention over whole rows on GPUs, and sdpa elsewhere. Prices are sdpa's."""
+
+    def lacks(self, *, on_cpu: bool) -> list[str]:
+        """A GPU, for FlexAttention."""
+        no_gpu = f"mixer {self.name!r}: kernel 'flex' trains on GPUs alone, and this run is on the CPU; use 'sdpa'"
+        return [no_gpu] if self.kernel == "flex" and on_cpu else []
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
         """Projections, turns and what mixes the heads; names live as long as in `HeadsMixer.forward`."""

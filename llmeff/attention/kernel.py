@@ -9,9 +9,9 @@ from torch import Tensor
 
 from llmeff.attention import scan_law
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
+from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.scan import mix
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
@@ -22,7 +22,7 @@ _SMALLEST = 1e-30
 """The least sum of weights that is divided by: what padding reads is 0, and no number over nothing."""
 
 
-class KernelConfig(MixerConfig):
+class KernelConfig(ScanConfig):
     """Features of queries and keys take the place of softmax."""
 
     def features_law(
@@ -51,6 +51,10 @@ class KernelMixer(ProjectedMixer):
     The sums of weights are one more column of the values, of ones.
     """
 
+    def __init__(self, config: KernelConfig, shape: MixerShape):
+        super().__init__(shape)
+        self.kernel = config.kernel
+
     @abstractmethod
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
@@ -76,7 +80,7 @@ class KernelMixer(ProjectedMixer):
         query, key, log_decay = self.features(query, key, layout, cache)
         key, counted = repeated(key, num_heads), repeated(F.pad(wide(value), (0, 1), value=1.0), num_heads)
         log_decay = None if log_decay is None else repeated(log_decay, num_heads)
-        out = mix(query, key, counted, log_decay, None, layout, cache)
+        out = mix(query, key, counted, log_decay, None, layout, cache, self.kernel)
         out = out[..., :-1] / out[..., -1:].clamp(min=_SMALLEST)
         return cast(Tensor, self.o_proj(out.to(value.dtype).flatten(-2)))
 

@@ -22,7 +22,7 @@ class Linear(KernelConfig):
 
     def build(self, shape: MixerShape) -> "LinearMixer":
         """The module."""
-        return LinearMixer(shape)
+        return LinearMixer(self, shape)
 
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch

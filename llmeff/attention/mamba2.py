@@ -10,9 +10,9 @@ from llmeff.attention import gated_norm, scan_law, short_conv
 from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
-from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
+from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.scan import mix
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -22,7 +22,7 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads after expansion, K groups, H head width, W state width
 
 
-class Mamba2(MixerConfig):
+class Mamba2(ScanConfig):
     """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). Its groups, which have B and C in common, are the `num_kv_heads`."""
 
     name: Literal["mamba2"] = "mamba2"
@@ -90,6 +90,7 @@ class Mamba2Mixer(Mixer):
 
     def __init__(self, config: Mamba2, shape: MixerShape):
         super().__init__()
+        self.kernel = config.kernel
         self.num_heads, self.num_groups = config.num_heads(shape), shape.num_kv_heads
         inner, width = self.num_heads * shape.head_dim, self.num_groups * config.state_width
         self.widths = (width, width, inner)
@@ -121,5 +122,5 @@ class Mamba2Mixer(Mixer):
         value = wide(split(value, self.num_heads))
         steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)[..., None]
         log_decay = -self.log_rate.exp()[:, None] * steps
-        out = mix(query, key, value * steps, log_decay, None, layout, cache) + value * self.skip[:, None]
+        out = mix(query, key, value * steps, log_decay, None, layout, cache, self.kernel) + value * self.skip[:, None]
         return cast(Tensor, self.o_proj(self.o_norm(out.flatten(-2), self.g_proj(x))))

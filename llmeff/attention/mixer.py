@@ -90,6 +90,14 @@ class MixerConfig(Component, family="mixer"):
         """What of the widths does not fit it."""
         return []
 
+    def lacks(self, *, on_cpu: bool) -> list[str]:
+        """What it asks of this machine that is not there.
+
+        Args:
+            on_cpu: whether it is trained on the CPU.
+        """
+        return []
+
     def build(self, shape: MixerShape) -> Mixer:
         """The module, with uninitialized weights but for `Initialized.initial`."""
         raise NotImplementedError(type(self))

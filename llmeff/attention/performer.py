@@ -69,7 +69,7 @@ class PerformerMixer(KernelMixer):
     directions: Tensor
 
     def __init__(self, config: Performer, shape: MixerShape):
-        super().__init__(shape)
+        super().__init__(config, shape)
         self.register_buffer("directions", torch.empty(config.width(shape), shape.head_dim))
 
     def initial(self) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, rotate, rotate_law, split
-from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
-from llmeff.attention.scan import mix
+from llmeff.attention.mixer import LayerCache, MixerShape
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -18,7 +18,7 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, V value width
 
 
-class Retention(MixerConfig):
+class Retention(ScanConfig):
     """Multi-scale retention (Sun et al. 2023, arXiv 2307.08621)."""
 
     name: Literal["retention"] = "retention"
@@ -64,6 +64,7 @@ class RetentionMixer(ProjectedMixer):
     def __init__(self, config: Retention, shape: MixerShape):
         width = config.width(shape)
         super().__init__(shape, value_width=width)
+        self.kernel = config.kernel
         self.g_proj = nn.Linear(shape.width, shape.num_heads * width, bias=False)
         self.o_norm = GatedRMSNorm(width, shape.norm_eps)
 
@@ -80,7 +81,7 @@ class RetentionMixer(ProjectedMixer):
         query, key = rotate(query, cos, sin) * shape.head_dim**-0.5, rotate(key, cos, sin)
         key, value = repeated(key, shape.num_heads), repeated(value, shape.num_heads)
         log_decay = log_decays(query).expand(*query.shape[:3], 1)
-        out = mix(query, key, value, log_decay, None, layout, cache)
+        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel)
         return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
 
 

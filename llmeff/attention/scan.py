@@ -11,15 +11,17 @@ tokens, with c_t the sum of g from its start to t, all that depends on no earlie
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from llmeff.attention.mixer import LayerCache
+from llmeff.attention import fla
+from llmeff.attention.mixer import LayerCache, MixerConfig
 from llmeff.attention.norm import wide
+from llmeff.core import kernels
 from llmeff.core.layout import Layout
 
 # B batch, N heads, T tokens, K key width, V value width, M chunks, C tokens of a chunk, S tokens of a block of a chunk
@@ -34,6 +36,32 @@ LEAST = -5.0
 """The least g of a channel that has its own: exp(-LEAST * BLOCK) is still a float32. It leaves 0.7 % of the state."""
 
 
+class ScanConfig(MixerConfig):
+    """A mixer whose tokens go through the recurrence."""
+
+    kernel: Literal["auto", "torch", "fla"] = "auto"
+    """What computes it. torch: this package's own form, anywhere; fla: flash-linear-attention's, on GPUs and, for whole
+    sequences; auto: that one where it is installed and the run is on a GPU in half precision, else torch. Prices are torch's."""
+
+    def lacks(self, *, on_cpu: bool) -> list[str]:
+        """The package, or a GPU for it."""
+        if self.kernel != "fla":
+            return []
+        found = [] if fla.is_installed() else [f"mixer {self.name!r}: kernel 'fla' {fla.MISSING}"]
+        if on_cpu:
+            found.append(
+                f"mixer {self.name!r}: kernel 'fla' runs on GPUs alone, and this run is on the CPU; use 'auto'"
+            )
+        return found
+
+
+def takes_fla(kernel: str, query: Tensor) -> bool:
+    """Whether flash-linear-attention mixes, see `ScanConfig.kernel`."""
+    if kernel == "torch" or not query.is_cuda:
+        return False
+    return kernel == "fla" or (query.dtype in (torch.bfloat16, torch.float16) and fla.is_installed())
+
+
 def mix(
     query: Tensor,
     key: Tensor,
@@ -42,8 +70,11 @@ def mix(
     beta: Tensor | None,
     layout: Layout,
     cache: LayerCache | None,
+    kernel: str = "torch",
 ) -> Tensor:
-    """A batch's tokens through the recurrence: in chunks, or by one step after a state that was kept. In float32 or wider.
+    """A batch's tokens through the recurrence: in chunks, or by one step after a state that was kept.
+
+    In float32 or wider, but for what another kernel than torch's does in the queries' format.
 
     Args:
         query: (B, T, N, K).
@@ -53,6 +84,7 @@ def mix(
         beta: (B, T, N); None: there is no delta rule.
         layout: documents have a state each, and padding changes none.
         cache: keeps the state.
+        kernel: of `ScanConfig`.
 
     Returns:
         (B, T, N, V).
@@ -60,9 +92,17 @@ def mix(
     with torch.autocast(key.device.type, enabled=False):
         if log_decay is not None:
             log_decay = layout.cleared(log_decay.flatten(2)).view_as(log_decay)
-        given = (query, layout.cleared(key.flatten(2)).view_as(key), value, log_decay, beta)
-        rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in given]
+        key = layout.cleared(key.flatten(2)).view_as(key)
         state = None if cache is None else cache.recall("state")
+        is_whole = key.shape[1] > 1 and (cache is None or layout.documents is None)
+        if is_whole and takes_fla(kernel, query):
+            kernels.ran("scan: flash-linear-attention", is_counted=False)
+            mixed, state = fla.scan(query, key, value, log_decay, beta, layout.documents, state)
+            if cache is not None:
+                cache.keep("state", cast(Tensor, state))
+            return mixed
+        kernels.ran("scan: torch")
+        rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in (query, key, value, log_decay, beta)]
         if state is not None and key.shape[1] == 1:
             one: list[Any] = [*(None if x is None else x[:, :, 0] for x in rows), state]
             mixed, state = step(*one)

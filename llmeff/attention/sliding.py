@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from llmeff.attention import flex
 from llmeff.attention.heads import HeadsConfig, HeadsMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.softmax import attend, attend_biased
@@ -99,18 +101,26 @@ class SlidingMixer(HeadsMixer):
         num_tokens = layout.positions.shape[-1]
         if num_tokens <= self.config.window:
             layout.bias(num_tokens, dtype)
+        elif self.config.kernel == "flex" and layout.positions.is_cuda:
+            self._block_mask(layout)
         else:
             _blocks(self.config, layout, num_rows, dtype)
 
+    def _block_mask(self, layout: Layout) -> BlockMask:
+        return flex.block_mask(layout, self.config, partial(_sees, self.config))
+
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
         """In blocks over the whole row, or piece by piece after what is kept."""
+        if query.shape[2] > self.config.window and flex.takes(self.config.kernel, query, cache):
+            mixed = flex.attend(query, key, value, self._block_mask(layout))
+            return mixed.transpose(1, 2).flatten(-2)
         if cache is None:
             return slide(self.config, query, key, value, layout)
         return self._go_on(query, key, value, layout, cache).transpose(1, 2).flatten(-2)
 
     def _go_on(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache) -> Tensor:
         kept = cache.recall("key"), cache.recall("value"), cache.recall("places")
-        places = _places(layout)[:, layout.past :].expand(query.shape[0], -1)
+        places = layout.places()[:, layout.past :].expand(query.shape[0], -1)
         num_tokens, mixed = layout.past, []
         for start in range(0, query.shape[2], self.config.block):
             part = slice(start, start + self.config.block)
@@ -145,7 +155,7 @@ def slide(
     if key.shape[2] <= config.window:
         return attend(query, key, value, layout, scale).transpose(1, 2).flatten(-2)
     if key.shape[2] > num_tokens:
-        places = _places(layout)
+        places = layout.places()
         mixed = _attend_places(config, query, key, value, places[:, layout.past :], places, scale)
         return mixed.transpose(1, 2).flatten(-2)
     num_blocks = _num_blocks(config, num_tokens)
@@ -177,18 +187,6 @@ def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
     if config.global_every is None:
         return is_sink
     return is_sink | (places % config.global_every == config.global_every - 1)
-
-
-def _places(layout: Layout) -> Tensor:
-    """(B or 1, past + T): each token's place among the real tokens of its document, -1 where it is padding."""
-    num_tokens = layout.past + layout.positions.shape[-1]
-    if layout.documents is not None:
-        places = layout.positions
-    elif layout.padding is not None:
-        places = layout.padding[:, :num_tokens].cumsum(-1) - 1
-    else:
-        return torch.arange(num_tokens, device=layout.positions.device)[None]
-    return places if layout.padding is None else places.masked_fill(~layout.padding[:, :num_tokens], -1)
 
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,7 +253,7 @@ def _blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) 
 
 
 def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    places, size = _places(layout), config.block
+    places, size = layout.places(), config.block
     num_tokens, device = places.shape[1], places.device
     num_blocks = _num_blocks(config, num_tokens)
     starts = torch.arange(0, num_blocks * size, size, device=device)[:, None]

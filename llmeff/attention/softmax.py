@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmeff.attention import flex
 from llmeff.attention.heads import HeadsConfig, HeadsMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.core.layout import Layout
@@ -64,13 +65,28 @@ class Softmax(HeadsConfig):
 class SoftmaxMixer(HeadsMixer):
     """Projections around `attend`."""
 
+    def __init__(self, config: Softmax, shape: MixerShape):
+        super().__init__(config, shape)
+        self.kernel = config.kernel
+
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
         """The rotary tables, and the bias of documents and padding."""
         super().prepare(layout, num_rows, dtype)
-        layout.bias(layout.positions.shape[-1], dtype)
+        if self.kernel != "flex" or not layout.positions.is_cuda:
+            layout.bias(layout.positions.shape[-1], dtype)
+        elif layout.documents is not None or layout.padding is not None:
+            flex.block_mask(layout, "softmax", _sees)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
         """Over all tokens of the document."""
+        has_mask = layout.documents is not None or layout.padding is not None
+        if has_mask and flex.takes(self.kernel, query, cache):
+            mixed = flex.attend(query, key, value, flex.block_mask(layout, "softmax", _sees))
+            return mixed.transpose(1, 2).flatten(-2)
         if cache is not None:
             key, value = cache.extend(key, value)
         return attend(query, key, value, layout).transpose(1, 2).flatten(-2)
+
+
+def _sees(query: Tensor, key: Tensor) -> Tensor:
+    return (key >= 0) & (key <= query)

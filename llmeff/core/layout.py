@@ -48,6 +48,17 @@ class Layout:
         is_padding = self.is_padding
         return x if is_padding is None else x.masked_fill(is_padding[..., None], 0)
 
+    def places(self) -> Tensor:
+        """(B or 1, past + T): each token's place among the real tokens of its document, -1 where it is padding."""
+        num_tokens = self.past + self.positions.shape[-1]
+        if self.documents is not None:
+            places = self.positions
+        elif self.padding is not None:
+            places = self.padding[:, :num_tokens].cumsum(-1) - 1
+        else:
+            return torch.arange(num_tokens, device=self.positions.device)[None]
+        return places if self.padding is None else places.masked_fill(~self.padding[:, :num_tokens], -1)
+
     def tables(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
         """What a mixer makes of the layout, for all its layers; a key begins with the mixer's name."""
         if key not in self._tables:

@@ -1,6 +1,7 @@
 """A Llama-style decoder of plain modules: RMSNorm, a mixer and SwiGLU in each layer, and the price of it all."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from llmeff.core.layout import Layout
 from llmeff.core.table import Role
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
+from llmeff.cost.workload import Workload
 from llmeff.models import cross_entropy
 from llmeff.models.cross_entropy import cross_entropy_sum
 from llmeff.models.model import LanguageModelConfig
@@ -177,6 +179,14 @@ class DecoderConfig(LanguageModelConfig):
         """Those of its mixers."""
         layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
         return sum(self.layer_mixer(index).buffer_bytes(self.mixer_shape(index), number_bytes) for index in layers)
+
+    def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
+        """Kernels that are not at hand."""
+        yield from super().problems(workload, built)
+        if built is None:
+            layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
+            lacking = [self.layer_mixer(index).lacks(on_cpu=workload.on_cpu) for index in layers]
+            yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:
         """What decoding keeps of one sequence of so many tokens, see `MixerConfig.cache_bytes`."""

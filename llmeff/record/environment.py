@@ -15,6 +15,7 @@ from llmeff.record.schema import Environment
 
 _PACKAGES = (
     "torch", "accelerate", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "datasets", "peft",
+    "triton", "flash-linear-attention",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmeff.core import group
+from llmeff.core import group, kernels
 from llmeff.core.dist import silence_profiler
 from llmeff.core.log import logger
 
@@ -402,11 +402,29 @@ def count_flops(run: Callable[[], object]) -> int:
     """FLOPs that a call executes: contractions only (a multiply-add is 2), recomputation in, causal attention in full.
 
     Convolutions, matrix products and attention count; elementwise work, norms, embeddings, matrix-vector products and
-    custom operations without a formula do not. Compiled code runs eagerly meanwhile.
+    custom operations without a formula do not. Compiled code runs eagerly meanwhile. Kernels of attention are noted.
     """
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         run()
+    for operation in counter.get_flop_counts().get("Global", {}):
+        name = str(operation).rpartition(".")[2].lstrip("_")
+        if "attention" in name and "backward" not in name:
+            kernels.ran(f"attention: torch {name}")
     return int(counter.get_total_flops())
+
+
+def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Counts what a step does.
+
+    Returns:
+        `executed_flops`, where the FLOPs of all kernels can be counted, and `wire_bytes`, where ranks sent any; and the kernels
+        that ran, of what has more than one.
+    """
+    with WireMeter() as wire, kernels.noted() as ran:
+        flops = count_flops(run)
+    counted = {"executed_flops": float(flops)} if all(ran.values()) else {}
+    sent = {"wire_bytes": float(wire.num_bytes.total())} if wire.num_bytes else {}
+    return counted | sent, tuple(sorted(ran))
 
 
 class EnergyMeter:

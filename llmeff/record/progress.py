@@ -228,6 +228,8 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         facts.append(("speed", speed + ("" if result.mfu is None else f", MFU {result.mfu:.1%}")))
     timings = {name.removesuffix("_s"): seconds for name, seconds in result.timings.model_dump().items()}
     facts.append(("time", ", ".join(f"{name} {show_seconds(s)}" for name, s in timings.items())))
+    if result.kernels:
+        facts.append(("kernels", ", ".join(result.kernels)))
     if result.energy_j is not None:
         facts.append(("energy", show_count(result.energy_j, "J")))
     return facts

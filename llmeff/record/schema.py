@@ -221,6 +221,9 @@ class Result(Record):
     """Something that the trained model made."""
     data: dict[str, Any] = {}
     """What was read: names, sizes, SHA-256."""
+    kernels: tuple[str, ...] = ()
+    """Which computed what has more than one, in the step whose FLOPs were counted; that count is not made where one of them
+    cannot be counted."""
 
 
 def relative_errors(predicted: Mapping[Q, float], measured: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,190 @@
+"""Other kernels behind the same mixers give what torch's own forms give; which ran is known; what lacks is said."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmeff.attention import MixerConfig, Sliding, Softmax, fla, flex
+from llmeff.attention.mixer import MixerShape
+from llmeff.attention.scan import ScanConfig, scan, takes_fla
+from llmeff.core import kernels
+from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.layout import Layout
+from llmeff.loop import train
+from llmeff.runconfig import RunConfig
+from tests.test_loop import TINY
+
+SHAPE = MixerShape(width=32, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, norm_eps=1e-5)
+LENGTH = 150
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
+]
+SCANS = [name for name in MixerConfig.registry.names() if issubclass(MixerConfig.registry[name], ScanConfig)]
+
+
+def documents(device):
+    """(2, T): two documents of a row, three of the other."""
+    cuts = torch.zeros(2, LENGTH, dtype=torch.int64, device=device)
+    cuts[0, 61] = cuts[1, 20] = cuts[1, 130] = 1
+    return cuts.cumsum(1)
+
+
+def layouts(device):
+    apart, places = documents(device), torch.arange(LENGTH, device=device)
+    begins = torch.where(F.pad(apart[:, 1:] != apart[:, :-1], (1, 0)), places, 0).cummax(1).values
+    padding = torch.ones(2, LENGTH, dtype=torch.bool, device=device)
+    padding[0, :9] = padding[1, :70] = False
+    return {
+        "plain": Layout.plain(LENGTH, torch.device(device)),
+        "packed": Layout(positions=places - begins, documents=apart),
+        "padded": Layout(positions=(padding.cumsum(-1) - 1).clamp(min=0), padding=padding),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+@pytest.mark.parametrize(
+    "config",
+    [Softmax(), Softmax(qk_norm=True), Sliding(window=20), Sliding(window=20, sinks=3, global_every=11)],
+    ids=["softmax", "qk norm", "sliding", "sinks and global"],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_gives_what_sdpa_gives(config, kind, device, monkeypatch):
+    monkeypatch.setattr(flex, "takes", lambda kernel, query, cache: kernel == "flex")
+    torch.manual_seed(0)
+    module = config.build(SHAPE).to(device)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    other = config.model_copy(update={"kernel": "flex"}).build(SHAPE).to(device)
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(2, LENGTH, SHAPE.width, device=device)
+    layout, again = layouts(device)[kind], layouts(device)[kind]
+    real = torch.ones(2, LENGTH, device=device) if layout.padding is None else layout.padding.float()
+    has_gradient = device != "cpu"  # torch's FlexAttention has none there
+    found = []
+    with torch.set_grad_enabled(has_gradient), kernels.noted() as ran:
+        for each, own in ((module, layout), (other, again)):
+            given = x.clone().requires_grad_(has_gradient)
+            out = each(given, own) * real[..., None]
+            found.append([out, *(torch.autograd.grad(out.square().sum(), given) if has_gradient else ())])
+    assert ("attention: torch FlexAttention" in ran) == (kind != "plain" or config.name == "sliding")
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-3 if has_gradient else 1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_makes_one_mask_for_all_layers(monkeypatch):
+    monkeypatch.setattr(flex, "takes", lambda kernel, query, cache: kernel == "flex")
+    module = Sliding(window=20, kernel="flex").build(SHAPE)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    layout, x = layouts("cpu")["packed"], torch.randn(2, LENGTH, SHAPE.width)
+    with torch.no_grad():
+        module(x, layout)
+        made = dict(layout._tables)
+        module(x, layout)
+    assert layout._tables == made
+
+
+needs_fla = [
+    pytest.mark.skipif(not fla.is_installed(), reason="flash-linear-attention is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=needs_fla), pytest.param("cuda", marks=[*needs_fla, *DEVICES[1].marks])]
+)
+@pytest.mark.parametrize("kind", ["a state before", "documents"])
+@pytest.mark.parametrize("has_beta", [False, True], ids=["sum", "delta rule"])
+@pytest.mark.parametrize("decays", [0, 1, 16], ids=["no decay", "of heads", "of channels"])
+def test_flash_linear_attention_gives_what_the_scan_gives(decays, has_beta, kind, device, interpreted):
+    torch.manual_seed(0)
+    length, width = 70, 16
+
+    def drawn(*shape):
+        return torch.randn(2, length, 2, *shape, device=device)
+
+    query, key, value = 0.3 * drawn(width), F.normalize(drawn(width), dim=-1), drawn(width)
+    log_decay = None if not decays else -0.3 * drawn(decays).sigmoid()
+    beta = drawn().sigmoid() if has_beta else None
+    state = 0.5 * torch.randn(2, 2, width, width, device=device) if kind == "a state before" else None
+    apart = None if state is not None else documents(device)[:, :length]
+    rows = [query, key, value, log_decay, beta]
+    leaves = [x.requires_grad_() for x in rows if x is not None]
+    weight = drawn(width)
+
+    got, end = fla.scan(*rows, apart, state)
+    gradients = torch.autograd.grad((got * weight).sum(), leaves)
+    turned = [None if x is None else x.transpose(1, 2) for x in rows]
+    expected, expected_end = scan(*turned, documents=apart, state=state)
+    expected = expected.transpose(1, 2)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if device == "cpu" else {"rtol": 1e-2, "atol": 5e-3}  # products in TF32
+    torch.testing.assert_close(got, expected, **tolerance)
+    if state is None:
+        assert end is None
+    else:
+        torch.testing.assert_close(end, expected_end, **tolerance)
+    for own, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), leaves), strict=True):
+        torch.testing.assert_close(own, theirs, **tolerance)
+
+
+def test_documents_of_all_rows_stand_one_after_another():
+    apart = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [3, 4, 4, 5]])
+    assert fla._bounds(apart).tolist() == [0, 2, 4, 8, 9, 11, 12]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch", "fla"])
+def test_no_kernel_of_gpus_is_taken_on_the_cpu(kernel, monkeypatch):
+    monkeypatch.setattr(fla, "is_installed", lambda: True)
+    assert not takes_fla(kernel, torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "ran"),
+    [
+        ("softmax", ("attention: torch scaled_dot_product_flash_attention_for_cpu",)),
+        ("gated-deltanet", ("scan: torch",)),
+        ("linear", ("scan: torch",)),
+    ],
+)
+def test_a_run_records_which_kernels_ran(tmp_path, name, ran):
+    result = train(validate(RunConfig, override(TINY, [f"model.mixer={name}"])), tmp_path / "run")
+    assert result.kernels == ran
+    assert result.error["executed_flops"] == 0
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_kernel_that_is_not_installed_is_an_error_before_anything_is_written(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(fla, "is_installed", lambda: False)
+    config = validate(RunConfig, override(TINY, [f"model.mixer={name}", "model.mixer.kernel=fla"]))
+    words = f"mixer '{name}': kernel 'fla' needs flash-linear-attention: pip install \"llmeff\\[fla\\]\""
+    with pytest.raises(ConfigError, match=words):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "kernel", "other"), [("sliding", "flex", "sdpa"), ("kda", "fla", "auto")])
+def test_a_kernel_of_gpus_is_refused_on_the_cpu(name, kernel, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(fla, "is_installed", lambda: True)
+    config = validate(RunConfig, override(TINY, [f"model.mixer={name}", f"model.mixer.kernel={kernel}"]))
+    with pytest.raises(ConfigError, match=f"kernel '{kernel}' .* on GPUs alone.*use '{other}'"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_the_cpu_a_model_of_another_kernel_is_read_as_sdpa_reads_it():
+    module = Sliding(window=20, kernel="flex").build(SHAPE)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    with kernels.noted() as ran:
+        module(torch.randn(2, LENGTH, SHAPE.width), layouts("cpu")["plain"]).sum().backward()
+    assert not ran
+
+
+def test_a_wrong_kernel_is_named():
+    with pytest.raises(ConfigError, match=r"model\.mixer.*kernel"):
+        validate(RunConfig, override(TINY, ["model.mixer=gla", "model.mixer.kernel=flaa"]))
