@@ -36,6 +36,8 @@ from llmeff.runconfig import RunConfig
 
 FINE = 4
 """Spans of positions in a training length."""
+_COUNTED = 2**24
+"""Tokens of the training text whose frequencies are taken."""
 _LOGITS = 2**22
 """Numbers of logits that are made at once."""
 
@@ -79,6 +81,8 @@ class LongRange:
     folder."""
     training_length: int
     """Tokens of a window that it was trained on."""
+    unigram_loss: float
+    """What the frequencies of the training text's tokens alone come to on the same text, nats per token."""
     lengths: list[AtLength]
     """From the training length on, by doubling."""
     positions: list[tuple[int, Mean]]
@@ -151,7 +155,20 @@ def _read(opened: _Opened, run: str, arm: str, times: int, gram: int, split: Spl
     seen, losses = found[-1][1]
     borders = [place * length // FINE for place in range(times * FINE + 1)]
     positions = [(start, _mean(losses[(seen >= start) & (seen < end)])) for start, end in pairwise(borders)]
-    return LongRange(run=run, arm=arm, training_length=length, lengths=[own for own, _ in found], positions=positions)
+    return LongRange(
+        run=run,
+        arm=arm,
+        training_length=length,
+        unigram_loss=_unigram_loss(corpus, split, max_tokens),
+        lengths=[own for own, _ in found],
+        positions=positions,
+    )
+
+
+def _unigram_loss(corpus: TextCorpus, split: Split, max_tokens: int) -> float:
+    """By frequencies plus one each, so that a token that is new has one too."""
+    counts = np.bincount(corpus.stream("train").tokens[:_COUNTED], minlength=corpus.vocab_size) + 1
+    return float(-np.log(counts / counts.sum())[corpus.stream(split).tokens[1 : max_tokens + 1]].mean())
 
 
 def _open(folder: Path, times: int, split: Split) -> _Opened:
@@ -271,6 +288,8 @@ def tables(found: Sequence[LongRange]) -> list[TextTable]:
                 f"{statistics.median(each.tokens_per_s for each in same):,.0f}",
                 show_bytes(own.state_bytes),
             ])  # fmt: skip
+    alone = dict.fromkeys(f"{each.unigram_loss:.4f}" for each in found)
+    rows += [["token frequencies", "-", "-", loss, *["-"] * 5] for loss in alone]
     headers = ["arm", "runs", "window", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s", "state"]
     return [TextTable(title="Loss (nats per token) by length of window", headers=headers, rows=rows)]
 

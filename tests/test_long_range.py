@@ -1,6 +1,7 @@
 """Longer windows than a model's own: what is repeated, by brute force; the same loss as the run's; wrong input."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -122,6 +123,15 @@ def test_a_name_that_one_arm_has_names_it(tmp_path):
     assert [each.arm for each in long_range([tmp_path / name for name in "abc"], times=1)] == ["mine", "mine", "yours"]
 
 
+def test_token_frequencies_are_those_of_the_training_text(runs):
+    (found,) = long_range([runs / "stream"], times=1, max_tokens=1000)
+    corpus = validate(RunConfig, override(TINY, ["data.packing=plain"])).data.open()
+    train, held_out = (corpus.stream(split).tokens.tolist() for split in ("train", "validation"))
+    total = len(train) + corpus.vocab_size
+    losses = [-math.log((train.count(token) + 1) / total) for token in held_out[1:1001]]
+    assert found.unigram_loss == pytest.approx(sum(losses) / len(losses))
+
+
 def test_decoding_keeps_what_a_state_takes(runs):
     softmax, state = long_range([runs / "stream", runs / "state"], times=4)
     first, *_, last = softmax.lengths
@@ -131,7 +141,7 @@ def test_decoding_keeps_what_a_state_takes(runs):
 
 def test_tables_json_and_picture(runs):
     found = long_range([runs / "stream", runs / "state"], times=2)
-    assert [row[0] for row in tables(found)[0].rows] == ["stream", "stream", "state", "state"]
+    assert [row[0] for row in tables(found)[0].rows] == ["stream", "stream", "state", "state", "token frequencies"]
     assert [each["run"] for each in json.loads(json.dumps(as_json(found), allow_nan=False))["runs"]] == [
         "stream",
         "state",
