@@ -1,0 +1,112 @@
+"""Where a step of each mixer spends its time on a CPU: `python analysis/mixer_profile.py` writes results/mixer_profile.json.
+
+The layers are those of `llmeff bench mixers`. Time is that of torch's operations themselves, in one process on one thread,
+without what they call; what is left is Python and autograd. The rate of a kind of products is beside that of
+`llmeff bench mixers`: batched, 64 rows by 64 columns over a head's width. The profiler itself takes time, so that shares
+are told, and no speed.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from llmeff.mixer_bench import VOCABULARY, MixerRace, every_mixer
+from llmeff.record.environment import environment
+
+KINDS = {
+    "batched products": ("bmm", "baddbmm"),
+    "products with weights": ("mm", "addmm"),
+    "attention": ("attention",),
+    "solves": ("solve_triangular",),
+    "convolutions": ("convolution",),
+    "exponentials": ("exp", "softplus", "sigmoid", "silu", "elu", "softmax"),
+    "copies": ("copy_", "cat", "fill_", "clone", "index", "zero_", "empty"),
+    "elementwise": ("mul", "add", "sub", "div", "neg", "fill", "tril", "where", "sum", "pow", "rsqrt", "clamp", "mean", "max"),
+}  # fmt: skip
+"""By what the names of operations hold; the first that fits."""
+ROUNDS = 3
+
+
+def kind_of(operation: str) -> str:
+    """Of an operation of torch's."""
+    name = operation.removeprefix("aten::")
+    if not operation.startswith("aten::"):
+        return "Python and autograd"
+    exact = {kind for kind, words in KINDS.items() if name in words}
+    if exact:
+        return exact.pop()
+    return next((kind for kind, words in KINDS.items() if any(len(w) > 2 and w in name for w in words)), "other")
+
+
+def shares(step: Any) -> dict[str, Any]:
+    """Shares of a step's time by kind, and the rate of the two kinds of products, FLOP/s."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found:
+        for _ in range(ROUNDS):
+            step()
+    seconds: dict[str, float] = {}
+    flops: dict[str, float] = {}
+    for row in found.key_averages():
+        kind = kind_of(row.key)
+        seconds[kind] = seconds.get(kind, 0.0) + row.self_cpu_time_total / 1e6
+        flops[kind] = flops.get(kind, 0.0) + (row.flops or 0)
+    total = sum(seconds.values())
+    return {
+        "shares": {kind: passed / total for kind, passed in sorted(seconds.items(), key=lambda item: -item[1])},
+        "flops_per_s": {kind: flops[kind] / seconds[kind] for kind in list(KINDS)[:2] if seconds.get(kind)},
+    }
+
+
+def product_rate(width: int) -> float:
+    """FLOP/s of batched products of 64 rows by 64 columns over a head's width, the best of a few."""
+    left, right = torch.randn(256, 64, width), torch.randn(256, width, 64)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(10):
+            left @ right
+        best = min(best, (time.perf_counter() - start) / 10)
+    return 2 * 256 * 64 * 64 * width / best
+
+
+def main() -> None:
+    """Profiles every mixer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mixer_profile.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    race = MixerRace(mixers=every_mixer(), lengths=(options.length, 2 * options.length, 4 * options.length))
+    tokens = torch.randint(VOCABULARY, (1, options.length))
+    mixers = {}
+    for name, config in race.configs().items():
+        model = config.build()
+
+        def step(model: Any = model) -> None:
+            model(tokens, targets=tokens).backward()
+            model.zero_grad(set_to_none=True)
+
+        mixers[name] = shares(step)
+        shown = ", ".join(f"{kind} {share:.0%}" for kind, share in mixers[name]["shares"].items() if share >= 0.01)
+        sys.stdout.write(f"{name}: {shown}\n")
+    result = {
+        "command": "python analysis/mixer_profile.py",
+        "length": options.length,
+        "width": race.width,
+        "num_heads": race.num_heads,
+        "product_flops_per_s": product_rate(race.width // race.num_heads),
+        "environment": environment(torch.device("cpu")).model_dump(mode="json"),
+        "mixers": mixers,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
