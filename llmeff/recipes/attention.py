@@ -64,10 +64,10 @@ def recall() -> SweepConfig:
         base=RunConfig(
             task=Recall(),
             model=DecoderConfig(width=2 * _HEAD_DIM, num_layers=2, num_heads=2, mlp_width=128),
-            data=RecallData(vocab_size=256, sequence_length=64, pairs=16, held_out=512),
+            data=RecallData(vocab_size=256, sequence_length=64, pairs=16, held_out=256),
             schedule=Cosine(warmup_steps=steps // 10),
             train=TrainConfig(steps=steps, batch=16, micro_batch=16),
-            evaluation=EvalConfig(every=0.1, max_units=None, sample_tokens=0),
+            evaluation=EvalConfig(every=0.125, max_units=None, sample_tokens=0),
             checkpoint=CheckpointConfig(every=0),
             runtime=RuntimeConfig(threads=1),
         ),
