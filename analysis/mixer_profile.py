@@ -22,26 +22,29 @@ from llmeff.record.environment import environment
 KINDS = {
     "batched products": ("bmm", "baddbmm"),
     "products with weights": ("mm", "addmm"),
-    "attention": ("attention",),
-    "solves": ("solve_triangular",),
-    "convolutions": ("convolution",),
-    "exponentials": ("exp", "softplus", "sigmoid", "silu", "elu", "softmax"),
-    "copies": ("copy_", "cat", "fill_", "clone", "index", "zero_", "empty"),
-    "elementwise": ("mul", "add", "sub", "div", "neg", "fill", "tril", "where", "sum", "pow", "rsqrt", "clamp", "mean", "max"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "solves": ("linalg_solve_triangular",),
+    "convolutions": ("mkldnn_convolution", "convolution"),
+    "exponentials": ("exp", "softplus", "sigmoid", "silu", "elu", "_log_softmax", "log_sigmoid", "logsumexp"),
+    "copies": ("copy", "cat", "clone", "fill", "zero", "constant_pad_nd", "index_select", "gather", "scatter", "index",
+               "repeat_interleave", "embedding", "embedding_dense"),
+    "elementwise": ("mul", "add", "sub", "div", "neg", "masked_fill", "tril", "where", "sum", "pow", "rsqrt", "clamp",
+                    "clamp_min", "mean", "max", "amax", "cumsum", "flip", "addcmul", "square", "ge", "le", "reciprocal",
+                    "log", "maximum", "cummax", "threshold", "nll_loss"),
 }  # fmt: skip
-"""By what the names of operations hold; the first that fits."""
+"""Operations of torch's, without what is said of their backward or that they write in place."""
 ROUNDS = 3
 
 
 def kind_of(operation: str) -> str:
     """Of an operation of torch's."""
-    name = operation.removeprefix("aten::")
     if not operation.startswith("aten::"):
         return "Python and autograd"
-    exact = {kind for kind, words in KINDS.items() if name in words}
-    if exact:
-        return exact.pop()
-    return next((kind for kind, words in KINDS.items() if any(len(w) > 2 and w in name for w in words)), "other")
+    name = operation.removeprefix("aten::")
+    for ending in ("_overrideable", "_forward", "_backward", "_data"):
+        name = name.removesuffix(ending)
+    name = name if name in KINDS["attention"] else name.removesuffix("_")
+    return next((kind for kind, names in KINDS.items() if name in names), "views and other")
 
 
 def shares(step: Any) -> dict[str, Any]:
@@ -51,14 +54,18 @@ def shares(step: Any) -> dict[str, Any]:
         for _ in range(ROUNDS):
             step()
     seconds: dict[str, float] = {}
+    unknown: dict[str, float] = {}
     flops: dict[str, float] = {}
     for row in found.key_averages():
         kind = kind_of(row.key)
+        if kind == "views and other":
+            unknown[row.key] = row.self_cpu_time_total / 1e6
         seconds[kind] = seconds.get(kind, 0.0) + row.self_cpu_time_total / 1e6
         flops[kind] = flops.get(kind, 0.0) + (row.flops or 0)
     total = sum(seconds.values())
     return {
         "shares": {kind: passed / total for kind, passed in sorted(seconds.items(), key=lambda item: -item[1])},
+        "other": {name: passed / total for name, passed in unknown.items() if passed >= 0.01 * total},
         "flops_per_s": {kind: flops[kind] / seconds[kind] for kind in list(KINDS)[:2] if seconds.get(kind)},
     }
 

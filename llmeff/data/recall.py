@@ -17,6 +17,8 @@ from llmeff.data.source import fingerprint_of
 
 _BLANK = 0
 """The token that is neither key nor value; of induction, the one that calls."""
+_DRAWING = 2
+"""Counts how rows have been drawn from a seed: where that changes, the data are others."""
 HELD_OUT = ("validation", "search", "test")
 """Splits besides training, of as many rows each."""
 
@@ -76,7 +78,7 @@ class RecallData(DataConfig):
 
     def fingerprint(self) -> str:
         """Equal data have equal ones on every machine."""
-        return fingerprint_of([self.model_dump(mode="json")])
+        return fingerprint_of([_DRAWING, self.model_dump(mode="json")])
 
     def questions(self) -> int:
         """Answers that a row asks for."""

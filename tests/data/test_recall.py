@@ -64,6 +64,14 @@ def test_rows_are_a_function_of_seed_step_and_row():
     assert config.fingerprint() != data(seed=1).fingerprint()
 
 
+def test_a_seed_draws_these_rows():
+    """Where they are others, `_DRAWING` must count on."""
+    mqar = data(vocab_size=16, pairs=2, sequence_length=12).train_rows(0, 1, range(1))
+    induction = data(kind="induction", vocab_size=8, sequence_length=6).held_out_rows("test", range(1))
+    assert mqar.tokens.tolist() == [[7, 13, 5, 8, 7, 13, 5, 0, 13, 0, 5, 10]]
+    assert induction.tokens.tolist() == [[7, 1, 5, 0, 4, 0]]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
