@@ -44,5 +44,5 @@ test-gpu: setup
 
 # Kernels of GPUs without one: Triton interprets them.
 test-kernels: setup
-	$(BIN)python -m pip install --quiet --constraint constraints.txt --editable ".[fla]" triton
+	$(BIN)python -m pip install --quiet --constraint constraints.txt --editable ".[fla]" triton==3.9.0
 	TRITON_INTERPRET=1 $(BIN)python -m pytest tests/attention/test_kernels.py

@@ -127,6 +127,12 @@ def long_range(
         raise ConfigError(problems)
     # all is opened before the first is read, which may take long
     opened, runs = [_open(each, times, split) for each in folders], _apart(folders)
+    texts = {each.corpus.fingerprint: run for each, run in zip(opened, runs, strict=True)}
+    if len(texts) > 1:
+        raise ConfigError(
+            f"{' and '.join(texts.values())} read other text, or by another tokenizer, so that losses are not of the same "
+            "tokens: give runs of one text at a time"
+        )
     arms = _arms(runs, [each.config for each in opened])
     return [
         _read(each, run, arm, times, gram, split, max_tokens) for each, run, arm in zip(opened, runs, arms, strict=True)

@@ -135,7 +135,7 @@ class Trainer:
             self.step = checkpoint.step
             state = _State.model_validate(checkpoint.state)
             if state.sharing != self._state.sharing:  # what was measured is of ranks that shared a step otherwise
-                state = state.model_copy(update={"sharing": self._state.sharing, "measured": {}})
+                state = state.model_copy(update={"sharing": self._state.sharing, "measured": {}, "kernels": ()})
             self._state = state
         self._writer.truncate_after(self.step)
 

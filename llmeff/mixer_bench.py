@@ -99,7 +99,19 @@ class MixerRace:
             problems.append("--device cuda: torch sees no CUDA device; allowed here: cpu")
         if problems:
             raise ConfigError(problems)
-        return {mixer: self._config(mixer) for mixer in self.mixers}
+        found = {mixer: self._config(mixer) for mixer in self.mixers}
+        work = self.workload(self.lengths[-1])
+        lacking = [f"--mixer {mixer!r}: {lack}" for mixer, config in found.items() for lack in config.problems(work)]
+        if lacking:
+            raise ConfigError(lacking)
+        return found
+
+    def workload(self, length: int) -> Workload:
+        """A forward and backward pass over so many tokens."""
+        return Workload(
+            num_sequences=1, num_tokens=length, precision_name=self.precision, num_threads=self.threads,
+            on_cpu=self.device == "cpu",
+        )  # fmt: skip
 
     def _config(self, mixer: str) -> DecoderConfig:
         try:
@@ -229,14 +241,21 @@ def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
     torch.manual_seed(race.seed)
     device, order = torch.device(race.device), random.Random(order_seed)
     models = {name: config.build().to(device) for name, config in race.configs().items()}
-    found: dict[str, Any] = {"seconds": {}, "measured": {}, "matmul_flops_per_s": _matmul_rate(race, device)}
+    found: dict[str, Any] = {
+        "seconds": {},
+        "measured": {},
+        "kernels": {},
+        "matmul_flops_per_s": _matmul_rate(race, device),
+    }
     for length in race.lengths:
         subjects = {name: _Subject(race, model, length) for name, model in models.items()}
         for name, subject in subjects.items():
             subject.step()  # warms up
             subject.forget()
             if measures:
-                found["measured"].setdefault(name, {})[length] = _measured(subject, device)
+                measured, ran = _measured(subject, device)
+                found["measured"].setdefault(name, {})[length] = measured
+                found["kernels"].setdefault(name, {})[length] = list(ran)
         seconds: dict[str, dict[Kind, list[float]]] = {name: {kind: [] for kind in KINDS} for name in subjects}
         for _ in range(race.rounds):
             for name in order.sample(list(subjects), len(subjects)):
@@ -254,20 +273,20 @@ def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
     return found
 
 
-def _measured(subject: _Subject, device: torch.device) -> dict[str, int]:
-    """Bytes and FLOPs of a forward and backward pass, and what is kept for decoding."""
+def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Bytes and FLOPs of a forward and backward pass, and what is kept for decoding; the kernels that ran."""
     model = subject.model
     held = [*model.parameters(), *model.buffers(), subject.tokens]
-    found = {
+    found: dict[str, float] = {
         "saved_bytes": meters.saved_bytes(subject.loss, held),
         "peak_bytes": meters.peak_bytes(subject.step, held, device),
     }
     subject.forget()
-    found["executed_flops"] = meters.count_flops(subject.step)
+    counted, ran = meters.count_step(subject.step)
     subject.forget()
     found["state_bytes"] = subject.prefill(0)
     subject.end()
-    return found
+    return found | counted, ran
 
 
 def _matmul_rate(race: MixerRace, device: torch.device) -> float:
@@ -280,11 +299,7 @@ def _matmul_rate(race: MixerRace, device: torch.device) -> float:
 
 
 def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str, float]:
-    work = Workload(
-        num_sequences=1, num_tokens=length, precision_name=race.precision, num_threads=race.threads,
-        on_cpu=race.device == "cpu",
-    )  # fmt: skip
-    price = config.price(work)
+    price = config.price(race.workload(length))
     number_bytes = torch.finfo(getattr(torch, precision(race.precision).compute)).bits // 8
     return {
         "saved_bytes": price.total("saved_bytes"),
@@ -332,6 +347,7 @@ def bench_mixers(race: MixerRace) -> dict[str, Any]:
                         kind: asdict(_ratio(seconds[kind][length], firsts[kind][length])) for kind in KINDS
                     },
                     "measured": generations[0]["measured"][name][length],
+                    "kernels": generations[0]["kernels"][name][length],
                     "predicted": _predicted(race, config, length),
                 }
                 for length in race.lengths
@@ -417,7 +433,7 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
             abs(each["predicted"][kind] / each["measured"][kind] - 1)
             for each in own["lengths"].values()
             for kind in each["predicted"]
-            if each["measured"][kind]
+            if each["measured"].get(kind)
         ]
         rows.append([
             name,
@@ -426,7 +442,7 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
             show_bytes(last["measured"]["saved_bytes"]),
             show_bytes(last["measured"]["peak_bytes"]),
             f"{100 * max(errors):.2f} %",
-            f"{last['measured']['executed_flops'] / step_s / rate:.2f}",
+            _share(last["measured"].get("executed_flops"), step_s * rate),
             *(_spread(own["exponent"][kind]) for kind in ("step", "decode")),
             *(_from(own["overtakes"][kind]) if name != first else "-" for kind in ("step", "decode")),
         ])  # fmt: skip
@@ -435,6 +451,10 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
         "of the product's rate", "exponent, step", "exponent, decoding", f"step beats {first} from", "decoding from",
     ]  # fmt: skip
     return [*shown, TextTable(title=f"At {lengths[-1]} tokens, and over lengths", headers=headers, rows=rows)]
+
+
+def _share(flops: float | None, most: float) -> str:
+    return "-" if flops is None else f"{flops / most:.2f}"
 
 
 def _time(cell: Mapping[str, Any], kind: Kind) -> str:

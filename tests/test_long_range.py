@@ -178,6 +178,12 @@ def test_a_run_given_twice_is_an_error(capsys, runs):
     assert "stream: is given twice" in " ".join(capsys.readouterr().err.split())
 
 
+def test_runs_of_other_text_are_an_error(capsys, runs, tmp_path):
+    train(validate(RunConfig, override(TINY, ["data.source.max_bytes=90000"])), tmp_path / "other")
+    assert main(["context", str(runs / "stream"), str(tmp_path / "other")]) == 2
+    assert "read other text, or by another tokenizer" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_folder_without_a_model_is_an_error(capsys, tmp_path):
     assert main(["context", str(tmp_path)]) == 2
     assert "is no run folder" in " ".join(capsys.readouterr().err.split())

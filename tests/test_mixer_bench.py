@@ -58,6 +58,13 @@ def test_states_and_what_is_kept_for_backward_are_as_priced(result):
             assert cell["predicted"]["peak_bytes"] == pytest.approx(cell["measured"]["peak_bytes"], rel=0.25)
 
 
+def test_the_kernels_that_ran_are_told(result):
+    ran = {name: {kernel for cell in own["lengths"].values() for kernel in cell["kernels"]}
+           for name, own in result["mixers"].items()}  # fmt: skip
+    assert ran["linear"] == {"scan: torch"}
+    assert all(kernel.startswith("attention: torch sdpa, ") for kernel in ran["softmax"] | ran["sliding window=8"])
+
+
 def test_only_softmax_keeps_more_the_longer_it_is(result):
     states = {name: [cell["measured"]["state_bytes"] for cell in own["lengths"].values()]
               for name, own in result["mixers"].items()}  # fmt: skip
@@ -93,6 +100,8 @@ def test_the_decoders_own_mixer_is_what_all_are_set_beside():
         (["--mixer", "sliding 'window=4"], "cannot be read"),
         (["--length", "128", "--length", "64"], "--length: give at least 3 ascending numbers of tokens from 2 on, given: .*"),
         (["--heads", "3"], "width 16 is no multiple of num_heads 3|num_heads"),
+        (["--mixer", "gla kernel=fla"], "--mixer 'gla kernel=fla': mixer 'gla': kernel 'fla' .* on GPUs alone"),
+        (["--mixer", "sliding kernel=flex"], "--mixer 'sliding kernel=flex': .* kernel 'flex' trains on GPUs alone"),
         (["--processes", "1"], "--processes 1: at least 2"),
         pytest.param(
             ["--device", "cuda"], "--device cuda: torch sees no CUDA device; allowed here: cpu",
@@ -113,10 +122,13 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
         bench_mixers(race("softmax", "linear"))
 
 
-def test_the_command_writes_json_and_a_picture(capsys, tmp_path):
+def test_the_command_writes_json_and_a_picture(capsys, tmp_path, monkeypatch, result):
+    raced = []
+    monkeypatch.setattr(mixer_bench, "bench_mixers", lambda race: raced.append(race) or result)
     out = tmp_path / "mixers.json"
     assert main(["bench", "mixers", *SMALL, "--mixer", "softmax", "--mixer", "linear", "--out", str(out)]) == 0
     assert "step beats softmax from" in " ".join(capsys.readouterr().out.split())
+    assert raced[0] == race("softmax", "linear")
     written = json.loads(out.read_text())
-    assert list(written["mixers"]) == ["softmax", "linear"]
+    assert list(written["mixers"]) == list(result["mixers"])
     assert out.with_suffix(".png").is_file()

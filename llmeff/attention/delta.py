@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llmeff.attention import scan_law, short_conv
+from llmeff.attention import fla, scan_law, short_conv
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
-from llmeff.attention.scan import ScanConfig, mix
+from llmeff.attention.scan import ScanConfig, mix, product_dtype
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -25,6 +25,15 @@ class DeltaConfig(ScanConfig):
 
     conv: Count = 4
     """Tokens that the short convolution of queries, keys and values spans."""
+
+    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
+        """Also narrower keys, for a kernel that takes no wider ones."""
+        found = super().lacks(shape, on_cpu=on_cpu)
+        if self.kernel == "fla" and shape.head_dim > fla.LARGEST_KEY:
+            found.append(
+                f"mixer {self.name!r}: kernel 'fla' takes a head_dim of at most {fla.LARGEST_KEY}, given: {shape.head_dim}"
+            )
+        return found
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array | None:
         """The price of `DeltaMixer.log_decay`."""
@@ -69,7 +78,8 @@ class DeltaMixer(Mixer):
 
     def __init__(self, config: DeltaConfig, shape: MixerShape):
         super().__init__()
-        self.kernel = config.kernel
+        is_too_wide = shape.head_dim > fla.LARGEST_KEY
+        self.kernel = "torch" if config.kernel == "auto" and is_too_wide else config.kernel
         self.shape = shape
         self.value_width, key_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.width, key_width, bias=False)
@@ -95,7 +105,9 @@ class DeltaMixer(Mixer):
         query, key, value = heads.split((shape.num_kv_heads, shape.num_kv_heads, shape.num_heads), dim=2)
         query, key = unit(query) * shape.head_dim**-0.5, unit(key)
         query, key = repeated(query, shape.num_heads), repeated(key, shape.num_heads)
-        out = mix(query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache, self.kernel)
+        out = mix(
+            query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache, self.kernel, product_dtype(x)
+        )
         return cast(Tensor, self.o_proj(self.finish(out, x).flatten(-2)))
 
 

@@ -19,14 +19,20 @@ Sees = Callable[[Tensor, Tensor], Tensor]
 
 
 @cache
-def _compiled() -> Any:
+def _compiled(function: Callable[..., Any]) -> Any:
     # made when it is needed, since the compiler's import alone takes seconds
-    return torch.compile(flex_attention)
+    return torch.compile(function)
 
 
 def takes(kernel: str, query: Tensor, cache: LayerCache | None) -> bool:
-    """Whether FlexAttention computes it: where it was asked for, over whole rows, on a GPU."""
-    return kernel == "flex" and cache is None and query.is_cuda
+    """Whether FlexAttention computes it: where it was asked for, over whole rows, on a GPU.
+
+    Meters cannot look into it: in a step that is counted, sdpa, which gives the same, takes its place.
+    """
+    if kernel != "flex" or cache is not None or not query.is_cuda:
+        return False
+    kernels.ran("attention: torch FlexAttention, counted as sdpa")
+    return torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
 
 
 def block_mask(layout: Layout, name: object, sees: Sees) -> BlockMask:
@@ -52,21 +58,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor
     Returns:
         (B, N, T, H).
     """
-    kernels.ran("attention: torch FlexAttention", is_counted=False)
-    run = _compiled() if query.is_cuda else flex_attention
+    run = _compiled(flex_attention) if query.is_cuda else flex_attention
     return cast(Tensor, run(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1]))
 
 
 def _make(layout: Layout, sees: Sees) -> BlockMask:
     places = layout.places()
-    rows = places if layout.documents is None else places.expand(layout.documents.shape)
-    documents = torch.zeros_like(rows) if layout.documents is None else layout.documents
+    documents = torch.zeros_like(places) if layout.documents is None else layout.documents
+    rows, documents = torch.broadcast_tensors(places, documents)
     num_rows, num_tokens = rows.shape
 
     def seen(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = row if num_rows > 1 else torch.zeros_like(row)
-        return sees(rows[row, query], rows[row, key]) & (documents[row, query] == documents[row, key]) & (key <= query)
+        same: Tensor = documents[row, query] == documents[row, key]
+        return same & sees(rows[row, query], rows[row, key]) & (key <= query)
 
-    return create_block_mask(
-        seen, num_rows if num_rows > 1 else None, None, num_tokens, num_tokens, device=str(rows.device)
-    )
+    make = _compiled(create_block_mask) if rows.is_cuda else create_block_mask  # fused, it makes no T x T mask
+    batch = num_rows if num_rows > 1 else None
+    return cast(BlockMask, make(seen, batch, None, num_tokens, num_tokens, device=str(rows.device)))

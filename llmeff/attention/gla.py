@@ -12,7 +12,7 @@ from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.scan import LEAST, ScanConfig, mix
+from llmeff.attention.scan import LEAST, ScanConfig, mix, product_dtype
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -95,7 +95,7 @@ class GLAMixer(ProjectedMixer):
         log_decay = split((F.logsigmoid(open_) / _TEMPERATURE).clamp(min=LEAST), num_kv_heads)
         query = query * query.shape[-1] ** -0.5
         key, value, log_decay = (repeated(own, num_heads) for own in (key, value, log_decay))
-        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel)
+        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel, product_dtype(x))
         return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
 
 

@@ -12,7 +12,7 @@ from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
 from llmeff.attention.norm import wide
-from llmeff.attention.scan import ScanConfig, mix
+from llmeff.attention.scan import ScanConfig, mix, product_dtype
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -122,5 +122,8 @@ class Mamba2Mixer(Mixer):
         value = wide(split(value, self.num_heads))
         steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)[..., None]
         log_decay = -self.log_rate.exp()[:, None] * steps
-        out = mix(query, key, value * steps, log_decay, None, layout, cache, self.kernel) + value * self.skip[:, None]
+        out = (
+            mix(query, key, value * steps, log_decay, None, layout, cache, self.kernel, product_dtype(x))
+            + value * self.skip[:, None]
+        )
         return cast(Tensor, self.o_proj(self.o_norm(out.flatten(-2), self.g_proj(x))))

@@ -90,10 +90,11 @@ class MixerConfig(Component, family="mixer"):
         """What of the widths does not fit it."""
         return []
 
-    def lacks(self, *, on_cpu: bool) -> list[str]:
+    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """What it asks of this machine that is not there.
 
         Args:
+            shape: the widths.
             on_cpu: whether it is trained on the CPU.
         """
         return []

@@ -9,7 +9,7 @@ from llmeff.attention import gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, rotate, rotate_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.scan import ScanConfig, mix
+from llmeff.attention.scan import ScanConfig, mix, product_dtype
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -81,7 +81,7 @@ class RetentionMixer(ProjectedMixer):
         query, key = rotate(query, cos, sin) * shape.head_dim**-0.5, rotate(key, cos, sin)
         key, value = repeated(key, shape.num_heads), repeated(value, shape.num_heads)
         log_decay = log_decays(query).expand(*query.shape[:3], 1)
-        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel)
+        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel, product_dtype(x))
         return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from llmeff.attention import fla
-from llmeff.attention.mixer import LayerCache, MixerConfig
+from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.core import kernels
 from llmeff.core.layout import Layout
@@ -40,10 +40,11 @@ class ScanConfig(MixerConfig):
     """A mixer whose tokens go through the recurrence."""
 
     kernel: Literal["auto", "torch", "fla"] = "auto"
-    """What computes it. torch: this package's own form, anywhere; fla: flash-linear-attention's, on GPUs and, for whole
-    sequences; auto: that one where it is installed and the run is on a GPU in half precision, else torch. Prices are torch's."""
+    """What computes it. torch: this package's own form, anywhere. fla: flash-linear-attention's, for whole sequences on GPUs;
+    torch's on a CPU, and under `runtime.deterministic`, since Triton chooses its kernels by timing. auto: fla where it is
+    installed and products are in half precision; a mixer whose sums are float32 takes it only where asked. Prices are torch's."""
 
-    def lacks(self, *, on_cpu: bool) -> list[str]:
+    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """The package, or a GPU for it."""
         if self.kernel != "fla":
             return []
@@ -55,11 +56,17 @@ class ScanConfig(MixerConfig):
         return found
 
 
-def takes_fla(kernel: str, query: Tensor) -> bool:
-    """Whether flash-linear-attention mixes, see `ScanConfig.kernel`."""
-    if kernel == "torch" or not query.is_cuda:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The format of products with what a layer is given."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def takes_fla(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether flash-linear-attention mixes in a format, see `ScanConfig.kernel`."""
+    if kernel == "torch" or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
-    return kernel == "fla" or (query.dtype in (torch.bfloat16, torch.float16) and fla.is_installed())
+    return (kernel == "fla" or dtype in (torch.bfloat16, torch.float16)) and fla.is_installed()
 
 
 def mix(
@@ -71,10 +78,11 @@ def mix(
     layout: Layout,
     cache: LayerCache | None,
     kernel: str = "torch",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A batch's tokens through the recurrence: in chunks, or by one step after a state that was kept.
 
-    In float32 or wider, but for what another kernel than torch's does in the queries' format.
+    In float32 or wider, unless flash-linear-attention does it in `dtype`.
 
     Args:
         query: (B, T, N, K).
@@ -85,6 +93,7 @@ def mix(
         layout: documents have a state each, and padding changes none.
         cache: keeps the state.
         kernel: of `ScanConfig`.
+        dtype: of queries, keys and values in flash-linear-attention; decays and states are float32 there too.
 
     Returns:
         (B, T, N, V).
@@ -95,9 +104,9 @@ def mix(
         key = layout.cleared(key.flatten(2)).view_as(key)
         state = None if cache is None else cache.recall("state")
         is_whole = key.shape[1] > 1 and (cache is None or layout.documents is None)
-        if is_whole and takes_fla(kernel, query):
+        if is_whole and takes_fla(kernel, dtype, key.device):
             kernels.ran("scan: flash-linear-attention", is_counted=False)
-            mixed, state = fla.scan(query, key, value, log_decay, beta, layout.documents, state)
+            mixed, state = fla.scan(query, key, value, log_decay, beta, layout, state, dtype)
             if cache is not None:
                 cache.keep("state", cast(Tensor, state))
             return mixed

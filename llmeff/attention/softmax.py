@@ -9,6 +9,7 @@ from torch import Tensor
 from llmeff.attention import flex
 from llmeff.attention.heads import HeadsConfig, HeadsMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
+from llmeff.core import kernels
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
@@ -36,6 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 def attend_biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
     """The same with a summand of the scores, (B or 1, 1, T, S); None: plain causal attention over as many keys."""
     grouped = query.shape[1] != key.shape[1]
+    kernels.ran(kernels.SDPA)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=grouped
     )

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SDPA = "attention: torch sdpa"
+"""What softmax attention calls; torch takes a fused kernel for it, whose name follows, or plain products."""
+
 _noted: dict[str, bool] | None = None
 
 

@@ -42,14 +42,16 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
     Raises:
         ConfigError: the model or the mixer is of another kind, or the model has a sliding window of its own.
     """
-    if not isinstance(mixer, Softmax | Sliding) or mixer.qk_norm:
-        raise ConfigError(f"mixer is {mixer}: a transformers model takes Softmax() or Sliding(...), without qk_norm")
+    if not isinstance(mixer, Softmax | Sliding) or mixer.qk_norm or mixer.kernel != "sdpa":
+        raise ConfigError(
+            f"mixer is {mixer}: a transformers model takes Softmax() or Sliding(...), without qk_norm and with kernel 'sdpa'"
+        )
     if not model._can_set_attn_implementation():
         raise ConfigError(
             f"{type(model).__name__} does not ask transformers' AttentionInterface: its attention is its own"
         )
     if isinstance(mixer, Sliding):
-        fields = mixer.model_dump(exclude={"name", "qk_norm"})
+        fields = mixer.model_dump(exclude={"name", "qk_norm", "kernel"})
         _check_window(model.config, fields)
         setattr(model.config, SETTINGS, fields)
     model.set_attn_implementation(f"llmeff_{mixer.name}")

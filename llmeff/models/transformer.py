@@ -185,7 +185,9 @@ class DecoderConfig(LanguageModelConfig):
         yield from super().problems(workload, built)
         if built is None:
             layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
-            lacking = [self.layer_mixer(index).lacks(on_cpu=workload.on_cpu) for index in layers]
+            lacking = [
+                self.layer_mixer(index).lacks(self.mixer_shape(index), on_cpu=workload.on_cpu) for index in layers
+            ]
             yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:

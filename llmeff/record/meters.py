@@ -409,7 +409,7 @@ def count_flops(run: Callable[[], object]) -> int:
     for operation in counter.get_flop_counts().get("Global", {}):
         name = str(operation).rpartition(".")[2].lstrip("_")
         if "attention" in name and "backward" not in name:
-            kernels.ran(f"attention: torch {name}")
+            kernels.ran(f"{kernels.SDPA}, {name}")
     return int(counter.get_total_flops())
 
 
@@ -424,7 +424,8 @@ def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, 
         flops = count_flops(run)
     counted = {"executed_flops": float(flops)} if all(ran.values()) else {}
     sent = {"wire_bytes": float(wire.num_bytes.total())} if wire.num_bytes else {}
-    return counted | sent, tuple(sorted(ran))
+    is_fused = any(kernel.startswith(f"{kernels.SDPA}, ") for kernel in ran)
+    return counted | sent, tuple(sorted(kernel for kernel in ran if kernel != kernels.SDPA or not is_fused))
 
 
 class EnergyMeter:

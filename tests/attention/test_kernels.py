@@ -1,11 +1,14 @@
 """Other kernels behind the same mixers give what torch's own forms give; which ran is known; what lacks is said."""
 
 import importlib.util
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import llmeff.attention.scan
 from llmeff.attention import MixerConfig, Sliding, Softmax, fla, flex
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.scan import ScanConfig, scan, takes_fla
@@ -13,7 +16,9 @@ from llmeff.core import kernels
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.layout import Layout
 from llmeff.loop import train
+from llmeff.record.meters import count_step
 from llmeff.runconfig import RunConfig
+from tests.mixers import Kept
 from tests.test_loop import TINY
 
 SHAPE = MixerShape(width=32, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, norm_eps=1e-5)
@@ -53,7 +58,8 @@ def layouts(device):
 )
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_flex_attention_gives_what_sdpa_gives(config, kind, device, monkeypatch):
-    monkeypatch.setattr(flex, "takes", lambda kernel, query, cache: kernel == "flex")
+    taken = []
+    monkeypatch.setattr(flex, "takes", lambda kernel, query, cache: kernel == "flex" and not taken.append(kernel))
     torch.manual_seed(0)
     module = config.build(SHAPE).to(device)
     for parameter in module.parameters():
@@ -65,12 +71,12 @@ def test_flex_attention_gives_what_sdpa_gives(config, kind, device, monkeypatch)
     real = torch.ones(2, LENGTH, device=device) if layout.padding is None else layout.padding.float()
     has_gradient = device != "cpu"  # torch's FlexAttention has none there
     found = []
-    with torch.set_grad_enabled(has_gradient), kernels.noted() as ran:
+    with torch.set_grad_enabled(has_gradient):
         for each, own in ((module, layout), (other, again)):
             given = x.clone().requires_grad_(has_gradient)
             out = each(given, own) * real[..., None]
             found.append([out, *(torch.autograd.grad(out.square().sum(), given) if has_gradient else ())])
-    assert ("attention: torch FlexAttention" in ran) == (kind != "plain" or config.name == "sliding")
+    assert bool(taken) == (kind != "plain" or config.name == "sliding")
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-3 if has_gradient else 1e-5, atol=1e-5)
 
@@ -117,7 +123,8 @@ def test_flash_linear_attention_gives_what_the_scan_gives(decays, has_beta, kind
     leaves = [x.requires_grad_() for x in rows if x is not None]
     weight = drawn(width)
 
-    got, end = fla.scan(*rows, apart, state)
+    layout = Layout(positions=torch.arange(length, device=device)[None], documents=apart)
+    got, end = fla.scan(*rows, layout, state, torch.float32)
     gradients = torch.autograd.grad((got * weight).sum(), leaves)
     turned = [None if x is None else x.transpose(1, 2) for x in rows]
     expected, expected_end = scan(*turned, documents=apart, state=state)
@@ -137,16 +144,100 @@ def test_documents_of_all_rows_stand_one_after_another():
     assert fla._bounds(apart).tolist() == [0, 2, 4, 8, 9, 11, 12]
 
 
-@pytest.mark.parametrize("kernel", ["auto", "torch", "fla"])
-def test_no_kernel_of_gpus_is_taken_on_the_cpu(kernel, monkeypatch):
+HALF, SINGLE, GPU = torch.bfloat16, torch.float32, torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "device", "taken"),
+    [
+        ("auto", HALF, GPU, True),
+        ("auto", torch.float16, GPU, True),
+        ("auto", SINGLE, GPU, False),
+        ("fla", SINGLE, GPU, True),
+        ("torch", HALF, GPU, False),
+        ("auto", HALF, torch.device("cpu"), False),
+        ("fla", HALF, torch.device("cpu"), False),
+    ],
+)
+def test_flash_linear_attention_is_taken_on_gpus_where_it_is_there(kernel, dtype, device, taken, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: True)
-    assert not takes_fla(kernel, torch.zeros(1, dtype=torch.bfloat16))
+    assert takes_fla(kernel, dtype, device) == taken
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not takes_fla(kernel, dtype, device)
+    monkeypatch.undo()
+    monkeypatch.setattr(fla, "is_installed", lambda: False)
+    assert not takes_fla(kernel, dtype, device)
+
+
+def built(name, **fields):
+    torch.manual_seed(0)
+    shape = replace(SHAPE, num_kv_heads=SHAPE.num_heads)
+    module = MixerConfig.registry[name](**fields).build(shape)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    for part, first in module.initial().items():
+        module.get_buffer(part).copy_(first) if part in dict(module.named_buffers()) else None
+    return module
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_half_precision_is_that_of_products(name, monkeypatch):
+    """Also where a mixer widens what it hands on, but for those whose sums are float32."""
+    asked = []
+    monkeypatch.setattr(llmeff.attention.scan, "takes_fla", lambda kernel, dtype, device: asked.append(dtype))
+    x, layout = torch.randn(2, 10, SHAPE.width), Layout.plain(10, torch.device("cpu"))
+    module = built(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x, layout)
+    module.bfloat16()(x.bfloat16(), layout)
+    module.float()(x, layout)
+    half = SINGLE if name in ("linear", "performer") else HALF
+    assert asked == [half, half, SINGLE]
+
+
+@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+def test_a_mixer_hands_the_other_kernel_what_it_hands_the_scan(name, kind, monkeypatch):
+    def scanned(query, key, value, log_decay, beta, layout, state, dtype):
+        rows = [None if x is None else x.float().transpose(1, 2) for x in (query, key, value, log_decay, beta)]
+        mixed, end = scan(*rows, documents=layout.documents, state=state)
+        return mixed.transpose(1, 2), end
+
+    x, module = torch.randn(2, LENGTH, SHAPE.width), built(name)
+    expected = module(x, layouts("cpu")[kind])
+    monkeypatch.setattr(llmeff.attention.scan, "takes_fla", lambda kernel, dtype, device: True)
+    monkeypatch.setattr(fla, "scan", scanned)
+    torch.testing.assert_close(module(x, layouts("cpu")[kind]), expected)
+    if kind == "plain":  # a prompt, and then token by token after the state that is kept
+        cache = Kept()
+        parts = [module(x[:, :-2], Layout.plain(LENGTH - 2, x.device), cache)]
+        parts += [module(x[:, t : t + 1], Layout.plain(1, x.device, past=t), cache) for t in (LENGTH - 2, LENGTH - 1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_meters_see_no_kernel_that_they_cannot_look_into():
+    query = SimpleNamespace(is_cuda=True)
+    assert flex.takes("flex", query, None)
+    with kernels.noted() as ran:
+        _, noted = count_step(lambda: ran.update(inside=flex.takes("flex", query, None)))
+    assert ran == {"inside": False}
+    assert noted == ("attention: torch FlexAttention, counted as sdpa",)
+    assert not flex.takes("sdpa", query, None)
+    assert not flex.takes("flex", query, Kept())
+
+
+def test_a_mask_of_one_row_of_documents_and_padding_of_several():
+    documents = torch.tensor([[0] * 20 + [1] * 20])
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    padding[0, -5:] = False
+    layout = Layout(positions=torch.arange(40)[None] % 20, documents=documents, padding=padding)
+    assert flex.block_mask(layout, "all", lambda query, key: (key >= 0) & (key <= query)).shape[0] == 2
 
 
 @pytest.mark.parametrize(
     ("name", "ran"),
     [
-        ("softmax", ("attention: torch scaled_dot_product_flash_attention_for_cpu",)),
+        ("softmax", ("attention: torch sdpa, scaled_dot_product_flash_attention_for_cpu",)),
         ("gated-deltanet", ("scan: torch",)),
         ("linear", ("scan: torch",)),
     ],
@@ -161,10 +252,21 @@ def test_a_run_records_which_kernels_ran(tmp_path, name, ran):
 def test_a_kernel_that_is_not_installed_is_an_error_before_anything_is_written(name, tmp_path, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: False)
     config = validate(RunConfig, override(TINY, [f"model.mixer={name}", "model.mixer.kernel=fla"]))
-    words = f"mixer '{name}': kernel 'fla' needs flash-linear-attention: pip install \"llmeff\\[fla\\]\""
+    words = f"mixer '{name}': kernel 'fla' needs flash-linear-attention 0.6 or newer, with Triton: pip install \"llmeff\\[fla\\]\""
     with pytest.raises(ConfigError, match=words):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_keys_too_wide_for_a_kernel_are_refused_or_left_to_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(fla, "is_installed", lambda: True)
+    shape = replace(SHAPE, head_dim=512)
+    words = "mixer 'kda': kernel 'fla' takes a head_dim of at most 256, given: 512"
+    assert MixerConfig.registry["kda"](kernel="fla").lacks(shape, on_cpu=False) == [words]
+    assert not MixerConfig.registry["gla"](kernel="fla").lacks(shape, on_cpu=False)
+    with torch.device("meta"):
+        assert MixerConfig.registry["kda"]().build(shape).kernel == "torch"
+        assert MixerConfig.registry["kda"]().build(SHAPE).kernel == "auto"
 
 
 @pytest.mark.parametrize(("name", "kernel", "other"), [("sliding", "flex", "sdpa"), ("kda", "fla", "auto")])
@@ -182,7 +284,7 @@ def test_on_the_cpu_a_model_of_another_kernel_is_read_as_sdpa_reads_it():
         torch.nn.init.normal_(parameter)
     with kernels.noted() as ran:
         module(torch.randn(2, LENGTH, SHAPE.width), layouts("cpu")["plain"]).sum().backward()
-    assert not ran
+    assert set(ran) == {kernels.SDPA}
 
 
 def test_a_wrong_kernel_is_named():

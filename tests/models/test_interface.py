@@ -207,7 +207,7 @@ def test_two_windows_are_an_error():
         model(tokens(1, 3))
 
 
-@pytest.mark.parametrize("mixer", [GatedDelta(), Softmax(qk_norm=True)], ids=str)
+@pytest.mark.parametrize("mixer", [GatedDelta(), Softmax(qk_norm=True), Sliding(window=4, kernel="flex")], ids=str)
 def test_a_mixer_that_is_more_than_attention_is_an_error(mixer):
     with pytest.raises(ConfigError, match=r"takes Softmax\(\) or Sliding"):
         interface.use(build("Llama"), mixer)
