@@ -284,9 +284,8 @@ def tables(found: Sequence[LongRange]) -> list[TextTable]:
         for place, own in enumerate(runs[0].lengths):
             same = [each.lengths[place] for each in runs]
             rows.append([
-                arm,
+                f"{arm}, {own.length} ({own.length // runs[0].training_length} x)",
                 str(len(runs)),
-                f"{own.length} ({own.length // runs[0].training_length} x)",
                 *(_shown([mean.loss for mean in means]) for means in (
                     [each.all for each in same], [each.repeated for each in same], [each.other for each in same]
                 )),
@@ -295,8 +294,8 @@ def tables(found: Sequence[LongRange]) -> list[TextTable]:
                 show_bytes(own.state_bytes),
             ])  # fmt: skip
     alone = dict.fromkeys(f"{each.unigram_loss:.4f}" for each in found)
-    rows += [["token frequencies", "-", "-", loss, *["-"] * 5] for loss in alone]
-    headers = ["arm", "runs", "window", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s", "state"]
+    rows += [["token frequencies", "-", loss, *["-"] * 5] for loss in alone]
+    headers = ["arm, window", "runs", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s", "state"]
     return [TextTable(title="Loss (nats per token) by length of window", headers=headers, rows=rows)]
 
 
@@ -326,6 +325,5 @@ def picture(found: Sequence[LongRange]) -> bytes:
         ]
         for arm, runs in _by_arm(found).items()
     }
-    return curves(
-        places, [Curves(label="loss (nats per token)", values=values)], words, "Longer windows than in training"
-    )
+    panel = Curves(label="loss (nats per token)", values=values)
+    return curves(places, [panel], words, "Longer windows than in training", until=float(unit))

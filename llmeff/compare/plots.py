@@ -17,6 +17,8 @@ from llmeff.record.reader import Run
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 """Told apart by colour-blind people too (Okabe and Ito 2008)."""
+_FEW = 6
+"""So many names fit into a picture, more stand beside it."""
 
 
 def loss_curve(runs: Sequence[Run], path: Path) -> None:
@@ -71,6 +73,8 @@ def arm_curves(group: Group) -> bytes | None:
     y = f"held-out {_named(metric, f'nats per {item}')}"
     _label(axes, f"{item}s trained on", y, f"Mean and range over seeds{where}")
     axes.set_xlim(left=0)
+    if len(curves) > _FEW:
+        axes.get_legend().set(loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
 
@@ -178,32 +182,40 @@ class Curves:
     """By name, above 0."""
 
 
-def curves(places: Sequence[float], panels: Sequence[Curves], label: str, title: str) -> bytes:
-    """Panels side by side with both axes logarithmic, as a PNG.
+def curves(
+    places: Sequence[float], panels: Sequence[Curves], label: str, title: str, *, until: float | None = None
+) -> bytes:
+    """Panels side by side, as a PNG; both axes logarithmic, but where `until` is given.
 
     Args:
         places: of the values of every curve.
         panels: with curves of the same names.
         label: of the places.
         title: of the picture.
+        until: the place at which a line is drawn, between what was known before and what was not.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(5 * len(panels), 5), dpi=130, layout="constrained")
+    width = 5 * len(panels) if until is None else 8
+    figure = Figure(figsize=(width, 5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for place, panel in enumerate(panels, start=1):
         axes: Any = figure.add_subplot(1, len(panels), place)
         for number, (name, values) in enumerate(panel.values.items()):
             colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
             axes.plot(places, values, color=colour, linestyle=style, marker="o", markersize=3.5, label=_shown(name))
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(list(places)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params("x", labelrotation=45)
+        if until is None:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_locator(FixedLocator(list(places)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params("x", labelrotation=45)
+        else:
+            axes.axvline(until, color="#888888", linewidth=0.8, linestyle=":")
+            axes.set_xlim(left=0)
         _label(axes, label, panel.label, "")
         if place < len(panels):
             axes.get_legend().remove()
