@@ -24,6 +24,7 @@ from llmeff.compare.text_table import TextTable
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.layout import Layout
+from llmeff.core.memory import keep_freed_memory
 from llmeff.core.precision import PrecisionName, precision
 from llmeff.core.units import show_bytes
 from llmeff.cost.workload import Workload
@@ -237,6 +238,7 @@ def _timed(run: Callable[[], object], device: torch.device, at_most: int = 1_000
 def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str, Any]:
     """All that one process finds: seconds by mixer, length and kind; with `measures`, bytes and FLOPs too."""
     load_components(race.modules)
+    keep_freed_memory()  # as a run does
     torch.set_num_threads(race.threads)
     torch.manual_seed(race.seed)
     device, order = torch.device(race.device), random.Random(order_seed)

@@ -3,17 +3,16 @@
 import ctypes
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MOST_TRIM_BYTES = 2**31 - 1
-_MOST_MMAP_BYTES = 32 * 2**20
-"""The most that each may be set to."""
+"""The most that it may be set to."""
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed for the next allocation, up to 2 GiB, in blocks of up to 32 MiB.
+    """Has glibc keep what is freed for the next allocation, up to 2 GiB, whatever its size.
 
-    It gives memory at the top of its heap back to the system, and a step that frees its activations and gradients faults
-    their pages in again in the next: thousands of faults a step, or none, as chance lays out the heap.
+    It gives memory at the top of its heap back to the system, and blocks beyond 32 MiB always: a step that frees its
+    activations and gradients faults their pages in again in the next, and the system clears each.
 
     Returns:
         whether this C library has been told; others are left as they are.
@@ -21,8 +20,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    told = [
-        libc.mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM_BYTES),
-        libc.mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_BYTES),
-    ]
+    told = [libc.mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM_BYTES), libc.mallopt(_M_MMAP_MAX, 0)]
     return all(told)
