@@ -19,7 +19,7 @@ def step():
     tensors = [torch.ones(size) for _ in range(number)]
     del tensors
 
-for _ in range(3):
+for _ in range(30):  # until the heap has found its shape
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
