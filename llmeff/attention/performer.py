@@ -119,7 +119,9 @@ def orthogonal(like: Tensor) -> Tensor:
     """
     num_rows, width = like.shape
     count = -(-num_rows // width)
-    blocks: Tensor = torch.linalg.qr(like.new_empty(count, width, width).normal_()).Q
+    found = torch.linalg.qr(like.new_empty(count, width, width).normal_())
+    # LAPACK's signs are not random: without R's they point to one side, and the estimate is biased (Mezzadri 2007)
+    blocks: Tensor = found.Q * found.R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
     lengths: Tensor = torch.empty_like(like).normal_().norm(dim=1, keepdim=True)
     return blocks.flatten(0, 1)[:num_rows] * lengths
 
