@@ -9,14 +9,13 @@ are told, and no speed.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llmeff.mixer_bench import VOCABULARY, MixerRace, every_mixer
+from llmeff.mixer_bench import VOCABULARY, MixerRace, every_mixer, matmul_rate
 from llmeff.record.environment import environment
 
 KINDS = {
@@ -70,18 +69,6 @@ def shares(step: Any) -> dict[str, Any]:
     }
 
 
-def product_rate(width: int) -> float:
-    """FLOP/s of batched products of 64 rows by 64 columns over a head's width, the best of a few."""
-    left, right = torch.randn(256, 64, width), torch.randn(256, width, 64)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(10):
-            left @ right
-        best = min(best, (time.perf_counter() - start) / 10)
-    return 2 * 256 * 64 * 64 * width / best
-
-
 def main() -> None:
     """Profiles every mixer."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -108,7 +95,7 @@ def main() -> None:
         "length": options.length,
         "width": race.width,
         "num_heads": race.num_heads,
-        "product_flops_per_s": product_rate(race.width // race.num_heads),
+        "product_flops_per_s": matmul_rate(race, torch.device("cpu")),
         "environment": environment(torch.device("cpu")).model_dump(mode="json"),
         "mixers": mixers,
     }

@@ -247,7 +247,7 @@ def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
         "seconds": {},
         "measured": {},
         "kernels": {},
-        "matmul_flops_per_s": _matmul_rate(race, device),
+        "matmul_flops_per_s": matmul_rate(race, device),
     }
     for length in race.lengths:
         subjects = {name: _Subject(race, model, length) for name, model in models.items()}
@@ -291,7 +291,7 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
     return found | counted, ran
 
 
-def _matmul_rate(race: MixerRace, device: torch.device) -> float:
+def matmul_rate(race: MixerRace, device: torch.device) -> float:
     """FLOP/s of products of chunks: 64 rows by as many columns over a head's width, batched."""
     head = race.width // race.num_heads
     left = torch.randn(256, CHUNK, head, device=device)

@@ -71,7 +71,7 @@ def _make(layout: Layout, sees: Sees) -> BlockMask:
     def seen(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = row if num_rows > 1 else torch.zeros_like(row)
         same: Tensor = documents[row, query] == documents[row, key]
-        return same & sees(rows[row, query], rows[row, key]) & (key <= query)
+        return same & sees(rows[row, query], rows[row, key])
 
     make = _compiled(create_block_mask) if rows.is_cuda else create_block_mask  # fused, it makes no T x T mask
     batch = num_rows if num_rows > 1 else None

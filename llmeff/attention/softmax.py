@@ -76,13 +76,12 @@ class SoftmaxMixer(HeadsMixer):
         super().prepare(layout, num_rows, dtype)
         if self.kernel != "flex" or not layout.positions.is_cuda:
             layout.bias(layout.positions.shape[-1], dtype)
-        elif layout.documents is not None or layout.padding is not None:
+        elif not layout.is_plain:
             flex.block_mask(layout, "softmax", _sees)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
         """Over all tokens of the document."""
-        has_mask = layout.documents is not None or layout.padding is not None
-        if has_mask and flex.takes(self.kernel, query, cache):
+        if not layout.is_plain and flex.takes(self.kernel, query, cache):
             mixed = flex.attend(query, key, value, flex.block_mask(layout, "softmax", _sees))
             return mixed.transpose(1, 2).flatten(-2)
         if cache is not None:

@@ -39,6 +39,11 @@ class Layout:
         return Layout(positions=positions, past=past)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether rows are one document each, without padding."""
+        return self.documents is None and self.padding is None
+
+    @property
     def is_padding(self) -> Tensor | None:
         """(B, T) bool of the new tokens, True where one is padding; None where none is."""
         return None if self.padding is None else ~self.padding[:, self.past : self.past + self.positions.shape[-1]]
@@ -102,7 +107,7 @@ class Layout:
 
     def _make_mask(self, num_keys: int) -> Tensor | None:
         num_queries = self.positions.shape[-1]
-        if self.documents is None and self.padding is None and num_keys == num_queries:
+        if self.is_plain and num_keys == num_queries:
             return None
         device = self.positions.device
         query = torch.arange(self.past, self.past + num_queries, device=device)[:, None]

@@ -161,6 +161,12 @@ class DecoderConfig(LanguageModelConfig):
             norm_eps=self.norm_eps,
         )
 
+    def _mixers(self) -> Iterator[tuple[MixerConfig, MixerShape]]:
+        """Those of the layers that have one, with their widths."""
+        for index in range(self.num_layers):
+            if self.layer(index).has_mixer:
+                yield self.layer_mixer(index), self.mixer_shape(index)
+
     def initial_std(self, name: str) -> float:
         """Standard deviation of a matrix's initial weights, by the parameter's name."""
         std = math.sqrt(2 / (5 * self.width)) if self.init_std == "auto" else self.init_std
@@ -177,25 +183,18 @@ class DecoderConfig(LanguageModelConfig):
 
     def buffer_bytes(self, number_bytes: int) -> int:
         """Those of its mixers."""
-        layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
-        return sum(self.layer_mixer(index).buffer_bytes(self.mixer_shape(index), number_bytes) for index in layers)
+        return sum(mixer.buffer_bytes(shape, number_bytes) for mixer, shape in self._mixers())
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
         """Kernels that are not at hand."""
         yield from super().problems(workload, built)
         if built is None:
-            layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
-            lacking = [
-                self.layer_mixer(index).lacks(self.mixer_shape(index), on_cpu=workload.on_cpu) for index in layers
-            ]
+            lacking = [mixer.lacks(shape, on_cpu=workload.on_cpu) for mixer, shape in self._mixers()]
             yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:
         """What decoding keeps of one sequence of so many tokens, see `MixerConfig.cache_bytes`."""
-        layers = [index for index in range(self.num_layers) if self.layer(index).has_mixer]
-        return sum(
-            self.layer_mixer(index).cache_bytes(self.mixer_shape(index), num_tokens, number_bytes) for index in layers
-        )
+        return sum(mixer.cache_bytes(shape, num_tokens, number_bytes) for mixer, shape in self._mixers())
 
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
         """The price of `Decoder.forward` with targets; names live as long as there."""
