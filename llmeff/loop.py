@@ -168,20 +168,20 @@ class Trainer:
         elif number == self._metered:
             self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.held(), self.device)
             # last, since strategies that gather parameters take a forward pass without backward for another kind of step
-            with self._clocks.hold("record"):
-                self._state.measured |= self._saved_bytes()
+            if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
+                with self._clocks.hold("record"):
+                    self._state.measured["saved_bytes"] = self._saved_bytes()
         else:
             self._update()
 
-    def _saved_bytes(self) -> dict[str, int]:
-        """What a forward pass of one micro-batch keeps for backward; of compiled code that is not seen."""
-        if self.config.runtime.compile != "off":
-            return {}
+    def _saved_bytes(self) -> int:
+        """What a forward pass of one micro-batch keeps for backward."""
         batch = self._task.batch(self.step, self._shares[0], self.device)
         given = [value for value in (*batch.inputs.values(), batch.targets) if isinstance(value, torch.Tensor)]
         held = [*self._strategy.held(), *given]
-        with torch.random.fork_rng(), unmoved_buffers(self._strategy.model), self._strategy.accumulate(is_last=False):
-            return {"saved_bytes": meters.saved_bytes(lambda: self._task.loss(self._strategy.model, batch), held)}
+        model = self._strategy.model
+        with torch.random.fork_rng(), unmoved_buffers(model), self._strategy.accumulate(is_last=False):
+            return meters.saved_bytes(lambda: self._task.loss(model, batch), held)
 
     def _update(self) -> None:
         clock, strategy, number = self._clock, self._strategy, self.step + 1
