@@ -42,7 +42,7 @@ test-system: setup
 test-gpu: setup
 	$(BIN)python -m pytest -m "gpu"
 
-# Kernels of GPUs without one: Triton interprets them.
+# Kernels of GPUs without one: Triton interprets them. It is pinned here, since torch for CUDA brings the one of its own.
 test-kernels: setup
 	$(BIN)python -m pip install --quiet --constraint constraints.txt --editable ".[fla]" triton==3.9.0
 	TRITON_INTERPRET=1 $(BIN)python -m pytest tests/attention/test_kernels.py

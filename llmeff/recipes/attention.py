@@ -56,7 +56,8 @@ def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]
 def recall() -> SweepConfig:
     """What the state of every mixer remembers: sixteen pairs in 64 tokens (MQAR), three fresh seeds.
 
-    States are of equal size where there is one; a window holds a quarter of the row. The rate is chosen on one seed, in two thirds of the steps.
+    States are of equal size where there is one; a window holds a quarter of the row. The rate is chosen on one seed, in two
+    thirds of the steps.
     """
     steps = 2400
     return SweepConfig(
