@@ -12,22 +12,31 @@ from llmeff.runconfig import CheckpointConfig, EvalConfig, RunConfig, RuntimeCon
 from llmeff.sweepconfig import ArmConfig, Span, SweepConfig, TuningConfig
 from llmeff.tasks import Recall
 
-_HEAD_DIM = 32
-MIXERS: dict[Text, dict[Text, int]] = {
-    "softmax": {},
-    "sliding": {"window": _HEAD_DIM // 2},
-    "mla": {"latent": 2 * _HEAD_DIM},
-    "linear": {},
-    "performer": {"num_features": _HEAD_DIM},
-    "retention": {"value_width": _HEAD_DIM},
-    "gla": {"key_width": _HEAD_DIM},
-    "mamba2": {"state_width": _HEAD_DIM // 2},
-    "deltanet": {},
-    "gated-deltanet": {},
-    "kda": {},
-}
-"""Every mixer, those with a state with one of as many numbers: for each head of `num_heads` a square of the head's width (of
-sliding windows, their keys and values; sums beside a kernel's state, and the tokens of short convolutions, are on top)."""
+
+def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
+    """Every mixer, those with a state with one of as many numbers: for each head a square of its width.
+
+    Sums beside a kernel's state, and the tokens of short convolutions, are on top.
+
+    Args:
+        head_dim: H.
+        window: whose keys and values, of the tokens before the last, are about as many: H / 2 or one more.
+    """
+    return {
+        "softmax": {},
+        "sliding": {"window": window},
+        "mla": {"latent": 2 * head_dim},
+        "linear": {},
+        "performer": {"num_features": head_dim},
+        "retention": {"value_width": head_dim},
+        "gla": {"key_width": head_dim},
+        "mamba2": {"state_width": head_dim // 2},
+        "deltanet": {},
+        "gated-deltanet": {},
+        "kda": {},
+    }
+
+
 _STEP = 8
 """Widths of MLPs are multiples of it."""
 
@@ -56,15 +65,15 @@ def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]
 def recall() -> SweepConfig:
     """What the state of every mixer remembers: sixteen pairs in 64 tokens (MQAR), three fresh seeds.
 
-    States are of equal size where there is one; a window holds a quarter of the row. The rate is chosen on one seed, in two
-    thirds of the steps.
+    States are of equal size where there is one, 4 KiB; a window holds an eighth of the row. The rate is chosen on one seed,
+    in three quarters of the steps.
     """
-    steps = 2400
+    steps, head_dim = 3200, 16
     return SweepConfig(
         name="recall",
         base=RunConfig(
             task=Recall(),
-            model=DecoderConfig(width=2 * _HEAD_DIM, num_layers=2, num_heads=2, mlp_width=128),
+            model=DecoderConfig(width=4 * head_dim, num_layers=2, num_heads=4, mlp_width=128),
             data=RecallData(vocab_size=256, sequence_length=64, pairs=16, held_out=256),
             schedule=Cosine(warmup_steps=steps // 10),
             train=TrainConfig(steps=steps, batch=16, micro_batch=16),
@@ -74,11 +83,11 @@ def recall() -> SweepConfig:
         ),
         arms={
             name: ArmConfig(settings=_settings(name, fields), search={"optim.lr": (3e-3, 1e-2)})
-            for name, fields in MIXERS.items()
+            for name, fields in _mixers(head_dim, window=head_dim // 2 + 1).items()
         },
         baseline="softmax",
         metric="accuracy",
-        tuning=TuningConfig(trials=2, steps=1600),
+        tuning=TuningConfig(trials=2, steps=2400),
         seeds=(0, 1, 2),
     )
 
@@ -89,8 +98,9 @@ def attention() -> SweepConfig:
 
     Less than an epoch of tinyshakespeare, in windows of 128 tokens. `llmeff context` reads the same models in longer ones.
     """
-    model = DecoderConfig(width=3 * _HEAD_DIM, num_layers=2, num_heads=3, mlp_width=256)
-    own = {name: _settings(name, fields) for name, fields in MIXERS.items()}
+    head_dim = 32
+    model = DecoderConfig(width=3 * head_dim, num_layers=2, num_heads=3, mlp_width=256)
+    own = {name: _settings(name, fields) for name, fields in _mixers(head_dim, window=head_dim // 2).items()}
     own["gated-deltanet + softmax"] = ("model.pattern=gated-deltanet+softmax",)
     return SweepConfig(
         name="attention",
