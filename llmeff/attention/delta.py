@@ -90,25 +90,37 @@ class DeltaMixer(Mixer):
         self.o_proj = nn.Linear(self.value_width, shape.width, bias=False)
 
     @abstractmethod
-    def log_decay(self, x: Tensor) -> Tensor | None:
-        """Of (B, T, D), g: (B, T, N, 1) or (B, T, N, H); None: nothing decays."""
+    def log_decay(self, x: Tensor, *, fused: bool) -> Tensor | None:
+        """Of (B, T, D), g: (B, T, N, 1) or (B, T, N, H); None: nothing decays. `fused` as `fla.fuses` has it."""
 
     @abstractmethod
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+    def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
         """What was read, (B, T, N, H), normalized, and gated by (B, T, D): (B, T, N, H)."""
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        shape = self.shape
-        mixed = self.conv(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), layout, cache)
+        shape, dtype = self.shape, product_dtype(x)
+        fused = fla.fuses(self.kernel, dtype, x.device, cache)
+        mixed = self.conv(
+            torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), layout, cache, fused=fused
+        )
         heads = split(mixed, 2 * shape.num_kv_heads + shape.num_heads)
         query, key, value = heads.split((shape.num_kv_heads, shape.num_kv_heads, shape.num_heads), dim=2)
-        query, key = unit(query) * shape.head_dim**-0.5, unit(key)
+        of_length_1 = fla.unit if fused else unit
+        query, key = of_length_1(query) * shape.head_dim**-0.5, of_length_1(key)
         query, key = repeated(query, shape.num_heads), repeated(key, shape.num_heads)
         out = mix(
-            query, key, value, self.log_decay(x), self.b_proj(x).sigmoid(), layout, cache, self.kernel, product_dtype(x)
+            query,
+            key,
+            value,
+            self.log_decay(x, fused=fused),
+            self.b_proj(x).sigmoid(),
+            layout,
+            cache,
+            self.kernel,
+            dtype,
         )
-        return cast(Tensor, self.o_proj(self.finish(out, x).flatten(-2)))
+        return cast(Tensor, self.o_proj(self.finish(out, x, fused=fused).flatten(-2)))
 
 
 def unit(x: Tensor) -> Tensor:

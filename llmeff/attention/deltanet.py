@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from llmeff.attention import norm
+from llmeff.attention import fla, norm
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.norm import RMSNorm
@@ -39,10 +39,10 @@ class DeltaNetMixer(DeltaMixer):
         super().__init__(config, shape)
         self.o_norm = RMSNorm(shape.head_dim, shape.norm_eps)
 
-    def log_decay(self, x: Tensor) -> None:
+    def log_decay(self, x: Tensor, *, fused: bool) -> None:
         """Nothing decays."""
 
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+    def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, H)."""
-        normed: Tensor = self.o_norm(out)
+        normed: Tensor = fla.rms_norm(out, self.o_norm.weight, self.o_norm.eps) if fused else self.o_norm(out)
         return normed.to(x.dtype)

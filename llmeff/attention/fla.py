@@ -1,20 +1,29 @@
-"""The scan by flash-linear-attention's Triton kernels, where that package is installed: the same recurrence on GPUs."""
+"""flash-linear-attention's Triton kernels, where that package is installed: the scan and what stands around it, on GPUs.
+
+Each gives what this package's own form gives, up to rounding.
+"""
 
 import importlib.metadata
 import importlib.util
 from functools import cache
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from llmeff.attention.mixer import LayerCache
+from llmeff.core import kernels
 from llmeff.core.layout import Layout
 
-# B batch, T tokens, N heads, K key width, V value width
+# B batch, T tokens, C channels, N heads, K key width, V value width, W taps
 
 MISSING = 'needs flash-linear-attention 0.6 or newer, with Triton: pip install "llmeff[fla]"'
 LARGEST_KEY = 256
 """K, the most that its delta rules take."""
+FLAW = (
+    "gives wrong gradients of a head's decays on Hopper GPUs with Triton 3.4 to 3.7.0: "
+    "use Triton 3.7.1 or newer, or pip install tilelang"
+)
 _LEAST = (0, 6)
 """The oldest version that has all kernels as they are called here."""
 
@@ -28,7 +37,41 @@ def is_installed() -> bool:
         version = importlib.metadata.version("fla-core")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) >= _LEAST
+    return _numbers(version)[:2] >= _LEAST
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+@cache
+def is_flawed() -> bool:
+    """Whether decays of whole heads that change from token to token get wrong gradients here, see `FLAW`."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    return (3, 4) <= _numbers(importlib.metadata.version("triton")) < (3, 7, 1) and (
+        importlib.util.find_spec("tilelang") is None
+    )
+
+
+def takes(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it computes in a format, see `ScanConfig.kernel`."""
+    if kernel == "torch" or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return False
+    return (kernel == "fla" or dtype in (torch.bfloat16, torch.float16)) and is_installed()
+
+
+def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCache | None) -> bool:
+    """Whether it also computes what stands around the scan: convolution, norms and decays of whole rows."""
+    if cache is not None or not takes(kernel, dtype, device):
+        return False
+    kernels.ran("around the scan: flash-linear-attention", is_counted=False)
+    return True
+
+
+def gets_right(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the scan of these decays can be trusted here, see `FLAW`."""
+    return not (_name(log_decay, beta, dtype) in ("simple_gla", "gated_delta_rule") and is_flawed())
 
 
 def scan(
@@ -56,35 +99,112 @@ def scan(
     Returns:
         (B, T, N, V) of that dtype, and the state after the last token, (B, N, K, V); None where rows hold several documents.
     """
+    name = _name(log_decay, beta, dtype)
     given: dict[str, Any] = {"q": query.to(dtype), "k": key.to(dtype), "v": value.to(dtype)}
     if beta is not None:
-        given["beta"] = beta.float()
-        if log_decay is None:  # its delta rule without decay takes no float32
+        given["beta"] = beta.to(dtype) if name == "delta_rule" else beta.float()
+        if name == "gated_delta_rule" and log_decay is None:
             log_decay = torch.zeros_like(beta)[..., None]
-    if log_decay is not None:
+    if log_decay is not None and name != "fixed":
         given["g"] = log_decay.float() if log_decay.shape[-1] > 1 else log_decay.float()[..., 0]
     documents = layout.documents
     if documents is not None:
         given = {name: x.flatten(0, 1)[None] for name, x in given.items()}
         given["cu_seqlens"] = bounds(layout)
-    mixed, end = _kernel(log_decay, beta)(
+    if log_decay is not None and name == "fixed":
+        given["g_gamma"] = log_decay[0, 0, :, 0].float()
+    mixed, end = _kernel(name)(
         **given, scale=1.0, initial_state=None if state is None else state.float(),
         output_final_state=documents is None,
     )  # fmt: skip
     return mixed.view_as(value), end
 
 
-def _kernel(log_decay: Tensor | None, beta: Tensor | None) -> Any:
+_Name = Literal["fixed", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda"]
+
+
+def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> _Name:
+    """Of its kernels; "fixed": of a sum whose heads have one decay each for all tokens, or none."""
     by_channel = log_decay is not None and log_decay.shape[-1] > 1
-    if beta is None and by_channel:
-        from fla.ops.gla import chunk_gla as kernel
-    elif beta is None:
-        from fla.ops.simple_gla import chunk_simple_gla as kernel
-    elif by_channel:
-        from fla.ops.kda import chunk_kda as kernel
-    else:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
+    if beta is None:
+        if by_channel:
+            return "gla"
+        return "fixed" if log_decay is None or _is_fixed(log_decay) else "simple_gla"
+    if by_channel:
+        return "kda"
+    # its delta rule without decay takes no float32
+    return "delta_rule" if log_decay is None and dtype != torch.float32 else "gated_delta_rule"
+
+
+def _is_fixed(log_decay: Tensor) -> bool:
+    """Whether all tokens of all rows are one place in memory."""
+    strides = zip(log_decay.shape[:2], log_decay.stride()[:2], strict=True)
+    return all(size == 1 or stride == 0 for size, stride in strides)
+
+
+def _kernel(name: _Name) -> Any:
+    match name:
+        case "fixed" | "simple_gla":
+            from fla.ops.simple_gla import chunk_simple_gla as kernel
+        case "gla":
+            from fla.ops.gla import chunk_gla as kernel
+        case "delta_rule":
+            from fla.ops.delta_rule import chunk_delta_rule as kernel
+        case "gated_delta_rule":
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
+        case "kda":
+            from fla.ops.kda import chunk_kda as kernel
     return kernel
+
+
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """A causal convolution of each channel, within documents, and silu of it.
+
+    Args:
+        x: (B, T, C).
+        weight: (C, W), the last tap that of the token itself.
+        bias: (C,).
+        layout: whose documents.
+
+    Returns:
+        (B, T, C).
+    """
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    if layout.documents is None:
+        return cast(Tensor, causal_conv1d(x, weight, bias, activation="silu")[0])
+    rows = x.flatten(0, 1)[None]
+    return cast(Tensor, causal_conv1d(rows, weight, bias, activation="silu", cu_seqlens=bounds(layout))[0].view_as(x))
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., K) of length 1, with 1e-6 under the root."""
+    from fla.modules.norm.l2norm import l2norm
+
+    return cast(Tensor, l2norm(x, eps=1e-6))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rmsnorm(x) of (..., V), in x's format."""
+    from fla.modules.norm.layernorm import rms_norm as kernel
+
+    return cast(Tensor, kernel(x, weight, None, eps=eps))
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Literal["silu", "sigmoid"]
+) -> Tensor:
+    """rmsnorm(x) activation(gate) of (..., V) twice, in x's format."""
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+    return cast(Tensor, rms_norm_gated(x, gate, weight, None, activation=activation, eps=eps))
+
+
+def channel_decay(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
+    """-exp(log_rate) softplus(x + bias) of (B, T, N, K), rates of (N,) and biases of (N K): (B, T, N, K) in float32."""
+    from fla.ops.kda.gate import fused_kda_gate
+
+    return cast(Tensor, fused_kda_gate(x, log_rate, bias))
 
 
 def bounds(layout: Layout) -> Tensor:

@@ -1,6 +1,6 @@
 """Gated DeltaNet: a delta rule whose state decays, head by head."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from llmeff.cost.tape import Array, Tape
 class GatedDelta(DeltaConfig):
     """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464), as in Qwen3-Next."""
 
+    gates_heads = True
     name: Literal["gated-deltanet"] = "gated-deltanet"
 
     def build(self, shape: MixerShape) -> "GatedDeltaMixer":
@@ -56,12 +57,11 @@ class GatedDeltaMixer(DeltaMixer):
         """Rates as in Qwen3-Next; steps by Mamba's rule."""
         return {"log_rate": initial_rates(self.log_rate, 0.01), "step_bias": initial_steps(self.step_bias)}
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, 1)."""
         steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)
         return (-self.log_rate.exp() * steps)[..., None]
 
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+    def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, H)."""
-        gated: Tensor = self.o_norm(out, split(self.g_proj(x), self.shape.num_heads))
-        return gated
+        return cast(Tensor, self.o_norm(out, split(self.g_proj(x), self.shape.num_heads), fused=fused))

@@ -1,6 +1,5 @@
 """Normalization of each head's output, with a gate: how mixers with a state end."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention import norm
+from llmeff.attention import fla, norm
 from llmeff.attention.mixer import Initialized
 from llmeff.attention.norm import RMSNorm, wide
 from llmeff.cost import laws
@@ -24,14 +23,16 @@ class GatedRMSNorm(nn.Module):
         activation: of the gate.
     """
 
-    def __init__(self, width: int, eps: float, activation: Callable[[Tensor], Tensor] = F.silu):
+    def __init__(self, width: int, eps: float, activation: Literal["silu", "sigmoid"] = "silu"):
         super().__init__()
         self.norm = RMSNorm(width, eps)
-        self.activation = activation
+        self.activation: Literal["silu", "sigmoid"] = activation
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """(..., W) twice to (..., W), in the gate's format."""
-        gated: Tensor = self.norm(x) * self.activation(wide(gate))
+    def forward(self, x: Tensor, gate: Tensor, *, fused: bool = False) -> Tensor:
+        """(..., W) twice to (..., W), in the gate's format; `fused` as `fla.fuses` has it."""
+        if fused:
+            return fla.gated_rms_norm(x, gate, self.norm.weight, self.norm.eps, self.activation).to(gate.dtype)
+        gated: Tensor = self.norm(x) * (F.silu if self.activation == "silu" else torch.sigmoid)(wide(gate))
         return gated.to(gate.dtype)
 
 

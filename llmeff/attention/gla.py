@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention import gated_norm, scan_law
+from llmeff.attention import fla, gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
@@ -95,8 +95,10 @@ class GLAMixer(ProjectedMixer):
         log_decay = split((F.logsigmoid(open_) / _TEMPERATURE).clamp(min=LEAST), num_kv_heads)
         query = query * query.shape[-1] ** -0.5
         key, value, log_decay = (repeated(own, num_heads) for own in (key, value, log_decay))
-        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel, product_dtype(x))
-        return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
+        dtype = product_dtype(x)
+        fused = fla.fuses(self.kernel, dtype, x.device, cache)
+        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel, dtype)
+        return cast(Tensor, self.o_proj(self.o_norm(out, gate, fused=fused).flatten(-2)))
 
 
 def _logsigmoid_law(tape: Tape, x: Array) -> Array:

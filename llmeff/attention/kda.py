@@ -1,12 +1,12 @@
 """Kimi Delta Attention: a delta rule whose state decays, channel by channel."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention import gated_norm
+from llmeff.attention import fla, gated_norm
 from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
@@ -60,21 +60,24 @@ class KDAMixer(DeltaMixer):
         self.g_b_proj = nn.Linear(shape.head_dim, self.value_width, bias=False)
         self.log_rate = nn.Parameter(torch.empty(shape.num_heads))
         self.step_bias = nn.Parameter(torch.empty(self.value_width))
-        self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, torch.sigmoid)
+        self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, "sigmoid")
 
     def initial(self) -> dict[str, Tensor]:
         """Rates as in Kimi Linear; steps by Mamba's rule."""
         return {"log_rate": initial_rates(self.log_rate, 1), "step_bias": initial_steps(self.step_bias)}
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, H)."""
+        if fused:
+            own = split(self.f_b_proj(self.f_a_proj(x)), self.shape.num_heads)
+            return fla.channel_decay(own, self.log_rate, self.step_bias).clamp(min=LEAST)
         steps = F.softplus(wide(self.f_b_proj(self.f_a_proj(x))) + self.step_bias)
         return (-self.log_rate.exp()[:, None] * split(steps, self.shape.num_heads)).clamp(min=LEAST)
 
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+    def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, H)."""
-        gated: Tensor = self.o_norm(out, split(self.g_b_proj(self.g_a_proj(x)), self.shape.num_heads))
-        return gated
+        gate = split(self.g_b_proj(self.g_a_proj(x)), self.shape.num_heads)
+        return cast(Tensor, self.o_norm(out, gate, fused=fused))
 
 
 def low_rank_law(tape: Tape, name: str, x: Array, shape: MixerShape) -> Array:

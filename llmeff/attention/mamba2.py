@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmeff.attention import gated_norm, scan_law, short_conv
+from llmeff.attention import fla, gated_norm, scan_law, short_conv
 from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
@@ -25,6 +25,7 @@ from llmeff.cost.tape import Array, Tape
 class Mamba2(ScanConfig):
     """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). Its groups, which have B and C in common, are the `num_kv_heads`."""
 
+    gates_heads = True
     name: Literal["mamba2"] = "mamba2"
     state_width: Count = 128
     """W, numbers of state for each channel."""
@@ -116,14 +117,18 @@ class Mamba2Mixer(Mixer):
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        mixed = self.conv(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), layout, cache)
+        dtype = product_dtype(x)
+        fused = fla.fuses(self.kernel, dtype, x.device, cache)
+        mixed = self.conv(
+            torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), layout, cache, fused=fused
+        )
         query, key, value = mixed.split(self.widths, dim=-1)
         query, key = (repeated(split(own, self.num_groups), self.num_heads) for own in (query, key))
         value = wide(split(value, self.num_heads))
         steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)[..., None]
         log_decay = -self.log_rate.exp()[:, None] * steps
         out = (
-            mix(query, key, value * steps, log_decay, None, layout, cache, self.kernel, product_dtype(x))
+            mix(query, key, value * steps, log_decay, None, layout, cache, self.kernel, dtype)
             + value * self.skip[:, None]
         )
         return cast(Tensor, self.o_proj(self.o_norm(out.flatten(-2), self.g_proj(x))))

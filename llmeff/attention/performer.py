@@ -22,6 +22,7 @@ from llmeff.cost.tape import Array, Tape
 class Performer(KernelConfig):
     """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): an estimate of `Softmax` with the same weights, rotary too."""
 
+    gates_heads = True
     name: Literal["performer"] = "performer"
     num_features: Count | Literal["auto"] = "auto"
     """M. auto: H ln H, rounded up (Theorem 4's order)."""

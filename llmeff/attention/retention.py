@@ -5,7 +5,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from llmeff.attention import gated_norm, scan_law
+from llmeff.attention import fla, gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, rotate, rotate_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
@@ -81,8 +81,10 @@ class RetentionMixer(ProjectedMixer):
         query, key = rotate(query, cos, sin) * shape.head_dim**-0.5, rotate(key, cos, sin)
         key, value = repeated(key, shape.num_heads), repeated(value, shape.num_heads)
         log_decay = log_decays(query).expand(*query.shape[:3], 1)
-        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel, product_dtype(x))
-        return cast(Tensor, self.o_proj(self.o_norm(out, gate).flatten(-2)))
+        dtype = product_dtype(x)
+        fused = fla.fuses(self.kernel, dtype, x.device, cache)
+        out = mix(query, key, value, log_decay, None, layout, cache, self.kernel, dtype)
+        return cast(Tensor, self.o_proj(self.o_norm(out, gate, fused=fused).flatten(-2)))
 
 
 def log_decays(query: Tensor) -> Tensor:

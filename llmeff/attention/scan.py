@@ -11,7 +11,7 @@ tokens, with c_t the sum of g from its start to t, all that depends on no earlie
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,10 @@ class ScanConfig(MixerConfig):
     kernel: Literal["auto", "torch", "fla"] = "auto"
     """What computes it. torch: this package's own form, anywhere. fla: flash-linear-attention's, for whole sequences on GPUs;
     torch's on a CPU, and under `runtime.deterministic`, since Triton chooses its kernels by timing. auto: fla where it is
-    installed and products are in half precision; a mixer whose sums are float32 takes it only where asked. Prices are torch's."""
+    installed and products are in half precision; a mixer whose sums are float32 takes it only where asked. Where Triton is
+    known to get a kernel's gradients wrong, torch's. Prices are torch's."""
+    gates_heads: ClassVar[bool] = False
+    """Whether heads have a decay each that changes from token to token."""
 
     def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """The package, or a GPU for it."""
@@ -53,6 +56,8 @@ class ScanConfig(MixerConfig):
             found.append(
                 f"mixer {self.name!r}: kernel 'fla' runs on GPUs alone, and this run is on the CPU; use 'auto'"
             )
+        elif self.gates_heads and fla.is_flawed():
+            found.append(f"mixer {self.name!r}: kernel 'fla' {fla.FLAW}; or use 'auto'")
         return found
 
 
@@ -60,13 +65,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """The format of products with what a layer is given."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def takes_fla(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether flash-linear-attention mixes in a format, see `ScanConfig.kernel`."""
-    if kernel == "torch" or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        return False
-    return (kernel == "fla" or dtype in (torch.bfloat16, torch.float16)) and fla.is_installed()
 
 
 def mix(
@@ -104,7 +102,7 @@ def mix(
         key = layout.cleared(key.flatten(2)).view_as(key)
         state = None if cache is None else cache.recall("state")
         is_whole = key.shape[1] > 1 and (cache is None or layout.documents is None)
-        if is_whole and takes_fla(kernel, dtype, key.device):
+        if is_whole and fla.takes(kernel, dtype, key.device) and fla.gets_right(log_decay, beta, dtype):
             kernels.ran("scan: flash-linear-attention", is_counted=False)
             mixed, state = fla.scan(query, key, value, log_decay, beta, layout, state, dtype)
             if cache is not None:

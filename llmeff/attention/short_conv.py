@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmeff.attention import fla
 from llmeff.attention.mixer import Initialized, LayerCache
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -38,10 +39,14 @@ class ShortConv(Initialized):
         found = {"weight": torch.empty_like(self.weight).uniform_(-bound, bound)}
         return found if self.bias is None else found | {"bias": torch.zeros_like(self.bias)}
 
-    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None, name: str = "conv") -> Tensor:
-        """(B, T, C) to the same; the cache keeps the last W - 1 tokens under `name`."""
+    def forward(
+        self, x: Tensor, layout: Layout, cache: LayerCache | None = None, name: str = "conv", *, fused: bool = False
+    ) -> Tensor:
+        """(B, T, C) to the same; the cache keeps the last W - 1 tokens under `name`; `fused` as `fla.fuses` has it."""
         length = x.shape[1]
         x = layout.cleared(x)
+        if fused:
+            return fla.short_conv(x, self.weight[:, 0], self.bias, layout)
         before = None if cache is None else cache.recall(name)
         if before is None:
             before = x.new_zeros((x.shape[0], self.taps - 1, x.shape[2]))
