@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from llmeff.core.config import validate
+from llmeff.core import group
+from llmeff.core.config import override, validate
+from llmeff.loop import Trainer
 from llmeff.optim import OptimizerConfig
 from llmeff.runconfig import RunConfig
 from tests import mixers
 from tests.ranks import ranks
 from tests.strategies import STEPS, STRATEGIES, Trajectory, by_hand, config, image_config, trained
+from tests.test_loop import TINY
 
 RELATIVE, OF_THE_UPDATE = 1e-5, 1e-4
 BF16_ROUNDOFF = 2**-8
@@ -50,6 +53,17 @@ def assert_the_same(found: Trajectory, expected: Trajectory) -> None:
     assert found.norms == pytest.approx(expected.norms, rel=RELATIVE)
     assert found.begin.keys() == expected.begin.keys()
     assert expected.distance(found) <= OF_THE_UPDATE
+
+
+def test_a_run_alone_after_one_with_an_engine_in_the_same_process_is_alone(tmp_path):
+    """DeepSpeed's process group stays; of a model alone it must not make replicas of one."""
+    for name, settings in (("zero", ["parallel=deepspeed"]), ("single", [])):
+        given = validate(RunConfig, override(TINY, ["train.steps=1", "checkpoint.every=0", *settings]))
+        with Trainer(given, tmp_path / name, resume=False, is_silent=True) as trainer:
+            trainer.train_step()
+            model = trainer._strategy.model
+    assert group.is_joined()
+    assert type(model).__name__ == "Decoder"
 
 
 def run(tmp_path, strategy, model, accumulation, *settings):

@@ -82,7 +82,8 @@ class SingleProcess(Strategy):
         self._parameters = [row.parameter for row in self._rows]
         # Not prepared: Accelerate's optimizer looks for other packages on disk at every step, which takes 0.4 ms.
         self.optimizer, self._scaler = parts.optimizer(self._owned()), self._accelerator.scaler
-        self.model = self._accelerator.prepare(parts.model)
+        # A group that an earlier run of this process left must not make replicas of one.
+        self.model = self._accelerator.prepare_model(parts.model, evaluation_mode=self.world.ranks == 1)
 
     def _owned(self) -> list[Row]:
         """The parameters that this process updates."""
