@@ -16,6 +16,7 @@ from llmeff.cost.price import Price
 from llmeff.cost.workload import Workload
 from llmeff.data import Bpe, HfTokenizer, ImageData, TextData
 from llmeff.models import DecoderConfig, SegNetBasic, SegNetVGG
+from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
 from llmeff.predict import (
     fit_micro_batch,
@@ -91,6 +92,19 @@ MIXERS = [
 def test_price_gate_of_settings_of_mixers(mixer, work):
     workload = Workload(**{"num_sequences": 2, "num_tokens": 150} | work)
     assert_exact_but_for_the_peak(gate.Case(MODEL.model_copy(update={"mixer": mixer}), workload))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_heads", "num_tokens"),
+    [*((name, 1, 1024) for name in ("linear", "gla", "deltanet", "kda")), ("deltanet", 2, 8192)],
+)
+def test_price_gate_of_one_long_row(name, num_heads, num_tokens):
+    """Rows of one head lie as a scan reads them, but for a convolution's; in long rows of a plain layer that takes the most."""
+    layers = [LayerConfig(has_mlp=False)]
+    shape = {"vocab_size": 8, "width": 64, "num_layers": 1, "num_heads": num_heads, "layers": layers}
+    model = DecoderConfig(**shape, mixer=MixerConfig.registry[name]())
+    case = gate.Case(model, Workload(num_sequences=1, num_tokens=num_tokens))
+    assert_exact_but_for_the_peak(case)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ class DeltaConfig(ScanConfig):
         query, key = repeated_law(tape, query, num_heads), repeated_law(tape, key, num_heads)
         log_decay = self.log_decay_law(shape, tape, x)
         beta = laws.linear(tape, x, tape.weight("b_proj.weight", num_heads, shape.width))
-        out = scan_law.law(tape, query, key, value, log_decay, laws.function(tape, beta, "output"))
+        beta = laws.function(tape, beta, "output")
+        out = scan_law.law(tape, query, key, value, log_decay, beta, is_convolved=True)
         out = self.finish_law(shape, tape, out, x).view(*x.shape[:2], num_heads * head_dim)
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 

@@ -67,7 +67,7 @@ class Mamba2(ScanConfig):
         del own
         log_decay = laws.times(tape, steps, rates_law(tape, num_heads)).view(*x.shape[:2], num_heads, 1)
         given = laws.times(tape, value, steps.view(*x.shape[:2], num_heads, 1))
-        out = scan_law.law(tape, query, key, given, log_decay, None)
+        out = scan_law.law(tape, query, key, given, log_decay, None, is_convolved=True)
         del given
         skipped = laws.times(tape, value, tape.weight("skip", num_heads))
         out = laws.add(tape, out, skipped).view(*x.shape[:2], num_heads * shape.head_dim)

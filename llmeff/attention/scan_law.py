@@ -13,8 +13,20 @@ from llmeff.cost.tape import Array, Tape
 _Rows = list[Array | None]
 
 
-def law(tape: Tape, query: Array, key: Array, value: Array, log_decay: Array | None, beta: Array | None) -> Array:
-    """(B, T, N, .) as `mix` is given them, to (B, T, N, V); names live as long as in `_Scan.forward`."""
+def law(
+    tape: Tape,
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    *,
+    is_convolved: bool = False,
+) -> Array:
+    """(B, T, N, .) as `mix` is given them, to (B, T, N, V); names live as long as in `_Scan.forward`.
+
+    Queries, keys and values that a convolution made lie with their channels before tokens.
+    """
     rows: _Rows = [None if x is None else laws.cast(tape, x, "float32") for x in (query, key, value, log_decay, beta)]
     del query, key, value, log_decay, beta
     given = [x for x in rows if x is not None]
@@ -25,12 +37,18 @@ def law(tape: Tape, query: Array, key: Array, value: Array, log_decay: Array | N
         for start in range(0, length, SEGMENT):
             states.append(state)
             own: list[Any] = [*_part(rows, start), state]
-            mixed, state = _segment(tape, *own)
+            mixed, state = _segment(tape, *_dense(given[2].shape, is_convolved), *own)
             del mixed
     flows = [x is not None and x.node is not None for x in rows]
     present = [x is not None for x in rows]
-    node = tape.save(tuple(given), (*given, *states), partial(_back, tape, present, flows))
+    node = tape.save(tuple(given), (*given, *states), partial(_back, tape, is_convolved, present, flows))
     return Array(out.shape, out.dtype, out.storage, node)
+
+
+def _dense(shape: tuple[int, ...], is_convolved: bool) -> tuple[bool, bool]:
+    """Whether parts of (B, T, N, .) lie as (B, N, L, .) already: those that may come of a convolution, and the others."""
+    is_dense = shape[2] == 1 and (shape[0] == 1 or shape[1] <= SEGMENT)
+    return is_dense and not is_convolved, is_dense
 
 
 def _part(rows: _Rows, start: int) -> _Rows:
@@ -44,7 +62,7 @@ def _part(rows: _Rows, start: int) -> _Rows:
 
 
 def _back(
-    tape: Tape, present: list[bool], flows: list[bool], gradient: Array, *saved: Array
+    tape: Tape, is_convolved: bool, present: list[bool], flows: list[bool], gradient: Array, *saved: Array
 ) -> tuple[Array | None, ...]:
     kept = list(saved)
     rows: _Rows = [kept.pop(0) if is_there else None for is_there in present]
@@ -56,23 +74,24 @@ def _back(
         starts = [*_part(rows, index * SEGMENT), kept[index]]
         assert starts[2] is not None
         part = Array(starts[2].shape, gradient.dtype, gradient.storage)
-        given = partial(_given, tape, part, above, len(kept))
-        *parts, last = tape.run_again(partial(_segment, tape), starts, (*flows, True), given)
+        dense = _dense(gradient.shape, is_convolved)
+        given = partial(_given, tape, part, above, dense[1])
+        *parts, last = tape.run_again(partial(_segment, tape, *dense), starts, (*flows, True), given)
         assert last is not None
         above[:] = [last]
         del parts, last
     return tuple(own for own, is_there in zip(found, present, strict=True) if is_there)
 
 
-def _given(tape: Tape, part: Array, above: list[Array], num_segments: int) -> list[Array]:
+def _given(tape: Tape, part: Array, above: list[Array], is_dense: bool) -> list[Array]:
     """Gradients of a segment's results: the part of one that lies (B, T, N, .), dense, and that of the state."""
-    num_rows, num_heads = part.shape[:2]
-    is_dense = num_heads == 1 and (num_rows == 1 or num_segments == 1)
     return [part if is_dense else tape.new(part.shape, part.dtype), *above]
 
 
 def _segment(
     tape: Tape,
+    are_dense: bool,
+    is_dense: bool,
     query: Array,
     key: Array,
     value: Array,
@@ -82,8 +101,8 @@ def _segment(
 ) -> tuple[Array, Array]:
     """Names live as long as in `scan._segment`."""
     length, width = key.shape[2], value.shape[-1]
-    query, key, value = (_chunks(tape, x) for x in (query, key, value))
-    decay = None if log_decay is None else _function(tape, _chunks(tape, log_decay), "nothing")
+    query, key, value = (_chunks(tape, x, are_dense) for x in (query, key, value))
+    decay = None if log_decay is None else _function(tape, _chunks(tape, log_decay, is_dense), "nothing")
     sees = _sees(tape, key)
     sites = (*key.shape[:3], CHUNK)
     read, kept, carry = query, key, None
@@ -96,7 +115,7 @@ def _segment(
         read, kept = _times(tape, read, borders[0]), _times(tape, kept, borders[1])
     taken, erased = value, None
     if beta is not None:
-        beta = _chunks(tape, Array((*beta.shape, 1), beta.dtype, beta.storage, beta.node))
+        beta = _chunks(tape, Array((*beta.shape, 1), beta.dtype, beta.storage, beta.node), is_dense)
         found = key if decay is None else _times(tape, key, _function(tape, decay, "output"))
         found = _times(tape, found, borders[0]) if borders else found
         overlap = _function(tape, _times(tape, _pairs(tape, key, key, decay, sees), beta), "nothing")
@@ -125,10 +144,12 @@ def _times(tape: Tape, x: Array, factor: Array) -> Array:
     return laws.scale(tape, x, factor) if factor.node is None else laws.times(tape, x, factor)
 
 
-def _chunks(tape: Tape, x: Array) -> Array:
+def _chunks(tape: Tape, x: Array, is_dense: bool) -> Array:
     num_chunks = -(-x.shape[2] // CHUNK)
     shape = (*x.shape[:2], num_chunks, CHUNK, x.shape[-1])
     if num_chunks * CHUNK == x.shape[2]:
+        if is_dense:
+            return Array(shape, x.dtype, x.storage, x.node)
         return tape.elementwise(shape, x.dtype, _node(tape, (x,), partial(_same_back, x.shape)))
     return tape.elementwise(shape, x.dtype, _node(tape, (x,), partial(_new_back, tape, x.shape)))
 

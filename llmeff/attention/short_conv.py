@@ -101,6 +101,13 @@ def _convolution_back(
 ) -> tuple[Array, ...]:
     tape.execute(2 * flops)
     dense = tape.new(whole.shape, whole.dtype), tape.new(gradient.shape, gradient.dtype)
+    if tape.workload.on_cpu and whole.dtype == "float32":  # oneDNN has channels in blocks, for the weights' gradient
+        blocks = (
+            tape.new(gradient.shape, gradient.dtype),
+            tape.new(weight.shape, weight.dtype),
+            tape.new(whole.shape, whole.dtype),
+        )
+        del blocks
     found = tape.new(whole.shape, whole.dtype), tape.new(weight.shape, weight.dtype)
     del dense
     return (*found, tape.new(weight.shape[:1], weight.dtype)) if has_bias else found
