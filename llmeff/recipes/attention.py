@@ -20,7 +20,7 @@ def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
 
     Args:
         head_dim: H.
-        window: whose keys and values, of the tokens before the last, are about as many: H / 2 or one more.
+        window: of which decoding keeps all tokens but one, with about as many keys and values: H / 2 or one more.
     """
     return {
         "softmax": {},
@@ -65,18 +65,18 @@ def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]
 def recall() -> SweepConfig:
     """What the state of every mixer remembers: sixteen pairs in 64 tokens (MQAR), three fresh seeds.
 
-    States are of equal size where there is one, 4 KiB; a window holds an eighth of the row. The rate is chosen on one seed,
+    States are of equal size where there is one, 4 KiB a layer; a window holds an eighth of the row. The rate is chosen on one seed,
     in three quarters of the steps.
     """
-    steps, head_dim = 3200, 16
+    steps, head_dim = 2400, 16
     return SweepConfig(
         name="recall",
         base=RunConfig(
             task=Recall(),
             model=DecoderConfig(width=4 * head_dim, num_layers=2, num_heads=4, mlp_width=128),
             data=RecallData(vocab_size=256, sequence_length=64, pairs=16, held_out=256),
-            schedule=Cosine(warmup_steps=steps // 10),
-            train=TrainConfig(steps=steps, batch=16, micro_batch=16),
+            schedule=Cosine(warmup_steps=steps // 8),
+            train=TrainConfig(steps=steps, batch=32, micro_batch=32),
             evaluation=EvalConfig(every=0.125, max_units=None, sample_tokens=0),
             checkpoint=CheckpointConfig(every=0),
             runtime=RuntimeConfig(threads=1),
@@ -87,7 +87,7 @@ def recall() -> SweepConfig:
         },
         baseline="softmax",
         metric="accuracy",
-        tuning=TuningConfig(trials=2, steps=2400),
+        tuning=TuningConfig(trials=2, steps=1800),
         seeds=(0, 1, 2),
     )
 
