@@ -161,6 +161,15 @@ def unchanged_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A block in which nothing says that this process is a rank: DeepSpeed leaves word of it to all that comes after."""
+    with unchanged_environment():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        yield
+
+
 def cache_folder() -> Path:
     """Where caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
     given = os.environ.get("LLMEFF_CACHE")

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from llmeff.core.config import ConfigError
+from llmeff.core.dist import alone
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
@@ -42,7 +43,8 @@ class Single(StrategyConfig):
 
     def build(self, parts: Parts) -> "SingleProcess":
         """Sets the model and the optimizer up on the device."""
-        return SingleProcess(parts)
+        with alone():
+            return SingleProcess(parts)
 
 
 def accelerator(device: torch.device, precision: Precision, **settings: Any) -> Any:
@@ -82,8 +84,7 @@ class SingleProcess(Strategy):
         self._parameters = [row.parameter for row in self._rows]
         # Not prepared: Accelerate's optimizer looks for other packages on disk at every step, which takes 0.4 ms.
         self.optimizer, self._scaler = parts.optimizer(self._owned()), self._accelerator.scaler
-        # A group that an earlier run of this process left must not make replicas of one.
-        self.model = self._accelerator.prepare_model(parts.model, evaluation_mode=self.world.ranks == 1)
+        self.model = self._accelerator.prepare(parts.model)
 
     def _owned(self) -> list[Row]:
         """The parameters that this process updates."""
