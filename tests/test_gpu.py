@@ -57,7 +57,9 @@ def test_a_run_with_kernels_of_flash_linear_attention_is_the_run_without(tmp_pat
     for kernel in ("torch", "auto"):
         result = train(on_gpu(*given, f"model.mixer.kernel={kernel}"), tmp_path / kernel)
         found[kernel] = read_run(tmp_path / kernel).steps["loss"].tolist()
-        assert any("flash-linear-attention" in ran for ran in result.kernels) == (kernel == "auto")
+        scans = {ran for ran in result.kernels if ran.startswith("scan: ")}
+        is_refused = fla.is_flawed() and name in ("mamba2", "gated-deltanet")
+        assert scans == {"scan: torch" if kernel == "torch" or is_refused else "scan: flash-linear-attention"}
     assert found["auto"] == pytest.approx(found["torch"], rel=2e-2)
 
 
@@ -143,7 +145,7 @@ def test_every_stage_on_one_device_is_the_run_without_it(tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ZERO)
 def test_every_stage_on_one_device_meets_its_price(tmp_path, stage):
-    """50 million parameters, beside which a workspace is little."""
+    """67 million parameters, beside which a workspace is little."""
     wide = ("model.width=1024", "model.num_heads=8", "model.mlp_width=4096", "model.num_layers=4", "train.steps=3")
     result = train(on_gpu(*wide, "parallel=deepspeed", *ZERO[stage]), tmp_path / "zero")
     predicted, measured = (kinds["peak_bytes"] for kinds in (result.predicted, result.measured))

@@ -3,6 +3,7 @@
 Each gives what this package's own form gives, up to rounding.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 from functools import cache
@@ -21,8 +22,8 @@ MISSING = 'needs flash-linear-attention 0.6 or newer, with Triton: pip install "
 LARGEST_KEY = 256
 """K, the most that its delta rules take."""
 FLAW = (
-    "gives wrong gradients of a head's decays on Hopper GPUs with Triton 3.4 to 3.7.0: "
-    "use Triton 3.7.1 or newer, or pip install tilelang"
+    "refuses decays of heads on Hopper GPUs with Triton 3.4 to 3.7.0, which gets their gradients wrong: "
+    "use Triton 3.7.1 or newer"
 )
 _LEAST = (0, 6)
 """The oldest version that has all kernels as they are called here."""
@@ -46,12 +47,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @cache
 def is_flawed() -> bool:
-    """Whether decays of whole heads that change from token to token get wrong gradients here, see `FLAW`."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    """Whether it refuses decays of whole heads that change from token to token, see `FLAW`."""
+    if torch.version.hip or not is_installed() or not torch.cuda.is_available():
         return False
-    return (3, 4) <= _numbers(importlib.metadata.version("triton")) < (3, 7, 1) and (
-        importlib.util.find_spec("tilelang") is None
-    )
+    if torch.cuda.get_device_capability()[0] != 9:
+        return False
+    version: str = importlib.import_module("triton").__version__
+    return (3, 4) <= _numbers(version) < (3, 7, 1)
 
 
 def takes(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
@@ -69,8 +71,11 @@ def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCac
     return True
 
 
-def gets_right(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the scan of these decays can be trusted here, see `FLAW`."""
+def can_scan(key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether its kernels take such rows here: no odd widths in half precision, and see `FLAW`."""
+    is_odd = key.shape[-1] % 2 == 1 or value.shape[-1] % 2 == 1
+    if is_odd and dtype != torch.float32:
+        return False
     return not (_name(log_decay, beta, dtype) in ("simple_gla", "gated_delta_rule") and is_flawed())
 
 
@@ -137,7 +142,9 @@ def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _is_fixed(log_decay: Tensor) -> bool:
-    """Whether all tokens of all rows are one place in memory."""
+    """Whether all tokens of all rows are one place in memory, of which nobody asks for a gradient."""
+    if log_decay.requires_grad:
+        return False
     strides = zip(log_decay.shape[:2], log_decay.stride()[:2], strict=True)
     return all(size == 1 or stride == 0 for size, stride in strides)
 

@@ -41,9 +41,9 @@ class ScanConfig(MixerConfig):
 
     kernel: Literal["auto", "torch", "fla"] = "auto"
     """What computes it. torch: this package's own form, anywhere. fla: flash-linear-attention's, for whole sequences on GPUs;
-    torch's on a CPU, and under `runtime.deterministic`, since Triton chooses its kernels by timing. auto: fla where it is
-    installed and products are in half precision; a mixer whose sums are float32 takes it only where asked. Where Triton is
-    known to get a kernel's gradients wrong, torch's. Prices are torch's."""
+    torch's on a CPU, under `runtime.deterministic`, since Triton chooses its kernels by timing, and for odd widths and decays
+    that it refuses. auto: fla where it is installed and products are in half precision; a mixer whose sums are float32 takes
+    it only where asked. Prices are torch's."""
     gates_heads: ClassVar[bool] = False
     """Whether heads have a decay each that changes from token to token."""
 
@@ -102,7 +102,8 @@ def mix(
         key = layout.cleared(key.flatten(2)).view_as(key)
         state = None if cache is None else cache.recall("state")
         is_whole = key.shape[1] > 1 and (cache is None or layout.documents is None)
-        if is_whole and fla.takes(kernel, dtype, key.device) and fla.gets_right(log_decay, beta, dtype):
+        by_fla = is_whole and fla.takes(kernel, dtype, key.device)
+        if by_fla and fla.can_scan(key, value, log_decay, beta, dtype):
             kernels.ran("scan: flash-linear-attention", is_counted=False)
             mixed, state = fla.scan(query, key, value, log_decay, beta, layout, state, dtype)
             if cache is not None:

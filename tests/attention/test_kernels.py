@@ -1,6 +1,8 @@
 """Other kernels behind the same mixers give what torch's own forms give; which ran is known; what lacks is said."""
 
+import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -142,14 +144,36 @@ def test_flash_linear_attention_gives_what_the_scan_gives(decays, has_beta, kind
         torch.testing.assert_close(own, theirs, **tolerance)
 
 
-FUSED = ["retention", "gla", "mamba2", "deltanet", "gated-deltanet", "kda"]
+CONVOLVED = {"short_conv", "unit"}
+FUSED = {
+    "retention": {"gated_rms_norm"},
+    "gla": {"gated_rms_norm"},
+    "mamba2": {"short_conv"},
+    "deltanet": {*CONVOLVED, "rms_norm"},
+    "gated-deltanet": {*CONVOLVED, "gated_rms_norm"},
+    "kda": {*CONVOLVED, "gated_rms_norm", "channel_decay"},
+}
+"""What of each mixer flash-linear-attention computes beside the scan."""
+
+
+def counted(monkeypatch, called):
+    owns = {part: getattr(fla, part) for part in set().union(*FUSED.values())}
+
+    def run(part, *given):
+        called.add(part)
+        return owns[part](*given)
+
+    for part in owns:
+        monkeypatch.setattr(fla, part, partial(run, part))
 
 
 @pytest.mark.parametrize("device", INTERPRETED)
-@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("plain", SINGLE), ("packed", SINGLE), ("padded", SINGLE), ("plain", torch.float16)], ids=str
+)
 @pytest.mark.parametrize("name", FUSED)
 def test_what_stands_around_the_scan_is_the_same_by_flash_linear_attention(
-    name, kind, device, interpreted, monkeypatch
+    name, kind, dtype, device, interpreted, monkeypatch
 ):
     """Convolutions, norms and decays: values, and gradients of what came in and of all weights."""
     module = built(name).to(device)
@@ -157,15 +181,49 @@ def test_what_stands_around_the_scan_is_the_same_by_flash_linear_attention(
     layout = layouts(device)[kind]
     real = torch.ones(2, LENGTH, device=device) if layout.padding is None else layout.padding.float()
     monkeypatch.setattr(fla, "takes", lambda *given: False)
-    found = []
+    found, called = [], set()
+    counted(monkeypatch, called)
     for is_fused in (False, True):
         monkeypatch.setattr(fla, "fuses", lambda *given, is_fused=is_fused: is_fused)
-        given = x.clone().requires_grad_()
-        out = module(given, layouts(device)[kind]) * real[..., None]
+        assert not called
+        if is_fused:  # beside what torch gives in float32
+            module = module.to(dtype)
+        given = x.to(dtype if is_fused else SINGLE).requires_grad_()
+        out = module(given, layouts(device)[kind])
+        assert out.dtype == given.dtype
+        out = out.float() * real[..., None]
         found.append([out, *torch.autograd.grad(out.square().sum(), [given, *module.parameters()])])
+    assert called == FUSED[name]
     for expected, got in zip(*found, strict=True):
         scale = expected.detach().abs().max().item()
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, scale))
+        if dtype == SINGLE:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, scale))
+        else:
+            assert (got.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_decoding_leaves_what_stands_around_a_scan_to_torch(monkeypatch):
+    monkeypatch.setattr(fla, "takes", lambda kernel, dtype, device: kernel == "auto")
+    with kernels.noted() as ran:
+        assert not fla.fuses("auto", HALF, GPU, Kept())
+        assert not fla.fuses("torch", HALF, GPU, None)
+        assert not ran
+        assert fla.fuses("auto", HALF, GPU, None)
+    assert ran == {"around the scan: flash-linear-attention": False}
+
+
+def test_rows_that_a_kernel_does_not_take_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(fla, "takes", lambda *given: True)
+    monkeypatch.setattr(fla, "fuses", lambda *given: False)
+    monkeypatch.setattr(fla, "is_flawed", lambda: True)
+    monkeypatch.setattr(fla, "scan", lambda *given: pytest.fail("handed to the kernel"))
+    with kernels.noted() as ran:
+        built("gated-deltanet")(torch.randn(2, 10, SHAPE.width), Layout.plain(10, torch.device("cpu")))
+    assert set(ran) == {"scan: torch"}
+    odd, even = torch.zeros(2, 5, 2, 3), torch.zeros(2, 5, 2, 4)
+    assert fla.can_scan(odd, even, None, None, SINGLE)
+    assert not fla.can_scan(odd, even, None, None, HALF)
+    assert not fla.can_scan(even, odd, None, None, HALF)
 
 
 @pytest.mark.parametrize("device", INTERPRETED)
@@ -193,18 +251,20 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 def test_a_kernel_whose_gradients_are_wrong_is_left_to_torch_or_refused(capability, triton, flawed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(fla.importlib.metadata, "version", lambda name: triton)
-    monkeypatch.setattr(fla.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(fla, "is_flawed", fla.is_flawed.__wrapped__)
     monkeypatch.setattr(fla, "is_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    monkeypatch.setattr(fla, "is_flawed", fla.is_flawed.__wrapped__)
     assert fla.is_flawed() == flawed
+    rows = (torch.zeros(2, 5, 2, 4), torch.zeros(2, 5, 2, 4))
     of_heads, of_channels, beta = torch.zeros(2, 5, 2, 1), torch.zeros(2, 5, 2, 4), torch.zeros(2, 5, 2)
     fixed = torch.zeros(2, 1).expand(2, 5, 2, 1)
-    assert fla.gets_right(of_heads, None, HALF) == fla.gets_right(of_heads, beta, HALF) == (not flawed)
-    assert fla.gets_right(None, beta, SINGLE) == (not flawed)
+    assert fla.can_scan(*rows, of_heads, None, HALF) == fla.can_scan(*rows, of_heads, beta, HALF) == (not flawed)
+    assert fla.can_scan(*rows, None, beta, SINGLE) == fla.can_scan(*rows, fixed.clone(), None, HALF) == (not flawed)
     assert all(
-        fla.gets_right(*right, HALF) for right in ((None, None), (fixed, None), (None, beta), (of_channels, beta))
+        fla.can_scan(*rows, *own, HALF) for own in ((None, None), (fixed, None), (None, beta), (of_channels, beta))
     )
+    learned = torch.zeros(2, 1, requires_grad=True).expand(2, 5, 2, 1)  # that kernel has no gradient of its decays
+    assert fla.can_scan(*rows, learned, None, HALF) == (not flawed)
     refused = {name for name in SCANS if MixerConfig.registry[name](kernel="fla").lacks(SHAPE, on_cpu=False)}
     assert refused == ({"performer", "mamba2", "gated-deltanet"} if flawed else set())
 
@@ -275,6 +335,7 @@ def test_a_mixer_hands_the_other_kernel_what_it_hands_the_scan(name, kind, monke
     expected = module(x, layouts("cpu")[kind])
     monkeypatch.setattr(fla, "takes", lambda kernel, dtype, device: True)
     monkeypatch.setattr(fla, "fuses", lambda *given: False)
+    monkeypatch.setattr(fla, "can_scan", lambda *given: True)
     monkeypatch.setattr(fla, "scan", scanned)
     torch.testing.assert_close(module(x, layouts("cpu")[kind]), expected)
     if kind == "plain":  # a prompt, and then token by token after the state that is kept
