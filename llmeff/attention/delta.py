@@ -59,7 +59,7 @@ class DeltaConfig(ScanConfig):
         log_decay = self.log_decay_law(shape, tape, x)
         beta = laws.linear(tape, x, tape.weight("b_proj.weight", num_heads, shape.width))
         beta = laws.function(tape, beta, "output")
-        out = scan_law.law(tape, query, key, value, log_decay, beta, is_convolved=True)
+        out = scan_law.law(tape, query, key, value, log_decay, beta, is_convolved=not tape.workload.packed)
         out = self.finish_law(shape, tape, out, x).view(*x.shape[:2], num_heads * head_dim)
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
