@@ -2,8 +2,8 @@
 
 Each is a layer alone, forward and backward in bfloat16 by autocast, of equal width and as many heads. Turns of all forms
 of a mixer alternate in one process: this package's with that package's kernels, the same compiled, and with torch's alone;
-and that package's layer, beside which the others' times are set: above 1 is slower. What this package's layer gives by those kernels is compared
-with what it gives by torch's. That package's Mamba-2 needs further packages, and is not there.
+and that package's layer, beside which the others' times are set: above 1 is slower. What this package's layer gives by those
+kernels is compared with what it gives by torch's. That package's Mamba-2 needs further packages, and is not there.
 """
 
 import argparse

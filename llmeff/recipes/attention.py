@@ -65,8 +65,8 @@ def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]
 def recall() -> SweepConfig:
     """What the state of every mixer remembers: sixteen pairs in 64 tokens (MQAR), three fresh seeds.
 
-    States are of equal size where there is one, 4 KiB a layer; a window holds an eighth of the row. The rate is chosen on one seed,
-    in three quarters of the steps.
+    States are of equal size where there is one, 4 KiB a layer; a window holds an eighth of the row. The rate is chosen on one
+    seed, in three quarters of the steps.
     """
     steps, head_dim = 2400, 16
     return SweepConfig(
