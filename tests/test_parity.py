@@ -13,6 +13,7 @@ import pytest
 
 from llmeff.core import group
 from llmeff.core.config import override, validate
+from llmeff.core.dist import is_launched
 from llmeff.loop import Trainer
 from llmeff.optim import OptimizerConfig
 from llmeff.runconfig import RunConfig
@@ -63,6 +64,7 @@ def test_a_run_alone_after_one_with_an_engine_in_the_same_process_is_alone(tmp_p
             trainer.train_step()
             model = trainer._strategy.model
     assert group.is_joined()
+    assert not is_launched(), "processes that this one starts would take themselves for ranks"
     assert type(model).__name__ == "Decoder"
 
 

@@ -52,12 +52,6 @@ def become_rank(rank: int, ranks: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in told.items()})
 
 
-def stand_alone(port: int) -> None:
-    """Makes this process a world of its own, where no launcher made one: what a process group asks for."""
-    if not is_launched():
-        become_rank(0, 1, port)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Statement:
     """A value of the run that something beside its config states too."""
@@ -150,24 +144,21 @@ def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def unchanged_environment() -> Iterator[None]:
-    """A block after which the environment is as it was before."""
+def in_a_world() -> Iterator[None]:
+    """A block in which this process is a rank, of a world of its own where no launcher made one.
+
+    Process groups and engines ask for it, and leave word of their own; afterwards the environment is as it was before, or runs
+    after this one, and processes that this one starts, would take themselves for ranks.
+    """
     before = dict(os.environ)
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what `accelerate config` wrote was compared before
+    if not is_launched():
+        become_rank(0, 1, free_port())
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """A block in which nothing says that this process is a rank: DeepSpeed leaves word of it to all that comes after."""
-    with unchanged_environment():
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
-        yield
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from llmeff.core.config import ConfigError
-from llmeff.core.dist import free_port, stand_alone
+from llmeff.core.dist import in_a_world
 
 T = TypeVar("T")
 
@@ -24,13 +24,13 @@ def connect(device: torch.device, timeout_s: float) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    stand_alone(free_port())
     is_gpu = device.type == "cuda"
     if is_gpu:  # where objects are gathered, too
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if is_gpu else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if is_gpu else None
-    )
+    with in_a_world():
+        torch.distributed.init_process_group(
+            "nccl" if is_gpu else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if is_gpu else None
+        )
 
 
 def disconnect() -> None:

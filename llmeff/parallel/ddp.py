@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from llmeff.core.config import ConfigError, Count, Flag
+from llmeff.core.dist import in_a_world
 from llmeff.core.precision import PrecisionName
 from llmeff.core.shard import replicated, whole_tensors
 from llmeff.core.table import Row, Sharding
@@ -49,7 +50,8 @@ class DDP(StrategyConfig):
 
     def build(self, parts: Parts) -> "Replicas":
         """Joins this process's replica to the others."""
-        return Replicas(parts, self)
+        with in_a_world():
+            return Replicas(parts, self)
 
     def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ReplicaKeeping":
         """Everything, and buckets of all gradients that stay from step to step."""

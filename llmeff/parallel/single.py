@@ -8,7 +8,6 @@ from pydantic import model_validator
 from torch import Tensor
 
 from llmeff.core.config import ConfigError
-from llmeff.core.dist import alone
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
@@ -43,8 +42,7 @@ class Single(StrategyConfig):
 
     def build(self, parts: Parts) -> "SingleProcess":
         """Sets the model and the optimizer up on the device."""
-        with alone():
-            return SingleProcess(parts)
+        return SingleProcess(parts)
 
 
 def accelerator(device: torch.device, precision: Precision, **settings: Any) -> Any:

@@ -13,7 +13,7 @@ from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
-from llmeff.core.dist import Statement, keep_deepspeed_on_cpu, unchanged_environment, world
+from llmeff.core.dist import Statement, in_a_world, keep_deepspeed_on_cpu, world
 from llmeff.core.precision import PrecisionName
 from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
@@ -471,7 +471,7 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    with unchanged_environment():  # where Accelerate leaves word for processes that it would start
+    with in_a_world():
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
             gradient_accumulation_steps=settings["gradient_accumulation_steps"],
