@@ -76,7 +76,7 @@ def can_scan(key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor 
     is_odd = key.shape[-1] % 2 == 1 or value.shape[-1] % 2 == 1
     if is_odd and dtype != torch.float32:
         return False
-    return not (_name(log_decay, beta, dtype) in ("simple_gla", "gated_delta_rule") and is_flawed())
+    return not (_name(log_decay, beta, dtype) in ("sum, heads", "delta, heads") and is_flawed())
 
 
 def scan(
@@ -107,16 +107,16 @@ def scan(
     name = _name(log_decay, beta, dtype)
     given: dict[str, Any] = {"q": query.to(dtype), "k": key.to(dtype), "v": value.to(dtype)}
     if beta is not None:
-        given["beta"] = beta.to(dtype) if name == "delta_rule" else beta.float()
-        if name == "gated_delta_rule" and log_decay is None:
+        given["beta"] = beta.to(dtype) if name == "delta" else beta.float()
+        if name == "delta, heads" and log_decay is None:
             log_decay = torch.zeros_like(beta)[..., None]
-    if log_decay is not None and name != "fixed":
+    if log_decay is not None and name != "sum, fixed":
         given["g"] = log_decay.float() if log_decay.shape[-1] > 1 else log_decay.float()[..., 0]
     documents = layout.documents
     if documents is not None:
         given = {name: x.flatten(0, 1)[None] for name, x in given.items()}
         given["cu_seqlens"] = bounds(layout)
-    if log_decay is not None and name == "fixed":
+    if log_decay is not None and name == "sum, fixed":
         given["g_gamma"] = log_decay[0, 0, :, 0].float()
     mixed, end = _kernel(name)(
         **given, scale=1.0, initial_state=None if state is None else state.float(),
@@ -125,20 +125,20 @@ def scan(
     return mixed.view_as(value), end
 
 
-_Name = Literal["fixed", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda"]
+_Name = Literal["sum, fixed", "sum, heads", "sum, channels", "delta", "delta, heads", "delta, channels"]
 
 
 def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> _Name:
-    """Of its kernels; "fixed": of a sum whose heads have one decay each for all tokens, or none."""
+    """Of its kernels, by what decays: nothing or a head's state by one number for all tokens ("fixed"), heads, or channels."""
     by_channel = log_decay is not None and log_decay.shape[-1] > 1
     if beta is None:
         if by_channel:
-            return "gla"
-        return "fixed" if log_decay is None or _is_fixed(log_decay) else "simple_gla"
+            return "sum, channels"
+        return "sum, fixed" if log_decay is None or _is_fixed(log_decay) else "sum, heads"
     if by_channel:
-        return "kda"
+        return "delta, channels"
     # its delta rule without decay takes no float32
-    return "delta_rule" if log_decay is None and dtype != torch.float32 else "gated_delta_rule"
+    return "delta" if log_decay is None and dtype != torch.float32 else "delta, heads"
 
 
 def _is_fixed(log_decay: Tensor) -> bool:
@@ -151,15 +151,15 @@ def _is_fixed(log_decay: Tensor) -> bool:
 
 def _kernel(name: _Name) -> Any:
     match name:
-        case "fixed" | "simple_gla":
+        case "sum, fixed" | "sum, heads":
             from fla.ops.simple_gla import chunk_simple_gla as kernel
-        case "gla":
+        case "sum, channels":
             from fla.ops.gla import chunk_gla as kernel
-        case "delta_rule":
+        case "delta":
             from fla.ops.delta_rule import chunk_delta_rule as kernel
-        case "gated_delta_rule":
+        case "delta, heads":
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
-        case "kda":
+        case "delta, channels":
             from fla.ops.kda import chunk_kda as kernel
     return kernel
 

@@ -147,6 +147,6 @@ def test_no_channel_of_kda_forgets_more_than_a_chunk_can_hold():
     with torch.no_grad():
         ours.log_rate.fill_(5.0)
     x = torch.randn(1, 100, WIDTH, requires_grad=True)
-    assert float(ours.log_decay(x).detach().min()) == -5.0
+    assert float(ours.log_decay(x, fused=False).detach().min()) == -5.0
     ours(x, Layout.plain(100, x.device)).square().sum().backward()
     assert x.grad.isfinite().all()
