@@ -1,5 +1,6 @@
-# Everything a person or CI runs. PYTHON is the environment's interpreter.
+# Everything a person or CI runs. PYTHON is the environment's interpreter, PROCESSES run tests side by side.
 PYTHON ?= .venv/bin/python
+PROCESSES ?= 2
 BIN = $(dir $(PYTHON))
 STAMP = .venv/.installed
 
@@ -30,8 +31,9 @@ format: setup
 train: setup
 	$(BIN)llmeff train --recipe default
 
+# A file's tests share what they set up, and so a process.
 test: setup check
-	$(BIN)python -m pytest
+	$(BIN)python -m pytest -n $(PROCESSES) --dist loadfile
 
 test-slow: setup
 	$(BIN)python -m pytest -m "slow and not gpu and not system"
