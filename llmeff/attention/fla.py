@@ -114,7 +114,7 @@ def scan(
         given["g"] = log_decay.float() if log_decay.shape[-1] > 1 else log_decay.float()[..., 0]
     documents = layout.documents
     if documents is not None:
-        given = {name: x.flatten(0, 1)[None] for name, x in given.items()}
+        given = {part: x.flatten(0, 1)[None] for part, x in given.items()}
         given["cu_seqlens"] = bounds(layout)
     if log_decay is not None and name == "sum, fixed":
         given["g_gamma"] = log_decay[0, 0, :, 0].float()
