@@ -9,9 +9,10 @@ kernels is compared with what it gives by torch's. That package's Mamba-2 needs 
 import argparse
 import json
 import math
+import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -149,7 +150,7 @@ def race(name: str, options: argparse.Namespace, length: int) -> dict[str, Any]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Races every mixer at every length."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", nargs="+", default=list(NAMES), choices=NAMES)
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[2048, 16384], help="of a row")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fla_layers.json")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     found: dict[str, Any] = {}
     for name in options.name:
         work = Workload(num_sequences=1, num_tokens=1, precision_name="bf16", num_threads=1, on_cpu=False)
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """All that was raced so far."""
     result = {
-        "command": "python analysis/fla_layers.py",
+        "command": shlex.join(["python", "analysis/fla_layers.py", *sys.argv[1:]]),
         "width": options.width,
         "num_heads": options.heads,
         "tokens": options.tokens,
