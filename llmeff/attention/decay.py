@@ -1,15 +1,32 @@
 """How decays of states begin: rates, and steps through which time passes."""
 
+from typing import Annotated
+
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
+from llmeff.core.config import Positive
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
 
-def initial_rates(like: Tensor, least: float) -> Tensor:
-    """Logarithms of rates of decay, which are uniform in `least` to 16."""
-    return torch.empty_like(like).uniform_(least, 16).log()
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"the least comes first, given: {list(bounds)}")
+    return bounds
+
+
+Rates = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+"""The least and the largest initial rate of decay; a head's, times a step, is what its state forgets at a token.
+
+Rows of few tokens may need slower ones than long texts do: from a head that forgets within a few there is nothing to learn.
+"""
+
+
+def initial_rates(like: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Logarithms of rates of decay, which are uniform between bounds."""
+    return torch.empty_like(like).uniform_(*bounds).log()
 
 
 def initial_steps(like: Tensor) -> Tensor:

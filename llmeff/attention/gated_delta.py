@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import gated_norm
-from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
+from llmeff.attention.decay import Rates, initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, split
@@ -24,6 +24,8 @@ class GatedDelta(DeltaConfig):
 
     gates_heads = True
     name: Literal["gated-deltanet"] = "gated-deltanet"
+    initial_rates: Rates = (0.01, 16)
+    """Between which each head's rate of decay is drawn (`decay.Rates`)."""
 
     def build(self, shape: MixerShape) -> "GatedDeltaMixer":
         """The module."""
@@ -49,13 +51,17 @@ class GatedDeltaMixer(DeltaMixer):
         super().__init__(config, shape)
         self.g_proj = nn.Linear(shape.width, self.value_width, bias=False)
         self.a_proj = nn.Linear(shape.width, shape.num_heads, bias=False)
+        self.initial_rates = config.initial_rates
         self.log_rate = nn.Parameter(torch.empty(shape.num_heads))
         self.step_bias = nn.Parameter(torch.empty(shape.num_heads))
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
         """Rates as in Qwen3-Next; steps by Mamba's rule."""
-        return {"log_rate": initial_rates(self.log_rate, 0.01), "step_bias": initial_steps(self.step_bias)}
+        return {
+            "log_rate": initial_rates(self.log_rate, self.initial_rates),
+            "step_bias": initial_steps(self.step_bias),
+        }
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, 1)."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import fla, gated_norm
-from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
+from llmeff.attention.decay import Rates, initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, split
@@ -27,6 +27,8 @@ class KDA(DeltaConfig):
     """
 
     name: Literal["kda"] = "kda"
+    initial_rates: Rates = (1, 16)
+    """Between which each head's rate of decay is drawn (`decay.Rates`)."""
 
     def build(self, shape: MixerShape) -> "KDAMixer":
         """The module."""
@@ -58,13 +60,17 @@ class KDAMixer(DeltaMixer):
         self.f_b_proj = nn.Linear(shape.head_dim, self.value_width, bias=False)
         self.g_a_proj = nn.Linear(shape.width, shape.head_dim, bias=False)
         self.g_b_proj = nn.Linear(shape.head_dim, self.value_width, bias=False)
+        self.initial_rates = config.initial_rates
         self.log_rate = nn.Parameter(torch.empty(shape.num_heads))
         self.step_bias = nn.Parameter(torch.empty(self.value_width))
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, "sigmoid")
 
     def initial(self) -> dict[str, Tensor]:
         """Rates as in Kimi Linear; steps by Mamba's rule."""
-        return {"log_rate": initial_rates(self.log_rate, 1), "step_bias": initial_steps(self.step_bias)}
+        return {
+            "log_rate": initial_rates(self.log_rate, self.initial_rates),
+            "step_bias": initial_steps(self.step_bias),
+        }
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, H)."""

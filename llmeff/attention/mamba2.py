@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import fla, gated_norm, scan_law, short_conv
-from llmeff.attention.decay import initial_rates, initial_steps, rates_law, steps_law
+from llmeff.attention.decay import Rates, initial_rates, initial_steps, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
@@ -33,6 +33,8 @@ class Mamba2(ScanConfig):
     """Heads for each of `num_heads`."""
     conv: Count = 4
     """Tokens that the short convolution spans."""
+    initial_rates: Rates = (1, 16)
+    """Between which each head's rate of decay is drawn (`decay.Rates`)."""
 
     def num_heads(self, shape: MixerShape) -> int:
         """N."""
@@ -101,6 +103,7 @@ class Mamba2Mixer(Mixer):
         self.g_proj = nn.Linear(shape.width, inner, bias=False)
         self.a_proj = nn.Linear(shape.width, self.num_heads, bias=False)
         self.conv = ShortConv(config.channels(shape), config.conv, has_bias=True)
+        self.initial_rates = config.initial_rates
         self.log_rate = nn.Parameter(torch.empty(self.num_heads))
         self.step_bias = nn.Parameter(torch.empty(self.num_heads))
         self.skip = nn.Parameter(torch.empty(self.num_heads))
@@ -110,7 +113,7 @@ class Mamba2Mixer(Mixer):
     def initial(self) -> dict[str, Tensor]:
         """Rates and steps as in Mamba-2; what is skipped counts once."""
         return {
-            "log_rate": initial_rates(self.log_rate, 1),
+            "log_rate": initial_rates(self.log_rate, self.initial_rates),
             "step_bias": initial_steps(self.step_bias),
             "skip": torch.ones_like(self.skip),
         }
