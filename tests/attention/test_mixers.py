@@ -2,13 +2,15 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llmeff.attention import scan, sliding
+from llmeff.attention import MixerConfig, scan, sliding
 from llmeff.attention.mixer import MixerShape
+from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from tests.mixers import NAMES, Kept, config, every_mixer, grouped
 
@@ -324,3 +326,26 @@ def test_what_writes_into_the_stream_begins_smaller_by_its_name(name):
 def test_buffers_are_those_that_are_stated(name):
     mixer = config(name).build(grouped(name, SHAPE))
     assert sum(own.nbytes for own in mixer.buffers()) == config(name).buffer_bytes(grouped(name, SHAPE), 4)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "initial_rates" in MixerConfig.registry[name].model_fields])
+def test_decays_begin_where_they_are_asked_to(name):
+    shape = replace(grouped(name, SHAPE), num_heads=64, num_kv_heads=64)
+    for given in ({}, {"initial_rates": (0.01, 0.1)}):
+        torch.manual_seed(0)
+        mixer = MixerConfig.registry[name](**given)
+        least, most = mixer.initial_rates
+        rates = mixer.build(shape).initial()["log_rate"].exp()
+        assert least <= rates.min() < least + 0.1 * (most - least)
+        assert most - 0.1 * (most - least) < rates.max() <= most
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [([3.0, 1.0], r"the least comes first, given: \[3.0, 1.0\]"), ([0.0, 1.0], "greater than 0"), ([1.0], "required")],
+)
+def test_rates_of_decay_that_are_none(given, problem):
+    for name in NAMES:
+        if "initial_rates" in MixerConfig.registry[name].model_fields:
+            with pytest.raises(ConfigError, match=problem):
+                validate(MixerConfig.registry[name], {"initial_rates": given})
