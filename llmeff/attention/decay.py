@@ -3,10 +3,9 @@
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from llmeff.core.config import Positive
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
@@ -17,19 +16,20 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-Rates = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-"""The least and the largest initial rate of decay; a head's, times a step, is what its state forgets at a token.
+_Rate = Annotated[float, Field(strict=True, gt=0, le=1e6)]
+Rates = Annotated[tuple[_Rate, _Rate], AfterValidator(_ascending)]
+"""The least and the largest rate of decay, per unit of time, between which untrained heads' are drawn uniformly.
 
-Rows of few tokens may need slower ones than long texts do: from a head that forgets within a few there is nothing to learn.
+A rate times a step, how much time a token takes, is the negative logarithm of what a state keeps at that token.
 """
 
 
-def initial_rates(like: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Logarithms of rates of decay, which are uniform between bounds."""
-    return torch.empty_like(like).uniform_(*bounds).log()
+def initial_decays(rates: tuple[float, float], log_rate: Tensor, step_bias: Tensor) -> dict[str, Tensor]:
+    """How both begin, of any shapes (Gu and Dao 2023; Dao and Gu 2024)."""
+    return {"log_rate": torch.empty_like(log_rate).uniform_(*rates).log(), "step_bias": _steps(step_bias)}
 
 
-def initial_steps(like: Tensor) -> Tensor:
+def _steps(like: Tensor) -> Tensor:
     """Biases whose softplus is spread over 0.001 to 0.1, evenly in its logarithm (Gu and Dao 2023)."""
     steps = torch.empty_like(like).uniform_(-6.907755, -2.302585).exp()
     return steps + torch.log(-torch.expm1(-steps))

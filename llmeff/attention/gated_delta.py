@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import gated_norm
-from llmeff.attention.decay import Rates, initial_rates, initial_steps, rates_law, steps_law
+from llmeff.attention.decay import Rates, initial_decays, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, split
@@ -25,7 +25,7 @@ class GatedDelta(DeltaConfig):
     gates_heads = True
     name: Literal["gated-deltanet"] = "gated-deltanet"
     initial_rates: Rates = (0.01, 16)
-    """Between which each head's rate of decay is drawn (`decay.Rates`)."""
+    """Of decay, least and largest (`decay.Rates`); those of Qwen3-Next."""
 
     def build(self, shape: MixerShape) -> "GatedDeltaMixer":
         """The module."""
@@ -57,11 +57,8 @@ class GatedDeltaMixer(DeltaMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
-        """Rates as in Qwen3-Next; steps by Mamba's rule."""
-        return {
-            "log_rate": initial_rates(self.log_rate, self.initial_rates),
-            "step_bias": initial_steps(self.step_bias),
-        }
+        """Of its decays."""
+        return initial_decays(self.initial_rates, self.log_rate, self.step_bias)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, 1)."""

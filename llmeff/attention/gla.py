@@ -13,7 +13,7 @@ from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_l
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.attention.scan import LEAST, ScanConfig, mix, product_dtype
-from llmeff.core.config import Count
+from llmeff.core.config import Count, Finite
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
@@ -32,6 +32,8 @@ class GLA(ScanConfig):
     """W, of a head's queries and keys. auto: H / 2."""
     rank: Count = 16
     """Of the projection to the decays."""
+    initial_bias: Finite = 0.0
+    """b, of untrained decays: at x = 0 a state keeps sigmoid(b)^(1/16) of itself from one token to the next."""
 
     def width(self, shape: MixerShape) -> int:
         """W as a number."""
@@ -79,12 +81,13 @@ class GLAMixer(ProjectedMixer):
         self.g_proj = nn.Linear(shape.width, shape.num_heads * shape.head_dim, bias=False)
         self.f_a_proj = nn.Linear(shape.width, config.rank, bias=False)
         self.f_b_proj = nn.Linear(config.rank, shape.num_kv_heads * width, bias=False)
+        self.initial_bias = config.initial_bias
         self.decay_bias = nn.Parameter(torch.empty(shape.num_kv_heads * width))
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
-        """A bias of 0."""
-        return {"decay_bias": torch.zeros_like(self.decay_bias)}
+        """Of its decays."""
+        return {"decay_bias": torch.full_like(self.decay_bias, self.initial_bias)}
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import fla, gated_norm
-from llmeff.attention.decay import Rates, initial_rates, initial_steps, rates_law, steps_law
+from llmeff.attention.decay import Rates, initial_decays, rates_law, steps_law
 from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, split
@@ -28,7 +28,7 @@ class KDA(DeltaConfig):
 
     name: Literal["kda"] = "kda"
     initial_rates: Rates = (1, 16)
-    """Between which each head's rate of decay is drawn (`decay.Rates`)."""
+    """Of decay, least and largest (`decay.Rates`); those of Kimi Linear."""
 
     def build(self, shape: MixerShape) -> "KDAMixer":
         """The module."""
@@ -66,11 +66,8 @@ class KDAMixer(DeltaMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, "sigmoid")
 
     def initial(self) -> dict[str, Tensor]:
-        """Rates as in Kimi Linear; steps by Mamba's rule."""
-        return {
-            "log_rate": initial_rates(self.log_rate, self.initial_rates),
-            "step_bias": initial_steps(self.step_bias),
-        }
+        """Of its decays."""
+        return initial_decays(self.initial_rates, self.log_rate, self.step_bias)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, H)."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.attention import fla, gated_norm, scan_law, short_conv
-from llmeff.attention.decay import Rates, initial_rates, initial_steps, rates_law, steps_law
+from llmeff.attention.decay import Rates, initial_decays, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
@@ -34,7 +34,7 @@ class Mamba2(ScanConfig):
     conv: Count = 4
     """Tokens that the short convolution spans."""
     initial_rates: Rates = (1, 16)
-    """Between which each head's rate of decay is drawn (`decay.Rates`)."""
+    """Of decay, least and largest (`decay.Rates`); those of Mamba-2."""
 
     def num_heads(self, shape: MixerShape) -> int:
         """N."""
@@ -111,12 +111,9 @@ class Mamba2Mixer(Mixer):
         self.o_proj = nn.Linear(inner, shape.width, bias=False)
 
     def initial(self) -> dict[str, Tensor]:
-        """Rates and steps as in Mamba-2; what is skipped counts once."""
-        return {
-            "log_rate": initial_rates(self.log_rate, self.initial_rates),
-            "step_bias": initial_steps(self.step_bias),
-            "skip": torch.ones_like(self.skip),
-        }
+        """Of its decays; what is skipped counts once."""
+        decays = initial_decays(self.initial_rates, self.log_rate, self.step_bias)
+        return decays | {"skip": torch.ones_like(self.skip)}
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
