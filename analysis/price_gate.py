@@ -31,10 +31,10 @@ from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 NUM_CASES, NUM_IMAGE_CASES = 40, 12
 MIXER_WORKLOADS: tuple[tuple[int, dict[str, Any]], ...] = (
     (2, {}),
-    (4, {"packed": True, "num_tokens": 128}),
+    (4, {"packed": True}),
     (1, {"precision_name": "bf16"}),
     (2, {"recompute": True, "num_micro_batches": 3}),
-    (1, {"recompute": True, "packed": True, "num_tokens": 128}),
+    (1, {"recompute": True, "packed": True}),
 )
 """Key-value heads of four, and what of the workload is fixed."""
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")

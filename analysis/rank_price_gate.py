@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llmeff.attention import MixerConfig
 from llmeff.core.config import validate
 from llmeff.core.dist import world
 from llmeff.core.files import write_text
@@ -47,6 +48,9 @@ SLACK_BYTES = 4096
 PLAIN = {"vocab_size": 301, "width": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 130}
 ODD = {"vocab_size": 211, "width": 44, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 85}
 WIDE = {"vocab_size": 1009, "width": 96, "num_layers": 2, "num_heads": 4, "mlp_width": 200}
+MIXERS = MixerConfig.registry.names()
+MIXED = {"vocab_size": 211, "width": 32, "num_layers": len(MIXERS), "num_heads": 2, "pattern": "+".join(MIXERS)}
+"""A layer of each mixer."""
 
 
 def case(name: str, parallel: dict[str, Any], ranks: int = 2, model: dict[str, Any] = PLAIN, **more: Any) -> Any:
@@ -106,6 +110,8 @@ FAST = dict(
         case("stage 3, LoRA", zero(3), transforms=LORA),
         segnet("ddp, synchronised, accumulated", DDP, norm="batch_sync", connection="add", num_micro_batches=2),
         segnet("fsdp, synchronised", FSDP, norm="batch_sync", connection="concat"),
+        case("ddp, mixers", DDP, model=MIXED),
+        case("stage 3, mixers", zero(3), model=MIXED, num_micro_batches=2),
         segnet("stage 3, groups", zero(3), norm="group", connection="concat1x1"),
     ]
 )
@@ -113,6 +119,11 @@ SLOW = dict(
     [
         case("single, accumulated", SINGLE, 1, num_micro_batches=3),
         case("single, tied, recomputed", SINGLE, 1, tied=True, recompute=True),
+        case("ddp, shared optimizer, mixers", SHARING, model=MIXED, tokens=70, optim=MUON),
+        case("fsdp, mixers, recomputed", FSDP, model=MIXED, tokens=70, recompute=True),
+        case("stage 1, mixers, bf16", zero(1), model=MIXED, precision="bf16"),
+        case("stage 2, mixers, offloaded", zero(2, **OFFLOAD), model=MIXED),
+        case("stage 3, mixers, three ranks", zero(3), 3, model=MIXED),
         case("ddp", DDP),
         case("ddp, one rank", DDP, 1),
         case("ddp, three ranks, tied", DDP, 3, model=ODD, tied=True),

@@ -112,7 +112,9 @@ def price_step(
             weights = model.weights()
     if weights is None:
         return trace(model, optim, work, parallel, rank, transforms)
-    keeping = parallel.keeping(weights, optim.groups(model.roles()), work, rank)
+    roles = model.roles()
+    said = [replace(weight, role=roles.get(weight.name)) for weight in weights]
+    keeping = parallel.keeping(said, optim.groups(roles), work, rank)
     return model.price(work, keeping) + _state(optim, work, keeping)
 
 
@@ -362,6 +364,7 @@ def trace(
             work.precision.parameters,
             roles[name] if roles[name] in ("embedding", "head") else "model",
             parameter.requires_grad,
+            roles[name],
         )
         for name, parameter in module.named_parameters()
     }

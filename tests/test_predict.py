@@ -146,6 +146,14 @@ def test_the_law_names_the_models_parameters(seed):
     assert {weight.name: weight.shape for weight in config.weights()} == built
 
 
+def test_the_law_deals_out_parameters_in_the_models_order():
+    """Of a layer of each mixer: which rank has which, and where a bucket ends, hangs on it."""
+    names = MixerConfig.registry.names()
+    config = MODEL.model_copy(update={"num_layers": len(names), "pattern": "+".join(names)})
+    built = [(name, tuple(parameter.shape)) for name, parameter in config.build().named_parameters()]
+    assert [(weight.name, weight.shape) for weight in config.weights()] == built
+
+
 @pytest.mark.parametrize(
     "change",
     [

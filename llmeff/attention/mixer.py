@@ -1,5 +1,6 @@
 """The contract of a sequence mixer: what mixes information between the tokens of a sequence."""
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -125,3 +126,10 @@ class MixerConfig(Component, family="mixer"):
             number_bytes: of a number of keys and values; states of sums are float32.
         """
         raise NotImplementedError(type(self))
+
+
+@functools.cache
+def parameter_order(config: MixerConfig, shape: MixerShape) -> dict[str, int]:
+    """Places of the module's parameters, by name; a law uses them in another order."""
+    with torch.device("meta"):
+        return {name: place for place, (name, _) in enumerate(config.build(shape).named_parameters())}

@@ -115,6 +115,8 @@ class Weight:
     dtype: str
     part: str
     is_trained: bool = True
+    role: str | None = None
+    """By which an optimizer treats it (`core.table.Role`); None: not said, as of what is flat."""
 
     @property
     def size(self) -> int:
@@ -125,8 +127,3 @@ class Weight:
     def num_bytes(self) -> int:
         """What it takes."""
         return self.size * NUM_BYTES[self.dtype]
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is a matrix or convolution within a layer: neither embedding nor head, nor a norm or bias."""
-        return len(self.shape) > 1 and self.part not in ("embedding", "head")

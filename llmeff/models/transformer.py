@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Literal, cast
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmeff.attention import norm, pattern
-from llmeff.attention.mixer import Initialized, LayerCache, MixerConfig, MixerShape
+from llmeff.attention.mixer import Initialized, LayerCache, MixerConfig, MixerShape, parameter_order
 from llmeff.attention.norm import RMSNorm
 from llmeff.attention.softmax import Softmax
 from llmeff.core.config import Config, Count, Flag, Positive, Text
 from llmeff.core.layout import Layout
 from llmeff.core.table import Role
 from llmeff.cost import laws
+from llmeff.cost.arrays import Weight
 from llmeff.cost.tape import Array, Tape
 from llmeff.cost.workload import Workload
 from llmeff.models import cross_entropy
@@ -176,6 +177,18 @@ class DecoderConfig(LanguageModelConfig):
     def build(self) -> "Decoder":
         """The module, initialized from torch's default generator."""
         return Decoder(self)
+
+    def weights(self) -> list[Weight]:
+        """In the module's order, by which strategies deal them out; a mixer's law uses its own in another."""
+        found: list[Weight] = []
+        for layer, used in groupby(super().weights(), lambda weight: weight.name.rpartition(".self_attn.")[0]):
+            own = list(used)
+            if layer:
+                index = int(layer.removeprefix("layers."))
+                order = parameter_order(self.layer_mixer(index), self.mixer_shape(index))
+                own.sort(key=lambda weight: order[weight.name.rpartition(".self_attn.")[2]])
+            found += own
+        return found
 
     def roles(self) -> dict[str, Role]:
         """By the names that the law has in common with the module."""

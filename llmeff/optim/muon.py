@@ -80,7 +80,7 @@ class Muon(OptimizerConfig):
         entries: Counter[tuple[Kind, str]] = Counter()
         rest = []
         for weight in weights:
-            if not weight.is_matrix:
+            if weight.role not in _MATRICES:
                 rest.append(weight)
                 continue
             num_bytes = weight.size * BYTES[precision.master or precision.parameters]

@@ -108,7 +108,7 @@ def test_convolutions_are_made_orthogonal_and_the_last_is_not():
         row.parameter.grad = torch.randn(row.shape)
     assert SETTINGS.groups(roles) == [["0.weight"], ["2.weight"], ["0.bias", "1.weight", "1.bias", "2.bias"]]
     parts = {"conv": "convolutions", "head": "head", "norm": "norms", "bias": "convolutions"}
-    weights = [Weight(row.name, row.shape, "float32", parts[row.role]) for row in rows]
+    weights = [Weight(row.name, row.shape, "float32", parts[row.role], role=row.role) for row in rows]
     price = SETTINGS.price(weights, precision("fp32"))
     assert price.total("executed_flops") == count_flops(optimizer.step) > 0
     assert price.total("optimizer_bytes") == state_bytes(optimizer)
@@ -146,6 +146,8 @@ def test_the_price_is_what_a_step_takes():
     optimizer = SETTINGS.build(rows)
     train(model, optimizer, 1)
     parts = {"embedding": "embedding", "head": "head", "matrix": "mlp", "norm": "norms", "bias": "norms"}
-    price = SETTINGS.price([Weight(row.name, row.shape, "float32", parts[row.role]) for row in rows], precision("fp32"))
+    price = SETTINGS.price(
+        [Weight(row.name, row.shape, "float32", parts[row.role], role=row.role) for row in rows], precision("fp32")
+    )
     assert price.total("optimizer_bytes") == state_bytes(optimizer)
     assert price.total("executed_flops") == count_flops(optimizer.step)

@@ -91,6 +91,9 @@ def test_its_rate_is_the_peak(name):
 @every_optimizer
 def test_its_state_is_as_large_as_predicted(name):
     layer, optimizer, _ = train(name, 1)
-    weights = [Weight(key, tuple(tensor.shape), "float32", "layer") for key, tensor in layer.named_parameters()]
+    weights = [
+        Weight(key, tuple(tensor.shape), "float32", "layer", role=ROLES[key])
+        for key, tensor in layer.named_parameters()
+    ]
     price = OptimizerConfig.registry[name]().price(weights, precision("fp32"))
     assert price.total("optimizer_bytes") == price.total("peak_bytes") == state_bytes(optimizer)
