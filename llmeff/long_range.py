@@ -107,7 +107,8 @@ def long_range(
     Args:
         folders: runs that have ended.
         times: the largest multiple.
-        gram: tokens of a run that counts as repeated; 2: bigrams, as Arora et al. 2023 (arXiv 2312.04927) count them.
+        gram: tokens of a run that counts as repeated; 2: bigrams. Arora et al. 2023 (arXiv 2312.04927) leave out bigrams that
+            are frequent in training; here all count.
         split: whose text.
         max_tokens: the split's first so many are read.
 

@@ -39,7 +39,7 @@ class RecallData(DataConfig):
     name: Literal["recall"] = "recall"
     kind: Literal["mqar", "induction"] = "mqar"
     """mqar: pairs of key and value, and then each key again, which asks for its value (multi-query associative recall, Arora
-    et al. 2023, arXiv 2312.04927). induction: a token that calls, one after it, and at the end the call again, which asks for
+    et al. 2023, arXiv 2312.04927); keys of a row differ, values may be alike. induction: a token that calls, one after it, and at the end the call again, which asks for
     the other (Fu et al. 2022; Gu and Dao 2023)."""
     vocab_size: Count = 256
     """V. Of mqar, the lower half are keys and the upper half values."""
@@ -49,7 +49,7 @@ class RecallData(DataConfig):
     """P, of mqar: pairs in a row. Of induction a row has one."""
     recency: Positive = 0.01
     """Of mqar: the distance of a question from the pairs has a density that falls with its power `recency - 1`; 1: all
-    distances alike."""
+    distances alike. Where a row has no place to spare, it tells only in which order keys are asked for."""
     noise: Flag = True
     """Of mqar: what is neither a pair nor a question is a random token; else always token 0."""
     held_out: Count = 1024
