@@ -1,5 +1,6 @@
 """Every mixer, with settings under which a short sequence meets all that it does; for tables over the registry."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sliding": {"window": 5, "sinks": 1, "global_every": 7},
 }
 """By name; a mixer that is not here has its defaults."""
-
-OF_EACH_KIND = ("sliding", "mla", "performer", "mamba2", "gated-deltanet")
-"""A window, a latent, a kernel with a buffer, a state that decays, and one with a delta rule."""
 
 
 class Kept:
@@ -60,8 +58,7 @@ def fields(name: str, num_kv_heads: int) -> dict[str, Any]:
     return {"mixer": {"name": name, **own}, "num_kv_heads": num_kv_heads if shared else "auto"}
 
 
-def fields_of_each_kind() -> dict[str, Any]:
-    """A decoder's, of one layer each."""
-    own = {name: {"name": name, **SETTINGS[name]} for name in OF_EACH_KIND if name in SETTINGS}
-    pattern = {"pattern": "+".join(OF_EACH_KIND), "mixers": own, "num_layers": len(OF_EACH_KIND)}
-    return pattern | {"num_kv_heads": "auto"}
+def fields_of_each(names: Sequence[str] = NAMES) -> dict[str, Any]:
+    """A decoder's, with a layer of each mixer."""
+    own = {name: {"name": name, **SETTINGS[name]} for name in names if name in SETTINGS}
+    return {"pattern": "+".join(names), "mixers": own, "num_layers": len(names), "num_kv_heads": "auto"}

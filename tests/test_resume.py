@@ -46,7 +46,7 @@ TASKS = {
 }  # fmt: skip
 
 
-TASKS["mixers of each kind"] = {**TASKS["text"], "model": TASKS["text"]["model"] | mixers.fields_of_each_kind()}
+TASKS["every mixer"] = {**TASKS["text"], "model": TASKS["text"]["model"] | mixers.fields_of_each()}
 MIXERS = {
     name: {**TASKS["text"], "model": TASKS["text"]["model"] | mixers.fields(name, num_kv_heads=1)}
     for name in mixers.NAMES
@@ -197,7 +197,7 @@ def assert_same_run(one, other):
         ("images", "after update", 8),
         ("images", "replace", 4),
         ("images", "after rename", 7),
-        ("mixers of each kind", "after update", 8),
+        ("every mixer", "after update", 8),
         *(pytest.param(name, "after update", 8, marks=pytest.mark.slow) for name in MIXERS),
     ],
 )
