@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llmeff.attention import MixerConfig, scan, sliding
 from llmeff.attention.mixer import MixerShape
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
-from tests.mixers import NAMES, Kept, config, every_mixer, grouped
+from tests.mixers import NAMES, SETTINGS, Kept, config, every_mixer, grouped
 
 SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
 """Of every mixer that can share heads of keys and values."""
@@ -326,6 +329,37 @@ def test_what_writes_into_the_stream_begins_smaller_by_its_name(name):
 def test_buffers_are_those_that_are_stated(name):
     mixer = config(name).build(grouped(name, SHAPE))
     assert sum(own.nbytes for own in mixer.buffers()) == config(name).buffer_bytes(grouped(name, SHAPE), 4)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest array that an operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.size = max(
+            self.size,
+            *(x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(made) if hasattr(x, "itemsize")),
+            0,
+        )
+        return made
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"softmax", "mla"}))
+def test_no_array_is_as_large_as_every_pair_of_tokens(name):
+    """Forward and backward, without global tokens; twice the length makes arrays twice as large, and not four times."""
+    given = {"window": 100, "sinks": 3} if name == "sliding" else SETTINGS.get(name, {})
+    mixer = MixerConfig.registry[name](**given).build(grouped(name, SHAPE))
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, 0.0, 0.5)
+    sizes = []
+    for length in (1024, 2048):
+        with Largest() as largest:
+            mixer(inputs(length, torch.float32, batch=1), plain(length)).square().sum().backward()
+        sizes.append(largest.size)
+    assert sizes[1] <= 2.1 * sizes[0]
+    assert sizes[1] < 2048**2 / 4
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "initial_rates" in MixerConfig.registry[name].model_fields])
