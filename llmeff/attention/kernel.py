@@ -74,15 +74,48 @@ class KernelMixer(ProjectedMixer):
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        num_kv_heads = self.shape.num_kv_heads
         value = split(self.v_proj(x), num_kv_heads)
-        query, key = split(self.q_proj(x), num_heads), split(self.k_proj(x), num_kv_heads)
+        query, key = split(self.q_proj(x), self.shape.num_heads), split(self.k_proj(x), num_kv_heads)
         query, key, log_decay = self.features(query, key, layout, cache)
-        key, counted = repeated(key, num_heads), repeated(F.pad(wide(value), (0, 1), value=1.0), num_heads)
-        log_decay = None if log_decay is None else repeated(log_decay, num_heads)
-        out = mix(query, key, counted, log_decay, None, layout, cache, self.kernel)
-        out = out[..., :-1] / out[..., -1:].clamp(min=_SMALLEST)
-        return cast(Tensor, self.o_proj(out.to(value.dtype).flatten(-2)))
+        out = weighed(query, key, value, log_decay, layout, cache, self.kernel)
+        return cast(Tensor, self.o_proj(out.flatten(-2)))
+
+
+def weighed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    layout: Layout,
+    cache: LayerCache | None,
+    kernel: str = "torch",
+) -> Tensor:
+    """Means of values, weighed by products of features.
+
+    Args:
+        query: features, (B, T, N, M).
+        key: features, (B, T, K, M).
+        value: (B, T, K, H).
+        log_decay: as of `KernelMixer.features`, (B, T, K, 1).
+        layout: who sees whom.
+        cache: keeps the sums.
+        kernel: of `ScanConfig`.
+
+    Returns:
+        (B, T, N, H).
+    """
+    num_heads = query.shape[2]
+    key, sums = repeated(key, num_heads), repeated(counted(value), num_heads)
+    log_decay = None if log_decay is None else repeated(log_decay, num_heads)
+    out = mix(query, key, sums, log_decay, None, layout, cache, kernel)
+    out = out[..., :-1] / out[..., -1:].clamp(min=_SMALLEST)
+    return out.to(value.dtype)
+
+
+def counted(value: Tensor) -> Tensor:
+    """(B, T, K, H) to (B, T, K, H + 1) in float32 or wider: with a column of ones, whose sums are those of the weights."""
+    return F.pad(wide(value), (0, 1), value=1.0)
 
 
 def _count_law(tape: Tape, value: Array) -> Array:

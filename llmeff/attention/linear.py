@@ -45,4 +45,9 @@ class LinearMixer(KernelMixer):
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, None]:
         """(B, T, N, H), (B, T, K, H) and nothing."""
-        return F.elu(wide(query)) + 1, F.elu(wide(key)) + 1, None
+        return positive(query), positive(key), None
+
+
+def positive(x: Tensor) -> Tensor:
+    """elu(x) + 1, in float32 or wider."""
+    return F.elu(wide(x)) + 1

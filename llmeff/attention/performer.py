@@ -27,9 +27,9 @@ class Performer(KernelConfig):
     num_features: Count | Literal["auto"] = "auto"
     """M. auto: H ln H, rounded up (Theorem 4's order)."""
 
-    def width(self, shape: MixerShape) -> int:
+    def width(self, head_dim: int) -> int:
         """M as a number."""
-        auto = math.ceil(shape.head_dim * math.log(shape.head_dim))
+        auto = math.ceil(head_dim * math.log(head_dim))
         return auto if self.num_features == "auto" else self.num_features
 
     def build(self, shape: MixerShape) -> "PerformerMixer":
@@ -40,7 +40,7 @@ class Performer(KernelConfig):
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, Array]:
         """Exponentials are kept, and the keys for their lengths; the directions are there anyway."""
-        width = self.width(shape)
+        width = self.width(shape.head_dim)
         cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
         query, key = (
             rotate_law(tape, laws.function(tape, laws.cast(tape, x, "float32"), "nothing"), cos, sin)
@@ -53,11 +53,11 @@ class Performer(KernelConfig):
 
     def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
         """The directions."""
-        return self.width(shape) * shape.head_dim * number_bytes
+        return self.width(shape.head_dim) * shape.head_dim * number_bytes
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
         """A state for each head, with a column of sums, and for each head of keys what its features are relative to."""
-        return 4 * (shape.num_heads * self.width(shape) * (shape.head_dim + 1) + shape.num_kv_heads)
+        return 4 * (shape.num_heads * self.width(shape.head_dim) * (shape.head_dim + 1) + shape.num_kv_heads)
 
 
 class PerformerMixer(KernelMixer):
@@ -71,7 +71,7 @@ class PerformerMixer(KernelMixer):
 
     def __init__(self, config: Performer, shape: MixerShape):
         super().__init__(config, shape)
-        self.register_buffer("directions", torch.empty(config.width(shape), shape.head_dim))
+        self.register_buffer("directions", torch.empty(config.width(shape.head_dim), shape.head_dim))
 
     def initial(self) -> dict[str, Tensor]:
         """The random directions: drawn once, in the checkpoint, not trained."""
@@ -90,26 +90,34 @@ class PerformerMixer(KernelMixer):
         with torch.autocast(query.device.type, enabled=False):
             query, key = (rotate(wide(x) * head_dim**-0.25, cos, sin) for x in (query, key))
             directions = wide(self.directions)
-            query = query @ directions.mT
-            key = key @ directions.mT - key.square().sum(-1, keepdim=True) / 2
+            query = exponents(query, directions)
+            key = exponents(key, directions, has_lengths=True)
         query = query - query.detach().amax(-1, keepdim=True)
-        largest = self._largest(key, layout, cache)[..., None]
+        largest = largest_so_far(key, layout, cache)[..., None]
         key = layout.cleared((key - largest[:, 1:]).flatten(2)).view_as(key)
         return query.exp(), key.exp(), -largest.diff(dim=1)
 
-    def _largest(self, exponents: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """(B, 1 + T, K): the largest exponent before the first token, and up to each; at least 0, padding not counted."""
-        largest = exponents.detach().amax(-1)
-        is_padding = layout.is_padding
-        if is_padding is not None:
-            largest = largest.masked_fill(is_padding[..., None], -torch.inf)
-        before = None if cache is None else cache.recall("largest")
-        if before is None:
-            before = torch.zeros_like(largest[:, 0])
-        largest = torch.cat((before[:, None], largest), dim=1).cummax(dim=1).values
-        if cache is not None:
-            cache.keep("largest", largest[:, -1])
-        return largest
+
+def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Tensor:
+    """(..., H) to (..., M): w_i' x, of keys (`has_lengths`) less |x|^2 / 2, which falls out of the quotient for queries."""
+    if not has_lengths:
+        return x @ directions.mT
+    return x @ directions.mT - x.square().sum(-1, keepdim=True) / 2
+
+
+def largest_so_far(key: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
+    """(B, T, K, M) to (B, 1 + T, K): the largest exponent of keys before the first token, and up to each; at least 0, padding not counted."""
+    largest = key.detach().amax(-1)
+    is_padding = layout.is_padding
+    if is_padding is not None:
+        largest = largest.masked_fill(is_padding[..., None], -torch.inf)
+    before = None if cache is None else cache.recall("largest")
+    if before is None:
+        before = torch.zeros_like(largest[:, 0])
+    largest = torch.cat((before[:, None], largest), dim=1).cummax(dim=1).values
+    if cache is not None:
+        cache.keep("largest", largest[:, -1])
+    return largest
 
 
 def orthogonal(like: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Our attention in transformers' own models: importing this registers `llmeff_softmax` and `llmeff_sliding`.
+"""Our attention in transformers' own models: importing this registers every mixer that is a function of queries, keys and values.
 
-`attn_implementation="llmeff_sliding"` then works wherever a model asks transformers' AttentionInterface. The window is the
-model's own (`sliding_window`, as Mistral has), or what `use` wrote into its config. A model that needs what is not done
-here is an error, and never something else without a word.
+`attn_implementation="llmeff_sliding"` then works wherever a model asks transformers' AttentionInterface, and so do
+`llmeff_softmax`, `llmeff_linear` and `llmeff_performer`. The window is the model's own (`sliding_window`, as Mistral has), or
+what `use` wrote into its config. Models keep keys and values as they always do: `linear` and `performer` make their state of
+these anew for every call. A model that needs what is not done here is an error, and never something else without a word.
 """
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +16,24 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from llmeff.attention.heads import repeated
+from llmeff.attention.kernel import KernelConfig, counted, weighed
+from llmeff.attention.linear import Linear, positive
 from llmeff.attention.mixer import MixerConfig
+from llmeff.attention.norm import wide
+from llmeff.attention.performer import Performer, exponents, largest_so_far, orthogonal
 from llmeff.attention.sliding import Sliding, slide
 from llmeff.attention.softmax import Softmax, attend
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
+from llmeff.core.seed import derive
 
-# B batch, T queries, S cached and new tokens, N heads, K key-value heads, H head width
+# B batch, T queries, S cached and new tokens, N heads, K key-value heads, H head width, M features
 
 SETTINGS = "llmeff_sliding"
 """The field of a model's config that holds the settings of its sliding attention; it is saved with the model."""
+FEATURES = "llmeff_performer"
+"""The same of Performer's; its random directions are not saved, but follow from a layer's number and its widths."""
 
 _REFUSED = ("softcap", "s_aux")
 """What some models hand to attention beside the mask, and would compute something else with."""
@@ -31,20 +41,28 @@ _REFUSED = ("softcap", "s_aux")
 _layouts = WeakTensorKeyDictionary()
 """The layout of each mask that is in use, with the tables that a model's layers share."""
 
+_directions: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+"""Performer's of each layer, (M, H)."""
+
 
 def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
     """Makes a built transformers model attend by a mixer of queries, keys and values, in all its layers.
 
     Args:
         model: any whose attention goes through transformers' AttentionInterface.
-        mixer: `Softmax()` or `Sliding(...)`; projections and norms stay the model's.
+        mixer: `Softmax()`, `Sliding(...)`, `Linear()` or `Performer(...)`; projections and norms stay the model's.
 
     Raises:
         ConfigError: the model or the mixer is of another kind, or the model has a sliding window of its own.
     """
-    if not isinstance(mixer, Softmax | Sliding) or mixer.qk_norm or mixer.kernel != "sdpa":
+    if isinstance(mixer, Softmax | Sliding):
+        is_taken = not mixer.qk_norm and mixer.kernel == "sdpa"
+    else:
+        is_taken = isinstance(mixer, KernelConfig) and mixer.kernel != "fla"
+    if not is_taken:
         raise ConfigError(
-            f"mixer is {mixer}: a transformers model takes Softmax() or Sliding(...), without qk_norm and with kernel 'sdpa'"
+            f"mixer is {mixer}: a transformers model takes Softmax(), Sliding(...), Linear() or Performer(...), without "
+            "qk_norm and with the kernel that they have by default"
         )
     if not model._can_set_attn_implementation():
         raise ConfigError(
@@ -54,6 +72,8 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
         fields = mixer.model_dump(exclude={"name", "qk_norm", "kernel"})
         _check_window(model.config, fields)
         setattr(model.config, SETTINGS, fields)
+    if isinstance(mixer, Performer):
+        setattr(model.config, FEATURES, mixer.model_dump(exclude={"name", "kernel"}))
     model.set_attn_implementation(f"llmeff_{mixer.name}")
 
 
@@ -70,10 +90,7 @@ def _softmax(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """(B, N, T, H) queries and (B, K, S, H) keys and values to (B, T, N, H)."""
-    layout = _checked(module, query, attention_mask, kwargs)
-    window = kwargs.get("sliding_window")
-    if window is not None:
-        raise ConfigError(f"sliding_window is {window}: llmeff_softmax sees all tokens; take llmeff_sliding")
+    layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_softmax")
     key, value = _filled(layout, key), _filled(layout, value)
     return attend(query, key, value, layout, kwargs.get("scaling")).transpose(1, 2), None
 
@@ -91,6 +108,85 @@ def _sliding(
     return mixed.unflatten(-1, (query.shape[1], -1)), None
 
 
+def _linear(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The same by the mixer `Linear`; products of its features have no scale."""
+    layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_linear")
+    query, key, value = _tokens_first(layout, query, key, value)
+    return _weighed(positive(query), positive(key), value, None, layout), None
+
+
+def _performer(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The same by the mixer `Performer`, which estimates `_softmax`."""
+    layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_performer")
+    query, key, value = _tokens_first(layout, query, key, value)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    directions = wide(_directions_of(module, query))
+    with torch.autocast(query.device.type, enabled=False):
+        query = exponents(wide(query) * scale**0.5, directions)
+        key = exponents(wide(key) * scale**0.5, directions, has_lengths=True)
+    query = (query - query.detach().amax(-1, keepdim=True)).exp()
+    if layout.past:
+        largest = key.detach().amax(-1, keepdim=True)
+        if layout.padding is not None:
+            largest = largest.masked_fill(~layout.padding[..., None, None], -torch.inf)
+        return _weighed(query, (key - largest.amax(1, keepdim=True)).exp(), value, None, layout), None
+    largest = largest_so_far(key, layout, None)[..., None]
+    key = layout.cleared((key - largest[:, 1:]).flatten(2)).view_as(key)
+    return _weighed(query, key.exp(), value, -largest.diff(dim=1), layout), None
+
+
+def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
+    """(M, H) of a layer."""
+    if module not in _directions:
+        mixer = validate(Performer, getattr(module.config, FEATURES, {}))
+        width, layer = query.shape[-1], getattr(module, "layer_idx", None) or 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(0, FEATURES, layer))
+            _directions[module] = orthogonal(torch.empty(mixer.width(width), width))
+    found = _directions[module]
+    if found.device != query.device:
+        _directions[module] = found = found.to(query.device)
+    return found
+
+
+def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """(B, N, T, H) queries and (B, K, S, H) keys and values with tokens before heads."""
+    return tuple(x.transpose(1, 2) for x in (query, _filled(layout, key), _filled(layout, value)))
+
+
+class _Sums:
+    """The state of the tokens before, as a cache that is asked once."""
+
+    def __init__(self, state: Tensor):
+        self._state = state
+
+    def recall(self, name: str) -> Tensor | None:
+        return self._state if name == "state" else None
+
+    def keep(self, name: str, state: Tensor) -> None:
+        """The model keeps keys and values."""
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+def _weighed(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, layout: Layout) -> Tensor:
+    """`kernel.weighed` of T queries and S keys: the state of those in the cache is one product."""
+    past = layout.past
+    if not past:
+        return weighed(query, key, value, log_decay, layout, None)
+    before = key[:, :past]
+    if layout.padding is not None:
+        before = before.masked_fill(~layout.padding[:, :past, None, None], 0)
+    sums = torch.einsum("bskm,bskh->bkmh", before, counted(value[:, :past]))
+    state = repeated(sums.transpose(1, 2), query.shape[2]).transpose(1, 2)
+    return weighed(query, key[:, past:], value[:, past:], log_decay, layout, _Sums(state))
+
+
 def _settings(config: Any, layer_window: int | None) -> Sliding | None:
     """Who sees whom in a layer; None: everybody, in a model of which only some layers slide."""
     fields = getattr(config, SETTINGS, None)
@@ -105,13 +201,18 @@ def _settings(config: Any, layer_window: int | None) -> Sliding | None:
     return None if layer_window is None else validate(Sliding, {"window": layer_window})
 
 
-def _checked(module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Layout:
-    """The layout that the mask stands for.
+def _checked(
+    module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], sees_all: str | None = None
+) -> Layout:
+    """The layout that the mask stands for; `sees_all` is the attention's name, where it has no window.
 
     Raises:
         ConfigError: the model asks for what is not done here.
     """
     model = type(module).__name__
+    window = kwargs.get("sliding_window")
+    if sees_all is not None and window is not None:
+        raise ConfigError(f"sliding_window is {window}: {sees_all} sees all tokens; take llmeff_sliding")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise ConfigError(f"{model} is not causal, and llmeff's attention is")
     if kwargs.get("dropout"):
@@ -183,6 +284,7 @@ def _documents(
     return documents.masked_fill(~attention_mask[:, kv_offset : kv_offset + places.shape[1]].bool(), 0)
 
 
-for _name, _function in (("llmeff_softmax", _softmax), ("llmeff_sliding", _sliding)):
+for _mixer, _function in ((Softmax, _softmax), (Sliding, _sliding), (Linear, _linear), (Performer, _performer)):
+    _name = f"llmeff_{_mixer.model_fields['name'].default}"
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, _documents)  # without it the mask would be None, and padding be seen

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import and_masks, eager_mask
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward as gpt2_eager
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager
 
-from llmeff.attention import GatedDelta, Sliding, Softmax
+from llmeff.attention import GatedDelta, Linear, Performer, Sliding, Softmax
 from llmeff.core.config import ConfigError
 from llmeff.models import interface
 
@@ -23,7 +24,8 @@ GPT2 = {
 }  # fmt: skip
 MODELS = {"Llama": SIZES, "Qwen2": SIZES, "Qwen3": SIZES, "GPT2": GPT2}
 REACHES = [Sliding(window=5), Sliding(window=4, sinks=2, global_every=6)]
-MIXERS = [Softmax(), *REACHES]
+KERNELS = [Linear(), Performer(num_features=24)]
+MIXERS = [Softmax(), *REACHES, *KERNELS]
 every_model = pytest.mark.parametrize("name", MODELS)
 every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=str)
 
@@ -46,7 +48,7 @@ def written_out(mixer):
 
     def make(attention_mask=None, mask_function=None, **kwargs):
         def sees(row, head, query, key):
-            if isinstance(mixer, Softmax):
+            if not isinstance(mixer, Sliding):
                 return key >= 0
             place = key if attention_mask is None else key - (~attention_mask).sum(-1)[row]
             far = place < mixer.sinks
@@ -59,13 +61,37 @@ def written_out(mixer):
     return make
 
 
+def of_features(mixer):
+    """Attention by all pairs of features, in float64, with a mask of four dimensions."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        query, key = query.double(), key.double()
+        if isinstance(mixer, Linear):
+            query, key = F.elu(query) + 1, F.elu(key) + 1
+        else:
+            scale, directions = query.shape[-1] ** -0.25, interface._directions_of(module, query).double()
+            query, key = (
+                torch.exp(x @ directions.mT - x.square().sum(-1, keepdim=True) / 2)
+                for x in (query * scale, key * scale)
+            )
+        weights = (query @ key.mT) * (attention_mask == 0)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+        return (weights @ value.double()).to(value.dtype).transpose(1, 2), None
+
+    return attend
+
+
 def pair(name, mixer):
     """The model with our attention, and the same with transformers' own."""
     theirs = build(name)
     ours = build(name)
     ours.load_state_dict(theirs.state_dict())
-    interface.use(ours, mixer)
-    AttentionInterface.register("written_out", gpt2_eager if name == "GPT2" else llama_eager)
+    for model in (ours, theirs):  # of theirs the settings stay
+        interface.use(model, mixer)
+    eager = gpt2_eager if name == "GPT2" else llama_eager
+    AttentionInterface.register("written_out", of_features(mixer) if mixer in KERNELS else eager)
     AttentionMaskInterface.register("written_out", written_out(mixer))
     theirs.set_attn_implementation("written_out")
     return ours, theirs
@@ -115,9 +141,10 @@ def test_what_is_written_with_a_cache_is_that_of_eager_attention(name, mixer, be
 @pytest.mark.parametrize(
     "options", [{"prefill_chunk_size": 5}, {"cache_implementation": "static", "disable_compile": True}]
 )
-def test_other_ways_of_caching_write_the_same(options):
+@pytest.mark.parametrize("mixer", [REACHES[1], *KERNELS], ids=str)
+def test_other_ways_of_caching_write_the_same(options, mixer):
     prompt, mask = padded()
-    model, _ = pair("Llama", REACHES[1])
+    model, _ = pair("Llama", mixer)
     common = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(prompt, **common, **options), model.generate(prompt, **common))
 
@@ -157,12 +184,37 @@ def test_layers_of_qwen_that_do_not_slide_see_all():
     assert torch.equal(*(m.generate(given, max_new_tokens=9, do_sample=False) for m in (ours, theirs)))
 
 
-def test_settings_are_saved_with_the_model(tmp_path):
-    model, _ = pair("Llama", REACHES[1])
+@pytest.mark.parametrize("mixer", [REACHES[1], KERNELS[1]], ids=str)
+def test_settings_are_saved_with_the_model(tmp_path, mixer):
+    model, _ = pair("Llama", mixer)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="llmeff_sliding")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=f"llmeff_{mixer.name}")
     given = tokens(2, 19)
     assert torch.equal(again(given).logits, model(given).logits)
+
+
+def test_performer_estimates_what_the_model_attends_by():
+    """The more features, the nearer; each layer has directions of its own."""
+    theirs, errors = build("Llama", initializer_range=0.05), {}
+    given = tokens(2, 40)
+    for num_features in (16, 4096):
+        ours = build("Llama", initializer_range=0.05)
+        ours.load_state_dict(theirs.state_dict())
+        interface.use(ours, Performer(num_features=num_features))
+        with torch.no_grad():
+            errors[num_features] = float((ours(given).logits - theirs(given).logits).norm())
+    assert errors[4096] < 0.2 * errors[16]
+    first, second = (interface._directions_of(layer.self_attn, torch.empty(1, 8)) for layer in ours.model.layers)
+    assert first.shape == (4096, 8)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mixer", KERNELS, ids=str)
+def test_a_window_is_not_forgotten(mixer):
+    model = build("Mistral", sliding_window=5)
+    interface.use(model, mixer)
+    with pytest.raises(ConfigError, match=f"sliding_window is 5: llmeff_{mixer.name} sees all tokens"):
+        model(tokens(1, 3))
 
 
 def test_layers_share_their_tables(monkeypatch):
@@ -207,9 +259,11 @@ def test_two_windows_are_an_error():
         model(tokens(1, 3))
 
 
-@pytest.mark.parametrize("mixer", [GatedDelta(), Softmax(qk_norm=True), Sliding(window=4, kernel="flex")], ids=str)
+@pytest.mark.parametrize(
+    "mixer", [GatedDelta(), Softmax(qk_norm=True), Sliding(window=4, kernel="flex"), Linear(kernel="fla")], ids=str
+)
 def test_a_mixer_that_is_more_than_attention_is_an_error(mixer):
-    with pytest.raises(ConfigError, match=r"takes Softmax\(\) or Sliding"):
+    with pytest.raises(ConfigError, match=r"takes Softmax\(\), Sliding"):
         interface.use(build("Llama"), mixer)
 
 
