@@ -96,7 +96,10 @@ def test_price_gate_of_settings_of_mixers(mixer, work):
 
 @pytest.mark.parametrize(
     ("name", "num_heads", "num_tokens"),
-    [*((name, 1, 1024) for name in ("linear", "gla", "deltanet", "kda")), ("deltanet", 2, 8192)],
+    [
+        *((name, 1, 1024) for name in ("linear", "performer", "retention", "gla", "deltanet", "gated-deltanet", "kda")),
+        ("deltanet", 2, 8192),
+    ],
 )
 def test_price_gate_of_one_long_row(name, num_heads, num_tokens):
     """Rows of one head lie as a scan reads them, but for a convolution's; in long rows of a plain layer that takes the most."""

@@ -287,7 +287,9 @@ def _hand_on(
         None if carry is None else carry.shape,
         None if erased is None else erased.shape,
     )
-    node = tape.save(tuple(given), tuple(saved), partial(_hand_on_back, tape, arrived, flops, shapes, state.shape))
+    learns = carry is not None and carry.node is not None
+    back = partial(_hand_on_back, tape, arrived, flops, shapes, state.shape, learns)
+    node = tape.save(tuple(given), tuple(saved), back)
     aside = [tape.save((), (), partial(laws.put_aside, arrived)) for _ in range(1 if erased is None else 2)]
     states = Array(states.shape, states.dtype, states.storage, node)
     end = Array(end.shape, end.dtype, end.storage, aside[0])
@@ -302,9 +304,11 @@ def _hand_on_back(
     flops: int,
     shapes: tuple[tuple[int, ...] | None, ...],
     state: tuple[int, ...],
+    learns: bool,
     gradient: Array,
     *_: Array,
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
+    """`learns`: decays are no constants."""
     tape.execute(2 * flops)
     keys, values, carry, erased = shapes
     assert keys is not None
@@ -312,13 +316,19 @@ def _hand_on_back(
     after = tape.new(gradient.shape, "float32")
     grad_taken = None if erased is None else tape.new(values, "float32")
     before = tape.new(state, "float32")
-    found = [tape.new(keys, "float32"), tape.new(values, "float32") if grad_taken is None else grad_taken]
-    if carry is not None:
-        weighted = tape.new(after.shape, "float32")
-        found.append(tape.new(carry, "float32"))
-        del weighted
+    moved = None if erased is None else tape.new(state, "float32")
+    found: list[Array | None] = [
+        tape.new(keys, "float32"),
+        tape.new(values, "float32") if grad_taken is None else grad_taken,
+    ]
+    grad_erased = []
     if erased is not None:
         tape.new(erased, "float32")
-        found.append(tape.new(erased, "float32"))
+        grad_erased = [tape.new(erased, "float32")]
+    if carry is not None:
+        weighted = tape.new(after.shape, "float32") if learns else None
+        found.append(tape.new(carry, "float32") if learns else None)
+        del weighted
+    del moved
     arrived.clear()
-    return (*found, before)
+    return (*found, *grad_erased, before)
