@@ -265,8 +265,9 @@ def _measure(step: Step) -> Price:
 
 
 def predict(case: Case) -> Price:
-    """What it should take."""
-    return price_step(case.model, AdamW(), case.workload)
+    """What it should take on this machine."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return price_step(case.model, AdamW(), replace(case.workload, has_avx512=has_avx512))
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:

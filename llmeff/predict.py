@@ -81,6 +81,7 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         precision_name=config.precision,
         recompute=config.runtime.recompute,
         num_threads=num_threads(config),
+        has_avx512=torch.backends.cpu.get_cpu_capability() == "AVX512",
         on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
 
@@ -474,17 +475,17 @@ class _Copies(TorchDispatchMode):
         given, by = (self._tape.new(tuple(own.shape), str(own.dtype).removeprefix("torch.")) for own in (x, weight))
         kernel = image_laws.kernel_of(self._tape, given, by)
         if kernel == "blocks":
-            read = [self._blocks(left.shape), self._blocks(right.shape)]
-            copy = self._blocks(made)
+            read = [self._blocks(own.shape, x.dtype) for own in (left, right)]
+            copy = self._blocks(made, x.dtype)
             del read
             return copy
         if kernel == "patches" and patches is not None:
             return x.new_empty(x.shape[0], weight.numel() // weight.shape[0], *patches[2:])
         return None
 
-    def _blocks(self, shape: torch.Size) -> Tensor | None:
-        array = image_laws.blocks(self._tape, tuple(shape))
-        return None if array is None else torch.empty(array.shape)
+    def _blocks(self, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        array = image_laws.blocks(self._tape, tuple(shape), str(dtype).removeprefix("torch."))
+        return None if array is None else torch.empty(array.shape, dtype=dtype)
 
 
 class _Attention(TorchDispatchMode):

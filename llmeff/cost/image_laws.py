@@ -27,8 +27,8 @@ class Images:
         """What a micro-batch takes that is made and waits for its turn."""
 
 
-_BLOCK = 8
-"""Channels of a block of oneDNN on AVX2; wider registers have 16."""
+_BLOCK, _WIDE_BLOCK = 8, 16
+"""Channels of a block of oneDNN on AVX2, and on AVX-512."""
 _PLAIN = 4
 """Channels that it reads as they lie, at most."""
 _MANY, _SMALL, _FEW = 16, 3, 20480
@@ -38,8 +38,8 @@ _MANY, _SMALL, _FEW = 16, 3, 20480
 def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Array:
     """(B, C, H, W) by (D, C, k, k) to (B, D, H, W): stride 1, padded to keep the size; the sums of a bias are no contraction.
 
-    On a CPU the kernels work on copies: in float32 those of oneDNN, with channels in blocks; of all patches where torch does
-    without it: for one small image, and in formats for which the CPU has no instructions.
+    On a CPU the kernels work on copies: those of oneDNN, with channels in blocks, in float32 and in formats for which the CPU
+    has instructions; of all patches where torch does without it: for one small image, and in other formats.
     """
     is_input = x.node is None
     weight, x = laws.autocast_weight(tape, weight), laws.autocast(tape, x)
@@ -50,9 +50,10 @@ def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Arra
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     kernel = kernel_of(tape, x, weight)
     if kernel == "blocks":
-        read = blocks(tape, x.shape), blocks(tape, weight.shape)
-        made = blocks(tape, shape)
-        del read
+        room = _sums(tape, x, shape) if weight.shape[2] == 1 else None
+        read = blocks(tape, x.shape, x.dtype), blocks(tape, weight.shape, x.dtype)
+        made = blocks(tape, shape, x.dtype)
+        del read, room
         y = tape.new(shape, x.dtype, node)
         del made
         return y
@@ -79,17 +80,43 @@ def kernel_of(tape: Tape, x: Array, weight: Array) -> str:
         is_blocked = num_images >= _MANY or tape.workload.num_threads > 1
     else:
         is_blocked = kernel > _SMALL or num_images > 1 or x.size > _FEW
-    if x.dtype == "float32" and is_blocked:
+    if is_blocked if x.dtype == "float32" else tape.workload.has_avx512:
         return "blocks"
     return "nothing" if kernel == 1 else "patches"
 
 
-def blocks(tape: Tape, shape: tuple[int, ...]) -> Array | None:
+def blocks(tape: Tape, shape: tuple[int, ...], dtype: str) -> Array | None:
     """A copy of a map or a weight with its channels filled up to whole blocks; None where it is read as it lies."""
     first, second, *sides = shape
     if len(sides) == 2 and second <= _PLAIN and sides[0] != sides[1]:
         return None
-    return tape.new((first, -(-second // _BLOCK) * _BLOCK, *sides), "float32")
+    return tape.new((first, _filled(tape, second), *sides), dtype)
+
+
+def _filled(tape: Tape, channels: int) -> int:
+    block = _WIDE_BLOCK if tape.workload.has_avx512 else _BLOCK
+    return -(-channels // block) * block
+
+
+def _sums(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array | None:
+    """Of one image's map in a narrow format, which oneDNN adds up in float32."""
+    return None if x.dtype == "float32" else tape.new((_filled(tape, shape[1]), *shape[2:]), "float32")
+
+
+def _turned(tape: Tape, gradient: Array, x: Array, weight: Array) -> list[Array]:
+    """What oneDNN needs for the gradient of weights in a narrow format: its sums, and an image of either map, turned.
+
+    Rows of the latter are filled up. Where it is found out what one thread needs.
+    """
+    if x.dtype == "float32" or weight.shape[2] == 1:
+        return []
+    height, width = x.shape[2:]
+    channels = [_filled(tape, own.shape[1]) for own in (gradient, x)]
+    maps = channels[:1] if x.shape[1] <= _PLAIN else channels
+    return [
+        tape.new((*channels, *weight.shape[2:]), "float32"),
+        *(tape.new((own, height, width + 4), x.dtype) for own in maps),
+    ]
 
 
 def _patches(tape: Tape, x: Array, weight: Array) -> Array:
@@ -105,14 +132,16 @@ def _convolution_back(
     kernel = kernel_of(tape, x, weight)
     if kernel == "blocks":
         if not is_input:
-            read = blocks(tape, gradient.shape), blocks(tape, weight.shape)
-            made = blocks(tape, x.shape)
-            del read
+            read = blocks(tape, gradient.shape, x.dtype), blocks(tape, weight.shape, x.dtype)
+            made = blocks(tape, x.shape, x.dtype)
+            room = _sums(tape, x, x.shape) if weight.shape[2] == 1 else None
+            del read, room
             grad_x = tape.new(x.shape, x.dtype)
             del made
-        read = blocks(tape, gradient.shape), blocks(tape, x.shape)
-        made = blocks(tape, weight.shape)
-        del read
+        read = blocks(tape, gradient.shape, x.dtype), blocks(tape, x.shape, x.dtype)
+        made = blocks(tape, weight.shape, x.dtype)
+        turned = _turned(tape, gradient, x, weight)
+        del read, turned
     else:
         made = None
         grad_x = None if is_input else tape.new(x.shape, x.dtype)

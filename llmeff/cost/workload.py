@@ -34,6 +34,8 @@ class Workload:
     """Of softmax attention."""
     num_threads: int = 1
     """Of a rank, where it computes on a CPU; they choose among the kernels of convolutions."""
+    has_avx512: bool = False
+    """Of that CPU: its kernels of convolutions have channels in blocks of 16, not 8, and take bfloat16 too."""
     on_cpu: bool = True
     """Ranks talk by gloo, which puts parts together and takes sums apart in copies of its own, and what is offloaded lies
     in the same memory as all else."""
