@@ -23,14 +23,26 @@ def test_every_mixer_is_an_arm_of_its_own(name):
     assert {arm for arm, names in alone.items() if names == {arm}} == set(MixerConfig.registry.names())
 
 
-def test_models_of_text_have_equal_parameters():
+def test_mixers_that_learn_to_forget_are_also_there_with_slow_decays():
+    """Those twins differ in how they begin, and in nothing else."""
+    arms = models("recall")
+    slow = {arm.removesuffix(", slow decay"): model.mixer for arm, model in arms.items() if "slow" in arm}
+    assert set(slow) == {"gla", "mamba2", "gated-deltanet", "kda"}
+    for arm, mixer in slow.items():
+        usual = arms[arm].mixer
+        assert usual == type(usual)(**usual.model_dump(exclude={"initial_rates", "initial_bias"}))
+        differ = {field for field, value in mixer.model_dump().items() if value != getattr(usual, field)}
+        assert differ == {"initial_bias" if arm == "gla" else "initial_rates"}
+
+
+@pytest.mark.parametrize(("name", "within"), [("attention", 0.01), ("recall", 0.02)])
+def test_models_have_equal_parameters(name, within):
     counts = {}
-    for arm, model in models("attention").items():
+    for arm, model in models(name).items():
         with torch.device("meta"):
             counts[arm] = sum(parameter.numel() for parameter in model.build().parameters())
-    assert max(counts.values()) < 1.02 * min(counts.values())
-    assert counts["softmax"] * 0.99 < min(counts.values())
-    assert max(counts.values()) < 1.01 * counts["softmax"]
+    assert counts["softmax"] * (1 - within) < min(counts.values())
+    assert max(counts.values()) < (1 + within) * counts["softmax"]
 
 
 @pytest.mark.parametrize("name", ["recall", "attention"])
