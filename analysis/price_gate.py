@@ -25,7 +25,7 @@ from llmeff.cost.workload import Workload
 from llmeff.models import DecoderConfig, ModelConfig, SegNetBasic, SegNetVGG
 from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
-from llmeff.predict import price_step
+from llmeff.predict import has_avx512, price_step
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 
 NUM_CASES, NUM_IMAGE_CASES = 40, 12
@@ -266,8 +266,7 @@ def _measure(step: Step) -> Price:
 
 def predict(case: Case) -> Price:
     """What it should take on this machine."""
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return price_step(case.model, AdamW(), replace(case.workload, has_avx512=has_avx512))
+    return price_step(case.model, AdamW(), replace(case.workload, has_avx512=has_avx512()))
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:

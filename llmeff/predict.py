@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -26,7 +27,7 @@ from llmeff.core.table import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
 from llmeff.cost import image_laws
-from llmeff.cost.arrays import Weight
+from llmeff.cost.arrays import Array, Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.step import price_state
@@ -81,7 +82,7 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         precision_name=config.precision,
         recompute=config.runtime.recompute,
         num_threads=num_threads(config),
-        has_avx512=torch.backends.cpu.get_cpu_capability() == "AVX512",
+        has_avx512=has_avx512(),
         on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
 
@@ -90,6 +91,11 @@ def num_threads(config: RunConfig) -> int:
     """CPU threads of a rank: as given, or a share of the cores that this process may use."""
     given = config.runtime.threads
     return max(1, usable_cores() // config.parallel.ranks) if given == "auto" else given
+
+
+def has_avx512() -> bool:
+    """Whether torch takes this CPU's AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 _ALONE = Single()
@@ -451,7 +457,7 @@ class _Copies(TorchDispatchMode):
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Tensor:
         x, weight = args[:2]
         shape = func(*args).shape
-        made = self._copies(x, weight, x, weight, shape, shape)
+        made = self._copies(x, weight, (x, weight), shape, partial(image_laws.sums, shape=tuple(shape)), shape)
         y: Tensor = func(*args)
         del made
         return y
@@ -460,32 +466,54 @@ class _Copies(TorchDispatchMode):
         gradient, x, weight, *_, (wants_x, *wants_own) = args
         grad_x = None
         if wants_x:
-            made = self._copies(x, weight, gradient, weight, x.shape, None)
+            made = self._copies(x, weight, (gradient, weight), x.shape, partial(image_laws.sums, shape=tuple(x.shape)))
             grad_x = func(*args[:-1], [True, False, False])[0]
             del made
-        made = self._copies(x, weight, gradient, x, weight.shape, gradient.shape)
+        above = self._array(gradient)
+        made = self._copies(
+            x,
+            weight,
+            (gradient, x),
+            weight.shape,
+            lambda tape, x, weight: image_laws.turned(tape, above, x, weight),
+            gradient.shape,
+        )
         _, grad_weight, grad_bias = func(*args[:-1], [False, *wants_own])
         del made
         return grad_x, grad_weight, grad_bias
 
     def _copies(
-        self, x: Tensor, weight: Tensor, left: Tensor, right: Tensor, made: torch.Size, patches: torch.Size | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        reads: tuple[Tensor, Tensor],
+        made: torch.Size,
+        room: Callable[[Tape, Array, Array], list[Array]],
+        patches: torch.Size | None = None,
     ) -> Tensor | None:
-        """What lives beside what one contraction of a convolution makes; what it reads has come and gone."""
-        given, by = (self._tape.new(tuple(own.shape), str(own.dtype).removeprefix("torch.")) for own in (x, weight))
+        """What lives beside what one contraction of a convolution makes; what it reads and works in has come and gone."""
+        given, by = self._array(x), self._array(weight)
         kernel = image_laws.kernel_of(self._tape, given, by)
         if kernel == "blocks":
-            read = [self._blocks(own.shape, x.dtype) for own in (left, right)]
+            read = [self._blocks(own.shape, x.dtype) for own in reads]
             copy = self._blocks(made, x.dtype)
+            read += [self._empty(array) for array in room(self._tape, given, by)]
             del read
             return copy
         if kernel == "patches" and patches is not None:
             return x.new_empty(x.shape[0], weight.numel() // weight.shape[0], *patches[2:])
         return None
 
+    def _array(self, x: Tensor) -> Array:
+        return self._tape.new(tuple(x.shape), str(x.dtype).removeprefix("torch."))
+
     def _blocks(self, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         array = image_laws.blocks(self._tape, tuple(shape), str(dtype).removeprefix("torch."))
-        return None if array is None else torch.empty(array.shape, dtype=dtype)
+        return None if array is None else self._empty(array)
+
+    @staticmethod
+    def _empty(array: Array) -> Tensor:
+        return torch.empty(array.shape, dtype=getattr(torch, array.dtype))
 
 
 class _Attention(TorchDispatchMode):

@@ -255,9 +255,13 @@ def test_every_optimizer_trains_convolutions_and_shared_out_too(tmp_path, name):
     expected = one_process_on_images(*settings)
     assert expected.losses[-1] < 0.75 * expected.losses[0]
     found = on_images(tmp_path, *settings, *STRATEGIES["ddp, optimizer shared out"])
-    assert found[0].losses == pytest.approx(expected.losses, rel=RELATIVE)
-    assert found[0].norms == pytest.approx(expected.norms, rel=RELATIVE)
-    assert expected.distance(found[0]) <= (OF_THE_UPDATE_IN_8_BITS if name == "adamw8bit" else OF_THE_UPDATE)
+    in_8_bits = name == "adamw8bit"
+    assert expected.distance(found[0]) <= (OF_THE_UPDATE_IN_8_BITS if in_8_bits else OF_THE_UPDATE)
+    # what updates may differ by, the loss may that they brought down; before the first they are the same
+    within = OF_THE_UPDATE_IN_8_BITS if in_8_bits else RELATIVE
+    assert found[0].losses == pytest.approx(expected.losses, rel=within)
+    assert found[0].norms == pytest.approx(expected.norms, rel=within)
+    assert found[0].losses[0] == pytest.approx(expected.losses[0], rel=RELATIVE)
     every = [shape for rank in found for shape in rank.newton_schulz]
     # of width 6, with kernels of 7 x 7 on 3 or 6 channels, and of 1 x 1 on 12
     matrices = [(6, 3 * 49), *[(6, 6 * 49)] * 7, *[(6, 12)] * 4] if name == "muon" else []

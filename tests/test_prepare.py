@@ -80,14 +80,16 @@ def test_every_stage_of_a_segnet_is_compiled_for_its_own_shapes(monkeypatch):
     from torch._dynamo import config as dynamo
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(dynamo, "recompile_limit", dynamo.recompile_limit)
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     segnet = {"name": "segnet", "width": 2, "num_classes": 3, "connection": "add"}
     data = {"task": "segmentation", "model": segnet, "data": {"name": "images"}, "runtime": {"compile": "layers"}}
-    model = prepare_model(validate(RunConfig, data), torch.device("cpu"))
-    torch._dynamo.reset()
-    counters.clear()
-    with dynamo.patch(fail_on_recompile_limit_hit=True, error_on_recompile=False):
+    # its own way back: pytest's would take the setting away
+    with dynamo.patch(
+        recompile_limit=dynamo.recompile_limit, fail_on_recompile_limit_hit=True, error_on_recompile=False
+    ):
+        model = prepare_model(validate(RunConfig, data), torch.device("cpu"))
+        torch._dynamo.reset()
+        counters.clear()
         for _ in range(2):
             model(torch.randn(1, 3, 32, 32)).sum().backward()
     assert counters["stats"]["unique_graphs"] == len(model.layers) == 10

@@ -50,7 +50,7 @@ def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Arra
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     kernel = kernel_of(tape, x, weight)
     if kernel == "blocks":
-        room = _sums(tape, x, shape) if weight.shape[2] == 1 else None
+        room = sums(tape, x, weight, shape)
         read = blocks(tape, x.shape, x.dtype), blocks(tape, weight.shape, x.dtype)
         made = blocks(tape, shape, x.dtype)
         del read, room
@@ -98,24 +98,26 @@ def _filled(tape: Tape, channels: int) -> int:
     return -(-channels // block) * block
 
 
-def _sums(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array | None:
-    """Of one image's map in a narrow format, which oneDNN adds up in float32."""
-    return None if x.dtype == "float32" else tape.new((_filled(tape, shape[1]), *shape[2:]), "float32")
+def sums(tape: Tape, x: Array, weight: Array, shape: tuple[int, ...]) -> list[Array]:
+    """Of an image's map for each thread, which a kernel of 1 x 1 adds up in float32 where its format is narrow."""
+    if x.dtype == "float32" or weight.shape[2] > 1:
+        return []
+    return [tape.new((tape.workload.num_threads, _filled(tape, shape[1]), *shape[2:]), "float32")]
 
 
-def _turned(tape: Tape, gradient: Array, x: Array, weight: Array) -> list[Array]:
-    """What oneDNN needs for the gradient of weights in a narrow format: its sums, and an image of either map, turned.
+def turned(tape: Tape, gradient: Array, x: Array, weight: Array) -> list[Array]:
+    """What each thread needs for the gradient of weights in a narrow format: its sums, and an image of either map, turned.
 
-    Rows of the latter are filled up. Where it is found out what one thread needs.
+    Rows of the latter are filled up. Of many channels on small maps threads share the channels, and need less.
     """
     if x.dtype == "float32" or weight.shape[2] == 1:
         return []
-    height, width = x.shape[2:]
+    num_threads, (height, width) = tape.workload.num_threads, x.shape[2:]
     channels = [_filled(tape, own.shape[1]) for own in (gradient, x)]
     maps = channels[:1] if x.shape[1] <= _PLAIN else channels
     return [
-        tape.new((*channels, *weight.shape[2:]), "float32"),
-        *(tape.new((own, height, width + 4), x.dtype) for own in maps),
+        tape.new((num_threads, *channels, *weight.shape[2:]), "float32"),
+        *(tape.new((num_threads, own, height, width + 4), x.dtype) for own in maps),
     ]
 
 
@@ -134,14 +136,14 @@ def _convolution_back(
         if not is_input:
             read = blocks(tape, gradient.shape, x.dtype), blocks(tape, weight.shape, x.dtype)
             made = blocks(tape, x.shape, x.dtype)
-            room = _sums(tape, x, x.shape) if weight.shape[2] == 1 else None
+            room = sums(tape, x, weight, x.shape)
             del read, room
             grad_x = tape.new(x.shape, x.dtype)
             del made
         read = blocks(tape, gradient.shape, x.dtype), blocks(tape, x.shape, x.dtype)
         made = blocks(tape, weight.shape, x.dtype)
-        turned = _turned(tape, gradient, x, weight)
-        del read, turned
+        room = turned(tape, gradient, x, weight)
+        del read, room
     else:
         made = None
         grad_x = None if is_input else tape.new(x.shape, x.dtype)

@@ -15,7 +15,7 @@ from llmeff.models import UNet
 from llmeff.models.image_model import load_image_model
 from llmeff.models.image_norm import averaged
 from llmeff.optim import AdamW
-from llmeff.predict import plan, price_step
+from llmeff.predict import has_avx512, plan, price_step
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.runconfig import RunConfig
 
@@ -96,7 +96,14 @@ def test_the_library_builds_what_is_known_as_u_net_on_resnet34(library):
 
 @pytest.mark.parametrize("changes", [{}, {"precision_name": "bf16"}], ids=["fp32", "bf16"])
 def test_its_trace_is_what_a_step_takes(library, changes):
-    work = Workload(num_sequences=2, num_tokens=96 * 128, image_size=(96, 128), **changes)
+    work = Workload(
+        num_sequences=2,
+        num_tokens=96 * 128,
+        image_size=(96, 128),
+        num_threads=torch.get_num_threads(),
+        has_avx512=has_avx512(),
+        **changes,
+    )
     price = price_step(CONFIG, AdamW(), work)
     model, batch = CONFIG.build(), CONFIG.example(work)
     held = [*model.parameters(), *model.buffers(), *batch.values()]
