@@ -177,7 +177,22 @@ def scan(
     """
     if state is None:
         state = value.new_zeros((*value.shape[:2], key.shape[-1], value.shape[-1]))
+    if torch.compiler.is_compiling():
+        return _followed((chunk, segment), documents, query, key, value, log_decay, beta, state)
     return _scan((chunk, segment), documents, query, key, value, log_decay, beta, state)
+
+
+def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_scan` as a compiler can follow it, which decides by itself what is kept and what is computed again."""
+    *rows, state = given
+    assert rows[2] is not None
+    assert state is not None
+    mixed = []
+    for index, part in enumerate(_segments(rows[2].shape[2], sizes[1])):
+        own: list[Any] = [*(None if x is None else x[:, :, part] for x in rows), state]
+        out, state = _segment(sizes[0], _part(documents, part, index), *own)
+        mixed.append(out)
+    return torch.cat(mixed, dim=2), state
 
 
 class _Scan(torch.autograd.Function):

@@ -331,6 +331,19 @@ def test_buffers_are_those_that_are_stated(name):
     assert sum(own.nbytes for own in mixer.buffers()) == config(name).buffer_bytes(grouped(name, SHAPE), 4)
 
 
+@every_mixer
+def test_it_compiles_as_one_graph(name):
+    """Forward and backward; the layout's tables are made before."""
+    mixer, given, layout = build(name, torch.float32), inputs(150, torch.float32), plain(150)
+    mixer.prepare(layout, 2, torch.float32)
+    compiled = torch.compile(mixer, backend="eager", fullgraph=True)
+    found, expected = (
+        (out, *gradients(out, [given, *mixer.parameters()])) for out in (compiled(given, layout), mixer(given, layout))
+    )
+    for own, other in zip(found, expected, strict=True):
+        equal(own, other, 1e-5)
+
+
 class Largest(TorchDispatchMode):
     """Numbers of the largest array that an operation makes."""
 
