@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import psutil
@@ -457,27 +456,23 @@ class _Copies(TorchDispatchMode):
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Tensor:
         x, weight = args[:2]
         shape = func(*args).shape
-        made = self._copies(x, weight, (x, weight), shape, partial(image_laws.sums, shape=tuple(shape)), shape)
+        room = image_laws.sums(self._tape, self._array(x), self._array(weight), tuple(shape))
+        made = self._copies(x, weight, (x, weight), shape, room, shape)
         y: Tensor = func(*args)
         del made
         return y
 
     def _backward(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
         gradient, x, weight, *_, (wants_x, *wants_own) = args
+        above, given, by = (self._array(own) for own in (gradient, x, weight))
         grad_x = None
         if wants_x:
-            made = self._copies(x, weight, (gradient, weight), x.shape, partial(image_laws.sums, shape=tuple(x.shape)))
+            room = image_laws.sums(self._tape, given, by, given.shape)
+            made = self._copies(x, weight, (gradient, weight), x.shape, room, None)
             grad_x = func(*args[:-1], [True, False, False])[0]
             del made
-        above = self._array(gradient)
-        made = self._copies(
-            x,
-            weight,
-            (gradient, x),
-            weight.shape,
-            lambda tape, x, weight: image_laws.turned(tape, above, x, weight),
-            gradient.shape,
-        )
+        room = image_laws.turned(self._tape, above, given, by)
+        made = self._copies(x, weight, (gradient, x), weight.shape, room, gradient.shape)
         _, grad_weight, grad_bias = func(*args[:-1], [False, *wants_own])
         del made
         return grad_x, grad_weight, grad_bias
@@ -488,16 +483,15 @@ class _Copies(TorchDispatchMode):
         weight: Tensor,
         reads: tuple[Tensor, Tensor],
         made: torch.Size,
-        room: Callable[[Tape, Array, Array], list[Array]],
-        patches: torch.Size | None = None,
+        room: list[Array],
+        patches: torch.Size | None,
     ) -> Tensor | None:
         """What lives beside what one contraction of a convolution makes; what it reads and works in has come and gone."""
-        given, by = self._array(x), self._array(weight)
-        kernel = image_laws.kernel_of(self._tape, given, by)
+        kernel = image_laws.kernel_of(self._tape, self._array(x), self._array(weight))
         if kernel == "blocks":
             read = [self._blocks(own.shape, x.dtype) for own in reads]
             copy = self._blocks(made, x.dtype)
-            read += [self._empty(array) for array in room(self._tape, given, by)]
+            read += [self._empty(array) for array in room]
             del read
             return copy
         if kernel == "patches" and patches is not None:

@@ -260,11 +260,11 @@ def test_every_optimizer_trains_convolutions_and_shared_out_too(tmp_path, name):
     found = on_images(tmp_path, *settings, *STRATEGIES["ddp, optimizer shared out"])
     in_8_bits = name == "adamw8bit"
     assert expected.distance(found[0]) <= (OF_THE_UPDATE_IN_8_BITS if in_8_bits else OF_THE_UPDATE)
-    # what updates may differ by, the loss may that they brought down; before the first they are the same
-    within = OF_THE_UPDATE_IN_8_BITS if in_8_bits else RELATIVE
-    assert found[0].losses == pytest.approx(expected.losses, rel=within)
-    assert found[0].norms == pytest.approx(expected.norms, rel=within)
     assert found[0].losses[0] == pytest.approx(expected.losses[0], rel=RELATIVE)
+    # those codes hang on the last digit of gradients, which is that of two ranks that share nothing out
+    same = on_images(tmp_path / "kept", *settings, *STRATEGIES["ddp"])[0] if in_8_bits else expected
+    assert found[0].losses == pytest.approx(same.losses, rel=RELATIVE)
+    assert found[0].norms == pytest.approx(same.norms, rel=RELATIVE)
     every = [shape for rank in found for shape in rank.newton_schulz]
     # of width 6, with kernels of 7 x 7 on 3 or 6 channels, and of 1 x 1 on 12
     matrices = [(6, 3 * 49), *[(6, 6 * 49)] * 7, *[(6, 12)] * 4] if name == "muon" else []
