@@ -89,8 +89,8 @@ def recall() -> SweepConfig:
             task=Recall(),
             model=model,
             data=RecallData(vocab_size=256, sequence_length=64, pairs=16, held_out=256, seed=1),
-            schedule=Cosine(warmup_steps=steps // 9),
-            train=TrainConfig(steps=steps, batch=16, micro_batch=16),
+            schedule=Cosine(warmup_steps=400),
+            train=TrainConfig(steps=7200, batch=16, micro_batch=16),
             evaluation=EvalConfig(split="test", every=0.125, max_units=None, sample_tokens=0),
             checkpoint=CheckpointConfig(every=0),
             runtime=RuntimeConfig(threads=1),
@@ -102,7 +102,7 @@ def recall() -> SweepConfig:
         baseline="softmax",
         metric="accuracy",
         tuning=TuningConfig(trials=2, steps=2400),
-        seeds=(10, 11, 12),
+        seeds=(20, 21, 22),
     )
 
 
