@@ -296,6 +296,25 @@ def test_a_trace_is_what_a_foreign_models_step_takes(kind, work, tmp_path):
 
 
 @every_step
+@pytest.mark.parametrize("mixer", [{"name": "sliding", "window": 9}, {"name": "performer", "num_features": 8}], ids=str)
+def test_a_trace_is_what_a_foreign_models_step_takes_with_another_mixer(mixer, work, tmp_path):
+    import transformers
+
+    from llmeff.models.hf import HFModelConfig
+
+    transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=60,
+    ).save_pretrained(tmp_path)
+    fields = {"path": str(tmp_path), "from_scratch": True, "vocab_size": 60, "mixer": mixer}
+    assert_traced_as_measured(validate(HFModelConfig, fields), work)
+
+
+@every_step
 def test_a_trace_is_what_a_step_of_pretrained_weights_takes(work):
     from llmeff.models.hf import HFModelConfig
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from llmeff.attention.mixer import MixerConfig
 from llmeff.core.config import ConfigError, Flag, Text
 from llmeff.core.layout import Layout
 from llmeff.core.log import logger
@@ -56,12 +57,16 @@ class HFModelConfig(LanguageModelConfig):
     """A folder, or a model's id on the hub (`HuggingFaceTB/SmolLM2-135M`)."""
     from_scratch: Flag = False
     """Read the config alone and begin from random weights."""
+    mixer: MixerConfig | None = None
+    """What attends between the model's own projections in every layer: softmax, sliding, linear or performer (see
+    `interface.use`). None: its own attention."""
 
     def build(self) -> "HFModel":
         """The model in float32; on torch's meta device nothing but its config is read.
 
         Raises:
-            ConfigError: there is no such model, its weights are not complete, or it embeds fewer tokens than V.
+            ConfigError: there is no such model, its weights are not complete, it embeds fewer tokens than V, or cannot
+                take the mixer.
         """
         network = self._network()
         rows = network.get_input_embeddings().weight.shape[0]
@@ -69,7 +74,7 @@ class HFModelConfig(LanguageModelConfig):
             raise ConfigError(
                 f"model.vocab_size is {self.vocab_size}, but {self.path} embeds {rows} tokens: use its own tokenizer"
             )
-        return HFModel(network)
+        return HFModel(network, self.mixer)
 
     def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
         """Weights know what each id stood for when they were trained, where a tokenizer.json beside them tells it.
@@ -134,7 +139,7 @@ class HFModelConfig(LanguageModelConfig):
     def _abilities(self) -> _Abilities:
         try:
             with torch.device("meta"):
-                model = HFModel(self._network())
+                model = HFModel(self._network(), self.mixer)
         except RuntimeError as error:  # of torch, where it does not know an operation without numbers
             reason = str(error).splitlines()[0]
             raise ConfigError(
@@ -198,15 +203,18 @@ class HFModel(nn.Module):
 
     Args:
         network: the transformers model; `save_pretrained` and `generate` are its own.
+        mixer: what attends in it; None: its own attention.
     """
 
-    def __init__(self, network: "PreTrainedModel"):
+    def __init__(self, network: "PreTrainedModel", mixer: MixerConfig | None = None):
         super().__init__()
         self.network = network.eval()
-        self.separates_documents = _separates_documents(network)
-        """Whether positions that begin anew keep packed documents apart."""
         self.projects = _projects(network)
         """Whether the logits are the last states times a matrix and nothing else, as chunked logits must be."""
+        if mixer is not None:
+            _attend(network, mixer)
+        self.separates_documents = _separates_documents(network)
+        """Whether positions that begin anew keep packed documents apart."""
         self.train()
 
     @property
@@ -285,6 +293,15 @@ class HFModel(nn.Module):
             for prefix, module in self.named_modules()
             for name, parameter in module.named_parameters(recurse=False)
         }
+
+
+def _attend(network: "PreTrainedModel", mixer: MixerConfig) -> None:
+    from llmeff.models import interface
+
+    try:
+        interface.use(network, mixer)
+    except ConfigError as error:
+        raise ConfigError(f"model.mixer: {error}") from None
 
 
 def _role(module: nn.Module, name: str, parameter: Tensor) -> Role:

@@ -64,7 +64,8 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
             f"mixer is {mixer}: a transformers model takes Softmax(), Sliding(...), Linear() or Performer(...), without "
             "qk_norm and with the kernel that they have by default"
         )
-    if not model._can_set_attn_implementation():
+    # the former is a guess by the source alone, and takes Mamba, which has no attention, for such a model
+    if not (model._can_set_attn_implementation() and model._supports_attention_backend):
         raise ConfigError(
             f"{type(model).__name__} does not ask transformers' AttentionInterface: its attention is its own"
         )

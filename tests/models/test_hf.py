@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from llmeff.attention import Linear, Performer, Sliding, Softmax
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
@@ -19,10 +20,12 @@ from llmeff.core.tensors import copy_tensors
 from llmeff.cost.workload import Workload
 from llmeff.data import Bpe, Bytes, Characters, HfTokenizer
 from llmeff.data.tokenizer import Tokenizer
-from llmeff.models import ModelConfig, llama_format, save_model
+from llmeff.models import ModelConfig, interface, llama_format, save_model
 from llmeff.models.cross_entropy import IGNORED
 from llmeff.models.hf import HFModel, HFModelConfig
 from llmeff.models.transformer import DecoderConfig
+from llmeff.optim import AdamW
+from llmeff.predict import price_step
 
 VOCABULARY = 61
 _LLAMA = {
@@ -94,6 +97,55 @@ def test_padding_is_seen_by_nobody(kind: str, tmp_path: Path) -> None:
     padding[:, :3] = False
     layout = Layout(positions=(torch.arange(12) - 3).clamp(min=0)[None].expand(2, -1), padding=padding)
     equal(model(tokens, layout)[:, 3:], model(tokens[:, 3:]))
+
+
+@pytest.mark.parametrize(
+    "mixer", [Softmax(), Sliding(window=4, sinks=1), Linear(), Performer(num_features=8)], ids=lambda mixer: mixer.name
+)
+def test_a_mixer_attends_in_place_of_the_models_own_attention(mixer: Any, tmp_path: Path) -> None:
+    tokens = batch()[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder("qwen2", tmp_path / "first"))
+    own = theirs(tokens).logits
+    interface.use(theirs, mixer)
+    model = build(tmp_path / "first", mixer=mixer).eval()
+    equal(model(tokens), theirs(tokens).logits)
+    assert torch.allclose(model(tokens), own, atol=1e-4) == (mixer.name == "softmax")
+    alone = torch.cat([model(part) for part in tokens.split((5, 1, 6), dim=1)], dim=1)
+    equal(model(tokens, packed(5, 1, 6)), alone)
+    save_model(model, tmp_path / "second", max_length=16, end_id=0)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "second", attn_implementation=f"llmeff_{mixer.name}"
+    )
+    equal(saved(tokens).logits, model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixer", "said"),
+    [
+        (
+            "qwen2",
+            {"name": "gla"},
+            r"model\.mixer: mixer is .* takes Softmax\(\), Sliding\(\.\.\.\), Linear\(\) or Perf",
+        ),
+        (
+            "mistral",
+            {"name": "sliding", "window": 9},
+            r"model\.mixer: .* the model has a sliding_window of its own, 64",
+        ),
+        (
+            "recurrent",
+            {"name": "linear"},
+            r"model\.mixer: MambaForCausalLM does not ask transformers' AttentionInterface",
+        ),
+        ("gpt2", {"name": "linear"}, r"GPT2Attention drops 0\.1 of its weights"),
+    ],
+)
+def test_a_mixer_that_a_model_cannot_take_is_told_before_its_step(
+    kind: str, mixer: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    config = validate(HFModelConfig, foreign(kind, tmp_path).model_dump() | {"mixer": mixer})
+    with pytest.raises(ConfigError, match=said):
+        price_step(config, AdamW(), WORK)
 
 
 @every_model
