@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmeff.attention.heads import rotate, rotate_law
@@ -63,8 +64,9 @@ class Performer(KernelConfig):
 class PerformerMixer(KernelMixer):
     """exp(w_i' x - |x|^2 / 2) for random w_i, with x a query or key over H^(1/4) (equation 7).
 
-    The exponentials would overflow. Those of a query are taken relative to its own largest, those of keys relative to the
-    largest of all keys so far: as either falls out of the quotient, that is exact, and no token depends on a later one.
+    The exponentials would overflow, or vanish. Those of a query are taken relative to its own largest, those of keys relative
+    to the largest of its document's so far: as either falls out of the quotient, that is exact, and no token depends on a
+    later one.
     """
 
     directions: Tensor
@@ -93,9 +95,8 @@ class PerformerMixer(KernelMixer):
             query = exponents(query, directions)
             key = exponents(key, directions, has_lengths=True)
         query = query - query.detach().amax(-1, keepdim=True)
-        largest = largest_so_far(key, layout, cache)[..., None]
-        key = layout.cleared((key - largest[:, 1:]).flatten(2)).view_as(key)
-        return query.exp(), key.exp(), -largest.diff(dim=1)
+        key, fall = relative(key, layout, cache)
+        return query.exp(), key.exp(), fall
 
 
 def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Tensor:
@@ -105,33 +106,72 @@ def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Te
     return x @ directions.mT - x.square().sum(-1, keepdim=True) / 2
 
 
-def largest_so_far(key: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-    """(B, T, K, M) to (B, 1 + T, K): the largest exponent of keys before the first token, and up to each; at least 0, padding not counted."""
+def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    """Exponents of keys less the largest of their document up to each, and what that makes of all sums before: its fall.
+
+    Before a document's first key the largest is that key's own, and not 0: exponents are at most |w|^2 / 2, but as low as
+    keys are long.
+
+    Args:
+        key: (B, T, K, M).
+        layout: who sees whom; padding does not count.
+        cache: keeps the largest.
+
+    Returns:
+        (B, T, K, M), at most 0, and a logarithm, (B, T, K, 1), at most 0.
+    """
     largest = key.detach().amax(-1)
     is_padding = layout.is_padding
     if is_padding is not None:
         largest = largest.masked_fill(is_padding[..., None], -torch.inf)
-    before = None if cache is None else cache.recall("largest")
-    if before is None:
-        before = torch.zeros_like(largest[:, 0])
-    largest = torch.cat((before[:, None], largest), dim=1).cummax(dim=1).values
-    if cache is not None:
-        cache.keep("largest", largest[:, -1])
-    return largest
+    if layout.documents is not None:
+        largest, fall = _of_documents(largest, layout.documents)
+    else:
+        before = None if cache is None else cache.recall("largest")
+        before = largest[:, 0] if before is None else before
+        largest = torch.cat((before[:, None], largest), dim=1).cummax(dim=1).values
+        if cache is not None:
+            cache.keep("largest", largest[:, -1].clone())
+        if is_padding is not None:
+            largest = _begun(largest)
+        largest, fall = largest[:, 1:], -largest.diff(dim=1)
+    return layout.cleared((key - largest[..., None]).flatten(2)).view_as(key), fall[..., None]
 
 
-def orthogonal(like: Tensor) -> Tensor:
+def _begun(largest: Tensor) -> Tensor:
+    """(B, T, K), not falling, with the first number in place of each -inf before it; 0 where none is."""
+    first = largest.masked_fill(largest == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
+    return largest.maximum(first.masked_fill(first == torch.inf, 0))
+
+
+def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, K) of single tokens to those so far in each document, and how they fall within it.
+
+    Each document is lifted above the one before, so that one maximum goes over all.
+    """
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0))[..., None]
+    own = largest.double()  # a lift is far larger than what it lifts
+    least = own.masked_fill(own == -torch.inf, torch.inf).amin()
+    own = own.maximum(least.masked_fill(least == torch.inf, 0))
+    lift = begins.cumsum(dim=1) * (own.amax() - own.amin() + 1)
+    so_far = ((own + lift).cummax(dim=1).values - lift).to(largest.dtype)
+    fall = F.pad(so_far[:, :-1] - so_far[:, 1:], (0, 0, 1, 0))
+    return so_far, fall.masked_fill(begins, 0)
+
+
+def orthogonal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Rows as those of a Gaussian matrix, but in blocks of H at right angles to one another (section 2.4).
 
     Args:
         like: (M, H).
+        generator: what draws them; None: torch's default.
     """
     num_rows, width = like.shape
     count = -(-num_rows // width)
-    found = torch.linalg.qr(like.new_empty(count, width, width).normal_())
+    found = torch.linalg.qr(like.new_empty(count, width, width).normal_(generator=generator))
     # LAPACK's signs are not random: without R's they point to one side, and the estimate is biased (Mezzadri 2007)
     blocks: Tensor = found.Q * found.R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-    lengths: Tensor = torch.empty_like(like).normal_().norm(dim=1, keepdim=True)
+    lengths: Tensor = torch.empty_like(like).normal_(generator=generator).norm(dim=1, keepdim=True)
     return blocks.flatten(0, 1)[:num_rows] * lengths
 
 

@@ -12,6 +12,13 @@ from torch import Tensor
 Tables = TypeVar("Tables")
 
 
+def places_in(documents: Tensor) -> Tensor:
+    """(B, T), of documents whose tokens are neighbours, to each token's place in its own, from 0."""
+    begins = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
+    places = torch.arange(documents.shape[-1], device=documents.device)[None]
+    return places - torch.where(begins, places, 0).cummax(dim=-1).values
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What a mixer must know of a batch beside its activations.

@@ -21,11 +21,11 @@ from llmeff.attention.kernel import KernelConfig, counted, weighed
 from llmeff.attention.linear import Linear, positive
 from llmeff.attention.mixer import MixerConfig
 from llmeff.attention.norm import wide
-from llmeff.attention.performer import Performer, exponents, largest_so_far, orthogonal
+from llmeff.attention.performer import Performer, exponents, orthogonal, relative
 from llmeff.attention.sliding import Sliding, slide
 from llmeff.attention.softmax import Softmax, attend
 from llmeff.core.config import ConfigError, validate
-from llmeff.core.layout import Layout
+from llmeff.core.layout import Layout, places_in
 from llmeff.core.seed import derive
 
 # B batch, T queries, S cached and new tokens, N heads, K key-value heads, H head width, M features
@@ -75,6 +75,8 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
         setattr(model.config, SETTINGS, fields)
     if isinstance(mixer, Performer):
         setattr(model.config, FEATURES, mixer.model_dump(exclude={"name", "kernel"}))
+        for module in model.modules():
+            _directions.pop(module, None)
     model.set_attn_implementation(f"llmeff_{mixer.name}")
 
 
@@ -135,9 +137,8 @@ def _performer(
         if layout.padding is not None:
             largest = largest.masked_fill(~layout.padding[..., None, None], -torch.inf)
         return _weighed(query, (key - largest.amax(1, keepdim=True)).exp(), value, None, layout), None
-    largest = largest_so_far(key, layout, None)[..., None]
-    key = layout.cleared((key - largest[:, 1:]).flatten(2)).view_as(key)
-    return _weighed(query, key.exp(), value, -largest.diff(dim=1), layout), None
+    key, fall = relative(key, layout, None)
+    return _weighed(query, key.exp(), value, fall, layout), None
 
 
 def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
@@ -145,9 +146,9 @@ def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
     if module not in _directions:
         mixer = validate(Performer, getattr(module.config, FEATURES, {}))
         width, layer = query.shape[-1], getattr(module, "layer_idx", None) or 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(0, FEATURES, layer))
-            _directions[module] = orthogonal(torch.empty(mixer.width(width), width))
+        like = torch.empty(mixer.width(width), width, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):  # a step may use them later
+            _directions[module] = orthogonal(like, torch.Generator().manual_seed(derive(0, FEATURES, layer)))
     found = _directions[module]
     if found.device != query.device:
         _directions[module] = found = found.to(query.device)
@@ -183,7 +184,8 @@ def _weighed(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None
     before = key[:, :past]
     if layout.padding is not None:
         before = before.masked_fill(~layout.padding[:, :past, None, None], 0)
-    sums = torch.einsum("bskm,bskh->bkmh", before, counted(value[:, :past]))
+    with torch.autocast(key.device.type, enabled=False):
+        sums = torch.einsum("bskm,bskh->bkmh", before, counted(value[:, :past]))
     state = repeated(sums.transpose(1, 2), query.shape[2]).transpose(1, 2)
     return weighed(query, key[:, past:], value[:, past:], log_decay, layout, _Sums(state))
 
@@ -229,8 +231,28 @@ def _checked(
             f"{model} hands on a mask that is not llmeff's ({given}): give attention_mask as (batch, tokens)"
         )
     if mask not in _layouts:
-        _layouts[mask] = _layout(mask, query.shape[2])
+        _layouts[mask] = _checked_packing(_layout(mask, query.shape[2]), kwargs)
     layout: Layout = _layouts[mask]
+    return layout
+
+
+def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
+    """The layout, where it has all documents that the model was told of."""
+    if layout.documents is not None or layout.past:
+        return layout
+    positions = kwargs.get("position_ids")
+    told = "cu_seq_lens_q" if kwargs.get("cu_seq_lens_q") is not None else None
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        falls = positions.diff(dim=-1) <= 0
+        if layout.padding is not None:
+            falls = falls & layout.padding[:, 1:] & layout.padding[:, :-1]
+        if bool(falls.any()):
+            told = "position_ids"
+    if told is not None:
+        raise ConfigError(
+            f"{told} has documents begin within a row, but the model's mask does not keep them apart: transformers looks for "
+            "them in position_ids alone, without attention_mask and with use_cache=False"
+        )
     return layout
 
 
@@ -249,10 +271,8 @@ def _layout(documents: Tensor, num_queries: int) -> Layout:
         return Layout(positions=places[:, past:], padding=padding, past=past)
     if past:
         raise ConfigError("rows of several documents, or chunks, are for training: decode them one by one")
-    begins = F.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
-    starts = torch.where(begins, places, 0).cummax(dim=-1).values
     # a copy: what holds the mask itself would never let it go
-    return Layout(positions=places - starts, documents=documents.clone(), padding=padding)
+    return Layout(positions=places_in(documents), documents=documents.clone(), padding=padding)
 
 
 def _documents(

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llmeff.attention.mixer import Initialized
 from llmeff.attention.norm import RMSNorm
-from llmeff.core.layout import Layout
+from llmeff.core.layout import Layout, places_in
 from llmeff.models.llama_format import from_own_fields, own_fields, shared_name
 from llmeff.models.transformer import Decoder, DecoderConfig, Layer
 
@@ -213,6 +213,7 @@ def _layout(
         positions = torch.arange(past, past + length, device=device)[None]
     elif cache is None and padding is None:
         documents = _documents(positions)
+        positions = positions if documents is None else places_in(documents)  # they may begin at any
     if padding is not None:
         padding = None if bool(padding.all()) else padding.bool()
     return Layout(positions=positions, documents=documents, padding=padding, past=past)

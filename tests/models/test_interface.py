@@ -149,6 +149,21 @@ def test_other_ways_of_caching_write_the_same(options, mixer):
     assert torch.equal(model.generate(prompt, **common, **options), model.generate(prompt, **common))
 
 
+@pytest.mark.parametrize("mixer", [REACHES[1], *KERNELS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_states_are_float32_under_autocast(mixer, dtype):
+    """In pieces as in one."""
+    given, (model, _) = tokens(2, 19), pair("Llama", mixer)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        whole, cache, pieces = model(given, use_cache=False).logits, None, []
+        for part in given.split((7, 6, 1, 5), dim=1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache, pieces = out.past_key_values, [*pieces, out.logits]
+    found = torch.cat(pieces, dim=1)
+    assert found.dtype == whole.dtype == dtype
+    assert (found - whole).float().norm() <= 0.02 * whole.float().norm()
+
+
 @every_mixer
 def test_documents_that_positions_tell_apart_do_not_see_one_another(mixer):
     ours, _ = pair("Llama", mixer)
@@ -207,6 +222,28 @@ def test_performer_estimates_what_the_model_attends_by():
     first, second = (interface._directions_of(layer.self_attn, torch.empty(1, 8)) for layer in ours.model.layers)
     assert first.shape == (4096, 8)
     assert not torch.equal(first, second)
+
+
+def test_directions_are_those_of_the_mixer_that_was_given_last():
+    given, model = tokens(2, 19), build("Llama")
+    interface.use(model, Performer(num_features=16))
+    first = model(given).logits
+    interface.use(model, Performer(num_features=64))
+    assert interface._directions_of(model.model.layers[0].self_attn, torch.empty(1, 8)).shape == (64, 8)
+    assert not torch.allclose(model(given).logits, first, atol=1e-3)
+
+
+def test_directions_are_drawn_from_nobody_elses_numbers():
+    """And serve a step that comes after what was seen in inference mode."""
+    given, model = tokens(2, 19), build("Llama")
+    interface.use(model, Performer(num_features=16))
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        first = model(given).logits
+    assert torch.equal(torch.get_rng_state(), state)
+    logits = model(given).logits
+    logits.square().sum().backward()
+    assert torch.equal(logits, first)
 
 
 @pytest.mark.parametrize("mixer", KERNELS, ids=str)
@@ -269,8 +306,10 @@ def test_a_mixer_that_is_more_than_attention_is_an_error(mixer):
 
 def test_a_model_without_the_interface_is_an_error():
     config = transformers.CodeGenConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64)
-    with pytest.raises(ConfigError, match="CodeGenForCausalLM does not ask transformers' AttentionInterface"):
-        interface.use(transformers.CodeGenForCausalLM(config), Softmax())
+    mamba = transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4)
+    for kind, fields in (("CodeGen", config), ("Mamba", mamba)):
+        with pytest.raises(ConfigError, match=f"{kind}ForCausalLM does not ask transformers' AttentionInterface"):
+            interface.use(getattr(transformers, f"{kind}ForCausalLM")(fields), Softmax())
 
 
 def test_dropout_is_an_error():
@@ -293,6 +332,23 @@ def test_a_mask_of_four_dimensions_is_an_error():
     interface.use(model, Softmax())
     with pytest.raises(ConfigError, match=r"one of shape \(1, 1, 3, 3\)"):
         model(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("mixer", [Softmax(), Linear()], ids=str)
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"use_cache": True}, "position_ids has documents begin within a row"),
+        ({"use_cache": False, "attention_mask": torch.ones(2, 10, dtype=torch.long)}, "position_ids has documents"),
+        ({"use_cache": True, "position_ids": None, "cu_seq_lens_q": torch.tensor([0, 4, 10])}, "cu_seq_lens_q has doc"),
+    ],
+)
+def test_documents_that_the_mask_does_not_keep_apart_are_an_error(mixer, more, said):
+    model = build("Llama")
+    interface.use(model, mixer)
+    places = torch.cat((torch.arange(4), torch.arange(6)))[None].expand(2, -1)
+    with pytest.raises(ConfigError, match=said):
+        model(tokens(2, 10), **{"position_ids": places} | more)
 
 
 def test_other_scores_than_those_of_products_are_an_error():

@@ -118,9 +118,11 @@ def test_cached_pieces_are_the_whole(fields: dict[str, Any], sizes: tuple[int, .
 
 @every_shape
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_positions_that_begin_anew_separate_documents(fields: dict[str, Any], use_cache: bool) -> None:
+@pytest.mark.parametrize("start", [0, 20])
+def test_positions_that_begin_anew_separate_documents(fields: dict[str, Any], use_cache: bool, start: int) -> None:
+    """Wherever they begin."""
     model, lengths = face(**fields), (4, 1, 4)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    positions = torch.cat([torch.arange(length) + start * place for place, length in enumerate(lengths)])[None]
     alone = torch.cat([model(part).logits for part in tokens().split(lengths, dim=1)], dim=1)
     equal(model(tokens(), position_ids=positions.expand(2, -1), use_cache=use_cache).logits, alone)
 
