@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from llmeff.attention import fla, scan_law, short_conv
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
-from llmeff.attention.scan import ScanConfig, mix, product_dtype
+from llmeff.attention.norm import product_dtype
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout

@@ -11,8 +11,8 @@ from llmeff.attention import fla, gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.norm import wide
-from llmeff.attention.scan import LEAST, ScanConfig, mix, product_dtype
+from llmeff.attention.norm import product_dtype, wide
+from llmeff.attention.scan import LEAST, ScanConfig, mix
 from llmeff.core.config import Count, Finite
 from llmeff.core.layout import Layout
 from llmeff.cost import laws

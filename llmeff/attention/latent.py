@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmeff.attention import norm
 from llmeff.attention.heads import heads_first_law, rotate, rotate_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerConfig, MixerShape
-from llmeff.attention.norm import RMSNorm
+from llmeff.attention.norm import RMSNorm, product_dtype
 from llmeff.attention.softmax import attend
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
@@ -133,7 +133,7 @@ class LatentMixer(Mixer):
         kept = None
         if cache is not None:
             kept = cache.recall("latent")
-            new = torch.cat((latent, turned[:, 0]), dim=-1)
+            new = torch.cat((latent, turned[:, 0]), dim=-1).to(product_dtype(x))  # autocast leaves norms in float32
             whole = new if kept is None else torch.cat((kept, new), dim=1)
             cache.keep("latent", whole)
         if kept is None:

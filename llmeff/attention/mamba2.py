@@ -11,8 +11,8 @@ from llmeff.attention.decay import Rates, initial_decays, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
-from llmeff.attention.norm import wide
-from llmeff.attention.scan import ScanConfig, mix, product_dtype
+from llmeff.attention.norm import product_dtype, wide
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout

@@ -16,6 +16,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The format of products with what a layer is given."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x / rms(x) * w. Autograd would keep x / rms(x) as well; here it is made again from x."""
 

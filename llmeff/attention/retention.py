@@ -9,7 +9,8 @@ from llmeff.attention import fla, gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, rotate, rotate_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.scan import ScanConfig, mix, product_dtype
+from llmeff.attention.norm import product_dtype
+from llmeff.attention.scan import ScanConfig, mix
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -89,6 +90,5 @@ class RetentionMixer(ProjectedMixer):
 
 def log_decays(query: Tensor) -> Tensor:
     """(N, 1) of (B, T, N, H)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    heads = torch.arange(query.shape[2], dtype=wide, device=query.device)
+    heads = torch.arange(query.shape[2], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     return torch.log1p(-torch.exp2(-5 - heads))[:, None]

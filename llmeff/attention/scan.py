@@ -61,12 +61,6 @@ class ScanConfig(MixerConfig):
         return found
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The format of products with what a layer is given."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def mix(
     query: Tensor,
     key: Tensor,
@@ -218,6 +212,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: Tensor, above_state: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what is computed again below would count as a constant
+            raise RuntimeError("the scan is differentiated once, not twice (create_graph=True)")
         documents, *saved = ctx.saved_tensors
         rows, states = saved[:5], saved[5:]
         needed = [x is not None and need for x, need in zip(rows, ctx.needs_input_grad[2:], strict=False)]

@@ -52,7 +52,8 @@ class ShortConv(Initialized):
             before = x.new_zeros((x.shape[0], self.taps - 1, x.shape[2]))
         whole = torch.cat((before.to(x.dtype), x), dim=1)
         if cache is not None:
-            cache.keep(name, whole[:, whole.shape[1] - self.taps + 1 :].detach())
+            # a copy: a view would keep all tokens
+            cache.keep(name, whole[:, whole.shape[1] - self.taps + 1 :].detach().clone())
         if layout.documents is None:
             mixed = F.conv1d(whole.mT, self.weight, self.bias, groups=x.shape[2]).mT
         else:

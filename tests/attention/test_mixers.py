@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from dataclasses import replace
 
 import pytest
@@ -296,14 +297,51 @@ def test_block_chunk_and_segment_change_nothing(name, monkeypatch):
 
 
 @every_mixer
-@pytest.mark.parametrize(("dtype", "number_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_cache_bytes_are_those_that_are_kept(name, dtype, number_bytes):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_cache_bytes_are_those_that_are_kept(name, precision):
+    """All that lives on with it; after one piece, and after one more token."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     mixer, cache = build(name, dtype), Kept()
-    with torch.no_grad():
-        for past, length in ((0, 9), (9, 1)):
+    number_bytes = 4 if precision == "fp32" else 2
+    for past, length in ((0, 9), (9, 1)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             mixer(inputs(length, dtype), plain(length, past), cache)
-    kept = sum(state.nbytes for state in cache.states.values())
-    assert kept == 2 * config(name).cache_bytes(grouped(name, SHAPE), 10, number_bytes)
+        kept = sum(state.untyped_storage().nbytes() for state in cache.states.values())
+        assert kept == 2 * config(name).cache_bytes(grouped(name, SHAPE), past + length, number_bytes)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sliding"])
+def test_normed_keys_are_kept_in_the_format_of_values(name):
+    mixer = type(config(name))(**config(name).model_dump() | {"qk_norm": True}).build(grouped(name, SHAPE))
+    cache = Kept()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for past, length in ((0, 9), (9, 1)):
+            mixer(inputs(length, torch.float32), plain(length, past), cache)
+    assert cache.states["key"].dtype == cache.states["value"].dtype == torch.bfloat16
+
+
+@every_mixer
+def test_a_second_derivative_is_right_or_refused(name):
+    mixer, x = build(name), inputs(6)
+
+    def loss(given):
+        return mixer(given, plain(6)).square().sum()
+
+    try:
+        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+        (found,) = torch.autograd.grad((grad * direction).sum(), x)
+    except RuntimeError as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert re.search("differentiated once|is not implemented", refusal)
+        return
+    step = 1e-4
+    ends = [torch.autograd.grad(loss(x + sign * step * direction), x)[0] for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
 @every_mixer
