@@ -110,7 +110,7 @@ def long_range(
         gram: tokens of a run that counts as repeated; 2: bigrams. Arora et al. 2023 (arXiv 2312.04927) leave out bigrams that
             are frequent in training; here all count.
         split: whose text.
-        max_tokens: the split's first so many are read.
+        max_tokens: the split's first so many are read; at least a window of the largest multiple.
 
     Raises:
         ConfigError: a folder holds no such run, or something asked for cannot be.
@@ -127,7 +127,7 @@ def long_range(
     if problems:
         raise ConfigError(problems)
     # all is opened before the first is read, which may take long
-    opened, runs = [_open(each, times, split) for each in folders], _apart(folders)
+    opened, runs = [_open(each, times, split, max_tokens) for each in folders], _apart(folders)
     texts = {each.corpus.fingerprint: run for each, run in zip(opened, runs, strict=True)}
     if len(texts) > 1:
         raise ConfigError(
@@ -178,7 +178,7 @@ def _unigram_loss(corpus: TextCorpus, split: Split, max_tokens: int) -> float:
     return float(-np.log(counts / counts.sum())[corpus.stream(split).tokens[1 : max_tokens + 1]].mean())
 
 
-def _open(folder: Path, times: int, split: Split) -> _Opened:
+def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
     run = read_run(folder)
     config = validate(RunConfig, run.config)
     if not isinstance(config.data, TextData):
@@ -191,6 +191,11 @@ def _open(folder: Path, times: int, split: Split) -> _Opened:
         raise ConfigError(
             f"{folder}: the split {split!r} has {available} tokens, and a window of {times} times the training length has "
             f"{length * times}: take another of {', '.join(SPLITS)}, or a smaller --times"
+        )
+    if max_tokens < length * times:
+        raise ConfigError(
+            f"--max-tokens {max_tokens}: {folder} was trained on windows of {length} tokens, and one of {times} times as many "
+            f"has {length * times}: give at least so many, or a smaller --times"
         )
     return _Opened(config=config, model=model.eval(), corpus=corpus, training_length=length)
 

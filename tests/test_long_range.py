@@ -165,6 +165,10 @@ def test_the_command_writes_what_it_found(capsys, runs, tmp_path):
         (["--times", "3"], "--times 3: give a power of 2"),
         (["--gram", "1"], "--gram 1: at least 2"),
         (["--max-tokens", "0"], "--max-tokens 0: at least 1"),
+        (
+            ["--max-tokens", "40"],
+            r"--max-tokens 40: .* was trained on windows of \d+ tokens, and one of 4 times as many has",
+        ),
         (["--split", "validaton"], r"--split 'validaton': there is no such split\. Did you mean 'validation'\?"),
         (["--times", "1048576"], "has [0-9]+ tokens, and a window of 1048576 times the training length"),
         (["--out", "x.csv"], r"--out x\.csv: is a file of JSON"),

@@ -39,8 +39,8 @@ class RecallData(DataConfig):
     name: Literal["recall"] = "recall"
     kind: Literal["mqar", "induction"] = "mqar"
     """mqar: pairs of key and value, and then each key again, which asks for its value (multi-query associative recall, Arora
-    et al. 2023, arXiv 2312.04927); keys of a row differ, values may be alike. induction: a token that calls, one after it, and at the end the call again, which asks for
-    the other (Fu et al. 2022; Gu and Dao 2023)."""
+    et al. 2023, arXiv 2312.04927); keys of a row differ, values may be alike. induction: a token that calls, one after it,
+    and at the end the call again, which asks for the other (Fu et al. 2022; Gu and Dao 2023)."""
     vocab_size: Count = 256
     """V. Of mqar, the lower half are keys and the upper half values."""
     sequence_length: Count = 64
@@ -70,8 +70,15 @@ class RecallData(DataConfig):
                     f"sequence_length is {self.sequence_length}: {self.pairs} pairs and as many questions, with a place after "
                     f"each, need at least {4 * self.pairs}"
                 )
-        elif self.vocab_size < 3 or self.sequence_length < 3:
-            problems.append("induction needs a vocab_size and a sequence_length of at least 3")
+        else:
+            if self.vocab_size < 3 or self.sequence_length < 3:
+                problems.append("induction needs a vocab_size and a sequence_length of at least 3")
+            fields = type(self).model_fields
+            problems += [
+                f"{name} is {value}, but induction has none: leave it out"
+                for name in ("pairs", "recency", "noise")
+                if (value := getattr(self, name)) != fields[name].default
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -24,8 +24,8 @@ from llmeff.models.cross_entropy import IGNORED
 from llmeff.record.schema import Goal
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
-_EVAL_ROWS = 256
-"""Rows that are evaluated at once."""
+_EVAL_LOGITS = 2**22
+"""Numbers of logits that are made at once in evaluation."""
 _NUM_SHOWN = 4
 """Rows that people see when a run has ended."""
 
@@ -117,10 +117,11 @@ class RecallTask(Task):
     ) -> Iterator[UnitResult]:
         """Each row's cross-entropy and right answers; the ranks share the rows."""
         num_rows = self._data.held_out if max_units is None else min(max_units, self._data.held_out)
+        at_once = max(1, _EVAL_LOGITS // (self._data.sequence_length * self._data.vocab_size))
         found = np.zeros((num_rows, 2))
-        for start in range(0, num_rows, _EVAL_ROWS * world.ranks):
-            low = start + _EVAL_ROWS * world.rank
-            mine = range(low, min(low + _EVAL_ROWS, num_rows))
+        for start in range(0, num_rows, at_once * world.ranks):
+            low = start + at_once * world.rank
+            mine = range(low, min(low + at_once, num_rows))
             beat()
             # a rank that is left without work goes along with the others, who may need its part of the parameters
             given = self._data.held_out_rows(split, mine or range(1))

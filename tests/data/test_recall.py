@@ -81,6 +81,8 @@ def test_a_seed_draws_these_rows():
             "sequence_length is 64: 17 pairs and as many questions, with a place after each, need at least 68",
         ),
         ({"kind": "induction", "vocab_size": 2}, "induction needs a vocab_size"),
+        ({"kind": "induction", "pairs": 4}, "pairs is 4, but induction has none: leave it out"),
+        ({"kind": "induction", "noise": False}, "noise is False, but induction has none"),
         ({"kind": "mqr"}, "kind"),
     ],
 )

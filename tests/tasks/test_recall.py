@@ -49,22 +49,51 @@ def test_a_batch_in_parts_is_the_batch():
 
 
 class Parrot(torch.nn.Module):
-    """Answers with the token that follows the last time it saw the asked one."""
+    """Answers with the token that follows the last time it saw the asked one; of some pairs it says that it is token 0.
+
+    Args:
+        forgets: places of these pairs.
+    """
+
+    def __init__(self, *forgets):
+        super().__init__()
+        self.forgets = forgets
 
     def forward(self, tokens):
         logits = torch.zeros(*tokens.shape, 16)
         for row, place in torch.cartesian_prod(torch.arange(tokens.shape[0]), torch.arange(tokens.shape[1])).tolist():
             seen = (tokens[row, : min(place, 4)] == tokens[row, place]).nonzero()
             if len(seen):
-                logits[row, place, tokens[row, seen[0] + 1]] = 50.0
+                forgets = int(seen[0]) // 2 in self.forgets
+                logits[row, place, 0 if forgets else tokens[row, seen[0] + 1]] = 50.0
         return logits
 
 
-def test_right_answers_are_counted():
+ONE = World(rank=0, ranks=1, local_rank=0)
+
+
+@pytest.mark.parametrize(("forgets", "accuracy", "loss"), [((), 1.0, 0.0), ((1,), 0.5, 25.0), ((0, 1), 0.0, 50.0)])
+def test_right_answers_are_counted(forgets, accuracy, loss):
     task = opened()
-    results = list(task.evaluate(Parrot(), "test", 10, torch.device("cpu"), World(rank=0, ranks=1, local_rank=0)))
+    results = list(task.evaluate(Parrot(*forgets), "test", 10, torch.device("cpu"), ONE))
     assert len(results) == 10
-    assert task.summary(results) == {"loss": pytest.approx(0, abs=1e-6), "accuracy": 1.0}
+    assert task.summary(results) == {"loss": pytest.approx(loss, abs=1e-6), "accuracy": accuracy}
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 10])
+def test_ranks_share_the_rows(num_rows, monkeypatch):
+    """Four rows at a time; a rank may be left without any."""
+    monkeypatch.setattr("llmeff.tasks.recall._EVAL_LOGITS", 4 * 16 * 16)
+    task, shares = opened(), []
+    monkeypatch.setattr("llmeff.tasks.recall.group.total", lambda found: shares.append(found) or found)
+    for rank in range(2):
+        list(
+            task.evaluate(Parrot(1), "test", num_rows, torch.device("cpu"), World(rank=rank, ranks=2, local_rank=rank))
+        )
+    together = sum(shares[:2])
+    list(task.evaluate(Parrot(1), "test", num_rows, torch.device("cpu"), ONE))
+    assert torch.equal(together, shares[2])
+    assert not (shares[0].any(dim=1) & shares[1].any(dim=1)).any()
 
 
 @pytest.mark.parametrize(
