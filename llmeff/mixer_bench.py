@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmeff.attention.mixer import MixerConfig
+from llmeff.attention.scan import CHUNK
 from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
 from llmeff.compare.plots import Curves, curves
 from llmeff.compare.text_table import TextTable
@@ -44,8 +45,6 @@ DECODED = 16
 """Tokens that a turn of decoding decodes at most."""
 LAST = 3
 """Of how many of the largest lengths exponents are taken."""
-CHUNK = 64
-"""Rows of the products whose rate is measured beside the mixers: tokens of a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,10 +291,10 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
 
 
 def matmul_rate(race: MixerRace, device: torch.device) -> float:
-    """FLOP/s of products of chunks: 64 rows by as many columns over a head's width, batched."""
-    head = race.width // race.num_heads
-    left = torch.randn(256, CHUNK, head, device=device)
-    right = torch.randn(256, head, CHUNK, device=device)
+    """FLOP/s of products of a scan's chunks, 64 rows by as many columns over a head's width, batched, in the format of products."""
+    head, dtype = race.width // race.num_heads, getattr(torch, precision(race.precision).compute)
+    left = torch.randn(256, CHUNK, head, device=device, dtype=dtype)
+    right = torch.randn(256, head, CHUNK, device=device, dtype=dtype)
     seconds = min(_timed(lambda: left @ right, device) for _ in range(5))
     return 2 * 256 * CHUNK * CHUNK * head / seconds
 

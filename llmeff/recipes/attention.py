@@ -77,9 +77,9 @@ def recall() -> SweepConfig:
 
     States are of equal size where there is one, 4 KiB a layer, and a window's keys and values too; what a short convolution
     keeps, 2.25 KiB, is on top. Mixers that learn how fast to forget are there twice: with the decays that their papers begin
-    with, and with slow ones. The learning rate is chosen on another seed, in two thirds of the steps.
+    with, and with slow ones. The learning rate is chosen on another seed, in a third of the steps.
     """
-    steps, head_dim = 3600, 16
+    head_dim = 16
     arms = {name: _settings(name, own) for name, own in _mixers(head_dim, window=head_dim // 2 + 1).items()}
     arms |= {f"{name}, slow decay": (*arms[name], *slow) for name, slow in _SLOW.items()}
     model = DecoderConfig(width=4 * head_dim, num_layers=2, num_heads=4, mlp_width=128)
