@@ -117,7 +117,9 @@ def _linear(
     """The same by the mixer `Linear`; products of its features have no scale."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_linear")
     query, key, value = _tokens_first(layout, query, key, value)
-    return _weighed(positive(query), positive(key), value, None, layout), None
+    query, key, past = positive(query), positive(key), layout.past
+    before = _Before(state=_sums(key[:, :past], value[:, :past], layout, query.shape[2])) if past else None
+    return weighed(query, key[:, past:], value[:, past:], None, layout, before), None
 
 
 def _performer(
@@ -131,14 +133,16 @@ def _performer(
     with torch.autocast(query.device.type, enabled=False):
         query = exponents(wide(query) * scale**0.5, directions)
         key = exponents(wide(key) * scale**0.5, directions, has_lengths=True)
-    query = (query - query.detach().amax(-1, keepdim=True)).exp()
-    if layout.past:
-        largest = key.detach().amax(-1, keepdim=True)
+    query, past, before = (query - query.detach().amax(-1, keepdim=True)).exp(), layout.past, None
+    if past:
+        largest = key[:, :past].detach().amax(-1)
         if layout.padding is not None:
-            largest = largest.masked_fill(~layout.padding[..., None, None], -torch.inf)
-        return _weighed(query, (key - largest.amax(1, keepdim=True)).exp(), value, None, layout), None
-    key, fall = relative(key, layout, None)
-    return _weighed(query, key.exp(), value, fall, layout), None
+            largest = largest.masked_fill(~layout.padding[:, :past, None], -torch.inf)
+        largest = largest.amax(1)
+        kept = (key[:, :past] - largest[:, None, :, None]).exp()
+        before = _Before(state=_sums(kept, value[:, :past], layout, query.shape[2]), largest=largest)
+    key, fall = relative(key[:, past:], layout, before)
+    return weighed(query, key.exp(), value[:, past:], fall, layout, before), None
 
 
 def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
@@ -149,10 +153,10 @@ def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
         like = torch.empty(mixer.width(width), width, dtype=torch.float32, device="cpu")
         with torch.inference_mode(False):  # a step may use them later
             _directions[module] = orthogonal(like, torch.Generator().manual_seed(derive(0, FEATURES, layer)))
-    found = _directions[module]
-    if found.device != query.device:
-        _directions[module] = found = found.to(query.device)
-    return found
+    if _directions[module].device != query.device:
+        with torch.inference_mode(False):
+            _directions[module] = _directions[module].to(query.device)
+    return _directions[module]
 
 
 def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -160,34 +164,29 @@ def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> 
     return tuple(x.transpose(1, 2) for x in (query, _filled(layout, key), _filled(layout, value)))
 
 
-class _Sums:
-    """The state of the tokens before, as a cache that is asked once."""
+class _Before:
+    """What the tokens before come to, as a cache that is asked once: the model keeps their keys and values itself."""
 
-    def __init__(self, state: Tensor):
-        self._state = state
+    def __init__(self, **states: Tensor):
+        self._states = states
 
     def recall(self, name: str) -> Tensor | None:
-        return self._state if name == "state" else None
+        return self._states.get(name)
 
     def keep(self, name: str, state: Tensor) -> None:
-        """The model keeps keys and values."""
+        """Nothing is."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
-def _weighed(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, layout: Layout) -> Tensor:
-    """`kernel.weighed` of T queries and S keys: the state of those in the cache is one product."""
-    past = layout.past
-    if not past:
-        return weighed(query, key, value, log_decay, layout, None)
-    before = key[:, :past]
+def _sums(key: Tensor, value: Tensor, layout: Layout, num_heads: int) -> Tensor:
+    """The state of `kernel.weighed` after the layout's past, one product: (B, N, M, H + 1) of (B, S, K, M) and (B, S, K, H)."""
     if layout.padding is not None:
-        before = before.masked_fill(~layout.padding[:, :past, None, None], 0)
+        key = key.masked_fill(~layout.padding[:, : layout.past, None, None], 0)
     with torch.autocast(key.device.type, enabled=False):
-        sums = torch.einsum("bskm,bskh->bkmh", before, counted(value[:, :past]))
-    state = repeated(sums.transpose(1, 2), query.shape[2]).transpose(1, 2)
-    return weighed(query, key[:, past:], value[:, past:], log_decay, layout, _Sums(state))
+        sums = torch.einsum("bskm,bskh->bkmh", key, counted(value))
+    return repeated(sums.transpose(1, 2), num_heads).transpose(1, 2)
 
 
 def _settings(config: Any, layer_window: int | None) -> Sliding | None:
@@ -241,9 +240,10 @@ def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
     if layout.documents is not None or layout.past:
         return layout
     positions = kwargs.get("position_ids")
-    told = "cu_seq_lens_q" if kwargs.get("cu_seq_lens_q") is not None else None
+    borders = kwargs.get("cu_seq_lens_q")
+    told = "cu_seq_lens_q" if borders is not None and len(borders) > 2 else None
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        falls = positions.diff(dim=-1) <= 0
+        falls = positions.diff(dim=-1) <= 0  # those that only jump ahead may be meant so
         if layout.padding is not None:
             falls = falls & layout.padding[:, 1:] & layout.padding[:, :-1]
         if bool(falls.any()):

@@ -102,7 +102,15 @@ def test_long_keys_do_not_vanish():
     assert x.grad.isfinite().all()
 
 
-def test_large_numbers_do_not_overflow():
+def test_large_queries_and_keys_are_weighed_as_their_logarithms_say():
+    """About 16 long both, after which what a query and a key have in common may be less than float32 can tell."""
+    _, performer = pair(64, 1.0)
+    x = 3 * torch.randn(2, 100, 12)
+    exact = by_logarithms(performer, x)
+    assert (performer(x, Layout.plain(100, x.device)) - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_the_largest_numbers_do_not_overflow():
     _, performer = pair(64, 1.0)
     x = (8 * torch.randn(2, 100, 12)).requires_grad_()
     performer(x, Layout.plain(100, x.device)).square().sum().backward()

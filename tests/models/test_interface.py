@@ -164,6 +164,21 @@ def test_states_are_float32_under_autocast(mixer, dtype):
     assert (found - whole).float().norm() <= 0.02 * whole.float().norm()
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_long_keys_are_there_in_pieces_too(padding):
+    """Beside those of the last tokens, which are short, their features would be 0."""
+    layer = torch.nn.Module()
+    layer.config = transformers.LlamaConfig(llmeff_performer={"num_features": 24})
+    query, key, value = 0.1 * torch.randn(2, 4, 19, 8), torch.randn(2, 2, 19, 8), torch.randn(2, 2, 19, 8)
+    key[:, :, :16] = 60 * F.normalize(1 + 0.02 * key[:, :, :16], dim=-1)
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[0, :padding] = 0
+    whole, _ = interface._performer(layer, query, key, value, mask)
+    piece, _ = interface._performer(layer, query[:, :, 13:], key, value, mask.clone())
+    assert whole[:, 13:].norm(dim=-1).min() > 0.1
+    torch.testing.assert_close(piece, whole[:, 13:], rtol=1e-4, atol=1e-4)
+
+
 @every_mixer
 def test_documents_that_positions_tell_apart_do_not_see_one_another(mixer):
     ours, _ = pair("Llama", mixer)
@@ -349,6 +364,13 @@ def test_documents_that_the_mask_does_not_keep_apart_are_an_error(mixer, more, s
     places = torch.cat((torch.arange(4), torch.arange(6)))[None].expand(2, -1)
     with pytest.raises(ConfigError, match=said):
         model(tokens(2, 10), **{"position_ids": places} | more)
+
+
+def test_one_document_with_its_borders_is_no_packing():
+    model, given = build("Llama"), tokens(1, 10)
+    interface.use(model, Softmax())
+    found = model(given, position_ids=torch.arange(10)[None], cu_seq_lens_q=torch.tensor([0, 10]), use_cache=False)
+    assert torch.equal(found.logits, model(given).logits)
 
 
 def test_other_scores_than_those_of_products_are_an_error():
