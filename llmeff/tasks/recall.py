@@ -25,7 +25,8 @@ from llmeff.record.schema import Goal
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**22
-"""Numbers of logits that are made at once in evaluation."""
+"""Numbers of logits that are made at once in evaluation; a token counts as at least `_LEAST_VOCABULARY` of them."""
+_LEAST_VOCABULARY = 256
 _NUM_SHOWN = 4
 """Rows that people see when a run has ended."""
 
@@ -117,9 +118,8 @@ class RecallTask(Task):
     ) -> Iterator[UnitResult]:
         """Each row's cross-entropy and right answers; the ranks share the rows."""
         num_rows = self._data.held_out if max_units is None else min(max_units, self._data.held_out)
-        at_once = max(1, _EVAL_LOGITS // (self._data.sequence_length * self._data.vocab_size))
-        found = np.zeros((num_rows, 2))
-        for start in range(0, num_rows, at_once * world.ranks):
+        found, start, at_once = np.zeros((num_rows, 2)), 0, 1  # the first row tells how wide logits are
+        while start < num_rows:
             low = start + at_once * world.rank
             mine = range(low, min(low + at_once, num_rows))
             beat()
@@ -131,6 +131,8 @@ class RecallTask(Task):
             right = (logits.argmax(-1) == targets).sum(-1)
             if mine:
                 found[mine.start : mine.stop] = np.stack((losses.numpy(), right.numpy()), axis=-1)
+            start += at_once * world.ranks
+            at_once = max(1, _EVAL_LOGITS // (logits.shape[1] * max(logits.shape[2], _LEAST_VOCABULARY)))
         found = group.total(torch.from_numpy(found)).numpy()
         for row, (loss_sum, num_right) in enumerate(found.tolist()):
             yield UnitResult(

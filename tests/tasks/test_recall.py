@@ -82,8 +82,8 @@ def test_right_answers_are_counted(forgets, accuracy, loss):
 
 @pytest.mark.parametrize("num_rows", [1, 9, 10])
 def test_ranks_share_the_rows(num_rows, monkeypatch):
-    """Four rows at a time; a rank may be left without any."""
-    monkeypatch.setattr("llmeff.tasks.recall._EVAL_LOGITS", 4 * 16 * 16)
+    """After the first four at a time; a rank may be left without any."""
+    monkeypatch.setattr("llmeff.tasks.recall._EVAL_LOGITS", 4 * 16 * 256)
     task, shares = opened(), []
     monkeypatch.setattr("llmeff.tasks.recall.group.total", lambda found: shares.append(found) or found)
     for rank in range(2):
