@@ -4,7 +4,8 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -165,21 +166,32 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
 
 def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> list[str]:
     """The field names allowed where an unknown field stood."""
-    fields = model
+    annotation: Any = model
     for part in location:
-        value = data.get(part) if isinstance(data, Mapping) and isinstance(part, str) else None
-        field = fields.model_fields.get(str(part))
-        if field is None:
-            break
-        annotation: Any = field.annotation
+        annotation = _below(annotation, part)
+        below = isinstance(data, Mapping) or (isinstance(data, list | tuple) and isinstance(part, int))
+        try:
+            data = data[part] if below else None
+        except (KeyError, IndexError):
+            data = None
         if isinstance(annotation, type) and issubclass(annotation, Component):
-            name = value.get("name") if isinstance(value, Mapping) else value
+            name = data.get("name") if isinstance(data, Mapping) else data
             if isinstance(name, str) and name in annotation.registry:
                 annotation = annotation.registry[name]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        fields, data = annotation, value
-    return list(fields.model_fields)
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _below(annotation: Any, part: int | str) -> Any:
+    """The type of a field, of a table's values or a list's items; of one that may be None, what it is else."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(part))
+        found: Any = None if field is None else field.annotation
+    else:
+        arguments = get_args(annotation)
+        found = arguments[-1 if get_origin(annotation) is dict else 0] if arguments else None
+    if isinstance(found, UnionType) or get_origin(found) is Union:
+        (found, *_) = [own for own in get_args(found) if own is not NoneType]
+    return found
 
 
 def _describe(model: type[BaseModel], data: Any, error: Mapping[str, Any]) -> str:
@@ -188,7 +200,7 @@ def _describe(model: type[BaseModel], data: Any, error: Mapping[str, Any]) -> st
     given = error["input"]
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(model, data, location[:-1])
-        return f"{where}: there is no such field.{nearest(str(location[-1]), allowed)}"
+        return f"{where}: there is no such field.{nearest(str(location[-1]), allowed) if allowed else ''}"
     if error["type"] == "component":
         return f"{where}: {error['msg']}"
     message = error["msg"].removeprefix("Value error, ")

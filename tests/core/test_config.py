@@ -4,7 +4,7 @@ import json
 from typing import Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from llmeff.core.config import (
     Component,
@@ -114,6 +114,33 @@ def test_all_problems_come_in_one_error_each_with_the_nearest_name():
     assert "engine.power: Input should be greater than 0 (given: -1)" in text
     assert "weels: there is no such field. Did you mean 'wheels'?" in text
     assert "wheels.count: Input should be a valid integer (given: True)" in text
+
+
+class Depot(Config):
+    spare: Engine | None = None
+    """Kept behind"""
+    engines: dict[str, Engine] = Field(default_factory=dict)
+    """By number"""
+    cars: tuple[Car, ...] | None = None
+    """In their order"""
+
+
+STEAM = {"name": "steam", "presure": 3}
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ({"spare": STEAM}, "spare"),
+        ({"engines": {"7": STEAM}}, r"engines\.7"),
+        ({"cars": [{}, {"engine": STEAM}]}, r"cars\.1\.engine"),
+    ],
+)
+def test_the_nearest_field_is_found_wherever_it_may_stand(data, where):
+    with pytest.raises(
+        ConfigError, match=rf"^{where}\.presure: .* Did you mean 'pressure'\? Known: name, power, pressure\."
+    ):
+        validate(Depot, data)
 
 
 @pytest.mark.parametrize("given", ["stem", {"name": "stem"}, {"name": None}, 3, None])
