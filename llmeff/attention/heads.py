@@ -113,6 +113,8 @@ class HeadsMixer(ProjectedMixer):
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         query, key, value = self._heads(x, layout)
+        if cache is not None:
+            key = key.to(value.dtype)  # autocast leaves normed ones in float32
         mixed = self.mix(query, key, value, layout, cache)
         return cast(Tensor, self.o_proj(mixed))
 

@@ -119,7 +119,6 @@ class SlidingMixer(HeadsMixer):
         return self._go_on(query, key, value, layout, cache).transpose(1, 2).flatten(-2)
 
     def _go_on(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache) -> Tensor:
-        key = key.to(value.dtype)  # autocast leaves normed ones in float32
         kept = cache.recall("key"), cache.recall("value"), cache.recall("places")
         places = layout.places()[:, layout.past :].expand(query.shape[0], -1)
         num_tokens, mixed = layout.past, []

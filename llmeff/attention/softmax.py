@@ -85,7 +85,7 @@ class SoftmaxMixer(HeadsMixer):
             mixed = flex.attend(query, key, value, flex.block_mask(layout, "softmax", _sees))
             return mixed.transpose(1, 2).flatten(-2)
         if cache is not None:
-            key, value = cache.extend(key.to(value.dtype), value)  # autocast leaves normed keys in float32
+            key, value = cache.extend(key, value)
         return attend(query, key, value, layout).transpose(1, 2).flatten(-2)
 
 
