@@ -13,7 +13,7 @@ from llmeff.attention.kernel import KernelConfig, KernelMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
 from llmeff.attention.norm import wide
 from llmeff.core.config import Count
-from llmeff.core.layout import Layout
+from llmeff.core.layout import Layout, begins_in
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
@@ -149,7 +149,7 @@ def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
 
     Each document is lifted above the one before, so that one maximum goes over all.
     """
-    begins = F.pad(documents.diff(dim=1) != 0, (1, 0))[..., None]
+    begins = begins_in(documents)[..., None]
     own = largest.double()  # a lift is far larger than what it lifts
     least = own.masked_fill(own == -torch.inf, torch.inf).amin()
     own = own.maximum(least.masked_fill(least == torch.inf, 0))

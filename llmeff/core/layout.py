@@ -12,11 +12,15 @@ from torch import Tensor
 Tables = TypeVar("Tables")
 
 
+def begins_in(documents: Tensor) -> Tensor:
+    """(B, T), of documents whose tokens are neighbours, to whether each token is the first of its own in the row."""
+    return torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
+
+
 def places_in(documents: Tensor) -> Tensor:
     """(B, T), of documents whose tokens are neighbours, to each token's place in its own, from 0."""
-    begins = torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
     places = torch.arange(documents.shape[-1], device=documents.device)[None]
-    return places - torch.where(begins, places, 0).cummax(dim=-1).values
+    return places - torch.where(begins_in(documents), places, 0).cummax(dim=-1).values
 
 
 @dataclass(frozen=True, kw_only=True)
