@@ -147,16 +147,15 @@ def _performer(
 
 def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
     """(M, H) of a layer."""
-    if module not in _directions:
+    found = _directions.get(module)
+    if found is None or found.device != query.device:
         mixer = validate(Performer, getattr(module.config, FEATURES, {}))
         width, layer = query.shape[-1], getattr(module, "layer_idx", None) or 0
         like = torch.empty(mixer.width(width), width, dtype=torch.float32, device="cpu")
         with torch.inference_mode(False):  # a step may use them later
-            _directions[module] = orthogonal(like, torch.Generator().manual_seed(derive(0, FEATURES, layer)))
-    if _directions[module].device != query.device:
-        with torch.inference_mode(False):
-            _directions[module] = _directions[module].to(query.device)
-    return _directions[module]
+            found = orthogonal(like, torch.Generator().manual_seed(derive(0, FEATURES, layer))).to(query.device)
+        _directions[module] = found
+    return found
 
 
 def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
