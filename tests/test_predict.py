@@ -282,9 +282,16 @@ every_step = pytest.mark.parametrize(
 )
 
 
+SLIDING, PERFORMER = {"name": "sliding", "window": 9}, {"name": "performer", "num_features": 8}
+
+
 @every_step
-@pytest.mark.parametrize("kind", ["GPT2", "Qwen3", "Llama"])
-def test_a_trace_is_what_a_foreign_models_step_takes(kind, work, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "mixer"),
+    [("GPT2", None), ("Qwen3", None), ("Llama", None), ("Llama", SLIDING), ("Llama", PERFORMER)],
+    ids=["GPT2", "Qwen3", "Llama", "Llama, sliding", "Llama, performer"],
+)
+def test_a_trace_is_what_a_foreign_models_step_takes(kind, mixer, work, tmp_path):
     import transformers
 
     from llmeff.models.hf import HFModelConfig
@@ -292,24 +299,6 @@ def test_a_trace_is_what_a_foreign_models_step_takes(kind, work, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
     grouped = {} if kind == "GPT2" else {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
     getattr(transformers, f"{kind}Config")(**sizes, **grouped).save_pretrained(tmp_path)
-    assert_traced_as_measured(HFModelConfig(path=str(tmp_path), from_scratch=True, vocab_size=60), work)
-
-
-@every_step
-@pytest.mark.parametrize("mixer", [{"name": "sliding", "window": 9}, {"name": "performer", "num_features": 8}], ids=str)
-def test_a_trace_is_what_a_foreign_models_step_takes_with_another_mixer(mixer, work, tmp_path):
-    import transformers
-
-    from llmeff.models.hf import HFModelConfig
-
-    transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=60,
-    ).save_pretrained(tmp_path)
     fields = {"path": str(tmp_path), "from_scratch": True, "vocab_size": 60, "mixer": mixer}
     assert_traced_as_measured(validate(HFModelConfig, fields), work)
 
