@@ -24,11 +24,13 @@ class Level:
     """That make it, as `--set` takes them."""
     search: Mapping[str, Search] = field(default_factory=dict)
     """What is tuned where a factor is at this level."""
+    tuned_as: str | None = None
+    """Another level of the same factor, whose tuned settings this one takes over."""
 
 
 SGD = Level(name="sgd", settings=("optim=sgd",), search={"optim.lr": SGD_RATES})
 ADAMW = Level(name="adamw", settings=("optim=adamw",), search={"optim.lr": ADAMW_RATES})
-ADAMW_8BIT = Level(name="adamw8bit", settings=("optim=adamw8bit",), search={"optim.lr": ADAMW_RATES})
+ADAMW_8BIT = Level(name="adamw8bit", settings=("optim=adamw8bit",), tuned_as="adamw")
 
 
 def _pair(key: str, first: tuple[str, str], second: tuple[str, str]) -> tuple[Level, Level]:
@@ -59,34 +61,47 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
         chosen = [levels[place] for place, levels in zip(places, factors.values(), strict=True)]
         name = ", ".join(level.name for level in chosen)
         search = {key: tried for level in chosen for key, tried in level.search.items()}
-        first = tuned.setdefault(tuple(level.name for level in chosen if level.search), name)
+        tuned_levels = tuple(level.tuned_as or level.name for level in chosen if level.search or level.tuned_as)
+        first = tuned.setdefault(tuned_levels, name)
         arms[name] = ArmConfig(
             settings=tuple(setting for level in chosen for setting in level.settings),
             search=search if first == name else {},
-            tuned_as=None if first == name or not search else first,
+            tuned_as=None if first == name or not tuned_levels else first,
             factors={factor: level.name for factor, level in zip(factors, chosen, strict=True)},
         )
     return arms
 
 
-def factorial(name: str, factors: Mapping[str, tuple[Level, Level]], base: RunConfig, metric: str) -> SweepConfig:
-    """Half of the combinations of factors over a run, under DeepSpeed, where all of them are at hand; two seeds.
+def factorial(
+    name: str,
+    factors: Mapping[str, tuple[Level, Level]],
+    base: RunConfig,
+    metric: str,
+    seeds: tuple[int, ...] = tuple(range(6)),
+) -> SweepConfig:
+    """Half of the combinations of factors over a run, under DeepSpeed, where all of them are at hand.
 
-    A CPU without matrix units for bf16 emulates it, slowly: steps, held-out text and seeds are few.
+    A CPU without matrix units for bf16 emulates it, slowly: steps and held-out text are few.
 
     Args:
         name: of the study.
         factors: each with its two levels.
         base: what all runs have in common.
         metric: what decides.
+        seeds: of the final runs. An effect on what is learned is judged by how it varies over them.
     """
     arms = half_fraction(factors)
     shared = validate(RunConfig, override(base.model_dump(mode="json"), ["parallel=deepspeed", "parallel.stage=0"]))
-    return SweepConfig(name=name, base=shared, arms=arms, baseline=next(iter(arms)), metric=metric, seeds=(0, 1))
+    return SweepConfig(name=name, base=shared, arms=arms, baseline=next(iter(arms)), metric=metric, seeds=seeds)
 
 
 def _study(
-    name: str, factors: Mapping[str, tuple[Level, Level]], model: str, steps: int, num_evaluations: int = 16
+    name: str,
+    factors: Mapping[str, tuple[Level, Level]],
+    model: str,
+    steps: int,
+    num_evaluations: int = 16,
+    seeds: tuple[int, ...] = tuple(range(6)),
 ) -> SweepConfig:
     base = RunConfig(
         model=PRESETS[model](),
@@ -97,7 +112,7 @@ def _study(
         checkpoint=CheckpointConfig(every=0),
         runtime=RuntimeConfig(threads=1),
     )
-    return factorial(name, factors, base, "loss")
+    return factorial(name, factors, base, "loss", seeds)
 
 
 FACTORS = {
@@ -107,7 +122,7 @@ FACTORS = {
 
 @sweep_recipe
 def contribution() -> SweepConfig:
-    """Adaptive optimization, mixed precision, recomputation, ranks and ZeRO stages: 16 of 32 combinations, two seeds.
+    """Adaptive optimization, mixed precision, recomputation, ranks and ZeRO stages: 16 of 32 combinations, six seeds.
 
     A model of 1M parameters. On a faster machine: `--set base.train.steps=2000 --set base.model=llama-125m`.
     """
@@ -117,7 +132,7 @@ def contribution() -> SweepConfig:
 @sweep_recipe
 def contribution_10m() -> SweepConfig:
     """The same with 10M parameters, for what it takes; in so few steps losses tell of the first of training alone."""
-    return _study("contribution-10m", FACTORS, "llama-10m", steps=12, num_evaluations=4)
+    return _study("contribution-10m", FACTORS, "llama-10m", steps=12, num_evaluations=4, seeds=(0, 1))
 
 
 @sweep_recipe

@@ -117,7 +117,7 @@ def scenes_optimizers() -> SweepConfig:
 
 @sweep_recipe
 def scenes_contribution() -> SweepConfig:
-    """The factors of `contribution` on small street scenes: 16 of 32 combinations, two seeds.
+    """The factors of `contribution` on small street scenes: 16 of 32 combinations, six seeds.
 
     Groups of channels are normalized, so that ranks and stages change nothing that is learned.
     """
