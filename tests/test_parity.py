@@ -6,6 +6,7 @@ their size, in fp32. Another split of the batch only adds the same numbers in an
 
 import functools
 import itertools
+import os
 import tempfile
 from pathlib import Path
 
@@ -57,15 +58,18 @@ def assert_the_same(found: Trajectory, expected: Trajectory) -> None:
     assert expected.distance(found) <= OF_THE_UPDATE
 
 
-def test_a_run_alone_after_one_with_an_engine_in_the_same_process_is_alone(tmp_path):
+@pytest.mark.parametrize("stage", range(4))
+def test_a_run_alone_after_one_with_an_engine_in_the_same_process_is_alone(tmp_path, stage):
     """DeepSpeed's process group stays; of a model alone it must not make replicas of one."""
-    for name, settings in (("zero", ["parallel=deepspeed"]), ("single", [])):
+    before = dict(os.environ)
+    for name, settings in (("zero", ["parallel=deepspeed", f"parallel.stage={stage}"]), ("single", [])):
         given = validate(RunConfig, override(TINY, ["train.steps=1", "checkpoint.every=0", *settings]))
         with Trainer(given, tmp_path / name, resume=False, is_silent=True) as trainer:
             trainer.train_step()
             model = trainer._strategy.model
     assert group.is_joined()
     assert not is_launched(), "processes that this one starts would take themselves for ranks"
+    assert {name for name in before.keys() ^ os.environ.keys() if "RANK" in name} == set()
     assert type(model).__name__ == "Decoder"
 
 

@@ -161,6 +161,19 @@ def in_a_world() -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def local_rank_stated() -> Iterator[None]:
+    """A block in which LOCAL_RANK is set, by the launcher or here: DeepSpeed's stage 3 reads it in its first forward pass."""
+    is_ours = "LOCAL_RANK" not in os.environ
+    if is_ours:
+        os.environ["LOCAL_RANK"] = str(world().local_rank)
+    try:
+        yield
+    finally:
+        if is_ours:
+            os.environ.pop("LOCAL_RANK", None)
+
+
 def cache_folder() -> Path:
     """Where caches lie: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
     given = os.environ.get("LLMEFF_CACHE")

@@ -13,7 +13,7 @@ from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
-from llmeff.core.dist import Statement, in_a_world, keep_deepspeed_on_cpu, world
+from llmeff.core.dist import Statement, in_a_world, keep_deepspeed_on_cpu, local_rank_stated, world
 from llmeff.core.precision import PrecisionName
 from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
@@ -361,10 +361,13 @@ class GatheredEngine(Engine):
     def __init__(self, parts: Parts, config: DeepSpeed):
         self._linear = nn.functional.linear
         super().__init__(parts, config)
+        self._environment = contextlib.ExitStack()
+        self._environment.enter_context(local_rank_stated())
 
     def close(self) -> None:
         """Takes DeepSpeed's own linear layer away too, which it leaves to all that comes after."""
         super().close()
+        self._environment.close()
         nn.functional.linear = self._linear
 
     def clip(self, max_norm: float | None) -> Tensor:
