@@ -33,7 +33,7 @@ from llmeff.compare.ledger import (
 from llmeff.compare.study import TIMING, read_timing
 from llmeff.compare.verdict import lane_name
 from llmeff.core import files, log
-from llmeff.core.config import ConfigError, read
+from llmeff.core.config import ConfigError, read, validate
 from llmeff.core.dist import usable_cores
 from llmeff.core.units import show_count
 from llmeff.launch import end_with_starter, slurm_job, terminable
@@ -43,6 +43,10 @@ from llmeff.record.writer import lock, wait_until_free
 from llmeff.runconfig import RunConfig
 from llmeff.sweepconfig import Job, SweepConfig, arm_path, items_per_step, job_config
 
+_SEEDS = frozenset(("seeds", "baseline_seeds", "aa_seeds"))
+"""Fields that a sweep may be given more of."""
+_BEFORE = {"metric": LOSS.name, "baseline_seeds": [], "aa_seeds": []}
+"""What sweeps were, when they did not say."""
 CHOSEN = "chosen.json"
 """Beside an arm's runs: the settings that its final runs have."""
 _WARMUP_STEPS = 6
@@ -53,7 +57,7 @@ _GRACE_S = 20.0
 
 
 def open_sweep(sweep: SweepConfig, folder: Path) -> None:
-    """Begins a sweep in a folder, or finds the same one there.
+    """Begins a sweep in a folder, or finds the same one there; one that had fewer seeds becomes this one.
 
     Raises:
         ConfigError: something else lies there; it names what differs.
@@ -61,12 +65,17 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
     path = folder / SWEEP
     mine = json.loads(sweep.model_dump_json())
     if path.is_file():
-        theirs = {"metric": LOSS.name} | read(path)  # which was all that there was to decide by
-        if theirs != mine:
-            changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
+        theirs = _BEFORE | read(path)
+        changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
+        if not changed:
+            return
+        if not _SEEDS.issuperset(changed) or not sweep.has_all_runs_of(validate(SweepConfig, theirs)):
             raise ConfigError(
-                f"{folder} holds another sweep: {', '.join(changed)} differ; give another --out, or the same sweep"
+                f"{folder} holds another sweep: {', '.join(changed)} differ; give another --out, or the same sweep, "
+                "to which seeds may be added"
             )
+        with files.reported(folder):
+            files.write_text(path, json.dumps(mine, indent=2) + "\n")
         return
     if folder.is_dir() and not all(own.name.startswith(files.PARTIAL) for own in folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty, and holds no sweep")
@@ -116,9 +125,9 @@ def _finals(
     """A run for each seed of every arm and cell that settings are chosen for; their places count from `first`."""
     jobs: list[Job] = []
     for cell in sweep.cells():
-        for arm in sweep.arms:
+        for arm in sweep.every_arm:
             trial = chosen(arm, cell)
-            for seed in sweep.seeds if trial is not None else ():
+            for seed in sweep.seeds_of(arm) if trial is not None else ():
                 order = first + len(jobs)
                 jobs.append(Job(arm=arm, cell=cell, phase="final", number=seed, trial=trial or {}, order=order))
     return jobs
@@ -192,7 +201,9 @@ class Sweep:
         try:
             with terminable():
                 self.run_jobs(tuning_jobs(self.sweep))
-                self.run_jobs(final_jobs(self.sweep, self.folder))
+                finals = final_jobs(self.sweep, self.folder)
+                self._order(finals)
+                self.run_jobs(finals)
             self.write_ledger()
         finally:
             self._stop()
@@ -283,14 +294,25 @@ class Sweep:
 
     def _place(self, job: Job, failure: str | None) -> None:
         """Says which run of the sweep a folder is; beside it, for what `llmeff train` finds must be empty."""
+        arm = self.sweep.every_arm[job.arm]
         place = {
-            "name": job.path, "arm": job.arm, "cell": job.cell, "factors": self.sweep.arms[job.arm].factors,
-            "tuned_as": self.sweep.arms[job.arm].tuned_as, "phase": job.phase, "trial": job.trial,
+            "name": job.path, "arm": job.arm, "cell": job.cell, "factors": arm.factors, "tuned_as": arm.tuned_as,
+            "repeats": self.sweep.repeats(job.arm), "phase": job.phase, "trial": job.trial,
             "seed": job_config(self.sweep, job).seed, "order": job.order,
         }  # fmt: skip
-        own = self.folder / RUNS / job.path
         failed = {} if failure is None else {"failure": failure}
-        files.write_text(own.parent / f"{own.name}{PLACE}", json.dumps(place | failed) + "\n")
+        files.write_text(self._place_of(job), json.dumps(place | failed) + "\n")
+
+    def _place_of(self, job: Job) -> Path:
+        own = self.folder / RUNS / job.path
+        return own.parent / f"{own.name}{PLACE}"
+
+    def _order(self, jobs: Sequence[Job]) -> None:
+        """Puts runs that were begun before seeds were added into the order of the sweep that it is now."""
+        for job in jobs:
+            path = self._place_of(job)
+            if path.is_file() and (place := read(path)).get("order") != job.order:
+                files.write_text(path, json.dumps(place | {"order": job.order}) + "\n")
 
     def _end(self, ended: _Running) -> None:
         own = self.folder / RUNS / ended.job.path

@@ -20,6 +20,9 @@ _OWN = {
     "evaluation.split": "is what trials and final runs differ in",
 }
 """Fields that a sweep sets itself."""
+BASELINE_SEED, AA_SEED = 10_000, 20_000
+"""The first of the baseline's further seeds, and of the A/A arm's, where their number alone is given: far from all that
+studies count from, so that a study can grow."""
 
 
 class Span(Config):
@@ -90,6 +93,11 @@ class SweepConfig(Config):
     """The same for all arms."""
     seeds: tuple[Integer, ...] = (0, 1, 2)
     """Of the final runs: each arm is run with each."""
+    baseline_seeds: Count | tuple[Integer, ...] = ()
+    """Further seeds of the baseline alone, or how many: all arms are set beside it, so that its runs tell the most."""
+    aa_seeds: Count | tuple[Integer, ...] = ()
+    """Seeds of an A/A arm, or how many: the baseline's settings once more, as an arm of its own with seeds that no other
+    run has. It shows how far two arms differ that are the same."""
     metric: Text = "loss"
     """What decides, of the metrics that the task names: which trial is chosen, and what the arms are compared by."""
     target: Positive | None = None
@@ -111,10 +119,7 @@ class SweepConfig(Config):
         task = self.base.task
         if self.metric not in task.goals:
             yield f"metric is {self.metric!r}: task {task.name!r} is not judged by it.{nearest(self.metric, task.goals)}"
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            yield f"seeds must be different and at least one, given: {list(self.seeds)}"
-        if self.tuning.seed in self.seeds and any(arm.search for arm in self.arms.values()):
-            yield f"tuning.seed {self.tuning.seed} is among the seeds {list(self.seeds)}: final runs need fresh ones"
+        yield from self._seed_problems()
         if self.tuning.split == self.base.evaluation.split and any(arm.search for arm in self.arms.values()):
             yield (
                 f"tuning.split and base.evaluation.split are both {self.tuning.split!r}: what settings were chosen on "
@@ -129,6 +134,21 @@ class SweepConfig(Config):
         yield from self._search_problems()
         errors = list(_errors_of(self))
         yield from errors or self._budget_problems()
+
+    def _seed_problems(self) -> Iterator[str]:
+        """Seeds that are given twice, or that trials have."""
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            yield f"seeds must be different and at least one, given: {list(self.seeds)}"
+        if self.aa_name in self.arms:
+            yield f"arms has a {self.aa_name!r}, which is what the arm of aa_seeds is called"
+        further, own = _counted(self.baseline_seeds, BASELINE_SEED), _counted(self.aa_seeds, AA_SEED)
+        for key, seeds, others in (("baseline_seeds", further, self.seeds), ("aa_seeds", own, (*self.seeds, *further))):
+            twice = sorted({seed for seed in seeds if seeds.count(seed) > 1 or seed in others})
+            if twice:
+                yield f"{key} must be seeds that no other run of the baseline's settings has, given again: {twice}"
+        every = [*self.seeds, *further, *own]
+        if self.tuning.seed in every and any(arm.search for arm in self.arms.values()):
+            yield f"tuning.seed {self.tuning.seed} is among the seeds {every}: final runs need fresh ones"
 
     def _budget_problems(self) -> Iterator[str]:
         """Shorter trials that are not equally short."""
@@ -178,9 +198,40 @@ class SweepConfig(Config):
         elif not self.arms[arm.tuned_as].search:
             yield f"arms.{name} is tuned as {arm.tuned_as!r}, which has no search"
 
+    @property
+    def aa_name(self) -> str:
+        """What the A/A arm is called, where there is one."""
+        return f"{self.baseline} (A/A)"
+
+    @property
+    def every_arm(self) -> dict[str, ArmConfig]:
+        """The arms that are run: those that are given, and the A/A arm where it has seeds."""
+        if not self.aa_seeds or self.baseline not in self.arms:
+            return self.arms
+        same = self.arms[self.baseline]
+        tuned_as = same.tuned_as or (self.baseline if same.search else None)
+        return self.arms | {self.aa_name: same.model_copy(update={"search": {}, "tuned_as": tuned_as})}
+
+    def repeats(self, arm: str) -> str | None:
+        """The arm whose settings an arm repeats with seeds of its own; None of all but the A/A arm."""
+        return self.baseline if arm not in self.arms else None
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """The seeds of an arm's final runs."""
+        if self.repeats(arm):
+            return _counted(self.aa_seeds, AA_SEED)
+        further = _counted(self.baseline_seeds, BASELINE_SEED) if arm == self.baseline else ()
+        return (*self.seeds, *further)
+
+    def has_all_runs_of(self, other: "SweepConfig") -> bool:
+        """Whether every arm of another sweep is here, with all of its seeds."""
+        return all(
+            arm in self.every_arm and set(other.seeds_of(arm)) <= set(self.seeds_of(arm)) for arm in other.every_arm
+        )
+
     def tuned_by(self, arm: str) -> str:
         """The arm whose trials choose an arm's settings: mostly its own."""
-        return self.arms[arm].tuned_as or arm
+        return self.every_arm[arm].tuned_as or arm
 
     def cells(self) -> list[dict[str, Any]]:
         """All values of the axes, with one another."""
@@ -192,7 +243,7 @@ class SweepConfig(Config):
         Lists are gone through, all with all. Spans are tried at the points of a lattice: one span at the middles of
         `trials` equal parts of its logarithm, several by the additive recurrence of Roberts (2018).
         """
-        search = self.arms[arm].search
+        search = self.every_arm[arm].search
         if not search:
             return []
         lists = [tried for tried in search.values() if isinstance(tried, tuple)]
@@ -222,7 +273,7 @@ class SweepConfig(Config):
             ConfigError: it cannot work.
         """
         settings = [
-            *self.arms[arm].settings,
+            *self.every_arm[arm].settings,
             *(f"{key}={_toml(value)}" for key, value in [*cell.items(), *trial.items()]),
             *(f"{key}={_toml(value)}" for key, value in more.items()),
             f"seed={seed}",
@@ -232,6 +283,11 @@ class SweepConfig(Config):
             return config
         steps = max(1, round(self.items / items_per_step(config)))
         return validate(RunConfig, override(config.model_dump(mode="json"), [f"train.steps={steps}"]))
+
+
+def _counted(seeds: int | tuple[int, ...], first: int) -> tuple[int, ...]:
+    """Seeds that are given, or so many from the first on."""
+    return seeds if isinstance(seeds, tuple) else tuple(range(first, first + seeds))
 
 
 def _errors_of(sweep: SweepConfig) -> Iterator[str]:

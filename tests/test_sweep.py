@@ -165,6 +165,14 @@ def test_trials_may_be_judged_on_the_validation_split_where_the_test_judges_fina
             "tuning.split and base.evaluation.split are both 'validation': what settings were chosen on cannot judge",
         ),
         ({"trails": 3}, "no such field"),
+        ({"baseline_seeds": [1, 7]}, r"baseline_seeds must be seeds that no other run .* has, given again: \[1\]"),
+        ({"baseline_seeds": [7], "aa_seeds": [8, 7, 8]}, r"aa_seeds must be seeds .* given again: \[7, 8\]"),
+        ({"aa_seeds": [1000]}, r"tuning.seed 1000 is among the seeds"),
+        ({"aa_seeds": 0}, "aa_seeds"),
+        (
+            {"arms": SMALL["arms"] | {"adamw (A/A)": {}}, "aa_seeds": 2},
+            r"arms has a 'adamw \(A/A\)', which is what the arm of aa_seeds is called",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_work_is_said_before_anything_starts(changes, words):
@@ -183,6 +191,75 @@ def test_another_sweep_in_the_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "other" / "thesis").touch()
     with pytest.raises(ConfigError, match="is not empty"):
         open_sweep(sweep_of(), tmp_path / "other")
+
+
+def test_the_baseline_may_have_more_seeds_than_the_others_and_an_arm_that_repeats_it(tried, tmp_path):
+    tried |= {"adamw": {"trial-01": 2.0}, "muon": {"trial-00": 2.0}}
+    sweep = sweep_of(baseline_seeds=[7, 5], aa_seeds=3)
+    jobs = final_jobs(sweep, tmp_path)
+    by_arm = {arm: [job.number for job in jobs if job.arm == arm] for arm in dict.fromkeys(job.arm for job in jobs)}
+    repeated = by_arm.pop("adamw (A/A)")
+    assert by_arm == {"adamw": [0, 1, 7, 5], "muon": [0, 1]}
+    assert len(repeated) == 3
+    assert set(repeated).isdisjoint([0, 1, 5, 7, sweep.tuning.seed])
+    assert {job.arm for job in tuning_jobs(sweep)} == {"adamw", "muon"}
+    by_path = {job.path: job_config(sweep, job) for job in jobs}
+    assert len(by_path) == len(jobs)
+    again = [config for config in by_path.values() if config.name == "adamw (A/A)"]
+    first = next(config for config in by_path.values() if config.name == "adamw")
+    assert all(config.model_copy(update={"name": "adamw", "seed": 0}) == first for config in again)
+    assert plan_text(sweep).startswith("4 tuning runs and 9 final runs, ")
+
+
+def test_counted_seeds_stay_where_they_are_when_a_study_grows():
+    small, large = sweep_of(baseline_seeds=2, aa_seeds=2), sweep_of(seeds=[*range(50)], baseline_seeds=4, aa_seeds=3)
+    for arm in small.every_arm:
+        assert set(small.seeds_of(arm)) < set(large.seeds_of(arm))
+    every = [seed for arm in ("adamw", "adamw (A/A)") for seed in large.seeds_of(arm)]
+    assert len(set(every)) == len(every) == 50 + 4 + 3
+
+
+def test_an_arm_that_repeats_a_baseline_that_is_tuned_as_another_is_tuned_as_that_one():
+    arms = {"fp32": {"search": RATES}, "bf16": {"settings": ["precision=bf16"], "tuned_as": "fp32"}}
+    sweep = sweep_of(arms=arms, baseline="bf16", aa_seeds=1)
+    assert [sweep.tuned_by(arm) for arm in sweep.every_arm] == ["fp32"] * 3
+    assert sweep.run_config("bf16 (A/A)", {}, {}, 3).precision == "bf16"
+
+
+def test_a_sweep_goes_on_when_seeds_are_added_and_runs_what_is_missing(tried, tmp_path, monkeypatch):
+    tried |= {"adamw": {"trial-01": 2.0}, "muon": {"trial-00": 2.0}}
+    folder = tmp_path / "it"
+    asked = []
+
+    def go_on(sweep):
+        asked.clear()
+        running = Sweep(sweep, folder, cores=1, modules=[], command="", tell=lambda line: None)
+
+        def run_jobs(jobs):
+            for job in jobs:
+                place = folder / RUNS / f"{job.path}.place.json"
+                if job.phase == "final" and not place.is_file():
+                    asked.append((job.arm, job.number))
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    running._place(job, None)
+
+        monkeypatch.setattr(running, "run_jobs", run_jobs)
+        running.run()
+        return [(entry.arm, entry.seed, entry.repeats) for entry in read_ledger(folder / LEDGER)]
+
+    go_on(sweep_of())
+    assert asked == [("adamw", 0), ("adamw", 1), ("muon", 0), ("muon", 1)]
+    found = go_on(sweep_of(seeds=[0, 1, 2], baseline_seeds=[9], aa_seeds=[30]))
+    assert asked == [("adamw", 2), ("adamw", 9), ("muon", 2), ("adamw (A/A)", 30)]
+    own = [("adamw", 0), ("adamw", 1), ("adamw", 2), ("adamw", 9), ("muon", 0), ("muon", 1), ("muon", 2)]
+    assert found == [*((*run, None) for run in own), ("adamw (A/A)", 30, "adamw")]
+    written = (folder / "sweep.json").read_bytes()
+    for fewer in ({}, {"seeds": [0, 1, 2]}, {"seeds": [0, 1, 2], "baseline_seeds": [9]}):
+        with pytest.raises(ConfigError, match=r"holds another sweep: .*seeds differ.* to which seeds may be added"):
+            open_sweep(sweep_of(**fewer), folder)
+    with pytest.raises(ConfigError, match="holds another sweep: aa_seeds, items differ"):
+        open_sweep(sweep_of(seeds=[0, 1, 2], baseline_seeds=[9], aa_seeds=[30, 31], items=640), folder)
+    assert (folder / "sweep.json").read_bytes() == written
 
 
 def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path, monkeypatch, capsys):
@@ -296,7 +373,7 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_starts(
 def test_a_sweep_from_before_there_was_a_choice_of_metrics_goes_on_by_the_loss(tmp_path):
     open_sweep(sweep_of(), tmp_path / "it")
     written = json.loads((tmp_path / "it" / "sweep.json").read_text())
-    assert written.pop("metric") == "loss"
+    assert (written.pop("metric"), written.pop("baseline_seeds"), written.pop("aa_seeds")) == ("loss", [], [])
     (tmp_path / "it" / "sweep.json").write_text(json.dumps(written))
     open_sweep(sweep_of(), tmp_path / "it")
     with pytest.raises(ConfigError, match="holds another sweep: metric differ"):

@@ -103,6 +103,8 @@ class Entry:
     """The settings that tuning tried, or chose, by field."""
     tuned_as: str | None = None
     """The arm whose trials chose them; None: its own."""
+    repeats: str | None = None
+    """The arm whose settings these are once more, with seeds of their own (A/A); None of all other runs."""
     status: str
     """`finished`, `diverged`, `failed`, or `unfinished`."""
     diagnosis: str | None = None

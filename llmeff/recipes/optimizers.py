@@ -25,7 +25,8 @@ OPTIMIZERS = {
 def optimizers() -> SweepConfig:
     """AdamW, its 8-bit form, Lion, Muon and SGD: five learning rates each, eight fresh seeds, two batch sizes.
 
-    AdamW in 8 bits takes over the rate of AdamW: the two differ in how state is stored alone.
+    AdamW in 8 bits takes over the rate of AdamW: the two differ in how state is stored alone. AdamW, beside which all
+    are set, has eight further seeds, and eight more as an A/A arm.
 
     Less than an epoch of tinyshakespeare, so that nothing is learned by heart.
     """
@@ -46,4 +47,6 @@ def optimizers() -> SweepConfig:
         items=300 * 32 * 64,
         tuning=TuningConfig(trials=5),
         seeds=tuple(range(8)),
+        baseline_seeds=8,
+        aa_seeds=8,
     )
