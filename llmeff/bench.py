@@ -27,7 +27,7 @@ import torch
 from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.core.dist import become_rank, free_port
+from llmeff.core.dist import become_rank, folder_off_paths, free_port
 from llmeff.record.environment import environment
 from llmeff.runconfig import RunConfig
 
@@ -336,7 +336,8 @@ def _start(
     context = multiprocessing.get_context("spawn")
     lane, end = context.Pipe()
     process = context.Process(target=_work, args=(*told[name], modules, end))  # no daemon: it may start ranks
-    process.start()
+    with folder_off_paths():
+        process.start()
     end.close()
     return process, lane
 
@@ -398,8 +399,9 @@ def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> list[psut
         context.Process(target=_follow, args=(config, arm, modules, rank, port), daemon=True)
         for rank in range(1, ranks)
     ]
-    for other in others:
-        other.start()
+    with folder_off_paths():
+        for other in others:
+            other.start()
     become_rank(0, ranks, port)
     return [psutil.Process(other.pid) for other in others]
 

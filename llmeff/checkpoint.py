@@ -1,6 +1,8 @@
 """Saved states of a run: whole or absent, checksummed, the last few kept, a damaged one passed over."""
 
 import json
+import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Callable
@@ -12,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmeff.core import files, group
-from llmeff.core.config import ConfigError
+from llmeff.core.config import ConfigError, read
 from llmeff.core.dist import world
 from llmeff.core.log import logger
+from llmeff.record import schema
+from llmeff.record.reader import recorded, whole_rows
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -37,7 +41,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: where they lie; need not exist.
+        folder: where they lie, in the run's; need not exist.
         keep: how many of the newest are kept.
     """
 
@@ -65,6 +69,7 @@ class Checkpoints:
             if is_main:
                 self._make_room(place, part)
         if not group.total(torch.tensor(int(is_main and part.exists()))):
+            self._prune(place)  # its process may have been killed before it did
             return
         try:
             with group.agreed(), files.reported(place):
@@ -77,14 +82,20 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        with group.agreed(), files.reported(place):
-            for old in [old for old in self._places() if old.name < place.name][self.keep - 1 :] if is_main else ():
+        self._prune(place)
+
+    def _prune(self, newest: Path) -> None:
+        """Removes those before the newest, but for as many as are kept with it."""
+        with group.agreed(), files.reported(newest):
+            older = [old for old in self._places() if old.name < newest.name] if world().is_main else []
+            for old in older[self.keep - 1 :]:
                 doomed = old.with_name(f"{files.PARTIAL}{old.name}")
                 old.rename(doomed)
                 shutil.rmtree(doomed)
 
     def _make_room(self, place: Path, part: Path) -> None:
         """An empty folder to write into; none where the checkpoint is there already."""
+        files.refuse_links(self.folder, itself=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep_partial(self.folder)
         if place.exists():
@@ -93,22 +104,27 @@ class Checkpoints:
             place.rename(place.with_name(f"damaged-{place.name}-{uuid.uuid4().hex[:8]}"))
         part.mkdir()
 
-    def resume_point(self, data: str) -> Checkpoint | None:
-        """The newest whole checkpoint; None where none was saved yet. The main rank looks for all.
+    def resume_point(self, data: str, *, or_anew: bool = False) -> Checkpoint | None:
+        """The newest whole checkpoint; None where the run begins at its first step. The main rank looks for all.
 
         Args:
             data: fingerprint of what the run now reads.
+            or_anew: begin at the first step where there is no whole checkpoint, whatever was recorded.
 
         Raises:
-            ConfigError: there are some, and none can be read: going on would begin the run anew and drop its record. Or
+            ConfigError: there is none, but rows or checkpoints that the run would drop if it began at its first step. Or
                 the data are no longer those that it was made with.
         """
-        checkpoint = group.from_main(self.newest() if world().is_main else None)
-        if checkpoint is None and any(self.folder.glob("step-*")):
-            raise ConfigError(
-                f"{self.folder}: no checkpoint there can be read, for the reasons above, and the run is left as it is; "
-                "to begin it anew, move them away"
-            )
+        with group.agreed():
+            found = self.newest() if world().is_main else None
+            if found is None and world().is_main and not or_anew and (dropped := self._dropped()):
+                run = self.folder.parent
+                raise ConfigError(
+                    f"{self._lack()}, and going on from the first step would drop {dropped} of the run; it is left as it "
+                    "is. Put its checkpoints back; or begin it anew by llmeff train --restart-from-scratch --out "
+                    f"{shlex.quote(str(run))}, which keeps all that in {run / files.DISCARDED}N; or begin another run with another --out"
+                )
+        checkpoint = group.from_main(found)
         if checkpoint is not None and checkpoint.state.get("data", "") not in ("", data):
             raise ConfigError(
                 f"{checkpoint.folder}: was made with other data (SHA-256 {checkpoint.state['data'][:12]}... then, "
@@ -121,7 +137,47 @@ class Checkpoints:
         return next(filter(None, map(_whole, self._places())), None)
 
     def _places(self) -> list[Path]:
+        """Of all there are, damaged ones too, the newest first."""
         return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _dropped(self) -> str:
+        """What a run that begins at its first step would drop, in words; nothing where there is nothing."""
+        named = [f"checkpoint {place.name}" for place in self._places()]
+        return " and ".join([*filter(None, [recorded(self.folder.parent)]), *named])
+
+    def _lack(self) -> str:
+        """Why there is no whole checkpoint, in words."""
+        if self._places():
+            return f"{self.folder}: no checkpoint there can be read, for the reasons above"
+        try:
+            lying = os.listdir(self.folder)
+        except FileNotFoundError:
+            return f"{self.folder}: is not there, so there is no checkpoint to go on from"
+        except OSError as error:
+            return f"{self.folder}: cannot be read ({error.strerror}), so there is no checkpoint to go on from"
+        named = f"only {', '.join(sorted(lying)[:4])}" if lying else "nothing"
+        return f"{self.folder}: holds {named}, so there is no checkpoint to go on from"
+
+
+def is_before_first(run: Path) -> bool:
+    """Whether an unfinished run ended before its first checkpoint was due, as far as its rows tell.
+
+    There is then none to go on from and none is missing: whoever repeats runs by themselves begins it anew. Where one was due
+    and is not there, somebody must look.
+
+    Raises:
+        ConfigError: the run's config cannot be read.
+    """
+    config, metrics = read(run / schema.CONFIG), run / schema.METRICS
+    try:
+        every, steps = config["checkpoint"]["every"], config["train"]["steps"]
+        first = every if 0 < every < steps else steps
+    except (KeyError, TypeError):
+        raise ConfigError(f"{run / schema.CONFIG}: is no config of a run") from None
+    if any((run / schema.CHECKPOINTS).glob("step-*")):
+        return False
+    rows = whole_rows(metrics.read_bytes()) if metrics.is_file() else []
+    return len(rows) <= first
 
 
 def restore_random_states(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llmeff import __version__
 from llmeff.core import log
 from llmeff.core.config import ConfigError
-from llmeff.core.dist import is_launched, world
+from llmeff.core.dist import is_launched, keep_folder_off_paths, world
+from llmeff.core.files import refuse_links
 
 if TYPE_CHECKING:
     from llmeff.runconfig import RunConfig
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where a run failed; 2 where the input is wrong, with one error and nothing touched; 130 on Ctrl-C.
     """
+    if arguments is None:
+        keep_folder_off_paths()
     options = _parser().parse_args(arguments)
     log.configure(quiet=getattr(options, "quiet", False))
     try:
@@ -66,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(train)
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    train.add_argument(
+        "--restart-from-scratch", action="store_true", dest="anew",
+        help="begin the unfinished run in --out anew, and keep what it recorded in DIR/discarded-N; with --resume, only "
+        "where there is no whole checkpoint",
+    )  # fmt: skip
     train.add_argument(
         "--restarts", type=int, default=0, metavar="N",
         help="go on by itself up to N times where the run ended abnormally",
@@ -261,16 +269,18 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 
 
 def _go_on_from(options: argparse.Namespace) -> None:
-    """Where a run is resumed and no config is named, it is the run's own.
+    """Where a run is resumed or begun anew and no config is named, it is the run's own.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or something in its folder leads out of it.
     """
+    flag = "--resume" if options.resume else "--restart-from-scratch"
     if options.out is None:
-        raise ConfigError("--resume needs --out DIR, the folder of the run to go on with")
+        raise ConfigError(f"{flag} needs --out DIR, the folder of the run to go on with")
     own = options.out / "config.json"
     if not own.is_file():
-        raise ConfigError(f"--resume: {options.out} holds no config.json, so there is no run to go on with")
+        raise ConfigError(f"{flag}: {options.out} holds no config.json, so there is no run to go on with")
+    refuse_links(options.out)
     if options.recipe or options.config:
         return
     options.config = own
@@ -292,7 +302,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.restarts < 0:
         raise ConfigError(f"--restarts {options.restarts}: how often a run may go on by itself is 0 or more")
     given = _arguments(options)
-    if options.resume:
+    if options.resume or options.anew:
         _go_on_from(options)
     config = _config(options)
     if options.print_config:
@@ -316,17 +326,19 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 
 def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given: list[str]) -> int:
     """Trains in processes of its own."""
-    from llmeff.launch import command, run
+    from llmeff.launch import command, going_on, run
     from llmeff.prepare import check_world
     from llmeff.record.writer import check_free
 
     check_world(config, is_started=False)
-    if not options.resume:
+    asked = [flag for flag, given in (("--resume", options.resume), ("--restart-from-scratch", options.anew)) if given]
+    if not asked:
         check_free(folder)
+    elif options.restarts and not options.anew:
+        asked = [going_on(folder)]
 
-    def start(is_resumed: bool) -> list[str]:
-        going_on = ["--resume"] if is_resumed or options.resume else []
-        return command(config, [*given, f"--out={folder}", *going_on])
+    def start(how: Sequence[str]) -> list[str]:
+        return command(config, [*given, f"--out={folder}", *(how or asked)])
 
     def tell(line: str) -> None:
         if not (options.quiet or options.json):
@@ -341,7 +353,8 @@ def _train_here(options: argparse.Namespace, config: "RunConfig", folder: Path) 
     from llmeff.loop import DivergedError, train
 
     try:
-        result = train(config, folder, resume=options.resume, is_silent=options.quiet or options.json)
+        is_silent = options.quiet or options.json
+        result = train(config, folder, resume=options.resume, anew=options.anew, is_silent=is_silent)
     except DivergedError as failure:
         return _fail([str(failure)], EXIT_FAILED)
     group.disconnect()
@@ -431,7 +444,10 @@ def _sweep(options: argparse.Namespace) -> int:
         write_timing(sweep, folder, modules=options.imports, command=command, **lane)
     else:
         tell(plan_text(sweep))
-        Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell).run()
+        whole = Sweep(sweep, folder, cores=cores, modules=options.imports, command=command, tell=tell)
+        whole.run()
+        if failure := whole.failure():
+            return _fail([failure], EXIT_FAILED)
     sys.stdout.write(render_comparison(read_study([folder]), "terminal") + "\n")
     return 0
 

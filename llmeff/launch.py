@@ -18,7 +18,8 @@ from typing import IO, Any
 import psutil
 import torch
 
-from llmeff.core import log
+from llmeff.checkpoint import is_before_first
+from llmeff.core import files, log
 from llmeff.core.config import ConfigError, read
 from llmeff.core.dist import free_port, launched_environment, launcher_file, world
 from llmeff.parallel import StrategyConfig
@@ -119,11 +120,22 @@ def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "parallel": {**parallel, "file": given}}
 
 
-def run(start: Callable[[bool], list[str]], folder: Path, *, restarts: int, tell: Callable[[str], None]) -> int:
+def going_on(folder: Path) -> str:
+    """The flag by which a run that ended without a result goes on by itself.
+
+    Where it ended before its first checkpoint it begins anew, and its rows are kept; where checkpoints are missing, `--resume`
+    says so.
+    """
+    return "--restart-from-scratch" if is_before_first(folder) else "--resume"
+
+
+def run(
+    start: Callable[[Sequence[str]], list[str]], folder: Path, *, restarts: int, tell: Callable[[str], None]
+) -> int:
     """Runs a run's processes to their end; where they ended abnormally, again, from the newest whole checkpoint.
 
     Args:
-        start: the command, to begin with (False) or to go on with (True) the run in the folder.
+        start: the command, with the flags by which a run that was begun goes on; none at first.
         folder: the run's.
         restarts: how often at most.
         tell: is handed each command before it is started.
@@ -134,12 +146,12 @@ def run(start: Callable[[bool], list[str]], folder: Path, *, restarts: int, tell
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once nothing of the run is left running.
     """
-    is_resumed = False
+    how: list[str] = []
     for number in range(restarts + 1):
         if number:
             log.logger.warning("restart %d of %d", number, restarts)
-            is_resumed = (folder / schema.CONFIG).is_file()
-        line = start(is_resumed)
+            how = [going_on(folder)] if (folder / schema.CONFIG).is_file() else []
+        line = start(how)
         tell(shlex.join(line))
         code = _Job(line, folder).wait()
         if code in (0, _BAD_INPUT) or (folder / schema.RESULT).exists():
@@ -168,7 +180,7 @@ class _Job:
             self._ending = Path(place) / "ending.json"
             self._process = subprocess.Popen(
                 self._line, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=end_with_starter,
-                env=launched_environment(self._ending, on_gpu=torch.cuda.is_available()),
+                cwd=place, env=launched_environment(self._ending, on_gpu=torch.cuda.is_available()),
             )  # fmt: skip
             assert self._process.stderr is not None
             relay = threading.Thread(target=self._relay, args=(self._process.stderr,), daemon=True)
@@ -211,7 +223,7 @@ class _Job:
 
     def _keep(self) -> None:
         if self._kept and self._log.parent.is_dir():
-            with self._log.open("ab") as file:
+            with open(files.open_to_append(self._log), "ab") as file:
                 file.writelines(self._kept)
 
     def _code(self) -> int:

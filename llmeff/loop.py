@@ -33,7 +33,7 @@ from llmeff.record.environment import environment
 from llmeff.record.progress import Shown, open_display
 from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
-from llmeff.record.writer import Bystander, RunWriter, check_free
+from llmeff.record.writer import check_free, writer_of
 from llmeff.runconfig import RunConfig
 from llmeff.tasks.task import ITEMS, Sample
 
@@ -46,13 +46,16 @@ class DivergedError(Exception):
     """A run that cannot go on; what it had saved is whole."""
 
 
-def train(config: RunConfig, folder: Path, *, resume: bool = False, is_silent: bool = True) -> Result:
+def train(
+    config: RunConfig, folder: Path, *, resume: bool = False, anew: bool = False, is_silent: bool = True
+) -> Result:
     """Trains from beginning to end, or goes on from the newest whole checkpoint.
 
     Args:
         config: the run; `auto` values are resolved before anything is written.
-        folder: the run's folder, absent or empty, unless resumed.
-        resume: go on with the run in the folder.
+        folder: the run's folder, absent or empty, unless resumed or begun anew.
+        resume: go on with the run in the folder; with `anew` also where that can only be from the first step.
+        anew: begin the unfinished run in the folder anew; what it recorded is set aside.
         is_silent: show nothing at the terminal.
 
     Raises:
@@ -61,7 +64,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, is_silent: b
     """
     with (
         Watchdog(folder, config.parallel.timeout_s) as watchdog,
-        Trainer(config, folder, resume=resume, is_silent=is_silent) as trainer,
+        Trainer(config, folder, resume=resume, anew=anew, is_silent=is_silent) as trainer,
     ):
         watchdog.settle()
         while trainer.step < trainer.config.train.steps:
@@ -88,10 +91,10 @@ class _State(BaseModel):
 class Trainer:
     """A run under way: what `train` calls in order, and what benchmarks step through."""
 
-    def __init__(self, config: RunConfig, folder: Path, *, resume: bool, is_silent: bool):
+    def __init__(self, config: RunConfig, folder: Path, *, resume: bool, is_silent: bool, anew: bool = False):
         self._closing = ExitStack()
         start_s = time.perf_counter()
-        if resume:
+        if resume or anew:
             config = begun_config(config, folder)
         else:
             check_free(folder)
@@ -110,12 +113,11 @@ class Trainer:
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
         self._state = _State(sharing=sharing(self.config), data=self._task.facts()["sha256"])
-        checkpoint = self._checkpoints.resume_point(self._state.data) if resume else None
+        checkpoint = self._checkpoints.resume_point(self._state.data, or_anew=anew) if resume else None
         with group.agreed():
-            begin = RunWriter.resume if resume else RunWriter.create
-            opened = begin(folder, self.config, self._environment) if self._is_main else Bystander(folder)
-            self._writer = self._closing.enter_context(opened)
-        if resume:
+            begin = writer_of(is_main=self._is_main, resume=resume, anew=anew and checkpoint is None)
+            self._writer = self._closing.enter_context(begin(folder, self.config, self._environment))
+        if resume or anew:
             self._go_back(checkpoint)
         self._clock = StepClock(self.device)
         self._energy = meters.EnergyMeter(self.device, self._state.energy_j)
@@ -132,11 +134,9 @@ class Trainer:
             with group.agreed():
                 self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
-            self.step = checkpoint.step
-            state = _State.model_validate(checkpoint.state)
-            if state.sharing != self._state.sharing:  # what was measured is of ranks that shared a step otherwise
-                state = state.model_copy(update={"sharing": self._state.sharing, "measured": {}, "kernels": ()})
-            self._state = state
+            own, self.step, self._state = self._state.sharing, checkpoint.step, _State.model_validate(checkpoint.state)
+            if self._state.sharing != own:  # what was measured is of ranks that shared a step otherwise
+                self._state = self._state.model_copy(update={"sharing": own, "measured": {}, "kernels": ()})
         self._writer.truncate_after(self.step)
 
     def __enter__(self) -> "Trainer":

@@ -24,6 +24,7 @@ from llmeff.compare.plots import Curves, curves
 from llmeff.compare.text_table import TextTable
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.dist import folder_off_paths
 from llmeff.core.layout import Layout
 from llmeff.core.memory import keep_freed_memory
 from llmeff.core.precision import PrecisionName, precision
@@ -369,7 +370,8 @@ def _apart(race: MixerRace, number: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     lane, end = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(race, race.seed + number, number == 0, end))
-    process.start()
+    with folder_off_paths():
+        process.start()
     end.close()
     try:
         found: dict[str, Any] = lane.recv()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmeff.core import group
+from llmeff.core import files, group
 from llmeff.core.config import ConfigError, read, validate
 from llmeff.core.dist import (
     Statement,
@@ -244,6 +244,7 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     path = folder / schema.CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
+    files.refuse_links(folder)
     saved = read(path)
     changed = [
         f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"

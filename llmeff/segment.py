@@ -105,6 +105,7 @@ def segment(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: is there and not empty; nothing is overwritten: give another folder")
+    out = out.resolve() if out.is_symlink() else out  # a link that the user made: what is made goes where it leads to
     runs = _opened([run, *beside])
     pictures = _found(images, masks, runs[0].data.source)
     raise_all(problem for picture in pictures for problem in _unreadable(picture))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,9 @@ from llmeff.compare.study import TIMING, read_timing
 from llmeff.compare.verdict import lane_name
 from llmeff.core import files, log
 from llmeff.core.config import ConfigError, read, validate
-from llmeff.core.dist import usable_cores
+from llmeff.core.dist import child_environment, usable_cores
 from llmeff.core.units import show_count
-from llmeff.launch import end_with_starter, slurm_job, terminable
+from llmeff.launch import SCRIPT, end_with_starter, going_on, slurm_job, terminable
 from llmeff.record import schema
 from llmeff.record.reader import read_run
 from llmeff.record.writer import lock, wait_until_free
@@ -63,6 +64,8 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
         ConfigError: something else lies there; it names what differs.
     """
     path = folder / SWEEP
+    if path.is_file():
+        files.refuse_links(folder)
     mine = json.loads(sweep.model_dump_json())
     if path.is_file():
         theirs = _BEFORE | read(path)
@@ -238,6 +241,16 @@ class Sweep:
             self._stop()
         return (self.folder / RUNS / jobs[number].path / schema.RESULT).is_file()
 
+    def failure(self) -> str | None:
+        """Why there is nothing to compare, once all has run: no run finished. None where one did."""
+        entries = read_sweep(self.folder)
+        if any(entry.status == "finished" for entry in entries):
+            return None
+        first = next((entry for entry in entries if entry.diagnosis), entries[0])
+        counts = Counter(entry.status for entry in entries)
+        told = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+        return f"{self.folder}: no run of the sweep finished ({told}); {first.name}: {first.diagnosis or first.status}"
+
     def write_ledger(self) -> None:
         """Every run that was begun, in one file, with the step times where they were raced."""
         facts = {"sweep": json.loads(self.sweep.model_dump_json()), "command": self._command}
@@ -267,6 +280,7 @@ class Sweep:
 
     def _start(self, job: Job, config: RunConfig, cores: int) -> None:
         own = self.folder / RUNS / job.path
+        files.refuse_links(self.folder)
         wait_until_free(own, _GRACE_S)
         is_begun = (own / schema.CONFIG).is_file()
         asked = own.parent / f"{own.name}.json"
@@ -280,16 +294,17 @@ class Sweep:
                 files.write_text(choice, json.dumps(job.trial) + "\n")
         self._place(job, None)
         output = own.parent / f"{own.name}.log"
-        given = ["--resume"] if is_begun else [f"--config={asked}"]
+        given = [going_on(own)] if is_begun else [f"--config={asked}"]
         line = [
-            sys.executable, "-m", "llmeff.cli", "train", *given, f"--out={own}", "--quiet",
+            sys.executable, str(SCRIPT), *given, f"--out={own}", "--quiet",
             *(f"--import={module}" for module in self._modules),
         ]  # fmt: skip
         self._tell(f"{'going on with' if is_begun else 'starting'} {job.phase} run {job.path}")
-        with output.open("wb") as file:
+        with open(files.open_anew(output), "wb") as file:
             process = subprocess.Popen(
-                line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_starter
-            )
+                line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_starter,
+                env=child_environment(),
+            )  # fmt: skip
         self._running.append(_Running(job, process, cores, output))
 
     def _place(self, job: Job, failure: str | None) -> None:
@@ -408,7 +423,7 @@ def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], mor
     finals = _finals(sweep, len(trials), lambda arm, cell: sweep.first_trial(arm))
     place = folder.resolve() / "slurm"
     line = shlex.join([
-        sys.executable, "-m", "llmeff.cli", "sweep", f"--config={folder.resolve() / SWEEP}", f"--out={folder.resolve()}",
+        sys.executable, "-P", "-m", "llmeff.cli", "sweep", f"--config={folder.resolve() / SWEEP}", f"--out={folder.resolve()}",
         *(f"--import={module}" for module in modules),
     ])  # fmt: skip
     with files.reported(place):

@@ -1,13 +1,29 @@
 """The script that `accelerate launch llmeff/train.py` runs; the same as `llmeff train`."""
 
+import os
 import sys
-from pathlib import Path
+
+# Nothing else is imported before sys.path is right: Python has imported these two as it started.
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 # A script's own folder comes first on sys.path, where llmeff/data would hide another package called data.
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+if os.path.realpath(sys.path[0]) == os.path.join(ROOT, "llmeff"):
+    del sys.path[0]
 
-from llmeff.cli import main  # noqa: E402  the path above must come first
+# `accelerate launch --use_deepspeed` adds the folder that it is started in to what the user has on PYTHONPATH.
+given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and given[-1] == os.getcwd():
+    os.environ["PYTHONPATH"] = os.pathsep.join(given[:-1])
+    if os.getcwd() in sys.path and os.getcwd() not in map(os.path.abspath, given[:-1]):
+        sys.path.remove(os.getcwd())
+
+# `llmeff train` starts launchers in a folder of its own; see `launched_environment`.
+os.chdir(os.environ.pop("LLMEFF_FOLDER", "."))
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from llmeff.cli import main  # noqa: E402  the paths above must come first
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -133,7 +133,7 @@ def run(settings, folder, resume, moment, number):
 
     if moment is not None:
         arm(moment, number)
-    train(settings, folder, resume=resume)
+    train(settings, folder, resume=resume, anew=resume)
 
 
 def start(settings, folder, *, resume, moment=None, number=0):
@@ -143,7 +143,7 @@ def start(settings, folder, *, resume, moment=None, number=0):
 
 
 def finish(settings, folder):
-    """Resumes, or begins anew where the kill came before there was a run."""
+    """Resumes; or begins anew, where the kill came before there was a checkpoint, or a run."""
     process = start(settings, folder, resume=(folder / "config.json").exists())
     process.join(120)
     assert process.exitcode == 0

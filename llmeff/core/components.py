@@ -4,13 +4,50 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from llmeff.core.config import ConfigError
 
 
+class _Here(MetaPathFinder):
+    """Finds modules in the working folder: those that the user named, and what they import in turn, whenever they do.
+
+    It comes after all other finders, so that nothing there hides an installed package; and no library finds there what it
+    tries to import and does without (a tabulate.py).
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.names: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Where a module lies; None where it is not there, or was not asked for."""
+        if path is not None or not (fullname in self.names or self._is_asked_from_here()):
+            return None
+        spec = PathFinder.find_spec(fullname, [self.folder], target)
+        if spec is not None:
+            self.names.add(fullname)
+        return spec
+
+    def _is_asked_from_here(self) -> bool:
+        """Whether the import stands in a module that was found here."""
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:
+            frame = frame.f_back
+        return frame.f_globals.get("__name__", "").partition(".")[0] in self.names
+
+
+_MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external")
+"""Modules whose frames stand between an import and those who look for what it names."""
+
+
 def load_components(modules: Sequence[str]) -> None:
-    """Imports installed packages by their entry points under `llmeff`, and modules by name, from here too.
+    """Imports installed packages by their entry points under `llmeff`, and modules by name, from the working folder too.
 
     Every process that reads a config calls it first.
 
@@ -19,9 +56,8 @@ def load_components(modules: Sequence[str]) -> None:
     """
     for entry in importlib.metadata.entry_points(group="llmeff"):
         entry.load()
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    if modules:
+        _search_here({name.partition(".")[0] for name in modules})
     for name in modules:
         try:
             importlib.import_module(name)
@@ -29,3 +65,13 @@ def load_components(modules: Sequence[str]) -> None:
             if error.name != name.split(".")[0] and error.name != name:
                 raise
             raise ConfigError(f"--import {name}: there is no such module here or on the Python path") from None
+
+
+def _search_here(names: set[str]) -> None:
+    """Has modules of these names be found in the working folder."""
+    here = str(Path.cwd())
+    known = next((own for own in sys.meta_path if isinstance(own, _Here) and own.folder == here), None)
+    if known is None:
+        known = _Here(here)
+        sys.meta_path.append(known)
+    known.names |= names

@@ -134,13 +134,50 @@ def ending_file() -> Path | None:
     return Path(named) if named else None
 
 
+_SAFE_PATH = "PYTHONSAFEPATH"
+"""Set, Python puts neither the working folder nor a script's own on sys.path: a random.py there is not imported."""
+
+
+def keep_folder_off_paths() -> None:
+    """Has every Python process that this one starts from now on leave the working folder off its path.
+
+    Libraries start some: multiprocessing's, torch's compile workers. A choice of the user's stays.
+    """
+    os.environ.setdefault(_SAFE_PATH, "1")
+
+
+@contextlib.contextmanager
+def folder_off_paths() -> Iterator[None]:
+    """`keep_folder_off_paths` for a block, in whoever's process this is."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a run of ours that this process starts: the working folder is on no path."""
+    return dict(os.environ) | {_SAFE_PATH: "1"}
+
+
 def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
-    """The environment of processes that `llmeff train` starts."""
+    """The environment of processes that `llmeff train` starts; in a folder of ours, and the script goes back to this one.
+
+    `accelerate launch` puts the folder that it is started in on its children's PYTHONPATH, before the standard library:
+    what is there would be imported as Python starts (sitecustomize.py).
+    """
     # torchrun warns that it sets the number of threads where nobody did; every rank sets its own from the config
     added = {"LLMEFF_ENDING": str(ending), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if not on_gpu:
         added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on standard output
-    return dict(os.environ) | added
+    if paths := os.environ.get("PYTHONPATH"):  # what is relative in it is so to this folder
+        added["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    return child_environment() | added | {"LLMEFF_FOLDER": os.getcwd()}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed; in folders that hold no links.
+
+A folder of ours (a run's, a sweep's, a cache's entry) may itself be reached through links, which its user made. Nothing in
+it may be one: whoever can write there could else have files elsewhere read, written over or deleted in the user's name.
+"""
 
 import contextlib
 import errno
@@ -7,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +21,9 @@ from llmeff.core.pulse import beat
 
 PARTIAL = ".partial-"
 """Names that begin so are what a killed process left behind; nothing reads them."""
+
+DISCARDED = "discarded-"
+"""Folders that begin so hold what was recorded before a run began anew; nothing reads them, and nothing removes them."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -124,12 +131,107 @@ def _error_number(error: Exception) -> int | None:
 
 
 def sweep_partial(folder: Path) -> None:
-    """Removes what killed processes left half-written anywhere under the folder."""
-    for left in list(folder.rglob(f"{PARTIAL}*")):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    """Removes what killed processes left half-written anywhere under the folder; a link goes, not what it leads to."""
+    for place, folders, names in os.walk(folder):
+        for name in [name for name in folders if name.startswith(PARTIAL)]:
+            folders.remove(name)
+            left = Path(place, name)
+            if left.is_symlink():
+                left.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        for name in names:
+            if name.startswith(PARTIAL):
+                Path(place, name).unlink(missing_ok=True)
+
+
+def refuse_links(folder: Path, *, itself: bool = False) -> None:
+    """Refuses a folder of ours in which something leads elsewhere; call it before anything in it is touched.
+
+    Args:
+        folder: may be reached through links, and need not exist. What of it cannot be listed is left out.
+        itself: the folder too is inside one of ours, and may be no link.
+
+    Raises:
+        ConfigError: it, or something at any depth in it, is a symbolic link (also one that leads nowhere), or neither a
+            file nor a folder (a pipe, a socket, a device).
+    """
+    own = [folder] if itself and folder.is_symlink() else []
+    found = own or list(_strangers(folder))
+    if not found:
+        return
+    first = found[0]
+    what = f"is a symbolic link to {os.readlink(first)}" if first.is_symlink() else "is neither a file nor a folder"
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    raise ConfigError(
+        f"{first}: {what}{more}; nothing inside a folder that llmeff writes is followed out of it, and nothing was touched: "
+        "put what it leads to in its place, or remove it (the folder itself may be a link)"
+    )
+
+
+def _strangers(folder: Path) -> Iterator[Path]:
+    """What is neither a file nor a folder, in order of their names."""
+    try:
+        with os.scandir(folder) as entries:
+            lying = sorted(entries, key=lambda entry: entry.name)
+    except OSError:  # it is not there, or just went, or cannot be listed: who needs it will say so
+        return
+    for entry in lying:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _strangers(Path(entry))
+        elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry):
+            yield Path(entry)
+
+
+def open_to_append(path: Path) -> int:
+    """A handle that writes at the end of a file, which is made where there is none.
+
+    A file that has another name elsewhere (a hard link) is first replaced by a copy, so that only this one grows.
+
+    Raises:
+        OSError: it cannot be written, or is a symbolic link.
+    """
+    if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+        write_bytes(path, path.read_bytes())
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+
+
+def open_anew(path: Path) -> int:
+    """A handle that writes a new file in place of what has its name, which is not written through: no link of any kind is."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+
+
+def set_aside(folder: Path, names: Iterable[str], copied: Iterable[str]) -> Path | None:
+    """Moves parts of a folder into `discarded-N` inside it, N the first that holds none of them.
+
+    Cut off and called again, it goes on with the same N. Parts move in the order of their names as given.
+
+    Args:
+        folder: whose parts.
+        names: the parts that are moved, where they are there.
+        copied: files that are copied beside them.
+
+    Returns:
+        where they are now; None where none was there.
+    """
+    names = list(names)
+    lying = [name for name in names if os.path.lexists(folder / name)]
+    if not lying:
+        return None
+    number = 1
+    while any(os.path.lexists(folder / f"{DISCARDED}{number}" / name) for name in lying):
+        number += 1
+    place = folder / f"{DISCARDED}{number}"
+    place.mkdir(exist_ok=True)
+    for name in copied:
+        if (folder / name).is_file():
+            write_bytes(place / name, (folder / name).read_bytes())
+    for name in lying:
+        (folder / name).rename(place / name)
+    sync(place)
+    sync(folder)
+    return place
 
 
 def sha256(path: Path) -> str:

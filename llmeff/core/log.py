@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.core.dist import ending_file, world
 
@@ -81,7 +82,7 @@ class _Apart:
     def settle(self, path: Path) -> None:
         """Goes on in a file, after what was printed so far."""
         _flush()
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = files.open_to_append(path)
         os.write(handle, self.path.read_bytes())
         self._turn(handle)
         self.path.unlink()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -55,7 +56,7 @@ def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
     Raises:
         ConfigError: the disk is full, or the folder cannot be written.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         damage = _damage(folder)
         if damage is None:
             return
@@ -107,9 +108,10 @@ def _seal(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with the cache; None where it is whole."""
     try:
+        files.refuse_links(folder, itself=True)
         hashes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
         wrong = [name for name, known in hashes.items() if _sample(folder / name) != known["sample"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)} changed" if wrong else None
 

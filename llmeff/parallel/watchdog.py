@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from llmeff.core import group, log
+from llmeff.core import files, group, log
 from llmeff.core.dist import world
 from llmeff.core.pulse import PARTS, PULSE
 from llmeff.core.units import show_seconds
@@ -115,6 +115,7 @@ class Watchdog:
         if self._thread is None:
             return
         if world().is_main:
+            files.refuse_links(self._folder / FOLDER, itself=True)
             _clear(self._folder / FOLDER)
             (self._folder / FOLDER).mkdir(exist_ok=True)
         group.barrier()

@@ -143,6 +143,22 @@ def read_run(folder: Path) -> Run:
     raise ConfigError(f"{folder}: is no run folder, it has no {schema.CONFIG} and {schema.ENVIRONMENT}.{hint}")
 
 
+def recorded(folder: Path) -> str:
+    """How much a run has recorded, in words ("12 steps and 3 evaluations"); nothing where it recorded nothing.
+
+    What is damaged counts too: lines are counted, and not read.
+    """
+    found = []
+    for name, what in ((schema.METRICS, "step"), (schema.EVALUATIONS, "evaluation")):
+        path = folder / name
+        number = path.read_bytes().count(b"\n") if path.is_file() else 0
+        if number:
+            found.append(f"{number} {what}{'s' if number > 1 else ''}")
+    if len(found) < 2 and (folder / schema.EVALS).is_file() and (folder / schema.EVALS).stat().st_size:
+        found.append(f"the evaluations in {schema.EVALS}")
+    return " and ".join(found)
+
+
 def read_environment(folder: Path) -> Environment:
     """`env.json` of a run folder.
 

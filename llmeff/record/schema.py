@@ -13,6 +13,8 @@ EVALUATIONS, EVALS, RESULT = "evaluations.jsonl", "evals.parquet", "result.json"
 MODEL, CHECKPOINTS = "model", "checkpoints"
 LOSS_CURVE, SAMPLES = "loss.png", "samples.png"
 """Where each part lies in a run folder. `config.json` says that a run was begun, `result.json` that it ended."""
+RECORDED = (CHECKPOINTS, MODEL, LOSS_CURVE, SAMPLES, EVALS, EVALUATIONS, METRICS)
+"""What a run has made by its steps. Rows come last: while they are there, checkpoints are known to be missing."""
 
 LAST_STEPS: Final = 50
 """Steps at the end of a run that its final training loss is a mean over."""

@@ -5,7 +5,7 @@ import fcntl
 import io
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from llmeff.core import files
 from llmeff.core.config import ConfigError
 from llmeff.core.log import logger
 from llmeff.record import schema
-from llmeff.record.reader import read_environment, read_evals, read_evaluations, whole_rows
+from llmeff.record.reader import read_environment, read_evals, read_evaluations, recorded, whole_rows
 from llmeff.record.schema import Environment, EvalRow, Evaluation, Record, Result, StepRow
 
 _LOCK = ".lock"
@@ -67,12 +67,8 @@ class RunWriter:
         Raises:
             ConfigError: no run was begun there, it has ended, or another process writes there.
         """
-        if not (folder / schema.CONFIG).is_file():
-            raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
         with contextlib.ExitStack() as undo:
-            writer = undo.enter_context(cls(folder))
-            if (folder / schema.RESULT).exists():
-                raise ConfigError(f"{folder}: this run has ended; there is nothing to resume")
+            writer = undo.enter_context(cls._unfinished(folder))
             with writer._writing(schema.ENVIRONMENT):
                 files.sweep_partial(folder)
                 _write_json(folder / schema.ENVIRONMENT, _with_earlier(environment, read_environment(folder)))
@@ -81,8 +77,46 @@ class RunWriter:
             undo.pop_all()
         return writer
 
+    @classmethod
+    def restart(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
+        """Begins an unfinished run anew; call `truncate_after` with 0 before the first row.
+
+        What it had recorded is moved into `discarded-N` in its folder, with a warning; that is a run folder, too.
+
+        Raises:
+            ConfigError: see `resume`.
+        """
+        with contextlib.ExitStack() as undo:
+            writer = undo.enter_context(cls._unfinished(folder))
+            lost = recorded(folder)
+            with writer._writing(schema.CONFIG):
+                files.sweep_partial(folder)
+                aside = files.set_aside(folder, schema.RECORDED, copied=(schema.CONFIG, schema.ENVIRONMENT))
+                _write_json(folder / schema.ENVIRONMENT, environment)
+                _write_json(folder / schema.CONFIG, config)
+            if aside is not None:
+                logger.warning("%s: begins anew; %s of before are kept in %s", folder, lost or "files", aside)
+            undo.pop_all()
+        return writer
+
+    @classmethod
+    def _unfinished(cls, folder: Path) -> "RunWriter":
+        """The writer of a run that was begun and has not ended, before it touches anything."""
+        if not (folder / schema.CONFIG).is_file():
+            raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
+        files.refuse_links(folder)
+        with contextlib.ExitStack() as undo:
+            writer = undo.enter_context(cls(folder))
+            if (folder / schema.RESULT).exists():
+                raise ConfigError(f"{folder}: this run has ended; there is nothing to resume")
+            undo.pop_all()
+        return writer
+
     def truncate_after(self, step: int) -> None:
         """Drops what lies beyond a checkpoint's step (0: everything), and a line that was left half-written.
+
+        What is dropped is made again, bit for bit, by the steps that the run now goes on with. Where no checkpoint says up to
+        where it stands, that is for `restart`.
 
         Raises:
             ConfigError: rows up to the step are missing, so that the record would have a hole.
@@ -182,7 +216,7 @@ class RunWriter:
     def _open(self) -> None:
         path = self.folder / schema.METRICS
         with self._writing(schema.METRICS):
-            self._metrics = path.open("ab", buffering=0)
+            self._metrics = io.FileIO(files.open_to_append(path), "ab")
 
     def _write_evals(self) -> None:
         buffer = io.BytesIO()
@@ -203,7 +237,7 @@ class RunWriter:
 class Bystander(RunWriter):
     """What ranks beside the main one have in a writer's place: it writes nothing."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *_of_the_run: object):
         self.folder = folder
         self._lock = self._metrics = None
 
@@ -221,6 +255,13 @@ class Bystander(RunWriter):
 
     def finish(self, result: Result) -> None:
         """Nothing."""
+
+
+def writer_of(*, is_main: bool, resume: bool, anew: bool) -> Callable[[Path, BaseModel, Environment], RunWriter]:
+    """What opens a rank's writer, of the run's folder, config and environment."""
+    if not is_main:
+        return Bystander
+    return RunWriter.restart if anew else RunWriter.resume if resume else RunWriter.create
 
 
 def _write_json(path: Path, content: BaseModel) -> None:
@@ -265,6 +306,7 @@ def check_free(folder: Path) -> None:
         lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file)) if folder.is_dir() else []
     if lying:
         raise ConfigError(_not_empty(folder, lying))
+    files.refuse_links(folder)
 
 
 def _not_empty(folder: Path, lying: list[str]) -> str:
@@ -299,11 +341,11 @@ def lock(folder: Path) -> int:
     """Takes the folder for this process; the kernel lets go when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has it, or its lock is a symbolic link.
     """
     path = folder / _LOCK
     with files.reported(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
