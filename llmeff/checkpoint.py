@@ -171,7 +171,7 @@ def is_before_first(run: Path) -> bool:
     config, metrics = read(run / schema.CONFIG), run / schema.METRICS
     try:
         every, steps = config["checkpoint"]["every"], config["train"]["steps"]
-        first = every if 0 < every < steps else steps
+        first: int = every if 0 < every < steps else steps
     except (KeyError, TypeError):
         raise ConfigError(f"{run / schema.CONFIG}: is no config of a run") from None
     if any((run / schema.CHECKPOINTS).glob("step-*")):

@@ -209,3 +209,10 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, then, is_refus
             checkpoints.resume_point("a" * 64)
     else:
         assert checkpoints.resume_point("a" * 64).step == 4
+
+
+def test_what_a_killed_process_did_not_prune_goes_when_the_last_one_is_saved_again(tmp_path):
+    save(Checkpoints(tmp_path, keep=9), 1, 2, 3, 4)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 4)
+    assert names(checkpoints) == ["step-00000003", "step-00000004"]
