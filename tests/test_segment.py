@@ -118,6 +118,16 @@ def test_a_mask_is_what_the_model_says_at_the_pictures_own_size(runs, tmp_path, 
     np.testing.assert_allclose(mixed, expected, atol=1)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_is_made_goes_where_a_link_of_the_users_leads_to(runs, tmp_path, is_there):
+    if is_there:
+        (tmp_path / "storage").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "storage")
+    segment(runs / "a", [picture(tmp_path / "p.png")], tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert listing(tmp_path / "storage") == ["p.mask.png", "p.overlay.png"]
+
+
 def test_folders_are_searched_and_keep_their_order_below_each_other(runs, tmp_path):
     for name in ("b.png", "a.jpg", "deep/c.png"):
         picture(tmp_path / "in" / name)
