@@ -15,6 +15,7 @@ from torch import Tensor
 from llmeff.attention.mixer import LayerCache
 from llmeff.core import kernels
 from llmeff.core.layout import Layout
+from llmeff.core.tested import release
 
 # B batch, T tokens, C channels, N heads, K key width, V value width, W taps
 
@@ -38,11 +39,7 @@ def is_installed() -> bool:
         version = importlib.metadata.version("fla-core")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return _numbers(version)[:2] >= _LEAST
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+    return release(version)[:2] >= _LEAST
 
 
 @cache
@@ -53,7 +50,7 @@ def is_flawed() -> bool:
     if torch.cuda.get_device_capability()[0] != 9:
         return False
     version: str = importlib.import_module("triton").__version__
-    return (3, 4) <= _numbers(version) < (3, 7, 1)
+    return (3, 4) <= release(version) < (3, 7, 1)
 
 
 def takes(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from llmeff.attention.softmax import Softmax, attend
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout, places_in
 from llmeff.core.seed import derive
+from llmeff.core.tested import check_tested
 
 # B batch, T queries, S cached and new tokens, N heads, K key-value heads, H head width, M features
 
@@ -55,6 +56,7 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
     Raises:
         ConfigError: the model or the mixer is of another kind, or the model has a sliding window of its own.
     """
+    check_tested("transformers")
     if isinstance(mixer, Softmax | Sliding):
         is_taken = not mixer.qk_norm and mixer.kernel == "sdpa"
     else:

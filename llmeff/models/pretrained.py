@@ -1,6 +1,7 @@
 """The Hugging Face face of the decoder: its layers as a transformers model, with cache, `generate` and the Auto classes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -23,17 +24,25 @@ from transformers.utils.output_capturing import capture_outputs
 from llmeff.attention.mixer import Initialized
 from llmeff.attention.norm import RMSNorm
 from llmeff.core.layout import Layout, places_in
+from llmeff.core.registry import nearest
+from llmeff.core.tested import check_tested
 from llmeff.models.llama_format import from_own_fields, own_fields, shared_name
 from llmeff.models.transformer import Decoder, DecoderConfig, Layer
 
 # B batch, T queries, S cached and new tokens, D width, V vocabulary
+
+_CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
+"""What this release of transformers calls a cache, in a model's arguments and in its output: `cache` from 5.24 on."""
+_PASSED = {"output_hidden_states", "output_attentions", "num_items_in_batch", "ignore_index", "shift_labels"}
+"""What a model takes beside the arguments of its own: for transformers' decorators and for its loss."""
 
 
 class LlmeffConfig(PreTrainedConfig):
     """A `DecoderConfig` as transformers keeps it: `decoder_config` beside the fields that transformers knows."""
 
     model_type = "llmeff"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     decoder_config: dict[str, Any] | None = None
     """`DecoderConfig`'s fields, less the vocabulary and the tying; those left out have its defaults."""
@@ -186,6 +195,27 @@ class _LayerCache:
         return layer
 
 
+def _cache_of(given: Mapping[str, Any]) -> Cache | None:
+    """The cache among what a model is given beside the tokens, by the one name or the other.
+
+    Nothing else that could matter is passed over, or a cache by a third name would be, and other text be written.
+
+    Raises:
+        TypeError: two caches, or an argument that no model here has.
+    """
+    told = {name: value for name, value in given.items() if value is not None and value is not False}
+    unknown = sorted(told.keys() - _PASSED - set(_CACHE_NAMES))
+    if unknown:
+        raise TypeError(
+            f"forward() is given {unknown[0]}, which llmeff's models do not have (documents are told by position_ids)."
+            + nearest(unknown[0], {*_PASSED, CACHE})
+        )
+    caches = [told[name] for name in _CACHE_NAMES if name in told]
+    if len(caches) > 1:
+        raise TypeError(f"forward() is given {' and '.join(_CACHE_NAMES)}, two names of one thing: give {CACHE} alone")
+    return caches[0] if caches else None
+
+
 def _documents(positions: Tensor) -> Tensor | None:
     """Numbers the documents packed in each row, by where positions do not go on by one; None if each row is one."""
     follows = positions.diff(dim=-1) == 1
@@ -226,9 +256,13 @@ class LlmeffPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Layer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [CACHE]
     _supports_sdpa = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": Layer}
+
+    def __init__(self, config: LlmeffConfig):
+        check_tested("transformers")
+        super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called by transformers for each module that holds parameters; leaves alone what came from a file."""
@@ -283,25 +317,29 @@ class LlmeffModel(LlmeffPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """(B, T) tokens or (B, T, D) embeddings to (B, T, D) states; arguments as transformers' Llama has them."""
+        """(B, T) tokens or (B, T, D) embeddings to (B, T, D) states; arguments as transformers' Llama has them.
+
+        The cache may go by either name, under any release of transformers.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        cache = _cache_of({**kwargs, "cache": cache, "past_key_values": past_key_values})
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        layout = _layout(x.shape[1], position_ids, attention_mask, past_key_values, x.device)
-        if use_cache and past_key_values is None and layout.documents is None:
-            past_key_values = self.make_cache()
+        layout = _layout(x.shape[1], position_ids, attention_mask, cache, x.device)
+        if use_cache and cache is None and layout.documents is None:
+            cache = self.make_cache()
         for layer, index in zip(self.layers, self._cache_indices, strict=True):
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, layout)
             else:
-                cache = None if past_key_values is None else _LayerCache(past_key_values, index)
-                x = layer(x, layout, cache)
-        for kept in () if past_key_values is None else past_key_values.layers:
+                x = layer(x, layout, None if cache is None else _LayerCache(cache, index))
+        for kept in () if cache is None else cache.layers:
             if isinstance(kept, StateLayer):
                 kept.num_tokens += x.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
@@ -322,7 +360,10 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         """Asked by `generate`: transformers' own caches hold keys and values only."""
         plain = self.config.unwrap()
         extends = all(plain.layer_mixer(index).extends for index in range(plain.num_layers))
-        if extends or generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        for name in set(_CACHE_NAMES) - {CACHE}:
+            if model_kwargs.get(name) is not None:
+                model_kwargs[CACHE] = model_kwargs.pop(name)
+        if extends or generation_config.use_cache is False or model_kwargs.get(CACHE) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -330,7 +371,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}: mixers with a state have a cache of "
                 "their own; leave it out"
             )
-        model_kwargs["past_key_values"] = self.make_cache()
+        model_kwargs[CACHE] = self.make_cache()
 
     @can_return_tuple
     def forward(
@@ -343,6 +384,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean loss where labels are given.
@@ -356,16 +398,19 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
             labels: (B, T), the input tokens themselves, -100 where one does not count; shifted here.
             use_cache: make a cache and return it.
             logits_to_keep: only the last so many positions' logits, or those at these positions; 0: all.
-            kwargs: `output_hidden_states`, `num_items_in_batch` and what else transformers passes along.
+            cache: `past_key_values` by its name from transformers 5.24 on; either does under any release.
+            kwargs: `output_hidden_states`, `num_items_in_batch` and what else the decorators and the loss take.
 
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, or a mask that is not (B, S).
+            TypeError: an argument that is not one of these, or a cache by each name.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -378,8 +423,8 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     @classmethod

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from llmeff.core.config import BelowOne, ConfigError, Count, Positive
 from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Row, Sharding
+from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
 from llmeff.optim.decayed import DecayedConfig
@@ -40,6 +41,7 @@ class AdamW8bit(DecayedConfig):
             import bitsandbytes.optim
         except ImportError:
             raise ConfigError('optim "adamw8bit" needs bitsandbytes: pip install "llmeff[optim]"') from None
+        check_tested("bitsandbytes")
         kind: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]  # it has no list of what it exports
         optimizer: Optimizer = kind(
             self.parameter_groups(rows),

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from llmeff.core.precision import BYTES
+from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Storage, Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Kind
@@ -23,6 +24,7 @@ class RankKeeping(Keeping):
     """
 
     def __init__(self, weights: Iterable[Weight], work: Workload, ranks: int, rank: int):
+        check_tested("torch")
         super().__init__(weights, work.precision)
         self.ranks, self.rank = ranks, rank
         self.is_shared = ranks > 1

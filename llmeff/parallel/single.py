@@ -10,6 +10,7 @@ from torch import Tensor
 from llmeff.core.config import ConfigError
 from llmeff.core.precision import Precision, PrecisionName
 from llmeff.core.table import Row, Sharding
+from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.workload import Workload
@@ -50,6 +51,7 @@ def accelerator(device: torch.device, precision: Precision, **settings: Any) -> 
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
+    check_tested("accelerate")
     # Accelerate keeps one state for the process, and a run before this one may have had another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

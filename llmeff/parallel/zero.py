@@ -19,6 +19,7 @@ from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
 from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
+from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.workload import Workload
 from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole, whole
@@ -462,6 +463,8 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
     from transformers.integrations import unset_hf_deepspeed_config
 
+    check_tested("accelerate")
+    check_tested("deepspeed")
     if parts.device.type == "cpu":
         keep_deepspeed_on_cpu()
     try:

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llmeff.core.shard import Shard, part_length, split_group
+from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.workload import Workload
 from llmeff.parallel.rank_keeping import RankKeeping, in_buckets
@@ -35,6 +36,7 @@ class ZeroKeeping(RankKeeping):
     def __init__(
         self, weights: list[Weight], groups: list[list[Weight]], work: Workload, config: "DeepSpeed", rank: int
     ):
+        check_tested("deepspeed")
         super().__init__(weights, work, config.ranks, rank)
         self._groups = groups
         self._config = config

@@ -29,7 +29,8 @@ def environment(device: torch.device) -> Environment:
         commit=commit,
         diff_sha256=None if commit is None else _diff_sha256(package),
         python=platform.python_version(),
-        packages={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        packages={name: version for name in _PACKAGES if (version := _version(name)) is not None}
+        | {"torch": str(torch.__version__)},  # with its build, which the metadata of a package may leave out
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
         cores=usable_cores(),

@@ -15,7 +15,7 @@ from llmeff.attention.gated_delta import GatedDelta
 from llmeff.attention.mixer import MixerShape
 from llmeff.core.layout import Layout
 from llmeff.models import DecoderConfig
-from llmeff.models.pretrained import LlmeffForCausalLM
+from llmeff.models.pretrained import CACHE, LlmeffForCausalLM
 from tests.mixers import Kept
 
 WIDTH = 24
@@ -280,5 +280,5 @@ def test_what_whole_models_write(models, beams):
         return
     cache = CountingCache(config=theirs.config)
     theirs.base_model.register_forward_hook(cache.count, with_kwargs=True)
-    assert torch.equal(found, theirs.generate(prompt, **options, past_key_values=cache))
+    assert torch.equal(found, theirs.generate(prompt, **options, **{CACHE: cache}))
     assert cache.num_tokens == 9 + 11
