@@ -4,7 +4,7 @@ PROCESSES ?= 2
 BIN = $(dir $(PYTHON))
 STAMP = .venv/.installed
 
-.PHONY: setup check format train test test-slow test-system test-gpu test-kernels
+.PHONY: setup check format train test test-slow test-system test-gpu test-kernels test-newest test-oldest
 
 # A fresh environment, unless PYTHON names one that exists. constraints.txt pins what was tested.
 ifeq ($(PYTHON),.venv/bin/python)
@@ -48,3 +48,23 @@ test-gpu: setup
 test-kernels: setup
 	$(BIN)python -m pip install --quiet --constraint constraints.txt --editable ".[fla]" triton==3.9.0
 	TRITON_INTERPRET=1 $(BIN)python -m pytest tests/attention/test_kernels.py
+
+# What pyproject.toml allows, in fresh environments: the newest of all but torch, which TORCH names, and the lowest.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+LANE_TESTS ?= tests/models tests/attention tests/optim tests/parallel tests/data tests/core tests/record tests/test_loop.py \
+	tests/test_strategies.py
+
+define lane
+	rm -rf .venv-$(1)
+	python3 -m venv .venv-$(1)
+	$(2) > .venv-$(1)/constraints.txt
+	.venv-$(1)/bin/python -m pip install --quiet --constraint .venv-$(1)/constraints.txt --editable ".[test]"
+	.venv-$(1)/bin/python -m pip freeze --exclude-editable
+	.venv-$(1)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(LANE_TESTS)
+endef
+
+test-newest:
+	$(call lane,newest,echo "torch==$(TORCH)")
+
+test-oldest:
+	$(call lane,oldest,python3 tools/lower_bounds.py)

@@ -19,6 +19,8 @@ from llmeff.models.pretrained import CACHE, LlmeffForCausalLM
 from tests.mixers import Kept
 
 WIDTH = 24
+LAYER_CACHE = {"past_key_values": "cache_params", "cache": "cache"}[CACHE]
+"""What their layers with a state call the cache."""
 
 
 def shape(num_heads, num_kv_heads, norm_eps=1e-6):
@@ -169,7 +171,7 @@ def test_a_prompt_and_then_token_by_token(pair):
     x, kept, cache = torch.randn(2, length, WIDTH), Kept(), DynamicCache(config=config)
     for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, length))]:
         found = ours(x[:, start:end], Layout.plain(end - start, x.device, past=start), kept)
-        expected = theirs(x[:, start:end], cache_params=cache)
+        expected = theirs(x[:, start:end], **{LAYER_CACHE: cache})
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from llmeff.attention import GatedDelta, Linear, Performer, Sliding, Softmax
 from llmeff.core.config import ConfigError
 from llmeff.models import interface
+from llmeff.models.pretrained import CACHE
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -157,8 +158,8 @@ def test_states_are_float32_under_autocast(mixer, dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype):
         whole, cache, pieces = model(given, use_cache=False).logits, None, []
         for part in given.split((7, 6, 1, 5), dim=1):
-            out = model(part, past_key_values=cache, use_cache=True)
-            cache, pieces = out.past_key_values, [*pieces, out.logits]
+            out = model(part, use_cache=True, **{CACHE: cache})
+            cache, pieces = getattr(out, CACHE), [*pieces, out.logits]
     found = torch.cat(pieces, dim=1)
     assert found.dtype == whole.dtype == dtype
     assert (found - whole).float().norm() <= 0.02 * whole.float().norm()

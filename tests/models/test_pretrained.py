@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.models import llama_format
-from llmeff.models.pretrained import LlmeffConfig, LlmeffForCausalLM
+from llmeff.models.pretrained import CACHE, LlmeffConfig, LlmeffForCausalLM
 from llmeff.models.transformer import Decoder, DecoderConfig
 
 VOCABULARY, PAD = 61, 0
@@ -99,10 +99,11 @@ def test_logits_equal_transformers_llama_with_cache_and_padding(fields: dict[str
     equal(ours.logits[mask.bool()], expected.logits[mask.bool()])
     step, mask = tokens(3, 2), torch.cat((mask, torch.ones(3, 2, dtype=torch.long)), dim=-1)
     positions = positions[:, -1:] + torch.tensor([[1, 2]])
-    equal(
-        model(step, attention_mask=mask, position_ids=positions, past_key_values=ours.past_key_values).logits,
-        theirs(step, attention_mask=mask, position_ids=positions, past_key_values=expected.past_key_values).logits,
+    found, wanted = (
+        m(step, attention_mask=mask, position_ids=positions, **{CACHE: getattr(before, CACHE)})
+        for m, before in ((model, ours), (theirs, expected))
     )
+    equal(found.logits, wanted.logits)
 
 
 @every_shape
@@ -110,8 +111,8 @@ def test_logits_equal_transformers_llama_with_cache_and_padding(fields: dict[str
 def test_cached_pieces_are_the_whole(fields: dict[str, Any], sizes: tuple[int, ...]) -> None:
     model, cache, pieces = face(**fields), None, []
     for piece in tokens().split(sizes, dim=1):
-        output = model(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(piece, use_cache=True, **{CACHE: cache})
+        cache = getattr(output, CACHE)
         pieces.append(output.logits)
     equal(torch.cat(pieces, dim=1), model(tokens(), use_cache=False).logits)
 
