@@ -200,6 +200,9 @@ class CountingCache(DynamicCache):
     def get_seq_length(self, layer_idx=0):
         return self.num_tokens
 
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.num_tokens + query_length, 0
+
 
 SPECIAL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3}
 MLPS = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48, "tie_word_embeddings": False}
