@@ -64,10 +64,9 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
         ConfigError: something else lies there; it names what differs.
     """
     path = folder / SWEEP
-    if path.is_file():
-        files.refuse_links(folder)
     mine = json.loads(sweep.model_dump_json())
     if path.is_file():
+        files.refuse_links(folder)
         theirs = _BEFORE | read(path)
         changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         if not changed:
