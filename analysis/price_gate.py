@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmeff.attention import MixerConfig, Softmax
+from llmeff.core.cpu import instruction_set
 from llmeff.core.files import write_text
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
@@ -25,7 +26,7 @@ from llmeff.cost.workload import Workload
 from llmeff.models import DecoderConfig, ModelConfig, SegNetBasic, SegNetVGG
 from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
-from llmeff.predict import has_avx512, price_step
+from llmeff.predict import price_step
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 
 NUM_CASES, NUM_IMAGE_CASES = 40, 12
@@ -266,7 +267,7 @@ def _measure(step: Step) -> Price:
 
 def predict(case: Case) -> Price:
     """What it should take on this machine."""
-    return price_step(case.model, AdamW(), replace(case.workload, has_avx512=has_avx512()))
+    return price_step(case.model, AdamW(), replace(case.workload, instruction_set=instruction_set()))
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:

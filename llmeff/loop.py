@@ -319,7 +319,7 @@ class Trainer:
     def _result(self, status: Any, diagnosis: str | None, sample: str | None, energy_j: float | None) -> Result:
         steps = read_run(self._writer.folder).steps
         speed, loss = throughput(steps), final_loss(steps)
-        predicted = {kind: float(total) for kind in _PREDICTED if (total := self.price.total(kind))}
+        predicted = {kind: float(total) for kind in _PREDICTED if (total := self.price.known(kind))}
         measured = self._state.measured | {"parameters": self._strategy.num_trained}
         if self.step:
             measured["optimizer_bytes"] = state_bytes(self._strategy.optimizer)

@@ -24,6 +24,7 @@ from llmeff.compare.plots import Curves, curves
 from llmeff.compare.text_table import TextTable
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.cpu import instruction_set
 from llmeff.core.dist import folder_off_paths
 from llmeff.core.layout import Layout
 from llmeff.core.memory import keep_freed_memory
@@ -111,7 +112,7 @@ class MixerRace:
         """A forward and backward pass over so many tokens."""
         return Workload(
             num_sequences=1, num_tokens=length, precision_name=self.precision, num_threads=self.threads,
-            on_cpu=self.device == "cpu",
+            instruction_set=instruction_set(), on_cpu=self.device == "cpu",
         )  # fmt: skip
 
     def _config(self, mixer: str) -> DecoderConfig:
@@ -303,9 +304,9 @@ def matmul_rate(race: MixerRace, device: torch.device) -> float:
 def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str, float]:
     price = config.price(race.workload(length))
     number_bytes = torch.finfo(getattr(torch, precision(race.precision).compute)).bits // 8
-    return {
+    peak_bytes = price.known("peak_bytes")
+    return ({} if peak_bytes is None else {"peak_bytes": peak_bytes}) | {
         "saved_bytes": price.total("saved_bytes"),
-        "peak_bytes": price.total("peak_bytes"),
         "executed_flops": price.total("executed_flops"),
         "state_bytes": config.cache_bytes(length, number_bytes),
     }

@@ -21,17 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 from llmeff.core import group
 from llmeff.core.config import ConfigError
+from llmeff.core.cpu import instruction_set
 from llmeff.core.dist import usable_cores
 from llmeff.core.table import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
-from llmeff.cost import image_laws
-from llmeff.cost.arrays import Array, Weight
+from llmeff.cost.arrays import Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.step import price_state
-from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
+from llmeff.cost.workspace import Product, Room, room
 from llmeff.models import ModelConfig, TransformConfig
 from llmeff.optim import OptimizerConfig
 from llmeff.parallel import Single, StrategyConfig
@@ -81,7 +81,7 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
         precision_name=config.precision,
         recompute=config.runtime.recompute,
         num_threads=num_threads(config),
-        has_avx512=has_avx512(),
+        instruction_set=instruction_set(),
         on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
     )
 
@@ -90,11 +90,6 @@ def num_threads(config: RunConfig) -> int:
     """CPU threads of a rank: as given, or a share of the cores that this process may use."""
     given = config.runtime.threads
     return max(1, usable_cores() // config.parallel.ranks) if given == "auto" else given
-
-
-def has_avx512() -> bool:
-    """Whether torch takes this CPU's AVX-512."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 _ALONE = Single()
@@ -172,11 +167,13 @@ def resolve_micro_batch(config: RunConfig) -> int:
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     """The largest divisor of a rank's batch whose predicted peak is within the budget; all of it where a step depends on that.
 
+    Where the peak is unknown it is what of it is known.
+
     Raises:
         ConfigError: not even one sequence is, or not all.
     """
     micro_batch, price = _fit(config, budget_bytes)
-    peak_bytes = price.total("peak_bytes")
+    peak_bytes = price.at_least("peak_bytes")
     if peak_bytes <= budget_bytes:
         return micro_batch
     are_images = workload(config, 1).image_size is not None
@@ -194,7 +191,7 @@ def _most(config: RunConfig, micro_batch: int) -> Price:
     """The price on the rank that takes most, of a few, since they differ by little."""
     ranks = config.parallel.ranks
     prices = (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1})
-    return max(prices, key=lambda price: price.total("peak_bytes"))
+    return max(prices, key=lambda price: price.at_least("peak_bytes"))
 
 
 def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
@@ -206,7 +203,7 @@ def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
     least = 1 if config.model.pools() == "nothing" else share
     for micro_batch in (n for n in range(share, least - 1, -1) if share % n == 0):
         price = _most(config, micro_batch)
-        if price.total("peak_bytes") <= budget_bytes:
+        if price.at_least("peak_bytes") <= budget_bytes:
             break
     return micro_batch, price
 
@@ -226,8 +223,12 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether this machine could make the step; None: it lacks the run's device."""
-        return None if self.usable_bytes is None else self.price.total("peak_bytes") <= self.usable_bytes
+        """Whether this machine could make the step, as far as is known; None: it lacks the run's device, or the peak is unknown."""
+        if self.usable_bytes is None:
+            return None
+        if self.price.at_least("peak_bytes") > self.usable_bytes:
+            return False
+        return None if self.price.known("peak_bytes") is None else True
 
     def as_dict(self) -> dict[str, Any]:
         """The price's entries, and beside them `micro_batch`, `usable_bytes` and `fits`."""
@@ -274,6 +275,8 @@ def show_plan(planned: Plan) -> str:
     if planned.usable_bytes is None:
         text += " (a rank's whole batch)" if planned.is_auto else ""
         text += "; this machine has no such device to say whether it fits"
+    elif planned.fits is None:
+        text += "; whether it fits is unknown, as its workspace is"
     elif planned.fits:
         text += " (auto: the most that fits this machine now)" if planned.is_auto else ""
     else:
@@ -281,12 +284,18 @@ def show_plan(planned: Plan) -> str:
     return f"{show(planned.price)}\n{text}"
 
 
+_UNMEASURED = "what convolutions take was not measured on this CPU's instruction set (analysis/workspace.py)"
+
+
 def show(price: Price) -> str:
     """The price as a table of totals, each with its largest parts."""
     lines = []
     for kind in KINDS:
         parts = sorted(price.parts(kind).items(), key=lambda part: -part[1])
-        if parts:
+        if kind in price.unknown:
+            least = show_quantity(kind, price.at_least(kind))
+            lines.append(f"{kind:<16} {'unknown':>14}   at least {least}: {_UNMEASURED}")
+        elif parts:
             total = show_quantity(kind, price.total(kind))
             named = ", ".join(f"{part} {show_quantity(kind, count)}" for part, count in parts[:4])
             lines.append(f"{kind:<16} {total:>14}   {named}")
@@ -357,7 +366,7 @@ def trace(
         module.recompute = work.recompute  # type: ignore[assignment]
         module.zero_grad(set_to_none=True)
         saved = saved_bytes(lambda: forward(batch), [*module.parameters(), *module.buffers(), *given])
-        with PeakLiveBytes(module.parameters(), held=module.buffers()) as live, _Copies(work):
+        with PeakLiveBytes(module.parameters(), held=module.buffers()) as live, _Rooms(work) as rooms:
             batches = [model.example(work) for _ in range(min(work.num_micro_batches, 2))]
             while batches:
                 run(batches.pop(0))
@@ -383,10 +392,12 @@ def trace(
         ("executed_flops", "model"): flops * work.num_micro_batches,
         ("model_flops", "model"): model_flops * work.num_micro_batches,
         ("saved_bytes", "model"): saved,
+        ("workspace_bytes", "at most"): rooms.most_bytes,
         ("peak_bytes", "model"): live.peak.total + waiting + state.total("peak_bytes") - alone.total("peak_bytes"),
     }
     shared = state.only(_SHARED) + _state(optim, work, keeping)
-    return Price(entries, "traced") + shared
+    unknown: frozenset[Kind] = frozenset({"workspace_bytes", "peak_bytes"} if rooms.is_unknown else ())
+    return Price(entries, "traced", unknown) + shared
 
 
 def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, bool]]:
@@ -433,16 +444,21 @@ def _counts(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-class _Copies(TorchDispatchMode):
-    """Makes and frees around convolutions what their kernels on a CPU copy, as `image_laws.convolution` has it.
+class _Rooms(TorchDispatchMode):
+    """Makes and frees around convolutions what libraries take on a CPU (`cost.workspace`).
 
     Args:
         work: what the step does.
     """
 
+    is_unknown = False
+    """Whether there was a convolution of which that is not known."""
+    most_bytes = 0
+    """The most at any time."""
+
     def __init__(self, work: Workload):
         super().__init__()  # type: ignore[no-untyped-call]
-        self._tape = Tape(work)
+        self._work = work
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -454,60 +470,33 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Tensor:
-        x, weight = args[:2]
-        shape = func(*args).shape
-        room = image_laws.sums(self._tape, self._array(x), self._array(weight), tuple(shape))
-        made = self._copies(x, weight, (x, weight), shape, room, shape)
+        result = self._enter("output", args[0], args[1], func(*args).shape, is_transposed=args[6])
         y: Tensor = func(*args)
-        del made
+        del result
         return y
 
     def _backward(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
         gradient, x, weight, *_, (wants_x, *wants_own) = args
-        above, given, by = (self._array(own) for own in (gradient, x, weight))
         grad_x = None
         if wants_x:
-            room = image_laws.sums(self._tape, given, by, given.shape)
-            made = self._copies(x, weight, (gradient, weight), x.shape, room, None)
+            result = self._enter("input", x, weight, gradient.shape, is_transposed=args[7])
             grad_x = func(*args[:-1], [True, False, False])[0]
-            del made
-        room = image_laws.turned(self._tape, above, given, by)
-        made = self._copies(x, weight, (gradient, x), weight.shape, room, gradient.shape)
+            del result
+        result = self._enter("weight", x, weight, gradient.shape, is_transposed=args[7])
         _, grad_weight, grad_bias = func(*args[:-1], [False, *wants_own])
-        del made
+        del result
         return grad_x, grad_weight, grad_bias
 
-    def _copies(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        reads: tuple[Tensor, Tensor],
-        made: torch.Size,
-        room: list[Array],
-        patches: torch.Size | None,
-    ) -> Tensor | None:
-        """What lives beside what one contraction of a convolution makes; what it reads and works in has come and gone."""
-        kernel = image_laws.kernel_of(self._tape, self._array(x), self._array(weight))
-        if kernel == "blocks":
-            read = [self._blocks(own.shape, x.dtype) for own in reads]
-            copy = self._blocks(made, x.dtype)
-            read += [self._empty(array) for array in room]
-            del read
-            return copy
-        if kernel == "patches" and patches is not None:
-            return x.new_empty(x.shape[0], weight.numel() // weight.shape[0], *patches[2:])
-        return None
-
-    def _array(self, x: Tensor) -> Array:
-        return self._tape.new(tuple(x.shape), str(x.dtype).removeprefix("torch."))
-
-    def _blocks(self, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        array = image_laws.blocks(self._tape, tuple(shape), str(dtype).removeprefix("torch."))
-        return None if array is None else self._empty(array)
-
-    @staticmethod
-    def _empty(array: Array) -> Tensor:
-        return torch.empty(array.shape, dtype=getattr(torch, array.dtype))
+    def _enter(self, product: Product, x: Tensor, weight: Tensor, y: torch.Size, *, is_transposed: bool) -> Tensor:
+        """What lives until the product's tensor is made; what it is computed in has come and gone."""
+        dtype = str(x.dtype).removeprefix("torch.")
+        found = None if is_transposed else room(self._work, product, x.shape, weight.shape, y, dtype)
+        self.is_unknown |= found is None
+        found = found or Room()
+        self.most_bytes = max(self.most_bytes, found.result + found.during)
+        result = torch.empty(found.result, dtype=torch.uint8)
+        torch.empty(found.during, dtype=torch.uint8)
+        return result
 
 
 class _Attention(TorchDispatchMode):

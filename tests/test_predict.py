@@ -40,7 +40,7 @@ assert _SPEC.loader is not None
 gate = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(gate)
 
-PEAK_TOLERANCE = 0.03
+PEAK_TOLERANCE = 0.02
 MODEL = DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=2)
 
 
@@ -51,7 +51,15 @@ def assert_exact_but_for_the_peak(case):
     assert predicted.total("saved_bytes") == measured.total("saved_bytes")
     if "model" not in measured.parts("saved_bytes"):  # they are told apart
         assert predicted.parts("saved_bytes") == measured.parts("saved_bytes")
-    assert predicted.total("peak_bytes") == pytest.approx(measured.total("peak_bytes"), rel=PEAK_TOLERANCE)
+    assert_peak(predicted, measured.total("peak_bytes"))
+
+
+def assert_peak(predicted, measured_bytes):
+    """That it is known on this CPU's instruction set, or told to be no less than what is known of it."""
+    if predicted.known("peak_bytes") is None:
+        assert predicted.at_least("peak_bytes") <= measured_bytes
+    else:
+        assert predicted.total("peak_bytes") == pytest.approx(measured_bytes, rel=PEAK_TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", range(gate.NUM_CASES))
@@ -188,7 +196,7 @@ def test_a_transformers_model_is_traced(tmp_path):
     assert price.total("peak_bytes") > 4 * price.total("parameter_bytes")
 
 
-IMAGES = Workload(num_sequences=2, num_tokens=45 * 70, image_size=(45, 70))
+IMAGES = Workload(num_sequences=2, num_tokens=45 * 70, image_size=(45, 70), instruction_set="AVX2")
 
 
 SEGNET = SegNetVGG(num_classes=5, width=8)
@@ -200,14 +208,15 @@ SEGNET_BASIC = SegNetBasic(num_classes=5, width=8)
     [
         (SEGNET, {}),
         (SEGNET, {"on_cpu": False}),
-        (SEGNET, {"has_avx512": True}),
+        (SEGNET, {"instruction_set": "AVX512_CORE"}),
+        (SEGNET, {"instruction_set": "AVX"}),
         (SEGNET, {"precision_name": "bf16"}),
         (SEGNET.model_copy(update={"connection": "add", "residual_blocks": True}), {"recompute": True}),
         (SEGNET_BASIC, {"num_micro_batches": 3}),
         (SEGNET_BASIC.model_copy(update={"connection": "concat1x1"}), {}),
         (SEGNET_BASIC.model_copy(update={"connection": "concat", "norm": "group"}), {}),
     ],
-    ids=["plain", "on a GPU", "AVX-512", "bf16", "recomputed", "accumulated", "concat1x1", "groups"],
+    ids=["plain", "on a GPU", "AVX-512", "AVX", "bf16", "recomputed", "accumulated", "concat1x1", "groups"],
 )
 def test_a_trace_of_images_counts_what_the_law_says(model, change):
     work = replace(IMAGES, **change)

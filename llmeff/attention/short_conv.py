@@ -12,6 +12,7 @@ from llmeff.attention.mixer import Initialized, LayerCache
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
+from llmeff.cost.workspace import depthwise_room
 
 # B batch, T tokens, C channels, W taps
 
@@ -92,7 +93,8 @@ def _convolution_law(tape: Tape, whole: Array, weight: Array, bias: Array | None
     node = tape.save((whole, *own), (whole, weight), partial(_convolution_back, tape, flops, bias is not None))
     tape.contract(flops)
     dense = tape.new(whole.shape, whole.dtype)  # channels before tokens
-    mixed = tape.new(shape, whole.dtype, node)
+    with tape.room(depthwise_room(tape.workload, "output", whole.shape, weight.shape, shape, whole.dtype)):
+        mixed = tape.new(shape, whole.dtype, node)
     del dense
     return mixed
 
@@ -102,14 +104,8 @@ def _convolution_back(
 ) -> tuple[Array, ...]:
     tape.execute(2 * flops)
     dense = tape.new(whole.shape, whole.dtype), tape.new(gradient.shape, gradient.dtype)
-    if tape.workload.on_cpu and whole.dtype == "float32":  # oneDNN has channels in blocks, for the weights' gradient
-        blocks = (
-            tape.new(gradient.shape, gradient.dtype),
-            tape.new(weight.shape, weight.dtype),
-            tape.new(whole.shape, whole.dtype),
-        )
-        del blocks
-    found = tape.new(whole.shape, whole.dtype), tape.new(weight.shape, weight.dtype)
+    with tape.room(depthwise_room(tape.workload, "weight", whole.shape, weight.shape, gradient.shape, whole.dtype)):
+        found = tape.new(whole.shape, whole.dtype), tape.new(weight.shape, weight.dtype)
     del dense
     return (*found, tape.new(weight.shape[:1], weight.dtype)) if has_bias else found
 

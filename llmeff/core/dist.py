@@ -1,4 +1,4 @@
-"""The one place that reads the process environment: who this process is among the ranks, and where caches lie."""
+"""The one place that reads the process environment: who this process is among the ranks, where caches lie, what it may use."""
 
 import contextlib
 import os
@@ -50,6 +50,14 @@ def become_rank(rank: int, ranks: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     os.environ.update({name: str(value) for name, value in told.items()})
+
+
+def onednn_limit() -> str:
+    """The highest instruction set that oneDNN may take, as the user named it; empty where there is no limit.
+
+    oneDNN reads it once, when it first computes: whoever sets it must do so before.
+    """
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from functools import partial
 
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
+from llmeff.cost.workspace import is_torchs, room
 
 # B batch, C channels, H height, W width, K classes
 
@@ -27,19 +28,10 @@ class Images:
         """What a micro-batch takes that is made and waits for its turn."""
 
 
-_BLOCK, _WIDE_BLOCK = 8, 16
-"""Channels of a block of oneDNN on AVX2, and on AVX-512."""
-_PLAIN = 4
-"""Channels that it reads as they lie, at most."""
-_MANY, _SMALL, _FEW = 16, 3, 20480
-"""Images, a kernel's side and numbers of a map, by which torch takes oneDNN or does without."""
-
-
 def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Array:
     """(B, C, H, W) by (D, C, k, k) to (B, D, H, W): stride 1, padded to keep the size; the sums of a bias are no contraction.
 
-    On a CPU the kernels work on copies: those of oneDNN, with channels in blocks, in float32 and in formats for which the CPU
-    has instructions; of all patches where torch does without it: for one small image, and in other formats.
+    On a CPU the kernels work on copies (`workspace`).
     """
     is_input = x.node is None
     weight, x = laws.autocast_weight(tape, weight), laws.autocast(tape, x)
@@ -48,19 +40,8 @@ def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Arra
     node = tape.save((x, *own), (x, weight), partial(_convolution_back, tape, bias, is_input))
     tape.contract(_flops(x, weight))
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    kernel = kernel_of(tape, x, weight)
-    if kernel == "blocks":
-        room = sums(tape, x, weight, shape)
-        read = blocks(tape, x.shape, x.dtype), blocks(tape, weight.shape, x.dtype)
-        made = blocks(tape, shape, x.dtype)
-        del read, room
-        y = tape.new(shape, x.dtype, node)
-        del made
-        return y
-    patches = _patches(tape, x, weight) if kernel == "patches" else None
-    y = tape.new(shape, x.dtype, node)
-    del patches
-    return y
+    with tape.room(room(tape.workload, "output", x.shape, weight.shape, shape, x.dtype)):
+        return tape.new(shape, x.dtype, node)
 
 
 def _flops(x: Array, weight: Array) -> int:
@@ -68,93 +49,21 @@ def _flops(x: Array, weight: Array) -> int:
     return 2 * num_pixels * weight.size
 
 
-def kernel_of(tape: Tape, x: Array, weight: Array) -> str:
-    """What a convolution copies, as torch chooses (`use_mkldnn`): `blocks`, `patches`, or `nothing`.
-
-    On a GPU, what its libraries take is not foreseen.
-    """
-    if not tape.workload.on_cpu:
-        return "nothing"
-    num_images, kernel = x.shape[0], weight.shape[2]
-    if kernel == 1:
-        is_blocked = num_images >= _MANY or tape.workload.num_threads > 1
-    else:
-        is_blocked = kernel > _SMALL or num_images > 1 or x.size > _FEW
-    if is_blocked if x.dtype == "float32" else tape.workload.has_avx512:
-        return "blocks"
-    return "nothing" if kernel == 1 else "patches"
-
-
-def blocks(tape: Tape, shape: tuple[int, ...], dtype: str) -> Array | None:
-    """A copy of a map or a weight with its channels filled up to whole blocks; None where it is read as it lies."""
-    first, second, *sides = shape
-    if len(sides) == 2 and second <= _PLAIN and sides[0] != sides[1]:
-        return None
-    return tape.new((first, _filled(tape, second), *sides), dtype)
-
-
-def _filled(tape: Tape, channels: int) -> int:
-    block = _WIDE_BLOCK if tape.workload.has_avx512 else _BLOCK
-    return -(-channels // block) * block
-
-
-def sums(tape: Tape, x: Array, weight: Array, shape: tuple[int, ...]) -> list[Array]:
-    """Of an image's map for each thread, which a kernel of 1 x 1 adds up in float32 where its format is narrow."""
-    if x.dtype == "float32" or weight.shape[2] > 1:
-        return []
-    return [tape.new((tape.workload.num_threads, _filled(tape, shape[1]), *shape[2:]), "float32")]
-
-
-def turned(tape: Tape, gradient: Array, x: Array, weight: Array) -> list[Array]:
-    """What each thread needs for the gradient of weights in a narrow format: its sums, and an image of either map, turned.
-
-    Rows of the latter are filled up. Of many channels on small maps threads share the channels, and need less.
-    """
-    if x.dtype == "float32" or weight.shape[2] == 1:
-        return []
-    num_threads, (height, width) = tape.workload.num_threads, x.shape[2:]
-    channels = [_filled(tape, own.shape[1]) for own in (gradient, x)]
-    maps = channels[:1] if x.shape[1] <= _PLAIN else channels
-    return [
-        tape.new((num_threads, *channels, *weight.shape[2:]), "float32"),
-        *(tape.new((num_threads, own, height, width + 4), x.dtype) for own in maps),
-    ]
-
-
-def _patches(tape: Tape, x: Array, weight: Array) -> Array:
-    """Every patch that the kernel sees, as the column of a matrix."""
-    return tape.new((x.shape[0], weight.size // weight.shape[0], *x.shape[2:]), x.dtype)
-
-
 def _convolution_back(
     tape: Tape, bias: Array | None, is_input: bool, gradient: Array, x: Array, weight: Array
 ) -> tuple[Array | None, ...]:
     tape.execute((1 if is_input else 2) * _flops(x, weight))
     grad_bias = grad_x = None
-    kernel = kernel_of(tape, x, weight)
-    if kernel == "blocks":
-        if not is_input:
-            read = blocks(tape, gradient.shape, x.dtype), blocks(tape, weight.shape, x.dtype)
-            made = blocks(tape, x.shape, x.dtype)
-            room = sums(tape, x, weight, x.shape)
-            del read, room
+    find = partial(room, tape.workload, x=x.shape, weight=weight.shape, y=gradient.shape, dtype=x.dtype)
+    if not is_input:
+        with tape.room(find("input")):
             grad_x = tape.new(x.shape, x.dtype)
-            del made
-        read = blocks(tape, gradient.shape, x.dtype), blocks(tape, x.shape, x.dtype)
-        made = blocks(tape, weight.shape, x.dtype)
-        room = turned(tape, gradient, x, weight)
-        del read, room
-    else:
-        made = None
-        grad_x = None if is_input else tape.new(x.shape, x.dtype)
-        if bias is not None and x.dtype != "float32":
-            tape.new(gradient.shape, "float32")  # gradients of a bias are added up in this format
-        if kernel == "patches":
-            made = _patches(tape, x, weight)
-    if bias is not None:
-        grad_bias = tape.new(bias.shape, bias.dtype)
-    grad_weight = tape.new(weight.shape, weight.dtype)
-    del made
+    if bias is not None and x.dtype != "float32" and is_torchs(tape.workload, x.shape, weight.shape, x.dtype):
+        tape.new(gradient.shape, "float32")  # gradients of a bias are added up in this format
+    with tape.room(find("weight")):
+        if bias is not None:
+            grad_bias = tape.new(bias.shape, bias.dtype)
+        grad_weight = tape.new(weight.shape, weight.dtype)
     return (grad_x, grad_weight) if bias is None else (grad_x, grad_weight, grad_bias)
 
 

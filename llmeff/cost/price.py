@@ -17,6 +17,7 @@ Kind = Literal[
     "logits_bytes",
     "gathered_bytes",
     "bucket_bytes",
+    "workspace_bytes",
     "peak_bytes",
     "model_flops",
     "executed_flops",
@@ -31,7 +32,10 @@ Kind = Literal[
 `saved_bytes`: what autograd keeps of a micro-batch when its forward pass ends, weights and `batch_bytes` apart but
 autocast's copies of weights in; each storage once, in the part that first keeps it. `logits_bytes`: one copy of the
 logits in the loss's format. `gathered_bytes`, `bucket_bytes`: the most that parameters put together from all ranks,
-and buffers that gradients travel in, take at any time. `peak_bytes`: what lives at the moment of the step when most does, by kind.
+and buffers that gradients travel in, take at any time. `workspace_bytes`: the most that libraries take at any time beside
+tensors, where convolutions run on a CPU: copies in layouts of their own, and room to compute in. `peak_bytes`: what lives at
+the moment of the step when most does, by kind. Both are unknown where a convolution was not measured on the CPU's instruction
+set (`workspace`); the peak is then known to be at least what else lives.
 
 `model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
 recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pairs, and what is computed again.
@@ -39,6 +43,9 @@ recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pa
 of each collective, whatever part of it a rank sends, by collective."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_SUMS = ("total", "at_least")
+"""What stands in JSON beside a kind's parts."""
 
 Source = Literal["law", "traced"]
 """`law`: computed from the config alone; `traced`: counted in a run of the module."""
@@ -55,6 +62,8 @@ class Price:
 
     entries: Mapping[tuple[Kind, str], int] = field(default_factory=dict)
     source: Source = "law"
+    unknown: frozenset[Kind] = frozenset()
+    """Kinds of which the entries are not all."""
 
     def __post_init__(self) -> None:
         unknown = {kind for kind, _ in self.entries} - set(KINDS)
@@ -65,15 +74,30 @@ class Price:
     def __add__(self, other: "Price") -> "Price":
         entries = Counter(dict(self.entries))
         entries.update(other.entries)
-        return Price(entries, "law" if self.source == other.source == "law" else "traced")
+        source: Source = "law" if self.source == other.source == "law" else "traced"
+        return Price(entries, source, self.unknown | other.unknown)
 
     def __mul__(self, times: int) -> "Price":
-        return Price({key: count * times for key, count in self.entries.items()}, self.source)
+        return Price({key: count * times for key, count in self.entries.items()}, self.source, self.unknown)
 
     __rmul__ = __mul__
 
     def total(self, kind: Kind) -> int:
-        """The sum over all parts; 0 where there is none."""
+        """The sum over all parts; 0 where there is none.
+
+        Raises:
+            ValueError: it is unknown.
+        """
+        if kind in self.unknown:
+            raise ValueError(f"{kind} is unknown here: ask `known` or `at_least`")
+        return self.at_least(kind)
+
+    def known(self, kind: Kind) -> int | None:
+        """The sum over all parts; None where it is unknown."""
+        return None if kind in self.unknown else self.at_least(kind)
+
+    def at_least(self, kind: Kind) -> int:
+        """The sum over all parts that are known."""
         return sum(count for (own, _), count in self.entries.items() if own == kind)
 
     def parts(self, kind: Kind) -> dict[str, int]:
@@ -83,17 +107,23 @@ class Price:
     def only(self, kinds: Iterable[Kind]) -> "Price":
         """The entries of these kinds."""
         wanted = set(kinds)
-        return Price({key: count for key, count in self.entries.items() if key[0] in wanted}, self.source)
+        entries = {key: count for key, count in self.entries.items() if key[0] in wanted}
+        return Price(entries, self.source, self.unknown & wanted)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the source, and by kind the parts with their `total`."""
-        kinds = [kind for kind in KINDS if any(own == kind for own, _ in self.entries)]
-        return {"source": self.source} | {kind: self.parts(kind) | {"total": self.total(kind)} for kind in kinds}
+        """For JSON: the source, and by kind the parts with their `total`: null where it is unknown, and `at_least` beside it."""
+        kinds = [kind for kind in KINDS if kind in self.unknown or any(own == kind for own, _ in self.entries)]
+        return {"source": self.source} | {kind: self.parts(kind) | self._sums(kind) for kind in kinds}
+
+    def _sums(self, kind: Kind) -> dict[str, int | None]:
+        total: dict[str, int | None] = {"total": self.known(kind)}
+        return total | {"at_least": self.at_least(kind)} if kind in self.unknown else total
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Price":
         """Reads what `as_dict` gives."""
         return cls(
-            {(kind, part): count for kind in KINDS for part, count in data.get(kind, {}).items() if part != "total"},
+            {(kind, part): count for kind in KINDS for part, count in data.get(kind, {}).items() if part not in _SUMS},
             data["source"],
+            frozenset(kind for kind in KINDS if "at_least" in data.get(kind, {})),
         )

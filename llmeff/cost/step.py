@@ -23,6 +23,7 @@ _AT_PEAK = {
     "batch_bytes": "batch",
     "gathered_bytes": "gathered parameters",
     "bucket_bytes": "buckets",
+    "workspace_bytes": "workspace",
 }
 Law = Callable[[Tape, Any], Array]
 """Of a tape and a micro-batch, which `Given` makes."""
@@ -70,11 +71,11 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None, giv
         entries["parameters", weight.part] += weight.size
     entries.update({("gradient_bytes", part): num_bytes for part, num_bytes in gradients.items()})
     entries.update({("wire_bytes", name): num_bytes for name, num_bytes in wire.items()})
-    for kind in ("gathered_bytes", "bucket_bytes"):
+    for kind in ("gathered_bytes", "bucket_bytes", "workspace_bytes"):
         entries[kind, "at most"] = tape.live.most[kind]
     for (label, _), num_bytes in tape.live.peak.items():
         entries["peak_bytes", _AT_PEAK.get(label, label)] += num_bytes
-    return once + repeated * (workload.num_micro_batches - 1) + Price(entries)
+    return once + repeated * (workload.num_micro_batches - 1) + Price(entries, unknown=frozenset(tape.unknown))
 
 
 def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, keeping: Keeping) -> Price:

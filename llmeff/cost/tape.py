@@ -18,6 +18,7 @@ from llmeff.cost.arrays import Weight as Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
+from llmeff.cost.workspace import Room
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,6 +54,8 @@ class Tape:
         self.weights: dict[str, Weight] = {}
         self.live = Live()
         self.counts: Counter[tuple[Kind, str]] = Counter()
+        self.unknown: set[Kind] = set()
+        """Kinds of which something could not be counted."""
         self._static = Storage(Live(), 0, ("", ""))
         self._leaves: dict[str, Leaf] = {}
         self._casts: dict[str, Array] = {}
@@ -126,7 +129,7 @@ class Tape:
 
     def _keep(self, node: Node, arrays: tuple[Array, ...]) -> None:
         for array in arrays:
-            if array.storage.label[0] == "workspace":
+            if array.storage.label[0] == "temporaries":
                 array.storage.relabel(("saved_bytes", self._part))
         node.saved += tuple(Array(array.shape, array.dtype, array.storage) for array in arrays)
 
@@ -143,7 +146,23 @@ class Tape:
     def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
         """A new array."""
         num_bytes = 0 if self._has_stopped else prod(shape) * NUM_BYTES[dtype]
-        return Array(shape, dtype, Storage(self.live, num_bytes, ("workspace", self._part)), node)
+        return Array(shape, dtype, Storage(self.live, num_bytes, ("temporaries", self._part)), node)
+
+    def workspace(self, num_bytes: int) -> Storage:
+        """Bytes that a library takes beside tensors, until the last reference to what is returned goes."""
+        return Storage(self.live, 0 if self._has_stopped else num_bytes, ("workspace_bytes", self._part))
+
+    @contextmanager
+    def room(self, found: Room | None) -> Iterator[None]:
+        """Around the making of what one product of a convolution makes; None: it takes nobody knows how much."""
+        if found is None:
+            self.unknown |= {"workspace_bytes", "peak_bytes"}
+            found = Room()
+        result = self.workspace(found.result)
+        during = self.workspace(found.during)
+        del during
+        yield
+        del result
 
     def given(self, shape: tuple[int, ...], dtype: str) -> Array:
         """A new array of the batch, which is there before the forward pass."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from llmeff.core.cpu import InstructionSet
 from llmeff.core.precision import Precision, PrecisionName, precision
 
 Kernel = Literal["flash", "math"]
@@ -34,8 +35,8 @@ class Workload:
     """Of softmax attention."""
     num_threads: int = 1
     """Of a rank, where it computes on a CPU; they choose among the kernels of convolutions."""
-    has_avx512: bool = False
-    """Of that CPU: its kernels of convolutions have channels in blocks of 16, not 8, and take bfloat16 too."""
+    instruction_set: InstructionSet | None = None
+    """That oneDNN takes of that CPU, by which convolutions are computed; None: not known."""
     on_cpu: bool = True
     """Ranks talk by gloo, which puts parts together and takes sums apart in copies of its own, and what is offloaded lies
     in the same memory as all else."""

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.cpu import instruction_set
 from llmeff.cost.workload import Workload
 from llmeff.loop import train
 from llmeff.models import UNet
 from llmeff.models.image_model import load_image_model
 from llmeff.models.image_norm import averaged
 from llmeff.optim import AdamW
-from llmeff.predict import has_avx512, plan, price_step
+from llmeff.predict import plan, price_step
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.runconfig import RunConfig
 
@@ -101,7 +102,7 @@ def test_its_trace_is_what_a_step_takes(library, changes):
         num_tokens=96 * 128,
         image_size=(96, 128),
         num_threads=torch.get_num_threads(),
-        has_avx512=has_avx512(),
+        instruction_set=instruction_set(),
         **changes,
     )
     price = price_step(CONFIG, AdamW(), work)
@@ -122,7 +123,10 @@ def test_its_trace_is_what_a_step_takes(library, changes):
     assert price.total("executed_flops") == measured
     assert price.total("saved_bytes") == pytest.approx(saved_bytes(forward, held), rel=SAVED[work.precision_name])
     peak = peak_bytes(step, held, torch.device("cpu")) + price.total("optimizer_bytes")
-    assert price.total("peak_bytes") == pytest.approx(peak, rel=0.01)
+    if price.known("peak_bytes") is None:
+        assert price.at_least("peak_bytes") < peak
+    else:
+        assert price.total("peak_bytes") == pytest.approx(peak, rel=0.01)
 
 
 TINY = {
@@ -153,7 +157,8 @@ def test_it_is_trained_by_the_loop_with_its_prediction_beside_what_was_measured(
     for kind in ("parameters", "executed_flops", "optimizer_bytes"):
         assert result.error[kind] == 0, kind
     assert abs(result.error["saved_bytes"]) < 1e-3
-    assert abs(result.error["peak_bytes"]) < 0.01
+    if "peak_bytes" in result.predicted:  # it is left out where the CPU's instruction set was not measured
+        assert abs(result.error["peak_bytes"]) < 0.01
     assert np.isfinite(result.metrics["validation"]["mean_iou"])
     model, preparation = load_image_model(tmp_path / "run" / "model")
     assert model.config == UNet(num_classes=11)
