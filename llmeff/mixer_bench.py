@@ -305,7 +305,8 @@ def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str,
     price = config.price(race.workload(length))
     number_bytes = torch.finfo(getattr(torch, precision(race.precision).compute)).bits // 8
     peak_bytes = price.known("peak_bytes")
-    return ({} if peak_bytes is None else {"peak_bytes": peak_bytes}) | {
+    return {
+        **({} if peak_bytes is None else {"peak_bytes": peak_bytes}),
         "saved_bytes": price.total("saved_bytes"),
         "executed_flops": price.total("executed_flops"),
         "state_bytes": config.cache_bytes(length, number_bytes),

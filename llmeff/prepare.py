@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmeff.core import files, group
 from llmeff.core.config import ConfigError, read, validate
+from llmeff.core.cpu import multiplies_bfloat16
 from llmeff.core.dist import (
     Statement,
     is_cut_short,
@@ -53,6 +54,9 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     check_model(config)
     runtime = config.runtime.model_copy(update={"device": device, "threads": num_threads(config)})
     config = config.model_copy(update={"runtime": runtime})
+    # by what all ranks have, for all must make the same update
+    is_fast = bool(group.least(int(multiplies_bfloat16(device))))
+    config = config.model_copy(update={"optim": config.optim.resolve(is_bfloat16_fast=is_fast)})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
     config = config.model_copy(update={"train": train_config})
     check_world(config)
@@ -246,6 +250,10 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
         raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
     files.refuse_links(folder)
     saved = read(path)
+    # what older runs left open they took from the kind of device
+    begun = validate(RunConfig, saved)
+    optim = begun.optim.resolve(is_bfloat16_fast=begun.runtime.device == "cuda")
+    saved["optim"] = optim.model_dump(mode="json")
     changed = [
         f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
         for key, was, now in _differences(saved, asked.model_dump(mode="json"))

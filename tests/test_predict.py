@@ -209,14 +209,13 @@ SEGNET_BASIC = SegNetBasic(num_classes=5, width=8)
         (SEGNET, {}),
         (SEGNET, {"on_cpu": False}),
         (SEGNET, {"instruction_set": "AVX512_CORE"}),
-        (SEGNET, {"instruction_set": "AVX"}),
         (SEGNET, {"precision_name": "bf16"}),
         (SEGNET.model_copy(update={"connection": "add", "residual_blocks": True}), {"recompute": True}),
         (SEGNET_BASIC, {"num_micro_batches": 3}),
         (SEGNET_BASIC.model_copy(update={"connection": "concat1x1"}), {}),
         (SEGNET_BASIC.model_copy(update={"connection": "concat", "norm": "group"}), {}),
     ],
-    ids=["plain", "on a GPU", "AVX-512", "AVX", "bf16", "recomputed", "accumulated", "concat1x1", "groups"],
+    ids=["plain", "on a GPU", "AVX-512", "bf16", "recomputed", "accumulated", "concat1x1", "groups"],
 )
 def test_a_trace_of_images_counts_what_the_law_says(model, change):
     work = replace(IMAGES, **change)

@@ -117,7 +117,7 @@ class Price:
 
     def _sums(self, kind: Kind) -> dict[str, int | None]:
         total: dict[str, int | None] = {"total": self.known(kind)}
-        return total | {"at_least": self.at_least(kind)} if kind in self.unknown else total
+        return {**total, "at_least": self.at_least(kind)} if kind in self.unknown else total
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Price":

@@ -2,7 +2,8 @@
 
 oneDNN copies maps and weights into a layout of its own, and takes room to compute in; torch, where it does without oneDNN,
 lays out patches. Which of it is taken hangs on the instruction set and the format. `workspace.json` says which was measured
-to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed.
+to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. So are
+float32 on SSE41 and AVX, where products of matrices lay out as many patches at a time as suit the CPU's cache.
 """
 
 import json
@@ -77,7 +78,7 @@ class Room:
     """Bytes of a copy of what it makes, which is there meanwhile, and until the tensor itself is made."""
 
 
-Form = Callable[[Convolution, Product], Room | None]
+Form = Callable[[Convolution, Product], Room]
 
 
 def room(
@@ -193,36 +194,8 @@ def _blocks_with_sums(block: int, own: Convolution, product: Product) -> Room:
     return Room(copies.during + own.num_threads * extra, copies.result)
 
 
-def _columns(own: Convolution, product: Product) -> Room | None:
-    """OneDNN's products of matrices: patches of the images that threads have in hand, and a copy of what is made.
-
-    How many of them the output's product lays out at a time hangs on the CPU's cache.
-    """
-    num_bytes = BYTES[own.dtype]
-    patches = 0 if own.is_pointwise else own.patches * num_bytes
-    if product == "output":
-        return Room(result=prod(own.y) * num_bytes) if own.is_pointwise else None
-    if product == "weight":
-        made = (prod(own.weight) + own.weight[0]) * num_bytes
-        return Room(during=patches + 4 * made, result=made)
-    is_shared_out = own.x[0] % own.num_threads == 0
-    return Room(during=patches * (own.num_threads if is_shared_out else 1), result=prod(own.x) * num_bytes)
-
-
-def _columns_but_whole_blocks(own: Convolution, product: Product) -> Room | None:
-    fits = (own.x[1] % 8 == 0 or own.reads_plain) and own.y[1] % 8 == 0
-    return _blocks(8, own, product) if product == "output" and fits else _columns(own, product)
-
-
-def _columns_but_blocks(own: Convolution, product: Product) -> Room | None:
-    is_blocked = product == "output" or (product == "input" and own.is_pointwise)
-    return _blocks(8, own, product) if is_blocked else _columns(own, product)
-
-
 FORMS: dict[str, Form] = {
     "torch": _torch,
-    "columns but whole blocks of 8 forward": _columns_but_whole_blocks,
-    "columns but blocks of 8 forward": _columns_but_blocks,
     "blocks of 8": partial(_blocks, 8),
     "blocks of 16": partial(_blocks, 16),
     "blocks of 16 with sums": partial(_blocks_with_sums, 16),

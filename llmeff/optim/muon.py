@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from torch.optim import Optimizer
 
 from llmeff.core.config import BelowOne, Count, Flag, NotNegative
+from llmeff.core.cpu import multiplies_bfloat16
 from llmeff.core.precision import BYTES, Precision
 from llmeff.core.table import Role, Row, Sharding
 from llmeff.cost.arrays import Weight
@@ -35,14 +36,21 @@ class Muon(OptimizerConfig):
     """Look ahead along the momentum."""
     ns_steps: Count = 5
     """Newton-Schulz iterations."""
-    ns_format: IterationFormat = "auto"
-    """What they are made in. auto: bfloat16 on an accelerator, float32 on a CPU."""
+    ns_format: IterationFormat | Literal["auto"] = "auto"
+    """What they are made in. auto: bfloat16 where that is faster, on a GPU and on a CPU with AMX, else float32; decided as a
+    run begins, and kept when it is resumed."""
     weight_decay: NotNegative = 0.1
     """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
     beta1: BelowOne = 0.9
     """Of AdamW: decay of the first moment."""
     beta2: BelowOne = 0.95
     """Of AdamW: decay of the second moment."""
+
+    def resolve(self, *, is_bfloat16_fast: bool) -> Self:
+        """Decides what the iterations are made in."""
+        if self.ns_format != "auto":
+            return self
+        return self.model_copy(update={"ns_format": "bfloat16" if is_bfloat16_fast else "float32"})
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
         """The matrices, then AdamW's groups of the rest."""
@@ -51,11 +59,16 @@ class Muon(OptimizerConfig):
         return [names for names in (matrices, *self._adamw.groups(rest)) if names]
 
     def build(self, rows: list[Row]) -> Optimizer:
-        """Both as one; the one alone that has parameters, if the other has none."""
+        """Both as one; the one alone that has parameters, if the other has none.
+
+        What is still `auto` is decided by this machine, and where the matrices lie.
+        """
         matrices = [row.parameter for row in rows if row.role in _MATRICES]
         others = [row for row in rows if row.role not in _MATRICES]
         optimizers: list[Optimizer] = []
         if matrices:
+            decided = self.resolve(is_bfloat16_fast=multiplies_bfloat16(matrices[0].device.type)).ns_format
+            assert decided != "auto"
             optimizers.append(
                 OrthogonalMomentum(
                     matrices,
@@ -64,7 +77,7 @@ class Muon(OptimizerConfig):
                     nesterov=self.nesterov,
                     weight_decay=self.weight_decay,
                     num_iterations=self.ns_steps,
-                    iteration_format=self.ns_format,
+                    iteration_format=decided,
                 )
             )
         if others:

@@ -1,4 +1,4 @@
-"""Momentum made orthogonal by Newton-Schulz iterations (Jordan et al. 2024), in the format that the device is good at."""
+"""Momentum made orthogonal by Newton-Schulz iterations (Jordan et al. 2024), in a format that the device is good at."""
 
 from collections.abc import Callable, Iterable
 from math import sqrt
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-IterationFormat = Literal["auto", "float32", "bfloat16"]
-"""auto: bfloat16 on an accelerator; float32 (of float64, that) on a CPU, where products in bfloat16 are emulated."""
+IterationFormat = Literal["float32", "bfloat16"]
+"""float32: of float64, that. bfloat16 is faster where there are matrix units for it; on a CPU without them it is slow."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pulls singular values to about 1 in five iterations (Jordan et al. 2024)."""
@@ -17,7 +17,7 @@ _LEAST = 1e-7
 """A norm below is taken to be this."""
 
 
-def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat = "auto") -> Tensor:
+def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat = "float32") -> Tensor:
     """The matrix with all singular values near 1 (between about 0.7 and 1.2 after five iterations).
 
     Args:
@@ -28,10 +28,7 @@ def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFor
     Returns:
         (rows, columns), in the format of the iterations.
     """
-    if iteration_format == "auto":
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = getattr(torch, iteration_format)
+    dtype = torch.bfloat16 if iteration_format == "bfloat16" else torch.promote_types(x.dtype, torch.float32)
     a, b, c = _COEFFICIENTS
     is_tall = x.shape[0] > x.shape[1]
     y = x.to(dtype)
@@ -71,7 +68,7 @@ class OrthogonalMomentum(Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.1,
         num_iterations: int = 5,
-        iteration_format: IterationFormat = "auto",
+        iteration_format: IterationFormat = "float32",
     ):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(parameters, defaults)

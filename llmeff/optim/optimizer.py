@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch.optim import Optimizer
 
@@ -33,6 +33,14 @@ class OptimizerConfig(Component, family="optimizer"):
     """The optimizer's name."""
     lr: Positive = 1e-3
     """Peak learning rate, which the schedule scales."""
+
+    def resolve(self, *, is_bfloat16_fast: bool) -> Self:
+        """The same, with every `auto` decided.
+
+        Args:
+            is_bfloat16_fast: whether the run's devices multiply bfloat16 faster than float32.
+        """
+        return self
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
         """The names of the parameters of each of the optimizer's groups, none of them empty.

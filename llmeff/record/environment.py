@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import llmeff
+from llmeff.core.cpu import instruction_set
 from llmeff.core.dist import usable_cores
 from llmeff.record.schema import Environment
 
@@ -33,6 +34,7 @@ def environment(device: torch.device) -> Environment:
         | {"torch": str(torch.__version__)},  # with its build, which the metadata of a package may leave out
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
+        instruction_set=instruction_set(),
         cores=usable_cores(),
         threads=torch.get_num_threads(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

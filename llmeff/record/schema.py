@@ -123,6 +123,8 @@ class Environment(Record):
     """Operating system and machine type (`Linux x86_64`)."""
     cpu: str
     """Model name."""
+    instruction_set: str | None = None
+    """That oneDNN takes of it, by its name (`AVX2`); null where that is not known, and of older runs."""
     cores: int
     """That this process may use."""
     threads: int

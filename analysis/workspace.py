@@ -1,0 +1,169 @@
+"""What libraries take for convolutions on each instruction set of this CPU: `python analysis/workspace.py` from the repository.
+
+Each set has a process of its own, whose oneDNN is held to it. Where one of the known forms (`llmeff.cost.workspace.FORMS`) is
+what was measured, the table `llmeff/cost/workspace.json` gets its row; where none is, the figures are shown, and the table
+stays without one. All that was measured goes to results/workspace.json. The price gate then judges whole steps:
+`ONEDNN_MAX_CPU_ISA=SET python -m pytest -k images tests/test_predict.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmeff.core.cpu import INSTRUCTION_SETS, contained, instruction_set
+from llmeff.core.files import write_text
+from llmeff.core.precision import BYTES
+from llmeff.cost import workspace
+from llmeff.cost.workspace import FORMS, PRODUCTS, Convolution, Product, Room
+from llmeff.record.environment import environment
+from llmeff.record.meters import peak_bytes
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent / "results" / "workspace.json"
+TABLE = Path(workspace.__file__).with_suffix(".json")
+FORMATS = ("float32", "bfloat16")
+CASES = (
+    (2, 8, 16, 3, 48, 64),
+    (2, 3, 8, 3, 48, 64),
+    (2, 3, 16, 3, 48, 48),
+    (2, 20, 11, 3, 48, 64),
+    (2, 16, 3, 3, 48, 64),
+    (3, 16, 24, 7, 40, 40),
+    (2, 36, 40, 3, 64, 80),
+    (16, 16, 8, 1, 32, 32),
+)
+"""Images, channels in and out, a kernel's side, height and width; large enough, or in such numbers, that torch takes oneDNN."""
+TOLERANCE = 0.03
+"""Of what lives beside a product: sums of threads, and the rounding of addresses, are in no form."""
+
+
+def shapes(case: Sequence[int], dtype: str) -> Convolution:
+    """A convolution that keeps the size, on one thread."""
+    images, inputs, outputs, kernel, *sides = case
+    return Convolution(
+        x=(images, inputs, *sides),
+        weight=(outputs, inputs, kernel, kernel),
+        y=(images, outputs, *sides),
+        dtype=dtype,
+        num_threads=1,
+    )
+
+
+def measured_bytes(own: Convolution, product: Product) -> int:
+    """The most that lives at once while one product is made, itself included, what it reads not."""
+    dtype = getattr(torch, own.dtype)
+    x, weight, y = (torch.zeros(shape, dtype=dtype) for shape in (own.x, own.weight, own.y))
+    around = [own.weight[2] // 2] * 2
+
+    def run() -> Tensor | tuple[Tensor, ...]:
+        if product == "output":
+            return torch.nn.functional.conv2d(x, weight, padding=around)
+        wanted = [product == "input", product == "weight", False]
+        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            y, x, weight, None, [1, 1], around, [1, 1], False, [0, 0], 1, wanted
+        )
+        return found
+
+    run()
+    return peak_bytes(run, [], CPU)
+
+
+def tensor_bytes(own: Convolution, product: Product) -> int:
+    """What a product makes."""
+    shape = {"output": own.y, "input": own.x, "weight": own.weight}[product]
+    return torch.Size(shape).numel() * BYTES[own.dtype]
+
+
+def foreseen_bytes(found: Room, made: int) -> int:
+    """What lives at most by a form, where so many bytes are made."""
+    return max(found.result + found.during, found.result + made)
+
+
+def measure() -> list[dict[str, Any]]:
+    """Every product of every case in every format, in this process."""
+    torch.set_num_threads(1)
+    rows = []
+    for dtype in FORMATS:
+        for case in CASES:
+            for product in PRODUCTS:
+                num_bytes = measured_bytes(shapes(case, dtype), product)
+                rows.append({"format": dtype, "case": case, "product": product, "bytes": num_bytes})
+    return rows
+
+
+def worst(form: Callable[[Convolution, Product], Room], rows: list[dict[str, Any]]) -> float:
+    """How far a form is off at most, of what lives beside the product."""
+    found = []
+    for row in rows:
+        own, product = shapes(row["case"], row["format"]), row["product"]
+        living = row["bytes"] + sum(tensor_bytes(own, other) for other in PRODUCTS if other != product)
+        foreseen = foreseen_bytes(form(own, product), tensor_bytes(own, product))
+        found.append(abs(foreseen - row["bytes"]) / living)
+    return max(found)
+
+
+def best_form(rows: list[dict[str, Any]]) -> str | None:
+    """The form that is what was measured; None where none is."""
+    off = {name: worst(form, rows) for name, form in FORMS.items()}
+    name = min(off, key=lambda name: off[name])
+    return name if off[name] <= TOLERANCE else None
+
+
+def measured_under(name: str) -> list[dict[str, Any]]:
+    """The rows of a process whose oneDNN is held to a set.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__, "--here"],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": name},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    if found["set"] != name:
+        raise RuntimeError(f"asked for {name}, oneDNN takes {found['set']}")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+def main(names: Sequence[str]) -> None:
+    """Measures the named sets, or all of this CPU, and writes what was found."""
+    here = instruction_set()
+    if here is None:
+        sys.exit("oneDNN takes no set of x86 on this machine: there is nothing to measure")
+    table, facts = json.loads(TABLE.read_text(encoding="utf-8")), environment(CPU).model_dump(mode="json")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for name in names or contained(here):
+        rows = measured_under(name)
+        results[name] = {"command": "python analysis/workspace.py", "environment": facts, "rows": rows}
+        for dtype in FORMATS:
+            own = [row for row in rows if row["format"] == dtype]
+            form = best_form(own)
+            before = table.get(name, {}).get(dtype)
+            print(f"{name:<22}{dtype:<10}{form or 'no known form'}" + ("" if form == before else f" (was: {before})"))
+            if form is not None:
+                table.setdefault(name, {})[dtype] = form
+            else:
+                table.get(name, {}).pop(dtype, None)
+                for row in own:
+                    print(f"  {row['product']:<8}{row['case']!s:<28}{row['bytes']:>12}")
+    ordered = {name: table[name] for name in INSTRUCTION_SETS if table.get(name)}
+    write_text(TABLE, json.dumps(ordered, indent=1) + "\n")
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--here"]:
+        print(json.dumps({"set": instruction_set(), "rows": measure()}))
+    else:
+        main(sys.argv[1:])
