@@ -1,0 +1,397 @@
+"""What must hold of every optimizer: what it declares is so, and its update is the formula of its source."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmeff.core.optimizer_state import set_learning_rate, state_bytes
+from llmeff.core.precision import precision
+from llmeff.core.shard import split_group
+from llmeff.core.table import UNDECAYED, Role, Row, Sharding
+from llmeff.cost.arrays import Weight
+from llmeff.optim import OptimizerConfig
+from llmeff.parallel.saved import Holder, Saved, flat, save, whole
+from llmeff.record.meters import count_flops
+from llmeff.testing.failed import CheckFailed, require, share_off
+
+STEPS = 20
+FACTORS = (0.25, 0.5, 0.75, *(1.0 - 0.04 * step for step in range(STEPS - 3)))
+"""On the peak rate, by step: a warm-up, then a fall."""
+OF_GROUPS = (1.0, 0.5, 2.0, 0.25)
+"""On the peak rate, by group, where groups are given rates of their own."""
+PARAMETERS: dict[str, tuple[Role, tuple[int, ...]]] = {
+    "embedding": ("embedding", (31, 12)),
+    "first.scale": ("norm", (17,)),
+    "first.tall": ("matrix", (131, 37)),
+    "first.bias": ("bias", (37,)),
+    "second.wide": ("matrix", (6, 40)),
+    "second.square": ("matrix", (9, 9)),
+    "third.conv": ("conv", (6, 3, 5, 3)),
+    "third.heads": ("fused_heads", (12, 7)),
+    "head": ("head", (11, 12)),
+}
+"""Roles and shapes; one has more numbers than any state in 8 bits leaves in 32."""
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""How far an update of slices may be from that of the whole, as a share of it: vectorized loops round their ends otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a formula is given of one parameter."""
+
+    name: str
+    role: Role
+    weight: Tensor
+    """Before the first step, in float64."""
+    gradients: tuple[Tensor, ...]
+    """Of each step, in float64, of the weight's shape."""
+    rates: tuple[float, ...]
+    """The learning rate of each step."""
+
+    @property
+    def is_decayed(self) -> bool:
+        """Whether weight decay applies by the parameter's role."""
+        return self.role not in UNDECAYED
+
+
+Formula = Callable[[Any, Sequence[Given]], Sequence[Tensor]]
+"""(config, parameters) to the parameters after the last step, by the equations of the optimizer's source."""
+
+
+def apart(one: Callable[[Any, Given], Tensor]) -> Formula:
+    """The formula of an optimizer that updates every parameter by itself, of that of one parameter."""
+    return lambda config, every: [one(config, given) for given in every]
+
+
+def check_optimizer(
+    config: OptimizerConfig, formula: Formula | None = None, *, dtype: torch.dtype = torch.float64, within: float = 1e-9
+) -> None:
+    """Checks an optimizer as this package's own are: what it declares, what it keeps, and the update itself.
+
+    Nine parameters of all roles are updated over 20 steps of drawn gradients, under a rate that rises and falls. Checked are:
+    its groups; that it minimizes a quadratic, repeats itself, and moves nothing at a rate of 0; the price of its state and
+    its FLOPs; that it may be split as `sharding` declares; that its state, with what it counts in its groups, is saved and put
+    back to the last bit; and its update against a formula, with decay and without where it has a field `weight_decay`.
+
+    Args:
+        config: of the optimizer, with any settings.
+        formula: the equations of its source, written out; None: the update is not checked.
+        dtype: of the parameters where the formula is checked; float32 for an optimizer that knows no float64.
+        within: how far the movement of a parameter may be from the formula's, as a share of it. In float64 rounding is far
+            below the default; where a part is computed in a lower format, give what that format rounds to.
+
+    Raises:
+        CheckFailed: naming what differs.
+    """
+    for check in CHECKS:
+        check(config)
+    if formula is not None:
+        check_formula(config, formula, dtype=dtype, within=within)
+
+
+# -- the problem
+
+
+def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[Row], list[dict[str, Tensor]]]:
+    """Rows of all roles, and gradients by name for each step, whose sizes differ from step to step."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    rows = [
+        Row(name=name, parameter=nn.Parameter((0.5 * normal(shape)).to(dtype)), role=role)
+        for name, (role, shape) in PARAMETERS.items()
+    ]
+    gradients = [
+        {name: (10.0 ** -(step % 3) * normal(shape)).to(dtype) for name, (_, shape) in PARAMETERS.items()}
+        for step in range(num_steps)
+    ]
+    return rows, gradients
+
+
+def _step(optimizer: Optimizer, rows: Sequence[Row], gradients: dict[str, Tensor], factor: float) -> None:
+    for row in rows:
+        row.parameter.grad = gradients[row.name].clone()
+    set_learning_rate(optimizer, factor)
+    optimizer.step()
+
+
+def _walked(config: OptimizerConfig, rows: Sequence[Row], gradients: Sequence[dict[str, Tensor]]) -> Optimizer:
+    optimizer = config.build(list(rows))
+    for step, own in enumerate(gradients):
+        _step(optimizer, rows, own, FACTORS[step])
+    return optimizer
+
+
+def _name(config: OptimizerConfig) -> str:
+    return f"optimizer {config.name!r}"
+
+
+def _roles() -> dict[str, Role]:
+    return {name: role for name, (role, _) in PARAMETERS.items()}
+
+
+# -- what is checked of every optimizer
+
+
+def check_registered(config: OptimizerConfig) -> None:
+    """It is found by its name."""
+    registry = OptimizerConfig.registry
+    is_known = config.name in registry and registry[config.name] is type(config)
+    require(is_known, f"{_name(config)} is not what the registry has by that name: {', '.join(registry.names())}")
+
+
+def check_groups(config: OptimizerConfig) -> None:
+    """The groups that it states are those that it builds, of all parameters once, at the peak rate."""
+    rows, _ = _drawn(torch.float32)
+    names = {row.parameter: row.name for row in rows}
+    groups = config.build(rows).param_groups
+    built = [[names[parameter] for parameter in group["params"]] for group in groups]
+    stated = config.groups(_roles())
+    require(stated == built, f"{_name(config)} states the groups {stated} and builds {built}")
+    require(all(stated), f"{_name(config)} states a group without parameters: {stated}")
+    every = sorted(name for group in stated for name in group)
+    require(every == sorted(PARAMETERS), f"{_name(config)}: of {sorted(PARAMETERS)} its groups have {every}")
+    rates = {group["lr"] for group in groups}
+    require(rates == {config.lr}, f"{_name(config)}: its groups begin with the rates {rates}, and lr is {config.lr}")
+
+
+def check_minimizes(config: OptimizerConfig) -> None:
+    """It comes to the minimum of a quadratic, at one of three rates, the least its own."""
+
+    def left(rate: float, num_steps: int = 100) -> float:
+        draw = torch.Generator().manual_seed(0)
+        begin, target = (torch.randn(3, 4, generator=draw) for _ in range(2))
+        (row,) = rows = [Row(name="weight", parameter=nn.Parameter(begin.clone()), role="matrix")]
+        optimizer = _without_decay(config, lr=rate).build(rows)
+        for step in range(num_steps):
+            _step(optimizer, rows, {"weight": 2 * (row.parameter.detach() - target)}, 1 - step / num_steps)
+        return share_off(row.parameter.detach(), target, begin) ** 2
+
+    tried: list[float] = []
+    for factor in (1.0, 10.0, 100.0):
+        tried.append(left(config.lr * factor))
+        if tried[-1] < 0.2:
+            return
+    said = ", ".join(f"{share:.2g}" for share in tried)
+    raise CheckFailed(
+        f"{_name(config)} leaves {said} of a quadratic after 100 steps at lr, and at 10 and 100 times that"
+    )
+
+
+def _without_decay(config: OptimizerConfig, **changes: Any) -> OptimizerConfig:
+    decay = {"weight_decay": 0.0} if "weight_decay" in type(config).model_fields else {}
+    return type(config)(**config.model_dump() | decay | changes)
+
+
+def check_repeats(config: OptimizerConfig) -> None:
+    """The same gradients make the same update, to the last bit."""
+    ends = []
+    for _ in range(2):
+        rows, gradients = _drawn(torch.float32, 5)
+        _walked(config, rows, gradients)
+        ends.append(rows)
+    for one, other in zip(*ends, strict=True):
+        require(torch.equal(one.parameter, other.parameter), f"{_name(config)} moves {one.name!r} otherwise each time")
+
+
+def check_rate(config: OptimizerConfig) -> None:
+    """It goes by the rate that its groups have at each step: at 0 nothing moves, decay included."""
+    rows, gradients = _drawn(torch.float32, 4)
+    optimizer = _walked(config, rows, gradients)
+    before = [row.parameter.detach().clone() for row in rows]
+    _step(optimizer, rows, gradients[0], 0.0)
+    moved = [row.name for row, weight in zip(rows, before, strict=True) if not torch.equal(row.parameter, weight)]
+    require(not moved, f"{_name(config)} moves {moved} at a learning rate of 0: it does not read its groups' `lr`")
+
+
+def check_price(config: OptimizerConfig) -> None:
+    """Its state is as large, and its step executes as many FLOPs, as its law says."""
+    rows, gradients = _drawn(torch.float32, 2)
+    optimizer = _walked(config, rows, gradients[:1])
+    weights = [Weight(row.name, row.shape, "float32", "layers", role=row.role) for row in rows]
+    price, kept = config.price(weights, precision("fp32")), state_bytes(optimizer)
+    for kind in ("optimizer_bytes", "peak_bytes"):
+        said = price.total(kind)
+        require(said == kept, f"{_name(config)} is priced at {said} {kind}, and keeps {kept}")
+    executed = count_flops(lambda: _step(optimizer, rows, gradients[1], 1.0))
+    said = price.total("executed_flops")
+    require(said == executed, f"{_name(config)} is priced at {said} executed_flops, and makes {executed}")
+
+
+def check_sharding(config: OptimizerConfig) -> None:
+    """It may be split as it declares."""
+    order = get_args(Sharding)
+    proved, told = proved_sharding(config)
+    require(
+        order.index(config.sharding) >= order.index(proved),
+        f"{_name(config)} declares sharding {config.sharding!r}, and {told}: declare {proved!r}",
+    )
+
+
+def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
+    """The most that may be split without changing the update, and what happens to who splits more."""
+    told = ""
+    split: tuple[tuple[Sharding, Callable[[OptimizerConfig], Iterator[tuple[str, Tensor]]]], ...]
+    split = (("elementwise", _in_slices), ("whole_tensor", _dealt_out))
+    for sharding, update in split:
+        begin, expected = {row.name: row.parameter.detach().clone() for row in _drawn(torch.float32)[0]}, {}
+        rows, gradients = _drawn(torch.float32)
+        _walked(config, rows, gradients)
+        expected = {row.name: row.parameter.detach() for row in rows}
+        try:
+            off = {name: share_off(found, expected[name], begin[name]) for name, found in update(config)}
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            told = told or f"{_OF[sharding]} cannot be updated ({error})"
+            continue
+        worst = max(off, key=lambda name: off[name])
+        if off[worst] <= ROUNDING[torch.float32]:
+            return sharding, told
+        told = told or f"{_OF[sharding]} is updated otherwise: {worst!r} is off by {off[worst]:.1e} of its movement"
+    return "none", told
+
+
+_OF = {"elementwise": "a slice that ends within tensors", "whole_tensor": "a share of the tensors"}
+
+
+def _holders(config: OptimizerConfig, rows: Sequence[Row], optimizer: Optimizer, rank: int, ranks: int) -> list[Holder]:
+    """Puts a rank's slice of each group in the place of the group's parameters, as ZeRO does."""
+    by_name, holders = {row.name: row for row in rows}, []
+    for names, group in zip(config.groups(_roles()), optimizer.param_groups, strict=True):
+        shard = split_group({name: by_name[name].parameter.numel() for name in names}, ranks)[rank]
+        numbers = [flat(by_name[part.name].parameter)[part.start : part.stop] for part in shard]
+        starts = [sum(part.size for part in shard[:place]) for place in range(len(shard))]
+        group["params"] = [nn.Parameter(torch.cat(numbers))]
+        holders.append(Holder(key=group["params"][0], parts=tuple(zip(shard, starts, strict=True))))
+    return holders
+
+
+def _step_slices(optimizer: Optimizer, holders: Sequence[Holder], gradients: dict[str, Tensor], factor: float) -> None:
+    for holder in holders:
+        parts = [gradients[part.name].view(-1)[part.start : part.stop] for part, _ in holder.parts]
+        holder.key.grad = torch.cat(parts)
+    set_learning_rate(optimizer, factor)
+    optimizer.step()
+
+
+def _in_slices(config: OptimizerConfig, ranks: int = 3) -> Iterator[tuple[str, Tensor]]:
+    ends = {name: torch.zeros(shape) for name, (_, shape) in PARAMETERS.items()}
+    for rank in range(ranks):
+        rows, gradients = _drawn(torch.float32)
+        optimizer = config.build(rows)
+        holders = _holders(config, rows, optimizer, rank, ranks)
+        for step, own in enumerate(gradients):
+            _step_slices(optimizer, holders, own, FACTORS[step])
+        _gather(holders, ends)
+    yield from ends.items()
+
+
+def _gather(holders: Sequence[Holder], ends: dict[str, Tensor]) -> None:
+    for holder in holders:
+        for part, at in holder.parts:
+            ends[part.name].view(-1)[part.start : part.stop] = holder.numbers[at : at + part.size]
+
+
+def _dealt_out(config: OptimizerConfig, ranks: int = 2) -> Iterator[tuple[str, Tensor]]:
+    for rank in range(ranks):
+        rows, gradients = _drawn(torch.float32)
+        _walked(config, rows[rank::ranks], gradients)
+        yield from ((row.name, row.parameter.detach()) for row in rows[rank::ranks])
+
+
+def check_saved(config: OptimizerConfig) -> None:
+    """Its state goes to disk and back to the last bit, and where it may be cut, in slices."""
+    rows, gradients = _drawn(torch.float32, 6)
+    optimizer = _walked(config, rows, gradients[:3])
+    with tempfile.TemporaryDirectory() as name:
+        save(Path(name), 0, map(whole, rows), optimizer, {}, {})
+        again = _drawn(torch.float32)[0]
+        resumed = config.build(again)
+        Saved(Path(name)).load(map(whole, again), resumed)
+        cut, ends = _drawn(torch.float32)[0], {row.name: torch.zeros_like(row.parameter.detach()) for row in rows}
+        sliced, holders = config.build(cut), []
+        if config.sharding == "elementwise":
+            holders = _holders(config, cut, sliced, 0, 1)
+            Saved(Path(name)).load(holders, sliced)
+    for step in range(3, 6):
+        _step(optimizer, rows, gradients[step], FACTORS[step])
+        _step(resumed, again, gradients[step], FACTORS[step])
+        if holders:
+            _step_slices(sliced, holders, gradients[step], FACTORS[step])
+    _gather(holders, ends)
+    begin = _drawn(torch.float32)[0]
+    for row, other, first in zip(rows, again, begin, strict=True):
+        off = share_off(other.parameter.detach(), row.parameter.detach(), first.parameter.detach())
+        require(
+            off == 0, f"{_name(config)} saved and put back moves {row.name!r} otherwise, by {off:.1e} of its movement"
+        )
+        off = share_off(ends[row.name], row.parameter.detach(), first.parameter.detach()) if holders else 0.0
+        said = (
+            f"{_name(config)} saved, and put back in slices, moves {row.name!r} otherwise, by {off:.1e} of its movement"
+        )
+        require(off <= ROUNDING[torch.float32], said)
+
+
+CHECKS: tuple[Callable[[OptimizerConfig], None], ...] = (
+    check_registered,
+    check_groups,
+    check_minimizes,
+    check_repeats,
+    check_rate,
+    check_price,
+    check_sharding,
+    check_saved,
+)
+"""What `check_optimizer` asks beside the formula, in its order."""
+
+
+def check_formula(config: OptimizerConfig, formula: Formula, *, dtype: torch.dtype, within: float) -> None:
+    """The update is the formula's, with decay and without, each group at a rate of its own: see `check_optimizer`."""
+    kinds = [config]
+    if "weight_decay" in type(config).model_fields:
+        kinds = [
+            _without_decay(config, weight_decay=decay) for decay in (0.0, getattr(config, "weight_decay", 0) or 0.3)
+        ]
+    for kind in kinds:
+        decay = f" with weight_decay {kind.weight_decay}" if hasattr(kind, "weight_decay") else ""
+        for name, off in _off_the_formula(kind, formula, dtype):
+            said = (
+                f"{_name(config)}{decay}: after {STEPS} steps {name!r} is off the formula by {off:.1e} of its movement"
+            )
+            require(off <= within, f"{said}, and may be by {within:.0e}")
+
+
+def _off_the_formula(config: OptimizerConfig, formula: Formula, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    rows, gradients = _drawn(dtype)
+    begin = {row.name: row.parameter.detach().double() for row in rows}
+    begin = {name: weight.clone() for name, weight in begin.items()}
+    optimizer = config.build(rows)
+    rates: dict[int, tuple[float, ...]] = {}
+    for place, group in enumerate(optimizer.param_groups):
+        peak = config.lr * OF_GROUPS[place % len(OF_GROUPS)]
+        group["lr"] = peak
+        rates |= {id(parameter): tuple(peak * factor for factor in FACTORS) for parameter in group["params"]}
+    every = [
+        Given(
+            name=row.name,
+            role=row.role,
+            weight=begin[row.name].clone(),
+            gradients=tuple(own[row.name].double() for own in gradients),
+            rates=rates[id(row.parameter)],
+        )
+        for row in rows
+    ]
+    for step, own in enumerate(gradients):
+        _step(optimizer, rows, own, FACTORS[step])
+    found = formula(config, every)
+    if len(found) != len(every):
+        raise CheckFailed(f"{_name(config)}: its formula gives {len(found)} parameters of {len(every)}")
+    for row, expected in zip(rows, found, strict=True):
+        yield row.name, share_off(row.parameter.detach(), expected, begin[row.name])

@@ -1,0 +1,30 @@
+"""Components that are registered for one test, and gone after it."""
+
+import importlib
+import sys
+
+import pytest
+
+from llmeff.attention import MixerConfig
+from llmeff.optim import OptimizerConfig
+
+collect_ignore = ["signum.py"]
+"""Imported by tests alone, since what it registers would be there for all."""
+
+
+@pytest.fixture
+def outside():
+    """Imports a module of `tests.testing` as a user's own, with what it registers."""
+    before = {kind: set(kind.registry.names()) for kind in (MixerConfig, OptimizerConfig)}
+    imported = []
+
+    def load(name):
+        imported.append(f"tests.testing.{name}")
+        return importlib.import_module(imported[-1])
+
+    yield load
+    for kind, names in before.items():
+        for name in set(kind.registry.names()) - names:
+            del kind.registry._entries[name]
+    for name in imported:
+        del sys.modules[name]
