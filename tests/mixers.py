@@ -1,14 +1,14 @@
 """Every mixer, with settings under which a short sequence meets all that it does; for tables over the registry."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from llmeff.attention import MixerConfig
 from llmeff.attention.mixer import MixerShape
+from llmeff.testing import mixers as testing
+from llmeff.testing.mixers import Kept as Kept
 
 NAMES = MixerConfig.registry.names()
 every_mixer = pytest.mark.parametrize("name", NAMES)
@@ -21,24 +21,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """By name; a mixer that is not here has its defaults."""
 
 
-class Kept:
-    """A layer's cache of one's own."""
-
-    def __init__(self):
-        self.states = {}
-
-    def extend(self, key, value):
-        for name, new in (("key", key), ("value", value)):
-            self.states[name] = torch.cat((self.states[name], new), dim=2) if name in self.states else new
-        return self.states["key"], self.states["value"]
-
-    def recall(self, name):
-        return self.states.get(name)
-
-    def keep(self, name, state):
-        self.states[name] = state
-
-
 def config(name: str) -> MixerConfig:
     """The mixer's."""
     return MixerConfig.registry[name](**SETTINGS.get(name, {}))
@@ -46,8 +28,7 @@ def config(name: str) -> MixerConfig:
 
 def grouped(name: str, shape: MixerShape) -> MixerShape:
     """The shape with half as many key-value heads as heads, or, where the mixer cannot share them, with as many."""
-    half = replace(shape, num_kv_heads=shape.num_heads // 2)
-    return replace(shape, num_kv_heads=shape.num_heads) if config(name).problems(half) else half
+    return testing.grouped(config(name), shape)
 
 
 def fields(name: str, num_kv_heads: int) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """What must hold of every mixer, over the registry: against formulas in float64, and of its forms against one another."""
 
-import copy
 import functools
-import re
 from dataclasses import replace
 
 import pytest
@@ -13,44 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmeff.attention import MixerConfig, scan, sliding
-from llmeff.attention.mixer import MixerShape
 from llmeff.core.config import ConfigError, validate
-from llmeff.core.layout import Layout
-from tests.mixers import NAMES, SETTINGS, Kept, config, every_mixer, grouped
-
-SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
-"""Of every mixer that can share heads of keys and values."""
+from llmeff.testing import mixers as testing
+from llmeff.testing.failed import require_close
+from llmeff.testing.mixers import SHAPE, Kept, gradients, inputs, plain
+from tests.mixers import NAMES, SETTINGS, config, every_mixer, grouped
 
 
 def build(name, dtype=torch.float64):
-    torch.manual_seed(0)
-    mixer = config(name).build(grouped(name, SHAPE))
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.normal_(0.0, 0.5)
-        for module in mixer.modules():
-            for own, values in getattr(module, "initial", dict)().items():
-                getattr(module, own).copy_(values + 0.2 * torch.randn_like(values))
-    return mixer.to(dtype)
-
-
-def inputs(length, dtype=torch.float64, batch=2):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, length, SHAPE.width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def plain(length, past=0):
-    return Layout.plain(length, torch.device("cpu"), past)
-
-
-def gradients(out, sources):
-    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return torch.autograd.grad((out * above).sum(), sources)
-
-
-def equal(found, expected, tolerance=1e-9):
-    scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(scale, 1e-3))
+    return testing.build(config(name), SHAPE, dtype)
 
 
 # The formulas. Each is of one row of one document, (T, D) in float64, and takes weights by their names
@@ -225,64 +194,13 @@ def test_the_table_of_formulas_is_complete():
 
 @every_mixer
 def test_values_and_gradients_are_those_of_the_formula(name):
-    mixer, x = build(name), inputs(70)
-    sources = [x, *mixer.parameters()]
-    found, expected = mixer(x, plain(70)), torch.stack([FORMULAS[name](mixer, row) for row in x])
-    equal(found, expected)
-    for own, theirs in zip(gradients(found, sources), gradients(expected, sources), strict=True):
-        equal(own, theirs, 1e-8)
+    testing.check_formula(config(name), FORMULAS[name])
 
 
 @every_mixer
-def test_no_token_depends_on_a_later_one(name):
-    mixer, x = build(name), inputs(20)
-    out = mixer(x, plain(20))
-    (grad,) = torch.autograd.grad(out[:, 9].square().sum(), x)
-    assert not grad[:, 10:].any()
-    assert bool((grad[:, [0, 9]] != 0).any(-1).all())
-    changed = torch.cat((x[:, :10], x[:, 10:] * 3), dim=1)
-    equal(mixer(changed, plain(20))[:, :10], out[:, :10], 1e-12)
-
-
-@every_mixer
-@pytest.mark.parametrize("sizes", [(1,) * 12, (5, 4, 3), (7, 1, 4)], ids=str)
-def test_token_by_token_and_in_pieces_it_is_the_whole(name, sizes):
-    mixer, x = build(name), inputs(12).detach()
-    cache, past, pieces = Kept(), 0, []
-    for piece in x.split(sizes, dim=1):
-        pieces.append(mixer(piece, plain(piece.shape[1], past), cache))
-        past += piece.shape[1]
-    equal(torch.cat(pieces, dim=1), mixer(x, plain(12)))
-
-
-@every_mixer
-def test_packed_documents_are_separate_documents(name):
-    mixer, x, lengths = build(name), inputs(80), (5, 1, 60, 14)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
-    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].expand(2, -1)
-    found = mixer(x, Layout(positions=positions, documents=documents))
-    expected = torch.cat([mixer(part, plain(part.shape[1])) for part in x.split(lengths, dim=1)], dim=1)
-    equal(found, expected)
-    equal(*(gradients(out, x)[0] for out in (found, expected)), 1e-8)
-
-
-@every_mixer
-def test_padding_on_the_left_changes_nothing(name):
-    mixer, x = build(name), inputs(12)
-    padding = torch.ones(2, 12, dtype=torch.bool)
-    padding[0, :5] = False
-    positions = (padding.long().cumsum(-1) - 1).clamp(min=0)
-    cache, pieces = Kept(), []
-    for start, end in ((0, 3), (3, 10), (10, 11), (11, 12)):
-        layout = Layout(positions=positions[:, start:end], padding=padding[:, :end], past=start)
-        pieces.append(mixer(x[:, start:end], layout, cache))
-    alone = mixer(x[:1, 5:], plain(7))
-    for found in (mixer(x, Layout(positions=positions, padding=padding)), torch.cat(pieces, dim=1)):
-        assert bool(found.isfinite().all())
-        equal(found[:1, 5:], alone)
-        equal(found[1:], mixer(x[1:], plain(12)))
-        (grad,) = gradients(found.masked_fill(~padding[..., None], 0), x)
-        assert not grad[0, :5].any()
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+def test_its_forms_agree_and_cost_what_they_say(check, name):
+    check(config(name), SHAPE)
 
 
 @every_mixer
@@ -292,22 +210,8 @@ def test_block_chunk_and_segment_change_nothing(name, monkeypatch):
     monkeypatch.setattr(sliding, "LEAST_BLOCK", 40)
     monkeypatch.setattr(scan, "scan", functools.partial(scan.scan, chunk=16, segment=32))
     pieces = mixer(x, plain(70))
-    equal(pieces, whole)
-    equal(*(gradients(out, x)[0] for out in (pieces, whole)))
-
-
-@every_mixer
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-def test_cache_bytes_are_those_that_are_kept(name, precision):
-    """All that lives on with it; after one piece, and after one more token."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    mixer, cache = build(name, dtype), Kept()
-    number_bytes = 4 if precision == "fp32" else 2
-    for past, length in ((0, 9), (9, 1)):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            mixer(inputs(length, dtype), plain(length, past), cache)
-        kept = sum(state.untyped_storage().nbytes() for state in cache.states.values())
-        assert kept == 2 * config(name).cache_bytes(grouped(name, SHAPE), past + length, number_bytes)
+    require_close("values", pieces, whole, 1e-9)
+    require_close("the gradient", *(gradients(out, x)[0] for out in (pieces, whole)), 1e-9)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sliding"])
@@ -318,68 +222,6 @@ def test_normed_keys_are_kept_in_the_format_of_values(name):
         for past, length in ((0, 9), (9, 1)):
             mixer(inputs(length, torch.float32), plain(length, past), cache)
     assert cache.states["key"].dtype == cache.states["value"].dtype == torch.bfloat16
-
-
-@every_mixer
-def test_a_second_derivative_is_right_or_refused(name):
-    mixer, x = build(name), inputs(6)
-
-    def loss(given):
-        return mixer(given, plain(6)).square().sum()
-
-    try:
-        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
-        direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-        (found,) = torch.autograd.grad((grad * direction).sum(), x)
-    except RuntimeError as error:
-        refusal = str(error)
-    else:
-        refusal = None
-    if refusal is not None:
-        assert re.search("differentiated once|is not implemented", refusal)
-        return
-    step = 1e-4
-    ends = [torch.autograd.grad(loss(x + sign * step * direction), x)[0] for sign in (1, -1)]
-    expected = (ends[0] - ends[1]) / (2 * step)
-    assert (found - expected).norm() <= 1e-4 * expected.norm()
-
-
-@every_mixer
-@pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_is_near(name, autocast):
-    dtype = torch.float32 if autocast else torch.bfloat16
-    mixer, x = build(name, dtype), inputs(20, dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = mixer(x, plain(20))
-    assert out.dtype == torch.bfloat16
-    expected = copy.deepcopy(mixer).double()(x.double(), plain(20))
-    assert (out - expected).norm() <= 0.05 * expected.norm()
-    out.float().square().sum().backward()
-    assert x.grad.isfinite().all()
-
-
-@every_mixer
-def test_what_writes_into_the_stream_begins_smaller_by_its_name(name):
-    assert build(name).get_parameter("o_proj.weight").shape[0] == SHAPE.width
-
-
-@every_mixer
-def test_buffers_are_those_that_are_stated(name):
-    mixer = config(name).build(grouped(name, SHAPE))
-    assert sum(own.nbytes for own in mixer.buffers()) == config(name).buffer_bytes(grouped(name, SHAPE), 4)
-
-
-@every_mixer
-def test_it_compiles_as_one_graph(name):
-    """Forward and backward; the layout's tables are made before."""
-    mixer, given, layout = build(name, torch.float32), inputs(150, torch.float32), plain(150)
-    mixer.prepare(layout, 2, torch.float32)
-    compiled = torch.compile(mixer, backend="eager", fullgraph=True)
-    found, expected = (
-        (out, *gradients(out, [given, *mixer.parameters()])) for out in (compiled(given, layout), mixer(given, layout))
-    )
-    for own, other in zip(found, expected, strict=True):
-        equal(own, other, 1e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,349 @@
+"""What must hold of every mixer: its forms agree with one another and with a formula, and it costs what it says."""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llmeff.attention import MixerConfig
+from llmeff.attention.mixer import Mixer, MixerShape
+from llmeff.core.layout import Layout
+from llmeff.cost.price import Kind
+from llmeff.cost.workload import Workload
+from llmeff.models import DecoderConfig
+from llmeff.models.transformer import LayerConfig
+from llmeff.optim import AdamW
+from llmeff.predict import price_step
+from llmeff.record.meters import count_flops, saved_bytes
+from llmeff.testing.failed import CheckFailed, require, require_close
+
+SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
+"""Of every mixer that can share heads of keys and values; others have as many of both."""
+WORKLOADS = (
+    Workload(num_sequences=2, num_tokens=83),
+    Workload(num_sequences=2, num_tokens=66, packed=True, recompute=True),
+    Workload(num_sequences=2, num_tokens=110, precision_name="bf16"),
+)
+"""Steps whose price is checked: more tokens than a chunk of a scan has."""
+
+Formula = Callable[[Any, Tensor], Tensor]
+"""(module, (T, D) of one row of one document in float64) to (T, D), by the equations of the mixer's source."""
+
+
+def check_mixer(config: MixerConfig, formula: Formula | None = None, *, shape: MixerShape = SHAPE) -> None:
+    """Checks a mixer as this package's own are: in float64 unless a format is named, on the CPU.
+
+    Checked are: that no token sees a later one, another document or padding; that token by token and in pieces, with a
+    cache, it is the whole; that a cache has the bytes that are stated; that half precision is near, and a second derivative
+    right or refused; that it compiles as one graph; that parameters, buffers, saved bytes and FLOPs are those of its law; and
+    values and gradients against a formula.
+
+    Args:
+        config: of the mixer, with any settings; such that a dozen tokens meet all that it does.
+        formula: the equations of its source, written out; None: its values are not checked.
+        shape: the widths; those of the default with as many heads of keys and values as of queries where it shares none.
+
+    Raises:
+        CheckFailed: naming what differs.
+    """
+    for check in CHECKS:
+        check(config, shape)
+    if formula is not None:
+        check_formula(config, formula, shape)
+
+
+class Kept:
+    """A layer's cache that is plain: every state by its name."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Tensor] = {}
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends (B, K, T, H) keys and values; returns all of them, (B, K, S, H)."""
+        for name, new in (("key", key), ("value", value)):
+            self.states[name] = torch.cat((self.states[name], new), dim=2) if name in self.states else new
+        return self.states["key"], self.states["value"]
+
+    def recall(self, name: str) -> Tensor | None:
+        """What was kept under a name."""
+        return self.states.get(name)
+
+    def keep(self, name: str, state: Tensor) -> None:
+        """Puts a state in the place of the one of that name."""
+        self.states[name] = state
+
+
+def grouped(config: MixerConfig, shape: MixerShape) -> MixerShape:
+    """The shape with half as many key-value heads as heads, or, where the mixer cannot share them, with as many."""
+    half = replace(shape, num_kv_heads=shape.num_heads // 2)
+    return replace(shape, num_kv_heads=shape.num_heads) if config.problems(half) else half
+
+
+def build(config: MixerConfig, shape: MixerShape = SHAPE, dtype: torch.dtype = torch.float64) -> Mixer:
+    """The module of the grouped shape, with weights so large that all that it does shows."""
+    torch.manual_seed(0)
+    mixer = config.build(grouped(config, shape))
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.normal_(0.0, 0.5)
+        for module in mixer.modules():
+            for own, values in getattr(module, "initial", dict)().items():
+                getattr(module, own).copy_(values + 0.2 * torch.randn_like(values))
+    return mixer.to(dtype)
+
+
+def inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2, width: int = SHAPE.width) -> Tensor:
+    """(B, T, D), a leaf."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(batch, length, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def plain(length: int, past: int = 0) -> Layout:
+    """Rows of one document."""
+    return Layout.plain(length, torch.device("cpu"), past)
+
+
+def gradients(out: Tensor, sources: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    """Of the sources, under a drawn gradient of `out`."""
+    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.autograd.grad((out * above).sum(), sources)
+
+
+def _name(config: MixerConfig) -> str:
+    return f"mixer {config.name!r}"
+
+
+def _drawn(config: MixerConfig, shape: MixerShape, length: int) -> tuple[Mixer, Tensor]:
+    return build(config, shape), inputs(length, width=shape.width)
+
+
+# -- what is checked of every mixer
+
+
+def check_registered(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """It is found by its name, takes the widths, and writes into the stream by `o_proj`."""
+    registry = MixerConfig.registry
+    is_known = config.name in registry and registry[config.name] is type(config)
+    require(is_known, f"{_name(config)} is not what the registry has by that name: {', '.join(registry.names())}")
+    problems = config.problems(grouped(config, shape))
+    require(not problems, f"{_name(config)} does not take {grouped(config, shape)}: {'; '.join(problems)}")
+    names = {name: own.shape for name, own in build(config, shape).named_parameters()}
+    own = names.get("o_proj.weight")
+    said = f"{_name(config)}: o_proj.weight, which writes into the stream, has the shape"
+    require(own is not None and own[0] == shape.width, f"{said} {own and tuple(own)}, and must have {shape.width} rows")
+
+
+def check_causality(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """No token depends on a later one; each depends on itself and on the first."""
+    mixer, x = _drawn(config, shape, 20)
+    out = mixer(x, plain(20))
+    (grad,) = torch.autograd.grad(out[:, 9].square().sum(), x)
+    later = grad[:, 10:].any(-1).any(0).nonzero().flatten().tolist()
+    require(not later, f"{_name(config)}: token 9 depends on tokens {[10 + place for place in later]}, which are later")
+    seen = bool((grad[:, [0, 9]] != 0).any(-1).all())
+    require(seen, f"{_name(config)}: token 9 does not depend on itself and on token 0")
+    changed = torch.cat((x[:, :10], x[:, 10:] * 3), dim=1)
+    said = f"{_name(config)}: tokens before those that changed"
+    require_close(said, mixer(changed, plain(20))[:, :10], out[:, :10], 1e-12)
+
+
+def check_decoding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """With a cache, token by token and in pieces, it is the whole."""
+    mixer, x = _drawn(config, shape, 12)
+    x = x.detach()
+    for sizes in ((1,) * 12, (5, 4, 3), (7, 1, 4)):
+        cache, past, pieces = Kept(), 0, []
+        for piece in x.split(sizes, dim=1):
+            pieces.append(mixer(piece, plain(piece.shape[1], past), cache))
+            past += piece.shape[1]
+        said = f"{_name(config)} with a cache, in pieces of {sizes}"
+        require_close(said, torch.cat(pieces, dim=1), mixer(x, plain(12)), 1e-9)
+
+
+def check_packing(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """Documents in one row are documents apart, in values and gradients."""
+    (mixer, x), lengths = _drawn(config, shape, 80), (5, 1, 60, 14)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].expand(2, -1)
+    found = mixer(x, Layout(positions=positions, documents=documents))
+    expected = torch.cat([mixer(part, plain(part.shape[1])) for part in x.split(lengths, dim=1)], dim=1)
+    require_close(f"{_name(config)} on documents in one row", found, expected, 1e-9)
+    grads = [gradients(out, x)[0] for out in (found, expected)]
+    require_close(f"{_name(config)}: the gradient through documents in one row", grads[0], grads[1], 1e-8)
+
+
+def check_padding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """Padding on the left changes nothing, makes no NaN and has no gradient, with a cache too."""
+    mixer, x = _drawn(config, shape, 12)
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :5] = False
+    positions = (padding.long().cumsum(-1) - 1).clamp(min=0)
+    cache, pieces = Kept(), []
+    for start, end in ((0, 3), (3, 10), (10, 11), (11, 12)):
+        layout = Layout(positions=positions[:, start:end], padding=padding[:, :end], past=start)
+        pieces.append(mixer(x[:, start:end], layout, cache))
+    alone, whole = mixer(x[:1, 5:], plain(7)), mixer(x[1:], plain(12))
+    forms = {
+        "without a cache": mixer(x, Layout(positions=positions, padding=padding)),
+        "with a cache": torch.cat(pieces, 1),
+    }
+    for form, found in forms.items():
+        said = f"{_name(config)} {form}"
+        require(bool(found.isfinite().all()), f"{said}: padding makes numbers that are not finite")
+        require_close(f"{said}: a row behind padding", found[:1, 5:], alone, 1e-9)
+        require_close(f"{said}: a row without padding beside one with", found[1:], whole, 1e-9)
+        (grad,) = gradients(found.masked_fill(~padding[..., None], 0), x)
+        require(not grad[0, :5].any(), f"{said}: padding has a gradient")
+
+
+def check_cache_bytes(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """What lives on in a cache is what is stated: after one piece, and after one more token, in three formats."""
+    for form, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("autocast", torch.float32)):
+        mixer, cache = build(config, shape, dtype), Kept()
+        number_bytes = 4 if form == "fp32" else 2
+        for past, length in ((0, 9), (9, 1)):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+                mixer(inputs(length, dtype, width=shape.width), plain(length, past), cache)
+            kept = sum(state.untyped_storage().nbytes() for state in cache.states.values())
+            said = 2 * config.cache_bytes(grouped(config, shape), past + length, number_bytes)
+            told = f"{_name(config)} in {form}: two rows of {past + length} tokens keep {kept} bytes, and cache_bytes says {said}"
+            require(kept == said, told)
+
+
+def check_second_derivative(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """It is right, or refused."""
+    mixer, x = _drawn(config, shape, 6)
+
+    def loss(given: Tensor) -> Tensor:
+        out: Tensor = mixer(given, plain(6)).square().sum()
+        return out
+
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    try:
+        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        (found,) = torch.autograd.grad((grad * direction).sum(), x)
+    except RuntimeError as error:
+        if re.search("differentiated once|is not implemented", str(error)):
+            return
+        raise CheckFailed(f"{_name(config)}: a second derivative ends in {error}") from error
+    step = 1e-4
+    ends = [torch.autograd.grad(loss(x + sign * step * direction), x)[0] for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    off = float((found - expected).detach().norm() / expected.norm())
+    require(
+        off <= 1e-4,
+        f"{_name(config)}: its second derivative is off that of differences by {off:.1e}, and is not refused",
+    )
+
+
+def check_half_precision(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """In bfloat16, and under autocast, it is near, and its gradients are finite."""
+    for form, dtype in (("bfloat16", torch.bfloat16), ("autocast", torch.float32)):
+        mixer, x = build(config, shape, dtype), inputs(20, dtype, width=shape.width)
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+            out = mixer(x, plain(20))
+        require(out.dtype == torch.bfloat16, f"{_name(config)} in {form} gives {out.dtype}")
+        expected = copy.deepcopy(mixer).double()(x.double(), plain(20))
+        off = float((out - expected).detach().norm() / expected.detach().norm())
+        require(off <= 0.05, f"{_name(config)} in {form} is off float64 by {off:.2g}, and may be by 0.05")
+        out.float().square().sum().backward()
+        assert x.grad is not None
+        require(bool(x.grad.isfinite().all()), f"{_name(config)} in {form}: its gradient is not finite")
+
+
+def check_buffers(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """It keeps as many bytes beside its parameters as it says."""
+    widths = grouped(config, shape)
+    kept, said = sum(own.nbytes for own in config.build(widths).buffers()), config.buffer_bytes(widths, 4)
+    require(kept == said, f"{_name(config)} keeps buffers of {kept} bytes, and buffer_bytes says {said}")
+
+
+def check_compiles(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """Forward and backward are one graph; the layout's tables are made before."""
+    length = 150
+    mixer, given, layout = (
+        build(config, shape, torch.float32),
+        inputs(length, torch.float32, width=shape.width),
+        plain(length),
+    )
+    mixer.prepare(layout, 2, torch.float32)
+    out = torch.compile(mixer, backend="eager", fullgraph=True)(given, layout)
+    expected = mixer(given, layout)
+    leaves = [given, *mixer.parameters()]
+    require_close(f"{_name(config)} compiled", out, expected, 1e-5)
+    for found, own in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
+        require_close(f"{_name(config)} compiled: a gradient", found, own, 1e-5)
+
+
+def check_price(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
+    """A layer of it has the parameters, keeps the bytes for backward and executes the FLOPs of its law."""
+    widths = grouped(config, shape)
+    model = DecoderConfig(
+        vocab_size=61, width=widths.width, num_layers=1, num_heads=widths.num_heads, num_kv_heads=widths.num_kv_heads,
+        head_dim=widths.head_dim, layers=(LayerConfig(has_mlp=False),), mixer=config,
+    )  # fmt: skip
+    for work in WORKLOADS:
+        price, measured = price_step(model, AdamW(), work), _measured(model, work)
+        for kind, found in measured.items():
+            said = price.total(kind)
+            where = (
+                f"{work.precision_name}{', packed' if work.packed else ''}{', recomputed' if work.recompute else ''}"
+            )
+            require(said == found, f"{_name(config)} in a step ({where}): {kind} is {found}, and its law says {said}")
+
+
+def _measured(config: DecoderConfig, work: Workload) -> dict[Kind, int]:
+    torch.manual_seed(0)
+    model: Any = config.build()
+    model.recompute = work.recompute
+    shape = (work.num_sequences, work.num_tokens)
+    tokens = torch.randint(61, shape)
+    layout = plain(work.num_tokens)
+    if work.packed:
+        places = torch.arange(work.num_tokens).repeat(work.num_sequences, 1)
+        layout = Layout(positions=places % (work.num_tokens // 2), documents=places // (work.num_tokens // 2))
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
+            summed: Tensor = model(tokens, layout, tokens)
+        return summed
+
+    held = [*model.parameters(), *model.buffers(), tokens, layout.positions]
+    held += [] if layout.documents is None else [layout.documents]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if work.kernel == "flash" else SDPBackend.MATH):
+        flops = count_flops(lambda: loss().backward())
+        kept = saved_bytes(loss, held)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": counted, "executed_flops": flops, "saved_bytes": kept}
+
+
+CHECKS: tuple[Callable[[MixerConfig, MixerShape], None], ...] = (
+    check_registered,
+    check_causality,
+    check_decoding,
+    check_packing,
+    check_padding,
+    check_cache_bytes,
+    check_second_derivative,
+    check_half_precision,
+    check_buffers,
+    check_compiles,
+    check_price,
+)
+"""What `check_mixer` asks beside the formula, in its order."""
+
+
+def check_formula(config: MixerConfig, formula: Formula, shape: MixerShape = SHAPE) -> None:
+    """Values and gradients are those of the formula, over more than a chunk."""
+    mixer, x = _drawn(config, shape, 70)
+    sources = {"what comes in": x, **dict(mixer.named_parameters())}
+    found, expected = mixer(x, plain(70)), torch.stack([formula(mixer, row) for row in x])
+    require_close(f"{_name(config)}: its values against the formula's", found, expected, 1e-9)
+    pairs = zip(gradients(found, list(sources.values())), gradients(expected, list(sources.values())), strict=True)
+    for name, (own, theirs) in zip(sources, pairs, strict=True):
+        require_close(f"{_name(config)}: the gradient of {name} against the formula's", own, theirs, 1e-8)
