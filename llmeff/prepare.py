@@ -23,6 +23,7 @@ from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
 from llmeff.parallel import Parts, Strategy, StrategyConfig
+from llmeff.parallel.group_state import check_savable
 from llmeff.predict import check_model, num_threads, resolve_micro_batch
 from llmeff.record import schema
 from llmeff.runconfig import RunConfig
@@ -191,12 +192,18 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
 
 
 def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
-    """The run's model and optimizer, shared among the processes as the config says."""
+    """The run's model and optimizer, shared among the processes as the config says.
+
+    Raises:
+        ConfigError: the model cannot be built, or a checkpoint could not hold the optimizer's state.
+    """
     beat()
     shares = micro_batches(config, world().rank)
+    model = prepare_model(config, device)
+    check_savable(config.optim.name, config.optim.build, task.table(model), config.parallel.miscounts)
     return config.parallel.build(
         Parts(
-            model=prepare_model(config, device),
+            model=model,
             table=task.table,
             optimizer=config.optim.build,
             device=device,

@@ -19,6 +19,7 @@ from llmeff.core.tensors import local, stored_tensors
 from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
+from llmeff.parallel.group_state import group_entries
 from llmeff.parallel.rank_keeping import RankKeeping
 from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
@@ -222,6 +223,7 @@ class Sharded(Strategy):
         self._rows = parts.table(parts.model)
         self._parameters = [row.parameter for row in self._rows]
         self.optimizer = parts.optimizer(self._rows)
+        self.begun = group_entries(self.optimizer)
         self.model = parts.model
 
     def backward(self, loss: Tensor) -> None:

@@ -1,12 +1,12 @@
 """A run's weights and optimizer state on disk, in slices that any number of ranks can read back.
 
 Every rank writes what it owns: `rank-00000.safetensors` with the updated weights and each kind of state, and
-`rank-00000.json`, which says which slice of which parameter each is. So a state outlives the strategy and the number of
+`rank-00000.json`, which says which slice of which parameter each is, and what the optimizer counts in its groups. So a state outlives the strategy and the number of
 ranks that it was made with, and nothing but tensors and JSON is read.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from llmeff.core.shard import Slice
 from llmeff.core.table import Row
 from llmeff.core.tensors import local, stored_tensors
+from llmeff.parallel.group_state import Entries, changed_entries, put_back
 
 _BETWEEN = "::"
 _WEIGHT = "weight"
@@ -54,6 +55,7 @@ def save(
     rank: int,
     holders: Iterable[Holder],
     optimizer: Optimizer,
+    begun: Sequence[Entries],
     buffers: Mapping[str, Tensor],
     others: Mapping[str, Any],
 ) -> None:
@@ -64,9 +66,17 @@ def save(
         rank: this process's.
         holders: what it owns.
         optimizer: whose state goes with it.
+        begun: `group_entries` of the optimizer before its first step.
         buffers: of the model; the main rank's are kept.
         others: what else the strategy remembers, as JSON.
+
+    Raises:
+        ConfigError: the optimizer's groups hold what cannot be written.
     """
+    changed = changed_entries(optimizer, begun)
+    entries = {key: own for group, own in zip(optimizer.param_groups, changed, strict=True) for key in group["params"]}
+    holders = list(holders)
+    groups = {part.name: own for holder in holders if (own := entries.get(holder.key)) for part, _ in holder.parts}
     tensors: dict[str, Tensor] = {}
     slices: dict[str, tuple[int, int]] = {}
     whole: list[str] = []
@@ -96,7 +106,9 @@ def save(
                 else:
                     tensors[name] = flat(value)[span]
     save_file(_plain_copies(tensors), folder / f"rank-{rank:05d}.safetensors")
-    content = {"slices": slices, "whole": whole, "state": plain, "shared": shared, "others": dict(others)}
+    content = {
+        "slices": slices, "whole": whole, "state": plain, "groups": groups, "shared": shared, "others": dict(others)
+    }  # fmt: skip
     (folder / f"rank-{rank:05d}.json").write_text(json.dumps(content), encoding="utf-8")
     if rank == 0:
         save_file(_plain_copies(buffers), folder / _BUFFERS)
@@ -173,6 +185,11 @@ class Saved:
             if name.startswith(prefix)
         }
 
+    @cached_property
+    def _groups(self) -> dict[str, Entries]:
+        """What the group of each parameter counted."""
+        return {name: own for _, content in self._contents for name, own in content.get("groups", {}).items()}
+
     def whole(self, parameter: str, kind: str) -> Tensor:
         """A tensor of the state as it was saved: one number for all slices, or that of a whole parameter."""
         name = parameter + _BETWEEN + kind
@@ -217,6 +234,7 @@ class Saved:
                 continue
             first = named[0].name
             group = groups.get(holder.key, optimizer.param_groups[0])
+            put_back(group, self._groups.get(first, {}), holder.key.device)
             on_device = group.get("fused") or group.get("capturable")  # where torch keeps step counters
             state = optimizer.state[holder.key]
             for kind in sorted(self.kinds(first)):

@@ -14,6 +14,7 @@ from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.workload import Workload
+from llmeff.parallel.group_state import group_entries
 from llmeff.parallel.saved import Holder, Saved, load_whole, whole
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
 
@@ -85,6 +86,7 @@ class SingleProcess(Strategy):
         # Not prepared: Accelerate's optimizer looks for other packages on disk at every step, which takes 0.4 ms.
         self.optimizer, self._scaler = parts.optimizer(self._owned()), self._accelerator.scaler
         self.model = self._accelerator.prepare(parts.model)
+        self.begun = group_entries(self.optimizer)
 
     def _owned(self) -> list[Row]:
         """The parameters that this process updates."""

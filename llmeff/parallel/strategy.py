@@ -20,6 +20,7 @@ from llmeff.core.tensors import stored_tensors
 from llmeff.cost.arrays import Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.workload import Workload
+from llmeff.parallel.group_state import Entries
 from llmeff.parallel.saved import Holder, Saved, save
 
 
@@ -52,6 +53,9 @@ class Strategy(ABC):
     """The model whose forward a step calls; under no_grad too."""
     optimizer: Optimizer
     """What updates this process's share; its groups hold the learning rate."""
+
+    begun: list[Entries]
+    """What the optimizer's groups held before its first step."""
 
     def __init__(self, parts: Parts):
         self.device = parts.device
@@ -134,7 +138,7 @@ class Strategy(ABC):
         buffers = {
             name: tensor for name, tensor in stored_tensors(self._plain).items() if _is_buffer(self._plain, name)
         }
-        save(folder, self.world.rank, self.holders(), self.optimizer, buffers, self.remembered())
+        save(folder, self.world.rank, self.holders(), self.optimizer, self.begun, buffers, self.remembered())
 
     def load(self, folder: Path) -> None:
         """Puts back what any strategy's `save` wrote on any number of ranks.
@@ -187,6 +191,11 @@ class StrategyConfig(Component, family="strategy"):
     def refusal(self, sharding: Sharding) -> str | None:
         """Why an optimizer of this kind would not be itself here; None where it is."""
         raise NotImplementedError(type(self))
+
+    @property
+    def miscounts(self) -> str | None:
+        """Why an optimizer that counts its steps in its groups would not be itself here; None where it is."""
+        return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
         """What of a precision that it trains in, or of `runtime.compile`, cannot work with these fields, and why."""

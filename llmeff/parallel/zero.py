@@ -22,6 +22,7 @@ from llmeff.core.tensors import stored_tensors
 from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.workload import Workload
+from llmeff.parallel.group_state import group_entries
 from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole, whole
 from llmeff.parallel.single import check_joined
 from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
@@ -177,6 +178,15 @@ class DeepSpeed(StrategyConfig):
             }
         return settings
 
+    @property
+    def miscounts(self) -> str | None:
+        """At stage 3 the optimizer is stepped once for each group, with the others empty, and counts in all of them."""
+        if self.stage < 3:
+            return None
+        return (
+            f"at stage 3 parallel {self.name!r} steps it once for each group, and it would count too far; use stage 2"
+        )
+
     def bucket_size(self, size: int) -> int:
         """Numbers in a bucket of gradients, of a model of so many."""
         # a bucket of the whole model is one that is never full, and DeepSpeed allocates what it is told
@@ -269,6 +279,7 @@ class Engine(Strategy):
         self.optimizer = parts.optimizer(rows)
         self._groups = [[self._names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
         self._engine = _engine(parts, self.optimizer, config.settings(parts))
+        self.begun = group_entries(self.optimizer)
         self.model = self._engine
 
     @property

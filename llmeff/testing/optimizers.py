@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmeff.core.config import ConfigError
 from llmeff.core.optimizer_state import set_learning_rate, state_bytes
 from llmeff.core.precision import precision
 from llmeff.core.shard import split_group
 from llmeff.core.table import UNDECAYED, Role, Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.optim import OptimizerConfig
+from llmeff.parallel.group_state import check_savable, group_entries
 from llmeff.parallel.saved import Holder, Saved, flat, save, whole
 from llmeff.record.meters import count_flops
 from llmeff.testing.failed import CheckFailed, require, share_off
@@ -309,9 +311,16 @@ def _dealt_out(config: OptimizerConfig, ranks: int = 2) -> Iterator[tuple[str, T
 def check_saved(config: OptimizerConfig) -> None:
     """Its state goes to disk and back to the last bit, and where it may be cut, in slices."""
     rows, gradients = _drawn(torch.float32, 6)
-    optimizer = _walked(config, rows, gradients[:3])
+    try:
+        check_savable(config.name, config.build, rows)
+    except ConfigError as error:
+        raise CheckFailed(str(error)) from error
+    optimizer = config.build(rows)
+    begun = group_entries(optimizer)
+    for step in range(3):
+        _step(optimizer, rows, gradients[step], FACTORS[step])
     with tempfile.TemporaryDirectory() as name:
-        save(Path(name), 0, map(whole, rows), optimizer, {}, {})
+        save(Path(name), 0, map(whole, rows), optimizer, begun, {}, {})
         again = _drawn(torch.float32)[0]
         resumed = config.build(again)
         Saved(Path(name)).load(map(whole, again), resumed)

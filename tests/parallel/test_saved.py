@@ -10,6 +10,7 @@ from llmeff.core.optimizer_state import state_bytes
 from llmeff.core.shard import Slice, replicated, split_each, split_group, split_rows, whole_tensors
 from llmeff.core.table import Row
 from llmeff.optim import AdamW8bit
+from llmeff.parallel.group_state import group_entries
 from llmeff.parallel.saved import Holder, Saved, check_fit, save, whole
 
 OPTIMIZERS = {
@@ -44,7 +45,7 @@ def trained(build):
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_state_put_back_goes_on_to_the_last_bit(build, tmp_path):
     model, optimizer = trained(build)
-    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, {}, {})
+    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
 
     again = copy.deepcopy(model)
     nn.init.zeros_(again.weight)
@@ -62,7 +63,7 @@ def test_a_table_that_parameters_have_in_common_stays_one(tmp_path):
     model = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 50))
     optimizer = config.build(rows_of(model))
     step(model, optimizer)
-    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, {}, {})
+    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
 
     again = copy.deepcopy(model)
     resumed = config.build(rows_of(again))
@@ -110,11 +111,11 @@ def test_slices_of_any_number_of_ranks_make_the_whole_again_and_are_made_of_it(c
     (tmp_path / "slices").mkdir()
     (tmp_path / "whole").mkdir()
     for rank, (holder, own) in enumerate(flats(model, optimizer, cut, ranks)):
-        save(tmp_path / "slices", rank, [holder], own, {}, {})
+        save(tmp_path / "slices", rank, [holder], own, group_entries(own), {}, {})
     again = copy.deepcopy(model)
     resumed = torch.optim.AdamW(again.parameters(), lr=0.1)
     Saved(tmp_path / "slices").load(map(whole, rows_of(again)), resumed)
-    save(tmp_path / "whole", 0, map(whole, rows_of(again)), resumed, {}, {})
+    save(tmp_path / "whole", 0, map(whole, rows_of(again)), resumed, group_entries(resumed), {}, {})
     for holder, own in flats(model, optimizer, cut, ranks):
         blank = Holder(key=torch.zeros_like(holder.key), parts=holder.parts)
         empty = torch.optim.AdamW([blank.key], lr=0.1)
@@ -129,7 +130,7 @@ def test_slices_of_any_number_of_ranks_make_the_whole_again_and_are_made_of_it(c
 
 def test_a_state_that_is_not_number_by_number_is_not_cut(tmp_path):
     model, optimizer = trained(OPTIMIZERS["factored"])
-    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, {}, {})
+    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
     part = Slice(name="weight", start=0, stop=6)
     with pytest.raises(ValueError, match=r"weight: its .* belongs to the parameter as a whole and cannot be cut"):
         Saved(tmp_path).load([Holder(key=torch.zeros(6), parts=((part, 0),))], optimizer)
@@ -138,14 +139,14 @@ def test_a_state_that_is_not_number_by_number_is_not_cut(tmp_path):
 def test_a_missing_rank_is_said(tmp_path):
     model, optimizer = trained(OPTIMIZERS["adamw"])
     (holder, own), _ = flats(model, optimizer, "groups", 2)
-    save(tmp_path, 0, [holder], own, {}, {})
+    save(tmp_path, 0, [holder], own, group_entries(own), {}, {})
     with pytest.raises(ValueError, match=r"weight: numbers 10 to 15 were not saved"):
         Saved(tmp_path).read(Slice(name="weight", start=0, stop=15))
 
 
 def test_another_models_weights_are_refused(tmp_path):
     model, optimizer = trained(OPTIMIZERS["adamw"])
-    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, {}, {})
+    save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
     other = rows_of(nn.Sequential(nn.Linear(3, 5)))
     with pytest.raises(ValueError, match=r"missing \['0.bias', '0.weight'\], unexpected \['bias', 'weight'\]"):
         check_fit(other, Saved(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 from llmeff.attention import MixerConfig
 from llmeff.optim import OptimizerConfig
 
-collect_ignore = ["sigmoid.py", "signum.py"]
+collect_ignore = ["counting.py", "sigmoid.py", "signum.py"]
 """Imported by tests alone, since what it registers would be there for all."""
 
 
@@ -16,15 +16,9 @@ collect_ignore = ["sigmoid.py", "signum.py"]
 def outside():
     """Imports a module of `tests.testing` as a user's own, with what it registers."""
     before = {kind: set(kind.registry.names()) for kind in (MixerConfig, OptimizerConfig)}
-    imported = []
-
-    def load(name):
-        imported.append(f"tests.testing.{name}")
-        return importlib.import_module(imported[-1])
-
-    yield load
+    yield lambda name: importlib.import_module(f"tests.testing.{name}")
     for kind, names in before.items():
         for name in set(kind.registry.names()) - names:
             del kind.registry._entries[name]
-    for name in imported:
-        del sys.modules[name]
+    for file in collect_ignore:
+        sys.modules.pop(f"tests.testing.{file.removesuffix('.py')}", None)

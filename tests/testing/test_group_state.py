@@ -1,0 +1,135 @@
+"""What an optimizer counts in its groups goes into checkpoints and comes back, or the run is refused before it begins."""
+
+import pytest
+import torch
+from torch import nn
+
+from llmeff.core.config import ConfigError
+from llmeff.core.table import Row
+from llmeff.loop import Trainer
+from llmeff.parallel.group_state import changed_entries, check_savable, group_entries, put_back
+from llmeff.parallel.saved import save
+from llmeff.testing import CheckFailed, check_optimizer, optimizers
+from tests.ranks import ranks
+from tests.strategies import STRATEGIES, config
+from tests.test_strategies import losses, train_until
+
+ROWS = [Row(name="weight", parameter=nn.Parameter(torch.ones(2, 2)), role="matrix")]
+VALUES = {
+    "step": 7, "sum": 0.1, "is_on": True, "mode": "train", "none": None, "pair": (1, 2.5), "infinite": -float("inf"),
+    "tensor": torch.tensor(1 / 3), "double": torch.tensor([1 / 3], dtype=torch.float64), "count": torch.tensor(2**40),
+}  # fmt: skip
+
+
+def with_group(**entries):
+    optimizer = torch.optim.SGD([ROWS[0].parameter], lr=0.5)
+    optimizer.param_groups[0].update(entries)
+    return optimizer
+
+
+def test_what_changed_comes_back_and_nothing_else():
+    optimizer = with_group(**dict.fromkeys(VALUES), same=3, nan=float("nan"))
+    begun = group_entries(optimizer)
+    optimizer.param_groups[0].update(VALUES, lr=0.1, peak_lr=0.5)
+    (changed,) = changed_entries(optimizer, begun)
+    assert changed.keys() == VALUES.keys() - {"none"}
+    group = {"lr": 0.5}
+    put_back(group, changed, torch.device("cpu"))
+    assert group.pop("lr") == 0.5
+    for name, value in group.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, VALUES[name])
+            assert value.dtype == VALUES[name].dtype
+        else:
+            assert value == (list(VALUES[name]) if name == "pair" else VALUES[name])
+
+
+def test_a_tensor_that_is_changed_in_place_is_seen():
+    optimizer = with_group(step=torch.tensor(0.0), list=[1])
+    begun = group_entries(optimizer)
+    optimizer.param_groups[0]["step"] += 1
+    optimizer.param_groups[0]["list"].append(2)
+    assert changed_entries(optimizer, begun)[0].keys() == {"step", "list"}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(object(), "a object"), ({"a": 1}, "a dict"), (torch.zeros(2), r"a tensor of shape \(2,\)"), ([{1}], "a set")],
+    ids=["object", "dict", "tensor", "set"],
+)
+def test_what_a_checkpoint_cannot_hold_is_refused(value, kind):
+    said = f"optim 'own': its groups' 'history' is {kind}, which a checkpoint cannot hold: there, keep numbers, "
+    with pytest.raises(ConfigError, match=said):
+        check_savable("own", lambda rows: with_group(history=value), ROWS)
+
+
+def test_lists_of_tensors_in_the_state_are_refused():
+    optimizer = with_group()
+    optimizer.state[ROWS[0].parameter]["bases"] = [torch.eye(2)]
+    with pytest.raises(ConfigError, match=r"optim 'own': its state's 'bases' is a tensor of shape \(2, 2\)"):
+        check_savable("own", lambda rows: optimizer, ROWS)
+
+
+def test_the_check_moves_no_parameter():
+    check_savable("own", lambda rows: torch.optim.SGD([row.parameter for row in rows], lr=1.0), ROWS)
+    assert torch.equal(ROWS[0].parameter, torch.ones(2, 2))
+    assert ROWS[0].parameter.grad is None
+
+
+def test_check_optimizer_sees_it(outside, monkeypatch):
+    own = outside("counting")
+    check_optimizer(own.Counting())
+    with pytest.raises(CheckFailed, match=r"optim 'counting': its groups' 'history' is a dict"):
+        check_optimizer(own.Counting(keeps_object=True))
+    monkeypatch.setattr(optimizers, "save", lambda *given: save(*given[:4], group_entries(given[3]), *given[5:]))
+    with pytest.raises(CheckFailed, match=r"optimizer 'counting' saved and put back moves 'embedding' otherwise"):
+        check_optimizer(own.Counting())
+
+
+def test_it_is_refused_before_a_file_is_touched(outside, tmp_path):
+    outside("counting")
+    settings = config("optim=counting", "optim.keeps_object=true")
+    with pytest.raises(ConfigError, match="optim 'counting': its groups' 'history' is a dict"):
+        Trainer(settings, tmp_path / "run", resume=False, is_silent=True)
+    assert not (tmp_path / "run").exists()
+
+
+def run(folder, resume, until, *settings, number=2):
+    """Eight steps' run, up to one of them; by one process here, by several in theirs."""
+    settings = config("optim=counting", "checkpoint.every=2", "train.steps=8", *settings, num_ranks=number)
+    if number == 1:
+        train_until(settings, folder, resume, until)
+    else:
+        ranks(number).run(train_until, settings, folder, resume, until)
+    return losses(folder)
+
+
+def test_ended_and_resumed_one_process_is_the_run_that_was_not(outside, tmp_path):
+    outside("counting")
+    whole = run(tmp_path / "whole", False, 8, number=1)
+    run(tmp_path / "cut", False, 4, number=1)
+    assert run(tmp_path / "cut", True, 8, number=1) == whole
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp, optimizer shared out",
+        "zero 2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero 1")),
+    ],
+)
+def test_ended_and_resumed_ranks_are_the_run_that_was_not(outside, tmp_path, strategy):
+    outside("counting")
+    whole = run(tmp_path / "whole", False, 8, *STRATEGIES[strategy])
+    run(tmp_path / "cut", False, 4, *STRATEGIES[strategy])
+    assert run(tmp_path / "cut", True, 8, *STRATEGIES[strategy]) == whole
+    assert whole == pytest.approx(run(tmp_path / "alone", False, 8, number=1), rel=1e-5)
+
+
+def test_it_is_refused_where_it_would_count_too_far(outside, tmp_path):
+    outside("counting")
+    settings = config("optim=counting", *STRATEGIES["zero 3"])
+    said = r"optim 'counting' counts in its groups \(largest, step, weight_sum\): at stage 3 parallel 'deepspeed' steps it once"
+    with pytest.raises(ConfigError, match=said):
+        Trainer(settings, tmp_path / "run", resume=False, is_silent=True)
