@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmeff.data.image_source import IGNORED
-from llmeff.tasks.image_metrics import BOUNDARY, boundary_f1, confusion, counts_of, scores
+from llmeff.tasks.image_metrics import BOUNDARY, boundary_f1, confusion, counts_of, image_counts, scores
 
 X = IGNORED
 CLASSES = ("road", "sky", "tree")
@@ -177,3 +177,30 @@ def test_outlines_of_random_pixels(tolerance):
         predicted = np.where(np.kron(coarse[1], np.ones((3, 3), int)) == X, 0, np.kron(coarse[1], np.ones((3, 3), int)))
         expected = plain_boundary_f1(predicted, truth, 3, tolerance)
         assert boundary_f1(predicted, truth, 3, tolerance) == pytest.approx(expected)
+
+
+# -- all of it on one drawing
+
+
+DRAWN = array([0, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, X], [0, 0, 0, 0, X])
+ASIDE = array([0, 0, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0])
+"""A square of two by two pixels, and the same a pixel to the right, where two pixels are ignored."""
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "outline"),
+    [
+        # The square: two of four pixels are met, either way. The ground: of its outline there are eight pixels, of which
+        # two are met; of the other's seven, since one of eight is ignored.
+        (0.15, (1 / 2 + 2 * 2 / (7 + 8)) / 2),
+        (0.16, 1),  # of a diagonal of 6.4 pixels: more than one
+    ],
+)
+def test_a_drawing_by_hand(tolerance, outline):
+    found = scores([image_counts(ASIDE, DRAWN, CLASSES, tolerance)], CLASSES)
+    assert (found["iou.road"], found["iou.sky"]) == (12 / (14 + 14 - 12), 2 / (4 + 4 - 2))
+    assert math.isnan(found["iou.tree"])
+    assert found["mean_iou"] == pytest.approx((3 / 4 + 1 / 3) / 2)
+    assert found["class_accuracy"] == pytest.approx((12 / 14 + 2 / 4) / 2)
+    assert found["global_accuracy"] == 14 / 18
+    assert found["boundary_f1"] == pytest.approx(outline)

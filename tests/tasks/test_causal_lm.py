@@ -1,0 +1,185 @@
+"""What readers see of language modelling, on two documents whose every probability is known."""
+
+import gzip
+import math
+import re
+
+import pytest
+import tokenizers
+import torch
+from torch import nn
+
+from llmeff.core.config import override, validate
+from llmeff.core.dist import world
+from llmeff.data import TextData
+from llmeff.data.builtin import Builtin
+from llmeff.data.splits import Document
+from llmeff.data.tokenizer import END, Tokenizer
+from llmeff.loop import train
+from llmeff.models import DecoderConfig
+from llmeff.record.reader import read_run
+from llmeff.runconfig import RunConfig
+from llmeff.tasks import CausalLM, causal_lm
+from llmeff.tasks.task import UnitResult
+from tests.test_loop import TINY
+
+CPU = torch.device("cpu")
+FIRST, SECOND = "aé漢🙂漢", "é"
+"""13 bytes (1 + 2 + 3 + 4 + 3) in three tokens, and 2 bytes in one."""
+VOCABULARY = ["a", "é", "漢", "🙂", "aé", "漢🙂"]
+HALVINGS = {
+    (END, "aé"): 1, ("aé", "漢🙂"): 2, ("漢🙂", "漢"): 3, ("漢", END): 4,
+    (END, "é"): 2, ("é", END): 1,
+}  # fmt: skip
+"""Bits that each token of the documents costs after the one before: 10 of the first, 3 of the second."""
+
+
+class Bigrams(nn.Module):
+    """Gives a token the probability 2^-bits after the one before, and shares out the rest among the others.
+
+    Each row of logits is moved by a number of its own, which changes no probability.
+    """
+
+    def __init__(self, ids):
+        super().__init__()
+        probabilities = torch.zeros(len(ids), len(ids), dtype=torch.float64)
+        for (before, after), bits in HALVINGS.items():
+            probabilities[ids[before], ids[after]] = 2.0**-bits
+        free = probabilities == 0
+        probabilities += free * (1 - probabilities.sum(1, keepdim=True)) / free.sum(1, keepdim=True)
+        self.logits = nn.Parameter((probabilities.log() + torch.arange(len(ids))[:, None]).float())
+        self.tokens_seen = 0
+
+    def forward(self, tokens, layout=None, targets=None, loss_chunk=None):
+        self.tokens_seen += tokens.numel()
+        return self.logits[tokens]
+
+
+@pytest.fixture
+def by_hand(tmp_path, monkeypatch):
+    """Opens the task over the two documents, and the model whose bits are known."""
+    monkeypatch.setenv("LLMEFF_CACHE", str(tmp_path / "cache"))
+    ids = {token: number for number, token in enumerate(VOCABULARY)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[("a", "é"), ("漢", "🙂")]))
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens([END])
+    (tmp_path / "tokenizer").mkdir()
+    Tokenizer(backend).save(tmp_path / "tokenizer")
+    documents = [Document(unit="train", text="aé" * 20, split="train")]
+    documents += [Document(unit=unit, text=unit, split="validation") for unit in (FIRST, SECOND)]
+    monkeypatch.setattr(Builtin, "documents", lambda source: iter(documents))
+    monkeypatch.setattr(Builtin, "fingerprint", lambda source: "by hand")
+
+    def make(**settings):
+        data = {"tokenizer": {"name": "hf", "path": str(tmp_path / "tokenizer")}, "sequence_length": 3, **settings}
+        task = CausalLM().open(validate(TextData, data), 0, 2, is_main=True, wait=lambda: None)
+        task.resolve(DecoderConfig(width=8, num_heads=1, vocab_size="auto"))
+        return task, Bigrams(ids | {END: len(ids)})
+
+    return make
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+@pytest.mark.parametrize("packing", ["plain", "documents"])
+def test_bits_per_byte_of_a_document_by_hand(by_hand, packing, length):
+    task, model = by_hand(packing=packing, sequence_length=length)
+    first, second = task.evaluate(model, "validation", None, CPU, world())
+    assert (first.unit, first.count, first.metrics) == (FIRST, 4, {"bytes": 13})
+    assert (second.unit, second.count, second.metrics) == (SECOND, 2, {"bytes": 2})
+    nats_a_bit = 0.6931471805599453
+    assert first.loss_sum == pytest.approx(10 * nats_a_bit, rel=1e-6)
+    assert second.loss_sum == pytest.approx(3 * nats_a_bit, rel=1e-6)
+    found = task.summary([first, second])
+    assert set(found) == {"loss", "bits_per_byte"}
+    assert found["bits_per_byte"] == pytest.approx(13 / 15, rel=1e-6)
+    assert found["loss"] == pytest.approx(13 * nats_a_bit / 6, rel=1e-6)
+    assert task.summary([second])["bits_per_byte"] == pytest.approx(3 / 2, rel=1e-6)
+
+
+def test_an_evaluation_of_a_few_documents_is_of_the_first(by_hand):
+    task, model = by_hand()
+    (only,) = task.evaluate(model, "validation", 1, CPU, world())
+    assert (only.unit, only.count, only.metrics) == (FIRST, 4, {"bytes": 13})
+    assert task.summary([only])["bits_per_byte"] == pytest.approx(10 / 13, rel=1e-6)
+    for more in (2, 3):
+        assert len(list(task.evaluate(model, "validation", more, CPU, world()))) == 2
+
+
+def test_documents_without_bytes_cost_what_their_tokens_do(by_hand):
+    """A document of ends alone: a division by nothing would cost the result of the run."""
+    task, _ = by_hand()
+    found = task.summary([UnitResult(unit="it", loss_sum=math.log(8), count=3, metrics={"bytes": 0.0})])
+    assert (found["loss"], found["bits_per_byte"]) == (pytest.approx(math.log(2)), pytest.approx(3))
+
+
+def test_no_more_logits_live_at_once_than_may(by_hand, monkeypatch):
+    task, model = by_hand(sequence_length=1)
+    seen = []
+    model.register_forward_pre_hook(lambda model, given: seen.append(len(given[0])))
+    whole = list(task.evaluate(model, "validation", None, CPU, world()))
+    assert seen == [6]
+    seen.clear()
+    monkeypatch.setattr(causal_lm, "_EVAL_LOGITS", 2 * 2048)
+    assert list(task.evaluate(model, "validation", None, CPU, world())) == whole
+    assert seen == [2, 2, 2]
+    seen.clear()
+    monkeypatch.setattr(causal_lm, "_EVAL_LOGITS", 1)
+    assert list(task.evaluate(model, "validation", None, CPU, world())) == whole
+    assert seen == [1] * 6
+
+
+def test_beside_it_stands_what_gzip_needs_for_the_same_text(by_hand):
+    task, _ = by_hand()
+    compressed = gzip.compress((FIRST + SECOND).encode(), 9)
+    assert task.references("validation") == {"gzip_bits_per_byte": 8 * len(compressed) / 15}
+    assert task.references("train") == task.references("test") == {}
+
+
+def test_a_step_counts_its_targets(by_hand):
+    task, _ = by_hand()
+    assert (task.item, task.items_per_step) == ("token", 2 * 3)
+    batch = task.batch(0, range(2), CPU)
+    assert (batch.items, batch.counts) == (6, {"loss": 6})
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "asked", "chunk"),
+    [(1024, "auto", None), (1025, "auto", 256), (2048, None, None), (7, 5, 5)],
+)
+def test_logits_of_a_large_vocabulary_live_in_chunks(vocab_size, asked, chunk):
+    model = DecoderConfig(width=8, num_heads=1, vocab_size=vocab_size)
+    assert CausalLM(loss_chunk=asked).resolve_chunk(model) == chunk
+
+
+def test_sampled_text_is_drawn_at_four_fifths_of_the_temperature(by_hand):
+    """Of two tokens with odds of 2 to 1, the likelier is drawn with odds of 2^(5/4) to 1; the same seed draws the same."""
+    task, model = by_hand()
+    with torch.no_grad():
+        model.logits.fill_(-1e9)
+        model.logits[:, 0], model.logits[:, 1] = math.log(2), 0.0
+    text = task.sample(model, "validation", 2000, CPU).text
+    assert set(text) == {"a", "é"}
+    assert len(text) == 2000
+    expected = 2**1.25 / (1 + 2**1.25)
+    assert text.count("a") / 2000 == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 2000))
+    assert task.sample(model, "validation", 5, CPU).text == text[:5]
+
+
+def test_a_run_reports_the_bits_of_its_documents(tmp_path):
+    """Of bytes, a byte's bits are its token's and its part of the ends': each document is closed by one more token."""
+    result = train(validate(RunConfig, override(TINY, ["train.steps=1", "evaluation.every=0"])), tmp_path / "run")
+    found, evals = result.metrics["validation"], read_run(tmp_path / "run").evals
+    documents = result.data["splits"]["validation"]
+    tokens, num_bytes = documents["num_bytes"] + documents["num_documents"], documents["num_bytes"]
+    assert evals["count"].to_pylist() == [int(size) + 1 for size in evals["bytes"].to_pylist()]
+    assert sum(evals["count"].to_pylist()) == tokens
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * tokens / num_bytes * 1.4426950408889634, rel=1e-12)
+    assert 7 < found["bits_per_byte"] < 9  # of a model that has learned nothing
+
+
+def test_what_it_cannot_read_is_said():
+    from llmeff.models import SegNetBasic
+
+    said = list(CausalLM().problems(SegNetBasic(), validate(TextData, {})))
+    assert len(said) == 1
+    assert re.fullmatch(r"task 'causal_lm' needs a language model; model 'segnet-basic' is none", said[0])
