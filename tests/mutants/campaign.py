@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,7 +47,7 @@ LOADED = (
     "torch", "torch._dynamo", "torch.distributed", "torch.utils.checkpoint", "torch.profiler", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.masking_utils", "tokenizers", "safetensors.torch",
     "accelerate", "numpy", "scipy.stats", "pydantic", "pyarrow", "pyarrow.parquet", "pyarrow.json", "pyarrow.compute",
-    "PIL.Image", "rich.console", "rich.table", "matplotlib.pyplot", "psutil", "xdist", "bitsandbytes",
+    "PIL.Image", "rich.console", "rich.table", "matplotlib.pyplot", "psutil", "bitsandbytes",
 )  # fmt: skip
 """What takes long to import, none of it ours."""
 
@@ -118,11 +119,14 @@ class Clone:
         self.folder = folder
         if not folder.exists():
             _git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder))
+        before = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD") if (folder / "llmeff").exists() else None
         _git(folder, "fetch", "--quiet", "origin", "+HEAD:refs/heads/judged")
         _git(folder, "checkout", "--quiet", "--force", "--detach", "judged")
         _git(folder, "clean", "--quiet", "-fd")
+        if before == _git(folder, "rev-parse", "HEAD"):
+            return
         # compiles the package and the tests, which forks that test mutants do not
-        warm = fork(folder, folder.with_suffix(".log"), lambda: pytest.main(["--collect-only", "-q", "tests"]), compiles=True)
+        warm = fork(folder, folder.with_suffix(".log"), lambda: run_tests(["--collect-only", "tests"]), compiles=True)
         os.waitpid(warm, 0)
 
     def put(self, path: str, source: str) -> None:
@@ -178,6 +182,8 @@ def fork(clone: Path, log: Path, work: Callable[[], int], *, compiles: bool = Fa
         for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "llmeff")]:
             del sys.modules[name]
         code = work()
+    except BaseException:  # noqa: BLE001 - nothing may get back into the parent's code
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -191,10 +197,11 @@ def end(process: int) -> None:
         os.killpg(process, signal.SIGKILL)
 
 
-def run_tests(files: Sequence[str], *plugins: Any) -> int:
-    """What pytest says of test files, up to the first failure."""
-    quiet = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short"]
-    return int(pytest.main([*quiet, *files], plugins=list(plugins)))
+def run_tests(arguments: Sequence[str], *plugins: Any) -> int:
+    """What pytest says of test files. A plugin of pytest among the libraries that were loaded before is no concern here."""
+    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short"]
+    loaded = ["-W", "ignore:Module already imported so cannot be rewritten"]
+    return int(pytest.main([*plain, *loaded, *arguments], plugins=list(plugins)))
 
 
 def finished(process: int) -> int | None:
@@ -232,8 +239,7 @@ def _trace_file(scratch: Path, path: str) -> Path:
 def trace(scratch: Path, clone: Path, path: str) -> int:
     """In a fork: runs a test file and writes down what it reaches."""
     reach = Reach(clone / "llmeff")
-    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short"]
-    pytest.main([*plain, path], plugins=[reach])
+    run_tests([path], reach)
     found = Traced(dict(reach.seconds), {name: sorted(own) for name, own in reach.reached.items()}, reach.failed)
     kept = _trace_file(scratch, path)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +328,9 @@ def _begin(case: Case, clone: Clone, scratch: Path) -> None:
     wanted, limit_s = case.stages[case.stage]
     case.deadline_s = time.monotonic() + limit_s
     files = list(dict.fromkeys(name.partition("::")[0] for name in wanted))
-    case.process = fork(clone.folder, scratch / f"{clone.folder.name}.log", lambda: run_tests(files, Order(wanted)))
+    case.process = fork(
+        clone.folder, scratch / f"{clone.folder.name}.log", lambda: run_tests(["-x", *files], Order(wanted))
+    )
 
 
 def _killer(log: Path) -> str | None:
@@ -386,7 +394,9 @@ def trace_all(options: argparse.Namespace, clones: Sequence[Clone], paths: Itera
                 known = traced(options.scratch, path)
                 if known is None:
                     raise SystemExit(f"{path}: its tests did not end ({code}); see {options.scratch}")
-                print(f"traced {path}: {sum(known.seconds.values()):.1f} s, failed: {known.failed or 'none'}", flush=True)
+                print(
+                    f"traced {path}: {sum(known.seconds.values()):.1f} s, failed: {known.failed or 'none'}", flush=True
+                )
 
 
 def campaign(options: argparse.Namespace) -> None:
@@ -394,7 +404,11 @@ def campaign(options: argparse.Namespace) -> None:
     load()
     clones = [Clone(options.scratch / f"clone-{number}") for number in range(options.processes)]
     judges = {module: files for own in read_map().values() for module, files in own.items()}
-    trace_all(options, clones, (path for package in options.packages for files in read_map()[package].values() for path in files))
+    trace_all(
+        options,
+        clones,
+        (path for package in options.packages for files in read_map()[package].values() for path in files),
+    )
     record, applied = Record(options.scratch / "results.jsonl"), operators()
     commit = _git(ROOT, "rev-parse", "HEAD").strip()
     equivalent = read_equivalent()
@@ -444,7 +458,9 @@ def summarise(options: argparse.Namespace, record: Record) -> dict[str, dict[str
     found = scores(options, record)
     for package, own in found.items():
         score = "-" if own["score"] is None else f"{own['score']:.1%}"
-        print(f"{package:<10} sampled {own['sampled']:4} equivalent {own['equivalent']:3} tested {own['tested']:4} killed {own['killed']:4} {score}")
+        print(
+            f"{package:<10} sampled {own['sampled']:4} equivalent {own['equivalent']:3} tested {own['tested']:4} killed {own['killed']:4} {score}"
+        )
     tested, killed = (sum(own[key] for own in found.values()) for key in ("tested", "killed"))
     print(f"in all     {killed} of {tested} killed: {killed / max(1, tested):.1%}")
     return found
@@ -476,7 +492,9 @@ def patches() -> dict[str, tuple[Path, list[str]]]:
     """By name: each patch, and the test files that its first lines name."""
     found = {}
     for path in sorted(HERE.glob("*.patch")):
-        judges = [line.removeprefix("Judged by: ") for line in path.read_text().splitlines() if line.startswith("Judged by: ")]
+        judges = [
+            line.removeprefix("Judged by: ") for line in path.read_text().splitlines() if line.startswith("Judged by: ")
+        ]
         found[path.stem] = path, judges
     return found
 
@@ -491,7 +509,7 @@ def known_faults(options: argparse.Namespace) -> int:
         for changed in _git(clone.folder, "diff", "--name-only").split():
             clone.put(changed, (clone.folder / changed).read_text(encoding="utf-8"))
         log = options.scratch / "clone-0.log"
-        process = fork(clone.folder, log, lambda files=files: run_tests(files))
+        process = fork(clone.folder, log, lambda files=files: run_tests(["-x", *files]))
         while (code := finished(process)) is None:
             time.sleep(0.05)
         end(process)

@@ -17,7 +17,19 @@ from parso.python.tree import FStringString, Name, Number, String
 MODULE = "<module>"
 """Stands for a function where the mutant is in none."""
 
-OFF = ("RShift", "LShift", "BitOr", "BitAnd", "BitXor", "Invert", "UAdd", "Is_Eq", "IsNot_NotEq", "Eq_Is", "NotEq_IsNot")
+OFF = (
+    "RShift",
+    "LShift",
+    "BitOr",
+    "BitAnd",
+    "BitXor",
+    "Invert",
+    "UAdd",
+    "Is_Eq",
+    "IsNot_NotEq",
+    "Eq_Is",
+    "NotEq_IsNot",
+)
 """Parts of the names of operators that are not applied: of bits, which the code does not calculate with, and those that take
 identity for equality, which of None, of flags and of small numbers is the same."""
 
@@ -192,7 +204,7 @@ def _sites(tree: Any, module: str, applied: dict[str, Any]) -> list[tuple[Mutant
             function = f"{function}.{node.name.value}".removeprefix(f"{MODULE}.")
         for name, operator in applied.items():
             for index, position in enumerate(operator.mutation_positions(node)):
-                if not _is_message(node, name, function):
+                if not (isinstance(operator, TextReplacer) and _is_message(node, function)):
                     found.append((Mutant(module, function, name, seen[function, name], position[0][0]), node, index))
                     seen[function, name] += 1
         for child in getattr(node, "children", ()):
@@ -239,10 +251,8 @@ def _callee(trailer: Any) -> str:
     return "".join(child.get_code() for child in trailer.parent.children[:place]).strip()
 
 
-def _is_message(node: Any, operator: str, function: str) -> bool:
-    """Text that is yielded as a problem, or made by a function that makes text for people."""
-    if operator != "own/TextReplacer":
-        return False
+def _is_message(node: Any, function: str) -> bool:
+    """Text that is yielded as a problem, made by a function that makes text for people, or a sentence."""
     own = node.parent
     while own is not None and own.type not in ("funcdef", "classdef", "file_input"):
         if own.type == "yield_expr" and " " in node.value:
