@@ -26,6 +26,7 @@ import sys
 import time
 import tomllib
 import traceback
+import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,11 +120,11 @@ class Clone:
         self.folder = folder
         if not folder.exists():
             _git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder))
-        before = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD") if (folder / "llmeff").exists() else None
+        is_new = not (folder / "llmeff").exists()
         _git(folder, "fetch", "--quiet", "origin", "+HEAD:refs/heads/judged")
         _git(folder, "checkout", "--quiet", "--force", "--detach", "judged")
         _git(folder, "clean", "--quiet", "-fd")
-        if before == _git(folder, "rev-parse", "HEAD"):
+        if not is_new:
             return
         # compiles the package and the tests, which forks that test mutants do not
         warm = fork(folder, folder.with_suffix(".log"), lambda: run_tests(["--collect-only", "tests"]), compiles=True)
@@ -181,6 +182,7 @@ def fork(clone: Path, log: Path, work: Callable[[], int], *, compiles: bool = Fa
         sys.path[:] = [str(clone), *(place for place in sys.path if place not in ("", str(ROOT)))]
         for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "llmeff")]:
             del sys.modules[name]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # or what the tests spawn would begin with this one
         code = work()
     except BaseException:  # noqa: BLE001 - nothing may get back into the parent's code
         traceback.print_exc()
@@ -384,7 +386,9 @@ def trace_all(options: argparse.Namespace, clones: Sequence[Clone], paths: Itera
         while free and missing:
             clone, path = free.pop(), missing.pop(0)
             log = options.scratch / f"{clone.folder.name}.log"
-            running[fork(clone.folder, log, lambda c=clone, p=path: trace(options.scratch, c.folder, p))] = clone, path
+            running[
+                fork(clone.folder, log, lambda c=clone, p=path: trace(options.scratch, c.folder, p), compiles=True)
+            ] = clone, path
         time.sleep(0.1)
         for process, (clone, path) in list(running.items()):
             if (code := finished(process)) is not None:
