@@ -45,6 +45,7 @@ _STYLE = {
     "marker", "markersize", "ncols", "ncol", "pad", "rotation", "s", "va", "xytext", "zorder", "width_ratios", "height_ratios",
 }  # fmt: skip
 """Arguments that say how a picture looks."""
+_PUNCTUATION = frozenset("()[]{},:.=") | {"->"}
 _ASSURANCES = {("zip", "strict"), ("map", "strict")}
 """Arguments that are assertions."""
 
@@ -202,7 +203,7 @@ def _sites(tree: Any, module: str, applied: dict[str, Any]) -> list[tuple[Mutant
             return
         if node.type in ("funcdef", "classdef"):
             function = f"{function}.{node.name.value}".removeprefix(f"{MODULE}.")
-        for name, operator in applied.items():
+        for name, operator in () if _is_trivial(node) else applied.items():
             for index, position in enumerate(operator.mutation_positions(node)):
                 if not (isinstance(operator, TextReplacer) and _is_message(node, function)):
                     found.append((Mutant(module, function, name, seen[function, name], position[0][0]), node, index))
@@ -212,6 +213,11 @@ def _sites(tree: Any, module: str, applied: dict[str, Any]) -> list[tuple[Mutant
 
     walk(tree, MODULE)
     return found
+
+
+def _is_trivial(node: Any) -> bool:
+    """No operator applies: to tell by this takes a tenth of the time that asking them all does."""
+    return node.type in ("name", "newline", "endmarker") or (node.type == "operator" and node.value in _PUNCTUATION)
 
 
 def _is_left_out(node: Any) -> bool:

@@ -59,6 +59,46 @@ def test_each_second_is_counted_once_and_goes_on_after_a_resume(now):
     assert sums.timings() == Timings(startup_s=3, train_s=20, data_s=2, eval_s=1005)
 
 
+@pytest.fixture
+def waits(now, monkeypatch):
+    """In the stead of a GPU's events, those of one whose clock runs three times as fast as the host's; what was waited for."""
+    seen = []
+
+    class Event:
+        def __init__(self):
+            self.at_s = 3 * now[0]
+
+        def synchronize(self):
+            seen.append("event")
+
+        def elapsed_time(self, later):
+            return 1000 * (later.at_s - self.at_s)
+
+    monkeypatch.setattr(clocks, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(device.type))
+    return seen
+
+
+def test_a_gpus_step_lies_between_its_own_events_and_is_told_with_the_next(now, waits):
+    clock = StepClock(torch.device("cuda"))
+    assert _step(clock, now, SYNCHRONISED_EVERY - 1) == waits == []
+    (before,) = _step(clock, now, SYNCHRONISED_EVERY)
+    assert waits == ["cuda"] * 8 + ["event"]  # before the step and at each mark; then for the end of the step before
+    assert (before.step, before.step_s, before.data_s) == (SYNCHRONISED_EVERY - 1, 3 * 22, 2)
+    assert (before.forward_s, before.backward_s, before.optimizer_s) == (None, None, None)
+    (broken_down,) = clock.flush()
+    assert (broken_down.step, broken_down.step_s) == (SYNCHRONISED_EVERY, 3 * 22)
+    assert (broken_down.forward_s, broken_down.backward_s, broken_down.optimizer_s) == (4, 8, 8)
+    assert clock.flush() == []
+
+
+def test_a_gpu_has_done_its_work_before_and_after_an_evaluation(now, waits):
+    sums = Clocks(torch.device("cuda"))
+    with sums.hold("eval"):
+        waits.append("work")
+    assert waits == ["cuda", "work", "cuda"]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_is_read_while_the_next_is_under_way():
     clock = StepClock(torch.device("cuda"))

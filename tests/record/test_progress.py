@@ -59,6 +59,25 @@ def test_a_terminal_gets_one_line_drawn_over_itself(now, step_row):
     assert text.count("\n") == 1
 
 
+def test_the_speed_that_is_shown_is_that_of_about_ten_steps_after_warm_up(now, step_row):
+    console = _console(is_terminal=False)
+    display = Lines(SHOWN, console)
+    speeds = [(900.0, True), (100.0, False), (300.0, False), (220.0, False)]
+    for step, (speed, is_warmup) in enumerate(speeds, start=1):
+        display.step(step_row(step, items_per_s=speed, is_warmup=is_warmup))
+        now[0] += 10.0
+    shown = [line.split(", ")[2] for line in console.file.getvalue().splitlines()]
+    assert shown == ["900 tokens/s", "100 tokens/s", "120 tokens/s", "130 tokens/s"]  # 0.9 of before, 0.1 of the step
+
+
+@pytest.mark.parametrize(("step", "full"), [(1, 2), (5, 12), (10, 24)])
+def test_a_bar_is_full_at_the_end(now, step_row, step, full):
+    console = _console(is_terminal=True)
+    ten = Shown(total_steps=10, item="token", model_flops_per_item=1.0, peak_flops_per_s=None, memory_bytes=lambda: 0)
+    Bar(ten, console).step(step_row(step))
+    assert (console.file.getvalue().count("━"), console.file.getvalue().count("─")) == (full, 24 - full)
+
+
 def test_a_device_nobody_knows_has_no_mfu(now, step_row):
     console = _console(is_terminal=False)
     unknown = Shown(
