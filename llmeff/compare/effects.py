@@ -7,12 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmeff.compare.intervals import Estimate, Floats, holm, judged
+from llmeff.compare.intervals import Difference, Estimate, Floats, holm, judged
 from llmeff.compare.ledger import Entry
 from llmeff.core.config import ConfigError
 
 _ROUNDING = 1e-9
 """An effect on what does not hang on chance is none below it."""
+ARITHMETIC = 1e-6
+"""An effect on what is learned is none where it is below it with every seed: sums in another order do as much. Of one
+optimizer and seed fp32 runs on other ranks, at other ZeRO stages, with and without recomputation end within 2e-7 of one
+another (`analysis/results/contribution.parquet`)."""
+FEWEST_SEEDS = 3
+"""Below so many an effect that hangs on the seed has its values by seed, and no interval: of two it is mostly chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +30,15 @@ class Effect:
     levels: str
     """`fp32 -> bf16`; of two factors both, by `x`."""
     ratio: Estimate
-    """The quantity's, of the second level over the first."""
+    """The quantity's, of the second level over the first; its interval is NaN where seeds or runs are too few."""
     p_adjusted: float
     """Of no effect, among all effects of the study (Holm); NaN where nothing is left to judge by."""
+    smallest_visible: float
+    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such studies; NaN as above."""
+    is_none: bool
+    """Whether it is below the noise of arithmetic."""
+    by_seed: dict[int, float]
+    """The ratio of each seed, where the quantity hangs on it."""
     predicted: float | None
     """The ratio that the prices foresaw; None where the quantity is not predicted."""
 
@@ -41,19 +53,32 @@ class Effects:
     """Pairs that the runs cannot tell from another effect; they are left out."""
     num_runs: int
     """With the quantity."""
+    seeds: tuple[int, ...]
+    """What was judged by: seeds of which all combinations have the quantity; none where it does not hang on the seed."""
+    dropped_seeds: tuple[int, ...]
+    """Seeds of which some combination has no value, so that factors are not balanced: they are left out."""
 
 
 def effects(
     entries: Sequence[Entry],
     value: Callable[[Entry], float | None],
     predicted: Callable[[Entry], float | None] | None = None,
+    *,
+    hangs_on_seed: bool = True,
 ) -> Effects:
-    """Fits the logarithm of a quantity by the levels of all factors and pairs of them; seeds are blocks.
+    """Fits the logarithm of a quantity by the levels of all factors and pairs of them.
+
+    Where the quantity hangs on the seed, runs of one seed are no replicates: what a factor does differs from seed to seed, and
+    by how much differs from factor to factor. So each seed is fitted alone, and each effect is judged by Student's t over
+    its own values by seed, with one degree of freedom fewer than seeds: the stratum of seed by factor in a design of split
+    plots (Box, Hunter and Hunter 2005, chapter 9), of this factor alone. Otherwise all runs are fitted at once, with seeds as
+    blocks, and what is left over is the error.
 
     Args:
         entries: final runs, whose `factors` have two levels each.
         value: the quantity, positive; None where a run does not have it, which leaves the run out.
         predicted: the same as it was foreseen.
+        hangs_on_seed: see `Quantity`.
 
     Raises:
         ConfigError: there are no factors, or one has more or fewer than two levels.
@@ -61,49 +86,109 @@ def effects(
     known = [(entry, value(entry)) for entry in entries]
     used = [(entry, number) for entry, number in known if number is not None and math.isfinite(number) and number > 0]
     levels = _levels([entry for entry, _ in used])
-    names = list(levels)
-    codes = {name: np.array([2.0 * levels[name].index(entry.factors[name]) - 1 for entry, _ in used]) for name in names}
-    seeds = sorted({entry.seed for entry, _ in used})
-    blocks = np.array([[float(entry.seed == seed) for seed in seeds] for entry, _ in used])
-    columns, terms, aliased = [*blocks.T], [], []
-    for term in [*((name,) for name in names), *itertools.combinations(names, 2)]:
+    dropped: list[int] = []
+    if hangs_on_seed:
+        dropped = _unbalanced([entry for entry, _ in used])
+        used = [(entry, number) for entry, number in used if entry.seed not in dropped]
+    runs = [entry for entry, _ in used]
+    design, terms, aliased = _design(runs, levels)
+    logs = np.log(np.array([number for _, number in used], dtype=np.float64))
+    foreseen: Floats | None = None
+    if predicted is not None and runs:
+        guesses = [predicted(entry) for entry in runs]
+        if all(guess is not None and guess > 0 for guess in guesses):
+            foreseen = _fit(design, np.log(np.array(guesses, dtype=np.float64)))[0][-len(terms) :]
+    scales = [2 ** len(term) for term in terms]  # from -1 to 1; of a pair, what differs between two such ways
+    seeds = tuple(sorted({entry.seed for entry in runs}))
+    if hangs_on_seed:
+        judged_terms = _by_seed(design[:, len(seeds) :], logs, runs, seeds, scales)
+    else:
+        judged_terms = _by_run(design, logs, scales)
+    adjusted = holm([math.nan if own.is_none else own.difference.p for own in judged_terms])
+    return Effects(
+        effects=[
+            Effect(
+                factors=term,
+                levels=" x ".join(" -> ".join(levels[name]) for name in term),
+                ratio=own.difference.ratio,
+                p_adjusted=1.0 if own.is_none else p,
+                smallest_visible=own.difference.smallest_visible,
+                is_none=own.is_none,
+                by_seed=own.by_seed,
+                predicted=None if foreseen is None else math.exp(scale * float(foreseen[place])),
+            )
+            for place, (term, scale, own, p) in enumerate(zip(terms, scales, judged_terms, adjusted, strict=True))
+        ],
+        aliased=aliased,
+        num_runs=len(used),
+        seeds=seeds if hangs_on_seed else (),
+        dropped_seeds=tuple(dropped),
+    )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    difference: Difference
+    is_none: bool
+    by_seed: dict[int, float]
+
+
+def _unbalanced(runs: Sequence[Entry]) -> list[int]:
+    """Seeds that lack a combination which another seed has."""
+    found: dict[int, set[tuple[str, ...]]] = {}
+    for run in runs:
+        found.setdefault(run.seed, set()).add(tuple(run.factors.values()))
+    every = set().union(*found.values())
+    return sorted(seed for seed, own in found.items() if own != every)
+
+
+def _design(runs: Sequence[Entry], levels: dict[str, list[str]]) -> tuple[Floats, list[tuple[str, ...]], list[str]]:
+    """A column for each seed, then one for each term that these runs tell from those before; the terms, and the others."""
+    seeds = sorted({run.seed for run in runs})
+    codes = {name: np.array([2.0 * own.index(run.factors[name]) - 1 for run in runs]) for name, own in levels.items()}
+    columns: list[Floats] = [np.array([float(run.seed == seed) for run in runs]) for seed in seeds]
+    terms: list[tuple[str, ...]] = []
+    aliased: list[str] = []
+    for term in [*((name,) for name in levels), *itertools.combinations(levels, 2)] if runs else ():
         column = np.prod([codes[name] for name in term], axis=0)
         if np.linalg.matrix_rank(np.stack([*columns, column])) > len(columns):
             columns.append(column)
             terms.append(term)
         else:
             aliased.append(" x ".join(term))
-    design = np.stack(columns, axis=1)
-    coefficients, errors, freedom = _fit(design, np.log([number for _, number in used]))
-    foreseen = None
-    if predicted is not None:
-        guesses = [predicted(entry) for entry, _ in used]
-        if all(guess is not None and guess > 0 for guess in guesses):
-            foreseen = _fit(design, np.log(np.array(guesses, dtype=np.float64)))[0]
+    return np.stack(columns, axis=1) if columns else np.zeros((0, 0)), terms, aliased
+
+
+def _by_seed(
+    codes: Floats, logs: Floats, runs: Sequence[Entry], seeds: Sequence[int], scales: Sequence[int]
+) -> list[_Judged]:
+    """Each effect by its own values, one a seed."""
+    of_run = np.array([run.seed for run in runs])
+    each = []
+    for seed in seeds:
+        own = of_run == seed
+        whole = np.column_stack([np.ones(own.sum()), codes[own]])
+        each.append(np.linalg.lstsq(whole, logs[own], rcond=None)[0][1:] * scales)
     found = []
-    for place, term in enumerate(terms, start=len(seeds)):
-        scale = 2 ** len(term)  # from -1 to 1; of a pair, what differs between two such ways
-        log, error = scale * float(coefficients[place]), scale * float(errors[place])
-        if error == 0 and abs(log) < _ROUNDING:
+    for values in np.array(each).T if each else ():
+        is_none = bool((abs(values) < ARITHMETIC).all())
+        error = float(values.std(ddof=1)) / math.sqrt(len(seeds)) if len(seeds) >= FEWEST_SEEDS else math.nan
+        difference = judged(float(values.mean()), error, len(seeds) - 1, len(seeds), len(scales))
+        ratios = np.exp(values).tolist()
+        found.append(_Judged(difference, is_none, dict(zip(seeds, ratios, strict=True))))
+    return found
+
+
+def _by_run(design: Floats, logs: Floats, scales: Sequence[int]) -> list[_Judged]:
+    """Each effect by what all of them leave over."""
+    coefficients, errors, freedom = _fit(design, logs)
+    found = []
+    for coefficient, own_error, scale in zip(coefficients[-len(scales) :], errors[-len(scales) :], scales, strict=True):
+        log, error = scale * float(coefficient), scale * float(own_error)
+        if is_none := error == 0 and abs(log) < _ROUNDING:
             log = 0.0
-        fitted = judged(log, error, freedom, len(used), len(terms))
-        said = None if foreseen is None else math.exp(scale * float(foreseen[place]))
-        found.append((term, fitted.ratio, fitted.p, said))
-    adjusted = holm([p for _, _, p, _ in found])
-    return Effects(
-        effects=[
-            Effect(
-                factors=term,
-                levels=" x ".join(" -> ".join(levels[name]) for name in term),
-                ratio=ratio,
-                p_adjusted=own,
-                predicted=said,
-            )
-            for (term, ratio, _, said), own in zip(found, adjusted, strict=True)
-        ],
-        aliased=aliased,
-        num_runs=len(used),
-    )
+        found.append(_Judged(judged(log, error, freedom, len(logs), len(scales)), is_none, {}))
+    return found
 
 
 def is_factorial(entries: Sequence[Entry]) -> bool:

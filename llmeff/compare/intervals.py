@@ -1,13 +1,16 @@
-"""What a few runs, paired by their seeds, say of a difference, and how sure it is.
+"""What a few runs say of a difference, and how sure it is; all of it on logarithms, so that differences are ratios.
 
-A run differs from its partner of the same seed by its method alone: data order and initialization are the same. So what
-is judged is the mean of the logarithms of paired ratios, by Student's t; several methods against one baseline are judged
-together, by Holm's procedure. Units of one run (documents, images) are resampled only where there are many.
+Runs of one seed that differ by something small (precision, the format of state) are alike: their paired ratios are judged
+by Student's t, and several of them together by Holm's procedure. Methods that were tuned apart share a seed's data order and
+little else: they are judged as independent, all against one baseline at once (`many_to_one`). Units of one run (documents,
+images) are resampled only where there are many.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +22,15 @@ POWER = 0.8
 FEW_UNITS = 100
 """Below so many units nothing is resampled: the interval would be too narrow."""
 
+OWN_SPREAD = 0.015
+"""Below this p (an F test of its variance against that of all others) an arm is judged by its own spread, not the pooled one."""
+REFUTED = 0.0075
+"""Below this p over all arms (Bonferroni) spreads are so unlike that nothing is pooled."""
+
 Floats = npt.NDArray[np.float64]
+
+Method = Literal["paired t", "Dunnett", "own spread", "Welch", "A/A"]
+"""How a difference is judged; see `paired` and `many_to_one`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +49,20 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A method against a baseline, over the seeds that both have."""
+    """A method against a baseline."""
 
     ratio: Estimate
-    """The method's quantity over the baseline's."""
+    """The method's quantity over the baseline's. Its interval is of all comparisons of a family at once where those are
+    judged so (`many_to_one`), and else of this one alone."""
     p: float
-    """Of Student's t, two-sided, of no difference; NaN of a single pair."""
+    """Of Student's t, two-sided, of no difference, alone; NaN where runs are too few."""
     smallest_visible: float
-    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such comparisons, by the first of Holm's
-    steps, which asks most; NaN of a single pair."""
+    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such comparisons, with what the whole family
+    asks (of Holm's steps the first, which asks most); NaN where runs are too few."""
+    method: Method = "paired t"
+    """How it was judged."""
+    p_family: float = math.nan
+    """Among all of a family that is judged at once; NaN of those that Holm's procedure is left to."""
 
 
 def mean_interval(values: Sequence[float] | Floats) -> Estimate:
@@ -117,21 +133,210 @@ def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -
     return Difference(ratio=ratio, p=p, smallest_visible=math.exp((asked + _t(POWER, freedom)) * error))
 
 
+def many_to_one(
+    baseline: Floats, arms: Sequence[Floats], *, family: int | None = None, kin: Sequence[Hashable] | None = None
+) -> list[Difference]:
+    """Compares independent arms with one baseline, all at once: intervals and p values are simultaneous, and agree.
+
+    Where spreads are alike all runs together tell how large the spread is (Dunnett 1955, for any numbers of runs). An arm
+    whose variance stands out from that of all others (F test, p below `OWN_SPREAD`) is judged by its own, with the degrees
+    of freedom of the smaller side, which are safe (Mickey and Brown 1966), and Šidák's correction. Where one stands out by
+    `REFUTED` over all arms, nothing is pooled, and all are judged so. A single arm is judged by Welch's t (1947).
+
+    A rule that looks at spreads first has errors of its own, so its promises were simulated (`analysis/coverage.py`).
+
+    Args:
+        baseline: (n,) logarithms of its runs' values.
+        arms: of each other arm, (n_i,).
+        family: how many comparisons are judged together, where there are more than these.
+        kin: of each arm, a key; arms of one key have noise in common, and tell of the spread as one. None: all are apart.
+
+    Returns:
+        one for each arm; without an interval where the arm or the baseline has fewer than two runs.
+    """
+    count = max(family or len(arms), 1)
+    able = [place for place, own in enumerate(arms) if len(own) > 1 and len(baseline) > 1]
+    found = [judged(float(own.mean() - baseline.mean()), math.nan, 0, len(own)) for own in arms]
+    found = [replace(own, method="Welch" if count == 1 else "Dunnett") for own in found]
+    if not able:
+        return found
+    if count == 1:
+        found[able[0]] = _apart(arms[able[0]], baseline, 1, None, "Welch")
+        return found
+    keys = [kin[place] if kin is not None else place for place in able]
+    spreads = _Spreads.of(baseline, [arms[place] for place in able], keys)
+    shares = tuple(len(arms[place]) / (len(arms[place]) + len(baseline)) for place in able)
+    shares += (min(shares),) * (count - len(able))  # of those that others judge: less correlation asks more
+    for place, key in zip(able, keys, strict=True):
+        own = arms[place]
+        if spreads.is_refuted or key in spreads.apart or spreads.is_baseline_apart:
+            safe = min(len(own), len(baseline)) - 1 if spreads.is_refuted or spreads.is_baseline_apart else len(own) - 1
+            found[place] = _apart(own, baseline, count, safe, "own spread")
+        else:
+            found[place] = _pooled(own, baseline, spreads.variance, spreads.freedom, shares)
+    return found
+
+
+def same_settings(again: Floats, baseline: Floats) -> Difference:
+    """Compares two arms of the same settings (A/A), by Student's t with one variance, which they have: alone, in no family.
+
+    Args:
+        again: (n,) logarithms.
+        baseline: (m,) logarithms.
+    """
+    freedom = len(again) + len(baseline) - 2
+    mean = float(again.mean() - baseline.mean())
+    if freedom < 1:
+        return replace(judged(mean, math.nan, 0, len(again)), method="A/A")
+    squares = sum(float(((own - own.mean()) ** 2).sum()) for own in (again, baseline))
+    error = math.sqrt(squares / freedom * (1 / len(again) + 1 / len(baseline)))
+    found = judged(mean, error, freedom, len(again))
+    return replace(found, method="A/A", p_family=found.p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spreads:
+    """What the runs of all arms tell of the variance of a logarithm."""
+
+    variance: float
+    """Over all arms but those whose own stands out over the whole family."""
+    freedom: float
+    """Of it."""
+    apart: frozenset[Hashable]
+    """Arms, by their keys, whose own variance stands out."""
+    is_baseline_apart: bool
+    """Whether the baseline's does."""
+    is_refuted: bool
+    """Whether spreads are so unlike that nothing should be pooled."""
+
+    @classmethod
+    def of(cls, baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashable]) -> "_Spreads":
+        from scipy.special import fdtrc
+
+        groups: dict[Hashable, list[Floats]] = {None: [baseline]}
+        for key, own in zip(keys, arms, strict=True):
+            groups.setdefault(("arm", key), []).append(own)
+        variances = [float(np.mean([own.var(ddof=1) for own in those])) for those in groups.values()]
+        freedoms = [float(np.mean([len(own) - 1 for own in those])) for those in groups.values()]
+        squares = [variance * freedom for variance, freedom in zip(variances, freedoms, strict=True)]
+        p_values = []
+        for variance, freedom, square in zip(variances, freedoms, squares, strict=True):
+            rest, left = sum(squares) - square, sum(freedoms) - freedom
+            ratio = variance * left / rest if rest > _NOTHING * sum(squares) else math.inf if variance > 0 else 1.0
+            p_values.append(float(fdtrc(freedom, left, ratio)) if math.isfinite(ratio) else 0.0)
+        kept = [place for place, p in enumerate(p_values) if p * len(groups) >= 1 - LEVEL] or list(range(len(groups)))
+        freedom = sum(freedoms[place] for place in kept)
+        names = [key[1] if isinstance(key, tuple) else None for key in groups]
+        return cls(
+            variance=sum(squares[place] for place in kept) / freedom,
+            freedom=freedom,
+            apart=frozenset(name for name, p in zip(names[1:], p_values[1:], strict=True) if p < OWN_SPREAD),
+            is_baseline_apart=p_values[0] < OWN_SPREAD,
+            is_refuted=min(p_values) * len(groups) < REFUTED,
+        )
+
+
+_NOTHING = 1e-12
+"""A share of all squares that rounding makes of none."""
+
+
+def _apart(own: Floats, baseline: Floats, count: int, safe: int | None, method: Method) -> Difference:
+    """Two arms by their own spreads, as one of so many comparisons (Šidák 1967)."""
+    squares = [float(each.var(ddof=1)) / len(each) for each in (own, baseline)]
+    freedom = float(safe or 1)
+    if safe is None and sum(squares) > 0:  # Satterthwaite 1946
+        ways = (len(own) - 1, len(baseline) - 1)
+        freedom = sum(squares) ** 2 / sum(square**2 / way for square, way in zip(squares, ways, strict=True))
+    mean, error = float(own.mean() - baseline.mean()), math.sqrt(sum(squares))
+    asked = _t(0.5 + LEVEL ** (1 / count) / 2, freedom)
+    alone = judged(mean, error, freedom, len(own))
+    p_family = -math.expm1(count * math.log1p(-alone.p)) if alone.p < 1 else 1.0
+    return _at_once(alone, mean, error, freedom, asked, p_family, method)
+
+
+def _pooled(own: Floats, baseline: Floats, variance: float, freedom: float, shares: tuple[float, ...]) -> Difference:
+    mean, error = float(own.mean() - baseline.mean()), math.sqrt(variance * (1 / len(own) + 1 / len(baseline)))
+    alone = judged(mean, error, freedom, len(own))
+    p_family = alone.p if error == 0 else max(alone.p, 1 - largest_of(abs(mean) / error, shares, freedom))
+    return _at_once(alone, mean, error, freedom, _asked(shares, freedom), p_family, "Dunnett")
+
+
+def _at_once(
+    alone: Difference, mean: float, error: float, freedom: float, asked: float, p_family: float, method: Method
+) -> Difference:
+    """A comparison with the interval, and the smallest difference, of all of its family."""
+    low, high = (math.exp(mean + side * asked * error) for side in (-1, 1))
+    return Difference(
+        ratio=replace(alone.ratio, lower=low, upper=high),
+        p=alone.p,
+        smallest_visible=math.exp((asked + _t(POWER, freedom)) * error),
+        method=method,
+        p_family=p_family,
+    )
+
+
+@lru_cache(maxsize=4096)
+def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float:
+    """The probability that no |t| of several comparisons with one baseline is above a value (Dunnett 1955).
+
+    The t values of arms i and j, whose variance is one, correlate by sqrt(share_i share_j): given the baseline's mean and the
+    variance they are independent, which leaves two integrals, by quadrature.
+
+    Args:
+        value: at least 0.
+        shares: n_i / (n_i + n) of each arm with n_i runs, where the baseline has n.
+        freedom: of the pooled variance.
+    """
+    from scipy.special import chdtri, ndtr
+
+    points, weights, levels, level_weights = _nodes()
+    scale = np.sqrt(chdtri(freedom, 0.5 - levels / 2) / freedom)
+    bound = value * scale[:, None]
+    product = np.ones((len(levels), len(points)))
+    for share in set(shares):
+        moved, rest = math.sqrt(share) * points, math.sqrt(1 - share)
+        inside = ndtr((bound - moved) / rest) - ndtr((-bound - moved) / rest)
+        product *= inside ** shares.count(share)
+    return float(level_weights @ product @ weights)
+
+
+@lru_cache(maxsize=1)
+def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
+    """Points and weights of a normal density, and of -1 to 1; weights sum to 1."""
+    points, weights = np.polynomial.hermite_e.hermegauss(48)
+    levels, level_weights = np.polynomial.legendre.leggauss(96)
+    return points, weights / weights.sum(), levels, level_weights / 2
+
+
+@lru_cache(maxsize=1024)
+def _asked(shares: tuple[float, ...], freedom: float) -> float:
+    """The |t| that the largest of a family exceeds in 5 %."""
+    from scipy.optimize import brentq
+
+    high = _t(1 - (1 - LEVEL) / 4 / len(shares), freedom) + 1  # above Bonferroni's
+    return float(brentq(lambda value: largest_of(value, shares, freedom) - LEVEL, 0.5, high, xtol=1e-6))
+
+
 def _t(quantile: float, degrees: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, quantile))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
     """Adjusts p values of a family, so that one below 0.05 is a false finding of the family in at most 5 % (Holm 1979).
 
     A NaN, which tested nothing, stays one and does not count.
+
+    Args:
+        p_values: to adjust.
+        family: how many are judged together, where there are others beside these.
     """
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
     adjusted, least = [math.nan] * len(p_values), 0.0
+    count = max(family, len(order))
     for rank, (p, place) in enumerate(order):
-        least = max(least, min(1.0, (len(order) - rank) * p))
+        least = max(least, min(1.0, (count - rank) * p))
         adjusted[place] = least
     return adjusted
 
@@ -181,20 +386,19 @@ def best_of(losses: Sequence[float]) -> list[float]:
     return expected
 
 
-def product(logs: Sequence[float] | Floats, others: Sequence[float] | Floats, family: int = 1) -> Difference:
-    """The product of two independent mean ratios, as of steps and of the time of a step (Welch 1947).
+def product(parts: Sequence[Sequence[float] | Floats], family: int = 1) -> Difference:
+    """The product of independent mean ratios, as of steps and of the time of a step (Welch 1947).
 
     Args:
-        logs: logarithms of the first ratio's values; `n` of what is returned is their number.
-        others: of the second's.
+        parts: logarithms of the values of each; `n` of what is returned is the number of the first's.
         family: how many such comparisons are judged together.
     """
     means, squares, degrees = [], [], []
-    for values in (logs, others):
+    for values in parts:
         numbers = np.asarray(values, dtype=np.float64)
         means.append(float(numbers.mean()))
         squares.append(float(numbers.var(ddof=1)) / len(numbers) if len(numbers) > 1 else math.nan)
         degrees.append(len(numbers) - 1)
     total = sum(squares)
     freedom = total**2 / sum(square**2 / own for square, own in zip(squares, degrees, strict=True)) if total > 0 else 1
-    return judged(sum(means), math.sqrt(total), freedom, len(logs), family)
+    return replace(judged(sum(means), math.sqrt(total), freedom, len(parts[0]), family), method="Welch")

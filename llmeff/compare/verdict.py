@@ -1,15 +1,29 @@
 """Arms against a baseline: what each costs and reaches, with intervals, and what cannot be said."""
 
+import itertools
 import json
 import math
+import re
 import statistics as plain
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmeff.compare.effects import Effects, effects, is_factorial
-from llmeff.compare.intervals import Difference, Estimate, best_of, holm, mean_interval, paired, product
-from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, known_metrics, steps_to, value_at
+import numpy as np
+
+from llmeff.compare.effects import ARITHMETIC, Effects, effects, is_factorial
+from llmeff.compare.intervals import (
+    Difference,
+    Estimate,
+    best_of,
+    holm,
+    many_to_one,
+    mean_interval,
+    paired,
+    product,
+    same_settings,
+)
+from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, flat_config, known_metrics, steps_to, value_at
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
 from llmeff.record.schema import Goal
@@ -19,7 +33,7 @@ ALPHA = 0.05
 NEAR = 1.01
 """A trial so close to the best counts as near it."""
 
-Call = Literal["better", "worse", "not told apart", "equal", "one pair", ""]
+Call = Literal["better", "worse", "not told apart", "equal", "one run", ""]
 
 StepTimes = Mapping[str, Sequence[float]]
 """By `lane_name`: seconds a step in the timing lane, one for each generation, paired over arms."""
@@ -41,6 +55,9 @@ class Quantity:
     """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
     better: Goal = "lower"
     """Which way it is better."""
+    hangs_on_seed: bool = True
+    """Whether chance comes into it by the seed, so that runs of one seed tell the same again and seeds are what counts; of
+    time and memory, which do not hang on it, every run does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +71,23 @@ class Cell:
     mean: Estimate | None
     """Over the seeds; None where one is absent, since the mean of those that came to it would flatter."""
     difference: Difference | None
-    """To the baseline, over the seeds that both have; None for the baseline, and where a seed is absent."""
+    """To the baseline; None for the baseline, and where a seed is absent."""
     p_adjusted: float
-    """Among all arms; NaN where there is none."""
+    """Among all arms; of an A/A arm alone; NaN where there is none."""
     call: Call
     """What may be said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What seeds alone do to a quantity of the baseline."""
+
+    sd: float
+    """Standard deviation of the logarithm of the ratio of two runs that differ by their seed."""
+    num_runs: int
+    """It was estimated from: the baseline's, and those of an A/A arm."""
+    ratio: Estimate | None
+    """Of the A/A arm to the baseline, which 95 of 100 such intervals have 1 in; None where there is no such arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +124,8 @@ class Group:
     """By arm."""
     effects: dict[str, Effects]
     """By quantity, where the arms are combinations of factors of two levels."""
+    noise: dict[str, Noise]
+    """By quantity that hangs on the seed."""
     metric: Metric
     """What is judged by."""
     target: float | None
@@ -281,8 +312,10 @@ def _group(
         arms[entry.arm].append(entry)
     if target is None:
         target = _reached_by_all(arms[baseline], metric)
-    times = {name: _lane(step_times, name, entries[0].cell) for name in arms}
-    budgets = _budgets(arms, times)
+    again = _repeating(arms, baseline)
+    lanes = {name: baseline if name == again else name for name in arms}  # what is the same is as fast
+    times = {name: _lane(step_times, lane, entries[0].cell) for name, lane in lanes.items()}
+    budgets, kin = _budgets(arms, times), _kin(arms)
     table, quantities, of_quantity = {}, [], {}
     for quantity, of in _quantities(metrics, target, budgets, times):
         values = {name: _by_seed(runs, of) for name, runs in arms.items()}
@@ -290,8 +323,9 @@ def _group(
             continue
         quantities.append(quantity)
         of_quantity[quantity.key] = of
-        table[quantity.key] = _row(quantity, arms, values, baseline, times)
+        table[quantity.key] = _row(quantity, arms, values, baseline, times, kin)
     tuned = {name: _tuning([entry for entry in trials if entry.arm == name], metric) for name in arms}
+    by_key = {quantity.key: quantity for quantity in quantities}
     return Group(
         cell=entries[0].cell,
         arms=arms,
@@ -300,9 +334,33 @@ def _group(
         table=table,
         tuning={name: tuning for name, tuning in tuned.items() if tuning is not None},
         effects=_effects(arms, metric, quantities, of_quantity, times),
+        noise={
+            key: noise
+            for key, row in table.items()
+            if by_key[key].hangs_on_seed and (noise := _noise(row, baseline, _repeating(arms, baseline))) is not None
+        },
         metric=metric,
         target=target,
         budgets=budgets,
+    )
+
+
+def _repeating(arms: Mapping[str, Sequence[Entry]], baseline: str) -> str | None:
+    """The A/A arm of the baseline."""
+    return next((name for name, runs in arms.items() if any(run.repeats == baseline for run in runs)), None)
+
+
+def _noise(row: Mapping[str, Cell], baseline: str, again: str | None) -> Noise | None:
+    own = [[*row[name].values.values()] for name in (baseline, again) if name is not None]
+    logs = [np.log(values) for values in own if len(values) > 1 and min(values) > 0]
+    freedom = sum(len(each) - 1 for each in logs)
+    if not freedom or row[baseline].mean is None:
+        return None
+    difference = None if again is None else row[again].difference
+    return Noise(
+        sd=math.sqrt(2 * sum(float(each.var()) * len(each) for each in logs) / freedom),
+        num_runs=sum(map(len, logs)),
+        ratio=None if difference is None else difference.ratio,
     )
 
 
@@ -332,7 +390,7 @@ def _effects(
     times: Mapping[str, Sequence[float] | None],
 ) -> dict[str, Effects]:
     """Of the quantities whose runs are combinations of factors: one that only some levels have has no effects."""
-    runs = [run for own in arms.values() for run in own]
+    runs = [run for own in arms.values() for run in own if run.repeats is None]
     if not is_factorial(runs):
         return {}
     found = {}
@@ -342,14 +400,14 @@ def _effects(
         if not is_apart or not is_factorial([run for run in runs if (of(run) or 0) > 0]):
             continue
         foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
-        found[key] = effects(runs, of, foresee)
+        found[key] = effects(runs, of, foresee, hangs_on_seed=quantity.hangs_on_seed)
     if all(lane is not None for lane in times.values()):
         laps = [
             (replace(own[0], seed=lap), seconds)
-            for name, own in arms.items() if own for lap, seconds in enumerate(times[name] or ())
+            for name, own in arms.items() if own and own[0].repeats is None for lap, seconds in enumerate(times[name] or ())
         ]  # fmt: skip
         by_lap = {id(entry): seconds for entry, seconds in laps}
-        found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)])
+        found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)], hangs_on_seed=False)
     return found
 
 
@@ -447,11 +505,12 @@ def _quantities(
         (Quantity(key="flops_to_target", label=f"FLOPs{to}", show="count"), times_steps(lambda e: e.step_flops)),
         (Quantity(key="seconds_to_target", label=f"time{to}", show="duration"), times_steps(seconds)),
         (Quantity(key="joules_to_target", label=f"energy{to}", show="energy"), times_steps(_step_joules)),
-        (Quantity(key="step_s", label="time of a step", show="duration"), seconds),
-        (Quantity(key="peak_bytes", label="peak memory", show="memory"), _done(lambda entry: entry.peak_bytes)),
-        (Quantity(key="optimizer_bytes", label="optimizer state", show="memory"),
+        (Quantity(key="step_s", label="time of a step", show="duration", hangs_on_seed=False), seconds),
+        (Quantity(key="peak_bytes", label="peak memory", show="memory", hangs_on_seed=False),
+         _done(lambda entry: entry.peak_bytes)),
+        (Quantity(key="optimizer_bytes", label="optimizer state", show="memory", hangs_on_seed=False),
          _done(lambda entry: entry.measured.get("optimizer_bytes"))),
-        (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory"),
+        (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory", hangs_on_seed=False),
          _done(lambda entry: entry.measured.get("wire_bytes") or None)),
         # of a task that is judged by something else, training losses may be weighted
         *([(Quantity(key="gap", label="held-out / training loss", show="number"), _done(_gap))]
@@ -469,22 +528,37 @@ def _row(
     values: Mapping[str, dict[int, float]],
     baseline: str,
     times: Mapping[str, Sequence[float] | None],
+    kin: Mapping[str, Hashable],
 ) -> dict[str, Cell]:
-    found: dict[str, Difference | None] = {}
-    family = len(arms) - 1
-    for name in arms:
-        complete = len(values[name]) == len(arms[name]) and len(values[baseline]) == len(arms[baseline])
-        seeds = [seed for seed in values[name] if seed in values[baseline]]
-        if name == baseline or not complete or not seeds:
-            found[name] = None
-        elif quantity.key in _TIMED:
-            found[name] = _timed(quantity, values, name, baseline, seeds, times)
-        elif min(min(values[own][seed] for seed in seeds) for own in (name, baseline)) <= 0:
-            found[name] = None  # nothing has a ratio to nothing
-        else:
-            ours, theirs = ([values[own][seed] for seed in seeds] for own in (name, baseline))
-            found[name] = paired(ours, theirs, family)
-    adjusted = dict(zip(found, holm([math.nan if own is None else own.p for own in found.values()]), strict=True))
+    again = _repeating(arms, baseline)
+    # nothing has a ratio to nothing, and those runs alone that came to a value would flatter
+    logs = {name: {seed: math.log(value) for seed, value in values[name].items()} for name in arms
+            if arms[name] and len(values[name]) == len(arms[name]) and min(values[name].values()) > 0}  # fmt: skip
+    able = [name for name in arms if {name, baseline} <= logs.keys() and name not in (baseline, again)]
+    found: dict[str, Difference | None] = dict.fromkeys(arms)
+    if quantity.key in _TIMED:
+        found |= {
+            name: _timed(
+                quantity, logs[name], logs[baseline], times[name], times[baseline],
+                are_kin=kin[name] == kin[baseline], family=len(able),
+            )
+            for name in able
+        }  # fmt: skip
+    else:
+        apart = [name for name in able if quantity.hangs_on_seed and kin[name] != kin[baseline]]
+        found |= {name: _by_pairs(logs[name], logs[baseline], len(able)) for name in able if name not in apart}
+        floats = {name: np.array([*own.values()]) for name, own in logs.items()}
+        if apart:
+            at_once = many_to_one(
+                floats[baseline],
+                [floats[name] for name in apart],
+                family=len(able),
+                kin=[kin[name] for name in apart],
+            )
+            found |= dict(zip(apart, at_once, strict=True))
+        if again is not None and {again, baseline} <= floats.keys() and quantity.hangs_on_seed:
+            found[again] = same_settings(floats[again], floats[baseline])
+    adjusted = _adjusted(found, len(able))
     return {
         name: Cell(
             values=values[name],
@@ -492,10 +566,50 @@ def _row(
             mean=_mean(quantity, values[name], arms[name], times[name]),
             difference=found[name],
             p_adjusted=adjusted[name],
-            call=_call(found[name], adjusted[name], quantity.better),
+            call=_call(found[name], adjusted[name], quantity),
         )
         for name in arms
     }
+
+
+def _adjusted(found: Mapping[str, Difference | None], family: int) -> dict[str, float]:
+    """P values over all arms: those judged at once have theirs, and the others go by Holm's procedure over the whole family."""
+    alone = {name: own.p for name, own in found.items() if own is not None and math.isnan(own.p_family)}
+    held = dict(zip(alone, holm([*alone.values()], family), strict=True))
+    at_once = {name: own.p_family for name, own in found.items() if own is not None and name not in held}
+    return dict.fromkeys(found, math.nan) | held | at_once
+
+
+def _by_pairs(ours: Mapping[int, float], theirs: Mapping[int, float], family: int) -> Difference | None:
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    values, others = (np.exp([own[seed] for seed in seeds]) for own in (ours, theirs))
+    return paired(values, others, family)
+
+
+def _kin(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
+    """Of each arm a key, which arms have in common whose runs of a seed are alike, so that pairing them helps.
+
+    Their study says so, by `tuned_as`: they differ in what leaves the best settings alone. Or they are the same runs under
+    other names. Correlations of so few runs are not looked at: what they seem to be is mostly chance.
+    """
+    keys: dict[str, Hashable] = {}
+    for name, runs in arms.items():
+        tuner = next((run.tuned_as for run in runs if run.tuned_as), name)
+        same = next((other for other in keys if _are_the_same(runs, arms[other])), None)
+        keys[name] = keys.get(tuner, tuner) if same is None else keys[same]
+    return keys
+
+
+def _are_the_same(runs: Sequence[Entry], others: Sequence[Entry]) -> bool:
+    """Whether two arms hold the same runs: of one data, and on all seeds of both with the same curve, but for rounding."""
+    curves = {run.seed: run.curve_losses for run in others if run.is_done}
+    pairs = [(run.curve_losses, curves[run.seed]) for run in runs if run.is_done and run.seed in curves]
+    data = {run.data_sha256 for run in [*runs, *others]}
+    return bool(pairs) and len(data) == 1 and all(
+        len(own) == len(other) > 0 and np.allclose(own, other, rtol=ARITHMETIC, atol=0) for own, other in pairs
+    )  # fmt: skip
 
 
 def _mean(
@@ -509,34 +623,41 @@ def _mean(
 
 def _timed(
     quantity: Quantity,
-    values: Mapping[str, dict[int, float]],
-    name: str,
-    baseline: str,
-    seeds: list[int],
-    times: Mapping[str, Sequence[float] | None],
+    own: Mapping[int, float],
+    other: Mapping[int, float],
+    ours: Sequence[float] | None,
+    theirs: Sequence[float] | None,
+    *,
+    are_kin: bool,
+    family: int,
 ) -> Difference | None:
-    ours, theirs = times[name], times[baseline]
+    """By the timing lane, whose generations are pairs: in each, arms take turns."""
     if ours is None or theirs is None:
         return None
-    lane = paired(ours, theirs, len(times) - 1)
     if not _TIMED[quantity.key]:
-        return lane
-    each = math.log(plain.fmean(ours) / plain.fmean(theirs))
-    steps = [math.log(values[name][seed] / values[baseline][seed]) - each for seed in seeds]
-    return product(steps, [math.log(own / other) for own, other in zip(ours, theirs, strict=True)], len(times) - 1)
+        return paired(ours, theirs, family)
+    lane = np.log(np.divide(ours, theirs))
+    seeds = [seed for seed in own if seed in other]
+    if are_kin and not seeds:
+        return None
+    each, pace = math.log(plain.fmean(ours)), math.log(plain.fmean(theirs))  # what is left are steps
+    steps, others = [value - each for value in own.values()], [pace - value for value in other.values()]
+    pairs = [own[seed] - each + pace - other[seed] for seed in seeds]
+    return product([pairs, lane] if are_kin else [steps, others, lane], family)
 
 
-def _call(difference: Difference | None, p: float, better: Goal) -> Call:
+def _call(difference: Difference | None, p: float, quantity: Quantity) -> Call:
     if difference is None:
         return ""
     ratio = difference.ratio
-    if ratio.value == ratio.lower == ratio.upper == 1:
+    least = ARITHMETIC if quantity.hangs_on_seed else 0.0
+    if all(abs(value - 1) <= least for value in (ratio.value, ratio.lower, ratio.upper)):
         return "equal"
     if math.isnan(p):
-        return "one pair"
+        return "one run"
     if p >= ALPHA:
         return "not told apart"
-    return "better" if (ratio.value < 1) == (better == "lower") else "worse"
+    return "better" if (ratio.value < 1) == (quantity.better == "lower") else "worse"
 
 
 # -- tuning, calibration, notes
@@ -593,7 +714,8 @@ def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes
     notes = [f"of {', '.join(higher)} more is better, of all else less"] if higher else []
     for group in groups:
         notes += [*_run_notes(group), *_target_notes(group), *_tuning_notes(group)]
-    lanes = {lane_name(name, group.cell) for group in groups for name in group.arms}
+    lanes = {lane_name(name, group.cell) for group in groups for name in group.arms
+             if name != _repeating(group.arms, group.baseline)}  # fmt: skip
     missing = sorted(lanes - step_times.keys()) if step_times is not None else []
     if missing:
         notes.append(f"the timing lane has no {', '.join(map(repr, missing))}: their times are not compared")
@@ -603,16 +725,17 @@ def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes
 
 
 def _run_notes(group: Group) -> Iterator[str]:
-    where, known = _where(group.cell), sorted(run.seed for run in group.arms[group.baseline])
+    where, known = _where(group.cell), {run.seed for run in group.arms[group.baseline]}
+    kin = _kin(group.arms)
     for name, runs in group.arms.items():
         for status in ("diverged", "failed", "unfinished"):
             those = [run for run in runs if run.status == status]
             if those:
                 why = next((f": {run.diagnosis.splitlines()[0]}" for run in those if run.diagnosis), "")
                 yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
-        seeds = sorted(run.seed for run in runs)
-        if seeds != known and seeds and known:
-            yield f"{name}{where} was run with the seeds {seeds}, the baseline with {known}: only those of both are compared"
+        missing = sorted(known - {run.seed for run in runs})
+        if missing and runs and kin[name] == kin[group.baseline] and all(run.repeats is None for run in runs):
+            yield f"{name}{where} was not run with the baseline's seeds {missing}: its pairs are of those that both have"
 
 
 def _target_notes(group: Group) -> Iterator[str]:
@@ -636,7 +759,38 @@ def _tuning_notes(group: Group) -> Iterator[str]:
                 f"({tuning.best[edge]}): a wider search may do better"
             )
     tuned = {name: next((run.tuned_as for run in runs if run.tuned_as), name) for name, runs in group.arms.items()}
+    yield from _rate_notes(group, where)
     counts = {name: len(group.tuning[own].trials) if own in group.tuning else 0 for name, own in tuned.items()}
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{name} {count}" for name, count in counts.items())
         yield f"the arms had other numbers of trials{where}: {shown}"
+
+
+_STATE_FORMAT = re.compile(r"[-_]?8bit$")
+"""Ends the names of optimizers that are another with its state in 8 bits."""
+
+
+def _rate_notes(group: Group, where: str) -> Iterator[str]:
+    """Arms that differ in precision or the format of an optimizer's state alone, and yet ended at other settings."""
+    searched = {
+        name: runs[0] for name, runs in group.arms.items()
+        if runs and runs[0].trial and runs[0].tuned_as is None and runs[0].repeats is None
+    }  # fmt: skip
+    for (name, one), (other, two) in itertools.combinations(searched.items(), 2):
+        if one.trial != two.trial and _differ_in_format_alone(one, two):
+            shown = "; ".join(", ".join(f"{key} = {own}" for key, own in run.trial.items()) for run in (one, two))
+            yield (
+                f"{name} and {other}{where} differ in precision or the format of state alone, and were tuned apart, to other "
+                f"settings ({shown}): their difference is of both; with tuned_as it would be of the format"
+            )
+
+
+def _differ_in_format_alone(one: Entry, two: Entry) -> bool:
+    """Whether two runs are alike but for precision, the format of state, and what they were tuned to."""
+    configs = [flat_config(run) for run in (one, two)]
+    names = [_STATE_FORMAT.sub("", str(own.get("optim.name"))) for own in configs]
+    apart = {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)}
+    apart -= {*one.trial, *two.trial}
+    shared = configs[0].keys() & configs[1].keys()
+    format_alone = {"precision", "optim.name"} | {key for key in apart - shared if key.startswith("optim.")}
+    return names[0] == names[1] and bool(apart & {"precision", "optim.name"}) and apart <= format_alone

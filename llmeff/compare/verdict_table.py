@@ -11,14 +11,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from llmeff.compare.intervals import Difference, Estimate
+from llmeff.compare.effects import Effect
+from llmeff.compare.intervals import Estimate
 from llmeff.compare.text_table import TextTable, as_csv, render_tables
 from llmeff.compare.verdict import Cell, Comparison, Group, Quantity, show_cell
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
 FOOTNOTE = (
-    "Means over seeds with 95 % intervals (Student's t); ratios to the baseline are geometric means over pairs of one "
-    "seed. Better or worse: Holm's p below 0.05 over all arms. Smallest visible: a true ratio of so much in one arm would "
+    "Means over seeds with 95 % intervals (Student's t); ratios to the baseline are of geometric means. Arms that are tuned "
+    "as the baseline, memory, and step times of one generation are paired: intervals are of each pair alone, p values by Holm's "
+    "procedure. Arms that were tuned apart are independent: intervals and p values are of all arms at once, by Dunnett's "
+    "procedure with one spread, or by an arm's own spread where that stands out. An A/A arm is the baseline with other seeds, "
+    "judged alone. Better or worse: p below 0.05 over all arms. Smallest visible: a true ratio of so much in one arm would "
     "have been found in four of five such studies. All of it holds given this tuning."
 )
 
@@ -51,14 +55,24 @@ def show_ratio(cell: Cell) -> str:
     """The ratio to the baseline with its interval, and what may be said; nothing for the baseline."""
     if cell.difference is None:
         return ""
-    return f"{_interval(cell.difference.ratio)} {cell.call}".rstrip()
+    return f"{show_interval(cell.difference.ratio)} {cell.call}".rstrip()
 
 
-def _interval(ratio: Estimate) -> str:
+def show_interval(ratio: Estimate) -> str:
+    """A ratio, with its interval where it has one."""
     text = f"x {ratio.value:.4g}"
     if math.isnan(ratio.lower) or ratio.lower == ratio.upper:
         return text
     return f"{text} ({ratio.lower:.4g} to {ratio.upper:.4g})"
+
+
+def show_effect(effect: Effect) -> str:
+    """What a factor does: a ratio with its interval; `none` below the noise of arithmetic; of few seeds each one's ratio."""
+    if effect.is_none:
+        return "none"
+    if math.isnan(effect.ratio.lower) and effect.by_seed:
+        return f"x {', '.join(f'{ratio:.5g}' for ratio in effect.by_seed.values())} (by seed)"
+    return show_interval(effect.ratio)
 
 
 def group_tables(group: Group) -> list[TextTable]:
@@ -74,10 +88,14 @@ def group_tables(group: Group) -> list[TextTable]:
         ratios = [show_ratio(cells[name]) for name in group.arms]
         if any(ratios):
             rows.append(["  ratio to the baseline", *ratios])
-        visible = [_visible(cells[name].difference) for name in group.arms]
+        differences = [cells[name].difference for name in group.arms]
+        visible = ["" if own is None else _visible(own.smallest_visible) for own in differences]
         if any(visible):
             rows.append(["  smallest visible", *visible])
+            rows.append(["  judged by", *("" if own is None else own.method for own in differences)])
     tables = [TextTable(title=title, headers=["", *group.arms], rows=rows)]
+    if group.noise:
+        tables.append(_noise_table(group, where))
     if group.tuning:
         tables.append(_tuning_table(group, where))
     return tables + effects_tables(group)
@@ -93,18 +111,35 @@ def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
     found = group.effects[quantity.key]
     rows = []
     for effect in found.effects:
-        p = "-" if math.isnan(effect.p_adjusted) else f"{effect.p_adjusted:.2g}"
+        p = "-" if math.isnan(effect.p_adjusted) or effect.is_none else f"{effect.p_adjusted:.2g}"
         foreseen = "-" if effect.predicted is None else f"x {effect.predicted:.4g}"
-        rows.append([" x ".join(effect.factors), effect.levels, _interval(effect.ratio), foreseen, p])
+        visible = "" if effect.is_none else _visible(effect.smallest_visible)
+        rows.append([" x ".join(effect.factors), effect.levels, show_effect(effect), foreseen, p, visible or "-"])
+    by = f" by {len(found.seeds)} seeds" if found.seeds else ""
+    left = (
+        f"; seeds {', '.join(map(str, found.dropped_seeds))} lack runs and are left out" if found.dropped_seeds else ""
+    )
     aliased = f"; not told apart from these: {', '.join(found.aliased)}" if found.aliased else ""
-    title = f"Effects on {quantity.label}{where}, {found.num_runs} runs{aliased}"
-    return TextTable(title=title, headers=["factor", "levels", "ratio", "predicted", "p (Holm)"], rows=rows)
+    title = f"Effects on {quantity.label}{where}, {found.num_runs} runs{by}{left}{aliased}"
+    headers = ["factor", "levels", "ratio", "predicted", "p (Holm)", "smallest visible"]
+    return TextTable(title=title, headers=headers, rows=rows)
 
 
-def _visible(difference: Difference | None) -> str:
-    if difference is None or math.isnan(difference.smallest_visible) or difference.smallest_visible == 1:
-        return ""
-    return f"{difference.smallest_visible - 1:.2%}"
+def _visible(smallest: float) -> str:
+    return "" if math.isnan(smallest) or smallest == 1 else f"{smallest - 1:.2%}"
+
+
+def _noise_table(group: Group, where: str) -> TextTable:
+    """How far runs differ that differ by their seed alone."""
+    has_ratio = any(noise.ratio is not None for noise in group.noise.values())
+    rows = []
+    for quantity in group.quantities:
+        noise = group.noise.get(quantity.key)
+        if noise is not None:
+            ratio = [] if not has_ratio else ["-" if noise.ratio is None else show_interval(noise.ratio)]
+            rows.append([quantity.label, *ratio, f"{noise.sd:.2%}", str(noise.num_runs)])
+    headers = ["", *(["A/A ratio"] if has_ratio else []), "sd of the log ratio of two runs", "runs"]
+    return TextTable(title=f"Noise floor: {group.baseline} against itself{where}", headers=headers, rows=rows)
 
 
 def _tuning_table(group: Group, where: str) -> TextTable:
@@ -225,7 +260,8 @@ def flat(comparison: Comparison) -> list[dict[str, Any]]:
                     **_numbers("mean", cell.mean),
                     **_numbers("ratio", None if difference is None else difference.ratio),
                     "p": None if difference is None else _plain(difference.p),
-                    "p_holm": _plain(cell.p_adjusted),
+                    "p_adjusted": _plain(cell.p_adjusted),
+                    "method": None if difference is None else difference.method,
                     "smallest_visible_ratio": None if difference is None else _plain(difference.smallest_visible),
                     "call": cell.call or None,
                 })  # fmt: skip
@@ -273,11 +309,26 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                 "levels": effect.levels,
                 **_numbers("ratio", effect.ratio),
                 "p_holm": _plain(effect.p_adjusted),
+                "smallest_visible_ratio": _plain(effect.smallest_visible),
+                "is_none": effect.is_none,
+                "ratio_by_seed": {str(seed): ratio for seed, ratio in effect.by_seed.items()},
+                "dropped_seeds": list(found.dropped_seeds),
                 "predicted_ratio": effect.predicted,
             }
             for group in comparison.groups
             for key, found in group.effects.items()
             for effect in found.effects
+        ],
+        "noise": [
+            {
+                "cell": show_cell(group.cell),
+                "quantity": key,
+                **_numbers("aa_ratio", noise.ratio),
+                "sd_log_ratio": noise.sd,
+                "num_runs": noise.num_runs,
+            }
+            for group in comparison.groups
+            for key, noise in group.noise.items()
         ],
         "calibration": {
             name: dataclasses.asdict(own) | {"median": _plain(own.median), "worst": _plain(own.worst)}

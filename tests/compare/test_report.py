@@ -34,7 +34,7 @@ def test_machines_read_plain_numbers(comparison):
     fast = next(row for row in rows if row["quantity"] == "loss" and row["arm"] == "fast")
     assert fast["call"] == "better"
     assert fast["ratio_lower"] < fast["ratio"] < fast["ratio_upper"] < 1
-    assert fast["p_holm"] >= fast["p"]
+    assert fast["p_adjusted"] >= fast["p"]
     lines = list(csv.DictReader(io.StringIO(render_comparison(comparison, "csv"))))
     assert len(lines) == len(rows)
     assert float(lines[0]["mean"]) == rows[0]["mean"]

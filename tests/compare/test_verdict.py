@@ -53,9 +53,14 @@ def test_a_run_that_diverged_is_a_result(study):
 
 
 def test_a_missing_seed_is_said_and_the_others_are_compared(study):
-    comparison = judge([entry for entry in study if entry.name != "fast/seed-2"])
-    assert any("fast was run with the seeds [0, 1]" in note for note in comparison.notes)
-    assert comparison.groups[0].table["loss"]["fast"].difference.ratio.n == 2
+    kin = [replace(entry, tuned_as="base") if entry.arm == "fast" else entry for entry in study]
+    comparison = judge([entry for entry in kin if entry.name != "fast/seed-2"])
+    assert any("fast was not run with the baseline's seeds [2]" in note for note in comparison.notes)
+    found = comparison.groups[0].table["loss"]["fast"].difference
+    assert (found.ratio.n, found.method) == (2, "paired t")
+    apart = judge([entry for entry in study if entry.name != "fast/seed-2"])
+    assert not any("seeds" in note for note in apart.notes)
+    assert apart.groups[0].table["loss"]["fast"].difference.method != "paired t"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_times_are_compared_by_the_lane_alone(study):
 def test_one_seed_has_no_interval_and_says_so(study):
     (group,) = judge([entry for entry in study if entry.seed == 0]).groups
     cell = group.table["loss"]["fast"]
-    assert cell.call == "one pair"
+    assert cell.call == "one run"
     assert math.isnan(cell.difference.ratio.lower)
 
 
