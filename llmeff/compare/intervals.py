@@ -22,9 +22,9 @@ POWER = 0.8
 FEW_UNITS = 100
 """Below so many units nothing is resampled: the interval would be too narrow."""
 
-OWN_SPREAD = 0.015
+OWN_SPREAD = 0.012
 """Below this p (an F test of its variance against that of all others) an arm is judged by its own spread, not the pooled one."""
-REFUTED = 0.0075
+REFUTED = 0.01
 """Below this p over all arms (Bonferroni) spreads are so unlike that nothing is pooled."""
 
 Floats = npt.NDArray[np.float64]
@@ -302,10 +302,11 @@ def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float
 
 @lru_cache(maxsize=1)
 def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
-    """Points and weights of a normal density, and of -1 to 1; weights sum to 1."""
+    """Points and weights of a normal density, of which one half stands for both, and of -1 to 1; weights sum to 1."""
     points, weights = np.polynomial.hermite_e.hermegauss(48)
-    levels, level_weights = np.polynomial.legendre.leggauss(96)
-    return points, weights / weights.sum(), levels, level_weights / 2
+    levels, level_weights = np.polynomial.legendre.leggauss(64)
+    half = points > 0
+    return points[half], weights[half] / weights[half].sum(), levels, level_weights / 2
 
 
 @lru_cache(maxsize=1024)

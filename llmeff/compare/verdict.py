@@ -604,6 +604,8 @@ def _kin(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
 
 def _are_the_same(runs: Sequence[Entry], others: Sequence[Entry]) -> bool:
     """Whether two arms hold the same runs: of one data, and on all seeds of both with the same curve, but for rounding."""
+    if not (any(run.curve_losses for run in runs) and any(run.curve_losses for run in others)):
+        return False
     curves = {run.seed: run.curve_losses for run in others if run.is_done}
     pairs = [(run.curve_losses, curves[run.seed]) for run in runs if run.is_done and run.seed in curves]
     data = {run.data_sha256 for run in [*runs, *others]}

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from llmeff.compare.effects import effects
 from llmeff.core.config import ConfigError
@@ -62,7 +63,15 @@ def test_pairs_that_a_fraction_cannot_tell_apart_are_named(entry):
 def test_what_hangs_on_no_chance_is_exact_and_stands_beside_its_prediction(entry):
     study = runs(entry, np.random.default_rng(3))
     peak = {"low": 100.0, "high": 60.0}
-    found = by_name(effects(study, lambda run: peak[run.factors["b"]], lambda run: 1.02 * peak[run.factors["b"]]))
+    found = by_name(
+        effects(
+            study,
+            lambda run: peak[run.factors["b"]],
+            lambda run: 1.02 * peak[run.factors["b"]],
+            hangs_on_seed=False,
+        )
+    )
+    assert (found["a"].is_none, found["b"].is_none, found["b"].by_seed) == (True, False, {})
     assert found["b"].ratio.value == found["b"].ratio.lower == found["b"].ratio.upper == pytest.approx(0.6)
     assert (found["b"].p_adjusted, found["a"].p_adjusted) == (0.0, 1.0)
     assert found["b"].predicted == pytest.approx(0.6)
@@ -78,3 +87,99 @@ def test_one_seed_of_a_full_fit_leaves_nothing_to_judge_by(entry):
 def test_runs_without_two_levels_are_refused(entry, factors, words):
     with pytest.raises(ConfigError, match=words):
         effects([entry("x", seed, factors=factors) for seed in range(2)], lambda run: run.loss)
+
+
+HALF = [(a, b, "high" if (a == "high") == (b == "high") else "low") for a in ("low", "high") for b in ("low", "high")]
+"""Half of all combinations of three factors, of which no main effect is mistaken for another."""
+
+
+def hand_made(entry, ratios, noise=None, repeats=1):
+    """Runs whose loss is, of each seed, this many times as much where `a` is high; all else does nothing."""
+    found = []
+    for seed, ratio in enumerate(ratios):
+        for place, levels in enumerate(HALF * repeats):
+            factors = dict(zip("abc", levels, strict=True))
+            rounding = 1 + (0 if noise is None else noise[place % len(noise)])
+            value = 2.0 * (ratio if levels[0] == "high" else 1.0) * rounding
+            found.append(entry(f"{'-'.join(levels)}, {place // len(HALF)}", seed, factors=factors, loss=value))
+    return found
+
+
+def test_what_hangs_on_the_seed_is_judged_by_its_seeds_however_many_runs_they_have(entry):
+    ratios = [0.918, 0.946, 0.931, 0.925]
+    expected = stats.ttest_1samp(np.log(ratios), 0.0)
+    interval = expected.confidence_interval(0.95)
+    for repeats in (1, 4):
+        found = effects(hand_made(entry, ratios, repeats=repeats), lambda run: run.loss)
+        effect = by_name(found)["a"]
+        assert (found.seeds, effect.ratio.n, found.num_runs) == ((0, 1, 2, 3), 4, 16 * repeats)
+        assert effect.ratio.value == pytest.approx(stats.gmean(ratios))
+        assert (effect.ratio.lower, effect.ratio.upper) == pytest.approx((np.exp(interval.low), np.exp(interval.high)))
+        assert effect.p_adjusted == pytest.approx(expected.pvalue)  # of b and c nothing is to be tested
+        assert list(effect.by_seed.values()) == pytest.approx(ratios)
+        seen = (stats.t(3).ppf(1 - 0.025 / 3) + stats.t(3).ppf(0.8)) * np.log(ratios).std(ddof=1) / 2
+        assert math.log(effect.smallest_visible) == pytest.approx(seen)
+
+
+def test_an_effect_is_judged_by_its_own_variation_over_seeds_and_not_by_that_of_others(entry):
+    generator, found = np.random.default_rng(8), []
+    for seed in range(6):
+        own = {"a": generator.normal(0.1, 0.05), "b": generator.normal(0.001, 1e-4)}
+        for levels in HALF:
+            log = sum(own[name] for name, level in zip("ab", levels[:2], strict=True) if level == "high")
+            found.append(
+                entry("-".join(levels), seed, factors=dict(zip("abc", levels, strict=True)), loss=math.exp(log))
+            )
+    by = by_name(effects(found, lambda run: run.loss))
+    assert by["b"].ratio.lower > 1.0005
+    assert by["a"].ratio.upper / by["a"].ratio.lower > 1.05
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_fewer_than_three_seeds_there_are_values_by_seed_and_no_interval(entry, count):
+    effect = by_name(effects(hand_made(entry, [0.918, 0.946][:count]), lambda run: run.loss))["a"]
+    assert list(effect.by_seed.values()) == pytest.approx([0.918, 0.946][:count])
+    assert all(map(math.isnan, (effect.ratio.lower, effect.ratio.upper, effect.p_adjusted, effect.smallest_visible)))
+    assert not effect.is_none
+
+
+@pytest.mark.parametrize(("noise", "is_none"), [(2e-7, True), (1e-5, False)])
+def test_an_effect_below_the_noise_of_arithmetic_is_none(entry, noise, is_none):
+    runs_of = hand_made(entry, [0.9, 0.95, 0.92], noise=[0, noise, 0, noise])  # which b does
+    effect = by_name(effects(runs_of, lambda run: run.loss))["b"]
+    assert effect.is_none == is_none
+    assert (effect.p_adjusted == 1.0) == is_none
+    assert effect.ratio.value == pytest.approx(1 + noise, rel=1e-9)
+
+
+def test_a_seed_that_lacks_a_combination_is_left_out_and_named(entry):
+    ratios = [0.9, 0.5, 0.95, 0.92]
+    found = effects(
+        [run for run in hand_made(entry, ratios) if (run.seed, run.arm[:4]) != (1, "low-")], lambda run: run.loss
+    )
+    assert (found.seeds, found.dropped_seeds) == ((0, 2, 3), (1,))
+    assert by_name(found)["a"].ratio.value == pytest.approx(stats.gmean([0.9, 0.95, 0.92]))
+
+
+def test_where_no_seed_is_whole_nothing_is_said(entry):
+    study = hand_made(entry, [0.9, 0.95])
+    found = effects([run for run in study if run.arm != study[run.seed].arm], lambda run: run.loss)
+    assert (found.effects, found.seeds, found.dropped_seeds, found.num_runs) == ([], (), (0, 1), 0)
+
+
+def test_what_does_not_hang_on_the_seed_has_every_run_as_a_replicate(entry):
+    """Two factors in three blocks, by hand: beside blocks, effects and their pair six degrees of freedom are left."""
+    generator, study = np.random.default_rng(9), []
+    for seed in range(3):
+        for one, other in itertools.product(("low", "high"), repeat=2):
+            log = 0.2 * (one == "high") + 0.1 * seed + generator.normal(0, 0.01)
+            study.append(entry(f"{one}{other}", seed, factors={"a": one, "b": other}, loss=math.exp(log)))
+    effect = by_name(effects(study, lambda run: run.loss, hangs_on_seed=False))["a"]
+    table = np.log([run.loss for run in study]).reshape(3, 2, 2)
+    left = table - table.mean(axis=0) - table.mean(axis=(1, 2))[:, None, None] + table.mean()
+    error = math.sqrt((left**2).sum() / 6 * (1 / 6 + 1 / 6))
+    log = table[:, 1].mean() - table[:, 0].mean()
+    half = stats.t(6).ppf(0.975) * error
+    assert np.log([effect.ratio.value, effect.ratio.lower, effect.ratio.upper]) == pytest.approx(
+        [log, log - half, log + half]
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from llmeff.compare.report import page, verdicts
 from llmeff.compare.verdict import judge
-from llmeff.compare.verdict_table import FOOTNOTE, render_comparison
+from llmeff.compare.verdict_table import FOOTNOTE, render_comparison, tables
 
 
 @pytest.fixture
@@ -99,3 +99,45 @@ def test_the_verdict_speaks_of_the_metric(study, with_gain):
 def test_each_arm_has_a_sentence(comparison):
     (group,) = comparison.groups
     assert [line.split(" ")[0] for line in verdicts(group)] == ["fast", "same"]
+
+
+def test_the_smallest_visible_difference_and_how_arms_were_judged_are_said(comparison):
+    text = render_comparison(comparison, "markdown")
+    loss = text.partition("| final loss |")[2].split("\n")[1:4]
+    assert [line.split("|")[1].strip() for line in loss] == ["ratio to the baseline", "smallest visible", "judged by"]
+    rows = json.loads(render_comparison(comparison, "json"))["table"]
+    said = next(row for row in rows if row["quantity"] == "loss" and row["arm"] == "same")
+    assert f"{said['smallest_visible_ratio'] - 1:.2%}" in loss[1]
+    assert said["method"] in loss[2]
+
+
+@pytest.mark.parametrize("has_again", [False, True])
+def test_the_noise_floor_is_in_tables_json_and_page(study, has_again):
+    again = [replace(run, arm="base (A/A)", seed=9 + run.seed, repeats="base") for run in study if run.arm == "base"]
+    comparison = judge([*study, *(again if has_again else [])])
+    noise = comparison.groups[0].noise["loss"]
+    shown = next(table for table in tables(comparison) if table.title.startswith("Noise floor: base against itself"))
+    row = next(row for row in shown.rows if row[0] == "final loss")
+    assert row[-2:] == [f"{noise.sd:.2%}", "6" if has_again else "3"]
+    found = next(own for own in json.loads(render_comparison(comparison, "json"))["noise"] if own["quantity"] == "loss")
+    assert (found["sd_log_ratio"], found["num_runs"]) == (noise.sd, noise.num_runs)
+    assert (found["aa_ratio"] == 1.0) == has_again == ("A/A ratio" in shown.headers)
+    assert "Noise floor: base against itself" in page(comparison, "a study")
+
+
+def test_effects_of_few_seeds_are_shown_by_seed_and_what_is_nothing_as_none(entry):
+    runs = [
+        entry(one + other, seed, factors={"one": one, "other": other}, loss=1.5 * (ratio if one == "b" else 1.0))
+        for seed, ratio in enumerate((0.918, 0.946)) for one in "ab" for other in "cd"
+    ]  # fmt: skip
+    shown = next(table for table in tables(judge(runs)) if table.title.startswith("Effects on final loss"))
+    assert shown.title == "Effects on final loss, 8 runs by 2 seeds"
+    assert [row[:3] for row in shown.rows] == [
+        ["one", "a -> b", "x 0.918, 0.946 (by seed)"],
+        ["other", "c -> d", "none"],
+        ["one x other", "a -> b x c -> d", "none"],
+    ]
+    found = json.loads(render_comparison(judge(runs), "json"))["effects"]
+    first = next(own for own in found if own["quantity"] == "loss")
+    assert (first["ratio_lower"], first["is_none"]) == (None, False)
+    assert first["ratio_by_seed"] == {"0": pytest.approx(0.918), "1": pytest.approx(0.946)}

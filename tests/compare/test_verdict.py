@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from llmeff.compare.ledger import label_arms
+from llmeff.compare.ledger import label_arms, read_ledger, write_ledger
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.verdict import differences, judge
 from llmeff.core.config import ConfigError
@@ -92,9 +93,15 @@ def test_times_are_compared_by_the_lane_alone(study):
     lane = {"base": [1.0, 1.01, 0.99], "fast": [1.5, 1.52, 1.49], "same": [1.0, 1.0, 1.0]}
     (group,) = judge(study, step_times=lane).groups
     assert group.table["step_s"]["fast"].difference.ratio.value == pytest.approx(1.5, rel=0.01)
-    steps, seconds = (group.table[key]["fast"].difference.ratio for key in ("steps_to_target", "seconds_to_target"))
-    assert seconds.value == pytest.approx(steps.value * 1.5, rel=0.01)
-    assert seconds.upper / seconds.lower > steps.upper / steps.lower
+    steps, seconds = (group.table[key]["fast"].difference for key in ("steps_to_target", "seconds_to_target"))
+    assert seconds.ratio.value == pytest.approx(steps.ratio.value * 1.5, rel=0.01)
+    assert (group.table["step_s"]["fast"].difference.method, seconds.method) == ("paired t", "Welch")
+    logs = [np.log([*group.table["steps_to_target"][arm].values.values()]) for arm in ("fast", "base")]
+    logs.append(np.log(np.divide(lane["fast"], lane["base"])))
+    squares = [own.var(ddof=1) / 3 for own in logs]
+    error, freedom = math.sqrt(sum(squares)), 2 * sum(squares) ** 2 / sum(own**2 for own in squares)
+    half = math.log(seconds.ratio.upper / seconds.ratio.value)
+    assert half == pytest.approx(stats.t(freedom).ppf(0.975) * error)
     # half the steps at one and a half times the time each is three quarters: at equal time it is ahead
     assert group.table["loss_at_seconds"]["fast"].call == "better"
 
@@ -438,3 +445,149 @@ def test_images_of_other_seeds_may_have_labels_for_other_numbers_of_pixels(entry
     runs = [entry(arm, seed, item=item, items=items[seed]) for arm in ("a", "b") for seed in (0, 1)]
     found = differences(runs)
     assert found == [] if is_one_budget else "were to train on other numbers of items" in found[0]
+
+
+# -- which arms are pairs, which are independent, and which are the same
+
+
+def settled(entry, arm, losses, *, first_seed=0, **changes):
+    """Runs of an arm that ended at these losses, with flat curves."""
+    return [
+        entry(arm, first_seed + n, loss=loss, train_loss=loss, metrics={"loss": loss}, curve_losses=(2 * loss, loss),
+              curve_steps=(0, 100), **changes)
+        for n, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+BASE = [1.50, 1.53, 1.48, 1.51, 1.55, 1.47]
+OTHER = [1.46, 1.50, 1.49, 1.45]
+
+
+def test_an_arm_that_is_tuned_as_the_baseline_is_paired_and_others_are_independent(entry):
+    kin = [loss * (1.001 + 1e-4 * n) for n, loss in enumerate(BASE[:4])]
+    runs = [*settled(entry, "base", BASE), *settled(entry, "kin", kin, tuned_as="base"), *settled(entry, "other", OTHER),
+            *settled(entry, "kin of other", [loss * 1.002 for loss in OTHER], tuned_as="other")]  # fmt: skip
+    cells = judge(runs).groups[0].table["loss"]
+    assert {name: cell.difference.method for name, cell in cells.items() if cell.difference} == {
+        "kin": "paired t", "other": "Dunnett", "kin of other": "Dunnett",
+    }  # fmt: skip
+    paired = stats.ttest_1samp(np.log(np.divide(kin, BASE[:4])), 0.0)
+    assert cells["kin"].difference.p == pytest.approx(paired.pvalue)
+    assert cells["kin"].p_adjusted == pytest.approx(3 * paired.pvalue)  # one of three, whoever judges the others
+    assert cells["kin"].call == "worse"
+    logs = [np.log(own) for own in (BASE, OTHER)]
+    pooled = stats.ttest_ind(logs[1], logs[0])  # the kin of `other` tell nothing more of the spread
+    assert cells["other"].difference.p == pytest.approx(pooled.pvalue)
+    assert cells["other"].difference.ratio.value == pytest.approx(stats.gmean(OTHER) / stats.gmean(BASE))
+    (group,) = judge(runs, baseline="kin").groups
+    assert group.table["loss"]["base"].difference.method == "paired t"
+    (group,) = judge(runs, baseline="kin of other").groups
+    assert [group.table["loss"][name].difference.method for name in ("other", "base", "kin")] == [
+        "paired t", "Dunnett", "Dunnett",
+    ]  # fmt: skip
+
+
+def test_the_same_runs_under_another_name_count_once(entry):
+    again = [loss * (1 + 2e-7 * (-1) ** n) for n, loss in enumerate(OTHER)]
+    once = [*settled(entry, "base", BASE), *settled(entry, "other", OTHER)]
+    twice = [
+        *once,
+        *settled(entry, "ranks", again),
+        *settled(entry, "base on ranks", [loss * (1 + 1e-7) for loss in BASE]),
+    ]
+    cells = judge(twice).groups[0].table["loss"]
+    alone = judge(once).groups[0].table["loss"]["other"].difference
+    pooled = stats.ttest_ind(np.log(OTHER), np.log(BASE))
+    assert cells["other"].difference.p == pytest.approx(pooled.pvalue)
+    assert cells["other"].difference.ratio.upper > alone.ratio.upper  # of three comparisons, not of one
+    assert (cells["base on ranks"].call, cells["base on ranks"].difference.method) == ("equal", "paired t")
+    other_data = [replace(run, data_sha256="b" * 64) if run.arm == "base on ranks" else run for run in twice]
+    found = judge(other_data, mixed=True).groups[0].table["loss"]["base on ranks"].difference
+    assert found.method == "Dunnett"
+
+
+def test_all_runs_of_a_baseline_with_more_seeds_are_used(entry):
+    runs = [
+        *settled(entry, "base", BASE),
+        *settled(entry, "one", OTHER),
+        *settled(entry, "two", OTHER[::-1], first_seed=50),
+    ]
+    comparison = judge(runs)
+    cells = comparison.groups[0].table["loss"]
+    assert cells["base"].mean.n == 6
+    theirs = stats.dunnett(np.log(OTHER), np.log(OTHER[::-1]), control=np.log(BASE), rng=0)
+    assert [cells[name].p_adjusted for name in ("one", "two")] == pytest.approx(theirs.pvalue, abs=2e-3)
+    assert not any("seeds" in note for note in comparison.notes)
+
+
+def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(entry, tmp_path):
+    again = [1.49, 1.54, 1.50]
+    alone = [*settled(entry, "base", BASE), *settled(entry, "one", OTHER), *settled(entry, "two", OTHER[::-1])]
+    runs = [*alone, *settled(entry, "base (A/A)", again, first_seed=20_000, repeats="base", tuned_as="base")]
+    lane = {name: [1.0, 1.1, 0.9] for name in ("base", "one", "two")}
+    comparison = judge(runs, step_times=lane)
+    group, without = comparison.groups[0], judge(alone, step_times=lane).groups[0]
+    for key, row in without.table.items():
+        assert {name: group.table[key][name] for name in row} == row, key
+    cell = group.table["loss"]["base (A/A)"]
+    expected = stats.ttest_ind(np.log(again), np.log(BASE))
+    assert (cell.difference.method, cell.call) == ("A/A", "not told apart")
+    assert cell.difference.p == cell.p_adjusted == pytest.approx(expected.pvalue)
+    noise = group.noise["loss"]
+    assert noise.ratio == cell.difference.ratio
+    spread = math.sqrt((np.var(np.log(BASE)) * 6 + np.var(np.log(again)) * 3) / 7)
+    assert (noise.sd, noise.num_runs) == (pytest.approx(math.sqrt(2) * spread), 9)
+    assert (without.noise["loss"].ratio, without.noise["loss"].num_runs) == (None, 6)
+    assert "peak_bytes" not in group.noise
+    assert group.table["step_s"]["base (A/A)"].difference is None
+    assert not any("timing lane has no" in note for note in comparison.notes)
+    different = settled(entry, "base (A/A)", [1.2, 1.21, 1.22], first_seed=20_000, repeats="base")
+    assert judge([*alone, *different]).groups[0].table["loss"]["base (A/A)"].call == "better"
+    write_ledger(tmp_path / "it.parquet", runs)
+    assert judge(read_ledger(tmp_path / "it.parquet"), step_times=lane) == comparison
+
+
+def test_an_arm_that_repeats_the_baseline_has_no_part_in_effects(entry):
+    runs = []
+    for seed, (one, other) in itertools.product(range(3), itertools.product("ab", "cd")):
+        loss = 1.5 + 0.01 * seed + 0.1 * (one == "b") + 0.003 * seed * (other == "d")
+        runs += settled(entry, one + other, [loss], first_seed=seed, factors={"one": one, "other": other})
+    again = settled(entry, "ac (A/A)", [1.7, 1.8], first_seed=20_000, factors={"one": "a", "other": "c"}, repeats="ac")
+    found, without = (judge(own, baseline="ac").groups[0].effects["loss"] for own in ([*runs, *again], runs))
+    assert found == without
+    assert (found.seeds, found.dropped_seeds) == ((0, 1, 2), ())
+
+
+def test_effects_on_memory_are_over_runs_and_on_the_loss_over_seeds(entry):
+    runs = []
+    for seed, (one, other) in itertools.product(range(3), itertools.product("ab", "cd")):
+        size = {"a": 100.0, "b": 200.0}[one] + 7 * (other == "d") * (one == "b")
+        runs += settled(entry, one + other, [1.5 + 0.01 * seed], first_seed=seed, peak_bytes=size,
+                        factors={"one": one, "other": other})  # fmt: skip
+    found = judge(runs).groups[0].effects
+    assert found["loss"].seeds == (0, 1, 2)
+    assert all(effect.is_none for effect in found["loss"].effects)
+    assert (found["peak_bytes"].seeds, found["peak_bytes"].effects[0].ratio.n) == ((), 12)
+
+
+def formatted(entry, arm, rate, **config):
+    return settled(entry, arm, BASE, trial={"optim.lr": rate}, config={"train": {"steps": 100}} | config)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "rates", "is_said"),
+    [
+        ({"optim": {"name": "adamw"}}, {"optim": {"name": "adamw8bit", "min_8bit_size": 4096}}, (1e-3, 2e-3), True),
+        ({"precision": "fp32"}, {"precision": "bf16"}, (1e-3, 2e-3), True),
+        ({"precision": "fp32"}, {"precision": "bf16"}, (1e-3, 1e-3), False),
+        ({"optim": {"name": "adamw"}}, {"optim": {"name": "muon"}}, (1e-3, 2e-3), False),
+        ({"optim": {"name": "adamw"}}, {"optim": {"name": "adamw"}}, (1e-3, 2e-3), False),
+        ({"precision": "fp32", "width": 8}, {"precision": "bf16", "width": 16}, (1e-3, 2e-3), False),
+    ],
+)
+def test_arms_that_differ_in_format_and_were_tuned_to_other_settings_are_said(entry, one, two, rates, is_said):
+    runs = [*formatted(entry, "one", rates[0], **one), *formatted(entry, "two", rates[1], **two)]
+    said = "one and two differ in precision or the format of state alone, and were tuned apart"
+    assert any(said in note for note in judge(runs).notes) == is_said
+    shared = [replace(run, tuned_as="one") if run.arm == "two" else run for run in runs]
+    assert not any("tuned apart" in note for note in judge(shared).notes)

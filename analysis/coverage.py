@@ -1,0 +1,183 @@
+"""What the statistics promise, on studies whose truth is known: `python analysis/coverage.py` writes results/coverage.json.
+
+Studies are drawn, and judged by what judges real ones (`judge`, `effects`). Losses are log-normal about what their arm, their
+factors and their seed make of them. Draws have fixed seeds: all of it comes out the same again.
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402  the path above must come first
+
+from llmeff.compare.effects import effects  # noqa: E402
+from llmeff.compare.ledger import Entry  # noqa: E402
+from llmeff.compare.verdict import Comparison, judge  # noqa: E402
+from llmeff.core.files import write_text  # noqa: E402
+
+SD = 0.0075
+"""Of the logarithm of a loss over seeds, as text and small models have it."""
+BETTER = 0.985
+"""The loss of an arm that is 1.5 % better, over the baseline's."""
+FACTORS: dict[str, tuple[float, float]] = {
+    "noisy": (-0.07, 0.02),
+    "noisy, does nothing": (0.0, 0.02),
+    "quiet": (0.001, 2e-4),
+    "neutral": (0.0, 1e-5),
+    "neutral too": (0.0, 1e-4),
+}
+"""What each factor does to the logarithm of the loss, and the standard deviation over seeds of what it does."""
+
+
+def run_of(arm: str, seed: int, log_loss: float, **more: Any) -> Entry:
+    """A run that ended at a loss."""
+    return Entry(
+        name=f"{arm}/seed-{seed}", arm=arm, status="finished", seed=seed, steps=1, items=1, device="none",
+        loss=math.exp(log_loss), **more,
+    )  # fmt: skip
+
+
+def factorial(generator: np.random.Generator, num_seeds: int, run_sd: float = 1e-5) -> list[Entry]:
+    """Half of all combinations of the factors, of which no effect is mistaken for another, with each seed."""
+    found = []
+    for seed in range(num_seeds):
+        shared = generator.normal(0, 0.02)
+        own = [generator.normal(*what) for what in FACTORS.values()]
+        together = {pair: generator.normal(0, 1e-4) for pair in itertools.combinations(range(len(own)), 2)}
+        for codes in itertools.product((-1, 1), repeat=len(own)):
+            if math.prod(codes) < 0:
+                continue
+            log_loss = shared + sum(code / 2 * effect for code, effect in zip(codes, own, strict=True))
+            log_loss += sum(codes[one] * codes[two] / 4 * effect for (one, two), effect in together.items())
+            levels = {name: "high" if code > 0 else "low" for name, code in zip(FACTORS, codes, strict=True)}
+            arm = "".join(map(str, codes))
+            found.append(run_of(arm, seed, log_loss + generator.normal(0, run_sd), factors=levels))
+    return found
+
+
+def effect_coverage(num_studies: int, num_seeds: int = 6, seed: int = 0) -> dict[str, float]:
+    """How often the interval of each effect holds the truth; pairs, which do nothing, together."""
+    generator, covered = np.random.default_rng(seed), Counter[str]()
+    for _ in range(num_studies):
+        for effect in effects(factorial(generator, num_seeds), lambda run: run.loss).effects:
+            is_pair = len(effect.factors) > 1
+            truth = 1.0 if is_pair else math.exp(FACTORS[effect.factors[0]][0])
+            is_covered = effect.ratio.lower <= truth <= effect.ratio.upper
+            covered["pairs" if is_pair else effect.factors[0]] += is_covered
+    counts = dict.fromkeys(FACTORS, num_studies) | {"pairs": num_studies * math.comb(len(FACTORS), 2)}
+    return {name: covered[name] / count for name, count in counts.items()}
+
+
+def study(
+    generator: np.random.Generator,
+    *,
+    spreads: Sequence[float],
+    runs: int,
+    baseline_runs: int,
+    ratio: float = 1.0,
+    aa_runs: int = 0,
+) -> Comparison:
+    """A sweep of arms beside a baseline, judged.
+
+    Args:
+        generator: draws it.
+        spreads: of each arm, as a multiple of the baseline's.
+        runs: of each arm.
+        baseline_runs: of the baseline.
+        ratio: each arm's true loss over the baseline's.
+        aa_runs: of an A/A arm.
+    """
+    entries = [run_of("baseline", seed, own) for seed, own in enumerate(generator.normal(0, SD, baseline_runs))]
+    for place, spread in enumerate(spreads):
+        logs = generator.normal(math.log(ratio), SD * spread, runs)
+        entries += [run_of(f"arm {place}", seed, own) for seed, own in enumerate(logs)]
+    again = generator.normal(0, SD, aa_runs)
+    entries += [run_of("baseline (A/A)", 1000 + seed, own, repeats="baseline") for seed, own in enumerate(again)]
+    return judge(entries, baseline="baseline")
+
+
+def calls(comparison: Comparison) -> dict[str, bool]:
+    """Which arms are called different."""
+    return {name: cell.call in ("better", "worse") for name, cell in comparison.groups[0].table["loss"].items()}
+
+
+def family_error(
+    num_studies: int, spreads: Sequence[float], runs: int, baseline_runs: int, seed: int
+) -> dict[str, float]:
+    """In how many studies of equal arms any is called different, and how many arms Dunnett's pooled procedure judged."""
+    generator, wrong, pooled = np.random.default_rng(seed), 0, 0
+    for _ in range(num_studies):
+        found = study(generator, spreads=spreads, runs=runs, baseline_runs=baseline_runs)
+        wrong += any(calls(found).values())
+        cells = found.groups[0].table["loss"].values()
+        pooled += sum(cell.difference is not None and cell.difference.method == "Dunnett" for cell in cells)
+    return {"family_error": wrong / num_studies, "pooled": pooled / num_studies / len(spreads)}
+
+
+def power(num_studies: int, arms: int, runs: int, baseline_runs: int, ratio: float, seed: int) -> float:
+    """How often an arm that differs is called so.
+
+    All of them differ, and each is counted: no arm's mean has a part in how another is judged.
+    """
+    generator, found = np.random.default_rng(seed), 0
+    for _ in range(num_studies):
+        own = study(generator, spreads=[1] * arms, runs=runs, baseline_runs=baseline_runs, ratio=ratio)
+        found += sum(calls(own).values())
+    return found / num_studies / arms
+
+
+def aa_error(num_studies: int, arms: int, runs: int, baseline_runs: int, seed: int) -> float:
+    """How often an A/A arm is called different from the baseline that it repeats."""
+    generator = np.random.default_rng(seed)
+    found = (
+        study(generator, spreads=[1] * arms, runs=runs, baseline_runs=baseline_runs, aa_runs=runs)
+        for _ in range(num_studies)
+    )
+    return sum(calls(own)["baseline (A/A)"] for own in found) / num_studies
+
+
+FIRST = (13, 5, 15)
+"""Arms, runs of each, and of the baseline: of what is promised. Others are measured too."""
+OTHERS = ((4, 8, 16), (4, 3, 3))
+
+
+def families(num_studies: int, design: tuple[int, int, int]) -> dict[str, dict[str, float]]:
+    """Errors of equal arms, with equal spreads and with one arm of three times the others'."""
+    arms, runs, baseline_runs = design
+    spreads = {"equal spreads": [1.0] * arms, "one arm of three times the spread": [3.0] + [1.0] * (arms - 1)}
+    return {what: family_error(num_studies, own, runs, baseline_runs, seed=10) for what, own in spreads.items()}
+
+
+def measured() -> dict[str, Any]:
+    """All of it."""
+
+    def called(design: tuple[int, int, int]) -> str:
+        return f"{design[0]} arms x {design[1]}, baseline {design[2]}"
+
+    return {
+        "sd_log_loss": SD,
+        "effects, 1000 factorials": {f"{num_seeds} seeds": effect_coverage(1000, num_seeds) for num_seeds in (3, 6)},
+        f"families, {called(FIRST)}, 10000 studies": families(10_000, FIRST),
+        **{f"families, {called(own)}, 3000 studies": families(3_000, own) for own in OTHERS},
+        f"power, {called(FIRST)}, 1500 studies": {
+            f"ratio {ratio:.3f}": power(1_500, *FIRST, ratio, seed=20) for ratio in (BETTER, 1 / BETTER, 1.015)
+        },
+        "A/A called different, 4 arms x 8, baseline 16": {
+            f"{count} sweeps": aa_error(count, 4, 8, 16, seed=30) for count in (500, 3_000)
+        },
+    }
+
+
+if __name__ == "__main__":
+    found = {"command": "python analysis/coverage.py"} | measured()
+    text = json.dumps(found, indent=1) + "\n"
+    write_text(ROOT / "analysis" / "results" / "coverage.json", text)
+    sys.stdout.write(text)
