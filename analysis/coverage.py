@@ -10,6 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,35 +150,36 @@ FIRST = (13, 5, 15)
 OTHERS = ((4, 8, 16), (4, 3, 3))
 
 
-def families(num_studies: int, design: tuple[int, int, int]) -> dict[str, dict[str, float]]:
-    """Errors of equal arms, with equal spreads and with one arm of three times the others'."""
-    arms, runs, baseline_runs = design
-    spreads = {"equal spreads": [1.0] * arms, "one arm of three times the spread": [3.0] + [1.0] * (arms - 1)}
-    return {what: family_error(num_studies, own, runs, baseline_runs, seed=10) for what, own in spreads.items()}
+def measured() -> dict[str, dict[str, Any]]:
+    """All of it, on all cores."""
+    with ProcessPoolExecutor() as pool:
+        asked: dict[str, dict[str, Future[Any]]] = {}
+        for design, count in ((FIRST, 10_000), *((own, 2_000) for own in OTHERS)):
+            arms, runs, baseline_runs = design
+            spreads = {"equal spreads": [1.0] * arms, "one arm of three times the spread": [3.0] + [1.0] * (arms - 1)}
+            asked[f"equal arms, {_called(design)}, {count} studies"] = {
+                what: pool.submit(family_error, count, own, runs, baseline_runs, seed=10)
+                for what, own in spreads.items()
+            }
+        asked[f"power, {_called(FIRST)}, 1000 studies"] = {
+            f"ratio {ratio:.3f}": pool.submit(power, 1_000, *FIRST, ratio, seed=20)
+            for ratio in (BETTER, 1 / BETTER, 1.015)
+        }
+        asked["A/A called different, 4 arms x 8, baseline 16"] = {
+            f"{count} sweeps": pool.submit(aa_error, count, 4, 8, 16, seed=30) for count in (500, 2_000)
+        }
+        asked["intervals of effects that hold the truth, 1000 factorials"] = {
+            f"{num_seeds} seeds": pool.submit(effect_coverage, 1_000, num_seeds) for num_seeds in (3, 6)
+        }
+        return {what: {name: own.result() for name, own in those.items()} for what, those in asked.items()}
 
 
-def measured() -> dict[str, Any]:
-    """All of it."""
-
-    def called(design: tuple[int, int, int]) -> str:
-        return f"{design[0]} arms x {design[1]}, baseline {design[2]}"
-
-    return {
-        "sd_log_loss": SD,
-        "effects, 1000 factorials": {f"{num_seeds} seeds": effect_coverage(1000, num_seeds) for num_seeds in (3, 6)},
-        f"families, {called(FIRST)}, 10000 studies": families(10_000, FIRST),
-        **{f"families, {called(own)}, 3000 studies": families(3_000, own) for own in OTHERS},
-        f"power, {called(FIRST)}, 1500 studies": {
-            f"ratio {ratio:.3f}": power(1_500, *FIRST, ratio, seed=20) for ratio in (BETTER, 1 / BETTER, 1.015)
-        },
-        "A/A called different, 4 arms x 8, baseline 16": {
-            f"{count} sweeps": aa_error(count, 4, 8, 16, seed=30) for count in (500, 3_000)
-        },
-    }
+def _called(design: tuple[int, int, int]) -> str:
+    return f"{design[0]} arms x {design[1]}, baseline {design[2]}"
 
 
 if __name__ == "__main__":
-    found = {"command": "python analysis/coverage.py"} | measured()
+    found = {"command": "python analysis/coverage.py", "sd_log_loss": SD} | measured()
     text = json.dumps(found, indent=1) + "\n"
     write_text(ROOT / "analysis" / "results" / "coverage.json", text)
     sys.stdout.write(text)

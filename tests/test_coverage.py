@@ -1,0 +1,62 @@
+"""The statistics keep their promises on studies whose truth is known, as `analysis/coverage.py` draws them."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+ANALYSIS = Path(__file__).resolve().parent.parent / "analysis"
+_SPEC = importlib.util.spec_from_file_location("analysis.coverage", ANALYSIS / "coverage.py")
+coverage = importlib.util.module_from_spec(_SPEC)
+sys.modules[coverage.__name__] = coverage  # where its own processes look for it
+_SPEC.loader.exec_module(coverage)
+
+
+def is_likely(share, count, rate):
+    """Whether so many of a count may well be by a rate: of a thousand honest ones one is not."""
+    return stats.binomtest(round(share * count), count, rate).pvalue > 1e-3
+
+
+def test_intervals_of_effects_cover_the_truth_whether_factors_are_noisy_or_neutral():
+    for name, share in coverage.effect_coverage(60, num_seeds=4).items():
+        assert is_likely(share, 60 * (10 if name == "pairs" else 1), 0.95), (name, share)
+
+
+@pytest.mark.parametrize("spreads", [[1] * 6, [3, *[1] * 5]])
+def test_few_studies_of_equal_arms_call_any_different(spreads):
+    found = coverage.family_error(120, spreads, 8, 16, seed=1)
+    assert found["family_error"] <= stats.binom(120, 0.05).ppf(0.999) / 120
+    assert (found["pooled"] > 0.9) == (spreads[0] == 1)
+
+
+def test_an_arm_that_is_better_is_seen_and_the_baseline_itself_is_not():
+    assert coverage.power(30, 13, 5, 15, coverage.BETTER, seed=2) == pytest.approx(0.8, abs=0.1)
+    assert is_likely(coverage.aa_error(100, 2, 5, 10, seed=3), 100, 0.05)
+
+
+def promised(found):
+    """What holds of what was measured."""
+    for own in found["intervals of effects that hold the truth, 1000 factorials"].values():
+        assert all(0.93 <= share <= 0.97 for share in own.values()), own
+    for own in found["equal arms, 13 arms x 5, baseline 15, 10000 studies"].values():
+        assert own["family_error"] <= 0.055
+    assert found["power, 13 arms x 5, baseline 15, 1000 studies"]["ratio 0.985"] >= 0.8
+    assert all(0.03 <= share <= 0.07 for share in found["A/A called different, 4 arms x 8, baseline 16"].values())
+
+
+def test_what_was_committed_holds_what_is_promised():
+    promised(json.loads((ANALYSIS / "results" / "coverage.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_what_was_committed_comes_out_again():
+    found = coverage.measured()
+    promised(found)
+    committed = json.loads((ANALYSIS / "results" / "coverage.json").read_text(encoding="utf-8"))
+    for what, those in found.items():
+        for name, own in those.items():
+            assert own == pytest.approx(committed[what][name], abs=2e-3)  # a call may turn by rounding
