@@ -126,7 +126,13 @@ def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
 
 
 def _visible(smallest: float) -> str:
-    return "" if math.isnan(smallest) or smallest == 1 else f"{smallest - 1:.2%}"
+    if math.isnan(smallest) or smallest == 1:
+        return ""
+    return f"{smallest - 1:.2%}" if smallest < _MANIFOLD else f"x {smallest:.3g}"
+
+
+_MANIFOLD = 3.0
+"""From here on a ratio is shown as one, and not as a share."""
 
 
 def _noise_table(group: Group, where: str) -> TextTable:

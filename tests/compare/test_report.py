@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -141,3 +142,12 @@ def test_effects_of_few_seeds_are_shown_by_seed_and_what_is_nothing_as_none(entr
     first = next(own for own in found if own["quantity"] == "loss")
     assert (first["ratio_lower"], first["is_none"]) == (None, False)
     assert first["ratio_by_seed"] == {"0": pytest.approx(0.918), "1": pytest.approx(0.946)}
+
+
+@pytest.mark.parametrize(("spread", "shown"), [(0.01, "%"), (3.0, "x ")])
+def test_a_difference_that_is_a_multiple_is_shown_as_one(entry, spread, shown):
+    runs = [entry(arm, seed, loss=2.0 * math.exp(spread * (seed - 1)), curve_losses=(), curve_steps=())
+            for arm in ("one", "two") for seed in range(3)]  # fmt: skip
+    text = render_comparison(judge(runs), "markdown").partition("| final loss |")[2].split("\n")[2]
+    assert text.startswith("| smallest visible |")
+    assert (shown in text, "%" in text) == (True, spread < 1)
