@@ -113,7 +113,7 @@ class Price:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the source, and by kind the parts with their `total`: null where it is unknown, and `at_least` beside it."""
         kinds = [kind for kind in KINDS if kind in self.unknown or any(own == kind for own, _ in self.entries)]
-        return {"source": self.source} | {kind: self.parts(kind) | self._sums(kind) for kind in kinds}
+        return {"source": self.source} | {kind: {**self.parts(kind), **self._sums(kind)} for kind in kinds}
 
     def _sums(self, kind: Kind) -> dict[str, int | None]:
         total: dict[str, int | None] = {"total": self.known(kind)}
