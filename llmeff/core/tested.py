@@ -7,7 +7,7 @@ from llmeff.core.log import logger
 
 TESTED = {
     "accelerate": ("1.10", "1.15.0"),
-    "bitsandbytes": ("0.48", "0.50.2"),
+    "bitsandbytes": ("0.50", "0.50.2"),
     "deepspeed": ("0.19", "0.19.8"),
     "torch": ("2.13", "2.14.1"),
     "transformers": ("5.17", "5.24.0"),
