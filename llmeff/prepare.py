@@ -22,6 +22,7 @@ from llmeff.core.precision import precision
 from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
+from llmeff.optim import OptimizerConfig
 from llmeff.parallel import Parts, Strategy, StrategyConfig
 from llmeff.parallel.group_state import check_savable
 from llmeff.predict import check_model, num_threads, resolve_micro_batch
@@ -257,10 +258,7 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
         raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
     files.refuse_links(folder)
     saved = read(path)
-    # what older runs left open they took from the kind of device
-    begun = validate(RunConfig, saved)
-    optim = begun.optim.resolve(is_bfloat16_fast=begun.runtime.device == "cuda")
-    saved["optim"] = optim.model_dump(mode="json")
+    saved["optim"] = begun_optimizer(saved).model_dump(mode="json")
     changed = [
         f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
         for key, was, now in _differences(saved, asked.model_dump(mode="json"))
@@ -278,6 +276,12 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     free = {"parallel": merged["parallel"], "runtime": merged["runtime"]}
     train = saved["train"] | {"micro_batch": merged["train"]["micro_batch"]}
     return validate(RunConfig, saved | free | {"train": train})
+
+
+def begun_optimizer(saved: dict[str, Any]) -> OptimizerConfig:
+    """What a begun run updates with, by its config: older runs left open what they took from the kind of device."""
+    begun = validate(RunConfig, saved)
+    return begun.optim.resolve(is_bfloat16_fast=begun.runtime.device == "cuda")
 
 
 def _keep_pools(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -262,7 +262,7 @@ class Sweep:
         left = [job for job in jobs if not (self.folder / RUNS / job.path / schema.RESULT).is_file()]
         if len(left) < len(jobs):
             self._tell(f"{len(jobs) - len(left)} of {len(jobs)} {jobs[0].phase} runs have ended before")
-        waiting = [(job, job_config(self.sweep, job)) for job in left]
+        waiting = [(job, self._as_begun(job_config(self.sweep, job))) for job in left]
         while waiting or self._running:
             for each in list(waiting):  # a run of fewer cores goes before one that must wait for more
                 if self._fits(cores := cores_of(each[1])):
@@ -272,6 +272,21 @@ class Sweep:
             for ended in [own for own in self._running if own.process.poll() is not None]:
                 self._running.remove(ended)
                 self._end(ended)
+
+    def _as_begun(self, config: RunConfig) -> RunConfig:
+        """With what the sweep's first run by this optimizer decided, so that all are alike whatever machine goes on."""
+        if "auto" not in config.optim.model_dump().values():
+            return config
+        from llmeff.prepare import begun_optimizer
+
+        for path in sorted((self.folder / RUNS).rglob(schema.CONFIG)):
+            saved = read(path)
+            if saved.get("optim", {}).get("name") == config.optim.name:
+                begun = begun_optimizer(saved)
+                asked = config.optim.model_dump().items()
+                decided = {name: getattr(begun, name) for name, value in asked if value == "auto"}
+                return config.model_copy(update={"optim": config.optim.model_copy(update=decided)})
+        return config
 
     def _fits(self, cores: int) -> bool:
         used = sum(own.cores for own in self._running)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from llmeff.attention import Latent, MixerConfig, Sliding
 from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.cpu import contained, instruction_set
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
 from llmeff.cost.price import Price
@@ -122,7 +125,7 @@ def test_price_gate_of_one_long_row(name, num_heads, num_tokens):
     ("seed", "precision_name"),
     [
         *((seed, "fp32") for seed in range(gate.NUM_IMAGE_CASES)),
-        # which this CPU may have to emulate
+        # slow where the CPU has no units for it
         *(
             (seed, "bf16") if seed in (1, 5) else pytest.param(seed, "bf16", marks=pytest.mark.slow)
             for seed in range(gate.NUM_IMAGE_CASES)
@@ -131,6 +134,27 @@ def test_price_gate_of_one_long_row(name, num_heads, num_tokens):
 )
 def test_price_gate_of_images(seed, precision_name):
     assert_exact_but_for_the_peak(gate.random_image_case(seed, precision_name=precision_name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aten", ["default", "avx2"])
+@pytest.mark.parametrize("name", contained(instruction_set() or "SSE41"))
+def test_price_gates_under_every_instruction_set_of_this_cpu(name, aten):
+    """One machine stands for several: what it takes is exact on all sets but for the peak, which is right where it is known."""
+    gates = [
+        "tests/test_predict.py",
+        "tests/models/test_unet.py",
+        "-k",
+        "gate_of_images or other_kernels or trace_is_what",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *gates],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": name, "ATEN_CPU_CAPABILITY": aten},
+        cwd=_PATH.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -479,6 +503,26 @@ def test_a_plan_says_what_was_priced(no_data, monkeypatch, setting, usable, micr
     assert show_plan(small).endswith(said)
     assert small.as_dict()["fits"] == (None if usable is None else usable > 1000)
     assert Price.from_dict(small.as_dict()) == small.price
+
+
+def test_a_plan_says_no_peak_where_the_instruction_set_was_not_measured(no_data, monkeypatch):
+    def of(name, usable=2**40):
+        monkeypatch.setattr("llmeff.predict.instruction_set", lambda: name)
+        monkeypatch.setattr("llmeff.predict.usable_bytes", lambda device: usable)
+        segnet = {"name": "segnet-basic", "width": 8}
+        images = {"task": "segmentation", "model": segnet, "data": {"name": "images"}, "train": {"batch": 2}}
+        return plan(validate(RunConfig, images | {"runtime": {"device": "cpu"}}))
+
+    known, unknown = of("AVX2"), of(None)
+    assert (known.fits, unknown.fits) == (True, None)
+    assert of(None, usable=1000).fits is False
+    assert unknown.price.at_least("peak_bytes") < known.price.total("peak_bytes")
+    assert unknown.as_dict()["peak_bytes"]["total"] is None
+    shown = show_plan(unknown)
+    assert "whether it fits is unknown" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("peak_bytes")]
+    assert "unknown   at least" in line
+    assert "unknown" not in show_plan(known)
 
 
 def test_a_device_that_is_not_here_has_no_memory(monkeypatch):

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.config import ConfigError, override, read, validate
 from llmeff.data import Bpe
 from llmeff.loop import train
-from llmeff.prepare import begun_config, prepare_model
+from llmeff.prepare import begun_config, prepare, prepare_model
 from llmeff.runconfig import RunConfig
 
 SIZES = {"vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -104,6 +104,45 @@ def begun(tmp_path, norm, **changes):
     (tmp_path / "config.json").write_text(validate(RunConfig, config | saved).model_dump_json())
     asked = {"train": {"batch": 8, "micro_batch": "auto"}, "parallel": saved["parallel"]} | changes
     return begun_config(validate(RunConfig, config | asked), tmp_path).train.micro_batch
+
+
+MUON = {
+    "model": {"name": "decoder", "width": 8, "num_layers": 1, "num_heads": 1, "mlp_width": 8},
+    "data": {"source": {"name": "builtin", "max_bytes": 200_000}, "splits": {"by": "span"}, "sequence_length": 16},
+    "optim": {"name": "muon"},
+    "schedule": {"name": "constant"},
+    "train": {"steps": 2, "batch": 2},
+    "evaluation": {"every": 0, "sample_tokens": 0},
+    "checkpoint": {"every": 1},
+    "runtime": {"device": "cpu", "threads": 1},
+}
+
+
+@pytest.mark.parametrize(("has_amx", "decided"), [(False, "float32"), (True, "bfloat16")])
+def test_what_muon_iterates_in_is_decided_once(has_amx, decided, tmp_path, monkeypatch):
+    asked, folder = validate(RunConfig, MUON), tmp_path / "run"
+    monkeypatch.setattr("llmeff.prepare.multiplies_bfloat16", lambda device: has_amx)
+    train(asked, folder)
+    assert read(folder / "config.json")["optim"]["ns_format"] == decided
+    monkeypatch.setattr("llmeff.prepare.multiplies_bfloat16", lambda device: not has_amx)
+    resumed = begun_config(asked, folder)
+    assert prepare(resumed)[0].optim.ns_format == decided
+
+
+@pytest.mark.parametrize(("device", "meant"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_an_older_run_goes_on_in_what_its_device_meant(device, meant, tmp_path):
+    config = validate(RunConfig, MUON | {"runtime": {"device": device}})
+    assert config.optim.ns_format == "auto"
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    assert begun_config(config, tmp_path).optim.ns_format == meant
+
+
+def test_all_ranks_iterate_in_what_the_least_of_them_is_fast_at(monkeypatch):
+    monkeypatch.setattr("llmeff.prepare.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("llmeff.prepare.group.least", lambda value: min(value, 0))  # another rank's
+    assert (
+        prepare(validate(RunConfig, MUON | {"train": {"batch": 2, "micro_batch": 2}}))[0].optim.ns_format == "float32"
+    )
 
 
 ONE, FOUR = {"name": "single"}, {"name": "ddp", "ranks": 4}

@@ -370,6 +370,25 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_anything_starts(
         sweep_of(metric="bits_per_bite")
 
 
+def test_runs_of_one_sweep_iterate_in_one_format_on_any_machine(tmp_path, monkeypatch):
+    sweep = sweep_of()
+    running = Sweep(sweep, tmp_path, cores=1, modules=[], command="", tell=print)
+    first, second = [job for job in tuning_jobs(sweep) if job.arm == "muon"]
+    (other, *_) = [job for job in tuning_jobs(sweep) if job.arm == "adamw"]
+    assert running._as_begun(job_config(sweep, first)).optim.ns_format == "auto"
+    begun = job_config(sweep, first)
+    begun = begun.model_copy(update={"optim": begun.optim.model_copy(update={"ns_format": "bfloat16"})})
+    for job, config in ((other, job_config(sweep, other)), (first, begun)):
+        folder = tmp_path / RUNS / job.path
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(config.model_dump_json())
+    asked = []
+    monkeypatch.setattr(Sweep, "_start", lambda self, job, config, cores: asked.append(config))
+    running.run_jobs([second])
+    (config,) = asked
+    assert config.optim == job_config(sweep, second).optim.model_copy(update={"ns_format": "bfloat16"})
+
+
 def test_a_sweep_from_before_there_was_a_choice_of_metrics_goes_on_by_the_loss(tmp_path):
     open_sweep(sweep_of(), tmp_path / "it")
     written = json.loads((tmp_path / "it" / "sweep.json").read_text())

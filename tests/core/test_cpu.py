@@ -1,8 +1,12 @@
 """Which instruction set oneDNN takes, over what CPUs have and what the environment allows."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from llmeff.core import cpu
 from llmeff.core.cpu import INSTRUCTION_SETS, contained, effective, instruction_set, multiplies_bfloat16
@@ -75,6 +79,26 @@ def test_the_environment_limits_this_process(monkeypatch):
     assert instruction_set() == "AVX"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert instruction_set() == "AVX2"
+
+
+def test_onednn_agrees_whether_it_takes_bfloat16():
+    found = instruction_set()
+    takes = found is not None and {"AVX512_CORE", "AVX2_VNNI_2"} & set(contained(found))
+    assert torch.ops.mkldnn._is_mkldnn_bf16_supported() == bool(takes)
+
+
+@pytest.mark.parametrize(("name", "said"), [("SSE41", "Intel SSE4.1"), ("AVX", "Intel AVX"), ("AVX2", "Intel AVX2")])
+def test_onednn_says_the_same(name, said):
+    if name not in contained(instruction_set() or "SSE41"):
+        pytest.skip(f"this CPU has no {name}")
+    code = (
+        "import torch; from llmeff.core.cpu import instruction_set; print('ours:', instruction_set());"
+        "torch.nn.functional.conv2d(torch.zeros(2, 8, 32, 32), torch.zeros(8, 8, 3, 3))"
+    )
+    told = os.environ | {"ONEDNN_MAX_CPU_ISA": name, "ONEDNN_VERBOSE": "1"}
+    lines = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True).stdout.splitlines()
+    assert f"ours: {name}" in lines
+    assert any(line.endswith(f"cpu,isa:{said}") for line in lines)
 
 
 @pytest.mark.parametrize("name", CPUS)

@@ -65,6 +65,33 @@ def test_on_a_cpu_the_iterations_are_those_in_float64_but_for_rounding(shape):
     assert torch.equal(orthogonalize(torch.zeros(shape), 5), torch.zeros(shape))
 
 
+def test_iterations_in_float64_stay_there():
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert orthogonalize(x, 5, "float32").dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("flags", "decided"),
+    [({"avx2"}, "float32"), ({"avx512_bf16"}, "float32"), ({"avx512_bf16", "amx_bf16"}, "bfloat16")],
+)
+def test_auto_is_bfloat16_where_the_cpu_has_amx(flags, decided, monkeypatch):
+    monkeypatch.setattr("llmeff.optim.muon.multiplies_bfloat16", lambda device: device != "cpu" or "amx_bf16" in flags)
+    torch.manual_seed(0)
+    found = []
+    for ns_format in ("auto", decided):
+        model, rows = model_and_rows()
+        train(model, SETTINGS.model_copy(update={"ns_format": ns_format}).build(rows))
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_what_is_given_is_not_decided_anew():
+    for given in ("float32", "bfloat16"):
+        muon = Muon(ns_format=given)
+        assert [muon.resolve(is_bfloat16_fast=fast).ns_format for fast in (False, True)] == [given, given]
+    assert [Muon().resolve(is_bfloat16_fast=fast).ns_format for fast in (False, True)] == ["float32", "bfloat16"]
+
+
 def test_what_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"given a parameter of shape \(3,\)"):
         OrthogonalMomentum([nn.Parameter(torch.zeros(3))], lr=0.1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llmeff
+from llmeff.core.cpu import instruction_set
 from llmeff.record import environment as module
 from llmeff.record.environment import environment
 from llmeff.record.schema import Environment
@@ -20,8 +21,15 @@ def test_it_says_what_runs_here():
     assert here.packages["torch"] == torch.__version__
     assert here.threads == torch.get_num_threads()
     assert here.cores >= 1
+    assert here.instruction_set == instruction_set()
     assert here.memory_bytes > 2**28
     assert Environment.model_validate_json(here.model_dump_json()) == here
+
+
+def test_that_of_an_older_run_knows_no_instruction_set():
+    here = environment(CPU)
+    older = {name: value for name, value in here.model_dump(mode="json").items() if name != "instruction_set"}
+    assert Environment.model_validate(older) == here.model_copy(update={"instruction_set": None})
 
 
 def test_it_tells_nobody_whose_machine_it_is(monkeypatch):
