@@ -116,8 +116,9 @@ class Price:
         return {"source": self.source} | {kind: {**self.parts(kind), **self._sums(kind)} for kind in kinds}
 
     def _sums(self, kind: Kind) -> dict[str, int | None]:
-        total: dict[str, int | None] = {"total": self.known(kind)}
-        return {**total, "at_least": self.at_least(kind)} if kind in self.unknown else total
+        if kind in self.unknown:
+            return {"total": None, "at_least": self.at_least(kind)}
+        return {"total": self.total(kind)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Price":

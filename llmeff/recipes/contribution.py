@@ -81,7 +81,7 @@ def factorial(
 ) -> SweepConfig:
     """Half of the combinations of factors over a run, under DeepSpeed, where all of them are at hand.
 
-    A CPU without matrix units for bf16 emulates it, slowly: steps and held-out text are few.
+    Without AMX or AVX512_BF16, products in bf16 are slow on a CPU: steps and held-out text are few.
 
     Args:
         name: of the study.

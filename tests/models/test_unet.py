@@ -170,7 +170,7 @@ def test_it_is_trained_by_the_loop_with_its_prediction_beside_what_was_measured(
 def test_no_peak_is_predicted_where_the_instruction_set_was_not_measured(monkeypatch, tmp_path):
     monkeypatch.setattr("llmeff.predict.instruction_set", lambda: None)
     segnet = {"name": "segnet-basic", "width": 8}
-    result = train(validate(RunConfig, TINY | {"model": segnet, "train": {"steps": 2, "batch": 2}}), tmp_path / "run")
+    result = train(validate(RunConfig, TINY | {"model": segnet}), tmp_path / "run")
     assert "peak_bytes" in result.measured
     assert {"peak_bytes", "workspace_bytes"}.isdisjoint(result.predicted.keys() | result.error.keys())
     assert result.error["saved_bytes"] == 0
