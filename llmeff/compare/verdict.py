@@ -312,9 +312,7 @@ def _group(
         arms[entry.arm].append(entry)
     if target is None:
         target = _reached_by_all(arms[baseline], metric)
-    again = _repeating(arms, baseline)
-    lanes = {name: baseline if name == again else name for name in arms}  # what is the same is as fast
-    times = {name: _lane(step_times, lane, entries[0].cell) for name, lane in lanes.items()}
+    times = {name: _lane(step_times, _lane_of(name, runs), entries[0].cell) for name, runs in arms.items()}
     budgets, kin = _budgets(arms, times), _kin(arms)
     table, quantities, of_quantity = {}, [], {}
     for quantity, of in _quantities(metrics, target, budgets, times):
@@ -409,6 +407,11 @@ def _effects(
         by_lap = {id(entry): seconds for entry, seconds in laps}
         found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)], hangs_on_seed=False)
     return found
+
+
+def _lane_of(name: str, runs: Sequence[Entry]) -> str:
+    """The arm that was raced for an arm: what has the same settings is as fast, and is not raced twice."""
+    return next((run.repeats for run in runs if run.repeats is not None), name)
 
 
 def _lane(step_times: StepTimes | None, arm: str, cell: Mapping[str, Any]) -> Sequence[float] | None:
@@ -716,8 +719,9 @@ def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes
     notes = [f"of {', '.join(higher)} more is better, of all else less"] if higher else []
     for group in groups:
         notes += [*_run_notes(group), *_target_notes(group), *_tuning_notes(group)]
-    lanes = {lane_name(name, group.cell) for group in groups for name in group.arms
-             if name != _repeating(group.arms, group.baseline)}  # fmt: skip
+    lanes = {
+        lane_name(_lane_of(name, runs), group.cell) for group in groups for name, runs in group.arms.items()
+    }  # fmt: skip
     missing = sorted(lanes - step_times.keys()) if step_times is not None else []
     if missing:
         notes.append(f"the timing lane has no {', '.join(map(repr, missing))}: their times are not compared")
@@ -735,6 +739,10 @@ def _run_notes(group: Group) -> Iterator[str]:
             if those:
                 why = next((f": {run.diagnosis.splitlines()[0]}" for run in those if run.diagnosis), "")
                 yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
+        same = next((other for other in group.arms if kin[name] == other != name and not any(run.tuned_as for run in runs)
+                     and _are_the_same(runs, group.arms[other])), None)  # fmt: skip
+        if same is not None:
+            yield f"the runs of {name}{where} are those of {same}, but for rounding: of chance they tell as one"
         missing = sorted(known - {run.seed for run in runs})
         if missing and runs and kin[name] == kin[group.baseline] and all(run.repeats is None for run in runs):
             yield f"{name}{where} was not run with the baseline's seeds {missing}: its pairs are of those that both have"

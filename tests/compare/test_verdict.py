@@ -501,6 +501,10 @@ def test_the_same_runs_under_another_name_count_once(entry):
     assert cells["other"].difference.p == pytest.approx(pooled.pvalue)
     assert cells["other"].difference.ratio.upper > alone.ratio.upper  # of three comparisons, not of one
     assert (cells["base on ranks"].call, cells["base on ranks"].difference.method) == ("equal", "paired t")
+    assert [note for note in judge(twice).notes if "tell as one" in note] == [
+        "the runs of ranks are those of other, but for rounding: of chance they tell as one",
+        "the runs of base on ranks are those of base, but for rounding: of chance they tell as one",
+    ]
     other_data = [replace(run, data_sha256="b" * 64) if run.arm == "base on ranks" else run for run in twice]
     found = judge(other_data, mixed=True).groups[0].table["loss"]["base on ranks"].difference
     assert found.method == "Dunnett"
@@ -541,6 +545,8 @@ def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(en
     assert "peak_bytes" not in group.noise
     assert group.table["step_s"]["base (A/A)"].difference is None
     assert not any("timing lane has no" in note for note in comparison.notes)
+    seconds = judge(runs, step_times=lane, baseline="one").groups[0].table["seconds_to_target"]
+    assert len(seconds["base (A/A)"].values) > 0  # which takes as long a step as what it repeats
     different = settled(entry, "base (A/A)", [1.2, 1.21, 1.22], first_seed=20_000, repeats="base")
     assert judge([*alone, *different]).groups[0].table["loss"]["base (A/A)"].call == "better"
     write_ledger(tmp_path / "it.parquet", runs)
