@@ -30,7 +30,11 @@ from llmeff.models import DecoderConfig
 from llmeff.models.transformer import Layer
 from llmeff.record.environment import environment
 
-NAMES = ("retention", "gla", "deltanet", "gated-deltanet", "kda")
+LAYERS = {
+    "retention": "MultiScaleRetention", "gla": "GatedLinearAttention", "deltanet": "DeltaNet",
+    "gated-deltanet": "GatedDeltaNet", "kda": "KimiDeltaAttention",
+}  # fmt: skip
+"""Mixers, and that package's layer of each."""
 TURN_S = 0.03
 """A turn is repeated until it has lasted so long."""
 
@@ -42,11 +46,7 @@ def theirs(name: str, width: int, heads: int) -> nn.Module:
     given: dict[str, Any] = {"hidden_size": width, "num_heads": heads}
     if name in ("gated-deltanet", "kda"):
         given |= {"head_dim": width // heads, "expand_v": 1}
-    names = {
-        "retention": "MultiScaleRetention", "gla": "GatedLinearAttention", "deltanet": "DeltaNet",
-        "gated-deltanet": "GatedDeltaNet", "kda": "KimiDeltaAttention",
-    }  # fmt: skip
-    layer: nn.Module = getattr(layers, names[name])(**given)
+    layer: nn.Module = getattr(layers, LAYERS[name])(**given)
     return layer
 
 
@@ -153,7 +153,7 @@ def race(name: str, options: argparse.Namespace, length: int) -> dict[str, Any]:
 def main() -> None:
     """Races every mixer at every length."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--name", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32768, help="of a step")

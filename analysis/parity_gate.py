@@ -23,11 +23,9 @@ from llmeff.core.files import write_text  # noqa: E402
 from llmeff.optim import OptimizerConfig  # noqa: E402
 from llmeff.record.environment import environment  # noqa: E402
 from tests.strategies import STRATEGIES, Trajectory, config, trained  # noqa: E402
-from tests.test_parity import MASTER, MODELS, master_by_hand  # noqa: E402
+from tests.test_parity import MASTER, MODELS, itself, master_by_hand  # noqa: E402
 
 PRECISIONS = ("fp32", "bf16")
-OWN = {"adamw8bit": ("optim.min_8bit_size=1",)}
-"""What makes an optimizer of the truth table itself on parameters so small."""
 
 
 def run(*settings: str, num_ranks: int, accumulation: int) -> Trajectory:
@@ -80,7 +78,7 @@ def truth() -> list[dict[str, Any]]:
     """Rows of optimizer and strategy: how far the update is from one process's, or why it is refused."""
     rows: list[dict[str, Any]] = []
     for optimizer in OptimizerConfig.registry.names():
-        settings = (f"optim={optimizer}", "optim.lr=3e-4", *OWN.get(optimizer, ()))
+        settings = (*itself(optimizer), "optim.lr=3e-4")
         expected = run(*settings, num_ranks=1, accumulation=1)
         for strategy, own in STRATEGIES.items():
             case = {"optimizer": optimizer, "strategy": strategy}

@@ -1,9 +1,11 @@
 """What needs a CUDA device: every precision trains there, and a deterministic run repeats and resumes to the last bit."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from llmeff.attention import fla
+from llmeff.attention import MixerConfig, fla
 from llmeff.core.config import override, validate
 from llmeff.loop import Trainer, train
 from llmeff.record.reader import read_run
@@ -14,6 +16,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+
+MIXERS = {name: MixerConfig.registry[name] for name in MixerConfig.registry.names()}
+
+
+def kernels_of(kind):
+    """What the field `kernel` takes; nothing where there is none."""
+    field = kind.model_fields.get("kernel")
+    return () if field is None else get_args(field.annotation)
 
 
 def on_gpu(*settings):
@@ -50,7 +60,7 @@ def test_a_deterministic_run_repeats_and_resumes_to_the_last_bit(tmp_path):
 
 @pytest.mark.skipif(not fla.is_installed(), reason="flash-linear-attention is not installed")
 @pytest.mark.parametrize("packing", ["plain", "documents"])
-@pytest.mark.parametrize("name", ["retention", "gla", "mamba2", "deltanet", "gated-deltanet", "kda"])
+@pytest.mark.parametrize("name", [name for name, kind in MIXERS.items() if getattr(kind, "fuses", ())])
 def test_a_run_with_kernels_of_flash_linear_attention_is_the_run_without(tmp_path, name, packing):
     given = ["precision=bf16", f"data.packing={packing}", f"model.mixer={name}", "model.head_dim=16"]
     found = {}
@@ -58,15 +68,15 @@ def test_a_run_with_kernels_of_flash_linear_attention_is_the_run_without(tmp_pat
         result = train(on_gpu(*given, f"model.mixer.kernel={kernel}"), tmp_path / kernel)
         found[kernel] = read_run(tmp_path / kernel).steps["loss"].tolist()
         scans = {ran for ran in result.kernels if ran.startswith("scan: ")}
-        is_refused = fla.is_flawed() and name in ("mamba2", "gated-deltanet")
+        is_refused = fla.is_flawed() and MIXERS[name].gates_heads
         assert scans == {"scan: torch" if kernel == "torch" or is_refused else "scan: flash-linear-attention"}
     assert found["auto"] == pytest.approx(found["torch"], rel=2e-2)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sliding"])
+@pytest.mark.parametrize("name", [name for name, kind in MIXERS.items() if "flex" in kernels_of(kind)])
 def test_a_run_with_flex_attention_is_the_run_without(tmp_path, name):
     given = ["data.packing=documents", f"model.mixer={name}", "model.head_dim=16"]
-    given += ["model.mixer.window=5"] if name == "sliding" else []
+    given += ["model.mixer.window=5"] if "window" in MIXERS[name].model_fields else []
     found = {}
     for kernel in ("sdpa", "flex"):
         result = train(on_gpu(*given, f"model.mixer.kernel={kernel}"), tmp_path / kernel)

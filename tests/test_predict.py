@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmeff.attention import Latent, MixerConfig, Sliding
+from llmeff.attention.scan import ScanConfig
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.cpu import contained, instruction_set
 from llmeff.core.layout import Layout
@@ -108,7 +109,11 @@ def test_price_gate_of_settings_of_mixers(mixer, work):
 @pytest.mark.parametrize(
     ("name", "num_heads", "num_tokens"),
     [
-        *((name, 1, 1024) for name in ("linear", "performer", "retention", "gla", "deltanet", "gated-deltanet", "kda")),
+        *(
+            (name, 1, 1024)
+            for name in MixerConfig.registry.names()
+            if issubclass(MixerConfig.registry[name], ScanConfig)
+        ),
         ("deltanet", 2, 8192),
     ],
 )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from llmeff.cost.tape import Array, Tape
 
 class DeltaConfig(ScanConfig):
     """Values have `num_heads` heads, queries and keys `num_kv_heads`."""
+
+    fuses: ClassVar[frozenset[str]] = frozenset({"short_conv", "unit"})
 
     conv: Count = 4
     """Tokens that the short convolution of queries, keys and values spans."""

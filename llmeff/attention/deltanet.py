@@ -1,6 +1,6 @@
 """DeltaNet: a delta rule whose state does not decay."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from llmeff.cost.tape import Array, Tape
 
 class DeltaNet(DeltaConfig):
     """DeltaNet (Schlag et al. 2021, arXiv 2102.11174), with the convolution and norms of Yang et al. 2024 (2406.06484)."""
+
+    fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"rms_norm"}
 
     name: Literal["deltanet"] = "deltanet"
 

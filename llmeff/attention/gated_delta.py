@@ -1,6 +1,6 @@
 """Gated DeltaNet: a delta rule whose state decays, head by head."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class GatedDelta(DeltaConfig):
     """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464), as in Qwen3-Next."""
 
     gates_heads = True
+    fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"gated_rms_norm"}
+
     name: Literal["gated-deltanet"] = "gated-deltanet"
     initial_rates: Rates = (0.01, 16)
     """Of decay, least and largest (`decay.Rates`); those of Qwen3-Next."""

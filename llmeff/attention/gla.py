@@ -1,7 +1,7 @@
 """Gated linear attention: a state that decays channel by channel, as each token says."""
 
 from functools import partial
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ _TEMPERATURE = 16.0
 
 class GLA(ScanConfig):
     """Gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
+
+    fuses: ClassVar[frozenset[str]] = frozenset({"gated_rms_norm"})
 
     name: Literal["gla"] = "gla"
     key_width: Count | Literal["auto"] = "auto"

@@ -1,6 +1,6 @@
 """Kimi Delta Attention: a delta rule whose state decays, channel by channel."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ class KDA(DeltaConfig):
 
     A channel keeps at least exp(`scan.LEAST`) of its state, 0.7 %, from one token to the next; Kimi's has no bound.
     """
+
+    fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"gated_rms_norm", "channel_decay"}
 
     name: Literal["kda"] = "kda"
     initial_rates: Rates = (1, 16)

@@ -1,6 +1,6 @@
 """Mamba-2: a state space whose state decays, head by head, as each token says how much time passes."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class Mamba2(ScanConfig):
     """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). Its groups, which have B and C in common, are the `num_kv_heads`."""
 
     gates_heads = True
+    fuses: ClassVar[frozenset[str]] = frozenset({"short_conv"})
+
     name: Literal["mamba2"] = "mamba2"
     state_width: Count = 128
     """W, numbers of state for each channel."""

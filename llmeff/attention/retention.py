@@ -1,6 +1,6 @@
 """Retention: a state that decays at a rate of its own for each head."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from llmeff.cost.tape import Array, Tape
 
 class Retention(ScanConfig):
     """Multi-scale retention (Sun et al. 2023, arXiv 2307.08621)."""
+
+    fuses: ClassVar[frozenset[str]] = frozenset({"gated_rms_norm"})
 
     name: Literal["retention"] = "retention"
     value_width: Count | Literal["auto"] = "auto"

@@ -46,6 +46,8 @@ class ScanConfig(MixerConfig):
     it only where asked. Prices are torch's."""
     gates_heads: ClassVar[bool] = False
     """Whether heads have a decay each that changes from token to token."""
+    fuses: ClassVar[frozenset[str]] = frozenset()
+    """What flash-linear-attention computes of it beside the scan, by the names of `llmeff.attention.fla`."""
 
     def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """The package, or a GPU for it."""

@@ -1,7 +1,7 @@
 """AdamW with its moments in 8 bits, quantized block by block (Dettmers et al. 2022)."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from torch.optim import Optimizer
@@ -24,6 +24,8 @@ class AdamW8bit(DecayedConfig):
     """bitsandbytes.optim.AdamW8bit. A block must lie in one parameter, so a slice of many is another optimizer."""
 
     sharding: ClassVar[Sharding] = "whole_tensor"
+    rounds_state: ClassVar[bool] = True
+    whatever_size: ClassVar[Mapping[str, object]] = {"min_8bit_size": 1}
 
     name: Literal["adamw8bit"] = "adamw8bit"
     beta1: BelowOne = 0.9

@@ -29,6 +29,11 @@ class OptimizerConfig(Component, family="optimizer"):
     sharding: ClassVar[Sharding] = "none"
     """What a strategy may split without changing the update; an optimizer that does not say is not split."""
 
+    rounds_state: ClassVar[bool] = False
+    """Whether its state is of a coarser format than what it updates: the last digit of a gradient may move it by a code."""
+    whatever_size: ClassVar[Mapping[str, object]] = {}
+    """Fields with which it treats small parameters as it does large ones."""
+
     name: Text
     """The optimizer's name."""
     lr: Positive = 1e-3

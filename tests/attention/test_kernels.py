@@ -144,20 +144,12 @@ def test_flash_linear_attention_gives_what_the_scan_gives(decays, has_beta, kind
         torch.testing.assert_close(own, theirs, **tolerance)
 
 
-CONVOLVED = {"short_conv", "unit"}
-FUSED = {
-    "retention": {"gated_rms_norm"},
-    "gla": {"gated_rms_norm"},
-    "mamba2": {"short_conv"},
-    "deltanet": {*CONVOLVED, "rms_norm"},
-    "gated-deltanet": {*CONVOLVED, "gated_rms_norm"},
-    "kda": {*CONVOLVED, "gated_rms_norm", "channel_decay"},
-}
-"""What of each mixer flash-linear-attention computes beside the scan."""
+FUSED = [name for name in SCANS if MixerConfig.registry[name].fuses]
+"""Mixers of which flash-linear-attention computes more than the scan."""
 
 
 def counted(monkeypatch, called):
-    owns = {part: getattr(fla, part) for part in set().union(*FUSED.values())}
+    owns = {part: getattr(fla, part) for name in FUSED for part in MixerConfig.registry[name].fuses}
 
     def run(part, *given):
         called.add(part)
@@ -193,7 +185,7 @@ def test_what_stands_around_the_scan_is_the_same_by_flash_linear_attention(
         assert out.dtype == given.dtype
         out = out.float() * real[..., None]
         found.append([out, *torch.autograd.grad(out.square().sum(), [given, *module.parameters()])])
-    assert called == FUSED[name]
+    assert called == MixerConfig.registry[name].fuses
     for expected, got in zip(*found, strict=True):
         scale = expected.detach().abs().max().item()
         if dtype == SINGLE:

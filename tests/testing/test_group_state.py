@@ -95,8 +95,8 @@ def test_it_is_refused_before_a_file_is_touched(outside, tmp_path):
 
 
 def run(folder, resume, until, *settings, number=2):
-    """Eight steps' run, up to one of them; by one process here, by several in theirs."""
-    settings = config("optim=counting", "checkpoint.every=2", "train.steps=8", *settings, num_ranks=number)
+    """Four steps' run, up to one of them; by one process here, by several in theirs."""
+    settings = config("optim=counting", "checkpoint.every=2", "train.steps=4", *settings, num_ranks=number)
     if number == 1:
         train_until(settings, folder, resume, until)
     else:
@@ -106,9 +106,9 @@ def run(folder, resume, until, *settings, number=2):
 
 def test_ended_and_resumed_one_process_is_the_run_that_was_not(outside, tmp_path):
     outside("counting")
-    whole = run(tmp_path / "whole", False, 8, number=1)
-    run(tmp_path / "cut", False, 4, number=1)
-    assert run(tmp_path / "cut", True, 8, number=1) == whole
+    whole = run(tmp_path / "whole", False, 4, number=1)
+    run(tmp_path / "cut", False, 2, number=1)
+    assert run(tmp_path / "cut", True, 4, number=1) == whole
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_ended_and_resumed_one_process_is_the_run_that_was_not(outside, tmp_path
 )
 def test_ended_and_resumed_ranks_are_the_run_that_was_not(outside, tmp_path, strategy):
     outside("counting")
-    whole = run(tmp_path / "whole", False, 8, *STRATEGIES[strategy])
-    run(tmp_path / "cut", False, 4, *STRATEGIES[strategy])
-    assert run(tmp_path / "cut", True, 8, *STRATEGIES[strategy]) == whole
-    assert whole == pytest.approx(run(tmp_path / "alone", False, 8, number=1), rel=1e-5)
+    whole = run(tmp_path / "whole", False, 4, *STRATEGIES[strategy])
+    run(tmp_path / "cut", False, 2, *STRATEGIES[strategy])
+    assert run(tmp_path / "cut", True, 4, *STRATEGIES[strategy]) == whole
+    assert whole == pytest.approx(run(tmp_path / "alone", False, 4, number=1), rel=1e-5)
 
 
 def test_it_is_refused_where_it_would_count_too_far(outside, tmp_path):
