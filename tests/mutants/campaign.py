@@ -47,8 +47,10 @@ PATIENCE = 10.0
 LOADED = (
     "torch", "torch._dynamo", "torch.distributed", "torch.utils.checkpoint", "torch.profiler", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.masking_utils", "tokenizers", "safetensors.torch",
-    "accelerate", "numpy", "scipy.stats", "pydantic", "pyarrow", "pyarrow.parquet", "pyarrow.json", "pyarrow.compute",
-    "PIL.Image", "rich.console", "rich.table", "matplotlib.pyplot", "psutil", "bitsandbytes",
+    "accelerate", "numpy", "scipy.stats", "pandas", "pyarrow", "pyarrow.parquet", "pyarrow.json", "pyarrow.compute",
+    "pyarrow.pandas_compat", "pydantic.main", "pydantic.types", "pydantic.json_schema", "PIL.Image", "PIL.ImageDraw",
+    "PIL.ImageFont", "PIL.JpegImagePlugin", "rich.console", "rich.table", "matplotlib.pyplot", "psutil", "bitsandbytes",
+    "pytest_timeout", "doctest", "pdb", "zoneinfo", "_strptime", "dateutil.easter",
 )  # fmt: skip
 """What takes long to import, none of it ours."""
 
@@ -200,16 +202,11 @@ def end(process: int) -> None:
 
 
 def run_tests(arguments: Sequence[str], *plugins: Any) -> int:
-    """What pytest says of test files. A plugin of pytest among the libraries that were loaded before is no concern here."""
-    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short"]
+    """What pytest says of test files, with the one plugin that our settings name: to load the others takes a second."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plain = ["-q", "-p", "pytest_timeout", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
     loaded = ["-W", "ignore:Module already imported so cannot be rewritten"]
     return int(pytest.main([*plain, *loaded, *arguments], plugins=list(plugins)))
-
-
-def finished(process: int) -> int | None:
-    """A fork's exit code, below 0 for a signal; None while it runs."""
-    done, status = os.waitpid(process, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
 
 
 # -- what reaches what
