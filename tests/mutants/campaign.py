@@ -209,6 +209,12 @@ def run_tests(arguments: Sequence[str], *plugins: Any) -> int:
     return int(pytest.main([*plain, *loaded, *arguments], plugins=list(plugins)))
 
 
+def finished(process: int) -> int | None:
+    """A fork's exit code, below 0 for a signal; None while it runs."""
+    done, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
 # -- what reaches what
 
 
