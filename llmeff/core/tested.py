@@ -10,7 +10,7 @@ TESTED = {
     "bitsandbytes": ("0.50", "0.50.2"),
     "deepspeed": ("0.19", "0.19.8"),
     "torch": ("2.13", "2.14.1"),
-    "transformers": ("5.17", "5.24.0"),
+    "transformers": ("5.23", "5.24.0"),
 }
 """The lowest, which is the lowest that pyproject.toml allows, and the highest.
 
