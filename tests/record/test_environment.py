@@ -32,6 +32,13 @@ def test_that_of_an_older_run_knows_no_instruction_set():
     assert Environment.model_validate(older) == here.model_copy(update={"instruction_set": None})
 
 
+def test_torch_is_named_with_its_build_where_its_metadata_leaves_that_out(monkeypatch):
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda package: "2.14.1")
+    monkeypatch.setattr(module.torch, "__version__", "2.14.1+cu130")
+    packages = environment(CPU).packages
+    assert (packages["torch"], packages["numpy"]) == ("2.14.1+cu130", "2.14.1")
+
+
 def test_it_tells_nobody_whose_machine_it_is(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2-in-the-environment")
     written = environment(CPU).model_dump_json()
