@@ -1,6 +1,6 @@
 """What the statistics promise, on studies whose truth is known: `python analysis/coverage.py` writes results/coverage.json.
 
-Studies are drawn, and judged by what judges real ones (`judge`, `effects`). Losses are log-normal about what their arm, their
+Studies are drawn, and judged by what judges real ones (`judge`, `effects`, and `many_to_one`, by which `judge` judges arms). Losses are log-normal about what their arm, their
 factors and their seed make of them. Draws have fixed seeds: all of it comes out the same again.
 """
 
@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402  the path above must come first
+import numpy.typing as npt  # noqa: E402
 
 from llmeff.compare.effects import effects  # noqa: E402
+from llmeff.compare.intervals import many_to_one  # noqa: E402
 from llmeff.compare.ledger import Entry  # noqa: E402
-from llmeff.compare.verdict import Comparison, judge  # noqa: E402
+from llmeff.compare.verdict import ALPHA, Comparison, judge  # noqa: E402
 from llmeff.core.files import write_text  # noqa: E402
 
 SD = 0.0075
@@ -77,31 +79,33 @@ def effect_coverage(num_studies: int, num_seeds: int = 6, seed: int = 0) -> dict
     return {name: covered[name] / count for name, count in counts.items()}
 
 
-def study(
-    generator: np.random.Generator,
-    *,
-    spreads: Sequence[float],
-    runs: int,
-    baseline_runs: int,
-    ratio: float = 1.0,
-    aa_runs: int = 0,
-) -> Comparison:
-    """A sweep of arms beside a baseline, judged.
+Logs = list[npt.NDArray[np.float64]]
+"""Logarithms of losses: of the baseline's runs, then of each arm's."""
+
+
+def drawn(
+    generator: np.random.Generator, spreads: Sequence[float], runs: int, baseline_runs: int, ratio: float = 1.0
+) -> Logs:
+    """Arms beside a baseline.
 
     Args:
-        generator: draws it.
+        generator: draws them.
         spreads: of each arm, as a multiple of the baseline's.
         runs: of each arm.
         baseline_runs: of the baseline.
         ratio: each arm's true loss over the baseline's.
-        aa_runs: of an A/A arm.
     """
-    entries = [run_of("baseline", seed, own) for seed, own in enumerate(generator.normal(0, SD, baseline_runs))]
-    for place, spread in enumerate(spreads):
-        logs = generator.normal(math.log(ratio), SD * spread, runs)
-        entries += [run_of(f"arm {place}", seed, own) for seed, own in enumerate(logs)]
-    again = generator.normal(0, SD, aa_runs)
-    entries += [run_of("baseline (A/A)", 1000 + seed, own, repeats="baseline") for seed, own in enumerate(again)]
+    return [
+        generator.normal(0, SD, baseline_runs),
+        *(generator.normal(math.log(ratio), SD * spread, runs) for spread in spreads),
+    ]
+
+
+def study(logs: Logs, again: Sequence[float] = ()) -> Comparison:
+    """A sweep of these, and of an A/A arm, judged."""
+    names = ["baseline", *(f"arm {place}" for place in range(len(logs) - 1))]
+    entries = [run_of(name, seed, log) for name, own in zip(names, logs, strict=True) for seed, log in enumerate(own)]
+    entries += [run_of("baseline (A/A)", 1000 + seed, log, repeats="baseline") for seed, log in enumerate(again)]
     return judge(entries, baseline="baseline")
 
 
@@ -112,15 +116,15 @@ def calls(comparison: Comparison) -> dict[str, bool]:
 
 def family_error(
     num_studies: int, spreads: Sequence[float], runs: int, baseline_runs: int, seed: int
-) -> dict[str, float]:
-    """In how many studies of equal arms any is called different, and how many arms Dunnett's pooled procedure judged."""
+) -> tuple[float, float]:
+    """In which share of studies of equal arms any is called different; and which share of arms Dunnett's procedure judged."""
     generator, wrong, pooled = np.random.default_rng(seed), 0, 0
     for _ in range(num_studies):
-        found = study(generator, spreads=spreads, runs=runs, baseline_runs=baseline_runs)
-        wrong += any(calls(found).values())
-        cells = found.groups[0].table["loss"].values()
-        pooled += sum(cell.difference is not None and cell.difference.method == "Dunnett" for cell in cells)
-    return {"family_error": wrong / num_studies, "pooled": pooled / num_studies / len(spreads)}
+        baseline, *arms = drawn(generator, spreads, runs, baseline_runs)
+        found = many_to_one(baseline, arms)
+        wrong += min(own.p_family for own in found) < ALPHA
+        pooled += sum(own.method == "Dunnett" for own in found)
+    return wrong / num_studies, pooled / num_studies / len(spreads)
 
 
 def power(num_studies: int, arms: int, runs: int, baseline_runs: int, ratio: float, seed: int) -> float:
@@ -130,19 +134,18 @@ def power(num_studies: int, arms: int, runs: int, baseline_runs: int, ratio: flo
     """
     generator, found = np.random.default_rng(seed), 0
     for _ in range(num_studies):
-        own = study(generator, spreads=[1] * arms, runs=runs, baseline_runs=baseline_runs, ratio=ratio)
-        found += sum(calls(own).values())
+        baseline, *others = drawn(generator, [1] * arms, runs, baseline_runs, ratio)
+        found += sum(own.p_family < ALPHA for own in many_to_one(baseline, others))
     return found / num_studies / arms
 
 
 def aa_error(num_studies: int, arms: int, runs: int, baseline_runs: int, seed: int) -> float:
     """How often an A/A arm is called different from the baseline that it repeats."""
-    generator = np.random.default_rng(seed)
-    found = (
-        study(generator, spreads=[1] * arms, runs=runs, baseline_runs=baseline_runs, aa_runs=runs)
-        for _ in range(num_studies)
-    )
-    return sum(calls(own)["baseline (A/A)"] for own in found) / num_studies
+    generator, wrong = np.random.default_rng(seed), 0
+    for _ in range(num_studies):
+        found = study(drawn(generator, [1] * arms, runs, baseline_runs), generator.normal(0, SD, runs).tolist())
+        wrong += calls(found)["baseline (A/A)"]
+    return wrong / num_studies
 
 
 FIRST = (13, 5, 15)
@@ -150,28 +153,45 @@ FIRST = (13, 5, 15)
 OTHERS = ((4, 8, 16), (4, 3, 3))
 
 
+SHARDS = 4
+"""Parts that many studies are drawn in, each with a seed of its own."""
+
+
 def measured() -> dict[str, dict[str, Any]]:
     """All of it, on all cores."""
     with ProcessPoolExecutor() as pool:
-        asked: dict[str, dict[str, Future[Any]]] = {}
-        for design, count in ((FIRST, 10_000), *((own, 2_000) for own in OTHERS)):
+        asked: dict[str, dict[str, list[Future[tuple[float, float]]]]] = {}
+        for design, count in ((FIRST, 40_000), *((own, 4_000) for own in OTHERS)):
             arms, runs, baseline_runs = design
             spreads = {"equal spreads": [1.0] * arms, "one arm of three times the spread": [3.0] + [1.0] * (arms - 1)}
             asked[f"equal arms, {_called(design)}, {count} studies"] = {
-                what: pool.submit(family_error, count, own, runs, baseline_runs, seed=10)
+                what: [
+                    pool.submit(family_error, count // SHARDS, own, runs, baseline_runs, seed=10 + shard)
+                    for shard in range(SHARDS)
+                ]
                 for what, own in spreads.items()
             }
-        asked[f"power, {_called(FIRST)}, 1000 studies"] = {
-            f"ratio {ratio:.3f}": pool.submit(power, 1_000, *FIRST, ratio, seed=20)
-            for ratio in (BETTER, 1 / BETTER, 1.015)
+        others: dict[str, dict[str, Future[Any]]] = {
+            f"power, {_called(FIRST)}, 4000 studies": {
+                f"ratio {ratio:.3f}": pool.submit(power, 4_000, *FIRST, ratio, seed=20) for ratio in (BETTER, 1.015)
+            },
+            "A/A called different, 4 arms x 8, baseline 16": {
+                f"{count} sweeps": pool.submit(aa_error, count, 4, 8, 16, seed=30) for count in (500, 2_000)
+            },
+            "intervals of effects that hold the truth, 1000 factorials": {
+                f"{num_seeds} seeds": pool.submit(effect_coverage, 1_000, num_seeds) for num_seeds in (3, 6)
+            },
         }
-        asked["A/A called different, 4 arms x 8, baseline 16"] = {
-            f"{count} sweeps": pool.submit(aa_error, count, 4, 8, 16, seed=30) for count in (500, 2_000)
+        families = {
+            what: {name: _shares([own.result() for own in shards]) for name, shards in those.items()}
+            for what, those in asked.items()
         }
-        asked["intervals of effects that hold the truth, 1000 factorials"] = {
-            f"{num_seeds} seeds": pool.submit(effect_coverage, 1_000, num_seeds) for num_seeds in (3, 6)
-        }
-        return {what: {name: own.result() for name, own in those.items()} for what, those in asked.items()}
+        return families | {what: {name: own.result() for name, own in those.items()} for what, those in others.items()}
+
+
+def _shares(shards: Sequence[tuple[float, float]]) -> dict[str, float]:
+    wrong, pooled = (sum(own) / len(shards) for own in zip(*shards, strict=True))
+    return {"family_error": wrong, "judged by Dunnett's pooled procedure": pooled}
 
 
 def _called(design: tuple[int, int, int]) -> str:

@@ -349,7 +349,8 @@ def _repeating(arms: Mapping[str, Sequence[Entry]], baseline: str) -> str | None
 
 
 def _noise(row: Mapping[str, Cell], baseline: str, again: str | None) -> Noise | None:
-    own = [[*row[name].values.values()] for name in (baseline, again) if name is not None]
+    whole = [row[name] for name in (baseline, again) if name is not None and row[name].mean is not None]
+    own = [[*cell.values.values()] for cell in whole]
     logs = [np.log(values) for values in own if len(values) > 1 and min(values) > 0]
     freedom = sum(len(each) - 1 for each in logs)
     if not freedom or row[baseline].mean is None:
