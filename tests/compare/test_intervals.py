@@ -175,6 +175,22 @@ def test_an_arm_whose_spread_stands_out_is_judged_by_its_own():
     assert others[0].p == pytest.approx(2 * stats.t(66).sf(0.010 / math.sqrt(pooled * (1 / 5 + 1 / 15))))
 
 
+@pytest.mark.parametrize(
+    ("spread", "method", "is_pooled"),
+    [(0.018, "Dunnett", True), (0.0188, "own spread", True), (0.0215, "own spread", False)],
+)
+def test_a_spread_that_stands_out_over_all_arms_has_no_part_in_the_others(spread, method, is_pooled):
+    """F is the square of the ratio of spreads, with 4 and 62 degrees of freedom."""
+    control, *arms = logs_of([spread, *[0.01] * 12])
+    noisy, *others = many_to_one(control, arms)
+    p = stats.f(4, 62).sf((spread / 0.01) ** 2)
+    assert (p < 0.012, 14 * p < 0.05, 14 * p < 0.01) == (method == "own spread", not is_pooled, False)
+    assert (noisy.method, {own.method for own in others}) == (method, {"Dunnett"})
+    freedom = 66 if is_pooled else 62
+    pooled = (spread**2 * 4 * is_pooled + 0.01**2 * 62) / freedom
+    assert others[0].p == pytest.approx(2 * stats.t(freedom).sf(0.010 / math.sqrt(pooled * (1 / 5 + 1 / 15))))
+
+
 @pytest.mark.parametrize("place", [0, 3, "baseline"])
 def test_where_one_spread_is_far_from_the_others_nothing_is_pooled(place):
     control, *arms = logs_of([0.01] * 6)

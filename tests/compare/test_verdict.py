@@ -524,6 +524,19 @@ def test_all_runs_of_a_baseline_with_more_seeds_are_used(entry):
     assert not any("seeds" in note for note in comparison.notes)
 
 
+@pytest.mark.parametrize(("count", "is_said"), [(4, True), (6, False)])
+def test_few_runs_are_said_to_tell_little_of_spreads(entry, count, is_said):
+    runs = [
+        *settled(entry, "base", BASE[:count]),
+        *settled(entry, "one", BASE[1:count]),
+        *settled(entry, "two", BASE[:count][::-1]),
+    ]
+    said = f"arms of {count - 1} runs tell little of their spread"
+    assert any(note.startswith(said) for note in judge(runs).notes) == is_said
+    kin = [replace(run, tuned_as="base") if run.arm != "base" else run for run in runs]
+    assert not any("of their spread" in note for note in judge(kin).notes)
+
+
 def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(entry, tmp_path):
     again = [1.49, 1.54, 1.50]
     alone = [*settled(entry, "base", BASE), *settled(entry, "one", OTHER), *settled(entry, "two", OTHER[::-1])]
