@@ -265,6 +265,19 @@ def test_more_comparisons_in_the_family_ask_more():
     assert widths[0] < widths[2] < widths[4]
 
 
+def test_comparisons_that_others_judge_count_as_those_of_the_smallest_arm_which_asks_most():
+    generator = np.random.default_rng(11)
+    control, *arms = (generator.normal(0, 0.01, size) for size in (6, 3, 12))
+    found = many_to_one(control, arms, family=4)[1]
+    freedom = 5 + 2 + 11
+    pooled = sum(own.var(ddof=1) * (len(own) - 1) for own in (control, *arms)) / freedom
+    t = abs(arms[1].mean() - control.mean()) / math.sqrt(pooled * (1 / 12 + 1 / 6))
+    root = np.sqrt([3 / 9, 12 / 18, 3 / 9, 3 / 9])
+    shape = np.outer(root, root) + np.diag(1 - root**2)
+    theirs = stats.multivariate_t(shape=shape, df=freedom, seed=0).cdf(np.full(4, t), lower_limit=np.full(4, -t))
+    assert found.p_family == pytest.approx(1 - theirs, abs=1e-3)
+
+
 def test_a_single_run_has_a_ratio_and_no_interval_among_others_that_have():
     control, *arms = logs_of([0.01] * 3)
     found = many_to_one(control, [arms[0], arms[1][:1], arms[2]])
