@@ -41,9 +41,12 @@ from tests.mutants.tracing import Order, Reach
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "analysis" / "results" / "mutants.json"
-SLACK_S = 60.0
-"""A mutant's tests get so long, and `PATIENCE` times what they took without it."""
-PATIENCE = 10.0
+SLACK_S = 20.0
+"""A mutant's tests get so many seconds of a CPU, and `PATIENCE` times what they took without it."""
+PATIENCE = 4.0
+WAITING = 10.0
+"""And in all, if they wait for something, so many times that, or `LONGEST_S`: other processes may have the machine."""
+LONGEST_S = 900.0
 LOADED = (
     "torch", "torch._dynamo", "torch.distributed", "torch.utils.checkpoint", "torch.profiler", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.masking_utils", "tokenizers", "safetensors.torch",
@@ -215,6 +218,14 @@ def finished(process: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
+def cpu_s(process: int) -> float:
+    """What a fork has taken of a CPU."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 # -- what reaches what
 
 
@@ -265,11 +276,12 @@ class Case:
     files: dict[str, str]
     """Sources by path."""
     stages: list[tuple[list[str], float]]
-    """Tests in order, and seconds that they may take."""
+    """Tests in order, and seconds of a CPU that they may take."""
     row: dict[str, Any] = field(default_factory=dict)
     """What is recorded of it."""
     start_s: float = 0.0
-    deadline_s: float = 0.0
+    limit_s: float = 0.0
+    begun_s: float = 0.0
     process: int = 0
     stage: int = 0
 
@@ -307,7 +319,7 @@ def in_parallel(clones: Sequence[Clone], cases: Iterable[Case], scratch: Path) -
             time.sleep(0.05)
             for clone, case in list(running.items()):
                 code = finished(case.process)
-                is_late = code is None and time.monotonic() > case.deadline_s
+                is_late = code is None and _is_late(case)
                 if code is None and not is_late:
                     continue
                 end(case.process)
@@ -330,12 +342,17 @@ def in_parallel(clones: Sequence[Clone], cases: Iterable[Case], scratch: Path) -
 
 
 def _begin(case: Case, clone: Clone, scratch: Path) -> None:
-    wanted, limit_s = case.stages[case.stage]
-    case.deadline_s = time.monotonic() + limit_s
+    wanted, case.limit_s = case.stages[case.stage]
+    case.begun_s = time.monotonic()
     files = list(dict.fromkeys(name.partition("::")[0] for name in wanted))
     case.process = fork(
         clone.folder, scratch / f"{clone.folder.name}.log", lambda: run_tests(["-x", *files], Order(wanted))
     )
+
+
+def _is_late(case: Case) -> bool:
+    waited_s = time.monotonic() - case.begun_s
+    return cpu_s(case.process) > case.limit_s or waited_s > max(LONGEST_S, WAITING * case.limit_s)
 
 
 def _killer(log: Path) -> str | None:
@@ -421,6 +438,13 @@ def campaign(options: argparse.Namespace) -> None:
     equivalent = read_equivalent()
     asked = [mutant for own in chosen(options).values() for mutant in own if mutant.name not in equivalent]
     random.Random(0).shuffle(asked)  # so that what is known at any time is of all packages
+    unchanged = next(module for package in options.packages for module in read_map()[package])
+    sources = {path_of(unchanged): (ROOT / path_of(unchanged)).read_text(encoding="utf-8")}
+    (control,) = in_parallel(
+        clones, [Case("no mutant", sources, stages(options.scratch, judges[unchanged], None))], options.scratch
+    )
+    if control.row["result"] != "survived":
+        raise SystemExit(f"{judges[unchanged]} fail without a mutant, see {options.scratch}: {control.row}")
 
     def cases() -> Iterator[Case]:
         for mutant in asked:
