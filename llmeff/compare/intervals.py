@@ -139,8 +139,8 @@ def many_to_one(
     """Compares independent arms with one baseline, all at once: intervals and p values are simultaneous, and agree.
 
     Where spreads are alike all runs together tell how large the spread is (Dunnett 1955, for any numbers of runs). An arm
-    whose variance stands out from that of all others (F test, p below `OWN_SPREAD`) is judged by its own, with the degrees
-    of freedom of the smaller side, which are safe (Mickey and Brown 1966), and Šidák's correction. Where one stands out by
+    whose variance stands out from that of all others (F test, p below `OWN_SPREAD`) is judged by its own beside the others', with
+    the degrees of freedom of its own, which are safe (Mickey and Brown 1966), and Šidák's correction. Where one stands out by
     `REFUTED` over all arms, nothing is pooled, and all are judged so. A single arm is judged by Welch's t (1947).
 
     A rule that looks at spreads first has errors of its own, so both bounds were chosen by simulation: the pooled procedure alone
@@ -172,9 +172,10 @@ def many_to_one(
     shares += (min(shares),) * (count - len(able))  # of those that others judge: less correlation asks more
     for place, key in zip(able, keys, strict=True):
         own = arms[place]
-        if spreads.is_refuted or key in spreads.apart or spreads.is_baseline_apart:
-            safe = min(len(own), len(baseline)) - 1 if spreads.is_refuted or spreads.is_baseline_apart else len(own) - 1
-            found[place] = _apart(own, baseline, count, safe, "own spread")
+        if spreads.is_refuted or spreads.is_baseline_apart:
+            found[place] = _apart(own, baseline, count, min(len(own), len(baseline)) - 1, "own spread")
+        elif key in spreads.apart:
+            found[place] = _apart(own, baseline, count, len(own) - 1, "own spread", spreads.variance)
         else:
             found[place] = _pooled(own, baseline, spreads.variance, spreads.freedom, shares)
     return found
@@ -243,9 +244,12 @@ _NOTHING = 1e-12
 """A share of all squares that rounding makes of none."""
 
 
-def _apart(own: Floats, baseline: Floats, count: int, safe: int | None, method: Method) -> Difference:
-    """Two arms by their own spreads, as one of so many comparisons (Šidák 1967)."""
-    squares = [float(each.var(ddof=1)) / len(each) for each in (own, baseline)]
+def _apart(
+    own: Floats, baseline: Floats, count: int, safe: int | None, method: Method, theirs: float | None = None
+) -> Difference:
+    """Two arms by their own spreads, as one of so many comparisons (Šidák 1967); `theirs`: the baseline's variance, where known better."""
+    variances = float(own.var(ddof=1)), float(baseline.var(ddof=1)) if theirs is None else theirs
+    squares = [variance / len(each) for variance, each in zip(variances, (own, baseline), strict=True)]
     freedom = float(safe or 1)
     if safe is None and sum(squares) > 0:  # Satterthwaite 1946
         ways = (len(own) - 1, len(baseline) - 1)

@@ -165,13 +165,13 @@ def test_an_arm_whose_spread_stands_out_is_judged_by_its_own():
     control, *arms = logs_of([0.02, *[0.01] * 12])
     noisy, *others = many_to_one(control, arms)
     assert (noisy.method, {own.method for own in others}) == ("own spread", {"Dunnett"})
-    error = math.sqrt(0.02**2 / 5 + 0.01**2 / 15)
+    pooled = (0.02**2 * 4 + 0.01**2 * (14 + 48)) / 66
+    error = math.sqrt(0.02**2 / 5 + pooled / 15)
     alone = 2 * stats.t(4).sf(0.005 / error)
     assert noisy.p == pytest.approx(alone)
     assert noisy.p_family == pytest.approx(1 - (1 - alone) ** 13)
     half = stats.t(4).ppf(0.5 + 0.95 ** (1 / 13) / 2) * error
     assert math.log(noisy.ratio.upper) == pytest.approx(0.005 + half)
-    pooled = (0.02**2 * 4 + 0.01**2 * (14 + 48)) / 66
     assert others[0].p == pytest.approx(2 * stats.t(66).sf(0.010 / math.sqrt(pooled * (1 / 5 + 1 / 15))))
 
 
