@@ -126,7 +126,7 @@ class Clone:
         if not folder.exists():
             _git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder))
         is_new = not (folder / "llmeff").exists()
-        _git(folder, "fetch", "--quiet", "origin", "+HEAD:refs/heads/judged")
+        _git(folder, "fetch", "--quiet", str(ROOT), "+HEAD:refs/heads/judged")
         _git(folder, "checkout", "--quiet", "--force", "--detach", "judged")
         _git(folder, "clean", "--quiet", "-fd")
         if not is_new:
