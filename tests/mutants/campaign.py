@@ -13,6 +13,7 @@ without mutants has shown; what they let live meets all other tests of these fil
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -61,6 +62,7 @@ LOADED = (
 # -- what is mutated, and what judges it
 
 
+@functools.cache
 def read_map() -> dict[str, dict[str, list[str]]]:
     """By package, then module: the test files that judge it."""
     with (HERE / "map.toml").open("rb") as file:
@@ -78,6 +80,18 @@ def path_of(module: str) -> str:
     return f"{module.replace('.', '/')}.py"
 
 
+@functools.cache
+def commit() -> str:
+    """The last one, which the campaign is of."""
+    return _git(ROOT, "rev-parse", "HEAD").strip()
+
+
+@functools.cache
+def committed(path: str) -> str:
+    """A file as it was committed last, whatever is done to the working tree meanwhile."""
+    return _git(ROOT, "show", f"{commit()}:{path}")
+
+
 def _digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -88,7 +102,7 @@ def all_mutants(scratch: Path, modules: Iterable[str]) -> Iterator[Mutant]:
     folder.mkdir(parents=True, exist_ok=True)
     rules = _digest((HERE / "mutation.py").read_text(encoding="utf-8"))
     for module in modules:
-        source = (ROOT / path_of(module)).read_text(encoding="utf-8")
+        source = committed(path_of(module))
         kept = folder / f"{module}.{_digest(source)}.{rules}.json"
         if not kept.exists():
             kept.write_text(json.dumps([asdict(mutant) for mutant in mutants_of(source, module, applied)]))
@@ -109,7 +123,7 @@ def sample(mutants: Sequence[Mutant], number: int, seed: str) -> list[Mutant]:
             by_line[line].remove(chosen)
             if not by_line[line]:
                 lines.remove(line)
-            source = (ROOT / path_of(chosen.module)).read_text(encoding="utf-8")
+            source = committed(path_of(chosen.module))
             if mutated(source, chosen, operators()) is not None:
                 found.append(chosen)
     return found
@@ -248,8 +262,7 @@ def traced(scratch: Path, path: str) -> Traced | None:
 
 
 def _trace_file(scratch: Path, path: str) -> Path:
-    content = (ROOT / path).read_text(encoding="utf-8")
-    return scratch / "traces" / f"{path.replace('/', '.')}.{_digest(content)}.json"
+    return scratch / "traces" / f"{path.replace('/', '.')}.{_digest(committed(path))}.json"
 
 
 def trace(scratch: Path, clone: Path, path: str) -> int:
@@ -434,12 +447,11 @@ def campaign(options: argparse.Namespace) -> None:
         (path for package in options.packages for files in read_map()[package].values() for path in files),
     )
     record, applied = Record(options.scratch / "results.jsonl"), operators()
-    commit = _git(ROOT, "rev-parse", "HEAD").strip()
     equivalent = read_equivalent()
     asked = [mutant for own in chosen(options).values() for mutant in own if mutant.name not in equivalent]
     random.Random(0).shuffle(asked)  # so that what is known at any time is of all packages
     unchanged = next(module for package in options.packages for module in read_map()[package])
-    sources = {path_of(unchanged): (ROOT / path_of(unchanged)).read_text(encoding="utf-8")}
+    sources = {path_of(unchanged): committed(path_of(unchanged))}
     (control,) = in_parallel(
         clones, [Case("no mutant", sources, stages(options.scratch, judges[unchanged], None))], options.scratch
     )
@@ -448,7 +460,7 @@ def campaign(options: argparse.Namespace) -> None:
 
     def cases() -> Iterator[Case]:
         for mutant in asked:
-            source = (ROOT / path_of(mutant.module)).read_text(encoding="utf-8")
+            source = committed(path_of(mutant.module))
             known = record.known(mutant, source)
             if known is not None and not (options.again and known["result"] == "survived"):
                 continue
@@ -457,7 +469,7 @@ def campaign(options: argparse.Namespace) -> None:
             reached = f"{mutant.module}:{mutant.function}"
             yield Case(
                 mutant.name, {path_of(mutant.module): changed}, stages(options.scratch, judges[mutant.module], reached),
-                {"mutant": mutant.name, "line": mutant.line, "source": _digest(source), "commit": commit},
+                {"mutant": mutant.name, "line": mutant.line, "source": _digest(source), "commit": commit()},
             )  # fmt: skip
 
     for case in in_parallel(clones, cases(), options.scratch):
@@ -473,7 +485,7 @@ def scores(options: argparse.Namespace, record: Record) -> dict[str, dict[str, A
         counted = [mutant for mutant in mutants if mutant.name not in equivalent]
         rows = []
         for mutant in counted:
-            row = record.known(mutant, (ROOT / path_of(mutant.module)).read_text(encoding="utf-8"))
+            row = record.known(mutant, committed(path_of(mutant.module)))
             rows += [row] if row is not None else []
         survivors = sorted(row["mutant"] for row in rows if row["result"] == "survived")
         found[package] = {
@@ -507,7 +519,7 @@ def write(options: argparse.Namespace) -> None:
     content = {
         "command": f"make mutants ARGS='--each {options.each} --seed {options.seed}'",
         "seed": options.seed,
-        "commit": _git(ROOT, "rev-parse", "HEAD").strip(),
+        "commit": commit(),
         "seconds_a_mutant": round(sum(seconds) / max(1, len(seconds)), 1),
         "tested": tested, "killed": killed, "score": round(killed / max(1, tested), 4),
         "by_operator": dict(Counter(name.split(":")[2].split("_")[0] for own in found.values() for name in own["survivors"])),

@@ -80,6 +80,29 @@ def test_right_answers_are_counted(forgets, accuracy, loss):
     assert task.summary(results) == {"loss": pytest.approx(loss, abs=1e-6), "accuracy": accuracy}
 
 
+def test_answers_are_shown_beside_the_right_ones_where_they_differ():
+    task = opened()
+    lines = task.sample(Parrot(1), "test", 0, torch.device("cpu")).text.splitlines()
+    given = task._data.held_out_rows("test", range(len(lines)))
+    assert len(lines) == 4
+    for line, tokens, targets in zip(lines, given.tokens.tolist(), given.targets.tolist(), strict=True):
+        answers = []
+        for token, target in zip(tokens, targets, strict=True):
+            if target >= 0:
+                answers.append(f"{token}: 0 (not {target})" if token == tokens[2] else f"{token}: {target}")
+        assert line == ", ".join(answers)
+
+
+def test_what_a_step_and_a_row_are_called():
+    task = opened()
+    assert task.unit_ids(3, range(1, 3)) == ["step 3, row 1", "step 3, row 2"]
+    rows = list(task.evaluate(Parrot(), "test", 2, torch.device("cpu"), ONE))
+    assert [(row.unit, row.count, row.metrics) for row in rows] == [
+        ("test/0", 2, {"right": 2.0}), ("test/1", 2, {"right": 2.0})
+    ]  # fmt: skip
+    assert (task.item, task.references("test"), task.facts()["vocab_size"]) == ("token", {}, 16)
+
+
 @pytest.mark.parametrize("num_rows", [1, 9, 10])
 def test_ranks_share_the_rows(num_rows, monkeypatch):
     """After the first four at a time; a rank may be left without any."""

@@ -23,7 +23,7 @@ from llmeff.models.image_norm import averaged
 from llmeff.models.pixel_loss import pixel_losses, weighted_loss
 from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
-from llmeff.tasks import Segmentation
+from llmeff.tasks import Segmentation, segmentation
 from llmeff.tasks.segmentation import class_weights
 from tests.ranks import ranks
 
@@ -342,6 +342,70 @@ def test_the_repeatable_loss_is_the_loss(monkeypatch):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
     assert weighted_loss(logits, torch.full_like(labels, X), weights) == 0
+
+
+def test_facts_of_the_images_are_on_record(small):
+    task = opened(small)
+    facts = task.facts()
+    assert (facts["source"], facts["sha256"]) == ("folder", task.corpus.fingerprint)
+    assert facts["class_pixels"] == {"a": 6, "b": 3, "c": 2}
+    assert {split: own["num_images"] for split, own in facts["splits"].items()} == {"train": 3, "validation": 2}
+    assert (task.item, task.items_per_step) == ("pixel", 3 * 2 * 2)
+
+
+class ClassOfBrightness(nn.Module):
+    """Says class 1 where a picture is bright, and notes how many it is given at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.given.append(len(images))
+        bright = (images.sum(1) > 0).float()
+        return torch.stack([1 - bright, bright, torch.full_like(bright, -1.0)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """Six held-out images, of which each has another number of labels of class 1."""
+    labels = np.zeros((6, 2, 4), int)
+    for number in range(6):
+        labels[number].flat[: number + 1] = 1
+    return write(tmp_path_factory.mktemp("six"), {"train": labels[:2], "validation": labels})
+
+
+def test_so_many_images_are_evaluated_at_once_as_have_the_pixels(six, monkeypatch):
+    task, model = opened(six), ClassOfBrightness()
+    whole = evaluated(task, model)
+    assert model.given == [6]
+    assert [result.metrics["labelled.b"] for result in whole] == [1, 2, 3, 4, 5, 6]
+    for pixels, batches in ((4 * 8, [4, 2]), (2 * 8 + 7, [2, 2, 2]), (1, [1] * 6)):
+        model.given.clear()
+        monkeypatch.setattr(segmentation, "_EVAL_PIXELS", pixels)
+        assert evaluated(task, model) == whole
+        assert model.given == batches
+    for few in (1, 4):
+        assert evaluated(task, model, few) == whole[:few]
+    assert evaluated(task, model, 7) == whole
+
+
+@pytest.mark.parametrize(("most", "shown"), [(4, [0, 1, 3, 4]), (2, [0, 3]), (7, [0, 1, 2, 3, 4, 5])])
+def test_what_people_see_are_images_evenly_apart_with_truth_and_prediction(six, monkeypatch, most, shown):
+    seen = []
+    monkeypatch.setattr(segmentation, "_NUM_SHOWN", most)
+    monkeypatch.setattr(segmentation, "panel", lambda *given: seen.append(given) or given)
+    monkeypatch.setattr(segmentation, "png", lambda made: b"picture of " + repr(len(made[0])).encode())
+    task, model = opened(six), ClassOfBrightness()
+    assert task.sample(model, "validation", 0, CPU).picture == f"picture of {len(shown)}".encode()
+    ((rows, headings, classes),) = seen
+    assert (headings, tuple(classes)) == (["image", "truth", "predicted"], ("a", "b", "c"))
+    for row, place in zip(rows, shown, strict=True):
+        truth, predicted = row.labels
+        assert truth.tolist() == np.r_[np.ones(place + 1), np.zeros(7 - place)].reshape(2, 4).tolist()
+        images = torch.from_numpy(task.corpus.held_out("validation", range(place, place + 1)).images)
+        assert predicted.tolist() == (images.sum(1) > 0)[0].int().tolist()
+        assert np.array_equal(row.pixels, task.corpus.as_stored("validation")[place])
 
 
 # -- through the loop
