@@ -166,6 +166,7 @@ def trajectory(settings: RunConfig, folder: Path) -> Trajectory:
     from llmeff.record.reader import read_run
 
     with Trainer(settings, folder, resume=False, is_silent=True) as trainer:
+        NEWTON_SCHULZ.clear()  # of an optimizer that is tried before the run begins
         begin = numbers(trainer._strategy)
         while trainer.step < settings.train.steps:
             trainer.train_step()

@@ -26,8 +26,8 @@ SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rgl
 TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 EMPTY = {"core", "cost", "record", "compare"}
 """Packages of which nothing is imported that is not asked for."""
-WORDS = {"bytes", "datasets", "images"}
-"""Names of components that are words of the code too: only where a thing is asked for its name do they count."""
+WORDS = {"bytes", "datasets", "deepspeed", "images"}
+"""Names of components that are words of the code, or a library's name, too: only where a thing is asked for its name do they count."""
 
 for module in pkgutil.walk_packages(llmeff.__path__, "llmeff."):
     if module.name != "llmeff.train":  # a script, which changes sys.path
