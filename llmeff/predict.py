@@ -276,7 +276,7 @@ def show_plan(planned: Plan) -> str:
         text += " (a rank's whole batch)" if planned.is_auto else ""
         text += "; this machine has no such device to say whether it fits"
     elif planned.fits is None:
-        text += "; whether it fits is unknown, as its workspace is"
+        text += "; whether it fits is unknown: the workspace of its convolutions was not measured"
     elif planned.fits:
         text += " (auto: the most that fits this machine now)" if planned.is_auto else ""
     else:
@@ -284,7 +284,7 @@ def show_plan(planned: Plan) -> str:
     return f"{show(planned.price)}\n{text}"
 
 
-_UNMEASURED = "what convolutions take was not measured on this CPU's instruction set (analysis/workspace.py)"
+_UNMEASURED = "what its convolutions take was not measured, for their kind or on this CPU's instruction set (analysis/workspace.py)"
 
 
 def show(price: Price) -> str:

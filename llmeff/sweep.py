@@ -4,6 +4,7 @@ All that a sweep knows lies in its folder: `sweep.json`, and one run folder a ru
 one that was cut off is resumed, and one that failed is tried once more each time the sweep is started.
 """
 
+import itertools
 import json
 import math
 import os
@@ -96,6 +97,30 @@ def tuning_jobs(sweep: SweepConfig) -> list[Job]:
                     Job(arm=arm, cell=cell, phase="tuning", number=number, trial=trial, order=len(found))
                 )  # fmt: skip
     return found
+
+
+def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
+    """A run's config, its optimizer's `auto` settings decided as the sweep's first run that left them open had them decided.
+
+    So all runs of a sweep are alike whatever machine goes on with it.
+    """
+    left_open = {name for name, value in config.optim.model_dump().items() if value == "auto"}
+    if not left_open:
+        return config
+    from llmeff.prepare import begun_optimizer
+
+    for arm, cell in itertools.product(sweep.every_arm, sweep.cells()):
+        tried = sweep.every_arm[sweep.tuned_by(arm)].search.keys() | cell.keys()
+        asked = sweep.run_config(arm, cell, sweep.first_trial(arm), seed=0).optim
+        if asked.name != config.optim.name or any(f"optim.{name}" in tried for name in left_open):
+            continue
+        if any(asked.model_dump()[name] != "auto" for name in left_open):
+            continue  # settings of its own
+        for path in sorted((folder / RUNS / arm_path(arm, cell)).glob(f"*/{schema.CONFIG}")):
+            begun = begun_optimizer(read(path))
+            decided = {name: getattr(begun, name) for name in left_open}
+            return config.model_copy(update={"optim": config.optim.model_copy(update=decided)})
+    return config
 
 
 def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
@@ -262,7 +287,7 @@ class Sweep:
         left = [job for job in jobs if not (self.folder / RUNS / job.path / schema.RESULT).is_file()]
         if len(left) < len(jobs):
             self._tell(f"{len(jobs) - len(left)} of {len(jobs)} {jobs[0].phase} runs have ended before")
-        waiting = [(job, self._as_begun(job_config(self.sweep, job))) for job in left]
+        waiting = [(job, as_begun(self.sweep, self.folder, job_config(self.sweep, job))) for job in left]
         while waiting or self._running:
             for each in list(waiting):  # a run of fewer cores goes before one that must wait for more
                 if self._fits(cores := cores_of(each[1])):
@@ -272,21 +297,6 @@ class Sweep:
             for ended in [own for own in self._running if own.process.poll() is not None]:
                 self._running.remove(ended)
                 self._end(ended)
-
-    def _as_begun(self, config: RunConfig) -> RunConfig:
-        """With what the sweep's first run by this optimizer decided, so that all are alike whatever machine goes on."""
-        if "auto" not in config.optim.model_dump().values():
-            return config
-        from llmeff.prepare import begun_optimizer
-
-        for path in sorted((self.folder / RUNS).rglob(schema.CONFIG)):
-            saved = read(path)
-            if saved.get("optim", {}).get("name") == config.optim.name:
-                begun = begun_optimizer(saved)
-                asked = config.optim.model_dump().items()
-                decided = {name: getattr(begun, name) for name, value in asked if value == "auto"}
-                return config.model_copy(update={"optim": config.optim.model_copy(update=decided)})
-        return config
 
     def _fits(self, cores: int) -> bool:
         used = sum(own.cores for own in self._running)
@@ -491,7 +501,7 @@ def write_timing(
         own = sorted((job for job in jobs if job.cell == cell), key=lambda job: job.arm != sweep.baseline)
         if len(own) < 2:
             raise ConfigError(f"{folder}: fewer than two arms have a trial that finished, so there is nothing to race")
-        lanes = {lane_name(job.arm, job.cell): (job_config(sweep, job), "ours") for job in own}
+        lanes = {lane_name(job.arm, job.cell): (as_begun(sweep, folder, job_config(sweep, job)), "ours") for job in own}
         raced = race(
             lanes, seed=0, rounds=rounds, steps=steps, warmup_steps=max(steps, _WARMUP_STEPS), processes=processes,
             modules=modules,

@@ -19,7 +19,7 @@ from llmeff.compare.ledger import LEDGER, RUNS, Entry, read_ledger, read_sweep
 from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.recipes import SWEEPS
-from llmeff.sweep import Sweep, best_trial, final_jobs, open_sweep, plan_text, tuning_jobs
+from llmeff.sweep import Sweep, as_begun, best_trial, final_jobs, open_sweep, plan_text, tuning_jobs
 from llmeff.sweepconfig import Job, SweepConfig, job_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -375,7 +375,7 @@ def test_runs_of_one_sweep_iterate_in_one_format_on_any_machine(tmp_path, monkey
     running = Sweep(sweep, tmp_path, cores=1, modules=[], command="", tell=print)
     first, second = [job for job in tuning_jobs(sweep) if job.arm == "muon"]
     (other, *_) = [job for job in tuning_jobs(sweep) if job.arm == "adamw"]
-    assert running._as_begun(job_config(sweep, first)).optim.ns_format == "auto"
+    assert as_begun(sweep, tmp_path, job_config(sweep, first)).optim.ns_format == "auto"
     begun = job_config(sweep, first)
     begun = begun.model_copy(update={"optim": begun.optim.model_copy(update={"ns_format": "bfloat16"})})
     for job, config in ((other, job_config(sweep, other)), (first, begun)):
@@ -387,6 +387,21 @@ def test_runs_of_one_sweep_iterate_in_one_format_on_any_machine(tmp_path, monkey
     running.run_jobs([second])
     (config,) = asked
     assert config.optim == job_config(sweep, second).optim.model_copy(update={"ns_format": "bfloat16"})
+
+
+def test_an_arm_that_names_its_format_decides_for_no_other(tmp_path):
+    arms = {
+        "named": {"settings": ["optim=muon", "optim.ns_format=bfloat16"]},
+        "open": {"settings": ["optim=muon"]},
+    }
+    sweep = sweep_of(arms=arms, baseline="named")
+    for job in final_jobs(sweep, tmp_path):
+        if job.arm == "named":
+            folder = tmp_path / RUNS / job.path
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(job_config(sweep, job).model_dump_json())
+    (left, *_) = [job for job in final_jobs(sweep, tmp_path) if job.arm == "open"]
+    assert as_begun(sweep, tmp_path, job_config(sweep, left)).optim.ns_format == "auto"
 
 
 def test_a_sweep_from_before_there_was_a_choice_of_metrics_goes_on_by_the_loss(tmp_path):

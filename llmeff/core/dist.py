@@ -183,8 +183,10 @@ def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
     added = {"LLMEFF_ENDING": str(ending), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if not on_gpu:
         added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on standard output
-    if paths := os.environ.get("PYTHONPATH"):  # what is relative in it is so to this folder
-        added["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    if paths := os.environ.get(
+        "PYTHONPATH"
+    ):  # what is relative in it is so to this folder, and what is empty names none
+        added["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep) if path)
     return child_environment() | added | {"LLMEFF_FOLDER": os.getcwd()}
 
 

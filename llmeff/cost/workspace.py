@@ -1,9 +1,10 @@
 """What libraries take beside tensors while a convolution runs on a CPU.
 
 oneDNN copies maps and weights into a layout of its own, and takes room to compute in; torch, where it does without oneDNN,
-lays out patches. Which of it is taken hangs on the instruction set and the format. `workspace.json` says which was measured
-to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. So are
-float32 on SSE41 and AVX, where products of matrices lay out as many patches at a time as suit the CPU's cache.
+lays out patches. Which of it is taken depends on the instruction set and the format. `workspace.json` says which was measured
+to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. Float32 on
+SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. The rows of AVX-512 rest on
+whole steps that were measured before (`analysis/results/price_gate.json`), not on single convolutions.
 """
 
 import json

@@ -114,11 +114,11 @@ class Watchdog:
         log.settle(self._folder / f"engine-{self._rank:05d}.log")
         if self._thread is None:
             return
-        if world().is_main:
-            files.refuse_links(self._folder / FOLDER, itself=True)
-            _clear(self._folder / FOLDER)
-            (self._folder / FOLDER).mkdir(exist_ok=True)
-        group.barrier()
+        with group.agreed():
+            if world().is_main:
+                files.refuse_links(self._folder / FOLDER, itself=True)
+                _clear(self._folder / FOLDER)
+                (self._folder / FOLDER).mkdir(exist_ok=True)
         self._write(self._beat())  # so that the others know of this rank whatever becomes of it
         self._is_settled = True
 

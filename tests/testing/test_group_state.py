@@ -41,7 +41,7 @@ def test_what_changed_comes_back_and_nothing_else():
             assert torch.equal(value, VALUES[name])
             assert value.dtype == VALUES[name].dtype
         else:
-            assert value == (list(VALUES[name]) if name == "pair" else VALUES[name])
+            assert value == VALUES[name]
 
 
 def test_a_tensor_that_is_changed_in_place_is_seen():
@@ -68,6 +68,31 @@ def test_lists_of_tensors_in_the_state_are_refused():
     optimizer.state[ROWS[0].parameter]["bases"] = [torch.eye(2)]
     with pytest.raises(ConfigError, match=r"optim 'own': its state's 'bases' is a tensor of shape \(2, 2\)"):
         check_savable("own", lambda rows: optimizer, ROWS)
+
+
+class Slowed(torch.optim.SGD):
+    """Counts in its groups, and takes smaller steps after the tenth, or after none."""
+
+    last = 10
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = 0.05 if group["count"] > self.last else 0.5
+        super().step()
+
+
+class Idle(Slowed):
+    last = 10**9
+
+
+def test_a_count_that_matters_late_is_refused_where_it_would_go_too_far():
+    def built(kind):
+        return lambda rows: kind([row.parameter for row in rows], lr=0.5)
+
+    check_savable("idle", built(Idle), ROWS, miscounts="it would count too far")
+    with pytest.raises(ConfigError, match=r"optim 'slowed' counts in its groups \(count\): it would count too far"):
+        check_savable("slowed", built(Slowed), ROWS, miscounts="it would count too far")
 
 
 def test_the_check_moves_no_parameter():
