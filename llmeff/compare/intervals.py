@@ -203,7 +203,7 @@ class _Spreads:
     """What the runs of all arms tell of the variance of a logarithm."""
 
     variance: float
-    """Over all arms but those whose own stands out over the whole family."""
+    """Over all arms but those that are judged by their own, and whose own stands out over the whole family too."""
     freedom: float
     """Of it."""
     apart: frozenset[Hashable]
@@ -228,7 +228,8 @@ class _Spreads:
             rest, left = sum(squares) - square, sum(freedoms) - freedom
             ratio = variance * left / rest if rest > _NOTHING * sum(squares) else math.inf if variance > 0 else 1.0
             p_values.append(float(fdtrc(freedom, left, ratio)) if math.isfinite(ratio) else 0.0)
-        kept = [place for place, p in enumerate(p_values) if p * len(groups) >= 1 - LEVEL] or list(range(len(groups)))
+        # what is judged by the pooled variance has a part in it, also where few arms make the bound over all the looser one
+        kept = [place for place, p in enumerate(p_values) if p >= OWN_SPREAD or p * len(groups) >= 1 - LEVEL]
         freedom = sum(freedoms[place] for place in kept)
         names = [key[1] if isinstance(key, tuple) else None for key in groups]
         return cls(

@@ -191,6 +191,21 @@ def test_a_spread_that_stands_out_over_all_arms_has_no_part_in_the_others(spread
     assert others[0].p == pytest.approx(2 * stats.t(freedom).sf(0.010 / math.sqrt(pooled * (1 / 5 + 1 / 15))))
 
 
+@pytest.mark.parametrize(("p", "method"), [(0.0125, "Dunnett"), (0.016, "Dunnett"), (0.0115, "own spread")])
+def test_of_few_arms_one_that_is_judged_by_the_pooled_spread_has_a_part_in_it(p, method):
+    """Of two arms and a baseline one stands out over all (3 p below 0.05) before it does alone."""
+    spread = 0.01 * math.sqrt(stats.f(4, 18).isf(p))
+    control, noisy, other = logs_of([spread, 0.01])
+    found = many_to_one(control, [noisy, other])
+    assert [own.method for own in found] == [method, "Dunnett"]
+    is_pooled = method == "Dunnett"
+    freedom = 18 + 4 * is_pooled
+    error = math.sqrt((spread**2 * 4 * is_pooled + 0.01**2 * 18) / freedom * (1 / 5 + 1 / 15))
+    assert found[1].p == pytest.approx(2 * stats.t(freedom).sf(0.010 / error))
+    if is_pooled:
+        assert found[0].p == pytest.approx(2 * stats.t(22).sf(0.005 / error))
+
+
 @pytest.mark.parametrize("place", [0, 3, "baseline"])
 def test_where_one_spread_is_far_from_the_others_nothing_is_pooled(place):
     control, *arms = logs_of([0.01] * 6)
