@@ -602,11 +602,12 @@ def _kin(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
     Their study says so, by `tuned_as`: they differ in what leaves the best settings alone. Or they are the same runs under
     other names. Correlations of so few runs are not looked at: what they seem to be is mostly chance.
     """
-    keys: dict[str, Hashable] = {}
-    for name, runs in arms.items():
-        tuner = next((run.tuned_as for run in runs if run.tuned_as), name)
-        same = next((other for other in keys if _are_the_same(runs, arms[other])), None)
-        keys[name] = keys.get(tuner, tuner) if same is None else keys[same]
+    pairs = [pair for pair in itertools.combinations(arms, 2) if _are_the_same(arms[pair[0]], arms[pair[1]])]
+    pairs += [(run.tuned_as, name) for name, runs in arms.items() for run in runs if run.tuned_as]
+    keys: dict[str, Hashable] = {name: name for pair in [*pairs, *zip(arms, arms, strict=True)] for name in pair}
+    for one, other in pairs:  # each joins all that are akin to either, so that the order of arms does not matter
+        old, new = keys[other], keys[one]
+        keys = {name: new if key == old else key for name, key in keys.items()}
     return keys
 
 
@@ -744,7 +745,8 @@ def _run_notes(group: Group) -> Iterator[str]:
             if those:
                 why = next((f": {run.diagnosis.splitlines()[0]}" for run in those if run.diagnosis), "")
                 yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
-        same = next((other for other in group.arms if kin[name] == other != name and not any(run.tuned_as for run in runs)
+        before = itertools.takewhile(lambda other, name=name: other != name, group.arms)
+        same = next((other for other in before if kin[other] == kin[name] and not any(run.tuned_as for run in runs)
                      and _are_the_same(runs, group.arms[other])), None)  # fmt: skip
         if same is not None:
             yield f"the runs of {name}{where} are those of {same}, but for rounding: of chance they tell as one"

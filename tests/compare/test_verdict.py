@@ -487,6 +487,29 @@ def test_an_arm_that_is_tuned_as_the_baseline_is_paired_and_others_are_independe
     ]  # fmt: skip
 
 
+def test_which_arms_are_akin_does_not_hang_on_their_order(entry):
+    """`kin` is tuned as `twin`, which holds the baseline's runs: so it is paired with the baseline, wherever each stands."""
+    arms = {
+        "base": settled(entry, "base", BASE),
+        "kin": settled(entry, "kin", [loss * (1.001 + 1e-4 * n) for n, loss in enumerate(BASE)], tuned_as="twin"),
+        "twin": settled(entry, "twin", [loss * (1 + 1e-7) for loss in BASE]),
+        "other": settled(entry, "other", OTHER),
+        "kin of other": settled(entry, "kin of other", [loss * 1.002 for loss in OTHER], tuned_as="other"),
+    }
+    expected = {
+        "base": None, "kin": "paired t", "twin": "paired t", "other": "Dunnett", "kin of other": "Dunnett",
+    }  # fmt: skip
+    pooled = stats.ttest_ind(np.log(OTHER), np.log(BASE))
+    for order in itertools.permutations(set(arms) - {"base"}):  # which comes first in any case
+        comparison = judge([run for name in ("base", *order) for run in arms[name]], baseline="base")
+        cells = comparison.groups[0].table["loss"]
+        assert {name: own.difference and own.difference.method for name, own in cells.items()} == expected
+        assert cells["other"].difference.p == pytest.approx(pooled.pvalue)
+        assert [note for note in comparison.notes if "tell as one" in note] == [
+            "the runs of twin are those of base, but for rounding: of chance they tell as one"
+        ]
+
+
 def test_the_same_runs_under_another_name_count_once(entry):
     again = [loss * (1 + 2e-7 * (-1) ** n) for n, loss in enumerate(OTHER)]
     once = [*settled(entry, "base", BASE), *settled(entry, "other", OTHER)]
