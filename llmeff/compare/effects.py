@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +32,10 @@ class Effect:
     ratio: Estimate
     """The quantity's, of the second level over the first; its interval is NaN where seeds or runs are too few."""
     p_adjusted: float
-    """Of no effect, among all effects of the study (Holm); NaN where nothing is left to judge by."""
+    """Of no effect, among all effects of the study that are not none (Holm); NaN where nothing is left to judge by."""
     smallest_visible: float
-    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such studies; NaN as above."""
+    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such studies, among as many effects as
+    Holm's procedure judges; NaN as above."""
     is_none: bool
     """Whether it is below the noise of arithmetic."""
     by_seed: dict[int, float]
@@ -50,13 +51,16 @@ class Effects:
     effects: list[Effect]
     """Main effects, then pairs, in the factors' order."""
     aliased: list[str]
-    """Pairs that the runs cannot tell from another effect; they are left out."""
+    """Effects that the runs cannot tell from those before; they are left out."""
     num_runs: int
     """With the quantity."""
     seeds: tuple[int, ...]
-    """What was judged by: seeds of which all combinations have the quantity; none where it does not hang on the seed."""
+    """What was judged by: seeds of which all combinations that are kept have the quantity; none where it does not hang on the
+    seed."""
     dropped_seeds: tuple[int, ...]
     """Seeds of which some combination has no value, so that factors are not balanced: they are left out."""
+    dropped_combinations: tuple[dict[str, str], ...]
+    """Combinations, as the level of each factor, that are left out because some seeds lack them: keeping them costs more runs."""
 
 
 def effects(
@@ -71,8 +75,9 @@ def effects(
     Where the quantity hangs on the seed, runs of one seed are no replicates: what a factor does differs from seed to seed, and
     by how much differs from factor to factor. So each seed is fitted alone, and each effect is judged by Student's t over
     its own values by seed, with one degree of freedom fewer than seeds: the stratum of seed by factor in a design of split
-    plots (Box, Hunter and Hunter 2005, chapter 9), of this factor alone. Otherwise all runs are fitted at once, with seeds as
-    blocks, and what is left over is the error.
+    plots (Box, Hunter and Hunter 2005, chapter 9), of this factor alone. Seeds must then have the same combinations: where some
+    lack some, seeds and combinations are left out until they do (`_unbalanced`). Otherwise all runs are fitted at once, with
+    seeds as blocks, and what is left over is the error.
 
     Args:
         entries: final runs, whose `factors` have two levels each.
@@ -86,15 +91,16 @@ def effects(
     known = [(entry, value(entry)) for entry in entries]
     used = [(entry, number) for entry, number in known if number is not None and math.isfinite(number) and number > 0]
     levels = _levels([entry for entry, _ in used])
-    dropped: list[int] = []
-    if hangs_on_seed:
-        dropped = _unbalanced([entry for entry, _ in used])
-        used = [(entry, number) for entry, number in used if entry.seed not in dropped]
+    dropped, left_out = _unbalanced([entry for entry, _ in used], levels) if hangs_on_seed else ([], [])
+    used = [
+        (entry, number) for entry, number in used
+        if entry.seed not in dropped and _combination(entry, levels) not in left_out
+    ]  # fmt: skip
     runs = [entry for entry, _ in used]
     design, terms, aliased = _design(runs, levels)
     logs = np.log(np.array([number for _, number in used], dtype=np.float64))
     foreseen: Floats | None = None
-    if predicted is not None and runs:
+    if predicted is not None:
         guesses = [predicted(entry) for entry in runs]
         if all(guess is not None and guess > 0 for guess in guesses):
             foreseen = _fit(design, np.log(np.array(guesses, dtype=np.float64)))[0][-len(terms) :]
@@ -123,6 +129,7 @@ def effects(
         num_runs=len(used),
         seeds=seeds if hangs_on_seed else (),
         dropped_seeds=tuple(dropped),
+        dropped_combinations=tuple(dict(zip(levels, own, strict=True)) for own in left_out),
     )
 
 
@@ -133,13 +140,37 @@ class _Judged:
     by_seed: dict[int, float]
 
 
-def _unbalanced(runs: Sequence[Entry]) -> list[int]:
-    """Seeds that lack a combination which another seed has."""
-    found: dict[int, set[tuple[str, ...]]] = {}
-    for run in runs:
-        found.setdefault(run.seed, set()).add(tuple(run.factors.values()))
-    every = set().union(*found.values())
-    return sorted(seed for seed, own in found.items() if own != every)
+def _combination(run: Entry, levels: Iterable[str]) -> tuple[str, ...]:
+    """The run's levels, in the order of the study's factors, whatever that of its own."""
+    return tuple(run.factors[name] for name in levels)
+
+
+def _unbalanced(runs: Sequence[Entry], levels: dict[str, list[str]]) -> tuple[list[int], list[tuple[str, ...]]]:
+    """Seeds and combinations to leave out, so that each seed that is left has each combination that is left.
+
+    The largest such set is hard to find, so a greedy rule goes towards it: out goes, one at a time, the seed or combination
+    that lacks the largest share of what it should have, and so has the fewest runs to lose. Of equals a seed goes, since
+    combinations are what tells effects apart; of equal seeds or combinations the last.
+    """
+    had = {(run.seed, _combination(run, levels)) for run in runs}
+    seeds = sorted({run.seed for run in runs})
+    combinations = [own for own in itertools.product(*levels.values()) if any((seed, own) in had for seed in seeds)]
+    dropped: list[int] = []
+    left_out: list[tuple[str, ...]] = []
+    while True:
+        of_seed = [sum((seed, own) not in had for own in combinations) / len(combinations) for seed in seeds]
+        of_combination = [sum((seed, own) not in had for seed in seeds) / len(seeds) for own in combinations]
+        worst = max(*of_seed, *of_combination)
+        if worst == 0:
+            return sorted(dropped), left_out
+        if worst in of_seed:
+            dropped.append(seeds.pop(_last(of_seed, worst)))
+        else:
+            left_out.append(combinations.pop(_last(of_combination, worst)))
+
+
+def _last(values: Sequence[float], value: float) -> int:
+    return max(place for place, own in enumerate(values) if own == value)
 
 
 def _design(runs: Sequence[Entry], levels: dict[str, list[str]]) -> tuple[Floats, list[tuple[str, ...]], list[str]]:
@@ -149,14 +180,14 @@ def _design(runs: Sequence[Entry], levels: dict[str, list[str]]) -> tuple[Floats
     columns: list[Floats] = [np.array([float(run.seed == seed) for run in runs]) for seed in seeds]
     terms: list[tuple[str, ...]] = []
     aliased: list[str] = []
-    for term in [*((name,) for name in levels), *itertools.combinations(levels, 2)] if runs else ():
+    for term in [*((name,) for name in levels), *itertools.combinations(levels, 2)]:
         column = np.prod([codes[name] for name in term], axis=0)
         if np.linalg.matrix_rank(np.stack([*columns, column])) > len(columns):
             columns.append(column)
             terms.append(term)
         else:
             aliased.append(" x ".join(term))
-    return np.stack(columns, axis=1) if columns else np.zeros((0, 0)), terms, aliased
+    return np.stack(columns, axis=1), terms, aliased
 
 
 def _by_seed(
@@ -169,11 +200,13 @@ def _by_seed(
         own = of_run == seed
         whole = np.column_stack([np.ones(own.sum()), codes[own]])
         each.append(np.linalg.lstsq(whole, logs[own], rcond=None)[0][1:] * scales)
+    of_term = np.array(each).T
+    nones = [bool((abs(values) < ARITHMETIC).all()) for values in of_term]
+    family = nones.count(False)  # of Holm's procedure, which tests nothing of the others
     found = []
-    for values in np.array(each).T if each else ():
-        is_none = bool((abs(values) < ARITHMETIC).all())
+    for values, is_none in zip(of_term, nones, strict=True):
         error = float(values.std(ddof=1)) / math.sqrt(len(seeds)) if len(seeds) >= FEWEST_SEEDS else math.nan
-        difference = judged(float(values.mean()), error, len(seeds) - 1, len(seeds), len(scales))
+        difference = judged(float(values.mean()), error, len(seeds) - 1, len(seeds), family)
         ratios = np.exp(values).tolist()
         found.append(_Judged(difference, is_none, dict(zip(seeds, ratios, strict=True))))
     return found

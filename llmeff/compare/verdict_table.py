@@ -116,9 +116,10 @@ def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
         visible = "" if effect.is_none else _visible(effect.smallest_visible)
         rows.append([" x ".join(effect.factors), effect.levels, show_effect(effect), foreseen, p, visible or "-"])
     by = f" by {len(found.seeds)} seeds" if found.seeds else ""
-    left = (
-        f"; seeds {', '.join(map(str, found.dropped_seeds))} lack runs and are left out" if found.dropped_seeds else ""
-    )
+    lacking = [f"seeds {', '.join(map(str, found.dropped_seeds))}"] if found.dropped_seeds else []
+    if found.dropped_combinations:
+        lacking.append(f"combinations {'; '.join(f'({show_cell(own)})' for own in found.dropped_combinations)}")
+    left = f"; {' and '.join(lacking)} lack runs and are left out" if lacking else ""
     aliased = f"; not told apart from these: {', '.join(found.aliased)}" if found.aliased else ""
     title = f"Effects on {quantity.label}{where}, {found.num_runs} runs{by}{left}{aliased}"
     headers = ["factor", "levels", "ratio", "predicted", "p (Holm)", "smallest visible"]
@@ -319,6 +320,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                 "is_none": effect.is_none,
                 "ratio_by_seed": {str(seed): ratio for seed, ratio in effect.by_seed.items()},
                 "dropped_seeds": list(found.dropped_seeds),
+                "dropped_combinations": list(found.dropped_combinations),
                 "predicted_ratio": effect.predicted,
             }
             for group in comparison.groups

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_what_hangs_on_the_seed_is_judged_by_its_seeds_however_many_runs_they_ha
         assert (effect.ratio.lower, effect.ratio.upper) == pytest.approx((np.exp(interval.low), np.exp(interval.high)))
         assert effect.p_adjusted == pytest.approx(expected.pvalue)  # of b and c nothing is to be tested
         assert list(effect.by_seed.values()) == pytest.approx(ratios)
-        seen = (stats.t(3).ppf(1 - 0.025 / 3) + stats.t(3).ppf(0.8)) * np.log(ratios).std(ddof=1) / 2
+        seen = (stats.t(3).ppf(1 - 0.025) + stats.t(3).ppf(0.8)) * np.log(ratios).std(ddof=1) / 2
         assert math.log(effect.smallest_visible) == pytest.approx(seen)
 
 
@@ -133,6 +134,15 @@ def test_an_effect_is_judged_by_its_own_variation_over_seeds_and_not_by_that_of_
     by = by_name(effects(found, lambda run: run.loss))
     assert by["b"].ratio.lower > 1.0005
     assert by["a"].ratio.upper / by["a"].ratio.lower > 1.05
+    # of c there is nothing to test: Holm's procedure and what it would have seen are of two
+    assert by["c"].is_none
+    own = np.log(list(by["b"].by_seed.values()))
+    alone = stats.ttest_1samp(own, 0.0).pvalue
+    assert min(by["a"].p_adjusted, by["b"].p_adjusted) == pytest.approx(
+        2 * min(alone, stats.ttest_1samp(np.log(list(by["a"].by_seed.values())), 0.0).pvalue)
+    )
+    seen = (stats.t(5).ppf(1 - 0.025 / 2) + stats.t(5).ppf(0.8)) * own.std(ddof=1) / math.sqrt(6)
+    assert math.log(by["b"].smallest_visible) == pytest.approx(seen)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -157,14 +167,49 @@ def test_a_seed_that_lacks_a_combination_is_left_out_and_named(entry):
     found = effects(
         [run for run in hand_made(entry, ratios) if (run.seed, run.arm[:4]) != (1, "low-")], lambda run: run.loss
     )
-    assert (found.seeds, found.dropped_seeds) == ((0, 2, 3), (1,))
+    assert (found.seeds, found.dropped_seeds, found.dropped_combinations) == ((0, 2, 3), (1,), ())
     assert by_name(found)["a"].ratio.value == pytest.approx(stats.gmean([0.9, 0.95, 0.92]))
 
 
-def test_where_no_seed_is_whole_nothing_is_said(entry):
+def test_a_combination_that_most_seeds_lack_is_left_out_and_named_and_seeds_are_kept(entry):
+    study = [run for run in runs(entry, np.random.default_rng(10), seeds=6, spread=0.0)
+             if run.arm != "high-low-high" or run.seed == 2]  # fmt: skip
+    found = effects(study, lambda run: run.loss)
+    assert (found.seeds, found.dropped_seeds, found.num_runs) == (tuple(range(6)), (), 42)
+    assert found.dropped_combinations == ({"a": "high", "b": "low", "c": "high"},)
+    assert found.aliased == []  # seven combinations tell six effects and a mean apart
+    truth = {**TRUE, "a x b": TOGETHER, "a x c": 0.0, "b x c": 0.0}
+    assert {name: math.log(own.ratio.value) for name, own in by_name(found).items()} == pytest.approx(truth, abs=1e-9)
+
+
+def test_a_seed_and_a_combination_are_both_left_out_where_each_lacks_much(entry):
+    study = [run for run in runs(entry, np.random.default_rng(11), seeds=6)
+             if not (run.arm == "low-low-low" and run.seed < 4) and not (run.seed == 4 and run.factors["a"] == "high")]  # fmt: skip
+    found = effects(study, lambda run: run.loss)
+    assert (found.seeds, found.dropped_seeds, found.num_runs) == ((0, 1, 2, 3, 5), (4,), 35)
+    assert found.dropped_combinations == (dict.fromkeys("abc", "low"),)
+
+
+def test_of_two_ways_that_cost_as_many_runs_seeds_are_left_out_and_the_factor_stays(entry):
+    study = [
+        run for run in runs(entry, np.random.default_rng(12), seeds=6) if run.seed < 3 or run.factors["a"] == "low"
+    ]
+    found = effects(study, lambda run: run.loss)
+    assert (found.seeds, found.dropped_seeds, found.dropped_combinations) == ((0, 1, 2), (3, 4, 5), ())
+
+
+def test_where_no_seed_is_whole_what_all_have_is_judged_and_what_it_cannot_tell_is_named(entry):
     study = hand_made(entry, [0.9, 0.95])
     found = effects([run for run in study if run.arm != study[run.seed].arm], lambda run: run.loss)
-    assert (found.effects, found.seeds, found.dropped_seeds, found.num_runs) == ([], (), (0, 1), 0)
+    assert (found.seeds, found.dropped_seeds, found.num_runs) == ((0, 1), (), 4)
+    assert [tuple(own.values()) for own in found.dropped_combinations] == HALF[:2]
+    assert ([effect.factors for effect in found.effects], found.aliased[:2]) == ([("b",)], ["a", "c"])
+
+
+def test_a_combination_is_the_same_in_whatever_order_a_run_names_its_factors(entry):
+    study = runs(entry, np.random.default_rng(13))
+    turned = [replace(run, factors=dict(reversed(run.factors.items()))) if run.seed == 1 else run for run in study]
+    assert effects(turned, lambda run: run.loss) == effects(study, lambda run: run.loss)
 
 
 def test_what_does_not_hang_on_the_seed_has_every_run_as_a_replicate(entry):

@@ -126,6 +126,21 @@ def test_the_noise_floor_is_in_tables_json_and_page(study, has_again):
     assert "Noise floor: base against itself" in page(comparison, "a study")
 
 
+def test_seeds_and_combinations_that_are_left_out_of_effects_are_named(entry):
+    lost = {("bd", 0), ("bd", 1), ("bd", 2), ("ac", 3), ("ad", 3)}
+    runs = [
+        entry(one + other, seed, loss=1.5 + 0.01 * seed, factors={"one": one, "other": other})
+        for seed in range(5) for one in "ab" for other in "cd" if (one + other, seed) not in lost
+    ]  # fmt: skip
+    comparison = judge(runs)
+    text = " ".join(render_comparison(comparison, "text").split())
+    left_out = "seeds 3 and combinations (one = b, other = d) lack runs and are left out"
+    assert f"Effects on final loss, 12 runs by 4 seeds; {left_out}" in text
+    (found,) = {json.dumps([own["dropped_seeds"], own["dropped_combinations"]])
+                for own in json.loads(render_comparison(comparison, "json"))["effects"] if own["quantity"] == "loss"}  # fmt: skip
+    assert json.loads(found) == [[3], [{"one": "b", "other": "d"}]]
+
+
 def test_effects_of_few_seeds_are_shown_by_seed_and_what_is_nothing_as_none(entry):
     runs = [
         entry(one + other, seed, factors={"one": one, "other": other}, loss=1.5 * (ratio if one == "b" else 1.0))
