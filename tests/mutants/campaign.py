@@ -1,8 +1,9 @@
 """Applies mutants to clones of the repository, and says which of them the tests do not see.
 
 A process loads the libraries once; each mutant is tested by a fork of it, in a clone of the last commit of its own, by the test
-files that `map.toml` gives for its module. First come the tests that reach the mutated function, fast ones first, which a run
-without mutants has shown; what they let live meets all other tests of these files before it counts as a survivor.
+files that `map.toml` gives for its module, which must pass without a mutant first. First come the tests that reach the mutated
+function, fast ones first, which a run without mutants has shown; what they let live meets all other tests of these files before it
+counts as a survivor. A mutant is killed by a test that fails, by an import that fails or by its time; any other end stops the campaign.
 
     python -m tests.mutants.campaign                    # 80 mutants a package; goes on where it was stopped
     python -m tests.mutants.campaign --packages tasks data --each 40 --seed 1
@@ -18,8 +19,10 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +51,15 @@ PATIENCE = 4.0
 WAITING = 10.0
 """And in all, if they wait for something, so many times that, or `LONGEST_S`: other processes may have the machine."""
 LONGEST_S = 900.0
+LEAST = 600
+LEAST_EACH = 40
+"""So many mutants are sampled for a result that is written: in all, and in each package."""
+MOST_EQUIVALENT = 0.08
+"""And of these at most such a part is said to be equivalent."""
+IMPORT_FAILED = re.compile(
+    r"^!+ Interrupted: \d+ errors? during collection !+$|^ImportError while loading conftest ", re.MULTILINE
+)
+"""What pytest says where a test file cannot be imported (exit code 2), or a `conftest.py` (exit code 4)."""
 LOADED = (
     "torch", "torch._dynamo", "torch.distributed", "torch.utils.checkpoint", "torch.profiler", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.masking_utils", "tokenizers", "safetensors.torch",
@@ -314,8 +326,27 @@ def stages(scratch: Path, files: Sequence[str], function: str | None) -> list[tu
     return [(part, SLACK_S + PATIENCE * sum(seconds[name] for name in part)) for part in parts if part]
 
 
+def verdict(name: str, code: int | None, log: Path) -> str:
+    """What a fork's exit code says of a mutant or patch whose tests pass without it; None for one that took too long.
+
+    Raises:
+        SystemExit: The tests came to no end that says anything, as where memory was short or pytest itself failed.
+    """
+    if code is None:
+        return "timeout"
+    if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return "survived"
+    if code == pytest.ExitCode.TESTS_FAILED:
+        return "killed"
+    is_import = code in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR)
+    if is_import and IMPORT_FAILED.search(log.read_text(encoding="utf-8", errors="replace")):
+        return "killed"
+    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    raise SystemExit(f"{name}: its tests ended {how}, neither passed nor failed; see {log}")
+
+
 def in_parallel(clones: Sequence[Clone], cases: Iterable[Case], scratch: Path) -> Iterator[Case]:
-    """Each case once its end is known, with `row["result"]` killed, timeout or survived."""
+    """Each case once its end is known, with `row["result"]` killed, timeout or survived, and `row["exit_code"]`."""
     waiting, running = iter(cases), dict[Clone, Case]()
     free = list(clones)
     try:
@@ -338,15 +369,17 @@ def in_parallel(clones: Sequence[Clone], cases: Iterable[Case], scratch: Path) -
                 end(case.process)
                 if is_late:
                     os.waitpid(case.process, 0)
-                elif code in (0, 5) and case.stage + 1 < len(case.stages):
+                del running[clone]
+                log = scratch / f"{clone.folder.name}.log"
+                result = verdict(case.name, code, log)
+                if result == "survived" and case.stage + 1 < len(case.stages):
                     case.stage += 1
                     _begin(case, clone, scratch)
+                    running[clone] = case
                     continue
-                case.row["result"] = "timeout" if is_late else "survived" if code in (0, 5) else "killed"
-                case.row["seconds"] = round(time.monotonic() - case.start_s, 1)
-                case.row["by"] = _killer(scratch / f"{clone.folder.name}.log")
+                seconds = round(time.monotonic() - case.start_s, 1)
+                case.row |= {"result": result, "exit_code": code, "seconds": seconds, "by": _killer(log)}
                 clone.restore()
-                del running[clone]
                 free.append(clone)
                 yield case
     finally:
@@ -370,7 +403,8 @@ def _is_late(case: Case) -> bool:
 
 def _killer(log: Path) -> str | None:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.split(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR "))), None)
+    said = ("FAILED ", "ERROR ", "ImportError while loading conftest ")
+    return next((line.split(" - ")[0] for line in lines if line.startswith(said)), None)
 
 
 class Record:
@@ -436,6 +470,38 @@ def trace_all(options: argparse.Namespace, clones: Sequence[Clone], paths: Itera
                 )
 
 
+def control(scratch: Path, clones: Sequence[Clone], paths: Iterable[str]) -> None:
+    """Runs test files without a mutant, those that have not passed at this commit yet.
+
+    Raises:
+        SystemExit: One has no test that passes, or does not pass as mutants' tests are run.
+    """
+    passed = scratch / "passed" / commit()
+    passed.mkdir(parents=True, exist_ok=True)
+    cases = {}
+    for path in dict.fromkeys(paths):
+        if not (passed / path.replace("/", ".")).exists():
+            cases[f"no mutant, {path}"] = path
+    without = [Case(name, {}, stages(scratch, [path], None)) for name, path in cases.items()]
+    if empty := [case.name for case in without if not case.stages]:
+        raise SystemExit(f"{'; '.join(empty)}: no test passes, so that none can judge a mutant")
+    for case in in_parallel(clones, without, scratch):
+        if case.row["exit_code"] != pytest.ExitCode.OK:
+            raise SystemExit(f"{case.name}: the tests fail without a mutant, see {scratch}: {case.row}")
+        (passed / cases[case.name].replace("/", ".")).touch()
+
+
+def untested(options: argparse.Namespace, record: Record) -> list[Mutant]:
+    """The sampled mutants that are not said to be equivalent and of which nothing is known, or survivors if asked again."""
+    equivalent, found = read_equivalent(), []
+    for mutant in (mutant for own in chosen(options).values() for mutant in own if mutant.name not in equivalent):
+        known = record.known(mutant, committed(path_of(mutant.module)))
+        if known is None or (options.again and known["result"] == "survived"):
+            found.append(mutant)
+    random.Random(0).shuffle(found)  # so that what is known at any time is of all packages
+    return found
+
+
 def campaign(options: argparse.Namespace) -> None:
     """Tests what is sampled and not known yet."""
     load()
@@ -447,23 +513,12 @@ def campaign(options: argparse.Namespace) -> None:
         (path for package in options.packages for files in read_map()[package].values() for path in files),
     )
     record, applied = Record(options.scratch / "results.jsonl"), operators()
-    equivalent = read_equivalent()
-    asked = [mutant for own in chosen(options).values() for mutant in own if mutant.name not in equivalent]
-    random.Random(0).shuffle(asked)  # so that what is known at any time is of all packages
-    unchanged = next(module for package in options.packages for module in read_map()[package])
-    sources = {path_of(unchanged): committed(path_of(unchanged))}
-    (control,) = in_parallel(
-        clones, [Case("no mutant", sources, stages(options.scratch, judges[unchanged], None))], options.scratch
-    )
-    if control.row["result"] != "survived":
-        raise SystemExit(f"{judges[unchanged]} fail without a mutant, see {options.scratch}: {control.row}")
+    asked = untested(options, record)
+    control(options.scratch, clones, (path for mutant in asked for path in judges[mutant.module]))
 
     def cases() -> Iterator[Case]:
         for mutant in asked:
             source = committed(path_of(mutant.module))
-            known = record.known(mutant, source)
-            if known is not None and not (options.again and known["result"] == "survived"):
-                continue
             changed = mutated(source, mutant, applied)
             assert changed is not None
             reached = f"{mutant.module}:{mutant.function}"
@@ -509,15 +564,43 @@ def summarise(options: argparse.Namespace, record: Record) -> dict[str, dict[str
     return found
 
 
+def shortfalls(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What scores lack to be a result: all packages, mutants of each and in all, tests of all that is not equivalent."""
+    for package in read_map():
+        own = found.get(package, {"sampled": 0, "equivalent": 0, "tested": 0})
+        if own["sampled"] < LEAST_EACH:
+            yield f"{package}: {own['sampled']} sampled, at least {LEAST_EACH} are needed"
+        if missing := own["sampled"] - own["equivalent"] - own["tested"]:
+            yield f"{package}: {missing} of {own['sampled']} sampled were not tested"
+    sampled, equivalent = (sum(own[key] for own in found.values()) for key in ("sampled", "equivalent"))
+    if sampled < LEAST:
+        yield f"in all: {sampled} sampled, at least {LEAST} are needed"
+    if equivalent > MOST_EQUIVALENT * sampled:
+        yield f"in all: {equivalent} of {sampled} said to be equivalent, at most {MOST_EQUIVALENT:.0%} may be"
+
+
+def command(each: int, seed: int) -> str:
+    """Tests such a sample of all packages, what is known of it left out."""
+    return f"make mutants ARGS='--each {each} --seed {seed}'"
+
+
 def write(options: argparse.Namespace) -> None:
-    """The committed result."""
+    """The committed result.
+
+    Raises:
+        SystemExit: Something sampled was not tested, or the sample is too small.
+    """
     record = Record(options.scratch / "results.jsonl")
     found = summarise(options, record)
+    if problems := list(shortfalls(found)):
+        each = max(options.each, LEAST_EACH, math.ceil(LEAST / len(read_map())))
+        lines = [f"{RESULTS.name} is not written:", *problems, f"go on with: {command(each, options.seed)}"]
+        raise SystemExit("\n  ".join(lines))
     tested, killed = (sum(own[key] for own in found.values()) for key in ("tested", "killed"))
     names = {mutant.name for own in chosen(options).values() for mutant in own}
     seconds = [row["seconds"] for name, row in record.rows.items() if name in names]
     content = {
-        "command": f"make mutants ARGS='--each {options.each} --seed {options.seed}'",
+        "command": command(options.each, options.seed),
         "seed": options.seed,
         "commit": commit(),
         "seconds_a_mutant": round(sum(seconds) / max(1, len(seconds)), 1),
@@ -543,24 +626,38 @@ def patches() -> dict[str, tuple[Path, list[str]]]:
 
 
 def known_faults(options: argparse.Namespace) -> int:
-    """Applies each patch and runs its tests; how many live."""
+    """Applies each patch and runs its tests, which must pass without it; how many live.
+
+    Raises:
+        SystemExit: The tests fail without a patch, or came to no end that says anything.
+    """
     load()
-    clone, alive = Clone(options.scratch / "clone-0"), 0
+    clone, log, alive = Clone(options.scratch / "clone-0"), options.scratch / "clone-0.log", 0
+    for judges in dict.fromkeys(tuple(files) for _, files in patches().values()):
+        code = _exit_code(clone, log, judges)
+        if code != pytest.ExitCode.OK:
+            raise SystemExit(f"{', '.join(judges)}: the tests fail without the patch (exit code {code}), see {log}")
     for name, (path, files) in patches().items():
         start_s = time.monotonic()
         _git(clone.folder, "apply", str(path))
         for changed in _git(clone.folder, "diff", "--name-only").split():
             clone.put(changed, (clone.folder / changed).read_text(encoding="utf-8"))
-        log = options.scratch / "clone-0.log"
-        process = fork(clone.folder, log, lambda files=files: run_tests(["-x", *files]))
-        while (code := finished(process)) is None:
-            time.sleep(0.05)
-        end(process)
+        code = _exit_code(clone, log, files)
         clone.restore()
-        alive += code in (0, 5)
-        said = "LIVES" if code in (0, 5) else "killed"
+        result = verdict(name, code, log)
+        alive += result == "survived"
+        said = "LIVES" if result == "survived" else result
         print(f"{said:>8} {time.monotonic() - start_s:6.1f} s  {name}  {_killer(log) or ''}", flush=True)
     return alive
+
+
+def _exit_code(clone: Clone, log: Path, files: Sequence[str]) -> int:
+    """Of test files as the clone now is; a test that takes too long fails, by our settings of pytest."""
+    process = fork(clone.folder, log, lambda: run_tests(["-x", *files]))
+    while (code := finished(process)) is None:
+        time.sleep(0.05)
+    end(process)
+    return code
 
 
 def main() -> int:

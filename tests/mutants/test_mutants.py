@@ -1,11 +1,30 @@
 """The campaign of mutants: every module has judges, the patches still apply, and an operator changes what it says."""
 
+import argparse
 import ast
+import json
+import os
+import signal
 import subprocess
+import sys
 
 import pytest
 
-from tests.mutants.campaign import HERE, ROOT, patches, path_of, read_equivalent, read_map
+from tests.mutants import campaign
+from tests.mutants.campaign import (
+    HERE,
+    RESULTS,
+    ROOT,
+    Case,
+    Clone,
+    in_parallel,
+    patches,
+    path_of,
+    read_equivalent,
+    read_map,
+    shortfalls,
+    verdict,
+)
 from tests.mutants.mutation import MODULE, AttributeChanger, KeywordDropper, TextReplacer, mutants_of, mutated
 from tests.mutants.tracing import plain_name
 
@@ -148,3 +167,219 @@ def test_a_patch_applies_and_names_its_judges(name):
     assert checked.returncode == 0, checked.stderr
     assert judges
     assert all((ROOT / judge).exists() for judge in judges)
+
+
+PACKAGE = "llmeff/it.py"
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """Of a repository of one module, whose text is what its tests do: end with a code or a signal, crash or wait; and say."""
+    root = tmp_path / "root"
+    (root / PACKAGE).parent.mkdir(parents=True)
+    (root / PACKAGE).write_text("0\n")
+    for arguments in ("init", "add .", "-c user.name=n -c user.email=e -c commit.gpgsign=false commit -m one"):
+        subprocess.run(["git", *arguments.split()], cwd=root, check=True, capture_output=True)
+
+    def run(arguments, *plugins):
+        does, _, says = (tmp_path / "clone-0" / PACKAGE).read_text().strip().partition(" ")
+        sys.stdout.write(says)
+        if does == "waits":
+            signal.pause()
+        if does.startswith("-"):
+            os.kill(os.getpid(), -int(does))
+        return int(does)  # where this is no number, the fork crashes
+
+    monkeypatch.setattr(campaign, "ROOT", root)
+    monkeypatch.setattr(campaign, "load", lambda: None)
+    monkeypatch.setattr(campaign, "run_tests", run)
+    monkeypatch.setattr(campaign, "_is_late", lambda case: case.name.startswith("waits"))
+    return Clone(tmp_path / "clone-0")
+
+
+def results_of(clone, *texts, stages=1):
+    """In a campaign of sources of that module."""
+    cases = [Case(text, {PACKAGE: text}, [(["test"], 60.0)] * stages) for text in texts]
+    return {case.name: case.row["result"] for case in in_parallel([clone], cases, clone.folder.parent)}
+
+
+COLLECTION = "2 !!!!!! Interrupted: 1 error during collection !!!!!!"
+CONFTEST = "4 ImportError while loading conftest '/there/conftest.py'."
+
+
+def test_a_mutant_is_killed_by_a_test_an_import_or_its_time_alone(clone):
+    expected = {
+        "0": "survived",
+        "5": "survived",
+        "1 FAILED a test": "killed",
+        COLLECTION: "killed",
+        CONFTEST: "killed",
+        "waits": "timeout",
+    }
+    assert results_of(clone, *expected) == expected
+    assert results_of(clone, "0", "1", stages=2) == {"0": "survived", "1": "killed"}
+
+
+NO_VERDICT = {
+    "2 !!! KeyboardInterrupt !!!": "exit code 2",
+    "3": "exit code 3",
+    "4 ERROR: file or directory not found": "exit code 4",
+    "crashes": "exit code 70",
+    "-9": "signal 9",
+}
+
+
+@pytest.mark.parametrize("text", NO_VERDICT)
+def test_any_other_end_stops_the_campaign(clone, text):
+    with pytest.raises(SystemExit) as stopped:
+        results_of(clone, text)
+    assert str(stopped.value).startswith(f"{text}: its tests ended ")
+    assert NO_VERDICT[text] in str(stopped.value)
+    assert str(clone.folder.parent / "clone-0.log") in str(stopped.value)
+
+
+@pytest.mark.parametrize(("broken", "code"), [("test_it.py", 2), ("conftest.py", 4)])
+def test_pytest_says_so_where_an_import_fails(tmp_path, broken, code):
+    (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
+    (tmp_path / broken).write_text("raise ValueError\n")
+    log = tmp_path / "log"
+    process = campaign.fork(tmp_path, log, lambda: campaign.run_tests(["-x", "test_it.py"]))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+    assert verdict("it", code, log) == "killed"
+
+
+def options_of(scratch, **changes):
+    return argparse.Namespace(**{"scratch": scratch, "each": 80, "seed": 0, "again": False} | changes)
+
+
+def test_known_faults_are_judged_by_tests_that_pass_without_them(clone, monkeypatch, capsys):
+    scratch = clone.folder.parent
+
+    def patch_to(text):
+        patch = scratch / "a.patch"
+        patch.write_text(f"--- a/{PACKAGE}\n+++ b/{PACKAGE}\n@@ -1 +1 @@\n-0\n+{text}\n")
+        monkeypatch.setattr(campaign, "patches", lambda: {"a": (patch, ["tests/test_it.py"])})
+        return campaign.known_faults(options_of(scratch))
+
+    assert patch_to("1 FAILED tests/test_it.py::test") == 0
+    assert "killed" in capsys.readouterr().out
+    assert patch_to("5") == 1
+    assert "LIVES" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^a: its tests ended with exit code 3"):
+        patch_to("3")
+    monkeypatch.setattr(campaign, "Clone", lambda folder: clone)
+    for code in (1, 5, 70):
+        clone.put(PACKAGE, str(code))
+        with pytest.raises(SystemExit, match=rf"test_it.py: the tests fail without the patch \(exit code {code}\)"):
+            patch_to("1")
+
+
+def test_files_pass_without_a_mutant_before_they_judge_one(clone, monkeypatch):
+    scratch, ran = clone.folder.parent, []
+    monkeypatch.setattr(campaign, "commit", lambda: "commit")
+    monkeypatch.setattr(
+        campaign, "stages", lambda scratch, files, function: [] if files == ["none"] else [(files, 60.0)]
+    )
+    monkeypatch.setattr(campaign, "_begin", lambda *own, begin=campaign._begin: (ran.append(own[0].name), begin(*own)))
+    for code in (1, 5):
+        clone.put(PACKAGE, str(code))
+        with pytest.raises(SystemExit, match=r"^no mutant, tests/a.py: the tests fail without a mutant"):
+            campaign.control(scratch, [clone], ["tests/a.py"])
+    ran.clear()
+    campaign.control(scratch, [clone], ["tests/a.py", "tests/a.py", "tests/b.py"])
+    campaign.control(scratch, [clone], ["tests/b.py"])
+    assert ran == ["no mutant, tests/a.py", "no mutant, tests/b.py"]
+    with pytest.raises(SystemExit, match=r"^no mutant, none: no test passes"):
+        campaign.control(scratch, [clone], ["none"])
+
+
+def scores_of(**changes):
+    """Of all packages, enough of each: 80 sampled, 5 equivalent, 75 tested."""
+    own = {"sampled": 80, "equivalent": 5, "tested": 75, "killed": 75, "score": 1.0, "survivors": []}
+    return {package: own | changes.get(package, {}) for package in read_map()}
+
+
+def test_enough_is_enough():
+    assert list(shortfalls(scores_of())) == []
+    few = {package: {"sampled": 60, "equivalent": 0, "tested": 60} for package in ("optim", "cost")}
+    assert list(shortfalls(scores_of(**few))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({"optim": {"tested": 74}}, ["optim: 1 of 80 sampled were not tested"]),
+        ({"data": {"equivalent": 4}}, ["data: 1 of 80 sampled were not tested"]),
+        (
+            {"loop": {"sampled": 39, "equivalent": 0, "tested": 39}},
+            ["loop: 39 sampled, at least 40 are needed", "in all: 599 sampled, at least 600 are needed"],
+        ),
+        (
+            {"cost": {"equivalent": 17, "tested": 63}},
+            ["in all: 52 of 640 said to be equivalent, at most 8% may be"],
+        ),
+    ],
+)
+def test_what_a_result_lacks_is_said_and_nothing_written(tmp_path, monkeypatch, changes, problems):
+    found = scores_of(**changes)
+    assert list(shortfalls(found)) == problems
+    monkeypatch.setattr(campaign, "RESULTS", tmp_path / "mutants.json")
+    monkeypatch.setattr(campaign, "summarise", lambda *_: found)
+    with pytest.raises(SystemExit) as refused:
+        campaign.write(options_of(tmp_path, each=40, seed=3))
+    assert all(problem in str(refused.value) for problem in problems)
+    assert str(refused.value).endswith("go on with: make mutants ARGS='--each 75 --seed 3'")
+    assert not (tmp_path / "mutants.json").exists()
+
+
+def test_a_result_is_of_all_packages():
+    found = scores_of()
+    del found["tasks"]
+    assert list(shortfalls(found)) == [
+        "tasks: 0 sampled, at least 40 are needed",
+        "in all: 560 sampled, at least 600 are needed",
+    ]
+
+
+def problems_of(result):
+    """What a written result falls short of: a sample that is large enough and tested, and the scores that we promise."""
+    found = result["packages"]
+    yield from shortfalls(found)
+    for package, own in [*found.items(), ("in all", result)]:
+        least = 0.97 if package == "in all" else 0.90
+        if own["killed"] < least * own["tested"]:
+            yield f"{package}: {own['killed']} of {own['tested']} killed, at least {least:.0%} are promised"
+    for package, own in found.items():
+        if own["killed"] + len(own["survivors"]) != own["tested"]:
+            yield f"{package}: killed and survivors are not what was tested"
+    for key in ("tested", "killed"):
+        if result[key] != sum(own[key] for own in found.values()):
+            yield f"in all: {key} is not the sum"
+
+
+def test_a_result_that_is_written_can_be_held_to_its_promise(tmp_path, monkeypatch):
+    def written(**changes):
+        monkeypatch.setattr(campaign, "RESULTS", tmp_path / "mutants.json")
+        monkeypatch.setattr(campaign, "summarise", lambda *_: scores_of(**changes))
+        monkeypatch.setattr(campaign, "chosen", lambda _: {})
+        campaign.write(options_of(tmp_path))
+        return json.loads((tmp_path / "mutants.json").read_text())
+
+    def lived(number):
+        return {"killed": 75 - number, "survivors": [f"llmeff.it:f:core/Some_One:{place}" for place in range(number)]}
+
+    assert list(problems_of(written())) == []
+    assert list(problems_of(written(optim=lived(7), cost=lived(7), data=lived(4)))) == []
+    assert list(problems_of(written(optim=lived(8)))) == ["optim: 67 of 75 killed, at least 90% are promised"]
+    few = list(problems_of(written(optim=lived(7), cost=lived(7), data=lived(5))))
+    assert few == ["in all: 581 of 600 killed, at least 97% are promised"]
+    assert list(problems_of(written(optim=lived(1) | {"killed": 75}))) == [
+        "optim: killed and survivors are not what was tested"
+    ]
+    assert list(problems_of(written() | {"killed": 599})) == ["in all: killed is not the sum"]
+
+
+def test_the_committed_result_keeps_its_promise():
+    if not RESULTS.exists():
+        pytest.skip(f"{RESULTS.relative_to(ROOT)} is not there: `make mutants`, then `make mutants ARGS=--write`")
+    assert list(problems_of(json.loads(RESULTS.read_text(encoding="utf-8")))) == []
