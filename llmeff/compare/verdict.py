@@ -745,7 +745,7 @@ def _run_notes(group: Group) -> Iterator[str]:
             if those:
                 why = next((f": {run.diagnosis.splitlines()[0]}" for run in those if run.diagnosis), "")
                 yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
-        before = itertools.takewhile(lambda other, name=name: other != name, group.arms)
+        before = list(group.arms)[: list(group.arms).index(name)]
         same = next((other for other in before if kin[other] == kin[name] and not any(run.tuned_as for run in runs)
                      and _are_the_same(runs, group.arms[other])), None)  # fmt: skip
         if same is not None:
