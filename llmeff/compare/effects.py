@@ -215,8 +215,9 @@ def _by_seed(
 def _by_run(design: Floats, logs: Floats, scales: Sequence[int]) -> list[_Judged]:
     """Each effect by what all of them leave over."""
     coefficients, errors, freedom = _fit(design, logs)
+    first = len(coefficients) - len(scales)
     found = []
-    for coefficient, own_error, scale in zip(coefficients[-len(scales) :], errors[-len(scales) :], scales, strict=True):
+    for coefficient, own_error, scale in zip(coefficients[first:], errors[first:], scales, strict=True):
         log, error = scale * float(coefficient), scale * float(own_error)
         if is_none := error == 0 and abs(log) < _ROUNDING:
             log = 0.0
