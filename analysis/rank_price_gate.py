@@ -352,7 +352,9 @@ def error(predicted: int, measured: int) -> float:
 
 def errors(predicted: Price, measured: dict[str, Any]) -> dict[str, float]:
     """By kind, the wire by collective."""
-    found = {kind: error(predicted.total(kind), measured[kind]) for kind in (*EXACT, "peak_bytes")}
+    found = {kind: error(predicted.total(kind), measured[kind]) for kind in EXACT}
+    if (peak := predicted.known("peak_bytes")) is not None:
+        found["peak_bytes"] = error(peak, measured["peak_bytes"])
     wire = predicted.parts("wire_bytes")
     for name in sorted(wire.keys() | measured["wire_bytes"].keys()):
         found[f"wire_bytes: {name}"] = error(wire.get(name, 0), measured["wire_bytes"].get(name, 0))
@@ -384,12 +386,15 @@ def main(path: Path) -> None:
             predicted = predict(raw, rank)
             own = errors(predicted, measured)
             by_rank.append({"predicted": predicted.only(SHOWN).as_dict(), "measured": measured, "error": own})
-            by_strategy[_strategy(raw)].append(abs(own["peak_bytes"]))
+            peak = own.get("peak_bytes")
+            by_strategy[_strategy(raw)] += [] if peak is None else [abs(peak)]
             wrong = {kind: f"{size:+.2%}" for kind, size in own.items() if size and kind != "peak_bytes"}
-            print(f"{name:<50} {rank}  peak {own['peak_bytes']:+.3%}  {wrong or ''}", flush=True)
+            shown = "unknown" if peak is None else f"{peak:+.3%}"
+            print(f"{name:<50} {rank}  peak {shown}  {wrong or ''}", flush=True)
         rows.append({"name": name, "config": raw, "ranks": by_rank})
     print(f"\n{'peak_bytes, relative error':<34}{'ranks':>6}{'median':>12}{'worst':>12}")
     by_strategy["all"] = list(chain.from_iterable(by_strategy.values()))
+    by_strategy = {strategy: sizes for strategy, sizes in by_strategy.items() if sizes}
     for strategy, sizes in by_strategy.items():
         print(f"{strategy:<34}{len(sizes):>6}{statistics.median(sizes):>12.3%}{max(sizes):>12.3%}")
     worst = {name: {"median": statistics.median(sizes), "worst": max(sizes)} for name, sizes in by_strategy.items()}

@@ -36,6 +36,7 @@ from llmeff.predict import (
 from llmeff.recipes import RECIPES
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.runconfig import RunConfig
+from tests.prices import assert_peak
 
 _PATH = Path(__file__).parents[1] / "analysis" / "price_gate.py"
 _SPEC = importlib.util.spec_from_file_location("price_gate", _PATH)
@@ -55,15 +56,7 @@ def assert_exact_but_for_the_peak(case):
     assert predicted.total("saved_bytes") == measured.total("saved_bytes")
     if "model" not in measured.parts("saved_bytes"):  # they are told apart
         assert predicted.parts("saved_bytes") == measured.parts("saved_bytes")
-    assert_peak(predicted, measured.total("peak_bytes"))
-
-
-def assert_peak(predicted, measured_bytes):
-    """That it is known on this CPU's instruction set, or told to be no less than what is known of it."""
-    if predicted.known("peak_bytes") is None:
-        assert predicted.at_least("peak_bytes") <= measured_bytes
-    else:
-        assert predicted.total("peak_bytes") == pytest.approx(measured_bytes, rel=PEAK_TOLERANCE)
+    assert_peak(predicted, measured.total("peak_bytes"), rel=PEAK_TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", range(gate.NUM_CASES))
@@ -303,7 +296,7 @@ def assert_traced_as_measured(model, work):
     assert price.source == "traced"
     for kind in ("parameters", "executed_flops", "saved_bytes"):
         assert price.total(kind) == measured[kind], kind
-    assert price.total("peak_bytes") == pytest.approx(measured["peak_bytes"], rel=PEAK_TOLERANCE)
+    assert_peak(price, measured["peak_bytes"], rel=PEAK_TOLERANCE)
 
 
 WORK = Workload(num_sequences=3, num_tokens=40)

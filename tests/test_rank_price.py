@@ -15,6 +15,7 @@ from llmeff.models import DecoderConfig
 from llmeff.optim import AdamW
 from llmeff.predict import fit_micro_batch, predict, price_step, show, trace
 from llmeff.runconfig import RunConfig
+from tests.prices import assert_peak
 from tests.ranks import ranks
 
 _PATH = Path(__file__).parents[1] / "analysis" / "rank_price_gate.py"
@@ -35,7 +36,7 @@ def assert_exact_but_for_the_peak(raw):
         assert {kind: predicted.total(kind) for kind in gate.EXACT} == {kind: measured[kind] for kind in gate.EXACT}
         assert predicted.parts("wire_bytes") == measured["wire_bytes"]
         within = PEAK_TOLERANCE if predicted.source == "law" else TRACED_PEAK_TOLERANCE
-        assert predicted.total("peak_bytes") == pytest.approx(measured["peak_bytes"], rel=within)
+        assert_peak(predicted, measured["peak_bytes"], rel=within)
         assert measured["unheld_bytes"] <= gate.SLACK_BYTES
 
 
@@ -95,7 +96,8 @@ def test_a_run_sets_its_wire_and_its_peak_beside_the_price(loop, parallel, tmp_p
     for error in ranks(2).run(errors_of_a_run, str(tmp_path / "run"), parallel | {"ranks": 2}, loop):
         assert error["wire_bytes"] == error["optimizer_bytes"] == 0
         assert error["saved_bytes"] == pytest.approx(0, abs=0.05)
-        assert error["peak_bytes"] == pytest.approx(0, abs=PEAK_TOLERANCE)
+        if "peak_bytes" in error:  # it is left out where the workspace of convolutions is unknown
+            assert error["peak_bytes"] == pytest.approx(0, abs=PEAK_TOLERANCE)
 
 
 def test_one_process_sends_nothing(tmp_path):

@@ -418,7 +418,8 @@ def test_the_record_of_a_run_is_complete(tmp_path):
     assert (result.item, result.status) == ("pixel", "finished")
     assert result.error["parameters"] == result.error["executed_flops"] == 0
     assert result.error["saved_bytes"] == pytest.approx(0, abs=1e-3)  # the classes' weights are kept too
-    assert result.error["peak_bytes"] == pytest.approx(0, abs=0.05)
+    if "peak_bytes" in result.error:  # it is left out where the workspace of convolutions is unknown
+        assert result.error["peak_bytes"] == pytest.approx(0, abs=0.05)
     assert set(result.goals) <= set(result.metrics["validation"])
     assert (run.steps["items"] < 2 * 16 * 20).all()
     assert [(row.step, row.split) for row in run.evaluations] == [(2, "validation"), (4, "validation")]
