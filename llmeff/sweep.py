@@ -110,16 +110,18 @@ def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
     from llmeff.prepare import begun_optimizer
 
     for arm, cell in itertools.product(sweep.every_arm, sweep.cells()):
+        begun_paths = sorted((folder / RUNS / arm_path(arm, cell)).glob(f"*/{schema.CONFIG}"))
+        if not begun_paths:
+            continue
         tried = sweep.every_arm[sweep.tuned_by(arm)].search.keys() | cell.keys()
         asked = sweep.run_config(arm, cell, sweep.first_trial(arm), seed=0).optim
         if asked.name != config.optim.name or any(f"optim.{name}" in tried for name in left_open):
             continue
         if any(asked.model_dump()[name] != "auto" for name in left_open):
             continue  # settings of its own
-        for path in sorted((folder / RUNS / arm_path(arm, cell)).glob(f"*/{schema.CONFIG}")):
-            begun = begun_optimizer(read(path))
-            decided = {name: getattr(begun, name) for name in left_open}
-            return config.model_copy(update={"optim": config.optim.model_copy(update=decided)})
+        begun = begun_optimizer(read(begun_paths[0]))
+        decided = {name: getattr(begun, name) for name in left_open}
+        return config.model_copy(update={"optim": config.optim.model_copy(update=decided)})
     return config
 
 
