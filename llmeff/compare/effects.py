@@ -12,13 +12,13 @@ from llmeff.compare.ledger import Entry
 from llmeff.core.config import ConfigError
 
 _ROUNDING = 1e-9
-"""An effect on what does not hang on chance is none below it."""
+"""An effect on what does not depend on chance is none below it."""
 ARITHMETIC = 1e-6
 """An effect on what is learned is none where it is below it with every seed: sums in another order do as much. Of one
 optimizer and seed fp32 runs on other ranks, at other ZeRO stages, with and without recomputation end within 2e-7 of one
 another (`analysis/results/contribution.parquet`)."""
 FEWEST_SEEDS = 3
-"""Below so many an effect that hangs on the seed has its values by seed, and no interval: of two it is mostly chance."""
+"""Below so many an effect that depends on the seed has its values by seed, and no interval: of two it is mostly chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ def effects(
     value: Callable[[Entry], float | None],
     predicted: Callable[[Entry], float | None] | None = None,
     *,
-    hangs_on_seed: bool = True,
+    depends_on_seed: bool = True,
 ) -> Effects:
     """Fits the logarithm of a quantity by the levels of all factors and pairs of them.
 
-    Where the quantity hangs on the seed, runs of one seed are no replicates: what a factor does differs from seed to seed, and
+    Where the quantity depends on the seed, runs of one seed are no replicates: what a factor does differs from seed to seed, and
     by how much differs from factor to factor. So each seed is fitted alone, and each effect is judged by Student's t over
     its own values by seed, with one degree of freedom fewer than seeds: the stratum of seed by factor in a design of split
     plots (Box, Hunter and Hunter 2005, chapter 9), of this factor alone. Seeds must then have the same combinations: where some
@@ -83,7 +83,7 @@ def effects(
         entries: final runs, whose `factors` have two levels each.
         value: the quantity, positive; None where a run does not have it, which leaves the run out.
         predicted: the same as it was foreseen.
-        hangs_on_seed: see `Quantity`.
+        depends_on_seed: see `Quantity`.
 
     Raises:
         ConfigError: there are no factors, or one has more or fewer than two levels.
@@ -91,7 +91,7 @@ def effects(
     known = [(entry, value(entry)) for entry in entries]
     used = [(entry, number) for entry, number in known if number is not None and math.isfinite(number) and number > 0]
     levels = _levels([entry for entry, _ in used])
-    dropped, left_out = _unbalanced([entry for entry, _ in used], levels) if hangs_on_seed else ([], [])
+    dropped, left_out = _unbalanced([entry for entry, _ in used], levels) if depends_on_seed else ([], [])
     used = [
         (entry, number) for entry, number in used
         if entry.seed not in dropped and _combination(entry, levels) not in left_out
@@ -106,7 +106,7 @@ def effects(
             foreseen = _fit(design, np.log(np.array(guesses, dtype=np.float64)))[0][-len(terms) :]
     scales = [2 ** len(term) for term in terms]  # from -1 to 1; of a pair, what differs between two such ways
     seeds = tuple(sorted({entry.seed for entry in runs}))
-    if hangs_on_seed:
+    if depends_on_seed:
         judged_terms = _by_seed(design[:, len(seeds) :], logs, runs, seeds, scales)
     else:
         judged_terms = _by_run(design, logs, scales)
@@ -127,7 +127,7 @@ def effects(
         ],
         aliased=aliased,
         num_runs=len(used),
-        seeds=seeds if hangs_on_seed else (),
+        seeds=seeds if depends_on_seed else (),
         dropped_seeds=tuple(dropped),
         dropped_combinations=tuple(dict(zip(levels, own, strict=True)) for own in left_out),
     )
@@ -257,7 +257,7 @@ def _fit(design: Floats, logs: Floats) -> tuple[Floats, Floats, int]:
     freedom = len(logs) - design.shape[1]
     residual = logs - design @ coefficients
     scale = math.nan if freedom == 0 else float(residual @ residual) / freedom
-    if scale < 1e-24:  # what does not hang on chance is as exact as doubles are
+    if scale < 1e-24:  # what does not depend on chance is as exact as doubles are
         scale = 0.0
     errors: Floats = np.sqrt(scale * np.diag(np.linalg.inv(design.T @ design)))
     return coefficients, errors, freedom

@@ -59,7 +59,7 @@ class Quantity:
     """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
     better: Goal = "lower"
     """Which way it is better."""
-    hangs_on_seed: bool = True
+    depends_on_seed: bool = True
     """Whether chance comes into it by the seed, so that runs of one seed tell the same again and seeds are what counts; of
     time and memory, which do not hang on it, every run does."""
 
@@ -129,7 +129,7 @@ class Group:
     effects: dict[str, Effects]
     """By quantity, where the arms are combinations of factors of two levels."""
     noise: dict[str, Noise]
-    """By quantity that hangs on the seed."""
+    """By quantity that depends on the seed."""
     metric: Metric
     """What is judged by."""
     target: float | None
@@ -339,7 +339,7 @@ def _group(
         noise={
             key: noise
             for key, row in table.items()
-            if by_key[key].hangs_on_seed and (noise := _noise(row, baseline, _repeating(arms, baseline))) is not None
+            if by_key[key].depends_on_seed and (noise := _noise(row, baseline, _repeating(arms, baseline))) is not None
         },
         metric=metric,
         target=target,
@@ -403,14 +403,14 @@ def _effects(
         if not is_apart or not is_factorial([run for run in runs if (of(run) or 0) > 0]):
             continue
         foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
-        found[key] = effects(runs, of, foresee, hangs_on_seed=quantity.hangs_on_seed)
+        found[key] = effects(runs, of, foresee, depends_on_seed=quantity.depends_on_seed)
     if all(lane is not None for lane in times.values()):
         laps = [
             (replace(own[0], seed=lap), seconds)
             for name, own in arms.items() if own and own[0].repeats is None for lap, seconds in enumerate(times[name] or ())
         ]  # fmt: skip
         by_lap = {id(entry): seconds for entry, seconds in laps}
-        found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)], hangs_on_seed=False)
+        found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)], depends_on_seed=False)
     return found
 
 
@@ -513,12 +513,12 @@ def _quantities(
         (Quantity(key="flops_to_target", label=f"FLOPs{to}", show="count"), times_steps(lambda e: e.step_flops)),
         (Quantity(key="seconds_to_target", label=f"time{to}", show="duration"), times_steps(seconds)),
         (Quantity(key="joules_to_target", label=f"energy{to}", show="energy"), times_steps(_step_joules)),
-        (Quantity(key="step_s", label="time of a step", show="duration", hangs_on_seed=False), seconds),
-        (Quantity(key="peak_bytes", label="peak memory", show="memory", hangs_on_seed=False),
+        (Quantity(key="step_s", label="time of a step", show="duration", depends_on_seed=False), seconds),
+        (Quantity(key="peak_bytes", label="peak memory", show="memory", depends_on_seed=False),
          _done(lambda entry: entry.peak_bytes)),
-        (Quantity(key="optimizer_bytes", label="optimizer state", show="memory", hangs_on_seed=False),
+        (Quantity(key="optimizer_bytes", label="optimizer state", show="memory", depends_on_seed=False),
          _done(lambda entry: entry.measured.get("optimizer_bytes"))),
-        (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory", hangs_on_seed=False),
+        (Quantity(key="wire_bytes", label="payload of a step's collectives", show="memory", depends_on_seed=False),
          _done(lambda entry: entry.measured.get("wire_bytes") or None)),
         # of a task that is judged by something else, training losses may be weighted
         *([(Quantity(key="gap", label="held-out / training loss", show="number"), _done(_gap))]
@@ -553,7 +553,7 @@ def _row(
             for name in able
         }  # fmt: skip
     else:
-        apart = [name for name in able if quantity.hangs_on_seed and kin[name] != kin[baseline]]
+        apart = [name for name in able if quantity.depends_on_seed and kin[name] != kin[baseline]]
         found |= {name: _by_pairs(logs[name], logs[baseline], len(able)) for name in able if name not in apart}
         floats = {name: np.array([*own.values()]) for name, own in logs.items()}
         if apart:
@@ -564,7 +564,7 @@ def _row(
                 kin=[kin[name] for name in apart],
             )
             found |= dict(zip(apart, at_once, strict=True))
-        if again is not None and {again, baseline} <= floats.keys() and quantity.hangs_on_seed:
+        if again is not None and {again, baseline} <= floats.keys() and quantity.depends_on_seed:
             found[again] = same_settings(floats[again], floats[baseline])
     adjusted = _adjusted(found, len(able))
     return {
@@ -661,7 +661,7 @@ def _call(difference: Difference | None, p: float, quantity: Quantity) -> Call:
     if difference is None:
         return ""
     ratio = difference.ratio
-    least = ARITHMETIC if quantity.hangs_on_seed else 0.0
+    least = ARITHMETIC if quantity.depends_on_seed else 0.0
     if all(abs(value - 1) <= least for value in (ratio.value, ratio.lower, ratio.upper)):
         return "equal"
     if math.isnan(p):

@@ -69,7 +69,7 @@ def test_what_hangs_on_no_chance_is_exact_and_stands_beside_its_prediction(entry
             study,
             lambda run: peak[run.factors["b"]],
             lambda run: 1.02 * peak[run.factors["b"]],
-            hangs_on_seed=False,
+            depends_on_seed=False,
         )
     )
     assert (found["a"].is_none, found["b"].is_none, found["b"].by_seed) == (True, False, {})
@@ -219,7 +219,7 @@ def test_what_does_not_hang_on_the_seed_has_every_run_as_a_replicate(entry):
         for one, other in itertools.product(("low", "high"), repeat=2):
             log = 0.2 * (one == "high") + 0.1 * seed + generator.normal(0, 0.01)
             study.append(entry(f"{one}{other}", seed, factors={"a": one, "b": other}, loss=math.exp(log)))
-    effect = by_name(effects(study, lambda run: run.loss, hangs_on_seed=False))["a"]
+    effect = by_name(effects(study, lambda run: run.loss, depends_on_seed=False))["a"]
     table = np.log([run.loss for run in study]).reshape(3, 2, 2)
     left = table - table.mean(axis=0) - table.mean(axis=(1, 2))[:, None, None] + table.mean()
     error = math.sqrt((left**2).sum() / 6 * (1 / 6 + 1 / 6))
