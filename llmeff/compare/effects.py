@@ -39,7 +39,7 @@ class Effect:
     is_none: bool
     """Whether it is below the noise of arithmetic."""
     by_seed: dict[int, float]
-    """The ratio of each seed, where the quantity hangs on it."""
+    """The ratio of each seed, where the quantity depends on it."""
     predicted: float | None
     """The ratio that the prices foresaw; None where the quantity is not predicted."""
 
@@ -55,7 +55,7 @@ class Effects:
     num_runs: int
     """With the quantity."""
     seeds: tuple[int, ...]
-    """What was judged by: seeds of which all combinations that are kept have the quantity; none where it does not hang on the
+    """What was judged by: seeds of which all combinations that are kept have the quantity; none where it does not depend on the
     seed."""
     dropped_seeds: tuple[int, ...]
     """Seeds of which some combination has no value, so that factors are not balanced: they are left out."""

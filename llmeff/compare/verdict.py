@@ -61,7 +61,7 @@ class Quantity:
     """Which way it is better."""
     depends_on_seed: bool = True
     """Whether chance comes into it by the seed, so that runs of one seed tell the same again and seeds are what counts; of
-    time and memory, which do not hang on it, every run does."""
+    time and memory, which do not depend on it, every run does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,7 +527,7 @@ def _quantities(
 
 
 _TIMED = {"step_s": False, "seconds_to_target": True}
-"""What hangs on the timing lane, and whether on steps too."""
+"""What depends on the timing lane, and whether on steps too."""
 
 
 def _row(
