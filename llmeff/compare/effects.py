@@ -18,7 +18,7 @@ ARITHMETIC = 1e-6
 optimizer and seed fp32 runs on other ranks, at other ZeRO stages, with and without recomputation end within 2e-7 of one
 another (`analysis/results/contribution.parquet`)."""
 FEWEST_SEEDS = 3
-"""Below so many an effect that depends on the seed has its values by seed, and no interval: of two it is mostly chance."""
+"""Below so many, what depends on the seed has its values by seed, and no interval: of two it is mostly chance."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmeff.compare.effects import ARITHMETIC, Effects, effects, is_factorial
+from llmeff.compare.effects import ARITHMETIC, FEWEST_SEEDS, Effects, effects, is_factorial
 from llmeff.compare.intervals import (
     Difference,
     Estimate,
     best_of,
     holm,
+    judged,
     many_to_one,
     mean_interval,
     paired,
@@ -37,7 +38,7 @@ FEW_RUNS = 5
 """Fewer of an arm seldom show that its spread is another than the others': with three, one of three times the spread makes
 9 % of studies of equal arms call one different, and not 5 % (`analysis/results/coverage.json`)."""
 
-Call = Literal["better", "worse", "not told apart", "equal", "one run", ""]
+Call = Literal["better", "worse", "not told apart", "equal", "one run", "two seeds", ""]
 
 StepTimes = Mapping[str, Sequence[float]]
 """By `lane_name`: seconds a step in the timing lane, one for each generation, paired over arms."""
@@ -554,7 +555,10 @@ def _row(
         }  # fmt: skip
     else:
         apart = [name for name in able if quantity.depends_on_seed and kin[name] != kin[baseline]]
-        found |= {name: _by_pairs(logs[name], logs[baseline], len(able)) for name in able if name not in apart}
+        found |= {
+            name: _by_pairs(logs[name], logs[baseline], len(able), depends_on_seed=quantity.depends_on_seed)
+            for name in able if name not in apart
+        }  # fmt: skip
         floats = {name: np.array([*own.values()]) for name, own in logs.items()}
         if apart:
             at_once = many_to_one(
@@ -588,10 +592,15 @@ def _adjusted(found: Mapping[str, Difference | None], family: int) -> dict[str, 
     return dict.fromkeys(found, math.nan) | held | at_once
 
 
-def _by_pairs(ours: Mapping[int, float], theirs: Mapping[int, float], family: int) -> Difference | None:
+def _by_pairs(
+    ours: Mapping[int, float], theirs: Mapping[int, float], family: int, *, depends_on_seed: bool
+) -> Difference | None:
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
+    logs = [ours[seed] - theirs[seed] for seed in seeds]
+    if depends_on_seed and len(seeds) < FEWEST_SEEDS and max(map(abs, logs)) > ARITHMETIC:
+        return judged(plain.fmean(logs), math.nan, 0, len(seeds), family)
     values, others = (np.exp([own[seed] for seed in seeds]) for own in (ours, theirs))
     return paired(values, others, family)
 
@@ -626,9 +635,11 @@ def _are_the_same(runs: Sequence[Entry], others: Sequence[Entry]) -> bool:
 def _mean(
     quantity: Quantity, values: Mapping[int, float], runs: Sequence[Entry], lane: Sequence[float] | None
 ) -> Estimate | None:
-    """Over seeds; of a step's time over generations."""
+    """Over seeds, without an interval of fewer than `FEWEST_SEEDS`; of a step's time over generations."""
     if not runs or len(values) < len(runs):
         return None
+    if quantity.depends_on_seed and len(values) < FEWEST_SEEDS:
+        return Estimate(value=plain.fmean(values.values()), lower=math.nan, upper=math.nan, n=len(values))
     return mean_interval([*values.values()] if lane is None or quantity.key != "step_s" else lane)
 
 
@@ -665,7 +676,7 @@ def _call(difference: Difference | None, p: float, quantity: Quantity) -> Call:
     if all(abs(value - 1) <= least for value in (ratio.value, ratio.lower, ratio.upper)):
         return "equal"
     if math.isnan(p):
-        return "one run"
+        return "one run" if ratio.n == 1 else "two seeds"
     if p >= ALPHA:
         return "not told apart"
     return "better" if (ratio.value < 1) == (quantity.better == "lower") else "worse"

@@ -39,12 +39,14 @@ def show_value(quantity: Quantity, value: float) -> str:
 
 
 def show_mean(quantity: Quantity, cell: Cell) -> str:
-    """The mean with its interval, or how many came to it."""
+    """The mean with its interval, or of two seeds their values, or how many came to it."""
     if not cell.num_seeds:
         return "no trial finished"
     if cell.mean is None:
         return f"{len(cell.values)} of {cell.num_seeds} runs"
     mean = cell.mean
+    if math.isnan(mean.lower) and len(cell.values) > 1:
+        return f"{', '.join(show_value(quantity, value) for value in cell.values.values())} (by seed)"
     shown = show_value(quantity, mean.value)
     if math.isnan(mean.lower) or mean.lower == mean.upper:
         return shown

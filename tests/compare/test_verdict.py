@@ -9,6 +9,7 @@ from scipy import stats
 from llmeff.compare.ledger import label_arms, read_ledger, write_ledger
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.verdict import differences, judge
+from llmeff.compare.verdict_table import render_comparison
 from llmeff.core.config import ConfigError
 
 
@@ -111,6 +112,23 @@ def test_one_seed_has_no_interval_and_says_so(study):
     cell = group.table["loss"]["fast"]
     assert cell.call == "one run"
     assert math.isnan(cell.difference.ratio.lower)
+
+
+def test_two_seeds_are_shown_one_by_one_and_have_no_interval(entry):
+    pair = settled(entry, "twin", [1.98, 2.12], tuned_as="base", peak_bytes=90)
+    both = settled(entry, "base", [2.0, 2.1], peak_bytes=100) + pair
+    comparison = judge(both, baseline="base")
+    table = comparison.groups[0].table
+    loss, memory = table["loss"]["twin"], table["peak_bytes"]["twin"]
+    assert loss.call == "two seeds"
+    assert loss.difference.ratio.value == pytest.approx(math.sqrt(1.98 * 2.12 / (2.0 * 2.1)))
+    assert math.isnan(loss.difference.ratio.lower)
+    assert math.isnan(loss.mean.lower)
+    assert "1.9800, 2.1200 (by seed)" in render_comparison(comparison, "markdown")
+    # memory does not depend on the seed: every run is a replicate
+    assert (memory.call, memory.mean.lower) == ("better", 90)
+    (same,) = judge(settled(entry, "base", [2.0, 2.1]) + settled(entry, "twin", [2.0, 2.1], tuned_as="base")).groups
+    assert same.table["loss"]["twin"].call == "equal"
 
 
 def tuning(entry, arm, rates, losses):
