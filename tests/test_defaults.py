@@ -1,4 +1,4 @@
-"""What a config means that does not say: every default of every config, and what a component declares of itself.
+"""What a config, or a record, means that does not say: every default of each, and what a component declares of itself.
 
 A run is named by what its config says, and two studies are alike if their configs are: a default that changes does so in sight,
 in defaults.json and in CHANGELOG.md. `python -m tests.test_defaults` writes the file anew.
@@ -13,6 +13,7 @@ import pytest
 
 import llmeff
 from llmeff.core.config import Config
+from llmeff.record.schema import Record
 
 KEPT = Path(__file__).with_name("defaults.json")
 
@@ -22,13 +23,13 @@ def below(kind):
 
 
 def configs():
-    """Those of the package by name."""
+    """Those of the package by name, and the records that it writes."""
     for module in pkgutil.walk_packages(llmeff.__path__, "llmeff."):
         if module.name != "llmeff.train":  # a script
             importlib.import_module(module.name)
     return {
         f"{kind.__module__}.{kind.__qualname__}": kind
-        for kind in below(Config)
+        for kind in below(Config) | below(Record)
         if kind.__module__.startswith("llmeff.")
     }
 
@@ -42,7 +43,7 @@ def declared(kind):
     }
     found = {}
     for name, value in {**fields, **data}.items():
-        plain = value.model_dump(mode="json") if isinstance(value, Config) else value
+        plain = value.model_dump(mode="json") if isinstance(value, Config | Record) else value
         found[name] = sorted(plain) if isinstance(plain, frozenset) else plain
     return json.loads(json.dumps(found, default=str))
 

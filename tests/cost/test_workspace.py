@@ -77,6 +77,27 @@ def test_kinds_of_convolutions_that_were_not_measured_are_unknown():
     assert found(x=(B, C, W), weight=(D, C, K), y=(B, D, W)) is None  # over one dimension
 
 
+@pytest.mark.parametrize("name", ["AVX512_CORE", "AVX512_CORE_BF16"])
+def test_a_kernel_in_bfloat16_adds_up_in_float32_in_every_thread(name):
+    """A tall kernel of 5 by 3 on 2 threads, so that no side may stand for another; blocks of 16 channels."""
+    work = {"dtype": "bfloat16", "instruction_set": name, "num_threads": 2}
+    x, y, weight = 2 * PIXELS * 16, 2 * PIXELS * 16, 2 * 16 * 16 * 15
+    tall = {"weight": (D, C, 5, 3), **work}
+    assert found("output", **tall) == Room(during=x + weight, result=y)
+    assert found("input", **tall) == Room(during=y + weight, result=x)
+    sums = 4 * 16 * 16 * 15 + 2 * (16 + 16) * 48 * (64 + 4)  # and an image of either map, turned
+    assert found("weight", **tall) == Room(during=x + y + 2 * sums, result=weight)
+    # few colours are read as they lie, and not turned
+    plain = {"x": (B, 3, H, W), "weight": (D, 3, 5, 3), **work}
+    sums = 4 * 16 * 16 * 15 + 2 * 16 * 48 * (64 + 4)
+    assert found("weight", **plain) == Room(during=y + 2 * sums, result=2 * 16 * 3 * 15)
+    # of 1x1 the map that is made is added up
+    weight, one = 2 * 16 * 32, {"x": (B, 20, H, W), "weight": (D, 20, 1, 1), **work}
+    assert found("output", **one) == Room(during=2 * x + weight + 2 * 4 * 16 * H * W, result=y)
+    assert found("input", **one) == Room(during=y + weight + 2 * 4 * 32 * H * W, result=2 * x)
+    assert found("weight", **one) == Room(during=2 * x + y, result=weight)
+
+
 def test_one_small_image_goes_without_the_library_whatever_the_set():
     small = {"x": (1, C, 32, 32), "y": (1, D, 32, 32), "instruction_set": None}
     assert found("output", **small) == Room(result=4 * C * K * K * 32 * 32)

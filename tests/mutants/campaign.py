@@ -56,6 +56,8 @@ LEAST_EACH = 40
 """So many mutants are sampled for a result that is written: in all, and in each package."""
 MOST_EQUIVALENT = 0.08
 """And of these at most such a part is said to be equivalent."""
+RAISED = 70
+"""Exit code of a fork whose work raised: of pytest, what a test that failed left open, which is found after its last words."""
 IMPORT_FAILED = re.compile(
     r"^!+ Interrupted: \d+ errors? during collection !+$|^ImportError while loading conftest ", re.MULTILINE
 )
@@ -193,7 +195,7 @@ def fork(clone: Path, log: Path, work: Callable[[], int], *, compiles: bool = Fa
     process = os.fork()
     if process:
         return process
-    code = 70
+    code = RAISED
     try:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -336,7 +338,7 @@ def verdict(name: str, code: int | None, log: Path) -> str:
         return "timeout"
     if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return "survived"
-    if code == pytest.ExitCode.TESTS_FAILED:
+    if code == pytest.ExitCode.TESTS_FAILED or (code == RAISED and _killer(log) is not None):
         return "killed"
     is_import = code in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR)
     if is_import and IMPORT_FAILED.search(log.read_text(encoding="utf-8", errors="replace")):

@@ -212,6 +212,7 @@ def test_a_mutant_is_killed_by_a_test_an_import_or_its_time_alone(clone):
         "0": "survived",
         "5": "survived",
         "1 FAILED a test": "killed",
+        "70 FAILED a test": "killed",
         COLLECTION: "killed",
         CONFTEST: "killed",
         "waits": "timeout",

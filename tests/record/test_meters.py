@@ -27,6 +27,18 @@ from llmeff.record.meters import (
 )
 from tests.ranks import ranks
 
+
+
+def test_where_no_process_files_are_the_peak_stands_for_what_is_held(monkeypatch):
+    def missing(path, **_):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("builtins.open", missing)
+    held = resident_bytes()
+    monkeypatch.undo()
+    assert 0 < held <= peak_resident_bytes()
+
+
 # B rows, D width: x is (B, D), w is (D, D), in floats of 4 bytes
 B, D = 8, 32
 X, W = 4 * B * D, 4 * D * D
