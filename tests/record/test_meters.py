@@ -28,7 +28,6 @@ from llmeff.record.meters import (
 from tests.ranks import ranks
 
 
-
 def test_where_no_process_files_are_the_peak_stands_for_what_is_held(monkeypatch):
     def missing(path, **_):
         raise FileNotFoundError(path)
