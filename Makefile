@@ -53,14 +53,15 @@ test-kernels: setup
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 LANE_TESTS ?= tests/models tests/attention tests/optim tests/parallel tests/data tests/core tests/record tests/test_loop.py \
 	tests/test_strategies.py
+LANE_ARGS ?=
 
 define lane
 	rm -rf .venv-$(1)
 	python3 -m venv .venv-$(1)
 	$(2) > .venv-$(1)/constraints.txt
-	.venv-$(1)/bin/python -m pip install --quiet --constraint .venv-$(1)/constraints.txt --editable ".[test]"
+	.venv-$(1)/bin/python -m pip install --quiet --no-compile --constraint .venv-$(1)/constraints.txt --editable ".[test]"
 	.venv-$(1)/bin/python -m pip freeze --exclude-editable
-	.venv-$(1)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(LANE_TESTS)
+	.venv-$(1)/bin/python -m pytest -n $(PROCESSES) --dist loadfile $(LANE_TESTS) $(LANE_ARGS)
 endef
 
 test-newest:
