@@ -5,7 +5,7 @@ files that `map.toml` gives for its module, which must pass without a mutant fir
 function, fast ones first, which a run without mutants has shown; what they let live meets all other tests of these files before it
 counts as a survivor. A mutant is killed by a test that fails, by an import that fails or by its time; any other end stops the campaign.
 
-    python -m tests.mutants.campaign                    # 80 mutants a package; goes on where it was stopped
+    python -m tests.mutants.campaign                    # 75 mutants a package; goes on where it was stopped
     python -m tests.mutants.campaign --packages tasks data --each 40 --seed 1
     python -m tests.mutants.campaign --again            # survivors once more, after tests were added
     python -m tests.mutants.campaign --known            # the patches beside this file
@@ -434,17 +434,30 @@ class Record:
 
 
 def chosen(options: argparse.Namespace) -> dict[str, list[Mutant]]:
-    """The sampled mutants of each package, by seed; the same as long as the sources and the rules are."""
+    """The sampled mutants of each package, by seed.
+
+    A sample stays as it was drawn, here or for the committed result, whatever lines move: names outlive edits to other
+    functions, and for a mutant that is gone another is drawn.
+    """
     found = {}
     for package, modules in read_map().items():
         if package in options.packages:
-            own = list(all_mutants(options.scratch, modules))
-            kept = options.scratch / f"sample-{package}-{options.each}-{options.seed}-{_digest(repr(own))}.json"
-            if not kept.exists():
-                drawn = sample(own, options.each, f"{options.seed} {package}")
-                kept.write_text(json.dumps([asdict(mutant) for mutant in drawn]))
-            found[package] = [Mutant(**mutant) for mutant in json.loads(kept.read_text())]
+            there = {mutant.name: mutant for mutant in all_mutants(options.scratch, modules)}
+            kept = options.scratch / f"sample-{package}-{options.each}-{options.seed}.json"
+            names = json.loads(kept.read_text()) if kept.exists() else _committed_sample(package, options.seed)
+            own = [there[name] for name in names if name in there][: options.each]
+            others = [mutant for mutant in there.values() if mutant not in own]
+            own += sample(others, options.each - len(own), f"{options.seed} {package}")
+            kept.write_text(json.dumps([mutant.name for mutant in own]))
+            found[package] = own
     return found
+
+
+def _committed_sample(package: str, seed: int) -> list[str]:
+    """Names of the mutants that the committed result is of; none if it is of another seed."""
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    names: list[str] = result["packages"][package]["mutants"] if result.get("seed") == seed else []
+    return names
 
 
 def trace_all(options: argparse.Namespace, clones: Sequence[Clone], paths: Iterable[str]) -> None:
@@ -549,6 +562,7 @@ def scores(options: argparse.Namespace, record: Record) -> dict[str, dict[str, A
             "sampled": len(mutants), "equivalent": len(mutants) - len(counted), "tested": len(rows),
             "killed": len(rows) - len(survivors),
             "score": round((len(rows) - len(survivors)) / len(rows), 4) if rows else None, "survivors": survivors,
+            "mutants": [mutant.name for mutant in mutants],
         }  # fmt: skip
     return found
 
@@ -666,7 +680,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.campaign", description=__doc__.split("\n")[0])
     parser.add_argument("--packages", nargs="+", default=list(read_map()), choices=list(read_map()))
-    parser.add_argument("--each", type=int, default=80, help="mutants of each package")
+    parser.add_argument("--each", type=int, default=75, help="mutants of each package")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=int(os.environ.get("PROCESSES", "2")))
     parser.add_argument("--scratch", type=Path, default=ROOT / ".mutants", help="clones, traces and results so far")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,7 @@ from tests.mutants.campaign import (
     shortfalls,
     verdict,
 )
-from tests.mutants.mutation import MODULE, AttributeChanger, KeywordDropper, TextReplacer, mutants_of, mutated
+from tests.mutants.mutation import MODULE, AttributeChanger, KeywordDropper, Mutant, TextReplacer, mutants_of, mutated
 from tests.mutants.tracing import plain_name
 
 OWN = {"text": TextReplacer(), "keyword": KeywordDropper(), "attribute": AttributeChanger()}
@@ -294,9 +295,40 @@ def test_files_pass_without_a_mutant_before_they_judge_one(clone, monkeypatch):
         campaign.control(scratch, [clone], ["none"])
 
 
+def test_a_sample_stays_as_it_was_drawn_and_another_takes_the_place_of_what_is_gone(tmp_path, monkeypatch):
+    lines = [
+        Mutant(module="llmeff.it", function=f"f{n}", line=n, operator="core/Some_One", occurrence=0) for n in range(40)
+    ]
+    there = list(lines)
+    monkeypatch.setattr(campaign, "RESULTS", tmp_path / "mutants.json")
+    monkeypatch.setattr(campaign, "read_map", lambda: {"optim": {"llmeff.it": []}})
+    monkeypatch.setattr(campaign, "all_mutants", lambda *_: there)
+    monkeypatch.setattr(campaign, "committed", lambda path: "")
+    monkeypatch.setattr(campaign, "mutated", lambda *_: "")
+    monkeypatch.setattr(campaign, "operators", dict)
+
+    def drawn(scratch, seed=3):
+        (tmp_path / scratch).mkdir(exist_ok=True)
+        (own,) = campaign.chosen(options_of(tmp_path / scratch, each=10, seed=seed, packages=["optim"])).values()
+        return [mutant.name for mutant in own]
+
+    first = drawn("here")
+    assert len(set(first)) == 10
+    assert drawn("there") == first
+    assert drawn("there", seed=4) != first
+    there[:] = [replace(mutant, line=mutant.line + 5) for mutant in lines if mutant.name != first[2]]
+    second = drawn("here")
+    assert second[:9] == [name for name in first if name != first[2]]
+    assert len(set(second)) == 10
+    # and elsewhere it is that of the committed result
+    (tmp_path / "mutants.json").write_text(json.dumps({"seed": 3, "packages": {"optim": {"mutants": second}}}))
+    assert drawn("elsewhere") == second
+    assert drawn("elsewhere", seed=4) != second
+
+
 def scores_of(**changes):
     """Of all packages, enough of each: 80 sampled, 5 equivalent, 75 tested."""
-    own = {"sampled": 80, "equivalent": 5, "tested": 75, "killed": 75, "score": 1.0, "survivors": []}
+    own = {"sampled": 80, "equivalent": 5, "tested": 75, "killed": 75, "score": 1.0, "survivors": [], "mutants": []}
     return {package: own | changes.get(package, {}) for package in read_map()}
 
 
