@@ -38,6 +38,12 @@ CASES = (
     (3, 16, 24, 7, 40, 40),
     (2, 36, 40, 3, 64, 80),
     (16, 16, 8, 1, 32, 32),
+    (2, 1, 16, 3, 32, 32),
+    (2, 2, 11, 3, 48, 64),
+    (2, 6, 6, 3, 48, 64),
+    (2, 5, 32, 3, 32, 32),
+    (2, 8, 24, 3, 32, 32),
+    (2, 12, 16, 3, 32, 32),
 )
 """Images, channels in and out, a kernel's side, height and width; large enough, or in such numbers, that torch takes oneDNN."""
 TOLERANCE = 0.03

@@ -48,7 +48,11 @@ def config(tmp_path):
         ("learned", [], "data.sequence_length is 40, but .* 32 positions"),
         ("old", ["runtime.recompute=true"], "runtime.recompute is true, but OpenAIGPTLMHeadModel"),
         ("capped", ["task.loss_chunk=8"], "task.loss_chunk is 8, but Gemma2ForCausalLM"),
-        ("recurrent", ["data.packing=documents", "data.sequence_length=8"], "would see one another in MambaForCausalLM"),
+        (
+            "recurrent",
+            ["data.packing=documents", "data.sequence_length=8"],
+            "would see one another in MambaForCausalLM",
+        ),
     ],
 )
 def test_what_a_model_cannot_is_an_error_before_the_folder_is_made(config, tmp_path, kind, settings, said, micro_batch):

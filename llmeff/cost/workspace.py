@@ -3,8 +3,9 @@
 oneDNN copies maps and weights into a layout of its own, and takes room to compute in; torch, where it does without oneDNN,
 lays out patches. Which of it is taken depends on the instruction set and the format. `workspace.json` says which was measured
 to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. Float32 on
-SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. The rows of AVX-512 rest on
-whole steps that were measured before (`analysis/results/price_gate.json`), not on single convolutions.
+SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. The rows of AVX-512 were
+measured on a CPU that was emulated, whose whole steps take what they took on real ones, to the byte. Bfloat16 with AMX has no
+row: blocking there suits the cache, too.
 """
 
 import json
@@ -48,12 +49,12 @@ class Convolution:
     @property
     def is_pointwise(self) -> bool:
         """Whether it reads every map as the columns of a matrix, as it lies."""
-        return set(self.weight[2:]) == {1} and self.x[2:] == self.y[2:]
+        return self.is_1x1 and self.x[2:] == self.y[2:]
 
     @property
-    def reads_plain(self) -> bool:
-        """Whether oneDNN reads images as they lie: those of few colours."""
-        return self.x[1] <= _PLAIN and set(self.weight[2:]) != {1}
+    def is_1x1(self) -> bool:
+        """Whether its kernel is."""
+        return set(self.weight[2:]) == {1}
 
     @property
     def patches(self) -> int:
@@ -61,8 +62,8 @@ class Convolution:
         return prod(self.weight[1:]) * prod(self.y[2:])
 
 
-_PLAIN = 3
-"""Channels of an image that oneDNN reads as they lie, at most."""
+_PLAIN = {8: {3}, 16: {1, 2, 3}}
+"""By the channels of a block: how many channels an image has that the weights' gradient reads as they lie."""
 _MANY, _SMALL, _FEW = 16, 3, 20480
 """Images, a kernel's side and numbers of a map, by which torch takes oneDNN or does without."""
 _ROW = 4
@@ -160,45 +161,66 @@ def _torch(own: Convolution, product: Product) -> Room:
     return Room(result=own.x[0] * own.patches * BYTES[own.dtype])
 
 
+def _filled(number: int, block: int) -> int:
+    return -(-number // block) * block
+
+
 def _blocks(block: int, own: Convolution, product: Product) -> Room:
-    """Copies whose channels fill whole blocks."""
-
-    def filled(first: int, second: int, *sides: int) -> int:
-        return first * -(-second // block) * block * prod(sides) * BYTES[own.dtype]
-
-    x, y, outputs = filled(*own.x), filled(*own.y), -(-own.weight[0] // block) * block
-    weight = filled(outputs, *own.weight[1:])
+    """Copies whose channels fill whole blocks; an image of fewer channels than one is read as it lies."""
+    num_bytes, (images, inputs, *sides), (_, outputs, *made) = BYTES[own.dtype], own.x, own.y
+    kernel = prod(own.weight[2:]) * num_bytes
+    wide, high = _filled(inputs, block), _filled(outputs, block)
+    x, y = images * wide * prod(sides) * num_bytes, images * high * prod(made) * num_bytes
     if product == "input":
-        return Room(during=y + weight, result=x)
-    if own.reads_plain:
-        x, weight = 0, outputs * prod(own.weight[1:]) * BYTES[own.dtype]
-    return Room(during=x + weight, result=y) if product == "output" else Room(during=x + y, result=weight)
+        return Room(during=y + high * wide * kernel, result=x)
+    if product == "output":
+        is_plain = inputs < block and not own.is_1x1
+        return Room(during=high * inputs * kernel if is_plain else x + high * wide * kernel, result=y)
+    if inputs in _PLAIN[block] and not own.is_1x1:
+        return Room(during=y, result=high * inputs * kernel)
+    return Room(during=x + y, result=high * wide * kernel)
 
 
-def _blocks_with_sums(block: int, own: Convolution, product: Product) -> Room:
-    """The same in a narrow format, and what each thread computes in.
+def _blocks_of_16(own: Convolution, product: Product) -> Room:
+    """The same, but that the kernels of AVX2 make the weights' gradient of 4 to 15 channels."""
+    is_few = 3 < own.x[1] < 16 and not own.is_1x1
+    return _blocks(8 if is_few and product == "weight" else 16, own, product)
 
-    A kernel of 1x1 adds up an image's map in float32. The gradient of other kernels is added up so too, from an image of
-    either map that is turned, its rows filled up. Of many channels on small maps threads share the channels, and need less.
+
+def _blocks_with_sums(own: Convolution, product: Product) -> Room:
+    """Blocks of 16 in a narrow format, and what each thread computes in.
+
+    A kernel of 1x1 adds up an image's map in float32. The weights' gradient of other kernels is added up so too, from an image
+    of either map that is turned, its rows filled up. If an image has fewer than 16 channels, it is not copied, or a product of
+    matrices takes all its patches. Of many channels on small maps threads share the channels, and need less.
     """
-    inputs, outputs = (-(-channels // block) * block for channels in (own.x[1], own.y[1]))
-    copies, extra = _blocks(block, own, product), 0
-    is_narrow = set(own.weight[2:]) == {1}
-    if is_narrow and product != "weight":
-        channels, sides = (outputs, own.y[2:]) if product == "output" else (inputs, own.x[2:])
-        extra = channels * prod(sides) * BYTES["float32"]
-    elif not is_narrow and product == "weight":
-        height, width = own.x[2:]
-        turned = outputs if own.reads_plain else outputs + inputs
-        extra = outputs * inputs * prod(own.weight[2:]) * BYTES["float32"]
-        extra += turned * height * (width + _ROW) * BYTES[own.dtype]
-    return Room(copies.during + own.num_threads * extra, copies.result)
+    copies, num_bytes, kernel = _blocks(16, own, product), BYTES[own.dtype], prod(own.weight[2:])
+    (inputs, height, width), outputs, wide = own.x[1:], own.y[1], BYTES["float32"]
+    blocks_in, blocks_out = _filled(inputs, 16), _filled(outputs, 16)
+    if own.is_1x1:
+        sums = {"output": blocks_out * prod(own.y[2:]), "input": blocks_in * height * width, "weight": 0}[product]
+        return Room(copies.during + own.num_threads * sums * wide, copies.result)
+    is_few = inputs < 16
+    if product == "output" and is_few:
+        return Room(blocks_out * _filled(inputs, 2) * kernel * num_bytes, copies.result)  # channels are read by twos
+    if product != "weight":
+        return copies
+    if is_few and outputs % 16:
+        taken = own.patches * num_bytes + 4 * outputs * inputs * kernel * wide
+        return Room(own.num_threads * taken, outputs * inputs * kernel * num_bytes)
+    turned = outputs if is_few else blocks_out + blocks_in
+    sums = (outputs * inputs if is_few else blocks_out * blocks_in) * kernel * wide
+    each = sums + turned * height * (width + _ROW) * num_bytes
+    if is_few:
+        y = own.x[0] * outputs * prod(own.y[2:]) * num_bytes
+        return Room(y + own.num_threads * each, outputs * inputs * kernel * num_bytes)
+    return Room(copies.during + own.num_threads * each, copies.result)
 
 
 FORMS: dict[str, Form] = {
     "torch": _torch,
     "blocks of 8": partial(_blocks, 8),
-    "blocks of 16": partial(_blocks, 16),
-    "blocks of 16 with sums": partial(_blocks_with_sums, 16),
+    "blocks of 16": _blocks_of_16,
+    "blocks of 16 with sums": _blocks_with_sums,
 }
 """What convolutions were found to take, by name."""
