@@ -3,7 +3,8 @@
 A process loads the libraries once; each mutant is tested by a fork of it, in a clone of the last commit of its own, by the test
 files that `map.toml` gives for its module, which must pass without a mutant first. First come the tests that reach the mutated
 function, fast ones first, which a run without mutants has shown; what they let live meets all other tests of these files before it
-counts as a survivor. A mutant is killed by a test that fails, by an import that fails or by its time; any other end stops the campaign.
+counts as a survivor. A mutant is killed by a test that fails, by an import that fails, or by its time or memory; any other end stops the
+campaign.
 
     python -m tests.mutants.campaign                    # 75 mutants a package; goes on where it was stopped
     python -m tests.mutants.campaign --packages tasks data --each 40 --seed 1
@@ -51,6 +52,8 @@ PATIENCE = 4.0
 WAITING = 10.0
 """And in all, if they wait for something, so many times that, or `LONGEST_S`: other processes may have the machine."""
 LONGEST_S = 900.0
+MOST_BYTES = 6 * 2**30
+"""What a mutant's tests may hold of the machine's memory; what takes more is killed before others are."""
 LEAST = 600
 LEAST_EACH = 40
 """So many mutants are sampled for a result that is written: in all, and in each package."""
@@ -254,6 +257,13 @@ def cpu_s(process: int) -> float:
     return 0.0
 
 
+def resident_bytes(process: int) -> int:
+    """What a fork holds of the machine's memory."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 # -- what reaches what
 
 
@@ -399,6 +409,9 @@ def _begin(case: Case, clone: Clone, scratch: Path) -> None:
 
 
 def _is_late(case: Case) -> bool:
+    """Whether a case has taken too much: of a CPU, of time, or of memory."""
+    if resident_bytes(case.process) > MOST_BYTES:
+        return True
     waited_s = time.monotonic() - case.begun_s
     return cpu_s(case.process) > case.limit_s or waited_s > max(LONGEST_S, WAITING * case.limit_s)
 
