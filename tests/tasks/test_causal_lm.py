@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from torch import nn
 
-from llmeff.core.config import override, validate
+from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import world
 from llmeff.data import TextData
 from llmeff.data.builtin import Builtin
@@ -128,6 +128,91 @@ def test_no_more_logits_live_at_once_than_may(by_hand, monkeypatch):
     assert seen == [1] * 6
 
 
+@pytest.mark.parametrize(("vocabulary", "length", "batches"), [
+    (2**22, 1, [4, 2]),
+    (2**23, 1, [2, 2, 2]),
+    (2**21, 3, [2]),
+    (2**23, 3, [1, 1]),
+])  # fmt: skip
+def test_sixteen_million_logits_live_at_once(by_hand, monkeypatch, vocabulary, length, batches):
+    task, model = by_hand(sequence_length=length)
+    monkeypatch.setattr(task.corpus, "vocab_size", vocabulary)
+    seen = []
+    model.register_forward_pre_hook(lambda model, given: seen.append(len(given[0])))
+    list(task.evaluate(model, "validation", None, CPU, world()))
+    assert seen == batches
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_never_comes(by_hand):
+    task, model = by_hand()
+    kept = []
+    model.register_forward_hook(lambda model, given, logits: kept.append(logits.requires_grad))
+    list(task.evaluate(model, "validation", None, CPU, world()))
+    task.sample(model, "validation", 2, CPU)
+    assert kept == [False] * len(kept)
+    assert len(kept) == 3
+
+
+def test_documents_of_a_window_are_told_apart_where_they_are_packed(by_hand):
+    """A window of seven tokens: the end that begins the first document, its three, the end that begins the second, its one,
+    and one that is no document's."""
+    seen = []
+    for packing in ("documents", "plain"):
+        task, model = by_hand(packing=packing, sequence_length=7)
+        model.register_forward_pre_hook(lambda model, given: seen.append(given[1]))
+        list(task.evaluate(model, "validation", None, CPU, world()))
+    (layout, none) = seen
+    assert none is None
+    assert layout.documents.tolist() == [[0, 0, 0, 0, 1, 1, -1]]
+    assert layout.positions.tolist()[0][:6] == [0, 1, 2, 3, 0, 1]
+    trained = task.batch(0, range(1), CPU).inputs
+    assert (trained["layout"], trained["loss_chunk"]) == (None, None)
+
+
+def test_rows_of_a_step_are_the_same_however_they_are_split_and_predict_the_token_after(by_hand):
+    task, _ = by_hand(sequence_length=4)
+    batch = task.batch(3, range(2), CPU)
+    tokens, targets = batch.inputs["tokens"], batch.inputs["targets"]
+    assert tokens.shape == targets.shape == (2, 4)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+    rows = [task.batch(3, range(row, row + 1), CPU).inputs for row in range(2)]
+    assert torch.equal(torch.cat([row["tokens"] for row in rows]), tokens)
+    assert torch.equal(torch.cat([row["targets"] for row in rows]), targets)
+    assert task.unit_ids(3, range(2)) == ["train"]
+
+
+def test_a_batch_goes_to_the_device_without_a_wait_for_what_runs_there(by_hand, monkeypatch):
+    task, _ = by_hand()
+    copied, copy = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *to, **how: copied.append(how) or copy(own, *to, **how))
+    task.batch(0, range(2), CPU)
+    assert copied == [{"non_blocking": True}] * 2
+
+
+def test_only_the_main_process_makes_the_cache_and_the_others_wait_for_it(by_hand, tmp_path, monkeypatch):
+    task, _ = by_hand()
+    monkeypatch.setenv("LLMEFF_CACHE", str(tmp_path / "another"))
+
+    def opened(is_main, wait):
+        return CausalLM().open(task._data, 0, 2, is_main=is_main, wait=wait)
+
+    with pytest.raises(ConfigError, match="the main process says why"):
+        opened(False, lambda: None)
+    assert opened(False, lambda: opened(True, lambda: None)).facts() == task.facts()
+
+
+def test_facts_of_the_text_are_on_record(by_hand):
+    task, _ = by_hand()
+    facts = task.facts()
+    assert (facts["name"], facts["sha256"]) == ("builtin", task.corpus.fingerprint)
+    assert facts["vocab_size"] == len(VOCABULARY) + 1
+    sizes = {split: (own["num_documents"], own["num_bytes"]) for split, own in facts["splits"].items()}
+    assert sizes == {"train": (1, 60), "validation": (2, 15)}
+    task.check_split("validation")
+    with pytest.raises(ConfigError, match="nothing fell in the split 'search'"):
+        task.check_split("search")
+
+
 def test_beside_it_stands_what_gzip_needs_for_the_same_text(by_hand):
     task, _ = by_hand()
     compressed = gzip.compress((FIRST + SECOND).encode(), 9)
@@ -149,6 +234,31 @@ def test_a_step_counts_its_targets(by_hand):
 def test_logits_of_a_large_vocabulary_live_in_chunks(vocab_size, asked, chunk):
     model = DecoderConfig(width=8, num_heads=1, vocab_size=vocab_size)
     assert CausalLM(loss_chunk=asked).resolve_chunk(model) == chunk
+
+
+@pytest.mark.parametrize(("packing", "vocab_size", "chunk"), [("plain", 257, None), ("documents", 5000, 256)])
+def test_a_steps_work_is_told_with_its_chunks_and_its_packing(packing, vocab_size, chunk):
+    data = validate(TextData, {"packing": packing, "sequence_length": 40})
+    work = CausalLM().workload(DecoderConfig(vocab_size=vocab_size), data)
+    assert (work.num_sequences, work.num_tokens, work.loss_chunk) == (1, 40, chunk)
+    assert work.packed == (packing == "documents")
+
+
+def test_text_is_sampled_from_the_beginning_of_a_document_and_what_was_last_drawn(by_hand):
+    """Of logits that are wider than the vocabulary, no more than it are drawn from."""
+    task, model = by_hand(sequence_length=3)
+    wide, seen = torch.nn.functional.pad(model.logits.detach(), (0, 9), value=1e9), []
+
+    def logits(tokens):
+        seen.append(tokens.tolist())
+        return wide[tokens]
+
+    text = task.sample(logits, "validation", 6, CPU).text
+    end = task.corpus.end_id
+    drawn = [context[0][-1] for context in seen]
+    assert drawn[0] == end == len(VOCABULARY)
+    assert seen == [[drawn[max(0, place - 3) : place]] for place in range(1, 7)]
+    assert text.startswith(task.corpus.tokenizer.decode(drawn[1:]))
 
 
 def test_sampled_text_is_drawn_at_four_fifths_of_the_temperature(by_hand):
