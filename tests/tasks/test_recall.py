@@ -1,5 +1,7 @@
 """Recall through the loop: a delta rule learns it, answers are counted, any split of a batch is the same step."""
 
+import math
+
 import pytest
 import torch
 
@@ -78,6 +80,70 @@ def test_right_answers_are_counted(forgets, accuracy, loss):
     results = list(task.evaluate(Parrot(*forgets), "test", 10, torch.device("cpu"), ONE))
     assert len(results) == 10
     assert task.summary(results) == {"loss": pytest.approx(loss, abs=1e-6), "accuracy": accuracy}
+
+
+class OfTheRow(torch.nn.Module):
+    """Gives token 0 a logit of what stands in the row's first place, and all others none."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.weight = [], torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens, targets=None):
+        self.given.append(len(tokens))
+        logits = torch.zeros(*tokens.shape, 16)
+        logits[..., 0] = tokens[:, :1] * self.weight
+        assert logits.requires_grad == self.training
+        return logits
+
+
+def test_each_row_has_the_loss_of_its_own_answers():
+    """Token 0 is no value: an answer costs the logarithm of e to the row's first token and fifteen more."""
+    task, model = opened(), OfTheRow().eval()
+    firsts = task._data.held_out_rows("search", range(11)).tokens[:, 0].tolist()
+    assert len(set(firsts)) > 2
+    rows = list(task.evaluate(model, "search", 11, torch.device("cpu"), ONE))
+    assert [row.unit for row in rows] == [f"search/{number}" for number in range(11)]
+    assert [row.loss_sum for row in rows] == pytest.approx(
+        [2 * math.log(math.exp(first) + 15) for first in firsts], rel=1e-6
+    )
+    assert task.sample(model, "search", 0, torch.device("cpu")).text.count("0 (not ") == 4 * 2
+
+
+def test_all_held_out_rows_are_asked_for_unless_there_are_to_be_fewer():
+    """The first row tells how wide logits are: of sixteen tokens that count as 256 each, four million are 1024 rows."""
+    task, model = opened("data.held_out=1030"), OfTheRow().eval()
+    rows = list(task.evaluate(model, "test", None, torch.device("cpu"), ONE))
+    assert model.given == [1, 1024, 5]
+    for most, number in ((3, 3), (2000, 1030)):
+        assert list(task.evaluate(model, "test", most, torch.device("cpu"), ONE)) == rows[:number]
+
+
+def test_a_batch_goes_to_the_device_without_a_wait_for_what_runs_there(monkeypatch):
+    task, copied, copy = opened(), [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, *to, **how: copied.append(how) or copy(own, *to, **how))
+    task.batch(0, range(2), torch.device("cpu"))
+    assert copied == [{"non_blocking": True}] * 2
+
+
+def test_a_step_is_a_mean_over_its_answers_and_counts_its_tokens():
+    task = opened()
+    assert task.items_per_step == 64 * 16
+    batch = task.batch(0, range(3), torch.device("cpu"))
+    assert (batch.items, batch.counts) == (3 * 16, {"loss": 3 * 2})
+    given = task._data.train_rows(task._order_seed, 0, range(3))
+    assert batch.inputs["tokens"].tolist() == given.tokens.tolist()
+    assert batch.inputs["targets"].tolist() == given.targets.tolist()
+    task.check_split("search")
+    facts = task.facts()
+    assert (facts["name"], facts["sha256"]) == ("mqar", task._data.fingerprint())
+
+
+@pytest.mark.parametrize(("given", "found"), [("auto", 16), (16, 16), (17, 17), (1000, 1000)])
+def test_a_vocabulary_may_be_larger_than_the_datas(given, found):
+    own, task = config(), opened()
+    model = own.model.model_copy(update={"vocab_size": given})
+    assert own.task.foresee(model, own.data).vocab_size == task.resolve(model).vocab_size == found
 
 
 def test_answers_are_shown_beside_the_right_ones_where_they_differ():

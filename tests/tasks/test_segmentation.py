@@ -202,6 +202,41 @@ def test_what_was_asked_for_before_changes_no_batch(small, steps):
             assert torch.equal(found.targets, alone.targets)
 
 
+@pytest.mark.parametrize("row", range(3))
+def test_a_rows_labels_are_those_of_its_image(small, row):
+    task = opened(small)
+    batch = task.batch(0, range(row, row + 1), CPU)
+    (unit,) = task.unit_ids(0, range(row, row + 1))
+    place = task.corpus.units("train").index(unit)
+    assert batch.targets.tolist() == [SMALL["train"][place]]
+    assert torch.equal(
+        batch.inputs["images"], torch.from_numpy(task.corpus.held_out("train", range(place, place + 1)).images)
+    )
+
+
+def test_the_next_steps_rows_are_read_while_a_step_runs_and_no_others_are_kept(small, monkeypatch):
+    task, made = opened(small), []
+    make = task._make
+    monkeypatch.setattr(task, "_make", lambda step, rows: made.append((step, rows)) or make(step, rows))
+    for step in range(3):
+        task.batch(step, range(2), CPU)
+        task._begun[step + 1, range(2)].result()
+    assert sorted(made, key=str) == [(step, range(2)) for step in range(4)]
+    assert list(task._begun) == [(3, range(2))]
+
+
+def test_only_the_main_process_makes_the_cache_and_the_others_wait_for_it(small, tmp_path, monkeypatch):
+    facts = opened(small).facts()
+    monkeypatch.setenv("LLMEFF_CACHE", str(tmp_path))
+
+    def open_as(is_main, wait):
+        return Segmentation().open(validate(ImageData, {"source": small}), 0, 3, is_main=is_main, wait=wait)
+
+    with pytest.raises(ConfigError, match="the main process says why"):
+        open_as(False, lambda: None)
+    assert open_as(False, lambda: open_as(True, lambda: None)).facts() == facts
+
+
 # -- evaluation
 
 
@@ -388,6 +423,23 @@ def test_so_many_images_are_evaluated_at_once_as_have_the_pixels(six, monkeypatc
     for few in (1, 4):
         assert evaluated(task, model, few) == whole[:few]
     assert evaluated(task, model, 7) == whole
+
+
+def test_as_many_images_are_evaluated_at_once_as_have_a_quarter_of_a_million_pixels(tmp_path):
+    """Of 256 by 256 pixels, four."""
+    labels = np.zeros((5, 256, 256), int)
+    labels[:, 0] = 1
+    task, model = opened(write(tmp_path, {"train": labels[:1], "validation": labels})), ClassOfBrightness()
+    evaluated(task, model)
+    assert model.given == [4, 1]
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_never_comes(six):
+    task, model, kept = opened(six), nn.Conv2d(3, 3, 1), []
+    model.register_forward_hook(lambda model, given, logits: kept.append(logits.requires_grad))
+    evaluated(task, model)
+    assert task.sample(model, "validation", 0, CPU).picture is not None
+    assert kept == [False] * 5  # all images at once, and the four that are shown
 
 
 @pytest.mark.parametrize(("most", "shown"), [(4, [0, 1, 3, 4]), (2, [0, 3]), (7, [0, 1, 2, 3, 4, 5])])
