@@ -119,7 +119,7 @@ def _advice(config: RunConfig, said: Statement) -> str:
     return advice
 
 
-_MEANT = {("precision", "no"): ("fp32",), ("precision", "bf16"): ("bf16", "bf16_master")}
+_MEANT = {("precision", "bf16"): ("bf16", "bf16_master")}
 """What others mean by a name: DeepSpeed users call both of ours bf16."""
 
 

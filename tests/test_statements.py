@@ -73,6 +73,86 @@ def test_what_disagrees_is_named_with_both_values(monkeypatch, settings, environ
         assert word in problem
 
 
+ACCUMULATION = "train.batch 8 / (parallel.ranks 2 x train.micro_batch 2) is 2 micro-batches a step in the config"
+GIVEN = "but accelerate launch --"
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "problem"),
+    [
+        (
+            ["parallel=ddp", "parallel.ranks=2"],
+            {"WORLD_SIZE": "4"},
+            "parallel.ranks is 2 in the config, but the launcher (WORLD_SIZE) says 4: --set parallel.ranks=4",
+        ),
+        (
+            [],
+            {"WORLD_SIZE": "2"},
+            "parallel.ranks is 1 in the config, but the launcher (WORLD_SIZE) says 2: --set parallel.ranks=2 and --set "
+            "parallel to one of ddp, deepspeed, fsdp",
+        ),
+        (
+            ZERO,
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            f"{ACCUMULATION}, {GIVEN}gradient_accumulation_steps says 4: change one of the three",
+        ),
+        (
+            ZERO,
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            f"precision is 'fp32' in the config, {GIVEN}mixed_precision says 'bf16': --set precision=bf16",
+        ),
+        (
+            ["parallel=ddp", "parallel.ranks=2"],
+            {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            f"parallel.stage is None in the config, {GIVEN}zero_stage says 3: --set parallel.stage=3",
+        ),
+        (
+            ZERO,
+            {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            f"parallel.offload_parameters is False in the config, {GIVEN}offload_param_device says True: "
+            "--set parallel.offload_parameters=true",
+        ),
+        (
+            ZERO,
+            {"ACCELERATE_GRADIENT_CLIPPING": "0.0"},
+            f"train.clip_norm is 1.0 in the config, {GIVEN}gradient_clipping says None: --set train.clip_norm=null",
+        ),
+        (
+            ZERO,
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            f"runtime.compile is 'off' in the config, {GIVEN}dynamo_backend says 'INDUCTOR': leave the flag out",
+        ),
+    ],
+)
+def test_what_disagrees_is_said_with_what_to_give_instead(monkeypatch, settings, environment, problem):
+    ranks = "2" if settings else "1"
+    assert problems(monkeypatch, settings, {"WORLD_SIZE": ranks} | UNSAID | environment) == [problem]
+
+
+def test_who_is_about_to_start_the_ranks_is_none_of_them(monkeypatch):
+    """Before processes are started, their number is nobody's statement; what a file states of the rest is."""
+    asked = config(*ZERO)
+    check_world(asked, is_started=False)
+    with pytest.raises(ConfigError, match=r"parallel\.ranks is 2 in the config, but .* says 1"):
+        check_world(asked)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="precision is 'fp32'") as raised:
+        check_world(asked, is_started=False)
+    assert len(raised.value.problems) == 1
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", 1, 2, 4])
+def test_micro_batches_that_are_yet_to_be_found_agree_with_any_number_of_them(monkeypatch, micro_batch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    asked = config("parallel=ddp", "parallel.ranks=2", f"train.micro_batch={micro_batch}")
+    if micro_batch in ("auto", 2):
+        check_world(asked)
+    else:
+        with pytest.raises(ConfigError, match=f"is {4 // micro_batch} micro-batches a step"):
+            check_world(asked)
+
+
 def test_all_that_disagrees_comes_in_one_error(monkeypatch):
     environment = {
         "WORLD_SIZE": "4",
