@@ -6,10 +6,21 @@ import pytest
 import torch
 import transformers
 
+from llmeff.core import group
 from llmeff.core.config import ConfigError, override, read, validate
+from llmeff.core.tensors import stored_tensors
 from llmeff.data import Bpe
 from llmeff.loop import train
-from llmeff.prepare import begun_config, prepare, prepare_model
+from llmeff.prepare import (
+    begun_config,
+    build_strategy,
+    micro_batches,
+    prepare,
+    prepare_device,
+    prepare_model,
+    sharing,
+    whole_model,
+)
 from llmeff.runconfig import RunConfig
 
 SIZES = {"vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -147,6 +158,256 @@ def test_all_ranks_iterate_in_what_the_least_of_them_is_fast_at(monkeypatch):
     assert (
         prepare(validate(RunConfig, MUON | {"train": {"batch": 2, "micro_batch": 2}}))[0].optim.ns_format == "float32"
     )
+
+
+# -- what is decided before anything is written
+
+
+CPU = torch.device("cpu")
+
+
+def small(**tables):
+    """A run of a small decoder, with tables of other values."""
+    return validate(RunConfig, {name: MUON.get(name, {}) | tables.get(name, {}) for name in (*MUON, *tables)})
+
+
+def test_what_is_auto_is_decided_by_the_data_and_the_machine(monkeypatch):
+    monkeypatch.setattr("llmeff.predict.usable_cores", lambda: 6)
+    asked = small(runtime={"device": "auto", "threads": "auto"}, model={"vocab_size": "auto"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, task = prepare(asked)
+    assert (config.runtime.device, config.runtime.threads) == ("cpu", 6)
+    assert (config.model.vocab_size, config.train.micro_batch) == (257, 2)
+    assert task.items_per_step == 2 * 16
+    assert config.model_copy(update=dict.fromkeys(("runtime", "model", "train", "optim"))) == asked.model_copy(
+        update=dict.fromkeys(("runtime", "model", "train", "optim"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "found"), [("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")]
+)
+def test_a_gpu_is_used_where_there_is_one_and_nothing_else_is_asked_for(monkeypatch, asked, there, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr("llmeff.prepare.multiplies_bfloat16", lambda device: device == "cuda")
+    config, _ = prepare(small(runtime={"device": asked}, train={"micro_batch": 1}))
+    assert (config.runtime.device, config.train.micro_batch) == (found, 1)
+    assert config.optim.ns_format == ("bfloat16" if found == "cuda" else "float32")
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"runtime\.device is 'cuda', but torch sees no CUDA device"):
+        prepare(small(runtime={"device": "cuda"}))
+
+
+def test_ranks_wait_for_one_another_longer_than_the_watchdog_does_and_one_process_alone_joins_nobody(monkeypatch):
+    """A first tokenization may take ten times as long as a step may stand still."""
+    joined = []
+    monkeypatch.setattr(group, "connect", lambda device, timeout_s: joined.append((device, timeout_s)))
+    prepare(small(parallel={"name": "single", "timeout_s": 60.0}))
+    assert joined == []
+    prepare(small(parallel={"name": "ddp", "timeout_s": 60.0}))
+    assert joined == [(CPU, 600.0)]
+
+
+def test_a_split_that_nothing_fell_in_cannot_be_evaluated():
+    with pytest.raises(ConfigError, match="nothing fell in the split 'search'"):
+        prepare(small(data={"splits": {"by": "span", "search": 0.0}}, evaluation={"split": "search"}))
+
+
+def test_the_data_are_opened_for_the_runs_seed_and_batch_by_its_main_process(monkeypatch):
+    given = []
+    config = validate(RunConfig, MUON | {"seed": 5})
+    whole = type(config.task).open
+    monkeypatch.setattr(
+        type(config.task), "open", lambda own, *what, **how: given.append((what, how)) or whole(own, *what, **how)
+    )
+    prepare(config)
+    assert given == [((config.data, 5, 2), {"is_main": True, "wait": group.barrier})]
+
+
+@pytest.fixture
+def threads():
+    """As many as there were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_process_computes_on_its_cpu_by_its_threads():
+    assert prepare_device(small(runtime={"threads": 2})) == CPU
+    assert torch.get_num_threads() == 2
+    for precision in ("fp32", "bf16"):
+        assert prepare_device(validate(RunConfig, MUON | {"precision": precision})) == CPU
+    assert torch.get_num_threads() == 1
+    with pytest.raises(ConfigError, match="precision 'fp16' needs a GPU"):
+        prepare_device(validate(RunConfig, MUON | {"precision": "fp16"}))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_rank_computes_on_the_gpu_of_its_number_and_repeatably_where_that_is_asked_for(monkeypatch, deterministic):
+    done = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
+    monkeypatch.setattr("llmeff.prepare.make_cublas_repeatable", lambda: done.append("cublas"))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda flag: done.append(flag))
+    config = small(runtime={"device": "cuda", "deterministic": deterministic})
+    device = torch.device("cuda", 3)
+    assert prepare_device(config.model_copy(update={"precision": "fp16"})) == device
+    assert done == [device, "cublas", True] if deterministic else [device, False]
+
+
+# -- the model
+
+
+def weights_of(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_model_is_as_the_seed_makes_it():
+    def made(seed):
+        return weights_of(prepare_model(validate(RunConfig, MUON | {"seed": seed, "model": {"vocab_size": 9}}), CPU))
+
+    first = made(0)
+    torch.manual_seed(123)
+    assert torch.equal(made(0), first)
+    assert not torch.equal(made(1), first)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_is_told_whether_it_keeps_what_its_layers_make(recompute):
+    model = prepare_model(small(model={"vocab_size": 9}, runtime={"recompute": recompute}), CPU)
+    assert model.recompute is recompute
+
+
+@pytest.mark.parametrize("compiled", ["off", "layers", "model"])
+def test_what_is_compiled_is_what_the_config_says_and_for_shapes_that_are_known(monkeypatch, compiled):
+    done = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: done.append((module, how)))
+    model = prepare_model(small(model={"vocab_size": 9, "num_layers": 3}, runtime={"compile": compiled}), CPU)
+    expected = {"off": [], "layers": [*model.layers], "model": [model]}[compiled]
+    assert [module for module, _ in done] == expected
+    assert all(how == {"dynamic": False} for _, how in done)
+
+
+def test_a_model_without_layers_of_ours_is_not_compiled_by_layers(config):
+    with pytest.raises(
+        ConfigError, match=r"runtime\.compile = 'layers': model 'hf' has no layers of ours: use 'model'"
+    ):
+        prepare_model(config("rotary", "runtime.compile=layers"), CPU)
+
+
+def test_a_model_is_trained_as_its_transforms_make_it_and_kept_as_it_was_before():
+    asked = validate(
+        RunConfig, MUON | {"model": MUON["model"] | {"vocab_size": 9}, "transforms": [{"name": "lora", "rank": 2}]}
+    )
+    plain, model = (prepare_model(own, CPU) for own in (asked.model_copy(update={"transforms": ()}), asked))
+    assert len(stored_tensors(model)) > len(stored_tensors(plain))
+    assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad) < weights_of(plain).numel()
+    kept = whole_model(asked, stored_tensors(model))
+    assert stored_tensors(kept).keys() == stored_tensors(plain).keys()
+    for name, weight in stored_tensors(plain).items():  # what was added is nothing before it has learned
+        assert torch.equal(stored_tensors(kept)[name], weight)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    tokens = torch.arange(8)[None]
+    learned = whole_model(asked, stored_tensors(model))(tokens)
+    assert torch.allclose(learned, model.eval()(tokens), atol=1e-5)
+    assert not torch.allclose(learned, plain(tokens), atol=1e-2)
+
+
+def test_a_strategy_is_built_for_the_runs_rows_and_norm(monkeypatch):
+    config, task = prepare(small(train={"batch": 6, "micro_batch": 2, "clip_norm": 0.25}))
+    given = []
+    monkeypatch.setattr(type(config.parallel), "build", lambda own, parts: given.append(parts))
+    build_strategy(config, task, CPU)
+    (parts,) = given
+    assert (parts.micro_batch, parts.num_micro_batches, parts.clip_norm, parts.device) == (2, 3, 0.25, CPU)
+    assert [row.name for row in parts.table(parts.model)] == [row.name for row in task.table(parts.model)]
+
+
+# -- who reads which rows
+
+
+@pytest.mark.parametrize(
+    ("rank", "rows"),
+    [(0, [range(3), range(3, 6)]), (1, [range(6, 9), range(9, 12)])],
+)
+def test_ranks_share_the_rows_of_a_step_in_micro_batches(rank, rows):
+    config = small(train={"batch": 12, "micro_batch": 3}, parallel={"name": "ddp", "ranks": 2})
+    assert micro_batches(config, rank) == rows
+
+
+def test_what_ranks_share_differs_by_strategy_ranks_and_micro_batch():
+    ddp = {"name": "ddp", "ranks": 2}
+    ways = [
+        small(optim={"name": "adamw"}, train={"batch": 12, "micro_batch": size}, parallel=parallel)
+        for size in (1, 3)
+        for parallel in (ddp, ddp | {"ranks": 4}, {"name": "fsdp", "ranks": 2})
+    ]
+    assert len({sharing(way) for way in ways}) == 6
+    assert sharing(small(train={"steps": 3})) == sharing(small())
+
+
+# -- a run that goes on
+
+
+def resumed(folder, was, asked):
+    """The config with which a run in a folder goes on."""
+    (folder / "config.json").write_text(was.model_dump_json())
+    return begun_config(asked, folder)
+
+
+DECIDED = {"train": {"batch": 4, "micro_batch": 2}, "runtime": {"device": "cpu", "threads": 3}}
+OPEN = {"train": {"batch": 4, "micro_batch": "auto"}, "runtime": {"device": "auto", "threads": "auto"}}
+
+
+def test_what_was_decided_for_the_same_ranks_stays(tmp_path):
+    found = resumed(tmp_path, small(**DECIDED), small(**OPEN))
+    assert (found.train.micro_batch, found.runtime.threads, found.runtime.device) == (2, 3, "cpu")
+
+
+def test_for_other_ranks_it_is_decided_anew(tmp_path):
+    other = {"name": "ddp", "ranks": 2}
+    found = resumed(tmp_path, small(**DECIDED), small(parallel=other, **OPEN))
+    assert (found.train.micro_batch, found.runtime.threads, found.runtime.device) == ("auto", "auto", "auto")
+    assert (found.parallel.name, found.parallel.ranks) == ("ddp", 2)
+
+
+def test_what_changes_no_loss_may_be_asked_for_anew(tmp_path):
+    asked = small(train={"batch": 4, "micro_batch": 1}, runtime={"threads": 2, "recompute": True, "compile": "layers"})
+    found = resumed(tmp_path, small(**DECIDED), asked)
+    assert found.train.micro_batch == 1
+    assert (found.runtime.threads, found.runtime.recompute, found.runtime.compile) == (2, True, "layers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"batch": 8}}, "train.batch: the run in {} has 4, asked for is 8"),
+        ({"optim": {"name": "muon", "lr": 0.5}}, "optim.lr: the run in {} has 0.001, asked for is 0.5"),
+        ({"model": {"width": 16}}, "model.width: the run in {} has 8, asked for is 16"),
+    ],
+)
+def test_what_a_run_was_begun_with_and_is_asked_for_now_are_said(tmp_path, changes, said):
+    with pytest.raises(ConfigError) as raised:
+        resumed(
+            tmp_path,
+            small(**DECIDED),
+            small(**DECIDED | {name: DECIDED.get(name, {}) | own for name, own in changes.items()}),
+        )
+    first, *problems = raised.value.problems
+    assert first == "--resume goes on with the run as it was begun:"
+    assert problems == [said.format(tmp_path)]
+
+
+def test_a_folder_without_a_run_has_none_to_go_on_with(tmp_path):
+    with pytest.raises(ConfigError, match="there is no run to resume; start it without --resume"):
+        begun_config(small(), tmp_path)
 
 
 ONE, FOUR = {"name": "single"}, {"name": "ddp", "ranks": 4}
