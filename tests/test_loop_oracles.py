@@ -7,12 +7,17 @@ import math
 import pytest
 import torch
 
+from llmeff import loop
 from llmeff.core.config import override, validate
+from llmeff.core.seed import derive
 from llmeff.cost.devices import DEVICES, Device
 from llmeff.data.packing import MASKED, TrainWindows
-from llmeff.loop import Trainer, train
-from llmeff.record import clocks, schema
+from llmeff.loop import DivergedError, Trainer, train
+from llmeff.record import clocks, meters, schema
+from llmeff.record.progress import Silent
+from llmeff.record.reader import read_run
 from llmeff.runconfig import RunConfig
+from llmeff.tasks.causal_lm import CausalLMTask
 from tests.test_loop import TINY
 
 QUICK = ["evaluation.every=0", "evaluation.sample_tokens=0", "checkpoint.every=0"]
@@ -146,9 +151,8 @@ STEP_FLOPS = 3 * 4 * (  # backward is twice forward; four sequences of 32 tokens
 """By hand: width 16, two heads of 8, an MLP of 32, 257 tokens."""
 
 
-@pytest.fixture
-def timed(tmp_path, monkeypatch):
-    """A run of ten steps whose batches take 1 s each, losses 2 s, and updates as told; on a device of known peak."""
+def by_hand(monkeypatch):
+    """Stops the clock: from now on time passes in calls that are made to take so many seconds."""
     now = [100.0]
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
 
@@ -159,7 +163,15 @@ def timed(tmp_path, monkeypatch):
 
         return timed_call
 
-    def make(update_s, *settings, peak=1.0):
+    return after
+
+
+@pytest.fixture
+def timed(tmp_path, monkeypatch):
+    """A run of ten steps whose batches take 1 s each, losses 2 s, and updates as told; on a device of known peak."""
+    after = by_hand(monkeypatch)
+
+    def make(update_s, *settings, peak=1.0, backward_s=0):
         monkeypatch.setitem(
             DEVICES, "cpu", Device(half_flops_per_s=1e30, single_flops_per_s=peak, memory_bytes_per_s=1.0)
         )
@@ -168,6 +180,7 @@ def timed(tmp_path, monkeypatch):
             task, strategy = trainer._task, trainer._strategy
             monkeypatch.setattr(task, "batch", after(1, task.batch))
             monkeypatch.setattr(task, "loss", after(2, task.loss))
+            monkeypatch.setattr(strategy, "backward", after(backward_s, strategy.backward))
             monkeypatch.setattr(strategy, "step", after(lambda: update_s[trainer.step], strategy.step))
             for _ in range(10):
                 trainer.train_step()
@@ -192,6 +205,17 @@ def test_tokens_a_second_are_the_steps_tokens_over_its_wall_time(timed):
     assert result.timings.train_s == pytest.approx(10 * 4 + sum(updates))
 
 
+def test_a_step_that_is_waited_for_says_what_its_parts_took(timed, monkeypatch):
+    """Of two micro-batches each, whose losses take 2 s and whose gradients 3 s."""
+    monkeypatch.setattr(clocks, "SYNCHRONISED_EVERY", 5)
+    updates = [1, 1, 1, 1, 7, 1, 1, 1, 1, 8]
+    _, rows = timed(updates, backward_s=3)
+    parts = [(row["data_s"], row["forward_s"], row["backward_s"], row["optimizer_s"]) for row in rows]
+    for step, (found, update) in enumerate(zip(parts, updates, strict=True), 1):
+        assert found == ((2, 4, 6, update) if step % 5 == 0 else (2, None, None, None))
+    assert [row["step_s"] for row in rows] == [12 + update for update in updates]
+
+
 def test_mfu_is_the_models_flops_a_second_of_the_peak(timed):
     result, _ = timed([4] * 10, peak=STEP_FLOPS)  # ten seconds a step, on what could do one a second
     assert result.predicted["model_flops"] == STEP_FLOPS
@@ -210,3 +234,197 @@ def test_the_final_training_loss_is_the_mean_of_the_last_fifty_steps(tmp_path):
     assert len(losses) == 53
     assert result.train_loss == pytest.approx(sum(losses[3:]) / 50, rel=1e-12)
     assert result.items_seen == 53 * 4
+
+
+# -- the result
+
+
+PARAMETERS = 257 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+"""By hand: embeddings that are the head's too, two layers with two norms each, and the norm at the end."""
+
+
+def test_the_result_says_what_the_run_was_and_came_to(tmp_path):
+    config = quick("evaluation.sample_tokens=5", "evaluation.max_units=1", "train.steps=4")
+    result, folder = train(config, tmp_path / "run"), tmp_path / "run"
+    rows = rows_of(folder)
+    assert (result.status, result.diagnosis, result.steps, result.item) == ("finished", None, 4, "token")
+    assert (result.items_seen, result.parameters) == (4 * 4 * 32, PARAMETERS)
+    assert result.train_loss == pytest.approx(sum(row["loss"] for row in rows) / 4, rel=1e-12)
+    assert (result.items_per_s, result.mfu, result.energy_j) == (None, None, None)  # all steps are warm-up
+    assert result.goals == {"loss": "lower", "bits_per_byte": "lower"}
+    assert (result.data["name"], len(result.data["sha256"])) == ("builtin", 64)
+    assert result.references == {"gzip_bits_per_byte": result.data["splits"]["validation"]["gzip_bits_per_byte"]}
+    assert 1 < result.references["gzip_bits_per_byte"] < 4
+    assert 0 < len(result.sample.encode()) <= 5 * 3  # what is no text is shown as a mark of three bytes
+    assert len(result.kernels) == 1
+    assert result.kernels[0].startswith("attention: torch sdpa, ")
+    assert len(read_run(folder).evals) == result.data["splits"]["validation"]["num_documents"] > 1
+
+
+def test_what_a_result_predicts_stands_beside_what_was_measured(tmp_path):
+    result = train(quick("train.steps=4"), tmp_path / "run")
+    assert result.prediction == "law"
+    assert set(result.measured) == {"parameters", "executed_flops", "saved_bytes", "optimizer_bytes", "peak_bytes"}
+    assert set(result.predicted) == {"model_flops", *result.measured}  # one process sends nothing
+    assert set(result.error) == set(result.measured)
+    for quantity, error in result.error.items():
+        assert error == result.predicted[quantity] / result.measured[quantity] - 1
+    assert (result.predicted["parameters"], result.measured["parameters"]) == (PARAMETERS, PARAMETERS)
+    assert result.predicted["model_flops"] == STEP_FLOPS
+    assert result.measured["optimizer_bytes"] == pytest.approx(2 * 4 * PARAMETERS, rel=0.01)  # two moments in fp32
+    assert result.measured["peak_bytes"] > 4 * 4 * PARAMETERS  # weights, gradients and moments
+
+
+def test_a_run_that_diverges_at_once_has_done_nothing(tmp_path, monkeypatch):
+    with Trainer(quick(), tmp_path / "run", resume=False, is_silent=True) as trainer:
+        whole = trainer._task.loss
+        monkeypatch.setattr(trainer._task, "loss", lambda *given: {"loss": whole(*given)["loss"] + math.inf})
+        with pytest.raises(DivergedError, match=r"step 1: loss inf, .* no checkpoint was saved yet\. The step read: "):
+            trainer.train_step()
+    result = read_run(tmp_path / "run").result
+    assert (result.status, result.steps, result.items_seen) == ("diverged", 0, 0)
+    assert result.diagnosis.startswith("step 1: loss inf")
+    assert math.isnan(result.train_loss)
+    assert "optimizer_bytes" not in result.measured
+    assert (result.metrics, result.sample) == ({}, None)
+
+
+# -- a run's clocks and meters
+
+
+def test_energy_and_startup_are_of_all_processes_of_a_run(tmp_path, monkeypatch):
+    """Each takes 30 s to begin, and draws 7 J until it is asked."""
+    before = []
+
+    class Meter(meters.EnergyMeter):
+        def __init__(self, device, before_j):
+            super().__init__(device, before_j)
+            before.append(before_j)
+
+        def energy_j(self):
+            return 7.0
+
+    after = by_hand(monkeypatch)
+    monkeypatch.setattr(loop, "predict", after(30, loop.predict))
+    monkeypatch.setattr(CausalLMTask, "batch", after(1, CausalLMTask.batch))
+    monkeypatch.setattr(meters, "EnergyMeter", Meter)
+    config = quick("train.steps=2", "checkpoint.every=1")
+    with Trainer(config, tmp_path / "run", resume=False, is_silent=True) as trainer:
+        trainer.train_step()
+        trainer.save_if_due()
+    result = train(config, tmp_path / "run", resume=True)
+    assert before == [0.0, 7.0]
+    assert result.energy_j == 14.0
+    assert result.timings.startup_s == 60
+
+
+def test_each_clock_counts_what_its_name_says(tmp_path, monkeypatch):
+    """A batch takes 1 s and a loss 2 s, an evaluation 100 s and a sample 10 s, a checkpoint or model 1000 s, a curve 3 s."""
+    after = by_hand(monkeypatch)
+    monkeypatch.setattr(loop, "loss_curve", after(3, loop.loss_curve))
+    with Trainer(
+        quick("train.steps=2", "evaluation.sample_tokens=2"), tmp_path / "run", resume=False, is_silent=True
+    ) as trainer:
+        task = trainer._task
+        monkeypatch.setattr(task, "batch", after(1, task.batch))
+        monkeypatch.setattr(task, "loss", after(2, task.loss))
+        monkeypatch.setattr(task, "evaluate", after(100, task.evaluate))
+        monkeypatch.setattr(task, "sample", after(10, task.sample))
+        monkeypatch.setattr(task, "save_model", after(1000, task.save_model))
+        monkeypatch.setattr(trainer._checkpoints, "save", after(1000, trainer._checkpoints.save))
+        for _ in range(2):
+            trainer.train_step()
+        timings = trainer.finish().timings
+    assert (timings.eval_s, timings.checkpoint_s, timings.record_s) == (110, 2000, 3)
+    assert (timings.train_s, timings.data_s, timings.startup_s) == (2 * 2, 2 * 1, 0)
+
+
+def test_only_a_steps_last_micro_batch_ends_it_and_metering_ends_none(tmp_path):
+    """The third step is counted, and the fourth metered; after it one more forward pass is, which no backward follows."""
+    with Trainer(quick("train.micro_batch=2"), tmp_path / "run", resume=False, is_silent=True) as trainer:
+        told, whole = [], trainer._strategy.accumulate
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer._strategy, "accumulate", lambda is_last: told.append(is_last) or whole(is_last))
+            for _ in range(5):
+                trainer.train_step()
+    assert told == [False, True] * 4 + [False] + [False, True]
+
+
+def test_what_was_measured_is_forgotten_where_ranks_share_steps_otherwise(tmp_path):
+    config, changed = (quick("checkpoint.every=4", f"train.micro_batch={size}") for size in (4, 2))
+    for name in ("same", "other"):
+        with Trainer(config, tmp_path / name, resume=False, is_silent=True) as trainer:
+            for _ in range(5):
+                trainer.train_step()
+                trainer.save_if_due()
+    same = train(config, tmp_path / "same", resume=True)
+    assert {"executed_flops", "peak_bytes", "saved_bytes"} < set(same.measured)
+    other = train(changed, tmp_path / "other", resume=True)
+    assert set(other.measured) == {"parameters", "optimizer_bytes"}
+    assert (len(same.kernels), len(other.kernels)) == (1, 0)
+    assert same.items_seen == other.items_seen == 6 * 4 * 32
+
+
+# -- what chance decides, and what people see
+
+
+def test_what_is_drawn_in_steps_is_of_the_runs_seed_and_the_rank(tmp_path):
+    for seed in (0, 3):
+        with Trainer(quick(f"seed={seed}"), tmp_path / str(seed), resume=False, is_silent=True):
+            assert torch.initial_seed() == derive(seed, "train", 0)
+
+
+class Seen(Silent):
+    """Keeps what a run shows."""
+
+    def __init__(self):
+        self.shown, self.silent, self.steps, self.notes, self.end = None, None, [], [], None
+
+    def step(self, row):
+        self.steps.append(row.step)
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def summary(self, result, folder, pictures=None):
+        self.end = (result, folder, pictures)
+
+
+def test_what_people_see_of_a_run(tmp_path, monkeypatch):
+    display = Seen()
+
+    def opened(shown, *, is_silent):
+        display.shown, display.silent = shown, is_silent
+        return display
+
+    monkeypatch.setattr(loop, "open_display", opened)
+    monkeypatch.setitem(DEVICES, "cpu", Device(half_flops_per_s=2e30, single_flops_per_s=1e30, memory_bytes_per_s=1.0))
+    config, folder = quick("evaluation.every=2", "train.steps=4"), tmp_path / "run"
+    result = train(config, folder, is_silent=False)
+    shown = display.shown
+    assert (shown.total_steps, shown.item, display.silent) == (4, "token", False)
+    assert shown.model_flops_per_item == pytest.approx(STEP_FLOPS / (4 * 32))
+    assert shown.peak_flops_per_s == 1e30
+    assert shown.memory_bytes() > 2**20
+    assert display.steps == [1, 2, 3, 4]
+    first, last = display.notes
+    assert first.startswith("step 2, validation: loss ")
+    found = result.metrics["validation"]
+    assert last == f"step 4, validation: loss {found['loss']:.4f}, bits_per_byte {found['bits_per_byte']:.4f}"
+    assert display.end == (result, folder, {"loss curve": folder / "loss.png"})
+    train(config, tmp_path / "silent")
+    assert display.silent is True
+
+
+def test_a_run_that_is_begun_anew_has_no_step_of_what_was_before(tmp_path):
+    config, folder = quick("train.steps=3", "checkpoint.every=1"), tmp_path / "run"
+    with Trainer(config, folder, resume=False, is_silent=True) as trainer:
+        for _ in range(2):
+            trainer.train_step()
+            trainer.save_if_due()
+    before = [row["loss"] for row in rows_of(folder)]
+    result = train(config, folder, anew=True)
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["loss"] for row in rows[:2]] == before
+    assert result.items_seen == 3 * 4 * 32
