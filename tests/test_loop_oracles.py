@@ -350,6 +350,18 @@ def test_only_a_steps_last_micro_batch_ends_it_and_metering_ends_none(tmp_path):
     assert told == [False, True] * 4 + [False] + [False, True]
 
 
+def test_nothing_is_due_past_the_end_of_a_run(tmp_path):
+    """Its last evaluation and checkpoint are of the end."""
+    config, folder = quick("train.steps=4", "evaluation.every=2", "checkpoint.every=2"), tmp_path / "run"
+    with Trainer(config, folder, resume=False, is_silent=True) as trainer:
+        for _ in range(6):
+            trainer.train_step()
+            trainer.evaluate_if_due()
+            trainer.save_if_due()
+    assert [row.step for row in read_run(folder).evaluations] == [2]
+    assert [path.name for path in (folder / schema.CHECKPOINTS).iterdir()] == ["step-00000002"]
+
+
 def test_what_was_measured_is_forgotten_where_ranks_share_steps_otherwise(tmp_path):
     config, changed = (quick("checkpoint.every=4", f"train.micro_batch={size}") for size in (4, 2))
     for name in ("same", "other"):
