@@ -9,6 +9,7 @@ import torch
 
 from llmeff import loop
 from llmeff.core.config import override, validate
+from llmeff.core.pulse import PULSE
 from llmeff.core.seed import derive
 from llmeff.cost.devices import DEVICES, Device
 from llmeff.data.packing import MASKED, TrainWindows
@@ -337,6 +338,29 @@ def test_each_clock_counts_what_its_name_says(tmp_path, monkeypatch):
         timings = trainer.finish().timings
     assert (timings.eval_s, timings.checkpoint_s, timings.record_s) == (110, 2000, 3)
     assert (timings.train_s, timings.data_s, timings.startup_s) == (2 * 2, 2 * 1, 0)
+
+
+def test_a_run_says_what_it_is_in(tmp_path, monkeypatch):
+    """By the second micro-batch of a step the first one's backward is done, which is not yet the update."""
+    seen = []
+
+    def told(call):
+        return lambda *given, **named: seen.append((PULSE.step, PULSE.part)) or call(*given, **named)
+
+    config = quick("train.steps=2", "train.micro_batch=2", "evaluation.sample_tokens=1")
+    with Trainer(config, tmp_path / "run", resume=False, is_silent=True) as trainer:
+        task, strategy, checkpoints = trainer._task, trainer._strategy, trainer._checkpoints
+        monkeypatch.setattr(checkpoints, "save", told(checkpoints.save))
+        for name in ("batch", "loss", "evaluate", "sample", "save_model"):
+            monkeypatch.setattr(task, name, told(getattr(task, name)))
+        for name in ("backward", "clip", "step"):
+            monkeypatch.setattr(strategy, name, told(getattr(strategy, name)))
+        trainer.train_step()
+        trainer.train_step()
+        trainer.finish()
+    a_step = ["data", "data", "forward", "backward", "forward", "backward", "update", "update"]
+    the_end = ["evaluation", "checkpoint", "evaluation", "checkpoint"]
+    assert seen == [(1, part) for part in a_step] + [(2, part) for part in a_step + the_end]
 
 
 def test_only_a_steps_last_micro_batch_ends_it_and_metering_ends_none(tmp_path):
