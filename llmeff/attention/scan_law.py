@@ -1,7 +1,7 @@
 """The price of `scan.mix` in training: its products, what it keeps, and what lives while segments are computed again."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from llmeff.attention.scan import BLOCK, CHUNK, SEGMENT
 from llmeff.cost import laws
@@ -102,23 +102,23 @@ def _segment(
     """Names live as long as in `scan._segment`."""
     length, width = key.shape[2], value.shape[-1]
     query, key, value = (_chunks(tape, x, are_dense) for x in (query, key, value))
-    decay = None if log_decay is None else _function(tape, _chunks(tape, log_decay, is_dense), "nothing")
+    decay = None if log_decay is None else _function(tape, _chunks(tape, log_decay, is_dense))
     sees = _sees(tape, key)
     sites = (*key.shape[:3], CHUNK)
     read, kept, carry = query, key, None
     if decay is not None:
-        read = _times(tape, query, _function(tape, decay, "output"))
-        kept = _times(tape, key, _function(tape, _less(tape, _last(tape, decay), decay), "output"))
-        carry = _function(tape, _last(tape, decay), "output")
+        read = _times(tape, query, _function(tape, decay))
+        kept = _times(tape, key, _function(tape, _less(tape, _last(tape, decay), decay)))
+        carry = _function(tape, _last(tape, decay))
     borders = _borders(tape, key) if tape.workload.packed else []
     if borders:
         read, kept = _times(tape, read, borders[0]), _times(tape, kept, borders[1])
     taken, erased = value, None
     if beta is not None:
         beta = _chunks(tape, Array((*beta.shape, 1), beta.dtype, beta.storage, beta.node), is_dense)
-        found = key if decay is None else _times(tape, key, _function(tape, decay, "output"))
+        found = key if decay is None else _times(tape, key, _function(tape, decay))
         found = _times(tape, found, borders[0]) if borders else found
-        overlap = _function(tape, _times(tape, _pairs(tape, key, key, decay, sees), beta), "nothing")
+        overlap = _function(tape, _times(tape, _pairs(tape, key, key, decay, sees), beta))
         right = _times(tape, laws.concat(tape, value, found), beta)
         solved = _solve(tape, overlap, right)
         del right
@@ -136,8 +136,9 @@ def _node(tape: Tape, inputs: tuple[Array, ...], backward: Backward) -> Node | N
     return None if all(x.node is None for x in inputs) else tape.save(inputs, (), backward)
 
 
-def _function(tape: Tape, x: Array, keeps: Literal["output", "nothing"]) -> Array:
-    return tape.elementwise(x.shape, x.dtype) if x.node is None else laws.function(tape, x, keeps)
+def _function(tape: Tape, x: Array) -> Array:
+    """Any function of single numbers: what its backward needs of them is kept by the product that takes them."""
+    return tape.elementwise(x.shape, x.dtype) if x.node is None else laws.function(tape, x, "nothing")
 
 
 def _times(tape: Tape, x: Array, factor: Array) -> Array:
@@ -218,7 +219,7 @@ def _pairs(tape: Tape, rows: Array, keys: Array, decay: Array | None, sees: Arra
         return _masked(tape, _product(tape, rows, keys, shape), sees)
     if decay.shape[-1] == 1:
         between = _masked(tape, _less(tape, decay, decay, shape), sees)
-        return _times(tape, _product(tape, rows, keys, shape), _function(tape, between, "output"))
+        return _times(tape, _product(tape, rows, keys, shape), _function(tape, between))
     blocks = [_block(tape, rows, keys, decay, start) for start in range(0, CHUNK, BLOCK)]
     node = tape.save(tuple(blocks), (), partial(_blocks_back, [block.shape for block in blocks]))
     return _masked(tape, tape.elementwise(shape, "float32", node), sees)
@@ -230,7 +231,7 @@ def _block(tape: Tape, rows: Array, keys: Array, decay: Array, start: int) -> Ar
 
     def scaled(x: Array, tokens: int) -> Array:
         between = _less(tape, base, cut(decay, tokens))
-        return _times(tape, cut(x, tokens), _function(tape, between, "output"))
+        return _times(tape, cut(x, tokens), _function(tape, between))
 
     base, end = cut(decay, 1), start + BLOCK
     own, theirs = scaled(rows, BLOCK), scaled(keys, end)
