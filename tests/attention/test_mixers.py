@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmeff.attention import MixerConfig, scan, sliding
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.layout import Layout
 from llmeff.testing import mixers as testing
 from llmeff.testing.failed import require_close
 from llmeff.testing.mixers import SHAPE, Kept, gradients, inputs, plain
@@ -212,6 +213,50 @@ def test_block_chunk_and_segment_change_nothing(name, monkeypatch):
     pieces = mixer(x, plain(70))
     require_close("values", pieces, whole, 1e-9)
     require_close("the gradient", *(gradients(out, x)[0] for out in (pieces, whole)), 1e-9)
+
+
+LENGTH = 40
+
+
+def layouts():
+    places, padding = torch.arange(LENGTH).repeat(2, 1), torch.ones(2, LENGTH, dtype=torch.bool)
+    padding[0, :9] = False
+    return {
+        "plain": plain(LENGTH),
+        "packed": Layout(positions=places % 25, documents=places // 25),
+        "padded": Layout(positions=(padding.long().cumsum(-1) - 1).clamp(min=0), padding=padding),
+    }
+
+
+every_layout = pytest.mark.parametrize("kind", layouts())
+
+
+@every_mixer
+@every_layout
+def test_all_that_it_makes_lies_where_its_tokens_lie(name, kind):
+    """What says nothing of where it lies comes to lie elsewhere here, where no product with tokens can be made."""
+    mixer, x, layout = build(name), inputs(LENGTH), layouts()[kind]
+    expected = mixer(x, layouts()[kind])
+    with torch.device("meta"):
+        mixer.prepare(layout, 2, x.dtype)
+        found = mixer(x, layout)
+        torch.autograd.grad(found.sum(), x)
+    assert torch.equal(found, expected)
+
+
+@every_layout
+@pytest.mark.parametrize(("name", "length"), [*((name, LENGTH) for name in NAMES), ("sliding", 4)])
+def test_it_prepares_all_tables_that_its_layers_share_and_no_others(name, length, kind):
+    def cut():
+        whole = layouts()[kind]
+        given = {part: getattr(whole, part) for part in ("positions", "documents", "padding")}
+        return Layout(**{part: None if x is None else x[:, :length] for part, x in given.items()})
+
+    mixer, x, made, found = build(name), inputs(length), cut(), cut()
+    mixer(x, made)
+    mixer.prepare(found, 2, x.dtype)
+    for part in ("_rotary", "_masks", "_biases", "_tables"):
+        assert list(getattr(found, part)) == list(getattr(made, part))
 
 
 @pytest.mark.parametrize("name", ["softmax", "sliding"])

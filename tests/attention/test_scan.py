@@ -5,7 +5,11 @@ import itertools
 import pytest
 import torch
 
-from llmeff.attention.scan import scan, step
+from llmeff.attention import fla
+from llmeff.attention.scan import mix, scan, step
+from llmeff.core import kernels
+from llmeff.core.layout import Layout
+from tests.mixers import Kept
 
 KINDS = list(itertools.product([None, "head", "channel"], [False, True]))
 every_kind = pytest.mark.parametrize(("decays", "has_delta"), KINDS)
@@ -117,3 +121,31 @@ def test_the_strongest_decays_do_not_overflow(has_delta):
     # where all decays away, the gradient of a decay is what rounding leaves of sums of gradients of keys and queries
     expected = gradients(double, stepwise)
     assert_same(found, expected, 1e-6, scale=max(float(x.detach().abs().max()) for x in expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "has_cache", "has_documents", "is_whole"),
+    [
+        (1, False, False, False),
+        (2, False, False, True),
+        (2, False, True, True),
+        (1, True, False, False),
+        (2, True, False, True),
+        (2, True, True, False),  # the other kernel keeps no state of several documents
+    ],
+)
+def test_the_other_kernel_is_asked_for_more_tokens_than_one(
+    num_tokens, has_cache, has_documents, is_whole, monkeypatch
+):
+    given = {name: x[:, :, :num_tokens].transpose(1, 2) for name, x in inputs("head", True).items()}
+    positions = torch.arange(num_tokens)[None].expand(2, -1)
+    layout = Layout(positions=positions, documents=torch.zeros_like(positions) if has_documents else None)
+    state, cache = torch.ones(2, 3, 8, 5), Kept() if has_cache else None
+    monkeypatch.setattr(fla, "takes", lambda *_: True)
+    monkeypatch.setattr(fla, "can_scan", lambda *_: True)
+    monkeypatch.setattr(fla, "scan", lambda query, key, value, *_: (value, state))
+    with kernels.noted() as ran:
+        mixed = mix(**given, layout=layout, cache=cache)
+    assert ran == ({"scan: flash-linear-attention": False} if is_whole else {"scan: torch": True})
+    assert (mixed is given["value"]) == is_whole
+    assert cache is None or (cache.states["state"] is state) == is_whole

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmeff.attention import Softmax
+from llmeff.attention import Softmax, flex
 from llmeff.attention.heads import rotate
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.softmax import attend
@@ -97,3 +97,39 @@ def test_a_mixer_on_packed_documents_is_the_mixer_on_each(qk_norm: bool) -> None
     mixer, x = Softmax(qk_norm=qk_norm).build(shape), torch.randn(1, 7, 16)
     alone = [mixer(part, Layout.plain(part.shape[1], DEVICE)) for part in x.split((4, 3), dim=1)]
     torch.testing.assert_close(mixer(x, packed(4, 3)), torch.cat(alone, dim=1))
+
+
+class OnGpu(Tensor):
+    """Numbers of this machine that say that they lie on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("kernel", "is_on_gpu", "is_plain", "made"),
+    [
+        ("sdpa", True, False, "bias"),
+        ("sdpa", True, True, "nothing"),
+        ("flex", False, False, "bias"),
+        ("flex", True, False, "mask"),
+        ("flex", True, True, "nothing"),
+    ],
+)
+def test_on_a_gpu_flex_attention_has_its_mask_before_the_first_layer(
+    kernel: str, is_on_gpu: bool, is_plain: bool, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = MixerShape(width=16, num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
+    layout = Layout.plain(7, DEVICE) if is_plain else packed(4, 3)
+    if is_on_gpu:
+        layout = Layout(positions=layout.positions.as_subclass(OnGpu), documents=layout.documents)
+    monkeypatch.setattr(flex, "_make", lambda layout, sees: "mask")
+    monkeypatch.setattr(flex, "takes", lambda own, query, cache: own == "flex" and is_on_gpu)
+    given: list[object] = []
+    monkeypatch.setattr(flex, "attend", lambda query, key, value, mask: given.append(mask) or query)
+    mixer = Softmax(kernel=kernel).build(shape)
+    mixer.prepare(layout, 1, torch.float32)
+    before = [list(layout._tables.values()), list(layout._biases)]
+    assert before == {"bias": [[], [(7, torch.float32)]], "mask": [["mask"], []], "nothing": [[], []]}[made]
+    mixer(torch.randn(1, 7, 16), layout)
+    assert [list(layout._tables.values()), list(layout._biases)] == before
+    assert given == (["mask"] if made == "mask" else [])
