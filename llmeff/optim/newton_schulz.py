@@ -17,7 +17,7 @@ _LEAST = 1e-7
 """A norm below is taken to be this."""
 
 
-def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat = "float32") -> Tensor:
+def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat) -> Tensor:
     """The matrix with all singular values near 1 (between about 0.7 and 1.2 after five iterations).
 
     Args:
@@ -64,11 +64,11 @@ class OrthogonalMomentum(Optimizer):
         parameters: Iterable[nn.Parameter],
         *,
         lr: float,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        weight_decay: float = 0.1,
-        num_iterations: int = 5,
-        iteration_format: IterationFormat = "float32",
+        momentum: float,
+        nesterov: bool,
+        weight_decay: float,
+        num_iterations: int,
+        iteration_format: IterationFormat,
     ):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(parameters, defaults)

@@ -16,6 +16,7 @@ from llmeff.record.meters import count_flops
 
 SETTINGS = Muon(lr=0.01, momentum=0.9, weight_decay=0.3, beta1=0.8, beta2=0.9)
 AS_TORCH = SETTINGS.model_copy(update={"ns_format": "bfloat16"})
+KINDS = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.3, "num_iterations": 5}
 ROLES = {"0.weight": "embedding", "1.weight": "norm", "1.bias": "bias", "2.weight": "matrix", "3.weight": "head"}
 
 
@@ -59,10 +60,11 @@ def test_on_a_cpu_the_iterations_are_those_in_float64_but_for_rounding(shape):
     for _ in range(5):
         gram = y @ y.T
         y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    assert torch.allclose(orthogonalize(x, 5), y.float(), atol=2e-6)
-    assert orthogonalize(x, 5).dtype == torch.float32
-    assert (torch.linalg.svdvals(orthogonalize(x, 5)) - 1).abs().max() < 0.35
-    assert torch.equal(orthogonalize(torch.zeros(shape), 5), torch.zeros(shape))
+    found = orthogonalize(x, 5, "float32")
+    assert torch.allclose(found, y.float(), atol=2e-6)
+    assert found.dtype == torch.float32
+    assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.35
+    assert torch.equal(orthogonalize(torch.zeros(shape), 5, "float32"), torch.zeros(shape))
 
 
 def test_iterations_in_float64_stay_there():
@@ -94,7 +96,7 @@ def test_what_is_given_is_not_decided_anew():
 
 def test_what_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"given a parameter of shape \(3,\)"):
-        OrthogonalMomentum([nn.Parameter(torch.zeros(3))], lr=0.1)
+        OrthogonalMomentum([nn.Parameter(torch.zeros(3))], **KINDS, iteration_format="float32")
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 7, 7), (16, 2, 1, 1)])
@@ -103,10 +105,9 @@ def test_a_convolution_is_the_matrix_of_its_patches_to_the_last_bit(shape):
     convolution = nn.Parameter(torch.randn(shape))
     matrix = nn.Parameter(convolution.detach().flatten(1).clone())
     torchs = nn.Parameter(matrix.detach().clone())
-    kinds = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3}
     optimizers = [
-        OrthogonalMomentum([convolution], **kinds, iteration_format="bfloat16"),
-        OrthogonalMomentum([matrix], **kinds, iteration_format="bfloat16"),
+        OrthogonalMomentum([convolution], **KINDS, iteration_format="bfloat16"),
+        OrthogonalMomentum([matrix], **KINDS, iteration_format="bfloat16"),
         torch.optim.Muon([torchs], 0.02, 0.3, 0.9, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):
