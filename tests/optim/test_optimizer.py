@@ -1,10 +1,16 @@
 """What every optimizer must be: the formula of its source, the one that is named, and what it declares."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from llmeff.core.config import ConfigError
+from llmeff.core.precision import precision
 from llmeff.core.table import table
+from llmeff.cost.arrays import Weight
 from llmeff.optim import SGD, AdamW, AdamW8bit, Lion, Muon, OptimizerConfig
 from llmeff.testing import CheckFailed, apart
 from llmeff.testing.optimizers import CHECKS, check_formula, check_sharding, proved_sharding
@@ -107,3 +113,45 @@ def test_the_update_that_runs_is_the_named_one(name):
     assert {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in kinds} == set(UPDATES[name])
     names = {event.name for event in profile.events()}
     assert {f"aten::{operation.__name__}" for operation in UPDATES[name].values() if operation is not None} <= names
+
+
+@every_optimizer
+def test_the_state_beside_a_master_copy_is_that_of_float32(name):
+    parts = {"matrix": "mlp", "embedding": "embedding", "norm": "norms"}
+    weights = [Weight(role, (96, 64), "bfloat16", part, role=role) for role, part in parts.items()]
+    assert default(name).price(weights, precision("bf16_master")) == default(name).price(weights, precision("fp32"))
+
+
+@every_optimizer
+def test_a_closure_is_asked_once_for_gradients_and_its_loss_is_given_back(name):
+    asked, ends = [], []
+    roles = {"weight": "matrix", "bias": "bias"}
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+
+    def loss_of(layer):
+        loss = layer(torch.eye(4)).square().sum()
+        loss.backward()
+        asked.append(loss.detach())
+        return loss
+
+    for by_closure in (False, True):
+        own = copy.deepcopy(model)
+        optimizer = default(name).build(table(own, roles))
+        if by_closure:
+            assert optimizer.step(lambda own=own: loss_of(own)) == asked[0]
+        else:
+            loss_of(own)
+            assert optimizer.step() is None
+        ends.append(list(own.parameters()))
+    assert len(asked) == 2
+    assert all(map(torch.equal, *ends))
+    assert not any(map(torch.equal, ends[0], model.parameters()))
+
+
+@pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("lion", "pytorch_optimizer")])
+def test_a_package_that_is_not_there_is_named(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    rows = table(nn.Linear(4, 3), {"weight": "matrix", "bias": "bias"})
+    with pytest.raises(ConfigError, match=rf'optim "{name}" needs {package}: pip install "llmeff\[optim\]"'):
+        default(name).build(rows)
