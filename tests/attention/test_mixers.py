@@ -10,7 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmeff.attention import MixerConfig, scan, sliding
+from llmeff.attention import Mixer, MixerConfig, scan, sliding
+from llmeff.attention.delta import DeltaMixer
+from llmeff.attention.heads import HeadsMixer
+from llmeff.attention.kernel import KernelMixer
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.layout import Layout
 from llmeff.testing import mixers as testing
@@ -310,6 +313,63 @@ def test_decays_begin_where_they_are_asked_to(name):
         rates = mixer.build(shape).initial()["log_rate"].exp()
         assert least <= rates.min() < least + 0.1 * (most - least)
         assert most - 0.1 * (most - least) < rates.max() <= most
+
+
+def first_values(name, **given):
+    """What the module begins with beside the model's matrices, with parts' own under their names."""
+    torch.manual_seed(0)
+    shape = replace(grouped(name, SHAPE), num_heads=64, num_kv_heads=64)
+    mixer = MixerConfig.registry[name](**SETTINGS.get(name, {}) | given).build(shape)
+    return {
+        f"{part}.{own}".lstrip("."): values
+        for part, module in mixer.named_modules()
+        for own, values in getattr(module, "initial", dict)().items()
+    }
+
+
+DECAYS, CONVOLUTION = {"log_rate", "step_bias"}, {"conv.weight"}
+BEGUN = {
+    "deltanet": CONVOLUTION,
+    "gated-deltanet": DECAYS | CONVOLUTION,
+    "gla": {"decay_bias"},
+    "kda": DECAYS | CONVOLUTION,
+    "mamba2": DECAYS | CONVOLUTION | {"conv.bias", "skip", "o_norm.weight"},
+    "performer": {"directions"},
+}
+"""By mixer: what begins neither as matrices nor at 1 as norms do, or is said to begin at 1."""
+
+
+@every_mixer
+def test_what_begins_in_its_own_way(name):
+    found = first_values(name)
+    assert set(found) == BEGUN.get(name, set())
+    if "conv.weight" in found:  # as torch's convolution over so many taps begins
+        bound = MixerConfig.registry[name]().conv ** -0.5
+        assert 0.98 * bound < found["conv.weight"].max() <= bound
+        assert -bound <= found["conv.weight"].min() < -0.98 * bound
+        assert found["conv.weight"].std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    if "step_bias" in found:  # steps of time from 0.001 to 0.1, evenly in their logarithm
+        steps = F.softplus(found["step_bias"]).log10()
+        assert -3.0001 < steps.min() < -2.9
+        assert -1.1 < steps.max() < -0.9999
+        assert steps.mean() == pytest.approx(-2, abs=0.2)
+    for own, value in {"conv.bias": 0, "skip": 1, "o_norm.weight": 1, "decay_bias": 0}.items():
+        assert own not in found or bool((found[own] == value).all())
+
+
+def test_untrained_decays_begin_with_the_bias_that_is_given():
+    assert bool((first_values("gla", initial_bias=-2.5)["decay_bias"] == -2.5).all())
+
+
+def test_what_a_mixer_built_on_another_must_add():
+    """Python says so of a class that lacks it."""
+    asked = {Mixer: {"forward"}, HeadsMixer: {"mix"}, KernelMixer: {"features"}, DeltaMixer: {"log_decay", "finish"}}
+    assert {kind: set(kind.__abstractmethods__) for kind in asked} == asked
+
+
+def test_a_name_that_is_none_is_answered_with_the_nearest():
+    known = f"Known: {', '.join(NAMES)}."
+    assert MixerConfig.registry.unknown("softmx") == f"unknown mixer 'softmx'. Did you mean 'softmax'? {known}"
 
 
 @pytest.mark.parametrize(

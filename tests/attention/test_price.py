@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llmeff.attention import Latent, MixerConfig, Performer, Retention, Sliding, Softmax, norm
+from llmeff.attention import GLA, Latent, Mamba2, MixerConfig, Performer, Retention, Sliding, Softmax, norm
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.scan import ScanConfig
 from llmeff.core.cpu import instruction_set
@@ -89,6 +89,19 @@ def test_every_mixer_states_its_parameters(name):
     tape = play(own, shape)
     declared = {n.removeprefix("mixer."): w.shape for n, w in tape.weights.items() if n.startswith("mixer.")}
     assert declared == {n: tuple(p.shape) for n, p in own.build(shape).named_parameters()}
+
+
+def test_the_widths_that_auto_stands_for():
+    shape = replace(SHAPE, num_heads=4, num_kv_heads=2, head_dim=64)
+    assert (GLA().width(shape), GLA(key_width=5).width(shape)) == (32, 5)
+    assert (Retention().width(shape), Retention(value_width=5).width(shape)) == (128, 5)
+    assert [Performer().width(head_dim) for head_dim in (2, 6, 64)] == [2, 11, 267]  # H ln H is 1.4, 10.8 and 266.2
+    assert Performer(num_features=5).width(64) == 5
+    assert Latent().widths(shape) == (256, 32)
+    assert Latent().widths(SHAPE) == (24, 4)
+    assert Latent(latent=7, rotary=2).widths(shape) == (7, 2)
+    assert (Mamba2().num_heads(shape), Mamba2(expand=3).num_heads(shape)) == (8, 12)
+    assert Mamba2(state_width=5).channels(shape) == 8 * 64 + 2 * 2 * 5
 
 
 # Array by array

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from llmeff.attention import fla
-from llmeff.attention.scan import mix, scan, step
+from llmeff.attention import MixerConfig, fla
+from llmeff.attention.scan import ScanConfig, mix, scan, step
 from llmeff.core import kernels
 from llmeff.core.layout import Layout
-from tests.mixers import Kept
+from llmeff.testing.mixers import SHAPE
+from tests.mixers import NAMES, Kept
 
 KINDS = list(itertools.product([None, "head", "channel"], [False, True]))
 every_kind = pytest.mark.parametrize(("decays", "has_delta"), KINDS)
@@ -149,3 +150,22 @@ def test_the_other_kernel_is_asked_for_more_tokens_than_one(
     assert ran == ({"scan: flash-linear-attention": False} if is_whole else {"scan: torch": True})
     assert (mixed is given["value"]) == is_whole
     assert cache is None or (cache.states["state"] is state) == is_whole
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if issubclass(MixerConfig.registry[name], ScanConfig)])
+@pytest.mark.parametrize(
+    ("is_installed", "on_cpu", "is_flawed", "said"),
+    [
+        (True, False, False, []),
+        (False, False, False, [f"kernel 'fla' {fla.MISSING}"]),
+        (True, True, True, ["kernel 'fla' runs on GPUs alone, and this run is on the CPU; use 'auto'"]),
+        (True, False, True, [f"kernel 'fla' {fla.FLAW}; or use 'auto'"]),
+    ],
+)
+def test_what_a_kernel_of_gpus_lacks(name, is_installed, on_cpu, is_flawed, said, monkeypatch):
+    monkeypatch.setattr(fla, "is_installed", lambda: is_installed)
+    monkeypatch.setattr(fla, "is_flawed", lambda: is_flawed)
+    asked, usual = (MixerConfig.registry[name](kernel=kernel).lacks(SHAPE, on_cpu=on_cpu) for kernel in ("fla", "auto"))
+    gates_heads = name in ("gated-deltanet", "mamba2", "performer")
+    assert asked == ([] if is_flawed and not on_cpu and not gates_heads else [f"mixer {name!r}: {own}" for own in said])
+    assert usual == []

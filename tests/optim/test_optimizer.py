@@ -123,6 +123,33 @@ def test_the_state_beside_a_master_copy_is_that_of_float32(name):
 
 
 @every_optimizer
+def test_the_price_says_of_which_part_the_state_is(name):
+    parts = {"matrix": "mlp", "embedding": "embedding", "norm": "norms"}
+    weights = [Weight(role, (96, 64), "float32", part, role=role) for role, part in parts.items()]
+    price = default(name).price(weights, precision("fp32"))
+    state = price.parts("optimizer_bytes")
+    assert set(parts.values()) == set(state) - {"codes"}
+    assert price.parts("peak_bytes") == {"optimizer": sum(state.values())}
+    assert set(price.parts("executed_flops")) <= {"optimizer"}
+
+
+def test_tables_of_codes_are_there_if_anything_is_quantized():
+    def state(*sizes):
+        weights = [Weight(f"w{size}", (size,), "float32", "mlp", role="matrix") for size in sizes]
+        return AdamW8bit(min_8bit_size=512).price(weights, precision("fp32")).parts("optimizer_bytes")
+
+    assert state(500, 511) == {"mlp": 2 * 4 * (500 + 511)}
+    # two moments of 600 bytes, each in three blocks with a scale, and a table of 256 codes for each
+    assert state(600) == {"mlp": 2 * (600 + 3 * 4), "codes": 2 * 256 * 4}
+    assert state(512, 600) == {"mlp": 2 * (512 + 2 * 4) + 2 * (600 + 3 * 4), "codes": 2 * 256 * 4}
+
+
+def test_a_name_that_is_none_is_answered_with_the_nearest():
+    known = f"Known: {', '.join(NAMES)}."
+    assert OptimizerConfig.registry.unknown("adamv") == f"unknown optimizer 'adamv'. Did you mean 'adamw'? {known}"
+
+
+@every_optimizer
 def test_a_closure_is_asked_once_for_gradients_and_its_loss_is_given_back(name):
     asked, ends = [], []
     roles = {"weight": "matrix", "bias": "bias"}

@@ -57,3 +57,8 @@ def test_the_plateau_is_the_peak_until_decay_begins():
     schedule = WSD(warmup_steps=10, decay=0.25)
     assert {schedule.factor(step, 50) for step in range(9, 40)} == {1.0}
     assert schedule.factor(40, 50) == pytest.approx(0.9)
+
+
+def test_a_name_that_is_none_is_answered_with_the_nearest():
+    known = "Known: constant, cosine, linear, wsd."
+    assert ScheduleConfig.registry.unknown("cosin") == f"unknown schedule 'cosin'. Did you mean 'cosine'? {known}"
