@@ -18,6 +18,7 @@ from llmeff.cost import laws
 from llmeff.cost.arrays import Node
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
+from llmeff.record.meters import saved_bytes
 from tests.mixers import NAMES, config, every_mixer, grouped
 
 B, T, D, N, K, H = 2, 8, 12, 4, 2, 6
@@ -117,10 +118,10 @@ def one_thread():
 
 
 class Arrays:
-    """What lives in a forward and backward pass of a mixer alone: the most at once, and the bytes of each array that is made."""
+    """Bytes of a forward and backward pass of a mixer alone: the most at once, those of each array, and what backward keeps."""
 
-    def __init__(self, changes, made):
-        self.peak, self.made = max(accumulate(changes)), Counter(made)
+    def __init__(self, changes, made, saved):
+        self.peak, self.made, self.saved = max(accumulate(changes)), Counter(made), saved
 
 
 def of_law(own, shape, work):
@@ -144,7 +145,7 @@ def of_law(own, shape, work):
     tape.end_forward()
     tape.backward(loss)
     tape.live.change = change
-    found = Arrays(changes, made)
+    found = Arrays(changes, made, tape.counts["saved_bytes", "attention"])
     if "peak_bytes" in tape.unknown:
         found.peak = None
     return found
@@ -161,13 +162,18 @@ def of_torch(own, shape, work):
         layout = Layout(positions=places % half, documents=places // half)
     # no leaf: of one, autocast would keep its copy
     x = torch.randn(work.num_sequences, work.num_tokens, shape.width, requires_grad=True).clone()
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=work.precision.autocast):
+            return mixer(x, layout)
+
     silence_profiler()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with torch.autocast("cpu", torch.bfloat16, enabled=work.precision.autocast):
-            out = mixer(x, layout)
+        out = run()
         out.backward(torch.ones_like(out))
     found = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return Arrays(found, [num_bytes for num_bytes in found if num_bytes > 0])
+    held = [own for own in (*mixer.buffers(), layout.positions, layout.documents) if own is not None]
+    return Arrays(found, [num_bytes for num_bytes in found if num_bytes > 0], saved_bytes(run, held))
 
 
 FEW_BYTES = 160
@@ -201,9 +207,10 @@ SETTINGS = [
 
 
 def assert_arrays(own, shape, workload, within=0.0):
-    """The most at once is as large, but for few bytes, and torch makes every array of the law."""
+    """As much is kept for backward, the most at once is as large, but for few bytes, and torch makes every array of the law."""
     work = Workload(instruction_set=instruction_set(), **workload)
     law, real = of_law(own, shape, work), of_torch(own, shape, work)
+    assert law.saved == real.saved
     if law.peak is not None:
         assert law.peak == pytest.approx(real.peak, abs=FEW_BYTES, rel=within)
     # gradients of parts of an array, which autograd may put straight into that of the whole

@@ -140,3 +140,18 @@ def test_flex_attention_lacks_a_gpu_on_the_cpu() -> None:
     said = "mixer 'softmax': kernel 'flex' trains on GPUs alone, and this run is on the CPU; use 'sdpa'"
     assert Softmax(kernel="flex").lacks(shape, on_cpu=True) == [said]
     assert Softmax(kernel="flex").lacks(shape, on_cpu=False) == Softmax().lacks(shape, on_cpu=True) == []
+
+
+def test_the_mask_of_flex_attention_sees_what_the_bias_lets_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = MixerShape(width=16, num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
+    layout = packed(4, 3)
+    made = []
+    monkeypatch.setattr(flex, "_make", lambda layout, sees: made.append(sees))
+    on_gpu = Layout(positions=layout.positions.as_subclass(OnGpu), documents=layout.documents)
+    Softmax(kernel="flex").build(shape).prepare(on_gpu, 1, torch.float32)
+    (sees,), mask = made, Layout.plain(4, DEVICE, past=1).mask(5)
+    assert mask is not None
+    places = torch.arange(-1, 4)
+    expected = torch.zeros(5, 5, dtype=torch.bool)  # of padding, at place -1, and by it, nothing is seen
+    expected[1:, 1:] = mask[0, 0, :, 1:]
+    assert torch.equal(sees(places[:, None], places), expected)
