@@ -184,7 +184,6 @@ def show_summary(console: Console, result: Result, folder: Path, pictures: Mappi
         "predicted" if result.prediction == "law" else "predicted (traced)",
         "measured",
         "error",
-        title_justify="left",
     )
     for column in table.columns[1:]:
         column.justify = "right"

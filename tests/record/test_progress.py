@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from llmeff.record import progress
-from llmeff.record.progress import Bar, Lines, Shown, Silent, open_display, show_summary
+from llmeff.record.progress import Bar, Display, Lines, Shown, Silent, open_display, show_summary
 
 SHOWN = Shown(
     total_steps=1000,
@@ -113,6 +113,50 @@ def test_the_summary_sets_prediction_beside_measurement(result):
     assert "def f():\n    pass" in text
     assert "gzip bits per byte 1.8940" in text
     assert text.rstrip().endswith("llmeff compare 'my run'")
+
+
+def _below_the_table(result, folder=Path("my run"), **pictures):
+    console = _console(is_terminal=False)
+    show_summary(console, result, folder, pictures)
+    lines = console.file.getvalue().splitlines()
+    return lines[max(n for n, line in enumerate(lines) if line.startswith("└")) + 1 :]
+
+
+def test_below_it_stands_all_that_is_known_of_the_run(result):
+    known = {"kernels": ("attention: flex", "scan: torch"), "energy_j": 12500.0, "mfu": 0.25}
+    assert _below_the_table(result.model_copy(update=known), loss=Path("my run/loss.png")) == [
+        "training     2.0833 nats a token (mean of the last steps)",
+        "validation   loss 2.5000, bits per byte 1.7500, accuracy 0.4000",
+        "beside       gzip bits per byte 1.8940",
+        "speed        103.5 tokens/s (half of the steps between 103.2 and 103.8), MFU 25.0%",
+        "time         startup 1.0 s, train 2.0 s, data 0.0 ms, eval 0.0 ms, checkpoint 0.0 ms, record 0.0 ms",
+        "kernels      attention: flex, scan: torch",
+        "energy       12.5 kJ",
+        "sample",
+        "def f():",
+        "    pass",
+        "run          my run",
+        "loss         my run/loss.png",
+        "look further llmeff compare 'my run'",
+    ]
+
+
+def test_what_is_not_known_of_it_has_no_line(result):
+    unknown = {"metrics": {}, "references": {}, "items_per_s": None, "sample": None}
+    named = [line.split("  ")[0] for line in _below_the_table(result.model_copy(update=unknown), Path("run"))]
+    assert named == ["training", "time", "run", "look further llmeff compare run"]
+
+
+@pytest.mark.parametrize("missing", ["step", "note", "close", "summary"])
+def test_a_display_that_cannot_do_all_that_is_asked_of_one_is_none(missing):
+    others = {name: getattr(Silent, name) for name in ("step", "note", "close", "summary") if name != missing}
+    with pytest.raises(TypeError, match=missing):
+        type("Half", (Display,), others)()
+
+
+def test_a_display_that_draws_says_how():
+    with pytest.raises(TypeError, match="_draw"):
+        type("Blank", (progress._Visible,), {"every_s": 1.0})(SHOWN, _console(is_terminal=False))
 
 
 @pytest.mark.parametrize(("goals", "is_shown"), [({"loss": "lower"}, False), ({}, True)])
