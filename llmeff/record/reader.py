@@ -229,9 +229,7 @@ def _read_fast(content: bytes) -> Columns | None:
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(content),
-            parse_options=pyarrow.json.ParseOptions(
-                explicit_schema=pa.schema(_COLUMNS), unexpected_field_behavior="error"
-            ),
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=pa.schema(_COLUMNS)),
         )
     except pa.ArrowInvalid:
         return None

@@ -1,11 +1,12 @@
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
 from llmeff.core.config import ConfigError
-from llmeff.record.reader import final_loss, read_run, throughput
+from llmeff.record.reader import final_loss, model_folder, progress, read_run, recorded, throughput
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path, make_run):
@@ -31,6 +32,80 @@ def test_means_and_quartiles(make_run):
     speed = throughput(steps)
     # 103, 104, ..., 160: 57 steps of 1 between the first and the last
     assert (speed.lower, speed.median, speed.upper) == (103 + 57 / 4, 103 + 57 / 2, 103 + 57 * 3 / 4)
+
+
+def test_a_row_may_hold_more_than_is_read(make_run):
+    folder = make_run("run", steps=2)
+    rows = [json.loads(line) | {"later": "x"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = read_run(folder).steps
+    assert steps["step"].tolist() == [1, 2]
+    assert "later" not in steps
+
+
+class TestProgress:
+    def told(self, folder):
+        """Steps, items, loss and speed."""
+        return tuple(vars(progress(read_run(folder))).values())
+
+    def test_before_the_first_step_there_is_none(self, make_run):
+        assert self.told(make_run("run", steps=0, is_finished=False)) == (0, 0, None, None)
+
+    def test_during_a_run_it_is_what_the_rows_say(self, make_run):
+        loss, speed = (4 + 2 + 4 / 3 + 1 + 4 / 5) / 5, (103 + 104 + 105) / 3
+        assert self.told(make_run("run", steps=5, is_finished=False)) == (5, 5 * 64, pytest.approx(loss), speed)
+
+    def test_of_a_run_that_has_ended_it_is_what_the_result_says(self, make_run, result):
+        folder = make_run("run")
+        (folder / "metrics.jsonl").unlink()
+        assert self.told(folder) == (4, 256, result.train_loss, 103.5)
+        diverged = result.model_copy(update={"train_loss": math.nan, "items_per_s": None})
+        (folder / "result.json").write_text(diverged.model_dump_json())
+        assert self.told(folder) == (4, 256, None, None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "words"),
+    [
+        (4, "metrics.jsonl evaluations.jsonl evals.parquet", "4 steps and 2 evaluations"),
+        (2, "evaluations.jsonl evals.parquet", "1 evaluation and the evaluations in evals.parquet"),
+        (1, "metrics.jsonl", "1 step"),
+        (2, "evals.parquet", "the evaluations in evals.parquet"),
+        (2, "", ""),
+        (0, "metrics.jsonl", ""),
+    ],
+)
+def test_what_a_run_has_recorded_is_counted_in_words(make_run, steps, kept, words):
+    folder = make_run("run", steps=steps, is_finished=False)
+    for name in {"metrics.jsonl", "evaluations.jsonl", "evals.parquet"} - set(kept.split()):
+        (folder / name).unlink(missing_ok=True)
+    assert recorded(folder) == words
+
+
+def test_an_empty_file_records_no_evaluation(make_run):
+    folder = make_run("run", steps=0, is_finished=False)
+    (folder / "evals.parquet").touch()
+    assert recorded(folder) == ""
+
+
+def test_a_model_lies_where_it_was_written_at_the_end(make_run, result):
+    folder = make_run("run", is_finished=False)
+    there = r"has no model, which is written at its end; there is \.lock, config\.json, env\.json, eval"
+    with pytest.raises(ConfigError, match=f"the run is unfinished at step 4 and {there}"):
+        model_folder(read_run(folder))
+    (folder / "result.json").write_text(result.model_copy(update={"status": "diverged"}).model_dump_json())
+    with pytest.raises(ConfigError, match=f"the run is diverged and {there}"):
+        model_folder(read_run(folder))
+    (folder / "model").mkdir()
+    assert model_folder(read_run(folder)) == folder / "model"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"5", b"[1]", b"\xff"])
+def test_a_config_that_cannot_be_read_is_one_clear_error(make_run, content):
+    folder = make_run("run", steps=1)
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+        _ = read_run(folder).config
 
 
 @pytest.mark.parametrize(
