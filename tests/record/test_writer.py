@@ -227,6 +227,30 @@ def test_there_must_be_something_to_resume(make_run, tmp_path, environment):
         RunWriter.resume(make_run("run"), SeedOnly(), environment)
 
 
+def test_a_run_begun_anew_keeps_what_it_had_recorded_as_a_run_of_its_own(make_run, step_row, environment, caplog):
+    folder = make_run("run", is_finished=False)
+    aside = folder / "discarded-1"
+    before = (folder / "metrics.jsonl").read_bytes()
+    elsewhere = environment.model_copy(update={"cpu": "another CPU"})
+    with RunWriter.restart(folder, SeedOnly(seed=8), elsewhere) as writer:
+        writer.truncate_after(0)
+        writer.step(step_row(1))
+    assert f"{folder}: begins anew; 4 steps and 2 evaluations of before are kept in {aside}" in caplog.text
+    now, kept = read_run(folder), read_run(aside)
+    assert (now.config, now.environment, now.steps["step"].tolist()) == ({"seed": 8}, elsewhere, [1])
+    assert (now.evaluations, now.evals) == ([], None)
+    assert (kept.config, kept.environment, kept.evals.num_rows) == ({"seed": 7}, environment, 4)
+    assert (aside / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_recorded_nothing_is_begun_anew_without_a_word(make_run, environment, caplog):
+    folder = make_run("run", steps=0, is_finished=False)
+    (folder / "metrics.jsonl").unlink()
+    RunWriter.restart(folder, SeedOnly(), environment).close()
+    assert caplog.text == ""
+    assert not (folder / "discarded-1").exists()
+
+
 def test_two_writers_are_one_too_many(tmp_path, make_run, environment):
     folder = make_run("run", steps=2, is_finished=False)
     with RunWriter.resume(folder, SeedOnly(), environment), pytest.raises(ConfigError, match="another process"):
