@@ -1,6 +1,8 @@
 import os
 import socket
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,75 @@ def test_it_says_what_runs_here():
     assert here.instruction_set == instruction_set()
     assert here.memory_bytes > 2**28
     assert Environment.model_validate_json(here.model_dump_json()) == here
+
+
+def test_the_system_is_called_as_it_calls_itself():
+    here = environment(CPU)
+    assert here.system == subprocess.run(["uname", "-sm"], capture_output=True, text=True, check=True).stdout.strip()
+    assert here.python == sys.version.split()[0]
+
+
+def test_memory_is_so_many_pages(monkeypatch):
+    asked, pages = os.sysconf, {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(os, "sysconf", lambda name: pages.get(name) or asked(name))
+    assert environment(CPU).memory_bytes == 4_096_000
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(module, "_PACKAGES", ("numpy", "torch", "no-such-package"))
+    assert environment(CPU).packages.keys() == {"numpy", "torch"}
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """What the kernel's files say, by path; no other is there."""
+    said, read = {}, Path.read_text
+
+    def read_text(path, **options):
+        if not path.is_relative_to("/proc"):
+            return read(path, **options)
+        if str(path) not in said:
+            raise FileNotFoundError(path)
+        return said[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor", "cpu"),
+    [
+        ("processor\t: 0\nmodel\t\t: 85\nmodel name\t: A CPU @ 2 GHz\nmodel name\t: B\n", "p", "A CPU @ 2 GHz"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "p", "p"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "", "aarch64"),
+        (None, "", "aarch64"),
+    ],
+)
+def test_a_cpu_is_named_by_its_model_or_else_its_kind(kernel, monkeypatch, cpuinfo, processor, cpu):
+    kernel |= {} if cpuinfo is None else {"/proc/cpuinfo": cpuinfo}
+    monkeypatch.setattr(module.platform, "processor", lambda: processor)
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    assert environment(CPU).cpu == cpu
+
+
+@pytest.mark.parametrize(
+    ("said", "driver"),
+    [
+        (
+            {"/proc/driver/nvidia/version": "NVRM version: NVIDIA x86_64 Module  550.54.15  Tue 22:23:56\nGCC 12.3"},
+            "550.54.15",
+        ),
+        ({"/proc/driver/nvidia/version": "NVRM version: unknown"}, None),
+        ({}, None),
+    ],
+)
+def test_a_gpu_is_told_with_its_memory_and_driver(kernel, monkeypatch, said, driver):
+    kernel |= said
+    properties = types.SimpleNamespace(name="A GPU", total_memory=2**37)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    here = environment(torch.device("cuda"))
+    assert (here.device, here.device_memory_bytes, here.cuda, here.driver) == ("A GPU", 2**37, "13.0", driver)
 
 
 def test_that_of_an_older_run_knows_no_instruction_set():
