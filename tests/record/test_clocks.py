@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmeff.record import clocks
-from llmeff.record.clocks import SYNCHRONISED_EVERY, WARMUP_STEPS, Clocks, StepClock
+from llmeff.record.clocks import SYNCHRONISED_EVERY, Clocks, StepClock
 from llmeff.record.schema import Timings
 
 CPU = torch.device("cpu")
@@ -45,7 +45,13 @@ def test_other_steps_have_no_breakdown(now):
 def test_the_first_steps_of_a_process_are_marked(now):
     clock = StepClock(CPU)
     marked = [_step(clock, now, step)[0].is_warmup for step in range(101, 111)]
-    assert marked == [True] * WARMUP_STEPS + [False] * (10 - WARMUP_STEPS)
+    assert marked == [True] * 5 + [False] * 5
+
+
+def test_one_step_in_fifty_has_a_breakdown(now):
+    clock = StepClock(CPU)
+    told = [_step(clock, now, step)[0] for step in range(1, 151)]
+    assert [times.step for times in told if times.forward_s is not None] == [50, 100, 150]
 
 
 def test_each_second_is_counted_once_and_goes_on_after_a_resume(now):
