@@ -218,8 +218,7 @@ class WireMeter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name not in _NO_PAYLOAD:
             payloads = [
-                sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-                for value in (*args, *(kwargs or {}).values(), result)
+                sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor)) for value in (*args, result)
             ]
             self.num_bytes[_COLLECTIVES.get(name, name)] += max(payloads)
         return result

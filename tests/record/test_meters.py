@@ -11,14 +11,17 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
+from llmeff.core import kernels
 from llmeff.record.meters import (
     EnergyMeter,
     PeakLiveBytes,
     WireMeter,
     _with_unseen,
     count_flops,
+    count_step,
     metered_steps,
     peak_bytes,
     peak_resident_bytes,
@@ -220,6 +223,35 @@ def test_attention_over_more_keys_than_queries():
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 2 * 3 * 11 * 8)
 
 
+def test_the_kernel_that_torch_took_stands_in_the_stead_of_what_was_called():
+    q = torch.randn(1, 2, 3, 8)
+
+    def attend():
+        kernels.ran(kernels.SDPA)
+        kernels.ran("scan: torch")
+        return F.scaled_dot_product_attention(q, q, q)
+
+    fused = f"{kernels.SDPA}, scaled_dot_product_flash_attention_for_cpu"
+    assert count_step(attend) == ({"executed_flops": 4.0 * 2 * 3 * 3 * 8}, (fused, "scan: torch"))
+
+
+def test_without_a_fused_kernel_what_was_called_is_named():
+    assert count_step(lambda: kernels.ran(kernels.SDPA)) == ({"executed_flops": 0.0}, (kernels.SDPA,))
+
+
+def test_where_a_kernel_cannot_be_counted_nothing_is():
+    counted, ran = count_step(lambda: [kernels.ran("b", is_counted=False), kernels.ran("a")])
+    assert (counted, ran) == ({}, ("a", "b"))
+
+
+def counted_in_a_sum():
+    return count_step(lambda: dist.all_reduce(torch.ones(4)))
+
+
+def test_what_a_step_sends_is_counted_beside_its_flops():
+    assert ranks(2).run(counted_in_a_sum) == [({"executed_flops": 0.0, "wire_bytes": 16.0}, ())] * 2
+
+
 def sent():
     """What each kind of collective counts for, over four floats a rank."""
     own, all_of_them = torch.ones(4), torch.ones(4 * dist.get_world_size())
@@ -249,6 +281,18 @@ def sent_by_a_sharded_norm():
 
 def test_what_a_sharded_tensor_sends_by_itself_counts():
     assert ranks(2).run(sent_by_a_sharded_norm) == [(pytest.approx(12**0.5), {"all_reduce": 4})] * 2
+
+
+def test_the_peak_of_one_process_is_taken_without_anything_between_it_and_its_kernels(x, w):
+    between = []
+
+    def run():
+        between.append(_get_current_dispatch_mode())
+        for _ in range(3):
+            x @ w.detach()
+
+    assert peak_bytes(run, [x, w], torch.device("cpu")) == W + 2 * X
+    assert between == [None]
 
 
 def peak_of_a_scatter():
