@@ -40,6 +40,12 @@ def test_an_image_is_the_same_on_every_machine():
     ]
 
 
+def test_everything_that_is_drawn_is_the_same_on_every_machine():
+    images, labels = pairs(40, num_train=40, height=24, width=32)
+    assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:32] == "c499ec4ae17b38014677ac254c33c138"
+    assert set(np.unique(labels)) == {*range(len(CLASSES)), IGNORED}
+
+
 def test_an_image_is_the_same_each_time_and_in_any_order():
     source = Scenes(num_train=2, num_search=1, num_validation=1, num_test=1, height=40, width=60)
     forth = [image.read() for image in source.images()]
@@ -181,6 +187,14 @@ def test_a_place_is_seen_where_perspective_puts_it(street):
     assert region.place == (slice(10, 70), slice(80, 100))
     assert region.mask[:, 0].sum() == pytest.approx(300 / 10, abs=2)
     assert region.mask[:, -1].sum() == pytest.approx(300 / 5, abs=2)
+
+
+def test_an_ellipse_holds_the_pixels_whose_centres_are_in_it_or_on_its_border_to_the_right_or_below(street):
+    expected = [".....", ".###.", ".####", ".###.", "..#.."]
+    region = street.ellipse(2.5, 2.5, 2, 2, 1.0)
+    found = np.zeros((5, 5), bool)
+    found[region.place] = region.mask
+    assert ["".join(np.where(row, "#", ".")) for row in found] == expected
 
 
 def test_colour_alone_tells_little(sample):
