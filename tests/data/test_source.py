@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import shutil
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from llmeff.core.config import ConfigError, validate
-from llmeff.data import source
+from llmeff.data import builtin, source
 from llmeff.data.builtin import Builtin
 from llmeff.data.jsonl import JsonLines
 from llmeff.data.parquet import Parquet
@@ -89,6 +90,13 @@ class TestFingerprint:
         (corpus / "a.txt").rename(corpus / "z.txt")
         seen.add(TextFiles(path=path).fingerprint())
         assert len(seen) == 5
+
+    def test_a_small_file_is_hashed_each_time_whatever_its_time_says(self, corpus):
+        config, file = TextFiles(path=(str(corpus),)), corpus / "a.txt"
+        before, state = config.fingerprint(), file.stat()
+        file.write_bytes(b"x" * state.st_size)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert config.fingerprint() != before
 
     def test_a_large_file_is_hashed_once(self, corpus, monkeypatch):
         monkeypatch.setattr(source, "REMEMBERED_BYTES", 1)
@@ -224,6 +232,19 @@ class TestBuiltin:
         assert {"json/decoder.py", "os.py"} <= set(units)
         assert not any(unit.startswith(("site-packages", "test/")) or "/tests/" in unit for unit in units)
         assert len(units) == len(set(units)) > 500
+
+    def test_of_a_folder_it_takes_the_modules_alone(self, tmp_path, monkeypatch):
+        taken = ["a.py", "json/b.py", "tested.py", "unittest/c.py"]
+        left = ["a.pyc", "notes.txt", "sitecustomize.py", "_sysconfigdata_linux.py", "config-3.12/d.py"]
+        left += [f"{folder}/d.py" for folder in ("site-packages", "dist-packages", "test", "json/tests", "idle_test")]
+        left += ["__pycache__/d.py", "empty.py", "latin.py"]
+        for name in taken + left:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"this is {name}")
+        (tmp_path / "empty.py").write_text("")
+        (tmp_path / "latin.py").write_bytes(b"\xff")
+        monkeypatch.setattr(builtin.sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+        assert sorted(read(Builtin())) == [(name, f"this is {name}") for name in taken]
 
     def test_a_limit_takes_the_first_files(self):
         documents = read(Builtin())
