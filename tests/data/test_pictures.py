@@ -89,6 +89,18 @@ class TestPanel:
         assert cut.endswith("…")
         assert font.getlength(cut) <= 100
         assert pictures._fitted("short", 100, font) == "short"
+        assert pictures._fitted("short", font.getlength("short"), font) == "short"
+
+    def test_captions_and_legend_are_written_in_letters_of_one_size(self):
+        def height(part):
+            """Of the dark pixels."""
+            rows = np.flatnonzero((part < 60).all(axis=-1).any(axis=1))
+            return rows[-1] - rows[0] + 1
+
+        drawn = panel_of([np.zeros_like(LABELS)], captions=("III", "III"), names=["III"])
+        caption, name = height(drawn[:50]), height(drawn[-50:])
+        assert abs(caption - name) <= 1
+        assert caption >= 0.7 * 26
 
     def test_many_classes_have_a_legend_of_many_lines(self):
         labels = np.arange(H * W).reshape(H, W).astype(np.uint8)
