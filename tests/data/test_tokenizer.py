@@ -144,6 +144,12 @@ class TestFolder:
         assert config.build(list).end_id == config.build(list).backend.token_to_id("A")
         assert config.fingerprint() != HfTokenizer(path=str(gpt2_folder)).fingerprint()
 
+    def test_words_and_numbers_are_cut_apart_before_anything_is_merged(self, folder):
+        (folder / "vocab.json").write_text(json.dumps({"1": 0, "a": 1, "1a": 2, "11": 3, END: 4}))
+        (folder / "merges.txt").write_text("#version: 0.2\n1 a\n1 1\n")
+        tokenizer = HfTokenizer(path=str(folder)).build(list)
+        assert tokenizer.encode_batch(["1a11a"])[0].tolist() == [0, 1, 3, 1]
+
     def test_ids_with_gaps_need_the_largest(self, folder):
         Bpe(vocab_size=300).build(lambda: [TEXT]).save(folder)
         file = folder / "tokenizer.json"
