@@ -310,7 +310,8 @@ class TestCityscapes:
 
     def test_the_official_classes(self, folder):
         config = self.config(folder)
-        (_, _, labels), *_ = read(config).values()
+        (_, pixels, labels), *_ = read(config).values()
+        assert not pixels.any()
         assert labels.ravel().tolist() == [OFFICIAL.index(i) if i in OFFICIAL else IGNORED for i in range(34)]
         assert config.classes() == (
             "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
