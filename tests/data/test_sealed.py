@@ -1,6 +1,44 @@
 import pytest
 
+from llmeff.core.config import ConfigError
 from llmeff.data import sealed
+
+
+def write(part):
+    (part / "meta.json").write_text('{"size": 3}')
+    (part / "tokens").write_bytes(b"abc")
+
+
+def test_one_process_makes_it_while_the_others_wait(tmp_path):
+    folder, waits = tmp_path / "cache", []
+
+    def main():
+        sealed.ensure_by_one(folder, write, "token cache", is_main=True, wait=lambda: waits.append(folder.exists()))
+
+    sealed.ensure_by_one(folder, None, "token cache", is_main=False, wait=main)
+    assert waits == [True]
+    assert (folder / "tokens").read_bytes() == b"abc"
+    meta, _ = sealed.read_meta(folder)
+    assert (meta["size"], list(meta["files"])) == (3, ["tokens"])
+
+
+def test_where_it_was_not_made_the_others_say_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"^the token cache was not made: the main process says why$"):
+        sealed.ensure_by_one(tmp_path / "cache", write, "token cache", is_main=False, wait=lambda: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_it_cannot_be_made_the_others_wait_no_longer(tmp_path):
+    def full(part):
+        raise OSError(28, "No space left on device")
+
+    waits = []
+    with pytest.raises(
+        ConfigError, match=r"the token cache .* cannot be written \(No space left on device\): make room"
+    ):
+        sealed.ensure_by_one(tmp_path / "cache", full, "token cache", is_main=True, wait=lambda: waits.append(True))
+    assert waits == [True]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_bit_of_a_large_file_is_seen_where_it_is_sampled(tmp_path, monkeypatch):
