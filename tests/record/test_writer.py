@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import math
 import os
@@ -102,6 +103,17 @@ def test_an_evaluation_made_again_counts_once(tmp_path, environment):
     run = read_run(tmp_path / "run")
     assert run.evals["loss_sum"].to_pylist() == [1.0, 3.0, 4.0]
     assert [own.metrics["loss"] for own in run.evaluations] == [0.5, 1.5, 2.0]
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([(1, "validation"), (2, "test"), (2, "validation")])])
+def test_evaluations_of_other_steps_and_splits_stay_in_whatever_order_they_come(tmp_path, environment, order):
+    with RunWriter.create(tmp_path / "run", Config(), environment) as writer:
+        for step, split in (*order, order[-1]):
+            unit = EvalRow(step=step, split=split, unit="a", loss_sum=1.0, count=2)
+            writer.evaluation([unit], {"loss": 0.5})
+    run = read_run(tmp_path / "run")
+    assert [(own.step, own.split) for own in run.evaluations] == list(order)
+    assert [(row["step"], row["split"]) for row in run.evals.to_pylist()] == list(order)
 
 
 def test_no_result_means_unfinished(make_run):
