@@ -13,7 +13,7 @@ from llmeff.cost.price import Price
 from llmeff.cost.step import price_step
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
-from llmeff.cost.workspace import FORMS, MEASURED, PRODUCTS, Convolution, Room, depthwise_room, room
+from llmeff.cost.workspace import FORMS, MEASURED, PRODUCTS, Convolution, Room, depthwise_room, is_torchs, room
 
 B, C, D, H, W, K = 2, 5, 11, 48, 64, 3
 X, WEIGHT, Y = (B, C, H, W), (D, C, K, K), (B, D, H, W)
@@ -102,7 +102,9 @@ def test_an_image_of_fewer_channels_than_a_block_is_copied_for_its_weights_alone
 def test_torch_lays_out_all_patches_in_bfloat16(name):
     patches = 2 * PIXELS * C * K * K
     rooms = [found(product, "bfloat16", instruction_set=name) for product in PRODUCTS]
-    assert rooms == [Room(result=patches), Room(), Room(result=patches)]
+    nothing = Room(during=0, result=0)
+    assert rooms == [Room(during=0, result=patches), nothing, Room(during=0, result=patches)]
+    assert nothing == Room()
     pointwise = {"weight": (D, C, 1, 1), "dtype": "bfloat16", "instruction_set": name}
     assert [found(product, **pointwise) for product in PRODUCTS] == [Room()] * 3
 
@@ -128,6 +130,7 @@ def test_what_was_not_measured_is_unknown(dtype, name):
 def test_kinds_of_convolutions_that_were_not_measured_are_unknown():
     assert found(x=(B, 8, H, W), weight=(D, 4, K, K)) is None  # of two groups
     assert found(x=(B, C, W), weight=(D, C, K), y=(B, D, W)) is None  # over one dimension
+    assert found(x=(B, C, 4, H, W), weight=(D, C, K, K, K), y=(B, D, 4, H, W)) is None  # over three
 
 
 BF16 = {"dtype": "bfloat16", "num_threads": 2}
@@ -163,6 +166,48 @@ def test_few_channels_in_bfloat16_are_not_copied():
 def test_one_small_image_goes_without_the_library_whatever_the_set():
     small = {"x": (1, C, 32, 32), "y": (1, D, 32, 32), "instruction_set": None}
     assert found("output", **small) == Room(result=4 * C * K * K * 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "num_threads", "is_small"),
+    [
+        ((1, 5, 64, 64), (3, 3), 1, True),  # of 20,480 numbers
+        ((1, 5, 64, 65), (3, 3), 1, False),
+        ((2, 5, 8, 8), (3, 3), 1, False),
+        ((1, 5, 8, 8), (3, 3), 4, True),
+        ((1, 5, 8, 8), (4, 2), 1, False),
+        ((1, 5, 8, 8), (2, 4), 1, False),
+        ((1, 5, 8, 8), (1, 3), 1, True),
+        # 1x1: few images, however large, on one thread
+        ((1, 5, 640, 640), (1, 1), 1, True),
+        ((15, 5, 64, 64), (1, 1), 1, True),
+        ((16, 5, 8, 8), (1, 1), 1, False),
+        ((1, 5, 8, 8), (1, 1), 2, False),
+    ],
+)
+def test_torch_does_without_the_library_for_what_is_small(x, kernel, num_threads, is_small):
+    """Where the set was not measured nothing else is known."""
+    work, weight = replace(WORK, instruction_set=None, num_threads=num_threads), (D, 5, *kernel)
+    assert is_torchs(work, x, weight, "float32") == is_small
+    assert (room(work, "output", x, weight, (x[0], D, *x[2:]), "float32") is None) == (not is_small)
+    assert not is_torchs(work, x, weight, "bfloat16")
+    assert is_torchs(replace(work, instruction_set="AVX2"), x, weight, "bfloat16")
+    assert not is_torchs(replace(work, on_cpu=False), x, weight, "float32")
+
+
+def test_only_maps_of_one_size_are_columns_as_they_lie():
+    """A kernel of 1x1 that leaves some places out reads patches."""
+    work = {"dtype": "bfloat16", "weight": (D, C, 1, 1), "y": (B, D, H // 2, W // 2)}
+    assert found("output", **work) == Room(result=2 * B * C * (H // 2) * (W // 2))
+    assert found("output", dtype="bfloat16", weight=(D, C, 1, 3)) == Room(result=2 * PIXELS * C * 3)
+
+
+def test_a_convolution_of_each_channel_takes_copies_for_its_weights_in_float32():
+    shapes = (B, C, 70), (C, 1, 4), (B, C, 67)
+    copies = Room(during=4 * (B * C * 70 + C * 4 + B * C * 67))
+    assert [depthwise_room(WORK, product, *shapes, "float32") for product in PRODUCTS] == [Room(), Room(), copies]
+    assert [depthwise_room(WORK, product, *shapes, "bfloat16") for product in PRODUCTS] == [Room()] * 3
+    assert depthwise_room(replace(WORK, on_cpu=False, instruction_set=None), "weight", *shapes, "float32") == Room()
 
 
 def law(tape: Tape, batch: image_laws.Images):
