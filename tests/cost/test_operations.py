@@ -179,6 +179,7 @@ ROWS = {
     "plus": (laws.plus, torch.add, [(10, 6), (6,)]),
     "plus as many": (laws.plus, torch.add, [(10, 6), (10, 6)]),
     "concat": (laws.concat, lambda *parts: torch.cat(parts, -1), [(10, 6), (10, 3), (10, 1)]),
+    "concat of one": (laws.concat, lambda x: torch.cat([x], -1), [(10, 6)]),
     # the gradient of a part, which does not lie one behind another, is added to in other bytes
     "a part first": (
         lambda tape, x: laws.concat(tape, x, laws.silu(tape, x)),
