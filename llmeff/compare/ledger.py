@@ -333,7 +333,7 @@ def read_sweep(folder: Path) -> list[Entry]:
         try:
             place = json.loads(path.read_text(encoding="utf-8"))
             order, failure, seed = place.pop("order"), place.pop("failure", None), place.pop("seed", 0)
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(
                 f"{path}: cannot be read; remove it, and start the sweep again to write it anew"
             ) from None

@@ -306,6 +306,9 @@ def test_arms_without_any_spread_are_as_they_are():
     same, twice = many_to_one(control, [control, control + math.log(2)])
     assert (same.ratio.value, same.ratio.lower, same.ratio.upper, same.p_family) == (1, 1, 1, 1)
     assert (twice.ratio.lower, twice.ratio.upper, twice.p_family) == (pytest.approx(2), pytest.approx(2), 0)
+    (alone,) = many_to_one(control, [control + math.log(2)])
+    assert (alone.ratio.lower, alone.ratio.upper) == (pytest.approx(2), pytest.approx(2))
+    assert (alone.method, alone.p, alone.p_family, alone.smallest_visible) == ("Welch", 0, 0, 1)
 
 
 def test_a_product_of_means_has_the_errors_of_all_of_them():

@@ -12,10 +12,12 @@ from llmeff.compare.ledger import (
     PLACE,
     RUNS,
     SWEEP,
+    Entry,
     Metric,
     entry_of,
     find_metric,
     known_metrics,
+    label_arms,
     read_entries,
     read_facts,
     read_ledger,
@@ -27,6 +29,7 @@ from llmeff.compare.verdict import judge
 from llmeff.compare.verdict_table import as_dict
 from llmeff.core.config import ConfigError
 from llmeff.record.reader import read_run
+from llmeff.record.schema import ENVIRONMENT
 
 RESULTS = Path(__file__).resolve().parents[2] / "analysis" / "results"
 
@@ -84,6 +87,80 @@ def test_an_entry_of_a_run_folder(make_run):
     assert (entry.curve("loss"), entry.curve("accuracy"), entry.curve("recall")) == ((5.0, 2.5), (0.2, 0.4), ())
 
 
+def test_an_entry_has_all_that_a_run_folder_tells(make_run):
+    folder = make_run("done", steps=4)
+    config = {"name": "own", "seed": 3, "evaluation": {"split": "test"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    environment = json.loads((folder / ENVIRONMENT).read_text())
+    (folder / ENVIRONMENT).write_text(json.dumps(environment | {"commit": "c0ffee"}))
+    result = json.loads((folder / "result.json").read_text())
+    timings = {"startup_s": 1.0, "train_s": 2.0, "data_s": 0.25}
+    told = result | {"timings": timings, "energy_j": 7.0, "diagnosis": "why", "status": "diverged"}
+    (folder / "result.json").write_text(json.dumps(told))
+    assert entry_of(read_run(folder)) == Entry(
+        name="done", arm="own", status="diverged", diagnosis="why", seed=3, steps=4, items=256, item="token",
+        parameters=1000, data_sha256="0" * 64, split="test", train_loss=pytest.approx((4 + 2 + 4 / 3 + 1) / 4),
+        goals=result["goals"], items_per_s=103.5, train_s=2.25, energy_j=7.0, peak_bytes=100.0 * 2**20,
+        predicted=result["predicted"], measured=result["measured"], device="a CPU", commit="c0ffee", config=config,
+    )  # fmt: skip
+    (folder / ENVIRONMENT).write_text(json.dumps(environment | {"device": "a GPU"}))
+    assert entry_of(read_run(folder)).device == "a GPU"
+    (folder / "config.json").write_text("{}")
+    entry = entry_of(read_run(folder))
+    assert (entry.arm, entry.seed, entry.split, entry.loss) == ("done", 0, "validation", 2.5)
+
+
+def test_flops_of_a_step_are_measured_or_foreseen_on_every_rank(entry):
+    shared = {"config": {"parallel": {"ranks": 4}}}
+    assert entry("a", 0, measured={"executed_flops": 3.0}, predicted={"executed_flops": 2.0}, **shared).step_flops == 12
+    assert entry("a", 0, measured={}, predicted={"executed_flops": 2.0}, config={}).step_flops == 2
+    assert entry("a", 0, measured={}, predicted={}).step_flops is None
+    assert (entry("a", 0).items_per_step, entry("a", 0, steps=0).items_per_step) == (64, None)
+
+
+def test_a_value_that_rounding_puts_behind_the_last_evaluation_is_that_of_it(entry):
+    run = entry("a", 0, curve_steps=(10, 20), curve_losses=(3.0, 2.0))
+    assert value_at(run, 20 * (1 + 1e-12)) == 2.0
+    assert value_at(run, 20 * (1 + 1e-6)) is None
+    assert (value_at(run, 10), value_at(entry("a", 0, curve_steps=(), curve_losses=()), 10)) == (3.0, None)
+
+
+def test_runs_of_one_config_and_several_names_are_called_by_what_sets_them_apart(entry):
+    def run(name, seed, **config):
+        return entry(name, seed, config={"name": name, "seed": seed, "task": "text"} | config)
+
+    runs = [
+        run("mine", 0, lr=0.1, kind={"a": 1}),
+        run("yours", 1, lr=0.1, kind={"a": 1}),
+        run("mine", 0, lr=0.2, kind={}),
+    ]
+    expected = ["kind.a=1, lr=0.1"] * 2 + ["kind={}, lr=0.2"]
+    assert [own.arm for own in label_arms(runs)] == expected
+    assert [own.arm for own in label_arms(runs[:2])] == ["run", "run"]  # which nothing sets apart
+    assert [own.arm for own in label_arms([run("own-s12", 0), run("own-s3", 1)])] == ["own", "own"]
+
+
+def test_a_place_that_cannot_be_read_is_one_error(tmp_path):
+    (tmp_path / RUNS).mkdir()
+    (tmp_path / SWEEP).write_text("{}")
+    for content in ("{", "[]", '{"name": "a"}'):
+        (tmp_path / RUNS / f"seed-0{PLACE}").write_text(content)
+        with pytest.raises(ConfigError, match=f"seed-0{PLACE}: cannot be read; remove it"):
+            read_entries([tmp_path])
+
+
+def test_a_ledger_of_another_version_is_refused_by_its_number(tmp_path, study):
+    write_ledger(tmp_path / LEDGER, study)
+    table = pq.read_table(tmp_path / LEDGER)
+    assert table.schema.metadata[b"ledger_version"] == b"1"
+    pq.write_table(table.replace_schema_metadata({"ledger_version": "2"}), tmp_path / LEDGER)
+    with pytest.raises(ConfigError, match="its ledger_version is 2, this llmeff reads 1"):
+        read_ledger(tmp_path / LEDGER)
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / LEDGER)
+    with pytest.raises(ConfigError, match="its ledger_version is none"):
+        read_facts(tmp_path / LEDGER)
+
+
 def test_metrics_that_are_no_goals_or_that_an_evaluation_lacks_have_no_curve(make_run):
     folder = make_run("run")
     result = json.loads((folder / "result.json").read_text())
@@ -119,7 +196,8 @@ def test_a_sweeps_folder_is_read_in_its_own_order_with_what_failed(make_run, tmp
     failed = place | {"name": "b/seed-1", "order": 1, "failure": "out of memory"}
     (folder / RUNS / "b" / f"seed-1{PLACE}").write_text(json.dumps(failed))
     first, second = read_entries([folder])
-    assert (first.name, first.status, first.diagnosis) == ("b/seed-1", "failed", "out of memory")
+    nothing = {"seed": 0, "steps": 0, "items": 0, "device": "none"}
+    assert first == Entry(name="b/seed-1", arm="b", status="failed", diagnosis="out of memory", **nothing)
     assert (second.name, second.status, second.loss) == ("b/seed-0", "finished", 2.5)
 
 

@@ -1,10 +1,12 @@
 import csv
 import io
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
-from llmeff.compare.table import CAVEAT, compare, render
+from llmeff.compare.table import CAVEAT, FOOTNOTE, compare, render
 from llmeff.core.config import ConfigError
 
 
@@ -91,3 +93,69 @@ def test_an_unknown_format_names_the_nearest(rows):
 
 def test_no_runs_are_an_empty_table():
     assert render([], "csv") == "\n"
+
+
+def test_a_ratio_of_losses_is_of_the_units_of_the_end(make_run):
+    """The result says that the run ended at its fourth step; an evaluation behind it is none of its end."""
+    runs = [make_run(name, steps=steps, units=range(1, 121)) for name, steps in (("first", 4), ("behind", 6))]
+    assert compare(runs)[1].loss_ratio.value == pytest.approx(1.0)
+
+
+def test_losses_of_other_units_splits_or_data_have_no_ratio(make_run):
+    units = range(1, 121)
+    first, other = make_run("first", units=units), make_run("other", units=range(2, 122))
+    moved, cut = make_run("moved", units=units), make_run("cut", units=units, is_finished=False)
+    data = json.loads((moved / "result.json").read_text())
+    (moved / "result.json").write_text(json.dumps(data | {"data": {"sha256": "1" * 64}}))
+    many = make_run("just enough", units=range(1, 101))
+    few = make_run("few", units=range(1, 100))
+    assert [row.loss_ratio for row in compare([first, other, moved, cut])] == [None] * 4
+    assert compare([many, many])[1].loss_ratio.n == 100
+    assert compare([few, few])[1].loss_ratio is None
+
+
+def test_what_people_read_of_runs(rows):
+    header, _, done, cut, _, caveat, footnote = render(rows, "markdown").splitlines()
+    cells = [
+        dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True)) for row in (done, cut)
+    ]
+    assert cells[0] == {
+        "run": "done", "status": "finished", "steps": "4", "tokens": "256", "parameters": "1.0k", "training loss": "2.0833",
+        "validation loss": "2.5000", "bits per byte": "1.7500", "accuracy": "0.4000", "tokens/s": "103.5",
+        "peak memory": "100.00 MiB", "device": "cpu", "error of parameters": "+0.00%", "error of peak bytes": "-5.00%",
+    }  # fmt: skip
+    assert [name for name, cell in cells[1].items() if cell == "-"] == [
+        "parameters", "validation loss", "bits per byte", "accuracy", "peak memory", "error of parameters",
+        "error of peak bytes",
+    ]  # fmt: skip
+    assert (caveat, footnote) == (CAVEAT, FOOTNOTE)
+    assert "Note: one.\nNote: two.\nOne run each" in render(rows, "markdown", notes=["one", "two"])
+
+
+def test_runs_of_other_items_are_counted_in_items(rows):
+    pixels = [replace(rows[0], item="pixel"), rows[0]]
+    assert "| items |" in render(pixels, "markdown")
+    assert "| tokens |" in render(rows, "markdown")
+
+
+def test_csv_and_json_have_a_name_for_all_that_is_known(rows):
+    known = [
+        "name", "status", "device", "steps", "items", "item", "parameters", "train_loss", "validation_loss", "bits_per_byte",
+        "items_per_s", "peak_bytes", "loss_ratio", "loss_ratio_lower", "loss_ratio_upper", "accuracy", "error_of_parameters",
+        "error_of_peak_bytes",
+    ]  # fmt: skip
+    assert render(rows, "csv").splitlines()[0].split(",") == known
+    found = json.loads(render([replace(rows[0], train_loss=math.inf), rows[1]], "json", notes=["one"]))
+    assert list(found) == ["caveat", "footnote", "notes", "runs"]
+    assert (found["caveat"], found["footnote"], found["notes"]) == (CAVEAT, FOOTNOTE, ["one"])
+    assert [list(row) for row in found["runs"]] == [known, known]
+    assert found["runs"][0]["train_loss"] is None
+
+
+def test_at_the_terminal_each_run_is_a_column(rows):
+    lines = render(rows, "terminal", 200).splitlines()
+    shown = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in
+             (line.strip("│┃").replace("┃", "│").split("│") for line in lines if line[:1] in "│┃" and line)}  # fmt: skip
+    assert shown["run"] == ["done", "cut"]
+    assert shown["status"] == ["finished", "unfinished at step 3"]
+    assert shown["tokens"] == ["256", "192"]

@@ -8,7 +8,7 @@ from scipy import stats
 
 from llmeff.compare.ledger import label_arms, read_ledger, write_ledger
 from llmeff.compare.plots import arm_curves
-from llmeff.compare.verdict import differences, judge
+from llmeff.compare.verdict import differences, judge, lane_name
 from llmeff.compare.verdict_table import render_comparison
 from llmeff.core.config import ConfigError
 
@@ -651,3 +651,178 @@ def test_arms_that_differ_in_format_and_were_tuned_to_other_settings_are_said(en
     assert any(said in note for note in judge(runs).notes) == is_said
     shared = [replace(run, tuned_as="one") if run.arm == "two" else run for run in runs]
     assert not any("tuned apart" in note for note in judge(shared).notes)
+
+
+# -- means, targets and what a lane has to do with them
+
+
+LANE = {"base": [1.0, 1.2, 0.8], "fast": [1.5, 1.6, 1.4], "same": [1.0, 1.0, 1.0]}
+
+
+def test_means_are_over_seeds_and_of_the_time_of_a_step_over_generations(study):
+    (group,) = judge(study, step_times=LANE).groups
+    for quantity in group.quantities:
+        for name, cell in group.table[quantity.key].items():
+            values = LANE[name] if quantity.key == "step_s" else [*cell.values.values()]
+            if cell.mean is None:
+                continue
+            assert cell.mean.value == pytest.approx(np.mean(values)), (quantity.key, name)
+            assert cell.mean.n == 3
+            half = stats.t(2).ppf(0.975) * np.std(values, ddof=1) / math.sqrt(3)
+            assert cell.mean.upper - cell.mean.lower == pytest.approx(2 * half, rel=1e-9, abs=1e-9)
+    assert group.table["step_s"]["base"].values == dict.fromkeys(range(3), pytest.approx(1.0))
+
+
+def test_what_is_shown_of_a_study_has_keys_labels_units_and_a_better_way(segmented):
+    runs = [replace(run, energy_j=5.0, measured=run.measured | {"wire_bytes": 10.0}) for run in segmented]
+    (group,) = judge(runs, target=2.0, step_times=LANE).groups
+    seen = {own.key: (own.label, own.show, own.better, own.depends_on_seed) for own in group.quantities}
+    assert seen == {
+        "loss": ("final loss", "number", "lower", True),
+        "mean_iou": ("final mean IoU", "number", "higher", True),
+        "boundary_f1": ("final boundary F1", "number", "higher", True),
+        "class_accuracy": ("final class accuracy", "number", "higher", True),
+        "loss_at_flops": ("loss at equal FLOPs", "number", "lower", True),
+        "loss_at_seconds": ("loss at equal time", "number", "lower", True),
+        "steps_to_target": ("steps to loss 2.0000", "count", "lower", True),
+        "items_to_target": ("items to loss 2.0000", "count", "lower", True),
+        "flops_to_target": ("FLOPs to loss 2.0000", "count", "lower", True),
+        "seconds_to_target": ("time to loss 2.0000", "duration", "lower", True),
+        "joules_to_target": ("energy to loss 2.0000", "energy", "lower", True),
+        "step_s": ("time of a step", "duration", "lower", False),
+        "peak_bytes": ("peak memory", "memory", "lower", False),
+        "optimizer_bytes": ("optimizer state", "memory", "lower", False),
+        "wire_bytes": ("payload of a step's collectives", "memory", "lower", False),
+        "gap": ("held-out / training loss", "number", "lower", True),
+    }
+    bits = [replace(run, metrics={"bits_per_byte": 1.5}, goals={}) for run in segmented]
+    labels = {own.key: own.label for own in judge(bits, metric="bits_per_byte").groups[0].quantities}
+    assert labels["bits_per_byte"] == "bits per byte"
+    assert {"gap", "loss"} <= labels.keys()
+    assert "gap" not in judge(segmented, metric="mean_iou").groups[0].table
+
+
+def test_effects_on_the_time_of_a_step_are_over_laps_however_many_seeds_there_are(entry):
+    """Three laps of each arm are its replicates."""
+    runs, lane = [], {}
+    for one, other in itertools.product("ab", "cd"):
+        lane[one + other] = [(2.0 if one == "b" else 1.0) * more for more in (1.0, 1.1, 1.0)]
+        runs += settled(entry, one + other, BASE[:2], factors={"one": one, "other": other})
+    again = settled(entry, "ac (A/A)", BASE[:2], first_seed=90, factors={"one": "a", "other": "c"}, repeats="ac")
+    (group,) = judge([*runs, *again], step_times=lane).groups
+    found = group.effects["step_s"]
+    assert (found.seeds, found.num_runs) == ((), 12)
+    first = found.effects[0]
+    assert (first.factors, first.by_seed, first.ratio.n) == (("one",), {}, 12)
+    assert first.ratio.value == first.ratio.lower == pytest.approx(2.0)
+    assert [effect.is_none for effect in found.effects] == [False, True, True]
+    assert "step_s" not in judge(runs, step_times={name: lane[name] for name in ("ac", "bc")}).groups[0].effects
+
+
+def test_the_target_is_of_the_runs_of_the_baseline_that_ended_with_a_curve(study):
+    expected = judge([run for run in study if run.name != "base/seed-2"]).groups[0].target
+    early = {"status": "diverged", "loss": None, "curve_steps": (0, 10), "curve_losses": (4.5, 4.4)}
+    none = {"curve_steps": (), "curve_losses": ()}
+    for changes in (early, none):
+        runs = [replace(run, **changes) if run.name == "base/seed-2" else run for run in study]
+        assert judge(runs).groups[0].target == expected
+
+
+@pytest.mark.parametrize(("status", "is_refused"), [("finished", True), ("diverged", True), ("failed", False)])
+def test_a_run_of_other_data_is_refused_unless_it_failed(study, status, is_refused):
+    changes = {"status": status, "data_sha256": "b" * 64} | ({} if status == "finished" else {"loss": None})
+    runs = [replace(run, **changes) if run.name == "fast/seed-2" else run for run in study]
+    assert bool(differences(runs)) == is_refused
+
+
+def test_what_runs_differ_in_is_said_with_the_first_of_them(study):
+    runs = [replace(run, data_sha256=None) if run.arm == "fast" else run for run in study]
+    (said,) = differences(runs)
+    assert said == (
+        "they read other data (SHA-256, of texts with their tokenizer): aaaaaaaaaaaa: base/seed-0, same/seed-0, "
+        "base/seed-1, ...; unknown: fast/seed-0, fast/seed-1, fast/seed-2"
+    )
+
+
+def test_single_runs_that_were_tuned_apart_are_said_too(entry):
+    runs = [run for run in formatted(entry, "one", 1e-3, precision="fp32") if run.seed == 0]
+    runs += [run for run in formatted(entry, "two", 2e-3, precision="bf16") if run.seed == 0]
+    (note,) = [note for note in judge(runs).notes if "tuned apart" in note]
+    assert "(optim.lr = 0.001; optim.lr = 0.002)" in note
+
+
+def test_a_cell_is_named_in_all_that_is_said_of_it(study, entry):
+    cell = {"train.batch": 8, "model": "tiny"}
+    late = [replace(run, curve_losses=tuple(loss + 1 for loss in run.curve_losses)) if run.name == "same/seed-1"
+            else run for run in study]  # fmt: skip
+    trials = [*tuning(entry, "base", [1e-3, 3e-3], [1.4, 1.5]), *tuning(entry, "lost", [1e-3], [None])]
+    runs = [replace(run, cell=cell) for run in [*late, *trials]]
+    runs = [replace(run, status="failed", loss=None) if run.name == "fast/seed-0" else run for run in runs]
+    where = "(train.batch = 8, model = tiny)"
+    notes = judge(runs).notes
+    for said in (
+        f"fast {where}: 1 of 3 runs failed",
+        f"same {where} reached the loss",
+        f"base {where}: the best optim.lr of 2 trials lies at the edge of its search (0.001): a wider search may do better",
+        f"lost {where}: none of 1 trials finished, so nothing was chosen, and no final run made",
+        f"the arms had other numbers of trials {where}: base 2, fast 0, same 0, lost 1",
+    ):
+        assert [note for note in notes if note.startswith(said)], said
+    assert "compared although" not in " ".join(notes)
+    (group,) = judge(runs, step_times={lane_name(name, cell): own for name, own in LANE.items()}).groups
+    assert lane_name("base", cell) == "base @ model = tiny, train.batch = 8"
+    assert "step_s" in group.table
+
+
+def test_a_baseline_without_runs_in_a_cell_is_refused(study):
+    runs = [replace(run, cell={"a": number}) for number in (1, 2) for run in study]
+    with pytest.raises(ConfigError, match=r"the baseline 'base' has no run \(a = 2\)"):
+        judge([run for run in runs if run.cell["a"] == 1 or run.arm != "base"])
+
+
+def test_only_numbers_that_were_searched_have_edges_and_one_alone_says_what_is_near(study, entry):
+    def trial(number, loss, **settings):
+        return entry("base", 1000, phase="tuning", trial=settings, name=f"trial-{number}", loss=loss)
+
+    settings = [
+        {"lr": 1e-3, "name": "a", "flag": True, "decay": 0.1}, {"lr": 1e-2, "name": "b", "flag": False, "decay": 0.1},
+        {"lr": 1e-1, "name": "c", "flag": True, "decay": 0.1},
+    ]  # fmt: skip
+    trials = [
+        trial(number, loss, **own) for number, (own, loss) in enumerate(zip(settings, (1.5, 1.6, 1.7), strict=True))
+    ]
+    tuning_of = judge([*study, *trials]).groups[0].tuning["base"]
+    assert (tuning_of.best, tuning_of.at_edge, tuning_of.near_factor) == (settings[0], ["lr"], {})
+    assert tuning_of.trials == list(zip(settings, (1.5, 1.6, 1.7), strict=True))
+    alone = [trial(number, loss, lr=rate) for number, (rate, loss) in enumerate([(0.0, 1.501), (0.1, 1.5), (0.2, 1.9)])]
+    found = judge([*study, *alone]).groups[0].tuning["base"]
+    assert found.at_edge == []
+    assert math.isnan(found.near_factor["lr"])  # nothing is a multiple of nothing
+
+
+@pytest.mark.parametrize(
+    ("errors", "median", "worst"),
+    [((1.1, 0.8, 1.0), 0.1, -0.2), ((1.1, 1.3, 1.0), 0.1, 0.3), ((1.1,), 0.1, 0.1)],
+)
+def test_the_worst_prediction_has_its_sign(study, errors, median, worst):
+    runs = [replace(run, predicted={}, measured={}) for run in study]
+    for place, error in enumerate(errors):
+        runs[place] = replace(runs[place], predicted={"x": 200 * error}, measured={"x": 200.0, "y": 1.0})
+    found = judge(runs).calibration
+    assert list(found) == ["x"]
+    assert (found["x"].n, found["x"].median, found["x"].worst) == (
+        len(errors), pytest.approx(median), pytest.approx(worst),
+    )  # fmt: skip
+
+
+def test_flops_and_time_that_all_have_are_those_of_the_least(study):
+    runs = [
+        replace(run, measured={"executed_flops": 2e6} if run.arm == "fast" else {"executed_flops": 3e6})
+        for run in study
+    ]
+    (group,) = judge(runs, step_times=LANE).groups
+    assert group.budgets == {"flops": 100 * 2e6, "seconds": pytest.approx(100 * 1.0)}
+    (group,) = judge(runs, step_times={name: LANE[name] for name in ("base", "fast")}).groups
+    assert group.budgets == {"flops": 100 * 2e6}
+    runs = [replace(run, measured={}, predicted={}) for run in study]
+    assert judge(runs).groups[0].budgets == {}
