@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from llmeff.core.precision import precision
-from llmeff.cost import laws
+from llmeff.cost import image_laws, laws
 from llmeff.cost.arrays import Weight
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Price
@@ -240,6 +240,26 @@ def test_a_batch_of_packed_rows_has_places_documents_tables_and_masks_of_each():
     assert tape.live.total - before == (2 + 1) * B * T * T  # and a mask of booleans, which it is made from
     assert batch.bias("bfloat16") is bias
     assert batch.bias("float32").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cpu", "dtype"),
+    [("fp32", True, "float32"), ("fp32", False, "float32"), ("bf16", True, "float32"), ("bf16", False, "bfloat16")],
+)
+def test_maps_are_unpooled_in_float32_under_autocast_on_a_cpu_alone(name, on_cpu, dtype):
+    tape = Tape(Workload(num_sequences=B, num_tokens=24, image_size=(4, 6), precision_name=name, on_cpu=on_cpu))
+    x = tape.new((B, 3, 4, 6), tape.precision.compute, tape.save((), (), partial(lambda gradient: ())))
+    pooled, places = image_laws.max_pool(tape, x)
+    assert (pooled.shape, places.shape, places.dtype) == ((B, 3, 2, 3), (B, 3, 2, 3), "int64")
+    back = image_laws.max_unpool(tape, pooled, places, (5, 6))
+    assert (back.shape, back.dtype) == ((B, 3, 5, 6), dtype)
+
+
+def test_a_batch_of_images_has_a_label_for_every_pixel():
+    tape = Tape(Workload(num_sequences=B, num_tokens=24, image_size=(4, 6)))
+    batch = image_laws.Images(tape)
+    assert (batch.images.shape, batch.labels.shape) == ((B, 3, 4, 6), (B, 4, 6))
+    assert batch.num_bytes == tape.live.total == tape.counts["batch_bytes", "batch"] == B * 24 * (3 * 4 + 8)
 
 
 @pytest.mark.parametrize(
