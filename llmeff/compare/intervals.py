@@ -9,7 +9,7 @@ images) are resampled only where there are many.
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -283,7 +283,7 @@ def _at_once(
     )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache
 def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float:
     """The probability that no |t| of several comparisons with one baseline is above a value (Dunnett 1955).
 
@@ -308,7 +308,7 @@ def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float
     return float(level_weights @ product @ weights)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
     """Points and weights of a normal density, of which one half stands for both, and of -1 to 1; weights sum to 1."""
     points, weights = np.polynomial.hermite_e.hermegauss(48)
@@ -317,7 +317,7 @@ def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
     return points[half], weights[half] / weights[half].sum(), levels, level_weights / 2
 
 
-@lru_cache(maxsize=1024)
+@lru_cache
 def _asked(shares: tuple[float, ...], freedom: float) -> float:
     """The |t| that the largest of a family exceeds in 5 %."""
     from scipy.optimize import brentq

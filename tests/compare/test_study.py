@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from llmeff.cli import main
-from llmeff.compare.ledger import LEDGER, read_ledger, write_ledger
-from llmeff.compare.study import read_timing
+from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_entries, read_ledger, write_ledger
+from llmeff.compare.study import TIMING, is_list, name_of, read_study, read_timing, write_pictures
 from llmeff.compare.verdict import judge, lane_name
 from llmeff.compare.verdict_table import as_dict
 from llmeff.core.config import ConfigError
@@ -137,6 +137,90 @@ def test_a_config_that_was_cut_off_is_one_error(make_run, capsys):
     (run / "config.json").write_text('{"seed": ')
     assert main(["compare", str(run)]) == 2
     assert "config.json: cannot be read" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sweep(make_run, tmp_path):
+    """A sweep's folder with two arms of one run each."""
+    folder = tmp_path / "sweep"
+    for order, arm in enumerate(("first", "second")):
+        (folder / RUNS / arm).mkdir(parents=True)
+        make_run(arm).rename(folder / RUNS / arm / "seed-0")
+        place = {"name": f"{arm}/seed-0", "arm": arm, "cell": {}, "factors": {}, "phase": "final", "trial": {}}
+        (folder / RUNS / arm / f"seed-0{PLACE}").write_text(json.dumps(place | {"order": order}))
+    told = {"name": "a sweep", "baseline": "second", "metric": "accuracy", "target": 0.3}
+    (folder / SWEEP).write_text(json.dumps(told))
+    return folder
+
+
+def test_a_sweeps_folder_says_what_it_is_judged_by_and_has_its_own_step_times(sweep):
+    lanes = {"first": [0.2, 0.2], "second": [0.1, 0.1]}
+    (sweep / TIMING).write_text(json.dumps({"step_s": lanes, "races": [race()]}))
+    found = read_study([sweep])
+    (group,) = found.groups
+    assert (group.baseline, group.metric.name, group.target) == ("second", "accuracy", 0.3)
+    assert group.table["step_s"]["first"].difference.ratio.value == pytest.approx(2.0)
+    assert found.notes[0] == "the timing lane had 30 rounds, of which 4 were dropped since others used the cores"
+    assert found.command == f"llmeff compare {sweep}"
+    other = read_study([sweep], metric="loss", baseline="first")
+    assert (other.groups[0].metric.name, other.groups[0].baseline) == ("loss", "first")
+    assert other.groups[0].target != 0.3
+    assert other.command == f"llmeff compare {sweep} --baseline first --metric loss"
+    times = sweep.parent / "times.json"
+    times.write_text(json.dumps({"step_s": {"first": [0.4], "second": [0.1]}, "races": [race(rounds=1)]}))
+    given = read_study([sweep], timing=times, target=0.35, mixed=True)
+    assert given.groups[0].table["step_s"]["first"].difference.ratio.value == pytest.approx(4.0)
+    assert given.groups[0].target == 0.35
+    assert given.command == f"llmeff compare {sweep} --target 0.35 --timing {times} --mixed"
+    # of several nothing is said by one
+    assert read_study([sweep, sweep.parent / "more"], read_entries([sweep])).groups[0].baseline == "first"
+
+
+def test_a_sweeps_name_is_that_of_its_study_or_of_its_ledgers_or_of_its_arms(sweep, study, tmp_path):
+    entries = read_entries([sweep])
+    assert name_of([sweep], entries) == "a sweep"
+    write_ledger(sweep / LEDGER, entries, {"sweep": {"name": "another"}})
+    assert name_of([sweep], entries) == name_of([sweep / LEDGER], entries) == "another"
+    write_ledger(tmp_path / LEDGER, study)
+    assert name_of([tmp_path / LEDGER], study) == "base, fast, same"
+    assert name_of([sweep, tmp_path / LEDGER], [*entries, *study]) == "first, second, base, fast, same"
+
+
+def test_runs_of_other_data_are_compared_where_that_is_asked_for(study):
+    runs = [replace(run, data_sha256="b" * 64) if run.arm == "fast" else run for run in study]
+    with pytest.raises(ConfigError, match="not of one kind"):
+        read_study([], runs)
+    found = read_study([], runs, mixed=True)
+    assert any(note.startswith("compared although they read other data") for note in found.notes)
+    assert found.command == "llmeff compare --mixed"
+
+
+def test_what_is_a_list_and_what_is_a_study(sweep, entry, tmp_path):
+    one, two = entry("one", 0), entry("two", 0)
+    (tmp_path / LEDGER).write_bytes(b"")
+    assert is_list([tmp_path], [one])
+    assert is_list([tmp_path, tmp_path], [one, two])
+    assert is_list([tmp_path] * 3, [one, one, one])
+    assert not is_list([tmp_path] * 3, [one, one, two])
+    assert not is_list([sweep], [one, two])
+    assert not is_list([tmp_path / LEDGER], [one, two])
+
+
+def test_each_cell_has_a_picture_of_its_own(study, entry, tmp_path):
+    write_pictures(judge(study), tmp_path / "it.png")
+    cells = [replace(run, cell={"train.batch": batch}) for batch in (8, 16) for run in study]
+    write_pictures(judge(cells), tmp_path / "many.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "it.png", "many-train.batch=16.png", "many-train.batch=8.png",
+    ]  # fmt: skip
+    once = [replace(run, curve_steps=(0,), curve_losses=(1.0,)) for run in study]
+    with pytest.raises(ConfigError, match="nothing to draw, no run was evaluated twice"):
+        write_pictures(judge(once), tmp_path / "none.png")
+
+
+def test_a_file_of_step_times_that_is_not_there_is_an_error_in_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"times\.json: cannot be read \(No such file"):
+        read_timing(tmp_path / "times.json")
 
 
 @pytest.mark.slow
