@@ -673,6 +673,14 @@ def test_means_are_over_seeds_and_of_the_time_of_a_step_over_generations(study):
     assert group.table["step_s"]["base"].values == dict.fromkeys(range(3), pytest.approx(1.0))
 
 
+@pytest.mark.parametrize("num", range(1, 7))
+def test_a_mean_has_an_interval_from_three_seeds_on(entry, num):
+    runs = [*settled(entry, "base", BASE[:num]), *settled(entry, "other", BASE[:num][::-1], peak_bytes=90)]
+    cells = judge(runs).groups[0].table["loss"]
+    assert [cell.mean.value for cell in cells.values()] == pytest.approx([np.mean(BASE[:num])] * 2)
+    assert [math.isnan(cell.mean.lower) for cell in cells.values()] == [num < 3] * 2
+
+
 def test_what_is_shown_of_a_study_has_keys_labels_units_and_a_better_way(segmented):
     runs = [replace(run, energy_j=5.0, measured=run.measured | {"wire_bytes": 10.0}) for run in segmented]
     (group,) = judge(runs, target=2.0, step_times=LANE).groups
