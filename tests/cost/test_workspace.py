@@ -145,6 +145,11 @@ def test_a_kernel_in_bfloat16_adds_up_in_float32_in_every_thread(name):
     assert found("input", **tall) == Room(during=y + weight, result=x)
     sums = 4 * 16 * 32 * 15 + 2 * (16 + 32) * 48 * (64 + 4)  # and an image of either map, turned
     assert found("weight", **tall) == Room(during=x + y + 2 * sums, result=weight)
+    # one side of 1 does not make it one of 1x1
+    flat = tall | {"weight": (D, 25, 1, 3)}
+    sums = 4 * 16 * 32 * 3 + 2 * (16 + 32) * 48 * (64 + 4)
+    assert found("weight", **flat) == Room(during=x + y + 2 * sums, result=2 * 16 * 32 * 3)
+    assert found("output", **flat) == Room(during=x + 2 * 16 * 32 * 3, result=y)
     # of 1x1 the map that is made is added up
     weight, one = 2 * 16 * 32, tall | {"weight": (D, 25, 1, 1)}
     assert found("output", **one) == Room(during=x + weight + 2 * 4 * 16 * H * W, result=y)
