@@ -1,6 +1,7 @@
 """What must hold of every mixer, over the registry: against formulas in float64, and of its forms against one another."""
 
 import functools
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -365,6 +366,18 @@ def test_what_a_mixer_built_on_another_must_add():
     """Python says so of a class that lacks it."""
     asked = {Mixer: {"forward"}, HeadsMixer: {"mix"}, KernelMixer: {"features"}, DeltaMixer: {"log_decay", "finish"}}
     assert {kind: set(kind.__abstractmethods__) for kind in asked} == asked
+
+
+@every_mixer
+def test_methods_are_called_as_those_that_they_stand_for(name):
+    config_of = MixerConfig.registry[name]
+    for kind in {*config_of.__mro__, *type(config(name).build(grouped(name, SHAPE))).__mro__}:
+        for method, own in vars(kind).items():
+            stood_for = next((getattr(base, method) for base in kind.__mro__[1:] if method in vars(base)), None)
+            if kind.__module__.startswith("llmeff.attention") and inspect.isfunction(own) and method[0] != "_":
+                asked = [] if stood_for is None else inspect.signature(stood_for).parameters.values()
+                found = inspect.signature(own).parameters
+                assert all(found[each.name].kind == each.kind for each in asked if each.name in found)
 
 
 def test_a_name_that_is_none_is_answered_with_the_nearest():

@@ -1,12 +1,14 @@
 """The recurrence: chunks against single steps in float64, values and gradients, over every kind of decay and rule."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llmeff.attention import MixerConfig, fla
-from llmeff.attention.scan import ScanConfig, mix, scan, step
+from llmeff.attention.scan import BLOCK, CHUNK, LEAST, SEGMENT, ScanConfig, mix, scan, step
 from llmeff.core import kernels
 from llmeff.core.layout import Layout
 from llmeff.testing.mixers import SHAPE
@@ -142,12 +144,14 @@ def test_the_other_kernel_is_asked_for_more_tokens_than_one(
     positions = torch.arange(num_tokens)[None].expand(2, -1)
     layout = Layout(positions=positions, documents=torch.zeros_like(positions) if has_documents else None)
     state, cache = torch.ones(2, 3, 8, 5), Kept() if has_cache else None
-    monkeypatch.setattr(fla, "takes", lambda *_: True)
+    asked = []
+    monkeypatch.setattr(fla, "takes", lambda kernel, dtype, device: not asked.append((kernel, dtype, device)))
     monkeypatch.setattr(fla, "can_scan", lambda *_: True)
     monkeypatch.setattr(fla, "scan", lambda query, key, value, *_: (value, state))
     with kernels.noted() as ran:
         mixed = mix(**given, layout=layout, cache=cache)
     assert ran == ({"scan: flash-linear-attention": False} if is_whole else {"scan: torch": True})
+    assert asked == [("torch", torch.float32, torch.device("cpu"))] * is_whole  # where nothing else is said
     assert (mixed is given["value"]) == is_whole
     assert cache is None or (cache.states["state"] is state) == is_whole
 
@@ -169,3 +173,19 @@ def test_what_a_kernel_of_gpus_lacks(name, is_installed, on_cpu, is_flawed, said
     gates_heads = name in ("gated-deltanet", "mamba2", "performer")
     assert asked == ([] if is_flawed and not on_cpu and not gates_heads else [f"mixer {name!r}: {own}" for own in said])
     assert usual == []
+
+
+def test_a_delta_rule_by_a_kernel_of_gpus_has_narrow_keys(monkeypatch):
+    monkeypatch.setattr(fla, "is_installed", lambda: True)
+    for name in ("deltanet", "gated-deltanet", "kda"):
+        asked, usual = (MixerConfig.registry[name](kernel=kernel) for kernel in ("fla", "auto"))
+        said = f"mixer {name!r}: kernel 'fla' takes a head_dim of at most 256, given: 257"
+        assert asked.lacks(replace(SHAPE, head_dim=257), on_cpu=False) == [said]
+        assert asked.lacks(replace(SHAPE, head_dim=256), on_cpu=False) == []
+        assert usual.lacks(replace(SHAPE, head_dim=257), on_cpu=False) == []
+
+
+def test_blocks_fit_into_chunks_and_chunks_into_segments():
+    assert CHUNK % BLOCK == SEGMENT % CHUNK == 0
+    assert math.exp(-LEAST * BLOCK) < torch.finfo(torch.float32).max
+    assert math.exp(LEAST) == pytest.approx(0.007, abs=5e-4)
