@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from llmeff.core import kernels
+from llmeff.record import meters
 from llmeff.record.meters import (
     EnergyMeter,
     PeakLiveBytes,
@@ -304,6 +305,21 @@ def peak_of_a_scatter():
 def test_what_gloos_thread_frees_does_not_add_up():
     copy, given = 2 * 4000, 3 * 4000
     assert all(peak == pytest.approx(given + copy, abs=100) for peak in ranks(2).run(peak_of_a_scatter))
+
+
+def pauses():
+    """After which operations, counted from 1, gloo's thread is given time."""
+    paused, done = [], []
+    with pytest.MonkeyPatch.context() as patch, meters._Settled():
+        patch.setattr(meters.time, "sleep", lambda seconds: paused.append(len(done)))
+        for work in (lambda: torch.ones(4) + 1, lambda: dist.all_reduce(torch.ones(4)), lambda: torch.ones(4) * 2):
+            done.append(work)
+            work()
+    return paused
+
+
+def test_only_a_collective_is_waited_for():
+    assert ranks(2).run(pauses) == [[2], [2]]
 
 
 def test_what_nobody_is_seen_to_free_goes_with_its_collective():
