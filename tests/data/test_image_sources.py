@@ -137,6 +137,23 @@ class TestImageFolder:
         put(folder / "masks" / "a.png", np.ascontiguousarray(np.rot90(LABELS, turned)))
         assert np.array_equal(read(self.config(folder))["a"][1], np.rot90(IMAGE, turned))
 
+    @pytest.mark.parametrize(
+        ("orientation", "seen"),
+        [
+            (2, lambda pixels: pixels[:, ::-1]),
+            (4, lambda pixels: pixels[::-1]),
+            (5, lambda pixels: np.swapaxes(pixels, 0, 1)),
+            (7, lambda pixels: np.swapaxes(pixels[::-1, ::-1], 0, 1)),
+        ],
+    )
+    def test_images_are_mirrored_as_their_camera_noted(self, folder, put, orientation, seen):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(IMAGE).save(folder / "images" / "a.png", exif=exif)
+        put(folder / "masks" / "a.png", np.ascontiguousarray(seen(LABELS)))
+        assert np.array_equal(read(self.config(folder))["a"][1], seen(IMAGE))
+        assert self.config(folder).image_size() == seen(LABELS).shape
+
     def test_a_photograph_with_a_mask_of_another_format(self, folder, put):
         (folder / "images" / "a.png").unlink()
         put(folder / "images" / "a.JPG", np.full((H, W, 3), 90, np.uint8))
