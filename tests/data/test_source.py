@@ -50,6 +50,7 @@ def test_a_folder_gives_its_files_in_order_with_relative_names(corpus):
         (["notes.md"], ["notes.md"]),
         (["*.txt"], ["a.txt", "b.txt"]),
         (["**/c.txt", "a.txt", "a.txt"], ["a.txt", "deep/c.txt"]),
+        (["**/*.txt"], ["a.txt", "b.txt", "deep/c.txt"]),
         (["deep"], ["c.txt"]),
     ],
 )
