@@ -341,6 +341,14 @@ def test_the_process_holds_memory():
     assert 2**20 < resident_bytes() <= peak_resident_bytes() * 1.05
 
 
+@pytest.mark.parametrize(("system", "num_bytes"), [("linux", 1_024_000), ("darwin", 1000)])
+def test_the_peak_is_counted_in_bytes_by_one_system_and_in_kibibytes_by_another(monkeypatch, system, num_bytes):
+    used = types.SimpleNamespace(ru_maxrss=1000)
+    monkeypatch.setattr(meters.resource, "getrusage", {meters.resource.RUSAGE_SELF: used}.__getitem__)
+    monkeypatch.setattr(sys, "platform", system)
+    assert peak_resident_bytes() == num_bytes
+
+
 def test_there_is_no_energy_on_a_cpu():
     assert EnergyMeter(torch.device("cpu")).energy_j() is None
 
