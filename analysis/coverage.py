@@ -161,7 +161,7 @@ def measured() -> dict[str, dict[str, Any]]:
     """All of it, on all cores."""
     with ProcessPoolExecutor() as pool:
         asked: dict[str, dict[str, list[Future[tuple[float, float]]]]] = {}
-        for design, count in ((FIRST, 40_000), *((own, 4_000) for own in OTHERS)):
+        for design, count in ((FIRST, 80_000), *((own, 4_000) for own in OTHERS)):
             arms, runs, baseline_runs = design
             spreads = {"equal spreads": [1.0] * arms, "one arm of three times the spread": [3.0] + [1.0] * (arms - 1)}
             asked[f"equal arms, {_called(design)}, {count} studies"] = {
@@ -172,8 +172,8 @@ def measured() -> dict[str, dict[str, Any]]:
                 for what, own in spreads.items()
             }
         others: dict[str, dict[str, Future[Any]]] = {
-            f"power, {_called(FIRST)}, 4000 studies": {
-                f"ratio {ratio:.3f}": pool.submit(power, 4_000, *FIRST, ratio, seed=20) for ratio in (BETTER, 1.015)
+            f"power, {_called(FIRST)}, 10000 studies": {
+                f"ratio {ratio:.3f}": pool.submit(power, 10_000, *FIRST, ratio, seed=20) for ratio in (BETTER, 1.015)
             },
             "A/A called different, 4 arms x 8, baseline 16": {
                 f"{count} sweeps": pool.submit(aa_error, count, 4, 8, 16, seed=30) for count in (500, 2_000)
