@@ -9,8 +9,8 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,28 +153,31 @@ FIRST = (13, 5, 15)
 OTHERS = ((4, 8, 16), (4, 3, 3))
 
 
-SHARDS = 4
-"""Parts that many studies are drawn in, each with a seed of its own."""
+SHARD = 10_000
+"""Studies that are drawn by one seed."""
+
+
+def _shards(work: Callable[..., Any], pool: Executor, count: int, seed: int, *given: Any) -> list[Future[Any]]:
+    """So many studies in parts, each by a seed of its own."""
+    each = min(count, SHARD)
+    return [pool.submit(work, each, *given, seed=seed + shard) for shard in range(count // each)]
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    """All of it, on all cores."""
+    """All of it, on all cores. What is close to its bound is drawn more often."""
     with ProcessPoolExecutor() as pool:
-        asked: dict[str, dict[str, list[Future[tuple[float, float]]]]] = {}
-        for design, count in ((FIRST, 80_000), *((own, 4_000) for own in OTHERS)):
+        asked: dict[str, dict[str, tuple[int, list[Future[tuple[float, float]]]]]] = {}
+        for design, even, uneven in ((FIRST, 40_000, 120_000), *((own, 4_000, 4_000) for own in OTHERS)):
             arms, runs, baseline_runs = design
-            spreads = {"equal spreads": [1.0] * arms, "one arm of three times the spread": [3.0] + [1.0] * (arms - 1)}
-            asked[f"equal arms, {_called(design)}, {count} studies"] = {
-                what: [
-                    pool.submit(family_error, count // SHARDS, own, runs, baseline_runs, seed=10 + shard)
-                    for shard in range(SHARDS)
-                ]
-                for what, own in spreads.items()
+            asked[f"equal arms, {_called(design)}"] = {
+                what: (count, _shards(family_error, pool, count, 10, spreads, runs, baseline_runs))
+                for what, spreads, count in (
+                    ("equal spreads", [1.0] * arms, even),
+                    ("one arm of three times the spread", [3.0] + [1.0] * (arms - 1), uneven),
+                )
             }
+        powers = {ratio: _shards(power, pool, 40_000, 20, *FIRST, ratio) for ratio in (BETTER, 1.015)}
         others: dict[str, dict[str, Future[Any]]] = {
-            f"power, {_called(FIRST)}, 10000 studies": {
-                f"ratio {ratio:.3f}": pool.submit(power, 10_000, *FIRST, ratio, seed=20) for ratio in (BETTER, 1.015)
-            },
             "A/A called different, 4 arms x 8, baseline 16": {
                 f"{count} sweeps": pool.submit(aa_error, count, 4, 8, 16, seed=30) for count in (500, 2_000)
             },
@@ -183,15 +186,19 @@ def measured() -> dict[str, dict[str, Any]]:
             },
         }
         families = {
-            what: {name: _shares([own.result() for own in shards]) for name, shards in those.items()}
+            what: {name: _shares(count, [own.result() for own in shards]) for name, (count, shards) in those.items()}
             for what, those in asked.items()
         }
-        return families | {what: {name: own.result() for name, own in those.items()} for what, those in others.items()}
+        found = {
+            f"ratio {ratio:.3f}": float(np.mean([own.result() for own in shards])) for ratio, shards in powers.items()
+        }
+        rest = {what: {name: own.result() for name, own in those.items()} for what, those in others.items()}
+        return families | {f"power, {_called(FIRST)}, 40000 studies": found} | rest
 
 
-def _shares(shards: Sequence[tuple[float, float]]) -> dict[str, float]:
+def _shares(count: int, shards: Sequence[tuple[float, float]]) -> dict[str, float]:
     wrong, pooled = (sum(own) / len(shards) for own in zip(*shards, strict=True))
-    return {"family_error": wrong, "judged by Dunnett's pooled procedure": pooled}
+    return {"studies": count, "family_error": wrong, "judged by Dunnett's pooled procedure": pooled}
 
 
 def _called(design: tuple[int, int, int]) -> str:

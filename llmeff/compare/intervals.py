@@ -22,9 +22,9 @@ POWER = 0.8
 FEW_UNITS = 100
 """Below so many units nothing is resampled: the interval would be too narrow."""
 
-OWN_SPREAD = 0.014
+OWN_SPREAD = 0.012
 """Below this p (an F test of its variance against that of all others) an arm is judged by its own spread, not the pooled one."""
-REFUTED = 0.016
+REFUTED = 0.01
 """Below this p over all arms (Bonferroni) spreads are so unlike that nothing is pooled."""
 
 Floats = npt.NDArray[np.float64]
