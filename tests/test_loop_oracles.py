@@ -340,6 +340,18 @@ def test_each_clock_counts_what_its_name_says(tmp_path, monkeypatch):
     assert (timings.train_s, timings.data_s, timings.startup_s) == (2 * 2, 2 * 1, 0)
 
 
+def test_micro_batches_are_trained_on_in_their_order(tmp_path, monkeypatch):
+    """Sums, and what a step draws by chance, are then the same bits again."""
+    with Trainer(quick("train.micro_batch=1"), tmp_path / "run", resume=False, is_silent=True) as trainer:
+        task, made, taken = trainer._task, [], []
+        batch, loss = task.batch, task.loss
+        monkeypatch.setattr(task, "batch", lambda *given: made.append((given[:2], batch(*given))) or made[-1][1])
+        monkeypatch.setattr(task, "loss", lambda model, given: taken.append(given) or loss(model, given))
+        trainer.train_step()
+    assert [asked for asked, _ in made] == [(0, range(row, row + 1)) for row in range(4)]
+    assert all(one is other for (_, one), other in zip(made, taken, strict=True))
+
+
 def test_a_run_says_what_it_is_in(tmp_path, monkeypatch):
     """By the second micro-batch of a step the first one's backward is done, which is not yet the update."""
     seen = []

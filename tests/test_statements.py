@@ -122,6 +122,12 @@ GIVEN = "but accelerate launch --"
             {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
             f"runtime.compile is 'off' in the config, {GIVEN}dynamo_backend says 'INDUCTOR': leave the flag out",
         ),
+        (
+            ["parallel=ddp", "parallel.ranks=2"],
+            {"ACCELERATE_USE_FSDP": "true"},
+            "parallel is 'ddp' in the config, but accelerate launch was given --use_fsdp: leave the flag out, or set "
+            "parallel to the strategy that it means",
+        ),
     ],
 )
 def test_what_disagrees_is_said_with_what_to_give_instead(monkeypatch, settings, environment, problem):

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import world
+from llmeff.core.seed import derive
 from llmeff.data import TextData
 from llmeff.data.builtin import Builtin
 from llmeff.data.splits import Document
@@ -259,6 +260,21 @@ def test_text_is_sampled_from_the_beginning_of_a_document_and_what_was_last_draw
     assert drawn[0] == end == len(VOCABULARY)
     assert seen == [[drawn[max(0, place - 3) : place]] for place in range(1, 7)]
     assert text.startswith(task.corpus.tokenizer.decode(drawn[1:]))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_order_and_sample_are_of_the_runs_seed(by_hand, seed):
+    """A run that goes on reads what it would have read, whatever the version that began it."""
+    opened, model = by_hand(sequence_length=4)
+    task = CausalLM().open(opened._data, seed, 2, is_main=True, wait=lambda: None)
+    rows = task.corpus.train.batch(derive(seed, "data"), 5, range(2), 2)
+    task.resolve(DecoderConfig(vocab_size=7))
+    assert task.batch(5, range(2), CPU).inputs["tokens"].tolist() == rows.tokens.tolist()
+    generator = torch.Generator().manual_seed(derive(seed, "sample"))
+    with torch.no_grad():
+        model.logits.zero_()  # all seven tokens are as likely
+    drawn = [int(torch.multinomial(torch.full((7,), 1 / 7), 1, generator=generator)) for _ in range(9)]
+    assert task.sample(model, "validation", 9, CPU).text == task.corpus.tokenizer.decode(drawn)
 
 
 def test_sampled_text_is_drawn_at_four_fifths_of_the_temperature(by_hand):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import world
+from llmeff.core.seed import derive
 from llmeff.data import TextData
 from llmeff.data.image_source import IGNORED
 from llmeff.data.images import ImageData
@@ -109,6 +110,27 @@ def test_class_weights_by_hand(small, balance, expected):
 def test_a_class_that_training_never_sees_weighs_one():
     pixels, present = np.array([4, 0, 2]), np.array([8, 0, 8])
     assert class_weights(pixels, present, 1.0) == pytest.approx([0.75, 1, 1.5])
+
+
+def test_a_class_of_one_pixel_weighs_as_what_it_is():
+    assert class_weights(np.array([4, 1]), np.array([8, 8]), 1.0) == pytest.approx([5 / 8, 5 / 2])
+
+
+def test_a_batch_goes_to_the_device_without_a_wait_and_to_a_cpu_as_a_copy(small, monkeypatch):
+    task, copied, copy = opened(small), [], Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda own, *to, **how: copied.append((to, how)) or copy(own, *to, **how))
+    meta = torch.device("meta")
+    task.batch(0, range(2), meta)
+    assert copied == [((meta,), {"non_blocking": True})] * 2
+    values = np.zeros(3, np.float32)
+    task._on(values, CPU).fill_(1.0)
+    assert not values.any()
+
+
+def test_the_order_of_images_is_of_the_runs_seed(small):
+    for seed in (0, 3):
+        task = Segmentation().open(validate(ImageData, {"source": small}), seed, 3, is_main=True, wait=lambda: None)
+        assert task.unit_ids(1, range(3)) == task.corpus.batch(derive(seed, "data"), 1, range(3), 3).units
 
 
 def mean_loss(task: Any, logits: Tensor) -> float:
