@@ -324,8 +324,9 @@ def _hand_on_back(
     ]
     grad_erased = []
     if erased is not None:
-        tape.new(erased, "float32")
+        product = tape.new(erased, "float32")
         grad_erased = [tape.new(erased, "float32")]
+        del product
     if carry is not None:
         weighted = tape.new(after.shape, "float32") if learns else None
         found.append(tape.new(carry, "float32") if learns else None)
