@@ -41,7 +41,8 @@ def law(
             del mixed
     flows = [x is not None and x.node is not None for x in rows]
     present = [x is not None for x in rows]
-    node = tape.save(tuple(given), (*given, *states), partial(_back, tape, is_convolved, present, flows))
+    back = partial(_back, tape, _dense(out.shape, is_convolved), present, flows)
+    node = tape.save(tuple(given), (*given, *states), back)
     return Array(out.shape, out.dtype, out.storage, node)
 
 
@@ -62,7 +63,7 @@ def _part(rows: _Rows, start: int) -> _Rows:
 
 
 def _back(
-    tape: Tape, is_convolved: bool, present: list[bool], flows: list[bool], gradient: Array, *saved: Array
+    tape: Tape, dense: tuple[bool, bool], present: list[bool], flows: list[bool], gradient: Array, *saved: Array
 ) -> tuple[Array | None, ...]:
     kept = list(saved)
     rows: _Rows = [kept.pop(0) if is_there else None for is_there in present]
@@ -74,7 +75,6 @@ def _back(
         starts = [*_part(rows, index * SEGMENT), kept[index]]
         assert starts[2] is not None
         part = Array(starts[2].shape, gradient.dtype, gradient.storage)
-        dense = _dense(gradient.shape, is_convolved)
         given = partial(_given, tape, part, above, dense[1])
         *parts, last = tape.run_again(partial(_segment, tape, *dense), starts, (*flows, True), given)
         assert last is not None

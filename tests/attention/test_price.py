@@ -223,9 +223,7 @@ def assert_arrays(own, shape, workload, within=0.0):
 FEW = {
     "segments": ["gated-deltanet", "kda", "linear"],  # what they are for others is known by one segment
     "wide heads": SCANS,
-    "one head": sorted(
-        set(SCANS) - {"deltanet"}
-    ),  # of DeltaNet's rows that lie by channels the law has a copy too many
+    "one head": SCANS,
 }
 """For which mixers some forms are tried: those with a scan."""
 
