@@ -93,8 +93,11 @@ class StepClock:
     def begin(self, step: int) -> None:
         """Starts the step, counted from 1."""
         beat("data", step)
-        self._current = _Step(number=step, is_warmup=self._steps_done < WARMUP_STEPS)
-        self._current.is_synchronised = step % SYNCHRONISED_EVERY == 0
+        self._current = _Step(
+            number=step,
+            is_warmup=self._steps_done < WARMUP_STEPS,
+            is_synchronised=step % SYNCHRONISED_EVERY == 0,
+        )
         if self._on_gpu:
             self._current.began = _event()
             if self._current.is_synchronised:
@@ -132,7 +135,7 @@ class StepClock:
 class _Step:
     number: int
     is_warmup: bool
-    is_synchronised: bool = False
+    is_synchronised: bool
     parts: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     began: torch.cuda.Event | None = None

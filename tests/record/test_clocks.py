@@ -98,6 +98,21 @@ def test_a_gpus_step_lies_between_its_own_events_and_is_told_with_the_next(now, 
     assert clock.flush() == []
 
 
+def test_a_gpus_event_tells_its_time_once_it_is_recorded(monkeypatch):
+    asked = []
+
+    class Event:
+        def __init__(self, **options):
+            asked.append(options)
+
+        def record(self):
+            asked.append("recorded")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert isinstance(clocks._event(), Event)
+    assert asked == [{"enable_timing": True}, "recorded"]
+
+
 def test_a_gpu_has_done_its_work_before_and_after_an_evaluation(now, waits):
     sums = Clocks(torch.device("cuda"))
     with sums.hold("eval"):
