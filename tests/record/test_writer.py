@@ -176,6 +176,15 @@ def test_a_kill_at_any_byte_of_an_evaluation_loses_that_evaluation_alone(make_ru
             assert path.read_bytes() == first
 
 
+def test_a_run_that_had_no_evaluation_goes_on_without_a_file_of_them(make_run, environment):
+    folder = make_run("run", steps=4, is_finished=False)
+    for name in ("evaluations.jsonl", "evals.parquet"):
+        (folder / name).unlink()
+    before = sorted(path.name for path in folder.iterdir())
+    _resume(folder, environment, 3).close()
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_a_run_that_was_begun_before_there_were_evaluations_goes_on_without(make_run, environment):
     """Of a file that lacks the first of them a curve would begin late."""
     folder = make_run("run", steps=4, is_finished=False)
