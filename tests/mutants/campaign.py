@@ -59,8 +59,6 @@ LEAST_EACH = 40
 """So many mutants are sampled for a result that is written: in all, and in each package."""
 MOST_EQUIVALENT = 0.08
 """And of these at most such a part is said to be equivalent."""
-RAISED = 70
-"""Exit code of a fork whose work raised: of pytest, what a test that failed left open, which is found after its last words."""
 IMPORT_FAILED = re.compile(
     r"^!+ Interrupted: \d+ errors? during collection !+$|^ImportError while loading conftest ", re.MULTILINE
 )
@@ -198,7 +196,7 @@ def fork(clone: Path, log: Path, work: Callable[[], int], *, compiles: bool = Fa
     process = os.fork()
     if process:
         return process
-    code = RAISED
+    code = 70
     try:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -240,7 +238,23 @@ def run_tests(arguments: Sequence[str], *plugins: Any) -> int:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     plain = ["-q", "-p", "pytest_timeout", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
     loaded = ["-W", "ignore:Module already imported so cannot be rewritten"]
-    return int(pytest.main([*plain, *loaded, *arguments], plugins=list(plugins)))
+    ending = _Ending()
+    try:
+        return int(pytest.main([*plain, *loaded, *arguments], plugins=[*plugins, ending]))
+    except pytest.PytestUnraisableExceptionWarning:  # what a failed test left open, found after pytest's last words
+        if ending.status == pytest.ExitCode.TESTS_FAILED:
+            return int(ending.status)
+        raise
+
+
+class _Ending:
+    """How pytest's session ended, whatever comes after."""
+
+    status: int = pytest.ExitCode.INTERNAL_ERROR
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Notes it."""
+        self.status = exitstatus
 
 
 def finished(process: int) -> int | None:
@@ -348,7 +362,7 @@ def verdict(name: str, code: int | None, log: Path) -> str:
         return "timeout"
     if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return "survived"
-    if code == pytest.ExitCode.TESTS_FAILED or (code == RAISED and _killer(log) is not None):
+    if code == pytest.ExitCode.TESTS_FAILED:
         return "killed"
     is_import = code in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR)
     if is_import and IMPORT_FAILED.search(log.read_text(encoding="utf-8", errors="replace")):

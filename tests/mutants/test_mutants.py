@@ -213,7 +213,6 @@ def test_a_mutant_is_killed_by_a_test_an_import_or_its_time_alone(clone):
         "0": "survived",
         "5": "survived",
         "1 FAILED a test": "killed",
-        "70 FAILED a test": "killed",
         COLLECTION: "killed",
         CONFTEST: "killed",
         "waits": "timeout",
@@ -248,6 +247,16 @@ def test_pytest_says_so_where_an_import_fails(tmp_path, broken, code):
     process = campaign.fork(tmp_path, log, lambda: campaign.run_tests(["-x", "test_it.py"]))
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
     assert verdict("it", code, log) == "killed"
+
+
+@pytest.mark.parametrize(("ends", "code"), [("assert False", 1), ("pass", 70)])
+def test_what_a_failed_test_leaves_open_is_no_other_end(tmp_path, ends, code):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    leaves = "    import gc\n    gc.disable()\n    own = [open(__file__)]\n    own.append(own)\n"
+    (tmp_path / "test_it.py").write_text(f"def test_it():\n{leaves}    {ends}\n")
+    log = tmp_path / "log"
+    process = campaign.fork(tmp_path, log, lambda: campaign.run_tests(["-x", "test_it.py"]))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code, log.read_text()
 
 
 def options_of(scratch, **changes):
