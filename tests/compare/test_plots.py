@@ -185,8 +185,8 @@ def test_arms_are_drawn_over_items_as_means_and_bands_and_runs_evaluated_otherwi
         flat(entry, "one", 0, (4.0, 3.0, 2.0)), flat(entry, "one", 1, (4.0, 3.5, 2.5)),
         flat(entry, "one", 2, (4.0, 3.9, 3.0, 3.0), steps=(0, 60, 90, 100)),
         flat(entry, "one", 3, (4.0, math.nan, 2.5)),
-        flat(entry, "_two", 0, (4.0, 2.0, 1.0)),
         flat(entry, "three", 0, (2.0,), steps=(100,)),
+        flat(entry, "_two", 0, (4.0, 2.0, 1.0)),
     ]  # fmt: skip
     (group,) = judge(runs, target=2.25).groups
     assert arm_curves(group) is not None

@@ -87,6 +87,14 @@ def test_arms_are_compared_within_a_cell(study):
     assert [group.cell for group in comparison.groups] == [{"train.batch": 8}, {"train.batch": 32}]
 
 
+def test_the_order_of_axes_makes_no_other_cell(study):
+    """A config may name them in any order."""
+    first, second = {"train.batch": 8, "data.seed": 1}, {"data.seed": 1, "train.batch": 8}
+    runs = [replace(entry, cell=second if entry.arm == "fast" else first) for entry in study]
+    (group,) = judge(runs).groups
+    assert set(group.arms) == {entry.arm for entry in study}
+
+
 def test_times_are_compared_by_the_lane_alone(study):
     comparison = judge(study)
     assert "step_s" not in comparison.groups[0].table

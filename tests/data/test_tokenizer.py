@@ -70,6 +70,11 @@ def test_our_way_to_encode_equals_the_saved_tokenizer(tokenizer):
     assert tokenizer.encode_batch([TEXT])[0].tolist() == encoded
 
 
+def test_the_end_of_a_document_is_written_as_gpt2_writes_it():
+    """Other programs that read a saved tokenizer look for it."""
+    assert END == "<|endoftext|>"
+
+
 def test_saved_and_loaded(config, tokenizer, folder):
     tokenizer.save(folder)
     loaded = config.load(folder)
