@@ -4,9 +4,7 @@ A run is named by what its config says, and two studies are alike if their confi
 in defaults.json and in CHANGELOG.md. `python -m tests.test_defaults` writes the file anew.
 """
 
-import dataclasses
 import importlib
-import inspect
 import json
 import pkgutil
 from pathlib import Path
@@ -64,32 +62,6 @@ def test_every_config_has_its_row():
 @pytest.mark.parametrize("name", FOUND)
 def test_what_is_not_said_means_what_it_meant(name):
     assert FOUND[name] == json.loads(KEPT.read_text()).get(name)
-
-
-GROWS = {"Array", "Node", "Weight", "Leaf", "LlmeffConfig"}
-"""What a law's tape fills in as it goes; and Hugging Face's config, which their library sets fields of."""
-
-
-def handed_on():
-    """The public dataclasses of the package, by name."""
-    return {
-        f"{module.__name__}.{name}": kind
-        for module in modules()
-        for name, kind in inspect.getmembers(module, inspect.isclass)
-        if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
-        if not name.startswith("_") and name not in GROWS
-    }
-
-
-HANDED_ON = handed_on()
-
-
-@pytest.mark.parametrize("kind", HANDED_ON.values(), ids=HANDED_ON)
-def test_what_one_part_hands_another_is_changed_by_neither(kind):
-    held = object.__new__(kind)
-    for field in dataclasses.fields(kind):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(held, field.name, None)
 
 
 if __name__ == "__main__":
