@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from llmeff.attention import MixerConfig
 from llmeff.attention.mixer import MixerShape
+from llmeff.core.layout import Layout
 from llmeff.testing import mixers as testing
 from llmeff.testing.mixers import Kept as Kept
 
@@ -24,6 +26,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def config(name: str) -> MixerConfig:
     """The mixer's."""
     return MixerConfig.registry[name](**SETTINGS.get(name, {}))
+
+
+def layouts(length: int, *, document: int, padded: int) -> dict[str, Layout]:
+    """Of two rows: of one document each, of documents of so many tokens, and with so many places of padding before the first."""
+    places, padding = torch.arange(length).repeat(2, 1), torch.ones(2, length, dtype=torch.bool)
+    padding[0, :padded] = False
+    return {
+        "plain": testing.plain(length),
+        "packed": Layout(positions=places % document, documents=places // document),
+        "padded": Layout(positions=(padding.long().cumsum(-1) - 1).clamp(min=0), padding=padding),
+    }
 
 
 def grouped(name: str, shape: MixerShape) -> MixerShape:

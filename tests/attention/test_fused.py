@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from llmeff.attention import MixerConfig, fla
-from llmeff.core.layout import Layout
 from llmeff.testing.failed import require_close
 from llmeff.testing.mixers import SHAPE, build, inputs, plain
-from tests.mixers import NAMES, config
+from tests.mixers import NAMES, config, layouts
 
 FUSED = [name for name in NAMES if getattr(MixerConfig.registry[name], "fuses", None)]
 LENGTH = 20
@@ -64,27 +63,20 @@ def other(monkeypatch):
     return seen
 
 
-def layouts():
-    places, padding = torch.arange(LENGTH).repeat(2, 1), torch.ones(2, LENGTH, dtype=torch.bool)
-    padding[0, :5] = False
-    return {
-        "plain": plain(LENGTH),
-        "packed": Layout(positions=places % 12, documents=places // 12),
-        "padded": Layout(positions=(padding.long().cumsum(-1) - 1).clamp(min=0), padding=padding),
-    }
+LAYOUTS = layouts(LENGTH, document=12, padded=5)
 
 
-@pytest.mark.parametrize("kind", layouts())
+@pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_mixer_hands_on_all_that_it_fuses_and_gives_the_same(name, kind, other):
     mixer, x = build(config(name), SHAPE), inputs(LENGTH)
-    found = mixer(x, layouts()[kind])
+    found = mixer(x, LAYOUTS[kind])
     assert other.called == MixerConfig.registry[name].fuses
     other.called, other.fuses = set(), False
-    expected = mixer(x, layouts()[kind])
+    expected = mixer(x, LAYOUTS[kind])
     assert not other.called
     if kind == "padded":
-        found, expected = (out.masked_fill(~layouts()[kind].padding[..., None], 0) for out in (found, expected))
+        found, expected = (out.masked_fill(~LAYOUTS[kind].padding[..., None], 0) for out in (found, expected))
     require_close("values", found, expected, 1e-9)
 
 

@@ -20,7 +20,7 @@ from llmeff.core.layout import Layout
 from llmeff.testing import mixers as testing
 from llmeff.testing.failed import require_close
 from llmeff.testing.mixers import SHAPE, Kept, gradients, inputs, plain
-from tests.mixers import NAMES, SETTINGS, config, every_mixer, grouped
+from tests.mixers import NAMES, SETTINGS, config, every_mixer, grouped, layouts
 
 
 def build(name, dtype=torch.float64):
@@ -222,25 +222,18 @@ def test_block_chunk_and_segment_change_nothing(name, monkeypatch):
 LENGTH = 40
 
 
-def layouts():
-    places, padding = torch.arange(LENGTH).repeat(2, 1), torch.ones(2, LENGTH, dtype=torch.bool)
-    padding[0, :9] = False
-    return {
-        "plain": plain(LENGTH),
-        "packed": Layout(positions=places % 25, documents=places // 25),
-        "padded": Layout(positions=(padding.long().cumsum(-1) - 1).clamp(min=0), padding=padding),
-    }
+LAYOUTS = layouts(LENGTH, document=25, padded=9)
 
 
-every_layout = pytest.mark.parametrize("kind", layouts())
+every_layout = pytest.mark.parametrize("kind", LAYOUTS)
 
 
 @every_mixer
 @every_layout
 def test_all_that_it_makes_lies_where_its_tokens_lie(name, kind):
     """What says nothing of where it lies comes to lie elsewhere here, where no product with tokens can be made."""
-    mixer, x, layout = build(name), inputs(LENGTH), layouts()[kind]
-    expected = mixer(x, layouts()[kind])
+    mixer, x, layout = build(name), inputs(LENGTH), LAYOUTS[kind]
+    expected = mixer(x, LAYOUTS[kind])
     with torch.device("meta"):
         mixer.prepare(layout, 2, x.dtype)
         found = mixer(x, layout)
@@ -252,7 +245,7 @@ def test_all_that_it_makes_lies_where_its_tokens_lie(name, kind):
 @pytest.mark.parametrize(("name", "length"), [*((name, LENGTH) for name in NAMES), ("sliding", 4)])
 def test_it_prepares_all_tables_that_its_layers_share_and_no_others(name, length, kind):
     def cut():
-        whole = layouts()[kind]
+        whole = LAYOUTS[kind]
         given = {part: getattr(whole, part) for part in ("positions", "documents", "padding")}
         return Layout(**{part: None if x is None else x[:, :length] for part, x in given.items()})
 
