@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.mutants.mutation import Mutant, mutants_of, mutated, operators
@@ -271,13 +272,6 @@ def cpu_s(process: int) -> float:
     return 0.0
 
 
-def resident_bytes(process: int) -> int:
-    """What a fork holds of the machine's memory."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
 # -- what reaches what
 
 
@@ -389,11 +383,11 @@ def in_parallel(clones: Sequence[Clone], cases: Iterable[Case], scratch: Path) -
             time.sleep(0.05)
             for clone, case in list(running.items()):
                 code = finished(case.process)
-                is_late = code is None and _is_late(case)
-                if code is None and not is_late:
+                is_over = code is None and _takes_too_much(case)
+                if code is None and not is_over:
                     continue
                 end(case.process)
-                if is_late:
+                if is_over:
                     os.waitpid(case.process, 0)
                 del running[clone]
                 log = scratch / f"{clone.folder.name}.log"
@@ -422,10 +416,11 @@ def _begin(case: Case, clone: Clone, scratch: Path) -> None:
     )
 
 
-def _is_late(case: Case) -> bool:
-    """Whether a case has taken too much: of a CPU, of time, or of memory."""
-    if resident_bytes(case.process) > MOST_BYTES:
-        return True
+def _takes_too_much(case: Case) -> bool:
+    """Of a CPU, of time, or of memory."""
+    with contextlib.suppress(psutil.Error):
+        if psutil.Process(case.process).memory_info().rss > MOST_BYTES:
+            return True
     waited_s = time.monotonic() - case.begun_s
     return cpu_s(case.process) > case.limit_s or waited_s > max(LONGEST_S, WAITING * case.limit_s)
 

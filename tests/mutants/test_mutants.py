@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -194,7 +195,7 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "ROOT", root)
     monkeypatch.setattr(campaign, "load", lambda: None)
     monkeypatch.setattr(campaign, "run_tests", run)
-    monkeypatch.setattr(campaign, "_is_late", lambda case: case.name.startswith("waits"))
+    monkeypatch.setattr(campaign, "_takes_too_much", lambda case: case.name.startswith("waits"))
     return Clone(tmp_path / "clone-0")
 
 
@@ -257,6 +258,22 @@ def test_what_a_failed_test_leaves_open_is_no_other_end(tmp_path, ends, code):
     log = tmp_path / "log"
     process = campaign.fork(tmp_path, log, lambda: campaign.run_tests(["-x", "test_it.py"]))
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code, log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_over"),
+    [
+        ({}, False),
+        ({"MOST_BYTES": 2**20}, True),
+        ({"cpu_s": lambda process: 61.0}, True),
+        ({"LONGEST_S": -1.0, "WAITING": -1.0}, True),
+    ],
+)
+def test_a_case_takes_too_much_of_memory_of_a_cpu_or_of_time(monkeypatch, changes, is_over):
+    for name, value in {"cpu_s": lambda process: 0.0, **changes}.items():
+        monkeypatch.setattr(campaign, name, value)
+    case = Case("it", {}, [], limit_s=60.0, begun_s=time.monotonic(), process=os.getpid())
+    assert campaign._takes_too_much(case) == is_over
 
 
 def options_of(scratch, **changes):
