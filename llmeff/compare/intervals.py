@@ -65,8 +65,12 @@ class Difference:
     """Among all of a family that is judged at once; NaN of those that Holm's procedure is left to."""
 
 
-def mean_interval(values: Sequence[float] | Floats) -> Estimate:
+def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate:
     """The mean of independent values, with Student's interval (Student 1908).
+
+    Args:
+        values: at least one.
+        fewest: of fewer values there is no interval.
 
     Raises:
         ValueError: there is no value.
@@ -75,7 +79,7 @@ def mean_interval(values: Sequence[float] | Floats) -> Estimate:
     if not len(numbers):
         raise ValueError("a mean of no values")
     mean, n = float(numbers.mean()), len(numbers)
-    if n == 1:
+    if n < fewest:
         return Estimate(value=mean, lower=math.nan, upper=math.nan, n=1)
     half = _t(0.5 + LEVEL / 2, n - 1) * float(numbers.std(ddof=1)) / math.sqrt(n)
     return Estimate(value=mean, lower=mean - half, upper=mean + half, n=n)

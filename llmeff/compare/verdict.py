@@ -600,7 +600,7 @@ def _by_pairs(
         return None
     logs = [ours[seed] - theirs[seed] for seed in seeds]
     if depends_on_seed and len(seeds) < FEWEST_SEEDS and max(map(abs, logs)) > ARITHMETIC:
-        return judged(plain.fmean(logs), math.nan, 0, len(seeds), family)
+        return judged(plain.fmean(logs), math.nan, 0, len(seeds))
     values, others = (np.exp([own[seed] for seed in seeds]) for own in (ours, theirs))
     return paired(values, others, family)
 
@@ -638,9 +638,8 @@ def _mean(
     """Over seeds, without an interval of fewer than `FEWEST_SEEDS`; of a step's time over generations."""
     if not runs or len(values) < len(runs):
         return None
-    if quantity.depends_on_seed and len(values) < FEWEST_SEEDS:
-        return Estimate(value=plain.fmean(values.values()), lower=math.nan, upper=math.nan, n=len(values))
-    return mean_interval([*values.values()] if lane is None or quantity.key != "step_s" else lane)
+    known = [*values.values()] if lane is None or quantity.key != "step_s" else lane
+    return mean_interval(known, FEWEST_SEEDS if quantity.depends_on_seed else 2)
 
 
 def _timed(
