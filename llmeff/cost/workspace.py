@@ -4,8 +4,8 @@ oneDNN copies maps and weights into a layout of its own, and takes room to compu
 lays out patches. Which of it is taken depends on the instruction set and the format. `workspace.json` says which was measured
 to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. Float32 on
 SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. The rows of AVX-512 were
-measured on a CPU that was emulated, whose whole steps take what they took on real ones, to the byte. Bfloat16 with AMX has no
-row: blocking there suits the cache, too.
+measured on an emulated CPU, on which a step in bfloat16 with AMX takes, to the byte, what it took on a real one; VNNI's rests on a
+whole step alone. Bfloat16 with AMX has no row: its blocks, too, suit the cache.
 """
 
 import json
@@ -183,7 +183,7 @@ def _blocks(block: int, own: Convolution, product: Product) -> Room:
 
 def _blocks_of_16(own: Convolution, product: Product) -> Room:
     """The same, but that the kernels of AVX2 make the weights' gradient of 4 to 15 channels."""
-    is_few = 3 < own.x[1] < 16 and not own.is_1x1
+    is_few = own.x[1] < 16 and own.x[1] not in _PLAIN[16] and not own.is_1x1
     return _blocks(8 if is_few and product == "weight" else 16, own, product)
 
 
