@@ -3,9 +3,8 @@
 oneDNN copies maps and weights into a layout of its own, and takes room to compute in; torch, where it does without oneDNN,
 lays out patches. Which of it is taken depends on the instruction set and the format. `workspace.json` says which was measured
 to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. Float32 on
-SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. The rows of AVX-512 were
-measured on an emulated CPU, on which a step in bfloat16 with AMX takes, to the byte, what it took on a real one; VNNI's rests on a
-whole step alone. Bfloat16 with AMX has no row: its blocks, too, suit the cache.
+SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. Bfloat16 with AMX has no
+row: its blocks, too, suit the cache.
 """
 
 import json
