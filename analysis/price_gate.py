@@ -271,8 +271,9 @@ def predict(case: Case) -> Price:
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:
-    """Relative errors by kind, and of saved bytes by part where they are told apart."""
-    pairs = {kind: (predicted.total(kind), measured.total(kind)) for kind in KINDS if measured.total(kind)}
+    """Relative errors by kind, where it is known, and of saved bytes by part where they are told apart."""
+    known = [kind for kind in KINDS if kind not in predicted.unknown and measured.total(kind)]
+    pairs = {kind: (predicted.total(kind), measured.total(kind)) for kind in known}
     parts = measured.parts("saved_bytes")
     parts.pop("model", None)
     pairs |= {f"saved_bytes: {part}": (predicted.parts("saved_bytes").get(part, 0), parts[part]) for part in parts}

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ CASES = (
     (2, 12, 16, 3, 32, 32),
 )
 """Images, channels in and out, a kernel's side, height and width; large enough, or in such numbers, that torch takes oneDNN."""
+MATRIX_CASES = ((50, 12, 12), (512, 128, 512), (2048, 352, 128), (4096, 768, 3072), (1024, 1024, 1024))
+"""Rows, and the widths in and out, of products of matrices."""
 TOLERANCE = 0.03
 """Of what lives beside a product: sums of threads, and the rounding of addresses, are in no form."""
 
@@ -104,6 +107,29 @@ def measure() -> list[dict[str, Any]]:
     return rows
 
 
+def measure_matrices() -> list[dict[str, Any]]:
+    """What the products of a linear layer take beside their results, in this process: no price has it."""
+    rows = []
+    for dtype in FORMATS:
+        for case in MATRIX_CASES:
+            num_rows, wide, high = case
+            x, weight, y = (
+                torch.zeros(shape, dtype=getattr(torch, dtype))
+                for shape in ((num_rows, wide), (high, wide), (num_rows, high))
+            )
+            runs: dict[Product, Callable[[], Tensor]] = {
+                "output": partial(torch.mm, x, weight.t()),
+                "input": partial(torch.mm, y, weight),
+                "weight": partial(torch.mm, y.t(), x),
+            }
+            for product, run in runs.items():
+                made = run().nbytes
+                rows.append(
+                    {"format": dtype, "case": case, "product": product, "bytes": peak_bytes(run, [], CPU) - made}
+                )
+    return rows
+
+
 def worst(form: Callable[[Convolution, Product], Room], rows: list[dict[str, Any]]) -> float:
     """How far a form is off at most, of what lives beside the product."""
     found = []
@@ -122,8 +148,8 @@ def best_form(rows: list[dict[str, Any]]) -> str | None:
     return name if off[name] <= TOLERANCE else None
 
 
-def measured_under(name: str) -> list[dict[str, Any]]:
-    """The rows of a process whose oneDNN is held to a set.
+def measured_under(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a process whose oneDNN is held to a set: of convolutions, and of products of matrices.
 
     Raises:
         RuntimeError: it is not.
@@ -138,8 +164,7 @@ def measured_under(name: str) -> list[dict[str, Any]]:
     found = json.loads(done.stdout)
     if found["set"] != name:
         raise RuntimeError(f"asked for {name}, oneDNN takes {found['set']}")
-    rows: list[dict[str, Any]] = found["rows"]
-    return rows
+    return found["rows"], found["matrices"]
 
 
 def main(names: Sequence[str]) -> None:
@@ -150,8 +175,10 @@ def main(names: Sequence[str]) -> None:
     table, facts = json.loads(TABLE.read_text(encoding="utf-8")), environment(CPU).model_dump(mode="json")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for name in names or contained(here):
-        rows = measured_under(name)
-        results[name] = {"command": "python analysis/workspace.py", "environment": facts, "rows": rows}
+        rows, matrices = measured_under(name)
+        results[name] = {
+            "command": "python analysis/workspace.py", "environment": facts, "rows": rows, "matrices": matrices,
+        }  # fmt: skip
         for dtype in FORMATS:
             own = [row for row in rows if row["format"] == dtype]
             form = best_form(own)
@@ -170,6 +197,6 @@ def main(names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--here"]:
-        print(json.dumps({"set": instruction_set(), "rows": measure()}))
+        print(json.dumps({"set": instruction_set(), "rows": measure(), "matrices": measure_matrices()}))
     else:
         main(sys.argv[1:])

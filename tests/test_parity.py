@@ -252,9 +252,13 @@ ORDER = ("elementwise", "whole_tensor", "none")
 
 
 def itself(name):
-    """Settings under which an optimizer is itself on parameters so small."""
-    sizes = OptimizerConfig.registry[name].whatever_size.items()
-    return (f"optim={name}", *(f"optim.{field}={value}" for field, value in sizes))
+    """Settings under which an optimizer is itself on parameters so small, and computes in float32 on every CPU."""
+    kind = OptimizerConfig.registry[name]
+    decided = kind().resolve(is_bfloat16_fast=False).model_dump()
+    settings = kind.whatever_size | {
+        field: decided[field] for field, value in kind().model_dump().items() if value == "auto"
+    }
+    return (f"optim={name}", *(f"optim.{field}={value}" for field, value in settings.items()))
 
 
 def of_the_update(name):

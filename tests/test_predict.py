@@ -143,7 +143,7 @@ def test_price_gates_under_every_instruction_set_of_this_cpu(name, aten):
         "tests/test_predict.py",
         "tests/models/test_unet.py",
         "-k",
-        "gate_of_images or other_kernels or trace_is_what",
+        "gate_of_images or under_autocast or of_every_mixer or of_settings or other_kernels or trace_is_what",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *gates],

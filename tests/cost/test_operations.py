@@ -16,6 +16,7 @@ from llmeff.cost.keeping import Keeping
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
+from tests.prices import own_products
 
 CONSTANT = Array((), "float32", Storage(Live(), 0, ("", "")))
 """Of which nothing is counted."""
@@ -253,7 +254,8 @@ def measured(operation, shapes, num_weights, kernel, precision_name):
         flops = count_flops(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision_name == "bf16"):
             saved = saved_bytes(forward, [*inputs, *targets, constant])
-        return flops, saved, peak_bytes(step, [], torch.device("cpu"))
+        with own_products(precision_name):
+            return flops, saved, peak_bytes(step, [], torch.device("cpu"))
 
 
 def counted(law, shapes, num_weights, num_rows, keeping, **work):

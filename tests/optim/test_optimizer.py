@@ -47,9 +47,8 @@ every_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
 def default(name):
-    """The optimizer as it comes, but for iterations that a CPU would make in whatever format it is good at."""
-    kind = OptimizerConfig.registry[name]
-    return kind(**({"ns_format": "float32"} if "ns_format" in kind.model_fields else {}))
+    """The optimizer as it comes, computing in float32 where a CPU would take whatever format it is good at."""
+    return OptimizerConfig.registry[name]().resolve(is_bfloat16_fast=False)
 
 
 def test_every_optimizer_has_its_formula():
