@@ -51,7 +51,7 @@ test-kernels: setup
 
 # What pyproject.toml allows, in fresh environments: the newest of all but torch, which TORCH names, and the lowest.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-LANE_TESTS ?= tests/models tests/attention tests/optim tests/parallel tests/data tests/core tests/record tests/test_loop.py \
+LANE_TESTS ?= tests/models tests/attention tests/optim tests/parallel tests/data tests/core tests/record tests/run/test_loop.py \
 	tests/test_strategies.py
 LANE_ARGS ?=
 

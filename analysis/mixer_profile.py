@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llmeff.mixer_bench import VOCABULARY, MixerRace, every_mixer, matmul_rate
+from llmeff.lab.mixers import MixerRace, matmul_rate
+from llmeff.models.single_layer import VOCABULARY, mixer_names
 from llmeff.record.environment import environment
 
 KINDS = {
@@ -77,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    race = MixerRace(mixers=every_mixer(), lengths=(options.length, 2 * options.length, 4 * options.length))
+    race = MixerRace(mixers=mixer_names(), lengths=(options.length, 2 * options.length, 4 * options.length))
     tokens = torch.randint(VOCABULARY, (1, options.length))
     mixers = {}
     for name, config in race.configs().items():

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import torch
 
-from llmeff.bench import Tick
-from llmeff.prepare import prepare, prepare_device
-from llmeff.runconfig import RunConfig
+from llmeff.config.run import RunConfig
+from llmeff.lab.arms import Tick
+from llmeff.run.prepare import prepare, prepare_device
 
 BATCH, LENGTH = 12, 64
 

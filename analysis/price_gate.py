@@ -17,17 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmeff.attention import MixerConfig, Softmax
+from llmeff.config.run import RunConfig
 from llmeff.core.cpu import instruction_set
 from llmeff.core.files import write_text
 from llmeff.core.layout import Layout
+from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.core.table import table
 from llmeff.cost.price import Kind, Price
 from llmeff.cost.workload import Workload
 from llmeff.models import DecoderConfig, ModelConfig, SegNetBasic, SegNetVGG
 from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
-from llmeff.predict import price_step
-from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
+from llmeff.plan.price import price_step
 
 NUM_CASES, NUM_IMAGE_CASES = 40, 12
 MIXER_WORKLOADS: tuple[tuple[int, dict[str, Any]], ...] = (
@@ -267,7 +268,8 @@ def _measure(step: Step) -> Price:
 
 def predict(case: Case) -> Price:
     """What it should take on this machine."""
-    return price_step(case.model, AdamW(), replace(case.workload, instruction_set=instruction_set()))
+    run = RunConfig.model_construct(model=case.model)  # no task goes with models of both kinds
+    return price_step(run, replace(case.workload, instruction_set=instruction_set()))
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:

@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmeff.attention import MixerConfig
+from llmeff.config.run import RunConfig
 from llmeff.core.config import validate
 from llmeff.core.dist import world
 from llmeff.core.files import write_text
+from llmeff.core.meters import WireMeter, count_flops, peak_bytes
 from llmeff.core.optimizer_state import set_learning_rate
 from llmeff.core.table import table
 from llmeff.cost.price import Kind, Price
 from llmeff.cost.workload import Workload
 from llmeff.parallel import Strategy
-from llmeff.predict import price_step, workload
-from llmeff.prepare import build_strategy, micro_batches
+from llmeff.plan.price import price_step, workload
 from llmeff.record.environment import environment
-from llmeff.record.meters import WireMeter, count_flops, peak_bytes
-from llmeff.runconfig import RunConfig
+from llmeff.run.prepare import build_strategy, micro_batches
 
 COMMAND = "python -m analysis.rank_price_gate"
 EXACT: tuple[Kind, ...] = (
@@ -209,7 +209,7 @@ def work_of(config: RunConfig) -> Workload:
 def predict(raw: dict[str, Any], rank: int) -> Price:
     """What a step should take on a rank."""
     config = validate(RunConfig, raw)
-    return price_step(config.model, config.optim, work_of(config), config.parallel, rank, config.transforms)
+    return price_step(config, work_of(config), rank)
 
 
 class Steps:

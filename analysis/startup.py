@@ -38,7 +38,7 @@ class FirstStepError(Exception):
 def first_step(recipe: str) -> None:
     """The command line's work to the end of the first step."""
     from llmeff.cli import main
-    from llmeff.loop import Trainer
+    from llmeff.run.loop import Trainer
 
     train_step = Trainer.train_step
 

@@ -3,7 +3,7 @@
 Each set has a process of its own, whose oneDNN is held to it. Where one of the known forms (`llmeff.cost.workspace.FORMS`) is
 what was measured, the table `llmeff/cost/workspace.json` gets its row; where none is, the figures are shown, and the table
 stays without one. All that was measured goes to results/workspace.json. The price gate then judges whole steps:
-`ONEDNN_MAX_CPU_ISA=SET python -m pytest -k images tests/test_predict.py`.
+`ONEDNN_MAX_CPU_ISA=SET python -m pytest -k images tests/plan/test_price.py`.
 """
 
 import json
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from llmeff.core.cpu import INSTRUCTION_SETS, contained, instruction_set
 from llmeff.core.files import write_text
+from llmeff.core.meters import peak_bytes
 from llmeff.core.precision import BYTES
 from llmeff.cost import workspace
 from llmeff.cost.workspace import FORMS, PRODUCTS, Convolution, Product, Room
 from llmeff.record.environment import environment
-from llmeff.record.meters import peak_bytes
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results" / "workspace.json"

@@ -6,8 +6,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from llmeff.config.run import RunConfig
 from llmeff.core.precision import PrecisionName, precision
 from llmeff.cost.price import Price
+from llmeff.models import ModelConfig
+
+
+def run_of(model: ModelConfig) -> RunConfig:
+    """A run of any model, with AdamW; not validated, since no task goes with models of text and of images."""
+    return RunConfig.model_construct(model=model)
 
 
 def assert_peak(predicted: Price, measured_bytes: int, *, rel: float) -> None:

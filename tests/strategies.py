@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from llmeff.config.run import RunConfig
 from llmeff.core.config import override, validate
 from llmeff.optim import newton_schulz
 from llmeff.optim.newton_schulz import orthogonalize
-from llmeff.runconfig import RunConfig
 from tests.ranks import ranks
 
 BATCH, LENGTH, STEPS = 8, 16, 10
@@ -82,7 +82,7 @@ def _config(data: dict[str, Any], settings: tuple[str, ...], num_ranks: int, acc
 @contextlib.contextmanager
 def ragged() -> Iterator[None]:
     """The rows of this process's batches have different numbers of targets; row 0 has none but one, or one column."""
-    from llmeff.data.image_source import IGNORED
+    from llmeff.core.ignored import IGNORED_PIXEL
     from llmeff.data.images import ImageCorpus
     from llmeff.data.packing import MASKED, TrainWindows
 
@@ -99,7 +99,7 @@ def ragged() -> Iterator[None]:
         given = whole_images(self, seed, step, rows, global_batch)
         labels = given.labels.copy()
         for place, row in enumerate(rows):
-            labels[place, :, 1 + (row * 5) % labels.shape[2] :] = IGNORED
+            labels[place, :, 1 + (row * 5) % labels.shape[2] :] = IGNORED_PIXEL
         return dataclasses.replace(given, labels=labels)
 
     TrainWindows.batch, ImageCorpus.batch = batch, image_batch  # type: ignore[method-assign]
@@ -162,8 +162,8 @@ def numbers(strategy: Any) -> dict[str, Any]:
 @counted_newton_schulz()
 def trajectory(settings: RunConfig, folder: Path) -> Trajectory:
     """Trains on this rank."""
-    from llmeff.loop import Trainer
     from llmeff.record.reader import read_run
+    from llmeff.run.loop import Trainer
 
     with Trainer(settings, folder, resume=False, is_silent=True) as trainer:
         NEWTON_SCHULZ.clear()  # of an optimizer that is tried before the run begins
@@ -199,7 +199,7 @@ def by_hand(settings: RunConfig, num_ranks: int, is_reduced_first: bool) -> Traj
 
     from llmeff.core import group
     from llmeff.core.table import Row
-    from llmeff.prepare import micro_batches, prepare, prepare_device, prepare_model
+    from llmeff.run.prepare import micro_batches, prepare, prepare_device, prepare_model
 
     settings, task = prepare(settings)
     device = prepare_device(settings)

@@ -228,13 +228,13 @@ def test_plan_imports_no_engine(tmp_path):
 def test_imports_read_no_sources():
     # for the docstrings of configs' fields: it took a second
     # torch, which keeps the lines that import it, comes first
-    done = run_process("-c", "import linecache, sys, torch, llmeff.loop; sys.exit(str(list(linecache.cache)))")
+    done = run_process("-c", "import linecache, sys, torch, llmeff.run.loop; sys.exit(str(list(linecache.cache)))")
     assert done.stderr.startswith("[")
     assert "llmeff" not in done.stderr
 
 
 def test_training_begins_without_what_it_needs_later(tmp_path):
-    code = "import sys; import llmeff.loop as loop; from llmeff.cli import main\n"
+    code = "import sys; import llmeff.run.loop as loop; from llmeff.cli import main\n"
     code += "def step(self): raise KeyboardInterrupt\n"
     code += f"loop.Trainer.train_step = step; code = main(['train', *{SMALL!r}, '--out', {str(tmp_path / 'run')!r}])\n"
     later = "{'transformers', 'matplotlib', 'scipy', 'datasets', 'peft'}"

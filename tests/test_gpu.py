@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmeff.attention import MixerConfig, fla
+from llmeff.config.run import RunConfig
 from llmeff.core.config import override, validate
-from llmeff.loop import Trainer, train
 from llmeff.record.reader import read_run
-from llmeff.runconfig import RunConfig
-from tests.test_loop import TINY
+from llmeff.run.loop import Trainer, train
+from tests.run.test_loop import TINY
 
 pytestmark = [
     pytest.mark.gpu,

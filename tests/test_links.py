@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from llmeff.checkpoint import Checkpoints
 from llmeff.cli import main
 from llmeff.compare.ledger import PLACE, RUNS
+from llmeff.config.sweep import SweepConfig
 from llmeff.core import files
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.loop import Trainer, train
+from llmeff.lab.sweep import Sweep, final_jobs, open_sweep, write_slurm, write_timing
 from llmeff.parallel.watchdog import FOLDER, Watchdog
 from llmeff.record.reader import read_run
 from llmeff.record.writer import RunWriter, check_free, lock
-from llmeff.sweep import Sweep, final_jobs, open_sweep, write_slurm, write_timing
-from llmeff.sweepconfig import SweepConfig
-from tests.test_loop import tiny
-from tests.test_sweep import SMALL
+from llmeff.run.checkpoint import Checkpoints
+from llmeff.run.loop import Trainer, train
+from tests.lab.test_sweep import SMALL
+from tests.run.test_loop import tiny
 
 LEADS = ("to a file", "to a folder", "nowhere")
 NOT_YET = (
@@ -123,7 +123,7 @@ def test_a_run_with_a_link_in_its_folder_does_not_go_on(begun, outside, leads, g
     "flags", [["--resume"], ["--restart-from-scratch"], ["--resume", "--restarts=2"]], ids=" ".join
 )
 def test_the_command_line_names_the_link_and_starts_nothing(begun, outside, flags, capsys, monkeypatch):
-    monkeypatch.setattr("llmeff.launch._Job", None)
+    monkeypatch.setattr("llmeff.run.launch._Job", None)
     (begun / FOLDER).symlink_to(outside)
     mine, theirs = state(begun), state(outside)
     assert main(["train", *flags, f"--out={begun}"]) == 2

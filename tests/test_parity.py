@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from llmeff.config.run import RunConfig
 from llmeff.core import group
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import is_launched
-from llmeff.loop import Trainer
 from llmeff.optim import Muon, OptimizerConfig
-from llmeff.runconfig import RunConfig
+from llmeff.run.loop import Trainer
 from tests import mixers
 from tests.ranks import ranks
+from tests.run.test_loop import TINY
 from tests.strategies import STEPS, STRATEGIES, Trajectory, by_hand, config, image_config, trained
-from tests.test_loop import TINY
 
 RELATIVE, OF_THE_UPDATE = 1e-5, 1e-4
 BF16_ROUNDOFF = 2**-8

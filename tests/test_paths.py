@@ -14,8 +14,8 @@ from llmeff.compare.ledger import LEDGER, read_ledger
 from llmeff.core import dist
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError
+from tests.lab.test_sweep import SMALL
 from tests.launched import ROOT, small
-from tests.test_sweep import SMALL
 
 HOSTILE = """
 import os

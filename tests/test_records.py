@@ -5,11 +5,11 @@ import inspect
 
 import pytest
 
-from tests.test_defaults import modules
+from tests.config.test_defaults import modules
 
 GROWS = {
     "llmeff.cost.arrays:Array", "llmeff.cost.arrays:Node", "llmeff.cost.arrays:Weight", "llmeff.cost.tape:Leaf",
-    "llmeff.models.pretrained:LlmeffConfig", "llmeff.record.clocks:_Step", "llmeff.sweep:_Running",
+    "llmeff.models.pretrained:LlmeffConfig", "llmeff.record.clocks:_Step", "llmeff.lab.sweep:_Running",
 }  # fmt: skip
 """What a law's tape, a clock or a sweep fills in as it goes; and Hugging Face's config, of which their library sets fields."""
 IN_ORDER = {

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import llmeff
+from llmeff.config.recipes import RECIPES
+from llmeff.config.run import RunConfig
 from llmeff.core.config import Component, Config, validate
-from llmeff.recipes import RECIPES
-from llmeff.runconfig import RunConfig
 
 PACKAGE = Path(llmeff.__file__).parent
 ROOT = PACKAGE.parent

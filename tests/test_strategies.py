@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmeff.loop import DivergedError, Trainer, train
+from llmeff.config.run import RunConfig
 from llmeff.record import schema
 from llmeff.record.reader import read_run
-from llmeff.runconfig import RunConfig
+from llmeff.run.loop import DivergedError, Trainer, train
 from tests.ranks import Ranks, ranks
 from tests.strategies import STRATEGIES, config, image_config, numbers, ragged
 
@@ -76,7 +76,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_made_on_none(tmp_path, strateg
 def powered(settings: RunConfig, folder: Path) -> float | None:
     """The energy of a run whose GPUs each draw 10 joules, and one more for each rank before it."""
     from llmeff.core.dist import world
-    from llmeff.record.meters import EnergyMeter
+    from llmeff.core.meters import EnergyMeter
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EnergyMeter, "energy_j", lambda self: 10.0 + world().rank)

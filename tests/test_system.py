@@ -15,8 +15,8 @@ import pytest
 from llmeff.cli import main
 from llmeff.compare.ledger import LEDGER, read_ledger
 from llmeff.core.dist import free_port
+from tests.lab.test_sweep import SMALL as SMALL_SWEEP
 from tests.test_cli import SMALL
-from tests.test_sweep import SMALL as SMALL_SWEEP
 
 pytestmark = pytest.mark.system
 

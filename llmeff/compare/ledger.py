@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmeff.core import files
 from llmeff.core.config import ConfigError
+from llmeff.core.metric import Goal
 from llmeff.core.registry import nearest
 from llmeff.record import schema
+from llmeff.record.loss_curve import held_out_curves
 from llmeff.record.reader import Run, progress, read_run
-from llmeff.record.schema import Goal
 
 LEDGER_VERSION = 1
 """Of the Parquet file."""
@@ -222,31 +222,6 @@ def entry_of(run: Run, **place: Any) -> Entry:
         commit=run.environment.commit,
         config=run.config,
     )
-
-
-def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """By split: the steps of its evaluations, and by name the values there of each metric that all of them have."""
-    if not run.evaluations:
-        return _loss_curves(run)
-    curves = {}
-    for split in dict.fromkeys(row.split for row in run.evaluations):
-        rows = [row for row in run.evaluations if row.split == split]
-        names = [name for name in rows[0].metrics if all(name in row.metrics for row in rows)]
-        curves[split] = [row.step for row in rows], {name: [row.metrics[name] for row in rows] for name in names}
-    return curves
-
-
-def _loss_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """Of an older run: the mean loss over all items, from its units."""
-    if run.evals is None:
-        return {}
-    sums = run.evals.group_by(["split", "step"], use_threads=False).aggregate([("loss_sum", "sum"), ("count", "sum")])
-    curves = {}
-    for split in sums["split"].unique().to_pylist():
-        rows = sums.filter(pc.field("split") == split).sort_by("step")
-        means = rows["loss_sum_sum"].to_numpy() / rows["count_sum"].to_numpy()
-        curves[split] = rows["step"].to_pylist(), {LOSS.name: means.tolist()}
-    return curves
 
 
 def read_entries(paths: Iterable[Path]) -> list[Entry]:

@@ -21,6 +21,7 @@ from llmeff.compare.text_table import TextTable, as_csv, markdown
 from llmeff.core.config import ConfigError
 from llmeff.core.registry import nearest
 from llmeff.core.units import show_bytes, show_count
+from llmeff.record.loss_curve import loss_curve
 from llmeff.record.reader import Run, progress, read_run
 from llmeff.record.schema import LAST_STEPS
 
@@ -136,6 +137,15 @@ def _ratio(run: Run, first: tuple[tuple[str, str], pa.Table] | None) -> Estimate
         return None
     ours, theirs = ((rows["loss_sum"].to_numpy(), rows["count"].to_numpy()) for _, rows in (own, first))
     return resampled_ratio(ours, theirs)
+
+
+def draw(folders: Iterable[Path], path: Path) -> None:
+    """Draws the losses of runs over their steps into a PNG.
+
+    Raises:
+        ConfigError: a folder is no run's, there is nothing to draw, or the file cannot be written.
+    """
+    loss_curve([read_run(folder) for folder in folders], path)
 
 
 def render(rows: Sequence[RunSummary], kind: str, width: int | None = None, notes: Sequence[str] = ()) -> str:

@@ -26,8 +26,8 @@ from llmeff.compare.intervals import (
 )
 from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, flat_config, known_metrics, steps_to, value_at
 from llmeff.core.config import ConfigError
+from llmeff.core.metric import Goal
 from llmeff.core.registry import nearest
-from llmeff.record.schema import Goal
 
 ALPHA = 0.05
 """Below which an adjusted p value is called a difference."""

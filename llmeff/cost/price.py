@@ -44,6 +44,11 @@ of each collective, whatever part of it a rank sends, by collective."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+REPORTED: tuple[Kind, ...] = (
+    "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "optimizer_bytes", "peak_bytes",
+)  # fmt: skip
+"""What a run's result holds of its price."""
+
 _SUMS = ("total", "at_least")
 """What stands in JSON beside a kind's parts."""
 
@@ -103,6 +108,10 @@ class Price:
     def parts(self, kind: Kind) -> dict[str, int]:
         """The counts of one kind by part."""
         return {part: count for (own, part), count in self.entries.items() if own == kind}
+
+    def reported(self) -> dict[Kind, float]:
+        """The totals of `REPORTED` that are known, and not 0."""
+        return {kind: float(total) for kind in REPORTED if (total := self.known(kind))}
 
     def only(self, kinds: Iterable[Kind]) -> "Price":
         """The entries of these kinds."""

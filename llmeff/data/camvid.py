@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from llmeff.core.config import ConfigError, Text
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data.image_files import FilePair, ImageFiles, paired
-from llmeff.data.image_source import IGNORED
 from llmeff.data.splits import Split
 
 CLASSES = (
@@ -47,7 +47,7 @@ class CamVid(ImageFiles):
 
     def labels(self) -> dict[int, int]:
         """Numbers 0 to 10 are classes."""
-        return {**{label: label for label in range(len(CLASSES))}, len(CLASSES): IGNORED}
+        return {**{label: label for label in range(len(CLASSES))}, len(CLASSES): IGNORED_PIXEL}
 
     def pairs(self) -> list[FilePair]:
         """The three folders, each in the order of its names."""

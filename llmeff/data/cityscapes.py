@@ -6,9 +6,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from llmeff.core.config import ConfigError, Text
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.core.registry import nearest
 from llmeff.data.image_files import FilePair, ImageFiles, paired
-from llmeff.data.image_source import IGNORED
 from llmeff.data.splits import Split
 
 CLASSES = {
@@ -70,7 +70,7 @@ class Cityscapes(ImageFiles):
 
     def labels(self) -> dict[int, int]:
         """Masks hold the original ids ("labelIds")."""
-        return dict.fromkeys(range(NUM_IDS), IGNORED) | {value: label for label, value in enumerate(CLASSES)}
+        return dict.fromkeys(range(NUM_IDS), IGNORED_PIXEL) | {value: label for label, value in enumerate(CLASSES)}
 
     def pairs(self) -> list[FilePair]:
         """Training and validation, each in the order of cities and names."""

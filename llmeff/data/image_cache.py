@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llmeff.core.config import ConfigError
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.core.pulse import beat
 from llmeff.data import sealed
 from llmeff.data.image_files import LISTED, raise_all
-from llmeff.data.image_source import IGNORED, LabelledImage, Pair
+from llmeff.data.image_source import LabelledImage, Pair
 from llmeff.data.splits import Split
 
 KIND = "image cache"
@@ -35,7 +36,7 @@ class StoredImages:
     images: NDArray[np.uint8]
     """(N, H, W, 3), RGB."""
     labels: NDArray[np.uint8]
-    """(N, H, W): a class, or IGNORED."""
+    """(N, H, W): a class, or IGNORED_PIXEL."""
     class_pixels: NDArray[np.int64]
     """(N, K): labelled pixels of each class."""
     sums: NDArray[np.int64]
@@ -134,7 +135,9 @@ class _SplitWriter:
     def add(self, unit: str, pixels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
         self._pixels.write(np.ascontiguousarray(pixels).data)
         self._labels.write(np.ascontiguousarray(labels).data)
-        self._class_pixels.extend(np.bincount(labels.ravel(), minlength=IGNORED + 1)[: self._num_classes].tolist())
+        self._class_pixels.extend(
+            np.bincount(labels.ravel(), minlength=IGNORED_PIXEL + 1)[: self._num_classes].tolist()
+        )
         levels = np.arange(256)
         counts = np.array([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])
         self._sums.extend([*(counts @ levels).tolist(), *(counts @ levels**2).tolist()])

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from llmeff.core.config import ConfigError, Text
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data.image_files import FilePair, ImageFiles, few, paired
-from llmeff.data.image_source import IGNORED
 from llmeff.data.splits import SPLITS, Split
 
 IMAGE_ENDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -36,9 +36,9 @@ class ImageFolder(ImageFiles):
     masks: Text
     """The folder of the masks: each pixel the number of its class, as one channel of 1, 8 or 16 bits, or as the index,
     not the colour, in a palette."""
-    class_names: tuple[Text, ...] = Field(min_length=2, max_length=IGNORED)
+    class_names: tuple[Text, ...] = Field(min_length=2, max_length=IGNORED_PIXEL)
     """The classes, from number 0 on."""
-    ignored: Annotated[int, Field(strict=True, ge=0, lt=2**16)] = IGNORED
+    ignored: Annotated[int, Field(strict=True, ge=0, lt=2**16)] = IGNORED_PIXEL
     """The number in the masks of a pixel that is no part of loss or metric."""
 
     @model_validator(mode="after")
@@ -55,7 +55,7 @@ class ImageFolder(ImageFiles):
 
     def labels(self) -> dict[int, int]:
         """Numbers are classes but for one."""
-        return {**{label: label for label in range(len(self.class_names))}, self.ignored: IGNORED}
+        return {**{label: label for label in range(len(self.class_names))}, self.ignored: IGNORED_PIXEL}
 
     def pairs(self) -> list[FilePair]:
         """All below the two folders, in the order of their names."""

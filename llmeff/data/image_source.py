@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmeff.core.config import Component, Text
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data.splits import Split
 
-IGNORED = 255
-"""The label of a pixel that is no part of a loss or a metric."""
-
 Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""An image as (H, W, 3) RGB and its labels as (H, W): each a class's place in the source's classes, or IGNORED."""
+"""An image as (H, W, 3) RGB and its labels as (H, W): each a class's place in the source's classes, or IGNORED_PIXEL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,8 @@ class ImageSourceConfig(Component, family="image source"):
         raise NotImplementedError(type(self))
 
     def labels(self) -> dict[int, int]:
-        """What the numbers in its masks mean: each one's class, or IGNORED; no other may occur."""
-        return {**{label: label for label in range(len(self.classes()))}, IGNORED: IGNORED}
+        """What the numbers in its masks mean: each one's class, or IGNORED_PIXEL; no other may occur."""
+        return {**{label: label for label in range(len(self.classes()))}, IGNORED_PIXEL: IGNORED_PIXEL}
 
     def images(self) -> Iterator[LabelledImage]:
         """The images, always in the same order.

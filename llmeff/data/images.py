@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from llmeff.core.config import ConfigError, Count, Fraction
 from llmeff.core.dist import cache_folder
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data import image_cache, sealed
 from llmeff.data.augment import AugmentConfig, Colours
 from llmeff.data.data import DataConfig
 from llmeff.data.image_cache import ImageCache, Size, StoredImages
-from llmeff.data.image_source import IGNORED, ImageSourceConfig
+from llmeff.data.image_source import ImageSourceConfig
 from llmeff.data.permute import permuted
 from llmeff.data.scenes import Scenes
 from llmeff.data.source import fingerprint_of
@@ -104,7 +105,7 @@ class ImageBatch:
     images: NDArray[np.float32]
     """(B, 3, H, W): less the mean, in units of the standard deviation; padding is 0."""
     labels: NDArray[np.int64]
-    """(B, H, W): a class, or IGNORED."""
+    """(B, H, W): a class, or IGNORED_PIXEL."""
     units: list[str]
     """The images' names."""
 
@@ -183,7 +184,7 @@ class ImageCorpus:
         train, augment = self._stored["train"], self._config.augment
         size = augment.crop or self.size
         images = np.zeros((len(rows), 3, *size), dtype=np.float32)
-        labels = np.full((len(rows), *size), IGNORED, dtype=np.int64)
+        labels = np.full((len(rows), *size), IGNORED_PIXEL, dtype=np.int64)
         units = []
         for place, row in enumerate(rows):
             epoch, slot = divmod(step * global_batch + row, len(train.units))
@@ -218,7 +219,7 @@ class ImageCorpus:
         return self._stored[split].images
 
     def labels(self, split: Split) -> NDArray[np.uint8]:
-        """(N, H, W): a class, or IGNORED."""
+        """(N, H, W): a class, or IGNORED_PIXEL."""
         return self._stored[split].labels
 
     def place_counts(self) -> NDArray[np.int64]:

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from llmeff.data.image_source import IGNORED
+from llmeff.core.ignored import IGNORED_PIXEL
 
 # B batch, H height, W width, K classes
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 Labels = NDArray[np.uint8]
-"""(H, W): classes, or IGNORED."""
+"""(H, W): classes, or IGNORED_PIXEL."""
 
 FIRST = ((86, 180, 233), (213, 94, 0), (0, 158, 115), (240, 228, 66), (85, 85, 85))
 """The colours of the first classes: of Okabe and Ito (2008), and a grey."""
@@ -68,7 +68,7 @@ def _colours() -> NDArray[np.uint8]:
     candidates, places = candidates[usable], places[usable]
     nearest = np.full(len(candidates), np.inf)
     chosen: list[NDArray[np.integer]] = []
-    for number in range(IGNORED):
+    for number in range(IGNORED_PIXEL):
         colour = np.array(FIRST[number]) if number < len(FIRST) else candidates[nearest.argmax()]
         nearest = np.minimum(nearest, np.linalg.norm(places - seen(colour[None]), axis=-1).min(axis=1))
         chosen.append(colour)
@@ -163,7 +163,7 @@ def _legend(rows: Sequence[Shown], classes: Sequence[str], width: int, font: Ima
     there = np.unique(np.concatenate([np.unique(labels) for row in rows for labels in row.labels]))
     text = int(font.size)
     space = text // 2
-    names = ["no label" if label == IGNORED else classes[label] for label in there.tolist()]
+    names = ["no label" if label == IGNORED_PIXEL else classes[label] for label in there.tolist()]
     names = [_fitted(name, width - text - 3 * space, font) for name in names]
     entry = text + 3 * space + max(int(font.getlength(name)) for name in names)
     lines = -(-len(names) // max(1, width // entry))

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmeff.core.config import Count, CountOrZero, Fraction, Integer
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data.camvid import CLASSES
-from llmeff.data.image_source import IGNORED, ImageSourceConfig, LabelledImage, Pair
+from llmeff.data.image_source import ImageSourceConfig, LabelledImage, Pair
 from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import SPLITS
 
@@ -497,4 +498,4 @@ def _draw(rng: np.random.Generator, pixels: np.random.Generator, height: int, wi
     _paint(thing for hand in (0, 1) for part in (_edge, _traffic) for thing in part(street, hand))
     image = _photograph(street, pixels)
     is_void = _beside_another(street.label) & (_noise(pixels, street.label.shape) < 2 * void - 1)
-    return image, np.where(is_void, np.uint8(IGNORED), street.label)
+    return image, np.where(is_void, np.uint8(IGNORED_PIXEL), street.label)

@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
 # M tokens, D width, V vocabulary
-
-IGNORED = -100
-"""The target of a token that is no part of the loss."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -31,7 +29,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             target = targets[part]
             log_probabilities = (hidden[part] @ weight.T).to(wide).log_softmax(-1)
-            counted, index = target != IGNORED, target.clamp(min=0)[:, None]
+            counted, index = target != IGNORED_TOKEN, target.clamp(min=0)[:, None]
             picked = log_probabilities.gather(-1, index)
             total += torch.where(counted, -picked[:, 0], 0.0).sum()
             if grad_hidden is None and grad_weight is None:
@@ -71,7 +69,7 @@ _chunked_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Chunk
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy, in nats, of (...) targets under (..., V) logits; a scalar in float32 or wider."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED_TOKEN, reduction="sum")
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
@@ -80,7 +78,7 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: in
     Args:
         hidden: (..., D).
         weight: (V, D), the output embedding.
-        targets: (...) int64, `IGNORED` where a token does not count.
+        targets: (...) int64, `IGNORED_TOKEN` where a token does not count.
         chunk: tokens whose logits live at once; None for all of them.
 
     Returns:

@@ -18,8 +18,6 @@ from llmeff.core.layout import Layout
 from llmeff.core.log import logger
 from llmeff.core.table import Role
 from llmeff.cost.workload import Workload
-from llmeff.data.hf_tokenizer import read_backend
-from llmeff.data.tokenizer import Tokenizer
 from llmeff.models.cross_entropy import cross_entropy_of_logits, cross_entropy_sum
 from llmeff.models.model import LanguageModelConfig, save_model
 
@@ -76,26 +74,10 @@ class HFModelConfig(LanguageModelConfig):
             )
         return HFModel(network, self.mixer)
 
-    def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
-        """Weights know what each id stood for when they were trained, where a tokenizer.json beside them tells it.
-
-        Ids that only one of the two has do no harm: tokens may be added on purpose, and need not all be used.
-        """
+    def tokenizer_folder(self) -> Path | None:
+        """The model's, if its weights are kept and a tokenizer.json lies beside them."""
         folder = Path(self.path)
-        if self.from_scratch or not (folder / "tokenizer.json").is_file():
-            return
-        own, given = (
-            {place: token for token, place in backend.get_vocab(with_added_tokens=True).items()}
-            for backend in (read_backend(folder), tokenizer.backend)
-        )
-        changed = sorted(place for place in own.keys() & given.keys() if own[place] != given[place])
-        if changed:
-            first = changed[0]
-            yield (
-                f"data.tokenizer: id {first} is {given[first]!r}, but {own[first]!r} to the weights in {self.path}, and so "
-                f"on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
-                f"'{self.path}'}}), one that adds tokens to it or leaves some out, or any with model.from_scratch = true"
-            )
+        return None if self.from_scratch or not (folder / "tokenizer.json").is_file() else folder
 
     def chunks_logits(self) -> bool:
         """Only where the logits are a product and nothing else."""
@@ -243,7 +225,7 @@ class HFModel(nn.Module):
         Args:
             tokens: (B, T) int64.
             layout: positions and documents; None: one document a row.
-            targets: (B, T) int64, the token that follows each, `IGNORED` where it does not count.
+            targets: (B, T) int64, the token that follows each, `IGNORED_TOKEN` where it does not count.
             loss_chunk: tokens whose logits live at once; None for all.
 
         Returns:

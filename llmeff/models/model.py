@@ -19,7 +19,6 @@ from llmeff.cost.price import Price
 from llmeff.cost.step import price_step, weights
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
-from llmeff.data.tokenizer import Tokenizer
 from llmeff.models.pixel_loss import weighted_loss
 
 
@@ -188,9 +187,9 @@ class LanguageModelConfig(ModelConfig):
         loss: Tensor = model(**batch)
         return loss
 
-    def tokenizer_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
-        """Why the model cannot be trained on a tokenizer's ids, beside how many these are."""
-        yield from ()
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer that the model's weights were trained with; None: weights are new, or it is not there."""
+        return None
 
     def chunks_logits(self) -> bool:
         """Whether the loss can be made of a few tokens' logits at a time."""

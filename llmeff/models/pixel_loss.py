@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmeff.data.image_source import IGNORED
+from llmeff.core.ignored import IGNORED_PIXEL
 
 
 def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -12,14 +12,14 @@ def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, K, H, W).
-        labels: (B, H, W) int64, or IGNORED.
+        labels: (B, H, W) int64, or IGNORED_PIXEL.
     """
     if not torch.are_deterministic_algorithms_enabled():
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED_PIXEL, reduction="none")
     # of images, torch's own has no form for a GPU that it counts as repeatable
-    known = labels.masked_fill(labels == IGNORED, 0)
+    known = labels.masked_fill(labels == IGNORED_PIXEL, 0)
     losses = -logits.log_softmax(1).gather(1, known[:, None])[:, 0]
-    return losses.masked_fill(labels == IGNORED, 0)
+    return losses.masked_fill(labels == IGNORED_PIXEL, 0)
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         logits: (B, K, H, W).
-        labels: (B, H, W) int64, IGNORED where a pixel does not count.
+        labels: (B, H, W) int64, IGNORED_PIXEL where a pixel does not count.
         weights: (K,).
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = weights.to(wide.dtype)
     if torch.are_deterministic_algorithms_enabled():
-        return (pixel_losses(wide, labels) * weights[labels.masked_fill(labels == IGNORED, 0)]).sum()
-    return F.cross_entropy(wide, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
+        return (pixel_losses(wide, labels) * weights[labels.masked_fill(labels == IGNORED_PIXEL, 0)]).sum()
+    return F.cross_entropy(wide, labels, weight=weights, ignore_index=IGNORED_PIXEL, reduction="sum")

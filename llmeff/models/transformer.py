@@ -365,7 +365,7 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, T) int64.
             layout: positions and documents; None: one document a row.
-            targets: (B, T) int64, the token that follows each, `IGNORED` where it does not count.
+            targets: (B, T) int64, the token that follows each, `IGNORED_TOKEN` where it does not count.
             loss_chunk: tokens whose logits live at once; None for all.
 
         Returns:

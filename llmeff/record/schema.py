@@ -5,6 +5,8 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from llmeff.core.metric import Goal
+
 SCHEMA_VERSION: Final = 1
 """Of every file below; a reader refuses any other."""
 
@@ -18,9 +20,6 @@ RECORDED = (CHECKPOINTS, MODEL, LOSS_CURVE, SAMPLES, EVALS, EVALUATIONS, METRICS
 
 LAST_STEPS: Final = 50
 """Steps at the end of a run that its final training loss is a mean over."""
-
-Goal = Literal["lower", "higher"]
-"""Which way a metric is better."""
 
 Q = TypeVar("Q", bound=str)
 

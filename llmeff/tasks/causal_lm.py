@@ -14,23 +14,47 @@ from torch import Tensor, nn
 from llmeff.core import group
 from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import World
+from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.core.layout import Layout
+from llmeff.core.metric import Goal
 from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig, TextCorpus, TextData
+from llmeff.data.hf_tokenizer import read_backend
 from llmeff.data.packing import TokenBatch
 from llmeff.data.splits import Split
+from llmeff.data.tokenizer import Tokenizer
 from llmeff.models import LanguageModelConfig, ModelConfig, save_model
-from llmeff.models.cross_entropy import IGNORED
-from llmeff.record.schema import Goal
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
 """Logits that live at once in evaluation, in numbers; a vocabulary counts as 2,048 at least, for the activations."""
 _TEMPERATURE = 0.8
 """Of sampled text."""
+
+
+def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Why a model's weights, which know what each id stood for when they were trained, do not go with a tokenizer.
+
+    Ids that only one of the two tokenizers has do no harm: tokens may be added on purpose, and need not all be used.
+    """
+    folder = model.tokenizer_folder()
+    if folder is None:
+        return
+    own, given = (
+        {place: token for token, place in backend.get_vocab(with_added_tokens=True).items()}
+        for backend in (read_backend(folder), tokenizer.backend)
+    )
+    changed = sorted(place for place in own.keys() & given.keys() if own[place] != given[place])
+    if changed:
+        first = changed[0]
+        yield (
+            f"data.tokenizer: id {first} is {given[first]!r}, but {own[first]!r} to the weights in {folder}, and so "
+            f"on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
+            f"'{folder}'}}), one that adds tokens to it or leaves some out, or any with model.from_scratch = true"
+        )
 
 
 class CausalLM(TaskConfig):
@@ -111,7 +135,7 @@ class CausalLMTask(Task):
         if model.vocab_size == "auto":
             model = model.model_copy(update={"vocab_size": self.corpus.vocab_size})
         self.corpus.check_vocabulary(model.vocabulary())
-        problems = list(model.tokenizer_problems(self.corpus.tokenizer))
+        problems = list(tokenizer_problems(model, self.corpus.tokenizer))
         if problems:
             raise ConfigError(problems)
         self._loss_chunk = self._config.resolve_chunk(model)
@@ -131,7 +155,7 @@ class CausalLMTask(Task):
             "targets": targets.to(device, non_blocking=True),
             "loss_chunk": self._loss_chunk,
         }
-        num_targets = int((packed.targets != IGNORED).sum())
+        num_targets = int((packed.targets != IGNORED_TOKEN).sum())
         return Batch(inputs=inputs, counts={"loss": num_targets}, items=num_targets)
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
@@ -168,7 +192,9 @@ class CausalLMTask(Task):
             tokens = torch.from_numpy(packed.tokens).to(device)
             logits = model(tokens, _layout(packed, device)).float()
             targets = torch.from_numpy(packed.targets).to(device)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TOKEN, reduction="none"
+            )
             if not mine:
                 continue
             counted = packed.target_documents.ravel() >= 0

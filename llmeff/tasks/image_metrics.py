@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llmeff.data.image_source import IGNORED
+from llmeff.core.ignored import IGNORED_PIXEL
 
 # H height, W width, K classes
 
@@ -23,10 +23,10 @@ def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.
 
     Args:
         predicted: classes in range(K), any shape.
-        truth: the same, or IGNORED.
+        truth: the same, or IGNORED_PIXEL.
         num_classes: K.
     """
-    counted = truth != IGNORED
+    counted = truth != IGNORED_PIXEL
     places = truth[counted].astype(np.int64) * num_classes + predicted[counted]
     return np.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -88,7 +88,7 @@ def image_counts(predicted: Labels, truth: Labels, classes: Sequence[str], toler
 
     Args:
         predicted: (H, W) classes.
-        truth: (H, W) classes, or IGNORED.
+        truth: (H, W) classes, or IGNORED_PIXEL.
         classes: K names.
         tolerance: within which outlines meet, as a share of the image's diagonal.
     """
@@ -105,14 +105,14 @@ def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: f
 
     Args:
         predicted: (H, W) classes.
-        truth: (H, W) classes, or IGNORED.
+        truth: (H, W) classes, or IGNORED_PIXEL.
         num_classes: K.
         tolerance: distance between pixels' centres, in pixels.
 
     Returns:
         NaN where no class has an outline in the truth.
     """
-    counted = truth != IGNORED
+    counted = truth != IGNORED_PIXEL
     found = []
     for label in np.flatnonzero(np.bincount(truth[counted], minlength=num_classes)):
         theirs = _outline((truth == label) & counted, counted)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from llmeff.core import group
 from llmeff.core.config import ConfigError
 from llmeff.core.dist import World
+from llmeff.core.ignored import IGNORED_TOKEN
+from llmeff.core.metric import Goal
 from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
@@ -20,8 +22,6 @@ from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.data.recall import HELD_OUT, RecallData
 from llmeff.models import LanguageModelConfig, ModelConfig, save_model
-from llmeff.models.cross_entropy import IGNORED
-from llmeff.record.schema import Goal
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**22
@@ -102,7 +102,9 @@ class RecallTask(Task):
             "tokens": torch.from_numpy(given.tokens).to(device, non_blocking=True),
             "targets": torch.from_numpy(given.targets).to(device, non_blocking=True),
         }
-        return Batch(inputs=inputs, counts={"loss": int((given.targets != IGNORED).sum())}, items=given.tokens.size)
+        return Batch(
+            inputs=inputs, counts={"loss": int((given.targets != IGNORED_TOKEN).sum())}, items=given.tokens.size
+        )
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
         """Step and row."""
@@ -127,7 +129,7 @@ class RecallTask(Task):
             given = self._data.held_out_rows(split, mine or range(1))
             logits = model(torch.from_numpy(given.tokens).to(device)).float().cpu()
             targets = torch.from_numpy(given.targets)
-            losses = F.cross_entropy(logits.mT, targets, ignore_index=IGNORED, reduction="none").double().sum(-1)
+            losses = F.cross_entropy(logits.mT, targets, ignore_index=IGNORED_TOKEN, reduction="none").double().sum(-1)
             right = (logits.argmax(-1) == targets).sum(-1)
             if mine:
                 found[mine.start : mine.stop] = np.stack((losses.numpy(), right.numpy()), axis=-1)
@@ -162,7 +164,7 @@ class RecallTask(Task):
         answers = model(torch.from_numpy(given.tokens).to(device)).argmax(-1).cpu().numpy()
         lines = []
         for tokens, targets, said in zip(given.tokens, given.targets, answers, strict=True):
-            asked = np.flatnonzero(targets != IGNORED)
+            asked = np.flatnonzero(targets != IGNORED_TOKEN)
             pairs = (
                 f"{tokens[t]}: {said[t]}" + ("" if said[t] == targets[t] else f" (not {targets[t]})") for t in asked
             )

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from llmeff.core import group
 from llmeff.core.config import ConfigError, CountOrZero, NotNegative, Share
 from llmeff.core.dist import World
+from llmeff.core.ignored import IGNORED_PIXEL
+from llmeff.core.metric import Goal
 from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig, ImageCorpus, ImageData
-from llmeff.data.image_source import IGNORED
 from llmeff.data.images import ImageBatch
 from llmeff.data.pictures import Shown, panel, png
 from llmeff.data.splits import Split
@@ -28,7 +29,6 @@ from llmeff.models import ImageModelConfig, ModelConfig
 from llmeff.models.image_model import Preparation, save_image_model
 from llmeff.models.image_norm import averaged
 from llmeff.models.pixel_loss import pixel_losses, weighted_loss
-from llmeff.record.schema import Goal
 from llmeff.tasks.image_metrics import confusion, image_counts, mean_iou, scores
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
@@ -160,7 +160,7 @@ class SegmentationTask(Task):
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
         """(B, 3, H, W) images and (B, H, W) labels."""
         given = self._read(step, rows)
-        pixels = np.bincount(given.labels.ravel(), minlength=IGNORED + 1)[: len(self.weights)]
+        pixels = np.bincount(given.labels.ravel(), minlength=IGNORED_PIXEL + 1)[: len(self.weights)]
         num_pixels = int(pixels.sum())
         divisor = float(pixels @ self.weights) if self._config.divisor == "weights" else num_pixels
         return Batch(
@@ -214,7 +214,7 @@ class SegmentationTask(Task):
         num_images = num_images if max_units is None else min(max_units, num_images)
         rows = max(1, _EVAL_PIXELS // math.prod(self.corpus.size))
         tolerance = self._config.boundary_tolerance
-        nothing = np.full((1, 1), IGNORED)
+        nothing = np.full((1, 1), IGNORED_PIXEL)
         names = list(image_counts(nothing, nothing, classes, tolerance))
         found = np.zeros((num_images, 2 + len(names)))
         for start in range(0, num_images, rows * world.ranks):
@@ -230,7 +230,7 @@ class SegmentationTask(Task):
             for place, index in enumerate(mine):
                 truth = given.labels[place]
                 counts = image_counts(predicted[place], truth, classes, tolerance)
-                found[index] = [float(losses[place]), (truth != IGNORED).sum(), *counts.values()]
+                found[index] = [float(losses[place]), (truth != IGNORED_PIXEL).sum(), *counts.values()]
         found = group.total(torch.from_numpy(found)).numpy()
         units = self.corpus.units(split)
         for unit, (loss_sum, count, *metrics) in zip(units, found.tolist(), strict=False):

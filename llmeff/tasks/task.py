@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from llmeff.core.config import Component, Text
 from llmeff.core.dist import World
+from llmeff.core.metric import Goal
 from llmeff.core.table import Row
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.models import ModelConfig
-from llmeff.record.schema import Goal
 
 ITEMS = "items of the step"
 """Among the names of losses, what `Batch.totals` counts beside them."""

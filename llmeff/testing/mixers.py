@@ -13,13 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llmeff.attention import MixerConfig
 from llmeff.attention.mixer import Mixer, MixerShape
 from llmeff.core.layout import Layout
+from llmeff.core.meters import count_flops, saved_bytes
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
 from llmeff.models import DecoderConfig
 from llmeff.models.transformer import LayerConfig
-from llmeff.optim import AdamW
-from llmeff.predict import price_step
-from llmeff.record.meters import count_flops, saved_bytes
 from llmeff.testing.failed import CheckFailed, require, require_close
 
 SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
@@ -288,7 +286,7 @@ def check_price(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
         head_dim=widths.head_dim, layers=(LayerConfig(has_mlp=False),), mixer=config,
     )  # fmt: skip
     for work in WORKLOADS:
-        price, measured = price_step(model, AdamW(), work), _measured(model, work)
+        price, measured = model.price(work), _measured(model, work)
         for kind, found in measured.items():
             said = price.total(kind)
             where = (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmeff.core.config import ConfigError
+from llmeff.core.meters import count_flops
 from llmeff.core.optimizer_state import set_learning_rate, state_bytes
 from llmeff.core.precision import precision
 from llmeff.core.shard import split_group
@@ -19,7 +20,6 @@ from llmeff.cost.arrays import Weight
 from llmeff.optim import OptimizerConfig
 from llmeff.parallel.group_state import check_savable, group_entries
 from llmeff.parallel.saved import Holder, Saved, flat, save, whole
-from llmeff.record.meters import count_flops
 from llmeff.testing.failed import CheckFailed, require, share_off
 
 STEPS = 20

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from llmeff.attention import MixerConfig, Sliding, Softmax, fla, flex
 from llmeff.attention.mixer import MixerShape
 from llmeff.attention.scan import ScanConfig, scan
+from llmeff.config.run import RunConfig
 from llmeff.core import kernels
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.layout import Layout
-from llmeff.loop import train
-from llmeff.record.meters import count_step
-from llmeff.runconfig import RunConfig
+from llmeff.core.meters import count_step
+from llmeff.run.loop import train
 from tests.mixers import Kept
-from tests.test_loop import TINY
+from tests.run.test_loop import TINY
 
 SHAPE = MixerShape(width=32, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, norm_eps=1e-5)
 LENGTH = 150

@@ -14,11 +14,11 @@ from llmeff.attention.scan import ScanConfig
 from llmeff.core.cpu import instruction_set
 from llmeff.core.dist import silence_profiler
 from llmeff.core.layout import Layout
+from llmeff.core.meters import saved_bytes
 from llmeff.cost import laws
 from llmeff.cost.arrays import Node
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
-from llmeff.record.meters import saved_bytes
 from tests.mixers import NAMES, config, every_mixer, grouped
 from tests.prices import own_products
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmeff.attention import MixerConfig
-from llmeff.recipes import SWEEPS
+from llmeff.config.recipes import SWEEPS
 
 
 def models(name):

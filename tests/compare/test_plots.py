@@ -9,13 +9,12 @@ from llmeff.compare.plots import (
     arm_curves,
     class_bars,
     curves,
-    held_out_curves,
-    loss_curve,
     trials_curves,
     tuning_curves,
 )
 from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError
+from llmeff.record.loss_curve import held_out_curves, loss_curve
 from llmeff.record.reader import read_run
 
 
@@ -61,8 +60,8 @@ def test_held_out_loss_is_a_mean_over_items_not_over_units(make_run, is_older):
 def drawn(monkeypatch):
     """The axes of each picture, as it is drawn."""
     found = []
-    png = plots._png
-    monkeypatch.setattr(plots, "_png", lambda figure: found.append(figure.axes[0]) or png(figure))
+    png = plots.as_png
+    monkeypatch.setattr(plots, "as_png", lambda figure: found.append(figure.axes[0]) or png(figure))
     return found
 
 
@@ -116,7 +115,7 @@ def test_bars_of_any_number_are_a_picture(tmp_path, num_runs, num_classes):
 def figures(monkeypatch):
     """Each picture, in place of its file."""
     found = []
-    monkeypatch.setattr(plots, "_png", lambda figure: found.append(figure) or b"")
+    monkeypatch.setattr(plots, "as_png", lambda figure: found.append(figure) or b"")
     return found
 
 
@@ -124,7 +123,7 @@ def figures(monkeypatch):
 def sketched(monkeypatch):
     """The axes of each picture, in place of its file."""
     found = []
-    monkeypatch.setattr(plots, "_png", lambda figure: found.append(figure.axes[0]) or b"")
+    monkeypatch.setattr(plots, "as_png", lambda figure: found.append(figure.axes[0]) or b"")
     return found
 
 

@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from llmeff.core.cpu import instruction_set
+from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.cost import image_laws, laws
 from llmeff.cost.arrays import Array, Live, Storage
 from llmeff.cost.keeping import Keeping
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
-from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
 from tests.prices import own_products
 
 CONSTANT = Array((), "float32", Storage(Live(), 0, ("", "")))

@@ -37,5 +37,5 @@ def test_round_trip_through_json():
 
 
 def test_cost_imports_no_torch():
-    code = "import sys, llmeff.cost.step, llmeff.cost.devices; assert 'torch' not in sys.modules"
+    code = "import sys, llmeff.cost.step, llmeff.record.devices; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,11 +9,11 @@ import pytest
 from PIL import ExifTags, Image
 
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data import source as hashing
 from llmeff.data.camvid import CamVid
 from llmeff.data.cityscapes import Cityscapes
 from llmeff.data.image_folder import ImageFolder
-from llmeff.data.image_source import IGNORED
 from llmeff.data.images import ImageData
 
 DATA = Path(os.environ.get("LLMEFF_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -119,7 +119,7 @@ class TestImageFolder:
         mask[0] = ignored
         put(folder / "masks" / "a.png", mask if ignored > 255 else mask.astype(np.uint8))
         labels = read(self.config(folder, ignored=ignored))["a"][2]
-        assert (labels[0] == IGNORED).all()
+        assert (labels[0] == IGNORED_PIXEL).all()
         assert np.array_equal(labels[1:], LABELS[1:])
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -329,7 +329,7 @@ class TestCityscapes:
         config = self.config(folder)
         (_, pixels, labels), *_ = read(config).values()
         assert not pixels.any()
-        assert labels.ravel().tolist() == [OFFICIAL.index(i) if i in OFFICIAL else IGNORED for i in range(34)]
+        assert labels.ravel().tolist() == [OFFICIAL.index(i) if i in OFFICIAL else IGNORED_PIXEL for i in range(34)]
         assert config.classes() == (
             "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
             "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
@@ -383,7 +383,7 @@ class TestCamVid:
     def test_the_twelfth_number_is_ignored(self, folder):
         config = validate(CamVid, {"path": str(folder)})
         (_, _, labels), *_ = read(config).values()
-        assert labels.ravel().tolist() == [*range(11), IGNORED]
+        assert labels.ravel().tolist() == [*range(11), IGNORED_PIXEL]
         assert config.classes()[0] == "sky"
         assert config.classes()[-1] == "bicyclist"
 

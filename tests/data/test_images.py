@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data import image_cache
 from llmeff.data.image_folder import ImageFolder
-from llmeff.data.image_source import IGNORED
 from llmeff.data.images import ImageData, ImageFacts
 from llmeff.data.splits import SPLITS
 
@@ -17,7 +17,9 @@ AUGMENT = {"flip": 0.5, "scale": [0.5, 2.0], "crop": [4, 3], "colour": 0.3}
 def pair(number):
     """An image and labels that differ from number to number."""
     rng = np.random.default_rng(number)
-    return rng.integers(0, 256, (H, W, 3), dtype=np.uint8), rng.choice([0, 1, 2, IGNORED], (H, W)).astype(np.uint8)
+    return rng.integers(0, 256, (H, W, 3), dtype=np.uint8), rng.choice([0, 1, 2, IGNORED_PIXEL], (H, W)).astype(
+        np.uint8
+    )
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_the_corpus_is_what_the_files_hold(folder):
     assert corpus.name == "folder"
     assert corpus.classes == ("x", "y", "z")
     assert corpus.size == (H, W)
-    labelled = [int((pair(number)[1] != IGNORED).sum()) for number in range(9)]
+    labelled = [int((pair(number)[1] != IGNORED_PIXEL).sum()) for number in range(9)]
     assert corpus.splits == {
         "train": ImageFacts(num_images=6, num_pixels=sum(labelled[:6])),
         "test": ImageFacts(num_images=3, num_pixels=sum(labelled[6:])),
@@ -71,7 +73,7 @@ def test_the_corpus_is_what_the_files_hold(folder):
 
 
 def test_what_is_counted_in_two_images_of_two_by_two(tmp_path, put):
-    masks = [[[0, 0], [1, IGNORED]], [[0, 2], [2, 2]]]
+    masks = [[[0, 0], [1, IGNORED_PIXEL]], [[0, 2], [2, 2]]]
     images = np.zeros((2, 2, 2, 3), np.uint8)
     images[1, ..., 0] = 255  # red: nothing in one image, all in the other
     images[..., 1] = 51  # green: a fifth everywhere
@@ -141,7 +143,7 @@ class TestTraining:
         assert batch.labels.shape == (6, 9, 11)
         filled = (batch.images != 0).any(axis=1)
         assert (filled.sum(axis=(1, 2)) == 2 * 4).all()
-        assert (batch.labels[~filled] == IGNORED).all()
+        assert (batch.labels[~filled] == IGNORED_PIXEL).all()
 
     def test_fewer_training_images(self, folder, cache_folder):
         some, every = config(folder, max_train=2).open(), config(folder).open()
@@ -213,7 +215,7 @@ class TestSize:
         assert corpus.size == size
         assert batch.images.shape == (6, 3, *size)
         assert (batch.labels[0] == 2).all()
-        assert set(np.unique(batch.labels)) <= {0, 1, 2, IGNORED}
+        assert set(np.unique(batch.labels)) <= {0, 1, 2, IGNORED_PIXEL}
         assert corpus.batch(0, 0, range(2), 2).images.shape == (2, 3, *size)
 
     def test_images_of_two_sizes_need_one(self, folder, put, cache_folder):
@@ -306,7 +308,7 @@ class TestCache:
 
 
 @pytest.mark.parametrize(
-    ("label", "found"), [(1, "only the class 'y', of 3"), (IGNORED, "no class at all, of 3")], ids=["one", "none"]
+    ("label", "found"), [(1, "only the class 'y', of 3"), (IGNORED_PIXEL, "no class at all, of 3")], ids=["one", "none"]
 )
 def test_a_training_set_in_which_there_is_nothing_to_tell_apart(folder, put, label, found):
     for number in range(6):

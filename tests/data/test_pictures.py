@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data import pictures
 from llmeff.data.image_folder import ImageFolder
-from llmeff.data.image_source import IGNORED
 from llmeff.data.pictures import CELL, OPACITY, Shown, coloured, mask, overlay, palette, panel, png, seen
 
 H, W = 12, 16
 LABELS = (np.arange(H * W).reshape(H, W) % 5).astype(np.uint8)
-LABELS[0] = IGNORED
+LABELS[0] = IGNORED_PIXEL
 IMAGE = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
 NAMES = ["sky", "a long name of a class", "$road$", "_car", "дорога"]
 
@@ -23,7 +23,7 @@ class TestPalette:
 
     @pytest.mark.parametrize(("num_classes", "least"), [(5, 0.1), (11, 0.1), (19, 0.07), (40, 0.04)])
     def test_classes_are_told_apart_whatever_cones_one_has(self, num_classes, least):
-        places = seen(np.concatenate([palette()[:num_classes], palette()[IGNORED:]]))
+        places = seen(np.concatenate([palette()[:num_classes], palette()[IGNORED_PIXEL:]]))
         distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
         assert distances[~np.eye(len(places), dtype=bool)].min() > least  # 0.02 is just noticed
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data import scenes
-from llmeff.data.image_source import IGNORED
 from llmeff.data.scenes import CLASSES, Scenes
 
 SHARES = (17.44, 24.19, 1.02, 33.10, 4.67, 10.11, 1.22, 1.17, 6.11, 0.67, 0.30)
@@ -43,7 +43,7 @@ def test_an_image_is_the_same_on_every_machine():
 def test_everything_that_is_drawn_is_the_same_on_every_machine():
     images, labels = pairs(40, num_train=40, height=24, width=32)
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:32] == "c499ec4ae17b38014677ac254c33c138"
-    assert set(np.unique(labels)) == {*range(len(CLASSES)), IGNORED}
+    assert set(np.unique(labels)) == {*range(len(CLASSES)), IGNORED_PIXEL}
 
 
 def test_an_image_is_the_same_each_time_and_in_any_order():
@@ -97,7 +97,7 @@ def test_any_size(size):
     assert images.shape == (10, *size, 3)
     assert labels.shape == (10, *size)
     assert images.dtype == labels.dtype == np.uint8
-    assert set(np.unique(labels)) <= {*range(len(CLASSES)), IGNORED}
+    assert set(np.unique(labels)) <= {*range(len(CLASSES)), IGNORED_PIXEL}
 
 
 def test_a_scene_is_drawn_finer_at_twice_the_size():
@@ -108,21 +108,21 @@ def test_a_scene_is_drawn_finer_at_twice_the_size():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_are_as_rare_as_in_camvid(sample, name):
-    labels = sample[1][sample[1] != IGNORED]
+    labels = sample[1][sample[1] != IGNORED_PIXEL]
     share = 100 * np.mean(labels == CLASSES.index(name))
     assert CAMVID[name] / 1.6 < share < CAMVID[name] * 1.6
 
 
 def test_void_is_a_share_of_the_pixels_beside_another_class():
     _, labels = pairs(10, void=0)
-    assert IGNORED not in labels
+    assert IGNORED_PIXEL not in labels
     beside = np.stack([scenes._beside_another(one) for one in labels])
     _, half = pairs(10, void=0.5)
-    np.testing.assert_array_equal(half[half != IGNORED], labels[half != IGNORED])
-    assert not np.any((half == IGNORED) & ~beside)
-    assert np.mean((half == IGNORED)[beside]) == pytest.approx(0.5, abs=0.02)
+    np.testing.assert_array_equal(half[half != IGNORED_PIXEL], labels[half != IGNORED_PIXEL])
+    assert not np.any((half == IGNORED_PIXEL) & ~beside)
+    assert np.mean((half == IGNORED_PIXEL)[beside]) == pytest.approx(0.5, abs=0.02)
     _, all_of_them = pairs(10, void=1)
-    np.testing.assert_array_equal(all_of_them == IGNORED, beside)
+    np.testing.assert_array_equal(all_of_them == IGNORED_PIXEL, beside)
 
 
 def test_beside_another_is_of_four_neighbours():
@@ -207,7 +207,7 @@ def test_colour_alone_tells_little(sample):
     counts = np.zeros((4096, 256), int)
     np.add.at(counts, (codes(sample[0]), sample[1]), 1)
     guess = counts[:, : len(CLASSES)].argmax(1)[codes(images)]
-    guess[labels == IGNORED] = IGNORED
+    guess[labels == IGNORED_PIXEL] = IGNORED_PIXEL
     pairs_of = [(guess == label, labels == label) for label in range(len(CLASSES))]
     overlaps = [np.sum(one & other) / np.sum(one | other) for one, other in pairs_of]
     assert np.mean(overlaps) < 0.25

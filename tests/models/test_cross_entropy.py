@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmeff.models.cross_entropy import IGNORED, cross_entropy_sum
+from llmeff.core.ignored import IGNORED_TOKEN
+from llmeff.models.cross_entropy import cross_entropy_sum
 
 TOKENS, WIDTH, VOCABULARY = (3, 11), 16, 37
 
@@ -15,14 +16,14 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(*TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype, requires_grad=True)
     targets = torch.randint(VOCABULARY, TOKENS)
-    targets[0, 3:] = IGNORED
-    targets[2, ::2] = IGNORED
+    targets[0, 3:] = IGNORED_TOKEN
+    targets[2, ::2] = IGNORED_TOKEN
     return hidden, weight, targets
 
 
 def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
     loss = cross_entropy_sum(hidden, weight, targets, chunk)
-    mean = loss / (targets != IGNORED).sum()
+    mean = loss / (targets != IGNORED_TOKEN).sum()
     return loss.detach(), *torch.autograd.grad(mean, (hidden, weight))
 
 
@@ -43,7 +44,7 @@ def test_float64_stays_float64(chunk: int | None) -> None:
     found = loss_and_gradients(*inputs(torch.float64), chunk)
     hidden, weight, targets = inputs(torch.float64)
     log_probabilities = (hidden @ weight.T).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    expected = -log_probabilities[targets != IGNORED].sum()
+    expected = -log_probabilities[targets != IGNORED_TOKEN].sum()
     assert {tensor.dtype for tensor in found} == {torch.float64}
     assert relative(found[0], expected.detach()) < 1e-14
 
@@ -56,7 +57,7 @@ def test_one_gradient_alone(wanted: str) -> None:
         hidden, weight = hidden, weight.detach()
     else:
         hidden, weight = hidden.detach(), weight
-    loss = cross_entropy_sum(hidden, weight, targets, 4) / (targets != IGNORED).sum()
+    loss = cross_entropy_sum(hidden, weight, targets, 4) / (targets != IGNORED_TOKEN).sum()
     (found,) = torch.autograd.grad(loss, hidden if wanted == "hidden" else weight)
     assert relative(found, expected) < 3e-7
 
@@ -64,7 +65,7 @@ def test_one_gradient_alone(wanted: str) -> None:
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_no_target_counts(chunk: int | None) -> None:
     hidden, weight, targets = inputs()
-    loss = cross_entropy_sum(hidden, weight, torch.full_like(targets, IGNORED), chunk)
+    loss = cross_entropy_sum(hidden, weight, torch.full_like(targets, IGNORED_TOKEN), chunk)
     loss.backward()
     assert loss == 0
     assert hidden.grad is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmeff.attention import Linear, Performer, Sliding, Softmax
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.core.layout import Layout
 from llmeff.core.table import table
 from llmeff.core.tensors import copy_tensors
@@ -21,11 +22,11 @@ from llmeff.cost.workload import Workload
 from llmeff.data import Bpe, Bytes, Characters, HfTokenizer
 from llmeff.data.tokenizer import Tokenizer
 from llmeff.models import ModelConfig, interface, llama_format, save_model
-from llmeff.models.cross_entropy import IGNORED
 from llmeff.models.hf import HFModel, HFModelConfig
 from llmeff.models.transformer import DecoderConfig
-from llmeff.optim import AdamW
-from llmeff.predict import price_step
+from llmeff.plan.price import price_step
+from llmeff.tasks.causal_lm import tokenizer_problems
+from tests.prices import run_of
 
 VOCABULARY = 61
 _LLAMA = {
@@ -58,7 +59,7 @@ def build(path: Path | str, **fields: Any) -> HFModel:
 def batch() -> tuple[Tensor, Tensor]:
     tokens = torch.randint(VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(1))
     targets = tokens[:, 1:].clone()
-    targets[0, :4] = IGNORED
+    targets[0, :4] = IGNORED_TOKEN
     return tokens[:, :-1], targets
 
 
@@ -145,7 +146,7 @@ def test_a_mixer_that_a_model_cannot_take_is_told_before_its_step(
 ) -> None:
     config = validate(HFModelConfig, foreign(kind, tmp_path).model_dump() | {"mixer": mixer})
     with pytest.raises(ConfigError, match=said):
-        price_step(config, AdamW(), WORK)
+        price_step(run_of(config), WORK)
 
 
 @every_model
@@ -154,7 +155,7 @@ def test_the_loss_sums_what_is_counted(kind: str, chunk: int | None, tmp_path: P
     model, (tokens, targets) = build(folder(kind, tmp_path)).eval(), batch()
     surprise = -model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     loss = model(tokens, targets=targets, loss_chunk=chunk)
-    torch.testing.assert_close(loss, surprise[targets != IGNORED].sum())
+    torch.testing.assert_close(loss, surprise[targets != IGNORED_TOKEN].sum())
 
 
 @every_model
@@ -347,7 +348,7 @@ def with_more(tokenizer: Tokenizer) -> Tokenizer:
 )
 def test_a_tokenizer_that_keeps_the_ids_is_the_models(tokenizer: Any, tmp_path: Path, trained_on: Tokenizer) -> None:
     model = validate(HFModelConfig, {"path": str(tmp_path)})
-    assert list(model.tokenizer_problems(tokenizer(tmp_path))) == []
+    assert list(tokenizer_problems(model, tokenizer(tmp_path))) == []
 
 
 OTHER_TOKENIZERS = {
@@ -362,19 +363,19 @@ def test_pretrained_weights_refuse_a_tokenizer_with_other_ids(
     tokenizer: Any, tmp_path: Path, trained_on: Tokenizer
 ) -> None:
     model = validate(HFModelConfig, {"path": str(tmp_path)})
-    (problem,) = model.tokenizer_problems(tokenizer())
+    (problem,) = tokenizer_problems(model, tokenizer())
     assert re.search(r"data.tokenizer: id \d+ is '.+', but '.+' to the weights in", problem)
     assert "model.from_scratch = true" in problem
     scratch = model.model_copy(update={"from_scratch": True})
-    assert list(scratch.tokenizer_problems(tokenizer())) == []
+    assert list(tokenizer_problems(scratch, tokenizer())) == []
     (tmp_path / "tokenizer.json").unlink()
-    assert list(model.tokenizer_problems(tokenizer())) == []
+    assert list(tokenizer_problems(model, tokenizer())) == []
 
 
 def test_a_damaged_tokenizer_beside_the_weights_is_one_clear_error(tmp_path: Path, trained_on: Tokenizer) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
-        list(validate(HFModelConfig, {"path": str(tmp_path)}).tokenizer_problems(trained_on))
+        list(tokenizer_problems(validate(HFModelConfig, {"path": str(tmp_path)}), trained_on))
 
 
 def test_a_decoder_in_llmeff_format_is_a_foreign_model_too(tmp_path: Path) -> None:

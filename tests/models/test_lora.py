@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.core.table import table
 from llmeff.models import Decoder, DecoderConfig, LoRA
-from llmeff.models.cross_entropy import IGNORED
 
 peft = pytest.importorskip("peft")
 
 SHAPE = DecoderConfig(vocab_size=31, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
 TOKENS = torch.arange(24).view(2, 12) % 31
-TARGETS = torch.where(TOKENS % 5 == 0, IGNORED, (TOKENS + 1) % 31)
+TARGETS = torch.where(TOKENS % 5 == 0, IGNORED_TOKEN, (TOKENS + 1) % 31)
 
 
 def decoder() -> Decoder:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.core.layout import Layout
-from llmeff.models.cross_entropy import IGNORED
 from llmeff.models.transformer import PRESETS, Decoder, DecoderConfig
 
 VOCABULARY = 61
@@ -36,7 +36,7 @@ def batch(rows: int = 2, length: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (rows, length + 1), generator=generator)
     targets = tokens[:, 1:].clone()
-    targets[0, :3] = IGNORED
+    targets[0, :3] = IGNORED_TOKEN
     return tokens[:, :-1], targets
 
 
@@ -144,12 +144,12 @@ def test_torch_compile_takes_it_whole(recompute: bool) -> None:
 def test_the_loss_sums_what_is_counted() -> None:
     model, (tokens, targets) = build(), batch()
     surprise = -model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    torch.testing.assert_close(model(tokens, targets=targets), surprise[targets != IGNORED].sum())
+    torch.testing.assert_close(model(tokens, targets=targets), surprise[targets != IGNORED_TOKEN].sum())
 
 
 def test_ragged_accumulation_is_the_whole_batch() -> None:
     model, (tokens, targets) = build(), batch(rows=4)
-    targets[3, 2:] = IGNORED
+    targets[3, 2:] = IGNORED_TOKEN
     whole = model(tokens, targets=targets)
     parts = sum(model(tokens[row : row + 1], targets=targets[row : row + 1]) for row in range(4))
     assert relative(torch.as_tensor(parts).detach(), whole.detach()) < 1e-6

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.cpu import instruction_set
+from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.cost.workload import Workload
-from llmeff.loop import train
 from llmeff.models import UNet
 from llmeff.models.image_model import load_image_model
 from llmeff.models.image_norm import averaged
-from llmeff.optim import AdamW
-from llmeff.predict import plan, price_step
-from llmeff.record.meters import count_flops, peak_bytes, saved_bytes
-from llmeff.runconfig import RunConfig
+from llmeff.plan.price import plan, price_step
+from llmeff.run.loop import train
+from tests.prices import run_of
 
 NAME = "segmentation_models_pytorch"
 
@@ -105,7 +105,7 @@ def test_its_trace_is_what_a_step_takes(library, changes):
         instruction_set=instruction_set(),
         **changes,
     )
-    price = price_step(CONFIG, AdamW(), work)
+    price = price_step(run_of(CONFIG), work)
     model, batch = CONFIG.build(), CONFIG.example(work)
     held = [*model.parameters(), *model.buffers(), *batch.values()]
 
@@ -168,7 +168,7 @@ def test_it_is_trained_by_the_loop_with_its_prediction_beside_what_was_measured(
 
 
 def test_no_peak_is_predicted_where_the_instruction_set_was_not_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr("llmeff.predict.instruction_set", lambda: None)
+    monkeypatch.setattr("llmeff.plan.price.instruction_set", lambda: None)
     segnet = {"name": "segnet-basic", "width": 8}
     result = train(validate(RunConfig, TINY | {"model": segnet}), tmp_path / "run")
     assert "peak_bytes" in result.measured

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from llmeff.core.meters import count_flops
 from llmeff.core.optimizer_state import state_bytes
 from llmeff.core.precision import precision
 from llmeff.core.table import Row, table
 from llmeff.cost.arrays import Weight
 from llmeff.optim import Muon
 from llmeff.optim.newton_schulz import OrthogonalMomentum, orthogonalize
-from llmeff.record.meters import count_flops
 
 SETTINGS = Muon(lr=0.01, momentum=0.9, weight_decay=0.3, beta1=0.8, beta2=0.9)
 AS_TORCH = SETTINGS.model_copy(update={"ns_format": "bfloat16"})

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.precision import precision
 from llmeff.core.table import Role, Row, table
 from llmeff.parallel import Parts, Single, Strategy
-from llmeff.runconfig import RunConfig
 
 CPU = torch.device("cpu")
 INPUTS = torch.linspace(-1, 1, 20).view(5, 4)

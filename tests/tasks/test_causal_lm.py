@@ -9,6 +9,7 @@ import tokenizers
 import torch
 from torch import nn
 
+from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import world
 from llmeff.core.seed import derive
@@ -16,13 +17,12 @@ from llmeff.data import TextData
 from llmeff.data.builtin import Builtin
 from llmeff.data.splits import Document
 from llmeff.data.tokenizer import END, Tokenizer
-from llmeff.loop import train
 from llmeff.models import DecoderConfig
 from llmeff.record.reader import read_run
-from llmeff.runconfig import RunConfig
+from llmeff.run.loop import train
 from llmeff.tasks import CausalLM, causal_lm
 from llmeff.tasks.task import UnitResult
-from tests.test_loop import TINY
+from tests.run.test_loop import TINY
 
 CPU = torch.device("cpu")
 FIRST, SECOND = "aé漢🙂漢", "é"

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from llmeff.data.image_source import IGNORED
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.tasks.image_metrics import BOUNDARY, boundary_f1, confusion, counts_of, image_counts, scores
 
-X = IGNORED
+X = IGNORED_PIXEL
 CLASSES = ("road", "sky", "tree")
 
 

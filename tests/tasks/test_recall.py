@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import World
 from llmeff.core.seed import derive
-from llmeff.loop import train
 from llmeff.record.reader import read_run
-from llmeff.runconfig import RunConfig
+from llmeff.run.loop import train
 
 SMALL = {
     "task": "recall",

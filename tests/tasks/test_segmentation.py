@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.dist import world
+from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.core.seed import derive
 from llmeff.data import TextData
-from llmeff.data.image_source import IGNORED
 from llmeff.data.images import ImageData
-from llmeff.loop import train
 from llmeff.models import DecoderConfig, SegNetBasic, SegNetVGG
 from llmeff.models.image_norm import averaged
 from llmeff.models.pixel_loss import pixel_losses, weighted_loss
 from llmeff.record.reader import read_run
-from llmeff.runconfig import RunConfig
+from llmeff.run.loop import train
 from llmeff.tasks import Segmentation, segmentation
 from llmeff.tasks.segmentation import class_weights
 from tests.ranks import ranks
 
-X = IGNORED
+X = IGNORED_PIXEL
 CPU = torch.device("cpu")
 SMALL = {
     "train": [[[0, 1], [1, X]], [[0, 0], [0, 1]], [[2, 2], [0, 0]]],

@@ -6,10 +6,10 @@ import inspect
 import pytest
 
 from llmeff.core.config import validate
+from llmeff.core.metric import Goal
 from llmeff.data import ImageData, TextData
 from llmeff.data.recall import RecallData
 from llmeff.models import DecoderConfig, SegNetBasic
-from llmeff.record.schema import Goal
 from llmeff.tasks import TaskConfig
 from llmeff.tasks.task import ITEMS, Batch, Sample, Task, UnitResult
 

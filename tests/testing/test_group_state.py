@@ -6,9 +6,9 @@ from torch import nn
 
 from llmeff.core.config import ConfigError
 from llmeff.core.table import Row
-from llmeff.loop import Trainer
 from llmeff.parallel.group_state import changed_entries, check_savable, group_entries, put_back
 from llmeff.parallel.saved import save
+from llmeff.run.loop import Trainer
 from llmeff.testing import CheckFailed, check_optimizer, optimizers
 from tests.ranks import ranks
 from tests.strategies import STRATEGIES, config

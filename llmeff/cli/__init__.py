@@ -1,0 +1,3 @@
+"""The command line, a module for each command."""
+
+from llmeff.cli.command_line import main as main

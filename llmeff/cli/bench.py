@@ -1,0 +1,106 @@
+"""`llmeff bench`: step times of arms that take turns; `llmeff bench mixers`: of mixers over the length of sequences."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmeff.cli.options import add_config, add_imports, check_json, run_config, write_with_picture
+
+
+def add(commands: Any) -> None:
+    """Adds the command to a parser's commands."""
+    parser = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
+    add_config(parser)
+    parser.add_argument(
+        "--arm", action="append", default=[], dest="arms", metavar="ARM",
+        help="ours, bare, hf-trainer, or FILE.py:FUNCTION, with settings of its own as in 'ours runtime.compile=model' "
+        "(repeatable; the first is set beside all others)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=5, metavar="N",
+        help="fresh processes of each arm, one after another; the intervals are over them",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm, over all its processes")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a turn")
+    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of a process before its first round")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
+    parser.set_defaults(run=run)
+    subjects = parser.add_subparsers(metavar="mixers", title="instead of arms")
+    mixers = subjects.add_parser("mixers", help="what each mixer takes and keeps as sequences grow")
+    _add_mixers(mixers)
+    mixers.set_defaults(run=run_mixers)
+
+
+def _add_mixers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mixer", action="append", default=[], dest="mixers", metavar="MIXER",
+        help="a mixer, with settings of its own as in 'sliding window=64' (repeatable; the first is set beside all others; "
+        "softmax and all others if left out)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", action="append", type=int, default=[], dest="lengths", metavar="T",
+        help="tokens (repeatable, ascending; 512 to 16384 by doubling if left out)",
+    )  # fmt: skip
+    parser.add_argument("--width", type=int, default=64, metavar="D", help="of the residual stream (64)")
+    parser.add_argument("--heads", type=int, default=2, metavar="N", help="heads of D / N (2)")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="number formats (fp32)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it computes (cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU (1)")
+    parser.add_argument(
+        "--processes", type=int, default=3, metavar="N", help="one after another; intervals are over them (3)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each mixer in a process (3)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write all times as JSON, and a picture of that name ending in .png"
+    )
+    add_imports(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    from llmeff.core.files import reported, write_text
+    from llmeff.lab.arms import bench, show
+
+    result = bench(
+        run_config(options),
+        options.arms or ["ours", "bare"],
+        rounds=options.rounds,
+        steps=options.steps,
+        warmup_steps=options.warmup,
+        processes=options.processes,
+        modules=options.imports,
+    )
+    sys.stdout.write(show(result) + "\n")
+    if options.out is not None:
+        with reported(options.out):
+            write_text(options.out, json.dumps({"command": options.command_line} | result))
+    return 0
+
+
+def run_mixers(options: argparse.Namespace) -> int:
+    """Runs the command on mixers."""
+    from llmeff.compare.verdict_table import terminal
+    from llmeff.core.components import load_components
+    from llmeff.lab.mixers import MixerRace, bench_mixers, picture, tables
+
+    load_components(options.imports)
+    race = MixerRace(
+        mixers=tuple(options.mixers),
+        lengths=tuple(options.lengths) or (512, 1024, 2048, 4096, 8192, 16384),
+        width=options.width,
+        num_heads=options.heads,
+        precision=options.precision,
+        device=options.device,
+        threads=options.threads,
+        processes=options.processes,
+        rounds=options.rounds,
+        modules=tuple(options.imports),
+    )
+    check_json(options.out)
+    result = bench_mixers(race)
+    sys.stdout.write(terminal(tables(result)))
+    if options.out is not None:
+        write_with_picture(options.out, options.command_line, result, picture(result))
+    return 0

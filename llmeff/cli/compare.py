@@ -1,0 +1,69 @@
+"""`llmeff compare`: runs side by side, or arms against a baseline."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmeff.core import log
+
+
+def add(commands: Any) -> None:
+    """Adds the command to a parser's commands."""
+    parser = commands.add_parser("compare", help="runs side by side; arms against a baseline, with intervals")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweeps' folders, or ledger files"
+    )
+    parser.add_argument("--baseline", metavar="ARM", help="what the others are set beside; the sweep's, or the first")
+    parser.add_argument("--metric", metavar="NAME", help="what decides, as in bits_per_byte; the sweep's, or the loss")
+    parser.add_argument(
+        "--target", type=float, metavar="VALUE", help="count steps, FLOPs and time to this value of the metric"
+    )
+    parser.add_argument("--timing", type=Path, metavar="FILE", help="step times, of `llmeff sweep --timing`")
+    parser.add_argument("--mixed", action="store_true", help="compare runs of other data or budgets, and say so")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page that holds everything")
+    parser.add_argument(
+        "--format",
+        choices=("terminal", "markdown", "csv", "json"),
+        default="terminal",
+        help="of the table",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the metric as a PNG")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    from llmeff.compare.ledger import read_entries
+    from llmeff.compare.report import write_report
+    from llmeff.compare.study import is_list, name_of, read_study, write_pictures
+    from llmeff.compare.verdict_table import render_comparison
+
+    entries = read_entries(options.runs)
+    asked = (options.baseline, options.target, options.metric, options.timing, options.html)
+    wants_arms = any(own is not None for own in asked)
+    if is_list(options.runs, entries) and not (wants_arms or options.mixed):
+        from llmeff.compare.table import compare, draw, render
+        from llmeff.compare.verdict import differences
+
+        notes = [f"these runs are not of one kind: {text}" for text in differences(entries)]
+        if options.format == "csv":
+            for note in notes:
+                log.logger.warning(note)
+        sys.stdout.write(render(compare(options.runs), options.format, notes=notes) + "\n")
+        if options.plot is not None:
+            draw(options.runs, options.plot)
+        return 0
+    comparison = read_study(
+        options.runs, entries, baseline=options.baseline, target=options.target, metric=options.metric,
+        timing=options.timing, mixed=options.mixed,
+    )  # fmt: skip
+    if options.html is not None:
+        write_report(comparison, options.html, name_of(options.runs, entries))
+    if options.plot is not None:
+        write_pictures(comparison, options.plot)
+    if options.format == "csv":
+        for note in comparison.notes:
+            log.logger.warning(note)
+    sys.stdout.write(render_comparison(comparison, options.format) + "\n")
+    return 0

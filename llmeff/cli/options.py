@@ -1,0 +1,83 @@
+"""Options that several commands have: the config of a run or a sweep, components of the user's, files that are written."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmeff.core.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmeff.config.run import RunConfig
+
+
+def add_config(parser: argparse.ArgumentParser, kind: str = "run") -> None:
+    """`--recipe`, `--config`, `--set` and `--import`.
+
+    Args:
+        parser: of the command.
+        kind: what is configured, `run` or `sweep`.
+    """
+    source = parser.add_mutually_exclusive_group()
+    default = "; `default` if nothing is given" if kind == "run" else ""
+    source.add_argument("--recipe", metavar="NAME", help=f"a named {kind}{default}")
+    source.add_argument("--config", type=Path, metavar="FILE", help=f"a {kind}'s config, TOML or JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="change one value of the config (repeatable)"
+    )
+    add_imports(parser)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """`--import`."""
+    parser.add_argument(
+        "--import", action="append", default=[], dest="imports", metavar="MODULE",
+        help="import a module that registers components of your own (repeatable)",
+    )  # fmt: skip
+
+
+def run_config(options: argparse.Namespace) -> "RunConfig":
+    """The run that the options of `add_config` describe.
+
+    Raises:
+        ConfigError: there is no such run, or it cannot work.
+    """
+    from llmeff.config.recipes import RECIPES
+    from llmeff.config.run import RunConfig
+    from llmeff.core.components import load_components
+    from llmeff.core.config import override, read, validate
+    from llmeff.run.launch import supplied
+
+    load_components(options.imports)
+    if options.config is not None:
+        data = read(options.config)
+    else:
+        name = options.recipe or "default"
+        if name not in RECIPES:
+            raise ConfigError(RECIPES.unknown(name))
+        data = RECIPES[name]().model_dump(mode="json")
+    return validate(RunConfig, supplied(override(data, options.set)))
+
+
+def check_json(out: Path | None) -> None:
+    """Refuses a file to be written whose name does not end in .json.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if out is not None and out.suffix != ".json":
+        raise ConfigError(f"--out {out}: is a file of JSON, and ends in .json")
+
+
+def write_with_picture(out: Path, command_line: str, result: Mapping[str, Any], png: bytes) -> None:
+    """Writes a result with the command that made it, and beside it its picture.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    from llmeff.core.files import reported, write_bytes, write_text
+
+    with reported(out):
+        write_text(out, json.dumps({"command": command_line, **result}, indent=1) + "\n")
+        write_bytes(out.with_suffix(".png"), png)

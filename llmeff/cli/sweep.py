@@ -1,0 +1,123 @@
+"""`llmeff sweep`: runs a sweep, one run of it, or its timing; or writes what submits it to Slurm."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmeff.cli import exits
+from llmeff.cli.options import add_config
+from llmeff.core.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmeff.config.sweep import SweepConfig
+
+
+def add(commands: Any) -> None:
+    """Adds the command to a parser's commands."""
+    parser = commands.add_parser(
+        "sweep", help="arms tuned with one budget, then run with fresh seeds; goes on by itself"
+    )
+    add_config(parser, kind="sweep")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder; sweeps/NAME if left out")
+    parser.add_argument("--cores", type=int, metavar="N", help="cores to use at a time; all if left out")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="print what will be run, and stop")
+    instead.add_argument(
+        "--timing", action="store_true",
+        help="race the arms' final configs against one another for their step times, on a quiet machine",
+    )  # fmt: skip
+    instead.add_argument(
+        "--slurm", action="store_true", help="write what submits the sweep to Slurm as arrays of jobs, and stop"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION",
+        help="of --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
+    )  # fmt: skip
+    instead.add_argument("--only", metavar="PHASE:N", help="one run of the sweep, as in tuning:3 or final:0")
+    parser.add_argument("--processes", type=int, metavar="N", help="of --timing: fresh processes of each arm (5)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of --timing: turns of each arm (30)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of --timing: steps of a turn (10)")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.set_defaults(run=run)
+
+
+def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
+    from llmeff.config.recipes import SWEEPS
+    from llmeff.config.sweep import SweepConfig
+    from llmeff.core.components import load_components
+    from llmeff.core.config import override, read, validate
+
+    load_components(options.imports)
+    if options.config is not None:
+        data = read(options.config)
+    elif options.recipe in SWEEPS:
+        data = SWEEPS[options.recipe]().model_dump(mode="json")
+    else:
+        raise ConfigError(
+            SWEEPS.unknown(options.recipe) if options.recipe else
+            f"--recipe or --config names a sweep. Known: {', '.join(SWEEPS.names())}."
+        )  # fmt: skip
+    return validate(SweepConfig, override(data, options.set))
+
+
+def _place(text: str) -> tuple[str, int]:
+    phase, _, number = text.partition(":")
+    if phase not in ("tuning", "final") or not number.isdecimal():
+        raise ConfigError(f"--only {text!r}: give tuning:N or final:N, N counted from 0")
+    return phase, int(number)
+
+
+def _lane(options: argparse.Namespace) -> dict[str, int]:
+    """What was asked of a timing lane; what belongs to a mode that is not asked for is refused."""
+    given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
+    if given and not options.timing:
+        raise ConfigError(f"--{next(iter(given))} is of the timing lane: give --timing too")
+    if options.sbatch and not options.slurm:
+        raise ConfigError("--sbatch is for the jobs that --slurm writes: give both")
+    return given
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    from llmeff.compare.study import read_study
+    from llmeff.compare.verdict_table import render_comparison
+    from llmeff.core.dist import usable_cores
+    from llmeff.lab.sweep import Sweep, check_cores, plan_text, write_slurm, write_timing
+
+    sweep = _sweep_config(options)
+    cores = usable_cores() if options.cores is None else options.cores
+    lane = _lane(options)
+    if cores < 1:
+        raise ConfigError(f"--cores {cores}: at least 1")
+    if options.cores is not None:
+        check_cores(sweep, cores)
+    folder = options.out or Path("sweeps") / sweep.name
+    if options.plan:
+        sys.stdout.write(plan_text(sweep) + "\n")
+        return 0
+
+    if options.slurm:
+        script = write_slurm(sweep, folder, modules=options.imports, more=options.sbatch)
+        sys.stdout.write(f"bash {shlex.quote(str(script))}\n")
+        return 0
+
+    def tell(line: str) -> None:
+        if not options.quiet:
+            sys.stderr.write(f"llmeff: {line}\n")
+
+    if options.only is not None:
+        phase, number = _place(options.only)
+        one = Sweep(sweep, folder, cores=cores, modules=options.imports, command=options.command_line, tell=tell)
+        return 0 if one.run_one(phase, number) else exits.FAILED
+    if options.timing:
+        write_timing(sweep, folder, modules=options.imports, command=options.command_line, **lane)
+    else:
+        tell(plan_text(sweep))
+        whole = Sweep(sweep, folder, cores=cores, modules=options.imports, command=options.command_line, tell=tell)
+        whole.run()
+        if failure := whole.failure():
+            return exits.fail([failure], exits.FAILED)
+    sys.stdout.write(render_comparison(read_study([folder]), "terminal") + "\n")
+    return 0

@@ -1,0 +1,132 @@
+"""`llmeff train`: trains a model in this process, or starts the processes that do."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmeff.cli import exits
+from llmeff.cli.options import add_config, run_config
+from llmeff.core import log
+from llmeff.core.config import ConfigError
+from llmeff.core.dist import is_launched, world
+from llmeff.core.files import refuse_links
+
+if TYPE_CHECKING:
+    from llmeff.config.run import RunConfig
+
+
+def add(commands: Any) -> None:
+    """Adds the command to a parser's commands."""
+    parser = commands.add_parser("train", help="train a model; record what it cost beside what was predicted")
+    add_config(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    parser.add_argument(
+        "--restart-from-scratch", action="store_true", dest="anew",
+        help="begin the unfinished run in --out anew, and keep what it recorded in DIR/discarded-N; with --resume, only "
+        "where there is no whole checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N",
+        help="go on by itself up to N times where the run ended abnormally",
+    )  # fmt: skip
+    parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def _go_on_from(options: argparse.Namespace) -> None:
+    """Where a run is resumed or begun anew and no config is named, it is the run's own.
+
+    Raises:
+        ConfigError: there is no run, or something in its folder leads out of it.
+    """
+    flag = "--resume" if options.resume else "--restart-from-scratch"
+    if options.out is None:
+        raise ConfigError(f"{flag} needs --out DIR, the folder of the run to go on with")
+    own = options.out / "config.json"
+    if not own.is_file():
+        raise ConfigError(f"{flag}: {options.out} holds no config.json, so there is no run to go on with")
+    refuse_links(options.out)
+    if options.recipe or options.config:
+        return
+    options.config = own
+    if any(setting.split("=")[0].split(".")[0].strip() == "parallel" for setting in options.set):
+        # what was resolved for the old ranks; a setting of the user's comes after and wins
+        options.set = ["train.micro_batch=auto", "runtime.threads=auto", *options.set]
+
+
+def _free_folder(name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is not there yet."""
+    folder, number = Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    if options.restarts < 0:
+        raise ConfigError(f"--restarts {options.restarts}: how often a run may go on by itself is 0 or more")
+    given = _arguments(options)
+    if options.resume or options.anew:
+        _go_on_from(options)
+    config = run_config(options)
+    if options.print_config:
+        sys.stdout.write(config.model_dump_json(indent=2) + "\n")
+        return 0
+    folder = options.out or _free_folder(config.name)
+    if options.restarts and is_launched():
+        raise ConfigError("--restarts is for llmeff train itself: where a launcher starts it, the launcher restarts")
+    if not is_launched() and (config.parallel.ranks > 1 or options.restarts):
+        return _start(options, config, folder, given)
+    with log.engines_apart() if config.parallel.joins else contextlib.nullcontext():
+        return _train_here(options, config, folder)
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """What was given, for the processes that train: all but the folder, and whether they go on."""
+    given = [f"--{name}={value}" for name in ("recipe", "config") if (value := getattr(options, name)) is not None]
+    given += [f"--set={setting}" for setting in options.set] + [f"--import={module}" for module in options.imports]
+    return given + [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]
+
+
+def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given: list[str]) -> int:
+    """Trains in processes of its own."""
+    from llmeff.run import launch
+    from llmeff.run.prepare import check_world
+
+    check_world(config, is_started=False)
+    asked = launch.first_flags(folder, resume=options.resume, anew=options.anew, is_restarted=options.restarts > 0)
+
+    def start(how: Sequence[str]) -> list[str]:
+        return launch.command(config, [*given, f"--out={folder}", *(how or asked)])
+
+    def tell(line: str) -> None:
+        if not (options.quiet or options.json):
+            sys.stderr.write(f"llmeff: starting {line}\n")
+
+    return launch.run(start, folder, restarts=options.restarts, tell=tell)
+
+
+def _train_here(options: argparse.Namespace, config: "RunConfig", folder: Path) -> int:
+    """Trains in this process: the only one of the run, or one that a launcher started."""
+    from llmeff.core import group
+    from llmeff.run.loop import DivergedError, train
+
+    try:
+        is_silent = options.quiet or options.json
+        result = train(config, folder, resume=options.resume, anew=options.anew, is_silent=is_silent)
+    except DivergedError as failure:
+        return exits.fail([str(failure)], exits.FAILED)
+    group.disconnect()
+    if options.json and world().is_main:
+        log.out().write(json.dumps(result.model_dump(mode="json")) + "\n")
+        log.out().flush()
+    return 0

@@ -1,0 +1,145 @@
+"""What each efficiency technique contributes, alone and together with others: fractional factorials over one recipe."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from llmeff.config.recipes.corpus import one_text
+from llmeff.config.recipes.optimizers import ADAMW_RATES, SGD_RATES
+from llmeff.config.recipes.recipe import sweep_recipe
+from llmeff.config.run import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
+from llmeff.config.sweep import ArmConfig, Search, SweepConfig
+from llmeff.core.config import override, validate
+from llmeff.models.transformer import PRESETS
+from llmeff.optim import Cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """What a factor may be."""
+
+    name: str
+    settings: tuple[str, ...]
+    """That make it, as `--set` takes them."""
+    search: Mapping[str, Search] = field(default_factory=dict)
+    """What is tuned where a factor is at this level."""
+    tuned_as: str | None = None
+    """Another level of the same factor, whose tuned settings this one takes over."""
+
+
+SGD = Level(name="sgd", settings=("optim=sgd",), search={"optim.lr": SGD_RATES})
+ADAMW = Level(name="adamw", settings=("optim=adamw",), search={"optim.lr": ADAMW_RATES})
+ADAMW_8BIT = Level(name="adamw8bit", settings=("optim=adamw8bit",), tuned_as="adamw")
+
+
+def _pair(key: str, first: tuple[str, str], second: tuple[str, str]) -> tuple[Level, Level]:
+    return (
+        Level(name=first[0], settings=(f"{key}={first[1]}",)),
+        Level(name=second[0], settings=(f"{key}={second[1]}",)),
+    )
+
+
+PRECISION = _pair("precision", ("fp32", "fp32"), ("bf16", "bf16"))
+RECOMPUTE = _pair("runtime.recompute", ("keep", "false"), ("recompute", "true"))
+RANKS = _pair("parallel.ranks", ("1 rank", "1"), ("2 ranks", "2"))
+STAGE = _pair("parallel.stage", ("zero 0", "0"), ("zero 3", "3"))
+
+
+def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmConfig]:
+    """Half of all combinations of two-level factors: those in which an even number is at its second level.
+
+    Of five factors it is of resolution V: no main effect and no pair is mistaken for another (Box, Hunter and Hunter
+    2005, chapter 6). The arm with all factors at their first level is in it, and is the first. What a level has to be
+    tuned is tuned in the first arm that has it; the other arms take it over, so that they differ in nothing else.
+    """
+    arms: dict[str, ArmConfig] = {}
+    tuned: dict[tuple[str, ...], str] = {}
+    for places in itertools.product((0, 1), repeat=len(factors)):
+        if prod(1 - 2 * place for place in places) == -1:
+            continue
+        chosen = [levels[place] for place, levels in zip(places, factors.values(), strict=True)]
+        name = ", ".join(level.name for level in chosen)
+        search = {key: tried for level in chosen for key, tried in level.search.items()}
+        tuned_levels = tuple(level.tuned_as or level.name for level in chosen if level.search or level.tuned_as)
+        first = tuned.setdefault(tuned_levels, name)
+        arms[name] = ArmConfig(
+            settings=tuple(setting for level in chosen for setting in level.settings),
+            search=search if first == name else {},
+            tuned_as=None if first == name or not tuned_levels else first,
+            factors={factor: level.name for factor, level in zip(factors, chosen, strict=True)},
+        )
+    return arms
+
+
+def factorial(
+    name: str,
+    factors: Mapping[str, tuple[Level, Level]],
+    base: RunConfig,
+    metric: str,
+    seeds: tuple[int, ...] = tuple(range(6)),
+) -> SweepConfig:
+    """Half of the combinations of factors over a run, under DeepSpeed, where all of them are at hand.
+
+    Without AMX or AVX512_BF16, products in bf16 are slow on a CPU: steps and held-out text are few.
+
+    Args:
+        name: of the study.
+        factors: each with its two levels.
+        base: what all runs have in common.
+        metric: what decides.
+        seeds: of the final runs. An effect on what is learned is judged by how it varies over them.
+    """
+    arms = half_fraction(factors)
+    shared = validate(RunConfig, override(base.model_dump(mode="json"), ["parallel=deepspeed", "parallel.stage=0"]))
+    return SweepConfig(name=name, base=shared, arms=arms, baseline=next(iter(arms)), metric=metric, seeds=seeds)
+
+
+def _study(
+    name: str,
+    factors: Mapping[str, tuple[Level, Level]],
+    model: str,
+    steps: int,
+    num_evaluations: int = 16,
+    seeds: tuple[int, ...] = tuple(range(6)),
+) -> SweepConfig:
+    base = RunConfig(
+        model=PRESETS[model](),
+        data=one_text(validation=0.002, search=0.02),
+        schedule=Cosine(warmup_steps=steps // 8),
+        train=TrainConfig(steps=steps, batch=4, micro_batch=2),
+        evaluation=EvalConfig(every=1 / num_evaluations, max_units=None, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=0),
+        runtime=RuntimeConfig(threads=1),
+    )
+    return factorial(name, factors, base, "loss", seeds)
+
+
+FACTORS = {
+    "optimizer": (SGD, ADAMW), "precision": PRECISION, "recompute": RECOMPUTE, "ranks": RANKS, "stage": STAGE,
+}  # fmt: skip
+
+
+@sweep_recipe
+def contribution() -> SweepConfig:
+    """Adaptive optimization, mixed precision, recomputation, ranks and ZeRO stages: 16 of 32 combinations, six seeds.
+
+    A model of 1M parameters. On a faster machine: `--set base.train.steps=2000 --set base.model=llama-125m`.
+    """
+    return _study("contribution", FACTORS, "llama-1m", steps=96)
+
+
+@sweep_recipe
+def contribution_10m() -> SweepConfig:
+    """The same with 10M parameters, for what it takes; in so few steps losses tell of the first of training alone."""
+    return _study("contribution-10m", FACTORS, "llama-10m", steps=12, num_evaluations=4, seeds=(0, 1))
+
+
+@sweep_recipe
+def contribution_8bit() -> SweepConfig:
+    """8-bit optimizer state, beside precision, recomputation and ranks: 8 of 16 combinations, at stage 0.
+
+    From stage 1 on DeepSpeed hands an optimizer slices of many parameters, and the blocks of 8 bits would be others.
+    """
+    factors = {"optimizer": (ADAMW, ADAMW_8BIT), "precision": PRECISION, "recompute": RECOMPUTE, "ranks": RANKS}
+    return _study("contribution-8bit", factors, "llama-1m", steps=96)

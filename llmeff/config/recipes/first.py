@@ -1,0 +1,41 @@
+"""The first runs: one that takes seconds, and one that trains a small model on real text in minutes."""
+
+from llmeff.config.recipes.recipe import recipe
+from llmeff.config.run import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
+from llmeff.data import Bpe, Builtin, Bytes, TextData
+from llmeff.models import DecoderConfig
+from llmeff.optim import AdamW, Cosine
+
+
+@recipe
+def debug() -> RunConfig:
+    """Every part once, in seconds: a tiny model on a little of the built-in corpus."""
+    return RunConfig(
+        name="debug",
+        model=DecoderConfig(width=32, num_layers=2, num_heads=2, mlp_width=64),
+        data=TextData(source=Builtin(max_bytes=2_000_000), tokenizer=Bytes(), sequence_length=64),
+        schedule=Cosine(warmup_steps=5),
+        optim=AdamW(lr=5e-3),
+        train=TrainConfig(steps=30, batch=4),
+        evaluation=EvalConfig(every=15, max_units=4, sample_tokens=32),
+        checkpoint=CheckpointConfig(every=15),
+        runtime=RuntimeConfig(threads=1),
+    )
+
+
+@recipe
+def default() -> RunConfig:
+    """A small language model of Python source, in under five minutes on two cores.
+
+    So little time is best spent on a small model and many tokens (Hoffmann et al. 2022), in many small steps.
+    """
+    return RunConfig(
+        name="default",
+        model=DecoderConfig(width=128, num_layers=4, num_heads=2, mlp_width=352),
+        data=TextData(source=Builtin(), tokenizer=Bpe(vocab_size=4096), sequence_length=256),
+        schedule=Cosine(warmup_steps=50),
+        optim=AdamW(lr=6e-3),
+        train=TrainConfig(steps=1300, batch=4),
+        evaluation=EvalConfig(every=250, max_units=16),
+        checkpoint=CheckpointConfig(every=500),
+    )

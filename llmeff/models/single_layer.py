@@ -1,0 +1,89 @@
+"""A decoder of one layer that has a mixer and no MLP, over a vocabulary of a few tokens.
+
+What is measured of it is measured of a mixer, norms and the residual stream, as they are in training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmeff.attention.mixer import MixerConfig
+from llmeff.attention.scan import CHUNK
+from llmeff.core.config import ConfigError, override, validate
+from llmeff.core.cpu import instruction_set
+from llmeff.core.precision import PrecisionName
+from llmeff.cost.price import Price
+from llmeff.cost.workload import Workload
+from llmeff.models.transformer import DecoderConfig, LayerConfig
+
+VOCABULARY = 8
+"""So few tokens that embedding and logits are nothing beside a mixer."""
+_CHUNKS = 256
+"""How many products of a scan's chunks are made at once."""
+
+
+def mixer_names() -> tuple[str, ...]:
+    """The names of all mixers that are registered, first that of a decoder's default."""
+    first = DecoderConfig().mixer.name
+    return (first, *(name for name in MixerConfig.registry.names() if name != first))
+
+
+def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_heads: int) -> DecoderConfig:
+    """The model around a mixer.
+
+    Args:
+        name: the mixer's.
+        settings: its own, as in `window=64`.
+        width: D.
+        num_heads: N; a head is D / N wide.
+
+    Raises:
+        ConfigError: there is no such mixer, or it cannot be so.
+    """
+    if name not in MixerConfig.registry:
+        raise ConfigError(MixerConfig.registry.unknown(name))
+    layer = LayerConfig(has_mlp=False).model_dump(mode="json")
+    given = {"width": width, "num_layers": 1, "num_heads": num_heads, "vocab_size": VOCABULARY}
+    return validate(DecoderConfig, given | {"layers": [layer], "mixer": override({"name": name}, settings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStep:
+    """A forward and backward pass over one sequence, on this machine."""
+
+    num_tokens: int
+    """T."""
+    precision_name: PrecisionName
+    """Number formats."""
+    num_threads: int
+    """Of a CPU."""
+    on_cpu: bool
+    """Whether a CPU computes."""
+
+    @property
+    def _workload(self) -> Workload:
+        return Workload(
+            num_sequences=1, num_tokens=self.num_tokens, precision_name=self.precision_name,
+            num_threads=self.num_threads, instruction_set=instruction_set(), on_cpu=self.on_cpu,
+        )  # fmt: skip
+
+    def problems(self, model: DecoderConfig) -> list[str]:
+        """Why a model cannot make the step."""
+        return list(model.problems(self._workload))
+
+    def price(self, model: DecoderConfig) -> Price:
+        """What the step costs a model."""
+        return model.price(self._workload)
+
+
+def chunk_products(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Two factors of the batched products that a scan makes of its chunks, and the FLOPs of multiplying them.
+
+    Returns:
+        (256, 64, H) and (256, H, 64), random, and 2 * 256 * 64 * 64 * H.
+    """
+    left = torch.randn(_CHUNKS, CHUNK, head_dim, device=device, dtype=dtype)
+    right = torch.randn(_CHUNKS, head_dim, CHUNK, device=device, dtype=dtype)
+    return left, right, 2 * _CHUNKS * CHUNK * CHUNK * head_dim

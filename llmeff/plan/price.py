@@ -1,0 +1,498 @@
+"""What a run will cost, asked of each of its parts before it begins."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmeff.config.run import RunConfig
+from llmeff.core import group
+from llmeff.core.config import ConfigError
+from llmeff.core.cpu import instruction_set
+from llmeff.core.dist import usable_cores
+from llmeff.core.meters import PeakLiveBytes, count_flops, saved_bytes
+from llmeff.core.table import Role
+from llmeff.core.tensors import empty_on
+from llmeff.core.units import show_bytes, show_quantity
+from llmeff.cost.arrays import Weight
+from llmeff.cost.keeping import Keeping
+from llmeff.cost.price import KINDS, Kind, Price
+from llmeff.cost.step import price_state
+from llmeff.cost.workload import Workload
+from llmeff.cost.workspace import Product, Room, room
+
+USABLE = 0.8
+"""How much of the free memory a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
+fragmentation, evaluation and whatever else runs."""
+_FEW = 2**22
+"""Integers that a trace may really hold in one tensor: the positions of a micro-batch, not every mask made of them."""
+
+
+def predict(config: RunConfig, rank: int = 0) -> Price:
+    """The price of one optimizer step of a run on one rank.
+
+    Args:
+        config: its vocabulary resolved; a micro-batch that is still `auto` counts as the whole batch.
+        rank: which one: shares may differ by padding, and by which parameters are whole in them.
+
+    Raises:
+        ConfigError: the vocabulary is still `auto`.
+    """
+    share = config.train.batch // config.parallel.ranks
+    micro_batch = share if config.train.micro_batch == "auto" else config.train.micro_batch
+    return _price(config, micro_batch, rank)
+
+
+def _price(config: RunConfig, micro_batch: int, rank: int) -> Price:
+    return price_step(config, workload(config, micro_batch), rank)
+
+
+def workload(config: RunConfig, micro_batch: int) -> Workload:
+    """What a step of the run does on one rank, in micro-batches of so many sequences.
+
+    Raises:
+        ConfigError: the vocabulary is still `auto`.
+    """
+    if getattr(config.model, "vocab_size", None) == "auto":
+        raise ConfigError("model.vocab_size is auto: only a tokenizer tells it; give a number to plan without data")
+    one: Workload = config.task.workload(config.model, config.data)
+    return replace(
+        one,
+        num_sequences=micro_batch,
+        num_micro_batches=config.train.batch // config.parallel.ranks // micro_batch,
+        precision_name=config.precision,
+        recompute=config.runtime.recompute,
+        num_threads=num_threads(config),
+        instruction_set=instruction_set(),
+        on_cpu=config.runtime.device == "cpu" or not torch.cuda.is_available(),
+    )
+
+
+def num_threads(config: RunConfig) -> int:
+    """CPU threads of a rank: as given, or a share of the cores that this process may use."""
+    given = config.runtime.threads
+    return max(1, usable_cores() // config.parallel.ranks) if given == "auto" else given
+
+
+def price_step(config: RunConfig, work: Workload, rank: int = 0) -> Price:
+    """The price of a step on a rank: by the laws of its parts, or traced if the model has none, or is changed by transforms.
+
+    Args:
+        config: the run; its model, transforms, optimizer and strategy are priced.
+        work: what the step does.
+        rank: which one.
+    """
+    weights = None
+    if not config.transforms:
+        with contextlib.suppress(NotImplementedError):
+            weights = config.model.weights()
+    if weights is None:
+        return trace(config, work, rank)
+    roles = config.model.roles()
+    said = [replace(weight, role=roles.get(weight.name)) for weight in weights]
+    keeping = config.parallel.keeping(said, config.optim.groups(roles), work, rank)
+    return config.model.price(work, keeping) + _state(config, work, keeping)
+
+
+def _state(config: RunConfig, work: Workload, keeping: Keeping) -> Price:
+    """The optimizer's; it fills no memory of a GPU where it is updated on the CPU."""
+    price = config.optim.price(keeping.updated(), work.precision)
+    return price.only(["optimizer_bytes"]) if keeping.updates_on_host and not work.on_cpu else price
+
+
+def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
+    """Refuses a model that cannot do what a step asks of it.
+
+    Args:
+        config: the run, its vocabulary resolved.
+        built: see `ModelConfig.problems`.
+
+    Raises:
+        ConfigError: with all that it cannot.
+    """
+    problems = list(config.model.problems(workload(config, 1), built))
+    if problems:
+        raise ConfigError(problems)
+
+
+def usable_bytes(config: RunConfig) -> int | None:
+    """What a step of one rank may take of the memory that is free now on this machine; None: it lacks the run's device.
+
+    On a CPU the ranks are taken to share one machine's memory.
+    """
+    device, has_cuda = config.runtime.device, torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        return None
+    if device == "cpu" or not has_cuda:
+        return int(USABLE * psutil.virtual_memory().available) // config.parallel.ranks
+    return int(USABLE * torch.cuda.mem_get_info()[0])
+
+
+def resolve_micro_batch(config: RunConfig) -> int:
+    """`train.micro_batch` as a number, the same on all ranks.
+
+    Raises:
+        ConfigError: it is auto, and not even one sequence fits.
+    """
+    if config.train.micro_batch != "auto":
+        return config.train.micro_batch
+    return fit_micro_batch(config, group.least(usable_bytes(config) or 0))
+
+
+def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
+    """The largest divisor of a rank's batch whose predicted peak is within the budget; all of it where a step depends on that.
+
+    Where the peak is unknown it is what of it is known.
+
+    Raises:
+        ConfigError: not even one sequence is, or not all.
+    """
+    micro_batch, price = _fit(config, budget_bytes)
+    peak_bytes = price.at_least("peak_bytes")
+    if peak_bytes <= budget_bytes:
+        return micro_batch
+    are_images = workload(config, 1).image_size is not None
+    one, less = ("image", "give a smaller data.size") if are_images else ("sequence", "shorten data.sequence_length")
+    many = f"one {one}" if micro_batch == 1 else f"{micro_batch} {one}s"
+    if micro_batch > 1:
+        less = "give a smaller train.micro_batch, over which its statistics then are"
+    raise ConfigError(
+        f"train.micro_batch: {many} at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
+        f"may be used: {less}, set runtime.recompute = true, or choose a smaller model"
+    )
+
+
+def _most(config: RunConfig, micro_batch: int) -> Price:
+    """The price on the rank that takes most, of a few, since they differ by little."""
+    ranks = config.parallel.ranks
+    prices = (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1})
+    return max(prices, key=lambda price: price.at_least("peak_bytes"))
+
+
+def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
+    """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence.
+
+    Where a step depends on the micro-batch, it is a rank's whole share: what is learned must not hang on free memory.
+    """
+    share = config.train.batch // config.parallel.ranks
+    least = 1 if config.model.pools() == "nothing" else share
+    for micro_batch in (n for n in range(share, least - 1, -1) if share % n == 0):
+        price = _most(config, micro_batch)
+        if price.at_least("peak_bytes") <= budget_bytes:
+            break
+    return micro_batch, price
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run's price, and what of it hangs on this machine."""
+
+    price: Price
+    """Of an optimizer step on one rank."""
+    micro_batch: int
+    """Sequences of a micro-batch, as priced."""
+    is_auto: bool
+    """Whether it was chosen here."""
+    usable_bytes: int | None
+    """What a step may take on this machine; None: it lacks the run's device."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether this machine could make the step, as far as is known; None: it lacks the run's device, or the peak is unknown."""
+        if self.usable_bytes is None:
+            return None
+        if self.price.at_least("peak_bytes") > self.usable_bytes:
+            return False
+        return None if self.price.known("peak_bytes") is None else True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The price's entries, and beside them `micro_batch`, `usable_bytes` and `fits`."""
+        beside = {"micro_batch": self.micro_batch, "usable_bytes": self.usable_bytes, "fits": self.fits}
+        return self.price.as_dict() | beside
+
+
+def plan(config: RunConfig) -> Plan:
+    """Prices a run of which nothing is resolved, for a machine that need not be this one.
+
+    The data are opened only where they alone tell the vocabulary's size. Of a micro-batch that is auto, the largest is
+    priced that fits this machine, or one sequence where none does; without the run's device here, a rank's whole batch.
+
+    Raises:
+        ConfigError: the model cannot do what a step asks of it, or the data are needed and wrong.
+    """
+    config = _resolved(config)
+    check_model(config)
+    usable, micro_batch = usable_bytes(config), config.train.micro_batch
+    is_auto = micro_batch == "auto"
+    if micro_batch == "auto":
+        micro_batch, price = _fit(config, math.inf if usable is None else usable)
+    else:
+        price = _most(config, micro_batch)
+    return Plan(price=price, micro_batch=micro_batch, is_auto=is_auto, usable_bytes=usable)
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    """The run with its model resolved: from the config alone, if that tells all, and else from the data."""
+    model = config.task.foresee(config.model, config.data)
+    if model is not None:
+        return config.model_copy(update={"model": model})
+    try:
+        task = config.task.open(config.data, config.seed, config.train.batch, is_main=True, wait=group.barrier)
+    except ConfigError as error:
+        if getattr(config.model, "vocab_size", None) != "auto":
+            raise
+        hint = "only the training text tells model.vocab_size: give it as a number to plan without the data"
+        raise ConfigError([*error.problems, hint]) from None
+    return config.model_copy(update={"model": task.resolve(config.model)})
+
+
+def show_plan(planned: Plan) -> str:
+    """The price as a table, and below it which micro-batch it is of."""
+    text = f"priced with train.micro_batch {planned.micro_batch}"
+    if planned.usable_bytes is None:
+        text += " (a rank's whole batch)" if planned.is_auto else ""
+        text += "; this machine has no such device to say whether it fits"
+    elif planned.fits is None:
+        text += "; whether it fits is unknown: the workspace of its convolutions was not measured"
+    elif planned.fits:
+        text += " (auto: the most that fits this machine now)" if planned.is_auto else ""
+    else:
+        text += f"; it does not fit this machine, where {show_bytes(planned.usable_bytes)} may be used now"
+    return f"{show(planned.price)}\n{text}"
+
+
+_UNMEASURED = "what its convolutions take was not measured, for their kind or on this CPU's instruction set (analysis/workspace.py)"
+
+
+def show(price: Price) -> str:
+    """The price as a table of totals, each with its largest parts."""
+    lines = []
+    for kind in KINDS:
+        parts = sorted(price.parts(kind).items(), key=lambda part: -part[1])
+        if kind in price.unknown:
+            least = show_quantity(kind, price.at_least(kind))
+            lines.append(f"{kind:<16} {'unknown':>14}   at least {least}: {_UNMEASURED}")
+        elif parts:
+            total = show_quantity(kind, price.total(kind))
+            named = ", ".join(f"{part} {show_quantity(kind, count)}" for part, count in parts[:4])
+            lines.append(f"{kind:<16} {total:>14}   {named}")
+    if price.source == "traced":
+        lines.append("traced: counted in a run of the model on shapes, since it states no law")
+    return "\n".join(lines)
+
+
+_SHARED: tuple[Kind, ...] = (
+    "parameters",
+    "parameter_bytes",
+    "master_bytes",
+    "gradient_bytes",
+    "frozen_bytes",
+    "gathered_bytes",
+    "bucket_bytes",
+    "wire_bytes",
+)
+
+
+def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
+    """Counts a model's step by running it on tensors without numbers, which takes next to no memory.
+
+    Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
+    mask, and without a mask no copies of the keys for grouped queries. So a packed step is traced with documents that end
+    within a row; where none happens to, it keeps less. What is chosen by activations cannot be traced: the routing of
+    experts, for whose grouped products torch moreover knows no shapes in float32.
+
+    Args:
+        config: the run. Its model is built without numbers, changed by its transforms, and says what its step is given and
+            what the loss is. Its strategy's price is the law's, with the weights in the order in which the modules use them,
+            and the peak is that of one process, more or less by what the strategy takes elsewhere. What recomputation
+            gathers again is not in it.
+        work: what the step does.
+        rank: which one.
+    """
+    model = config.model
+    with torch.device("meta"):
+        module = model.build()
+        for transform in config.transforms:
+            module = transform.apply(module)
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():  # type: ignore[no-untyped-call]
+        empty_on(module, "cpu", getattr(torch, work.precision.parameters))
+        module.recompute = work.recompute  # type: ignore[assignment]  # a plain flag of every model
+
+        def forward(batch: dict[str, Any]) -> Tensor:
+            with torch.autocast("cpu", getattr(torch, work.precision.compute), enabled=work.precision.autocast):
+                return model.loss(module, batch)
+
+        def run(batch: dict[str, Any]) -> None:
+            forward(batch).backward()  # the batch lives on meanwhile
+
+        batch = model.example(work)
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
+        flops = count_flops(lambda: run(batch))
+        module.recompute = False  # type: ignore[assignment]
+        with _Attention() as attention:  # type: ignore[no-untyped-call]
+            model_flops = count_flops(lambda: run(batch)) - attention.surplus_flops
+        uses = _uses(module, lambda: forward(batch))
+        module.recompute = work.recompute  # type: ignore[assignment]
+        module.zero_grad(set_to_none=True)
+        saved = saved_bytes(lambda: forward(batch), [*module.parameters(), *module.buffers(), *given])
+        with PeakLiveBytes(module.parameters(), held=module.buffers()) as live, _Rooms(work) as rooms:
+            batches = [model.example(work) for _ in range(min(work.num_micro_batches, 2))]
+            while batches:
+                run(batches.pop(0))
+    waiting = max(0, work.num_micro_batches - 2) * sum(value.nbytes for value in given)
+    roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every model
+    weights = {
+        name: Weight(
+            name,
+            tuple(parameter.shape),
+            work.precision.parameters,
+            roles[name] if roles[name] in ("embedding", "head") else "model",
+            parameter.requires_grad,
+            roles[name],
+        )
+        for name, parameter in module.named_parameters()
+    }
+    groups = config.optim.groups({weight.name: roles[weight.name] for weight in weights.values() if weight.is_trained})
+    used = [(weights[name], comes_back) for name, comes_back in uses]
+    keeping = config.parallel.keeping([*weights.values()], groups, work, rank)
+    state = price_state(used, work, keeping)
+    alone = price_state(used, work, Keeping(weights.values(), work.precision))
+    entries: dict[tuple[Kind, str], int] = {
+        ("executed_flops", "model"): flops * work.num_micro_batches,
+        ("model_flops", "model"): model_flops * work.num_micro_batches,
+        ("saved_bytes", "model"): saved,
+        ("workspace_bytes", "at most"): rooms.most_bytes,
+        ("peak_bytes", "model"): live.peak.total + waiting + state.total("peak_bytes") - alone.total("peak_bytes"),
+    }
+    shared = state.only(_SHARED) + _state(config, work, keeping)
+    unknown: frozenset[Kind] = frozenset({"workspace_bytes", "peak_bytes"} if rooms.is_unknown else ())
+    return Price(entries, "traced", unknown) + shared
+
+
+def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, bool]]:
+    """The parameters in the order in which modules use them, and whether backward comes back to each; last the unused."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found: list[tuple[str, bool]] = []
+
+    def note(used: nn.Module, given: object, output: object) -> None:
+        comes_back = any(tensor.requires_grad for tensor in _tensors(output))
+        found.extend((names[id(own)], comes_back) for own in used.parameters(recurse=False))
+
+    hooks = [used.register_forward_hook(note) for used in module.modules()]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    seen = {name for name, _ in found}
+    return found + [(n, p.requires_grad) for n, p in module.named_parameters() if n not in seen]
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Gives integers and truth values their numbers where these are all that decides them, and they are few."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = _tensors((args, kwargs))
+        if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not _counts(tensor) for tensor in given):
+            return func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            # first without numbers, which tells how many there would be
+            with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+                result = func(*args, **(kwargs or {}))
+                if not all(_counts(tensor) and tensor.numel() <= _FEW for tensor in _tensors(result)):
+                    return result
+        with unset_fake_temporarily():
+            return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+class _Rooms(TorchDispatchMode):
+    """Makes and frees around convolutions what libraries take on a CPU (`cost.workspace`).
+
+    Args:
+        work: what the step does.
+    """
+
+    is_unknown = False
+    """Whether there was a convolution of which that is not known."""
+    most_bytes = 0
+    """The most at any time."""
+
+    def __init__(self, work: Workload):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._work = work
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            return self._forward(func, args)
+        if func is torch.ops.aten.convolution_backward.default:
+            return self._backward(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _forward(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        result = self._enter("output", args[0], args[1], func(*args).shape, is_transposed=args[6])
+        y: Tensor = func(*args)
+        del result
+        return y
+
+    def _backward(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        gradient, x, weight, *_, (wants_x, *wants_own) = args
+        grad_x = None
+        if wants_x:
+            result = self._enter("input", x, weight, gradient.shape, is_transposed=args[7])
+            grad_x = func(*args[:-1], [True, False, False])[0]
+            del result
+        result = self._enter("weight", x, weight, gradient.shape, is_transposed=args[7])
+        _, grad_weight, grad_bias = func(*args[:-1], [False, *wants_own])
+        del result
+        return grad_x, grad_weight, grad_bias
+
+    def _enter(self, product: Product, x: Tensor, weight: Tensor, y: torch.Size, *, is_transposed: bool) -> Tensor:
+        """What lives until the product's tensor is made; what it is computed in has come and gone."""
+        dtype = str(x.dtype).removeprefix("torch.")
+        found = None if is_transposed else room(self._work, product, x.shape, weight.shape, y, dtype)
+        self.is_unknown |= found is None
+        found = found or Room()
+        self.most_bytes = max(self.most_bytes, found.result + found.during)
+        result = torch.empty(found.result, dtype=torch.uint8)
+        torch.empty(found.during, dtype=torch.uint8)
+        return result
+
+
+class _Attention(TorchDispatchMode):
+    """Adds up what attention's kernel computes beyond what the model asks for."""
+
+    surplus_flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            query, num_keys = args[0], args[1].shape[2]
+            causal_pairs = query.shape[2] + 1  # twice the mean over queries
+            # a pass of each kind: 4 and 10 for every pair in the kernels, 4 and 8 for a causal pair in the model
+            self.surplus_flops += query.numel() * (14 * num_keys - 6 * causal_pairs)
+        return func(*args, **(kwargs or {}))

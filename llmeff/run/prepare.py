@@ -1,0 +1,314 @@
+"""From a config to a run that can begin: the data opened, every `auto` resolved, the device set up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmeff.config.run import RunConfig
+from llmeff.core import files, group
+from llmeff.core.config import ConfigError, read, validate
+from llmeff.core.cpu import multiplies_bfloat16
+from llmeff.core.dist import (
+    Statement,
+    is_cut_short,
+    launcher_engine,
+    launcher_statements,
+    make_cublas_repeatable,
+    world,
+)
+from llmeff.core.precision import precision
+from llmeff.core.pulse import beat
+from llmeff.core.seed import derive
+from llmeff.core.tensors import copy_tensors, empty_on
+from llmeff.parallel import Parts, Strategy, StrategyConfig
+from llmeff.parallel.group_state import check_savable
+from llmeff.plan.price import check_model, num_threads, resolve_micro_batch
+from llmeff.record import schema
+from llmeff.tasks.task import Task
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
+    """Opens the data and resolves every `auto` value.
+
+    Raises:
+        ConfigError: the data is wrong, the model does not fit it, or the device is not there.
+    """
+    check_world(config)
+    device = config.runtime.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device is 'cuda', but torch sees no CUDA device; allowed here: 'cpu', 'auto'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.parallel.joins:
+        # The watchdog is quicker; this is for a start in which all wait for the first tokenization of their text.
+        group.connect(_device(device), 10 * config.parallel.timeout_s)
+    with group.agreed():
+        task = config.task.open(
+            config.data, config.seed, config.train.batch, is_main=world().is_main, wait=group.barrier
+        )
+    beat()
+    config = config.model_copy(update={"model": task.resolve(config.model)})
+    task.check_split(config.evaluation.split)
+    check_model(config)
+    runtime = config.runtime.model_copy(update={"device": device, "threads": num_threads(config)})
+    config = config.model_copy(update={"runtime": runtime})
+    # by what all ranks have, for all must make the same update
+    is_fast = bool(group.least(int(multiplies_bfloat16(device))))
+    config = config.model_copy(update={"optim": config.optim.resolve(is_bfloat16_fast=is_fast)})
+    train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
+    config = config.model_copy(update={"train": train_config})
+    check_world(config)
+    return config, task
+
+
+def _device(kind: str) -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", world().local_rank) if kind == "cuda" else torch.device("cpu")
+
+
+def check_world(config: RunConfig, *, is_started: bool = True) -> None:
+    """What a DeepSpeed file, the launcher and its flags state must be what the config says.
+
+    Args:
+        config: the run's; what is `auto` in it agrees with anything.
+        is_started: whether this process is one of the run's, or is about to start them.
+
+    Raises:
+        ConfigError: naming each value that differs, and who states it.
+    """
+    said = [*config.parallel.statements(), *launcher_statements()]
+    problems = [
+        f"{_named(config, one.key, _value(config, one.key))}, but {one.source} says {one.value!r}: {_advice(config, one)}"
+        for one in said
+        if (is_started or one.key != "parallel.ranks") and not _agrees(_value(config, one.key), one)
+    ]
+    engine = launcher_engine()
+    if engine is not None and engine not in config.parallel.launch_flags:
+        problems.append(
+            f"parallel is {config.parallel.name!r} in the config, but accelerate launch was given {engine}: leave the "
+            "flag out, or set parallel to the strategy that it means"
+        )
+    if is_cut_short():
+        problems.append(
+            "accelerate launch was given more than one of --num_processes, and without --multi_gpu it started only one "
+            f"(parallel.ranks is {config.parallel.ranks} in the config): add --multi_gpu, which starts processes on a "
+            "CPU too"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _agrees(value: Any, said: Statement) -> bool:
+    return value == "auto" or value in _MEANT.get((said.key, said.value), (said.value,))
+
+
+def _advice(config: RunConfig, said: Statement) -> str:
+    if said.key == "accumulation":
+        return "change one of the three"
+    value = said.value if isinstance(said.value, str) else json.dumps(said.value)
+    if said.key == "runtime.compile":
+        return "leave the flag out"
+    advice = f"--set {said.key}={value}"
+    if said.key == "parallel.ranks" and not config.parallel.joins:
+        joining = [name for name in StrategyConfig.registry.names() if StrategyConfig.registry[name].joins]
+        return f"{advice} and --set parallel to one of {', '.join(joining)}"
+    return advice
+
+
+_MEANT = {("precision", "bf16"): ("bf16", "bf16_master")}
+"""What others mean by a name: DeepSpeed users call both of ours bf16."""
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """A field by its dotted key; None where the config has none such."""
+    if key == "accumulation":
+        size = config.train.micro_batch
+        return size if size == "auto" else config.train.batch // (config.parallel.ranks * size)
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _named(config: RunConfig, key: str, value: Any) -> str:
+    if key != "accumulation":
+        return f"{key} is {value!r} in the config"
+    return (
+        f"train.batch {config.train.batch} / (parallel.ranks {config.parallel.ranks} x train.micro_batch "
+        f"{config.train.micro_batch}) is {value} micro-batches a step in the config"
+    )
+
+
+def prepare_device(config: RunConfig) -> torch.device:
+    """Sets threads and determinism; returns where this process computes.
+
+    Raises:
+        ConfigError: the device cannot compute in the run's precision.
+    """
+    assert isinstance(config.runtime.threads, int)
+    torch.set_num_threads(config.runtime.threads)
+    if config.runtime.device == "cuda":
+        device = _device("cuda")
+        torch.cuda.set_device(device)
+        if config.runtime.deterministic:
+            make_cublas_repeatable()
+        torch.use_deterministic_algorithms(config.runtime.deterministic)
+        return device
+    if config.precision == "fp16":
+        raise ConfigError("precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'")
+    return _device("cpu")
+
+
+def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The run's model as its seed makes it, on the device, compiled as asked for.
+
+    Raises:
+        ConfigError: it cannot be built, or cannot do what a step asks of it.
+    """
+    torch.manual_seed(derive(config.seed, "init"))
+    model = config.model.build()
+    check_model(config, model)
+    for transform in config.transforms:
+        model = transform.apply(model)
+    model = model.to(device)
+    model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
+    # a step's shapes are all known: a size met a second time in another layer must not become a symbol, which is slower
+    if config.runtime.compile == "model":
+        model.compile(dynamic=False)
+    elif config.runtime.compile == "layers":
+        layers = getattr(model, "layers", None)
+        if layers is None:
+            raise ConfigError(
+                f"runtime.compile = 'layers': model {config.model.name!r} has no layers of ours: use 'model'"
+            )
+        # layers of one class share its code; beyond so many forms of it, further layers would silently run uncompiled
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(layers))
+        for layer in layers:
+            layer.compile(dynamic=False)
+    return model
+
+
+def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
+    """The run's model and optimizer, shared among the processes as the config says.
+
+    Raises:
+        ConfigError: the model cannot be built, or a checkpoint could not hold the optimizer's state.
+    """
+    beat()
+    shares = micro_batches(config, world().rank)
+    model = prepare_model(config, device)
+    check_savable(config.optim.name, config.optim.build, task.table(model), config.parallel.miscounts)
+    return config.parallel.build(
+        Parts(
+            model=model,
+            table=task.table,
+            optimizer=config.optim.build,
+            device=device,
+            precision=precision(config.precision),
+            micro_batch=len(shares[0]),
+            num_micro_batches=len(shares),
+            clip_norm=config.train.clip_norm,
+        )
+    )
+
+
+def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """The run's model on the CPU with trained weights, whatever it was split into, as it was before its transforms."""
+    with torch.device("meta"):
+        model = config.model.build()
+        for transform in config.transforms:
+            model = transform.apply(model)
+    empty_on(model, "cpu")
+    copy_tensors(model, weights)
+    for transform in reversed(config.transforms):
+        model = transform.fold(model)
+    return model
+
+
+def sharing(config: RunConfig) -> str:
+    """How ranks share a step, for comparison: what one of them keeps, sends and computes follows from it."""
+    return f"{config.parallel.model_dump_json()} {config.train.micro_batch}"
+
+
+def micro_batches(config: RunConfig, rank: int) -> list[range]:
+    """The rows of the global batch that this rank reads, a range for each micro-batch."""
+    share = config.train.batch // config.parallel.ranks
+    size = config.train.micro_batch
+    assert isinstance(size, int)
+    return [range(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
+    """The config that the run in a folder goes on with: as it was begun, but for what changes no loss beyond rounding.
+
+    Args:
+        asked: by the user; its `auto` values agree with anything. Ranks, strategy, micro-batch and what lies under
+            `runtime` may differ; anything else that does is an error.
+        folder: the run's.
+
+    Raises:
+        ConfigError: naming each difference, or that there is no run.
+    """
+    path = folder / schema.CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
+    files.refuse_links(folder)
+    saved = read(path)
+    saved["optim"] = validate(RunConfig, saved).optimizer_as_begun().model_dump(mode="json")
+    changed = [
+        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
+        for key, was, now in _differences(saved, asked.model_dump(mode="json"))
+        if not key.startswith(_FREE)
+    ]
+    if changed:
+        raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
+    merged = asked.model_dump(mode="json")
+    _keep_pools(asked, merged, saved)
+    if merged["parallel"] == saved["parallel"]:
+        # what was resolved for the same ranks stays: the memory that is free now may be another, and the bits with it
+        for table, field in (("train", "micro_batch"), ("runtime", "threads"), ("runtime", "device")):
+            if merged[table][field] == "auto":
+                merged[table][field] = saved[table][field]
+    free = {"parallel": merged["parallel"], "runtime": merged["runtime"]}
+    train = saved["train"] | {"micro_batch": merged["train"]["micro_batch"]}
+    return validate(RunConfig, saved | free | {"train": train})
+
+
+def _keep_pools(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Rows whose statistics a step takes together stay as many as they were, on ranks that may be others.
+
+    Raises:
+        ConfigError: they cannot, or others are asked for.
+    """
+    pools = validate(RunConfig, saved).model.pools()
+    was, now = (own["parallel"].get("ranks", 1) for own in (saved, merged))
+    if pools == "nothing" or "auto" in (was, now):
+        return
+    rows = saved["train"]["micro_batch"] * (was if pools == "ranks" else 1)
+    size, rest = divmod(rows, now if pools == "ranks" else 1)
+    given = merged["train"]["micro_batch"]
+    changes_ranks = pools == "micro-batch" and was != now
+    if rest or given not in ("auto", size) or changes_ranks:
+        what = f"{now} ranks" if changes_ranks or rest else f"train.micro_batch {given}"
+        raise ConfigError(
+            f"--resume: model {asked.model.name!r} takes statistics over {rows} images together, on {was} ranks"
+            f"{'' if pools == 'ranks' else ', each by itself'}; with {what} what it learns would be another thing. Go on as it "
+            "was, or begin with model.norm = 'group'" + ("" if pools == "ranks" else " or 'batch_sync'")
+        )
+    merged["train"]["micro_batch"] = size
+
+
+_FREE = ("parallel", "runtime", "train.micro_batch")
+"""What may change when a run is resumed."""
+
+
+def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        found = []
+        for name in saved | asked:
+            found += _differences(saved.get(name), asked.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [] if asked in (saved, "auto") else [(key, saved, asked)]
