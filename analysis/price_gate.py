@@ -22,7 +22,7 @@ from llmeff.core.cpu import instruction_set
 from llmeff.core.files import write_text
 from llmeff.core.layout import Layout
 from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
-from llmeff.core.table import table
+from llmeff.core.parameters import parameter_infos
 from llmeff.cost.price import Kind, Price
 from llmeff.cost.workload import Workload
 from llmeff.models import DecoderConfig, ModelConfig, SegNetBasic, SegNetVGG
@@ -127,7 +127,7 @@ class Step:
         self.case = case
         self.model: Any = case.model.build()
         self.model.recompute = case.workload.recompute
-        self.optimizer = AdamW().build(table(self.model, self.model.roles()))
+        self.optimizer = AdamW().build(parameter_infos(self.model, self.model.roles()))
 
     def forward(self, tokens: Tensor, targets: Tensor, layout: Layout) -> Tensor:
         """The summed loss."""
@@ -150,7 +150,7 @@ class Step:
 
     def saved(self) -> Counter[str]:
         """Bytes kept for backward, by part."""
-        return Saved(self).num_bytes
+        return ShardedCheckpoint(self).num_bytes
 
     def run(self) -> None:
         """One optimizer step."""
@@ -185,7 +185,7 @@ class ImageStep(Step):
         return Counter({"model": saved_bytes(lambda: self.forward(batch), held)})
 
 
-class Saved:
+class ShardedCheckpoint:
     """Bytes that autograd keeps, by the part of the model that first keeps them, and the widest logits."""
 
     def __init__(self, step: Step):

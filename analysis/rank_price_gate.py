@@ -23,7 +23,7 @@ from llmeff.core.dist import world
 from llmeff.core.files import write_text
 from llmeff.core.meters import WireMeter, count_flops, peak_bytes
 from llmeff.core.optimizer_state import set_learning_rate
-from llmeff.core.table import table
+from llmeff.core.parameters import parameter_infos
 from llmeff.cost.price import Kind, Price
 from llmeff.cost.workload import Workload
 from llmeff.parallel import Strategy
@@ -219,7 +219,7 @@ class Steps:
         torch.set_num_threads(1)
         self.config = validate(RunConfig, raw)
         self.work = work_of(self.config)
-        task: Any = SimpleNamespace(table=lambda model: table(model, model.roles()))
+        task: Any = SimpleNamespace(parameter_infos=lambda model: parameter_infos(model, model.roles()))
         self.strategy = build_strategy(self.config, task, CPU)
         self.num_shares = len(micro_batches(self.config, world().rank))
         self.gradient_bytes = 0
@@ -267,7 +267,7 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
         steps.count_gradients()
         with WireMeter() as wire:
             flops = count_flops(steps.run)
-        held = _storages(steps.strategy.held())
+        held = _storages(steps.strategy.resident())
         unheld = sum(num_bytes for key, num_bytes in _all_storages() if key not in known and key not in held)
         return {
             "executed_flops": flops,
@@ -279,7 +279,7 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
                 value for state in steps.strategy.optimizer.state.values() for value in state.values()
             ),
             "wire_bytes": dict(wire.num_bytes),
-            "peak_bytes": peak_bytes(steps.run, steps.strategy.held(), CPU),
+            "peak_bytes": peak_bytes(steps.run, steps.strategy.resident(), CPU),
             "held_bytes": sum(held.values()),
             "unheld_bytes": unheld,
         }

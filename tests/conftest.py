@@ -82,7 +82,7 @@ def result() -> Result:
         parameters=1000,
         train_loss=(4 + 2 + 4 / 3 + 1) / 4,
         metrics={"validation": {"loss": 2.5, "bits_per_byte": 1.75, "accuracy": 0.4}},
-        goals={"loss": "lower", "bits_per_byte": "lower", "accuracy": "higher"},
+        metric_directions={"loss": "lower", "bits_per_byte": "lower", "accuracy": "higher"},
         references={"gzip_bits_per_byte": 1.894},
         timings=Timings(startup_s=1.0, train_s=2.0),
         items_per_s=Quartiles(lower=103.25, median=103.5, upper=103.75),

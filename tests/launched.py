@@ -17,7 +17,7 @@ SETTINGS = (
 FAULT = """
 import os, signal, time
 from pathlib import Path
-from llmeff.core.pulse import beat
+from llmeff.core.heartbeat import beat
 from llmeff.tasks.causal_lm import CausalLMTask
 
 batch, marker = CausalLMTask.batch, Path(os.environ.get("FAULT_ONCE", "none"))

@@ -198,15 +198,17 @@ def by_hand(settings: RunConfig, num_ranks: int, is_reduced_first: bool) -> Traj
     import torch
 
     from llmeff.core import group
-    from llmeff.core.table import Row
+    from llmeff.core.parameters import ParameterInfo
     from llmeff.run.prepare import micro_batches, prepare, prepare_device, prepare_model
 
     settings, task = prepare(settings)
     device = prepare_device(settings)
     model = prepare_model(settings, device).bfloat16()
-    rows = task.table(model)
+    rows = task.parameter_infos(model)
     masters = [torch.nn.Parameter(row.parameter.detach().float()) for row in rows]
-    own = [Row(name=row.name, parameter=master, role=row.role) for row, master in zip(rows, masters, strict=True)]
+    own = [
+        ParameterInfo(name=row.name, parameter=master, role=row.role) for row, master in zip(rows, masters, strict=True)
+    ]
     optimizer = settings.optim.build(own)
 
     def weights() -> dict[str, Any]:

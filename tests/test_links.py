@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmeff.cli import main
-from llmeff.compare.ledger import PLACE, RUNS
+from llmeff.compare.ledger import JOB_FILE, RUNS
 from llmeff.config.sweep import SweepConfig
 from llmeff.core import files
 from llmeff.core.config import ConfigError, override, validate
@@ -194,7 +194,7 @@ def swept(written, tmp_path):
     for job in final_jobs(sweep, folder):
         own = folder / RUNS / job.path
         shutil.copytree(written, own)
-        for name in (f"{own.name}.json", f"{own.name}.log", f"{own.name}{PLACE}", "chosen.json"):
+        for name in (f"{own.name}.json", f"{own.name}.log", f"{own.name}{JOB_FILE}", "chosen.json"):
             (own.parent / name).write_text("{}")
     for name in ("ledger.parquet", "timing.json", ".lock"):
         (folder / name).write_text("")
@@ -289,7 +289,7 @@ def test_leftovers_that_are_links_go_without_what_they_lead_to(tmp_path, outside
 @pytest.mark.parametrize("name", ["", "train.tokens", "meta.json"])
 @pytest.mark.parametrize("leads", LEADS)
 def test_a_cache_that_is_a_link_or_holds_one_is_made_again(tmp_path, outside, name, leads):
-    from llmeff.data.sealed import ensure
+    from llmeff.data.verified_cache import ensure
 
     def write(folder):
         (folder / "train.tokens").write_text("tokens")

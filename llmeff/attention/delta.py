@@ -29,9 +29,9 @@ class DeltaConfig(ScanConfig):
     conv: Count = 4
     """Tokens that the short convolution of queries, keys and values spans."""
 
-    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
+    def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """Also narrower keys, for a kernel that takes no wider ones."""
-        found = super().lacks(shape, on_cpu=on_cpu)
+        found = super().missing_requirements(shape, on_cpu=on_cpu)
         if self.kernel == "fla" and shape.head_dim > fla.LARGEST_KEY:
             found.append(
                 f"mixer {self.name!r}: kernel 'fla' takes a head_dim of at most {fla.LARGEST_KEY}, given: {shape.head_dim}"

@@ -63,7 +63,7 @@ class HeadsConfig(MixerConfig):
     """What computes it where a mask is more than causal. sdpa: torch's scaled_dot_product_attention, with a bias; flex: its
     FlexAttention over whole rows on GPUs, and sdpa elsewhere. Prices are sdpa's."""
 
-    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
+    def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """A GPU, for FlexAttention."""
         no_gpu = f"mixer {self.name!r}: kernel 'flex' trains on GPUs alone, and this run is on the CPU; use 'sdpa'"
         return [no_gpu] if self.kernel == "flex" and on_cpu else []

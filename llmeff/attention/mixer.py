@@ -91,7 +91,7 @@ class MixerConfig(Component, family="mixer"):
         """What of the widths does not fit it."""
         return []
 
-    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
+    def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """What it asks of this machine that is not there.
 
         Args:

@@ -49,7 +49,7 @@ class ScanConfig(MixerConfig):
     fuses: ClassVar[frozenset[str]] = frozenset()
     """What flash-linear-attention computes of it beside the scan, by the names of `llmeff.attention.fla`."""
 
-    def lacks(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
+    def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
         """The package, or a GPU for it."""
         if self.kernel != "fla":
             return []

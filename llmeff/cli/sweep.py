@@ -62,14 +62,14 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
     return validate(SweepConfig, override(data, options.set))
 
 
-def _place(text: str) -> tuple[str, int]:
+def _phase_and_number(text: str) -> tuple[str, int]:
     phase, _, number = text.partition(":")
     if phase not in ("tuning", "final") or not number.isdecimal():
         raise ConfigError(f"--only {text!r}: give tuning:N or final:N, N counted from 0")
     return phase, int(number)
 
 
-def _lane(options: argparse.Namespace) -> dict[str, int]:
+def _timing_options(options: argparse.Namespace) -> dict[str, int]:
     """What was asked of a timing lane; what belongs to a mode that is not asked for is refused."""
     given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
     if given and not options.timing:
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores
-    lane = _lane(options)
+    timing = _timing_options(options)
     if cores < 1:
         raise ConfigError(f"--cores {cores}: at least 1")
     if options.cores is not None:
@@ -108,11 +108,11 @@ def run(options: argparse.Namespace) -> int:
             sys.stderr.write(f"llmeff: {line}\n")
 
     if options.only is not None:
-        phase, number = _place(options.only)
+        phase, number = _phase_and_number(options.only)
         one = Sweep(sweep, folder, cores=cores, modules=options.imports, command=options.command_line, tell=tell)
         return 0 if one.run_one(phase, number) else exits.FAILED
     if options.timing:
-        write_timing(sweep, folder, modules=options.imports, command=options.command_line, **lane)
+        write_timing(sweep, folder, modules=options.imports, command=options.command_line, **timing)
     else:
         tell(plan_text(sweep))
         whole = Sweep(sweep, folder, cores=cores, modules=options.imports, command=options.command_line, tell=tell)

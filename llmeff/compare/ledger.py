@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmeff.core import files
-from llmeff.core.config import ConfigError
-from llmeff.core.metric import Goal
+from llmeff.core.config import ConfigError, with_new_names
+from llmeff.core.metric import Direction
 from llmeff.core.registry import nearest
 from llmeff.record import schema
 from llmeff.record.loss_curve import held_out_curves
@@ -25,7 +25,7 @@ LEDGER_VERSION = 1
 """Of the Parquet file."""
 SWEEP, RUNS, LEDGER = "sweep.json", "runs", "ledger.parquet"
 """Where a sweep's description, its runs and its ledger lie in its folder."""
-PLACE = ".place.json"
+JOB_FILE = ".place.json"
 """Ends the name of the file beside a run's folder that says which arm, cell, phase and trial of the sweep it is."""
 
 
@@ -35,7 +35,7 @@ class Metric:
 
     name: str
     """Its key."""
-    better: Goal
+    better: Direction
     """Which way."""
 
     @property
@@ -65,12 +65,12 @@ LOSS = Metric("loss", "lower")
 """What every run can be judged by."""
 
 
-def known_metrics(goals: Iterable[Mapping[str, Goal]]) -> dict[str, Metric]:
+def known_metrics(metric_directions: Iterable[Mapping[str, Direction]]) -> dict[str, Metric]:
     """The metrics that runs can be judged by, by name: the loss, and what their tasks name.
 
     Where no run says, as none did at first, the others are those that runs of text had.
     """
-    said = {name: better for own in goals for name, better in own.items()} or {"bits_per_byte": "lower"}
+    said = {name: better for own in metric_directions for name, better in own.items()} or {"bits_per_byte": "lower"}
     return {LOSS.name: LOSS} | {name: Metric(name, better) for name, better in said.items()}
 
 
@@ -134,8 +134,8 @@ class Entry:
     curve_losses: tuple[float, ...] = ()
     """At each, nats an item."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """At each, the goals' metrics other than the loss, by name; of a run without a result all that every evaluation has."""
-    goals: dict[str, Goal] = field(default_factory=dict)
+    """At each, the metric_directions' metrics other than the loss, by name; of a run without a result all that every evaluation has."""
+    metric_directions: dict[str, Direction] = field(default_factory=dict)
     """The metrics that its task names, and which way each is better; none of an older run, or one without a result."""
     items_per_s: float | None = None
     """Median step after warm-up, of a run that may have had the machine for itself or not."""
@@ -191,7 +191,7 @@ def entry_of(run: Run, **place: Any) -> Entry:
     result, done = run.result, progress(run)
     split = run.config.get("evaluation", {}).get("split", "validation")
     held_out = {} if result is None else result.metrics.get(split, {})
-    goals = {} if result is None else result.goals
+    metric_directions = {} if result is None else result.metric_directions
     steps, values = held_out_curves(run).get(split, ([], {}))
     known = {"name": run.name, "arm": run.config.get("name", run.name)} | place
     return Entry(
@@ -210,8 +210,8 @@ def entry_of(run: Run, **place: Any) -> Entry:
         metrics=held_out,
         curve_steps=tuple(steps),
         curve_losses=tuple(values.pop(LOSS.name, ())),
-        curves={name: tuple(own) for name, own in values.items() if result is None or name in goals},
-        goals=goals,
+        curves={name: tuple(own) for name, own in values.items() if result is None or name in metric_directions},
+        metric_directions=metric_directions,
         items_per_s=done.items_per_s,
         train_s=None if result is None else result.timings.train_s + result.timings.data_s,
         energy_j=None if result is None else result.energy_j,
@@ -300,7 +300,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 def read_sweep(folder: Path) -> list[Entry]:
     """The entries of all runs that a sweep has begun, in the sweep's own order."""
-    places = sorted(folder.glob(f"{RUNS}/**/*{PLACE}"))
+    places = sorted(folder.glob(f"{RUNS}/**/*{JOB_FILE}"))
     if not places:
         raise ConfigError(f"{folder}: this sweep has begun no run yet")
     found = []
@@ -312,7 +312,7 @@ def read_sweep(folder: Path) -> list[Entry]:
             raise ConfigError(
                 f"{path}: cannot be read; remove it, and start the sweep again to write it anew"
             ) from None
-        own = path.with_name(path.name.removesuffix(PLACE))
+        own = path.with_name(path.name.removesuffix(JOB_FILE))
         if (own / schema.CONFIG).is_file() and (own / schema.ENVIRONMENT).is_file():
             entry = entry_of(read_run(own), **place)
             if failure is not None and entry.status == "unfinished":
@@ -326,7 +326,9 @@ def read_sweep(folder: Path) -> list[Entry]:
 
 # -- one file
 
-_JSON = ("cell", "factors", "trial", "metrics", "curves", "goals", "predicted", "measured", "config")
+_JSON = ("cell", "factors", "trial", "metrics", "curves", "metric_directions", "predicted", "measured", "config")
+_RENAMED = {"goals": "metric_directions"}
+"""Columns by the names that they had before."""
 _KINDS: dict[str, Any] = {
     "seed": pa.int64(),
     "steps": pa.int64(),
@@ -368,7 +370,7 @@ def read_ledger(path: Path) -> list[Entry]:
         ConfigError: it is none, or of another version.
     """
     table = _open(path)
-    rows = table.to_pylist()
+    rows = [with_new_names(row, _RENAMED) for row in table.to_pylist()]
     for row in rows:
         row.update({name: json.loads(row[name]) for name in _JSON if name in row})
         row.update({name: tuple(row[name]) for name in ("curve_steps", "curve_losses")})

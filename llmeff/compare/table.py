@@ -63,7 +63,7 @@ class RunSummary:
     bits_per_byte: float | None
     """On the validation split, at the end."""
     metrics: dict[str, float]
-    """Of the same evaluation, what else the task's goals name."""
+    """Of the same evaluation, what else the task's metric_directions name."""
     items_per_s: float | None
     """Median over steps after warm-up."""
     peak_bytes: float | None
@@ -83,7 +83,7 @@ def summarise(run: Run) -> RunSummary:
     """A run's row."""
     result, done = run.result, progress(run)
     held_out = {} if result is None else result.metrics.get("validation", {})
-    goals = {} if result is None else result.goals
+    metric_directions = {} if result is None else result.metric_directions
     return RunSummary(
         name=run.name,
         status=f"unfinished at step {done.steps}" if result is None else result.status,
@@ -95,7 +95,7 @@ def summarise(run: Run) -> RunSummary:
         train_loss=done.train_loss,
         validation_loss=held_out.get("loss"),
         bits_per_byte=held_out.get("bits_per_byte"),
-        metrics={name: held_out[name] for name in goals if name in held_out and name not in _OWN},
+        metrics={name: held_out[name] for name in metric_directions if name in held_out and name not in _OWN},
         items_per_s=done.items_per_s,
         peak_bytes=None if result is None else result.measured.get("peak_bytes"),
         errors={} if result is None else result.error,

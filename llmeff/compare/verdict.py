@@ -26,7 +26,7 @@ from llmeff.compare.intervals import (
 )
 from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, flat_config, known_metrics, steps_to, value_at
 from llmeff.core.config import ConfigError
-from llmeff.core.metric import Goal
+from llmeff.core.metric import Direction
 from llmeff.core.registry import nearest
 
 ALPHA = 0.05
@@ -58,7 +58,7 @@ class Quantity:
     """For people."""
     show: str
     """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
-    better: Goal = "lower"
+    better: Direction = "lower"
     """Which way it is better."""
     depends_on_seed: bool = True
     """Whether chance comes into it by the seed, so that runs of one seed tell the same again and seeds are what counts; of
@@ -202,7 +202,7 @@ def judge(
         raise ConfigError(f"there is one arm ({', '.join(arms) or 'none'}): nothing to compare it with")
     if baseline is not None and baseline not in arms:
         raise ConfigError(f"--baseline {baseline!r}: there is no such arm.{nearest(baseline, arms)}")
-    known = known_metrics(entry.goals for entry in entries)
+    known = known_metrics(entry.metric_directions for entry in entries)
     decisive = find_metric(metric, known)
     metrics = [decisive, *(other for other in known.values() if other != decisive)]
     if target is not None and not 0 < target < math.inf:
@@ -403,8 +403,8 @@ def _effects(
         is_apart = key not in _TIMED and (key not in _AS_OTHERS or key == metric.name)
         if not is_apart or not is_factorial([run for run in runs if (of(run) or 0) > 0]):
             continue
-        foresee = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
-        found[key] = effects(runs, of, foresee, depends_on_seed=quantity.depends_on_seed)
+        infer_model = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
+        found[key] = effects(runs, of, infer_model, depends_on_seed=quantity.depends_on_seed)
     if all(lane is not None for lane in times.values()):
         laps = [
             (replace(own[0], seed=lap), seconds)

@@ -293,7 +293,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All of it, for JSON: no NaN and no infinity."""
     return {
         "metric": comparison.metrics[0].name,
-        "goals": {metric.name: metric.better for metric in comparison.metrics},
+        "metric_directions": {metric.name: metric.better for metric in comparison.metrics},
         "table": flat(comparison),
         "targets": {show_cell(group.cell): group.target for group in comparison.groups},
         "budgets": {show_cell(group.cell): group.budgets for group in comparison.groups},

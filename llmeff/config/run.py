@@ -107,7 +107,7 @@ class RunConfig(Config):
     evaluation: EvalConfig = EvalConfig()
     """Held-out loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saved states."""
+    """ShardedCheckpoint states."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
 

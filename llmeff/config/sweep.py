@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -77,6 +77,8 @@ class TuningConfig(Config):
 class SweepConfig(Config):
     """A study: arms that are tuned with one budget, and then run with fresh seeds."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"items": "budget"}
+
     name: Text = "sweep"
     """Names the study, and its folder where none is given."""
     base: RunConfig = RunConfig()
@@ -87,7 +89,7 @@ class SweepConfig(Config):
     """The arm that the others are set beside."""
     axes: dict[Text, tuple[Any, ...]] = Field(default_factory=dict)
     """Fields whose values are gone through, all with all; arms are compared, and tuned, under the same values."""
-    items: Count | None = None
+    budget: Count | None = None
     """Tokens (or pixels) that each run trains on, from which its steps follow; None: `train.steps` of its config."""
     tuning: TuningConfig = TuningConfig()
     """The same for all arms."""
@@ -117,8 +119,8 @@ class SweepConfig(Config):
         if self.baseline not in self.arms:
             yield f"baseline is {self.baseline!r}, the arms are: {', '.join(self.arms)}"
         task = self.base.task
-        if self.metric not in task.goals:
-            yield f"metric is {self.metric!r}: task {task.name!r} is not judged by it.{nearest(self.metric, task.goals)}"
+        if self.metric not in task.metric_directions:
+            yield f"metric is {self.metric!r}: task {task.name!r} is not judged by it.{nearest(self.metric, task.metric_directions)}"
         yield from self._seed_problems()
         if self.tuning.split == self.base.evaluation.split and any(arm.search for arm in self.arms.values()):
             yield (
@@ -171,8 +173,8 @@ class SweepConfig(Config):
             for key in fields:
                 if key in _OWN:
                     yield f"{where} sets {key}, which {_OWN[key]}"
-                if key == "train.steps" and self.items is not None:
-                    yield f"{where} sets train.steps, which follow from items: leave one of them out"
+                if key == "train.steps" and self.budget is not None:
+                    yield f"{where} sets train.steps, which follow from budget: leave one of them out"
                 if where != "axes" and key in self.axes:
                     yield f"{where} tries {key}, which is an axis"
 
@@ -252,7 +254,7 @@ class SweepConfig(Config):
         count = self.tuning.trials
         return [
             {
-                key: _at(tried, _place(number, axis, count, len(search)))
+                key: _at(tried, _lattice_point(number, axis, count, len(search)))
                 for axis, (key, tried) in enumerate(search.items())
             }
             for number in range(count)
@@ -279,9 +281,9 @@ class SweepConfig(Config):
             f"seed={seed}",
         ]
         config = validate(RunConfig, override(self.base.model_dump(mode="json") | {"name": arm}, settings))
-        if self.items is None or "train.steps" in more:
+        if self.budget is None or "train.steps" in more:
             return config
-        steps = max(1, round(self.items / items_per_step(config)))
+        steps = max(1, round(self.budget / items_per_step(config)))
         return validate(RunConfig, override(config.model_dump(mode="json"), [f"train.steps={steps}"]))
 
 
@@ -330,7 +332,7 @@ def items_per_step(config: RunConfig) -> int:
     return config.task.items(config.data) * config.train.batch
 
 
-def _place(number: int, axis: int, count: int, num_axes: int) -> float:
+def _lattice_point(number: int, axis: int, count: int, num_axes: int) -> float:
     if axis == 0:
         return (number + 0.5) / count
     root = 2.0

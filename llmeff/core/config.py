@@ -38,6 +38,16 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """A table's content by today's names; where a field is given by its old name too, that counts.
+
+    >>> with_new_names({"items": 5, "budget": None}, {"items": "budget"})
+    {'budget': 5}
+    """
+    old = {renamed[name]: value for name, value in data.items() if name in renamed}
+    return {name: value for name, value in data.items() if name not in renamed} | old
+
+
 class Config(BaseModel):
     """Base of all configs: frozen, without unknown fields, each field described by its docstring."""
 
@@ -47,6 +57,14 @@ class Config(BaseModel):
         validate_default=True,
         ser_json_inf_nan="strings",
     )
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields by the names that they had before, which are still read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        return with_new_names(data, cls.renamed) if isinstance(data, Mapping) else data
 
     @model_validator(mode="before")
     @classmethod

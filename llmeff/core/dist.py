@@ -61,7 +61,7 @@ def onednn_limit() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statement:
+class ExternalSetting:
     """A value of the run that something beside its config states too."""
 
     key: str
@@ -100,13 +100,13 @@ _UNSAID = {
 """What it sets although nobody asked for it. (All of FSDP_* too, which is therefore not read.)"""
 
 
-def launcher_statements() -> list[Statement]:
+def launcher_settings() -> list[ExternalSetting]:
     """What the launcher was told of the run: the ranks, and flags that somebody gave."""
-    found = [Statement(key="parallel.ranks", value=world().ranks, source="the launcher (WORLD_SIZE)")]
+    found = [ExternalSetting(key="parallel.ranks", value=world().ranks, source="the launcher (WORLD_SIZE)")]
     for name, (key, flag, read) in _FLAGS.items():
         given = os.environ.get(name, "auto")
         if given != "auto" and (name, given) not in _UNSAID:
-            found.append(Statement(key=key, value=_as_given(read, given), source=f"accelerate launch {flag}"))
+            found.append(ExternalSetting(key=key, value=_as_given(read, given), source=f"accelerate launch {flag}"))
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmeff.core.config import ConfigError
-from llmeff.core.pulse import beat
+from llmeff.core.heartbeat import beat
 
 PARTIAL = ".partial-"
 """Names that begin so are what a killed process left behind; nothing reads them."""

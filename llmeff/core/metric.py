@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-Goal = Literal["lower", "higher"]
-"""Whether a smaller or a larger value is better."""
+Direction = Literal["lower", "higher"]
+"""Whether a lower or a higher value is better."""

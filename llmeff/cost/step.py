@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from llmeff.cost.arrays import Array, Weight
-from llmeff.cost.keeping import Keeping
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Kind, Price
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 
@@ -30,7 +30,7 @@ Law = Callable[[Tape, Any], Array]
 Given = Callable[[Tape], Any]
 
 
-def price_step(law: Law, workload: Workload, keeping: Keeping | None = None, given: Given = Batch) -> Price:
+def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = None, given: Given = Batch) -> Price:
     """Plays forward and backward of a step's micro-batches, and its update.
 
     The optimizer's state, which lives at every moment, is not in it: an optimizer's own price adds it.
@@ -38,36 +38,36 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None, giv
     Args:
         law: the forward pass of a micro-batch to its summed loss.
         workload: what the step does.
-        keeping: what becomes of weights and gradients; None: one process alone keeps them.
+        strategy_law: what becomes of weights and gradients; None: one process alone keeps them.
         given: makes the micro-batch that the law reads.
     """
-    keeping = keeping or Keeping(weights(law, given), workload.precision)
-    keeping.rehearsed(_uses(law, workload, given))
-    tape = Tape(workload, keeping)
+    strategy_law = strategy_law or StrategyLaw(weights(law, given), workload.precision)
+    strategy_law.set_use_order(_uses(law, workload, given))
+    tape = Tape(workload, strategy_law)
     num_played = min(workload.num_micro_batches, 3)
     wire: Counter[str] = Counter()
     for index in range(num_played):
         tape.counts.clear()
-        keeping.wire.clear()
-        keeping.begin_micro_batch(is_last=index == num_played - 1)
+        strategy_law.wire.clear()
+        strategy_law.begin_micro_batch(is_last=index == num_played - 1)
         batch = given(tape)
         num_waiting = workload.num_micro_batches - 1 - (index if index < 2 else workload.num_micro_batches - 1)
-        waiting = keeping.make("batch_bytes", num_waiting * batch.num_bytes)
+        waiting = strategy_law.make("batch_bytes", num_waiting * batch.num_bytes)
         loss = law(tape, batch)
         tape.end_forward()
         tape.backward(loss)
         del batch, loss, waiting
         # the second stands for all that are neither first nor last
         times = workload.num_micro_batches - 2 if index == 1 and num_played == 3 else 1
-        wire.update({name: num_bytes * times for name, num_bytes in keeping.wire.items()})
-    gradients = keeping.gradients()
-    keeping.wire.clear()
-    keeping.update()
-    wire.update(keeping.wire)
+        wire.update({name: num_bytes * times for name, num_bytes in strategy_law.wire.items()})
+    gradients = strategy_law.gradients()
+    strategy_law.wire.clear()
+    strategy_law.update()
+    wire.update(strategy_law.wire)
     once = Price(tape.counts)
     repeated = once.only(_REPEATED)
-    entries: Counter[tuple[Kind, str]] = Counter(keeping.counts)
-    for weight in keeping.weights:
+    entries: Counter[tuple[Kind, str]] = Counter(strategy_law.counts)
+    for weight in strategy_law.weights:
         entries["parameters", weight.part] += weight.size
     entries.update({("gradient_bytes", part): num_bytes for part, num_bytes in gradients.items()})
     entries.update({("wire_bytes", name): num_bytes for name, num_bytes in wire.items()})
@@ -78,14 +78,14 @@ def price_step(law: Law, workload: Workload, keeping: Keeping | None = None, giv
     return once + repeated * (workload.num_micro_batches - 1) + Price(entries, unknown=frozenset(tape.unknown))
 
 
-def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, keeping: Keeping) -> Price:
+def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, strategy_law: StrategyLaw) -> Price:
     """The same without a model: weights that are used one after another, and nothing else.
 
     Args:
         uses: the weights in the order in which a forward pass uses them, and whether backward comes back to each: to
             one that is frozen it does not where no gradient is to flow through.
         workload: what the step does.
-        keeping: what becomes of them and their gradients.
+        strategy_law: what becomes of them and their gradients.
     """
 
     def law(tape: Tape, batch: Batch) -> Array:
@@ -97,21 +97,21 @@ def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, keeping
                 x = tape.new((), "float32", node)
         return x
 
-    return price_step(law, workload, keeping)
+    return price_step(law, workload, strategy_law)
 
 
 def _gradient_of(tape: Tape, weight: Array | None, gradient: Array) -> tuple[Array, Array | None]:
     return tape.new((), "float32"), None if weight is None else tape.new(weight.shape, weight.dtype)
 
 
-class _Rehearsal(Keeping):
+class _Rehearsal(StrategyLaw):
     """Notes the uses of weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.uses: list[tuple[str, bool]] = []
 
-    def use(self, weight: Weight, in_backward: bool) -> None:
+    def on_use(self, weight: Weight, in_backward: bool) -> None:
         """By name."""
         self.uses.append((weight.name, in_backward))
 

@@ -15,8 +15,8 @@ from math import prod
 from llmeff.cost.arrays import NUM_BYTES, Backward, Live, Node, Storage
 from llmeff.cost.arrays import Array as Array
 from llmeff.cost.arrays import Weight as Weight
-from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Kind
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 from llmeff.cost.workspace import Room
 
@@ -26,7 +26,7 @@ class Leaf(Node):
     """Where a weight's gradients meet: it is kept once all the uses of a backward pass have given theirs."""
 
     weight: Weight
-    keeping: Keeping
+    strategy_law: StrategyLaw
     num_awaited: int = 0
 
     def accumulate(self, gradient: Array) -> None:
@@ -36,7 +36,7 @@ class Leaf(Node):
         if self.num_awaited or self.gradient is None:
             return
         whole, self.gradient = self.gradient, None
-        self.keeping.ready(self.weight, whole)
+        self.strategy_law.on_gradient(self.weight, whole)
 
 
 class Tape:
@@ -44,12 +44,12 @@ class Tape:
 
     Args:
         workload: what the step is to do.
-        keeping: what becomes of weights and gradients.
+        strategy_law: what becomes of weights and gradients.
     """
 
-    def __init__(self, workload: Workload, keeping: Keeping | None = None):
+    def __init__(self, workload: Workload, strategy_law: StrategyLaw | None = None):
         self.workload = workload
-        self.keeping = keeping or Keeping()
+        self.strategy_law = strategy_law or StrategyLaw()
         self.precision = workload.precision
         self.weights: dict[str, Weight] = {}
         self.live = Live()
@@ -66,7 +66,7 @@ class Tape:
         self._saves_left: int | None = None
         self._num_saves = 0
         self._recomputes = self._in_backward = self._is_inside = False
-        self.keeping.begin(self.live)
+        self.strategy_law.begin(self.live)
 
     @contextmanager
     def within(self, name: str, part: str | None = None) -> Iterator[None]:
@@ -83,8 +83,8 @@ class Tape:
         full = ".".join((*self._path, name))
         if full not in self.weights:
             self.weights[full] = Weight(full, shape, self.precision.parameters, self._part)
-        leaf = self._leaves.setdefault(full, Leaf(weight=self.weights[full], keeping=self.keeping))
-        self.keeping.use(self.weights[full], in_backward=self._in_backward)
+        leaf = self._leaves.setdefault(full, Leaf(weight=self.weights[full], strategy_law=self.strategy_law))
+        self.strategy_law.on_use(self.weights[full], in_backward=self._in_backward)
         return Array(shape, self.precision.parameters, self._static, leaf)
 
     def cached(self, weight: Array, make: Callable[[], Array]) -> Array:
@@ -288,7 +288,7 @@ class Tape:
     def end_forward(self) -> None:
         """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""
         self._casts.clear()
-        self.keeping.end_forward()
+        self.strategy_law.end_forward()
         for (label, part), num_bytes in self.live.now.items():
             if label == "saved_bytes":
                 self.counts["saved_bytes", part] = num_bytes
@@ -300,7 +300,7 @@ class Tape:
         self._in_backward = True
         self._play_back()
         self._in_backward = False
-        self.keeping.end_backward()
+        self.strategy_law.end_backward()
 
     def _play_back(self) -> None:
         while self._nodes:
@@ -310,7 +310,7 @@ class Tape:
                 continue
             for below in node.inputs:
                 if isinstance(below, Leaf):
-                    self.keeping.use(below.weight, in_backward=True)
+                    self.strategy_law.on_use(below.weight, in_backward=True)
             if node.replay is not None:
                 handed, replay = [gradient], node.replay
                 node.replay = None  # what it reads goes with it

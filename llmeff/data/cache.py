@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmeff.core.config import ConfigError
-from llmeff.core.pulse import beat
-from llmeff.data import sealed
+from llmeff.core.heartbeat import beat
+from llmeff.data import verified_cache as sealed
 from llmeff.data.baseline import Gzip
 from llmeff.data.splits import Document, Split
 from llmeff.data.tokenizer import Tokenizer

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llmeff.core.config import ConfigError
+from llmeff.core.heartbeat import beat
 from llmeff.core.ignored import IGNORED_PIXEL
-from llmeff.core.pulse import beat
-from llmeff.data import sealed
+from llmeff.data import verified_cache as sealed
 from llmeff.data.image_files import LISTED, raise_all
 from llmeff.data.image_source import LabelledImage, Pair
 from llmeff.data.splits import Split

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from llmeff.core.config import ConfigError
-from llmeff.core.pulse import beat
+from llmeff.core.heartbeat import beat
 from llmeff.core.units import show_names
 from llmeff.data.image_source import ImageSourceConfig, LabelledImage, Pair
 from llmeff.data.source import digests, fingerprint_of

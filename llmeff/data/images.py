@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from llmeff.core.config import ConfigError, Count, Fraction
 from llmeff.core.dist import cache_folder
 from llmeff.core.ignored import IGNORED_PIXEL
-from llmeff.data import image_cache, sealed
+from llmeff.data import image_cache
+from llmeff.data import verified_cache as sealed
 from llmeff.data.augment import AugmentConfig, Colours
 from llmeff.data.data import DataConfig
 from llmeff.data.image_cache import ImageCache, Size, StoredImages

@@ -7,7 +7,8 @@ from typing import Literal
 
 from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import cache_folder
-from llmeff.data import cache, sealed
+from llmeff.data import cache
+from llmeff.data import verified_cache as sealed
 from llmeff.data.builtin import Builtin
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.data import DataConfig

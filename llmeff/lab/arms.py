@@ -104,7 +104,7 @@ def bare(config: RunConfig, tick: Tick) -> None:
     _refuse_unlike("bare", config, recompute=True)
     device = prepare_device(config)
     model = prepare_model(config, device)
-    optimizer = config.optim.build(task.table(model))
+    optimizer = config.optim.build(task.parameter_infos(model))
     parameters = list(model.parameters())
     for step in itertools.count():
         batch = task.batch(step, range(config.train.batch), device)

@@ -21,8 +21,8 @@ from llmeff.compare.plots import Curves, curves
 from llmeff.compare.text_table import TextTable
 from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.heartbeat import beat
 from llmeff.core.layout import Layout
-from llmeff.core.pulse import beat
 from llmeff.core.registry import nearest
 from llmeff.core.tensors import copy_tensors
 from llmeff.core.units import show_bytes

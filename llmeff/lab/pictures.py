@@ -22,7 +22,7 @@ from llmeff.compare.plots import class_bars
 from llmeff.config.run import RunConfig
 from llmeff.core import files
 from llmeff.core.config import ConfigError, validate
-from llmeff.core.pulse import beat
+from llmeff.core.heartbeat import beat
 from llmeff.data import ImageData
 from llmeff.data.image_cache import resized
 from llmeff.data.image_files import FilePair, few, labelled, listed, raise_all, read_image

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from llmeff.compare.ledger import (
+    JOB_FILE,
     LEDGER,
     LOSS,
-    PLACE,
     RUNS,
     SWEEP,
     find_metric,
@@ -37,7 +37,7 @@ from llmeff.compare.verdict import lane_name
 from llmeff.config.run import RunConfig
 from llmeff.config.sweep import Job, SweepConfig, arm_path, items_per_step, job_config
 from llmeff.core import files, log
-from llmeff.core.config import ConfigError, read, validate
+from llmeff.core.config import ConfigError, read, validate, with_new_names
 from llmeff.core.dist import child_environment, usable_cores
 from llmeff.core.units import show_count
 from llmeff.record import schema
@@ -68,7 +68,7 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
     mine = json.loads(sweep.model_dump_json())
     if path.is_file():
         files.refuse_links(folder)
-        theirs = _BEFORE | read(path)
+        theirs = _BEFORE | with_new_names(read(path), SweepConfig.renamed)
         changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         if not changed:
             return
@@ -178,7 +178,7 @@ def _cost(folder: Path, metric: str) -> float:
     run = read_run(folder)
     if run.result is None or run.result.status != "finished":
         return math.inf
-    judged = find_metric(metric, known_metrics([run.result.goals]))
+    judged = find_metric(metric, known_metrics([run.result.metric_directions]))
     return judged.cost(run.result.metrics[run.config["evaluation"]["split"]].get(metric))
 
 
@@ -316,7 +316,7 @@ class Sweep:
             if not choice.is_file():
                 choice.parent.mkdir(parents=True, exist_ok=True)
                 files.write_text(choice, json.dumps(job.trial) + "\n")
-        self._place(job, None)
+        self._write_job(job, None)
         output = own.parent / f"{own.name}.log"
         given = [going_on(own)] if is_begun else [f"--config={asked}"]
         line = [
@@ -331,7 +331,7 @@ class Sweep:
             )  # fmt: skip
         self._running.append(_Running(job, process, cores, output))
 
-    def _place(self, job: Job, failure: str | None) -> None:
+    def _write_job(self, job: Job, failure: str | None) -> None:
         """Says which run of the sweep a folder is; beside it, for what `llmeff train` finds must be empty."""
         arm = self.sweep.every_arm[job.arm]
         place = {
@@ -344,7 +344,7 @@ class Sweep:
 
     def _place_of(self, job: Job) -> Path:
         own = self.folder / RUNS / job.path
-        return own.parent / f"{own.name}{PLACE}"
+        return own.parent / f"{own.name}{JOB_FILE}"
 
     def _order(self, jobs: Sequence[Job]) -> None:
         """Puts runs that were begun before seeds were added into the order of the sweep that it is now."""
@@ -360,7 +360,7 @@ class Sweep:
             return
         lines = ended.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         failure = lines[-1] if lines else f"exit code {ended.process.returncode}"
-        self._place(ended.job, failure)
+        self._write_job(ended.job, failure)
         self._tell(f"{ended.job.path}: failed: {failure}")
 
     def _stop(self) -> None:
@@ -404,7 +404,7 @@ def plan_text(sweep: SweepConfig) -> str:
     for job in [*trials, *finals]:
         config = job_config(sweep, job)
         items += items_per_step(config) * config.train.steps
-        known = config.task.foresee(config.model, config.data)
+        known = config.task.infer_model(config.model, config.data)
         if known is not None and config.train.micro_batch != "auto":
             price = predict(config.model_copy(update={"model": known}))
             flops += price.total("executed_flops") * config.train.steps * config.parallel.ranks

@@ -16,7 +16,7 @@ from llmeff.attention.mixer import MixerConfig
 from llmeff.core.config import ConfigError, Flag, Text
 from llmeff.core.layout import Layout
 from llmeff.core.log import logger
-from llmeff.core.table import Role
+from llmeff.core.parameters import Role
 from llmeff.cost.workload import Workload
 from llmeff.models.cross_entropy import cross_entropy_of_logits, cross_entropy_sum
 from llmeff.models.model import LanguageModelConfig, save_model

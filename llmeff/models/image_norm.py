@@ -126,10 +126,10 @@ def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
     """The price of the module `build` gives, within its name on the tape."""
     num_channels = x.shape[1]
     weight, bias = tape.weight("weight", num_channels), tape.weight("bias", num_channels)
-    synced = kind == "batch_sync" and tape.keeping.is_shared
+    synced = kind == "batch_sync" and tape.strategy_law.is_shared
     node = tape.save((x, weight, bias), (x, weight), partial(_law_back, tape, weight.shape, synced))
     if synced:
-        tape.keeping.send("all_reduce", (2 * num_channels + 1) * _DOUBLE)
+        tape.strategy_law.send("all_reduce", (2 * num_channels + 1) * _DOUBLE)
     y = tape.elementwise(x.shape, x.dtype, node)
     # means and inverse deviations; frozen ones are kept anyway
     shape = {"group": (x.shape[0], num_groups), "frozen": (0,)}.get(kind, (num_channels,))
@@ -145,7 +145,7 @@ def _law_back(
     tape: Tape, shape: tuple[int, ...], synced: bool, gradient: Array, x: Array, weight: Array, *_: Array
 ) -> tuple[Array, Array, Array]:
     if synced:
-        tape.keeping.send("all_reduce", 2 * weight.size * _DOUBLE)
+        tape.strategy_law.send("all_reduce", 2 * weight.size * _DOUBLE)
     return tape.new(x.shape, x.dtype), tape.new(shape, weight.dtype), tape.new(shape, weight.dtype)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from llmeff.core.config import Component, Count, Text
 from llmeff.core.layout import Layout
-from llmeff.core.table import Role
+from llmeff.core.parameters import Role
 from llmeff.cost.arrays import NUM_BYTES, Array, Weight
 from llmeff.cost.image_laws import Images
-from llmeff.cost.keeping import Keeping
 from llmeff.cost.laws import Batch
 from llmeff.cost.price import Price
 from llmeff.cost.step import price_step, weights
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from llmeff.models.pixel_loss import weighted_loss
@@ -41,7 +41,7 @@ class ModelConfig(Component, family="model"):
         """
         yield from ()
 
-    def pools(self) -> Literal["nothing", "micro-batch", "ranks"]:
+    def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
         """Over what a training step takes statistics of several rows together, and so depends on how rows are shared out.
 
         Nothing, a rank's micro-batch, or the micro-batches of all ranks.
@@ -88,16 +88,16 @@ class ModelConfig(Component, family="model"):
         roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
         return {name: roles[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
-    def price(self, workload: Workload, keeping: Keeping | None = None) -> Price:
+    def price(self, workload: Workload, strategy_law: StrategyLaw | None = None) -> Price:
         """What an optimizer step costs, without the optimizer.
 
         Args:
             workload: what the step does.
-            keeping: what becomes of weights and gradients; None: one process alone keeps them.
+            strategy_law: what becomes of weights and gradients; None: one process alone keeps them.
         """
         kept = self.buffer_bytes(NUM_BYTES[workload.precision.parameters])
         buffers = Price({("frozen_bytes", "buffers"): kept, ("peak_bytes", "buffers"): kept})
-        return price_step(self.law, workload, keeping, self.batch) + buffers
+        return price_step(self.law, workload, strategy_law, self.batch) + buffers
 
 
 class ImageModelConfig(ModelConfig):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmeff.core.config import Count, Flag
-from llmeff.core.table import Role
+from llmeff.core.parameters import Role
 from llmeff.cost import image_laws
 from llmeff.cost.tape import Array, Tape, Weight
 from llmeff.models import image_norm
@@ -83,7 +83,7 @@ class SegNetConfig(ImageModelConfig):
         """The module, initialized from torch's default generator."""
         return SegNet(self)
 
-    def pools(self) -> Literal["nothing", "micro-batch", "ranks"]:
+    def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
         """By the kind of batch normalization."""
         kinds: dict[str, Literal["micro-batch", "ranks"]] = {"batch": "micro-batch", "batch_sync": "ranks"}
         return kinds.get(self.norm, "nothing")

@@ -18,7 +18,7 @@ from llmeff.attention.norm import RMSNorm
 from llmeff.attention.softmax import Softmax
 from llmeff.core.config import Config, Count, Flag, Positive, Text
 from llmeff.core.layout import Layout
-from llmeff.core.table import Role
+from llmeff.core.parameters import Role
 from llmeff.cost import laws
 from llmeff.cost.arrays import Weight
 from llmeff.cost.tape import Array, Tape
@@ -202,7 +202,7 @@ class DecoderConfig(LanguageModelConfig):
         """Kernels that are not at hand."""
         yield from super().problems(workload, built)
         if built is None:
-            lacking = [mixer.lacks(shape, on_cpu=workload.on_cpu) for mixer, shape in self._mixers()]
+            lacking = [mixer.missing_requirements(shape, on_cpu=workload.on_cpu) for mixer, shape in self._mixers()]
             yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:

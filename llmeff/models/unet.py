@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, Text
+from llmeff.core.parameters import Role
 from llmeff.core.registry import nearest
-from llmeff.core.table import Role
 from llmeff.cost.workload import Workload
 from llmeff.models.model import ImageModelConfig
 
@@ -25,7 +25,7 @@ class UNet(ImageModelConfig):
     channels: tuple[Count, Count, Count, Count, Count] = (256, 128, 64, 32, 16)
     """Of the decoder's stages, innermost first."""
 
-    def pools(self) -> Literal["nothing", "micro-batch", "ranks"]:
+    def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
         """It has batch normalization."""
         return "micro-batch"
 

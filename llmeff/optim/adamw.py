@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 import torch
 
 from llmeff.core.config import BelowOne, Positive
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Price
-from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.decay_groups import DecayGroupsConfig
 from llmeff.optim.optimizer import state_price
 
 
-class AdamW(DecayedConfig):
+class AdamW(DecayGroupsConfig):
     """torch.optim.AdamW in its fused form, which every device that torch trains on has for floating-point parameters."""
 
     sharding: ClassVar[Sharding] = "elementwise"
@@ -27,7 +27,7 @@ class AdamW(DecayedConfig):
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
 
-    def build(self, rows: list[Row]) -> torch.optim.AdamW:
+    def build(self, rows: list[ParameterInfo]) -> torch.optim.AdamW:
         """The groups, with their decay."""
         groups = self.parameter_groups(rows)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)

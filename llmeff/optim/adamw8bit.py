@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 from torch.optim import Optimizer
 
 from llmeff.core.config import BelowOne, ConfigError, Count, Positive
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row, Sharding
 from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
-from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.decay_groups import DecayGroupsConfig
 
 _BLOCK = 256
 """Numbers that share a scale."""
@@ -20,7 +20,7 @@ _CODES = 256
 """Values that 8 bits stand for, of each moment, as float32."""
 
 
-class AdamW8bit(DecayedConfig):
+class AdamW8bit(DecayGroupsConfig):
     """bitsandbytes.optim.AdamW8bit. A block must lie in one parameter, so a slice of many is another optimizer."""
 
     sharding: ClassVar[Sharding] = "whole_tensor"
@@ -37,7 +37,7 @@ class AdamW8bit(DecayedConfig):
     min_8bit_size: Count = 4096
     """Parameters with fewer numbers keep their moments in float32."""
 
-    def build(self, rows: list[Row]) -> Optimizer:
+    def build(self, rows: list[ParameterInfo]) -> Optimizer:
         """The groups, with their decay."""
         try:
             import bitsandbytes.optim

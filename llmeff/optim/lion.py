@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 from torch.optim import Optimizer
 
 from llmeff.core.config import BelowOne, ConfigError, NotNegative, Positive
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Price
-from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.decay_groups import DecayGroupsConfig
 from llmeff.optim.optimizer import state_price
 
 
-class Lion(DecayedConfig):
+class Lion(DecayGroupsConfig):
     """pytorch_optimizer.Lion. Its rate is about a third of AdamW's or less, and its decay as much more."""
 
     sharding: ClassVar[Sharding] = "elementwise"
@@ -29,7 +29,7 @@ class Lion(DecayedConfig):
     weight_decay: NotNegative = 0.3
     """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
 
-    def build(self, rows: list[Row]) -> Optimizer:
+    def build(self, rows: list[ParameterInfo]) -> Optimizer:
         """The groups, with their decay."""
         try:
             import pytorch_optimizer

@@ -8,12 +8,12 @@ from torch.optim import Optimizer
 
 from llmeff.core.config import BelowOne, Count, Flag, NotNegative
 from llmeff.core.cpu import multiplies_bfloat16
+from llmeff.core.parameters import ParameterInfo, Role, Sharding
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Role, Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
 from llmeff.optim.adamw import AdamW
-from llmeff.optim.joined import Joined
+from llmeff.optim.chained import ChainedOptimizer
 from llmeff.optim.newton_schulz import IterationFormat, OrthogonalMomentum
 from llmeff.optim.optimizer import OptimizerConfig
 
@@ -58,7 +58,7 @@ class Muon(OptimizerConfig):
         rest = {name: role for name, role in roles.items() if role not in _MATRICES}
         return [names for names in (matrices, *self._adamw.groups(rest)) if names]
 
-    def build(self, rows: list[Row]) -> Optimizer:
+    def build(self, rows: list[ParameterInfo]) -> Optimizer:
         """Both as one; the one alone that has parameters, if the other has none.
 
         What is still `auto` is decided by this machine, and where the matrices lie.
@@ -82,7 +82,7 @@ class Muon(OptimizerConfig):
             )
         if others:
             optimizers.append(self._adamw.build(others))
-        return Joined(optimizers)
+        return ChainedOptimizer(optimizers)
 
     @property
     def _adamw(self) -> AdamW:

@@ -7,8 +7,8 @@ from typing import ClassVar, Self
 from torch.optim import Optimizer
 
 from llmeff.core.config import Component, Positive, Text
+from llmeff.core.parameters import ParameterInfo, Role, Sharding
 from llmeff.core.precision import Precision
-from llmeff.core.table import Role, Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Kind, Price
 
@@ -55,7 +55,7 @@ class OptimizerConfig(Component, family="optimizer"):
         """
         raise NotImplementedError(type(self))
 
-    def build(self, rows: list[Row]) -> Optimizer:
+    def build(self, rows: list[ParameterInfo]) -> Optimizer:
         """The optimizer of these parameters; each group's `lr` is the peak."""
         raise NotImplementedError(type(self))
 

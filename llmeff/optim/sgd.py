@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 import torch
 
 from llmeff.core.config import BelowOne, Flag, NotNegative, Positive
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import BYTES, Precision
-from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.cost.price import Price
-from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.decay_groups import DecayGroupsConfig
 from llmeff.optim.optimizer import state_price
 
 
-class SGD(DecayedConfig):
+class SGD(DecayGroupsConfig):
     """torch.optim.SGD over many tensors at once: its fused form cannot update FSDP2's rows.
 
     Its decay is not decoupled: it is added to the gradient.
@@ -32,7 +32,7 @@ class SGD(DecayedConfig):
     weight_decay: NotNegative = 0.0
     """Times the parameter, added to the gradient of matrices and embeddings."""
 
-    def build(self, rows: list[Row]) -> torch.optim.SGD:
+    def build(self, rows: list[ParameterInfo]) -> torch.optim.SGD:
         """The groups, with their decay."""
         groups = self.parameter_groups(rows)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)

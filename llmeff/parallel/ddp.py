@@ -11,15 +11,15 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from llmeff.core.config import ConfigError, Count, Flag
 from llmeff.core.dist import in_a_world
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import PrecisionName
 from llmeff.core.shard import replicated, whole_tensors
-from llmeff.core.table import Row, Sharding
 from llmeff.cost.arrays import Array, Weight
 from llmeff.cost.workload import Workload
-from llmeff.parallel.rank_keeping import RankKeeping
-from llmeff.parallel.saved import Holder, whole
+from llmeff.parallel.rank_law import RankLaw
+from llmeff.parallel.sharded_checkpoint import ShardOwner, whole
 from llmeff.parallel.single import SingleProcess, check_joined
-from llmeff.parallel.strategy import Parts, StrategyConfig
+from llmeff.parallel.strategy import StrategyConfig, StrategyInputs
 
 
 class DDP(StrategyConfig):
@@ -48,17 +48,17 @@ class DDP(StrategyConfig):
                 "of its own parameters; use 'bf16', or let every rank update everything"
             )
 
-    def build(self, parts: Parts) -> "Replicas":
+    def build(self, inputs: StrategyInputs) -> "Replicas":
         """Joins this process's replica to the others."""
         with in_a_world():
-            return Replicas(parts, self)
+            return Replicas(inputs, self)
 
-    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ReplicaKeeping":
+    def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ReplicaLaw":
         """Everything, and buckets of all gradients that stay from step to step."""
-        return ReplicaKeeping(weights, work, self, rank)
+        return ReplicaLaw(weights, work, self, rank)
 
 
-class ReplicaKeeping(RankKeeping):
+class ReplicaLaw(RankLaw):
     """Backward copies gradients into the buckets; those of earlier micro-batches lie beside until then."""
 
     def __init__(self, weights: list[Weight], work: Workload, config: DDP, rank: int):
@@ -68,16 +68,16 @@ class ReplicaKeeping(RankKeeping):
         self._owned = [{part.name for part in shard} for shard in deal(sizes, config.ranks)]
         self._shares_optimizer = config.shard_optimizer
 
-    def stand(self) -> None:
+    def add_resident(self) -> None:
         """Every weight, and the buckets."""
-        super().stand()
+        super().add_resident()
         for weight in self.weights:
             self.keep("gradient_bytes", weight.part, weight.num_bytes)
 
-    def ready(self, weight: Weight, gradient: Array) -> None:
+    def on_gradient(self, weight: Weight, gradient: Array) -> None:
         """With the last micro-batch it goes into its bucket, which is summed over the ranks."""
         if not self.is_last:
-            super().ready(weight, gradient)
+            super().on_gradient(weight, gradient)
             return
         self.whole.pop(weight.name, None)
         self.send("all_reduce", weight.num_bytes)
@@ -102,7 +102,7 @@ class ReplicaKeeping(RankKeeping):
 class Replicas(SingleProcess):
     """Accelerate wraps the model; an optimizer that is shared out is stepped where its parameters are owned."""
 
-    def __init__(self, parts: Parts, config: DDP):
+    def __init__(self, inputs: StrategyInputs, config: DDP):
         from accelerate import DistributedDataParallelKwargs
 
         self._config = config
@@ -111,10 +111,10 @@ class Replicas(SingleProcess):
         kwargs = DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mib
         )
-        super().__init__(parts, kwargs_handlers=[kwargs])
+        super().__init__(inputs, kwargs_handlers=[kwargs])
         check_joined(self._accelerator, self.world.ranks)
 
-    def _owned(self) -> list[Row]:
+    def _owned(self) -> list[ParameterInfo]:
         sizes = {row.name: row.parameter.numel() for row in self._rows}
         deal = whole_tensors if self._config.shard_optimizer else replicated
         self._plan = deal(sizes, self.world.ranks)
@@ -122,7 +122,7 @@ class Replicas(SingleProcess):
             raise ConfigError(f"parallel.shard_optimizer: {self.world.ranks} ranks share {len(sizes)} parameters")
         return self._rows_of(self.world.rank)
 
-    def _rows_of(self, rank: int) -> list[Row]:
+    def _rows_of(self, rank: int) -> list[ParameterInfo]:
         names = {part.name for part in self._plan[rank]}
         return [row for row in self._rows if row.name in names]
 
@@ -156,15 +156,15 @@ class Replicas(SingleProcess):
                 for tensor, values in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
                     tensor.copy_(values)
 
-    def held(self) -> Iterable[Tensor]:
+    def resident(self) -> Iterable[Tensor]:
         """The buckets too, from the second step on."""
-        yield from super().held()
+        yield from super().resident()
         yield from self._buckets
 
-    def holders(self) -> list[Holder]:
+    def owners(self) -> list[ShardOwner]:
         """What it updates; of what all update, the main rank's."""
-        return self.updated() if self._config.shard_optimizer or self.world.is_main else []
+        return self.owned() if self._config.shard_optimizer or self.world.is_main else []
 
-    def updated(self) -> list[Holder]:
+    def owned(self) -> list[ShardOwner]:
         """Every parameter, or where the optimizer is shared out this rank's."""
         return [whole(row) for row in self._rows_of(self.world.rank)]

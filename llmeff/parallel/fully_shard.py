@@ -12,17 +12,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from llmeff.core.config import Flag
+from llmeff.core.parameters import Sharding
 from llmeff.core.precision import BYTES, PrecisionName
 from llmeff.core.shard import part_length, split_rows
-from llmeff.core.table import Sharding
 from llmeff.core.tensors import local, stored_tensors
 from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.price import Kind
 from llmeff.cost.workload import Workload
 from llmeff.parallel.group_state import group_entries
-from llmeff.parallel.rank_keeping import RankKeeping
-from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers
-from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
+from llmeff.parallel.rank_law import RankLaw
+from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, check_fit, load_buffers
+from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
 
 
 class FSDP(StrategyConfig):
@@ -47,20 +47,20 @@ class FSDP(StrategyConfig):
         if compiled != "off":
             yield f"runtime.compile {compiled!r} is not for parallel {self.name!r}: gathering parameters breaks the graph"
 
-    def build(self, parts: Parts) -> "Sharded":
+    def build(self, inputs: StrategyInputs) -> "Sharded":
         """Splits this process's copy."""
-        return Sharded(parts, self)
+        return Sharded(inputs, self)
 
-    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ShardKeeping":
+    def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ShardLaw":
         """Rows of everything, and the units that are gathered."""
-        return ShardKeeping(weights, work, self, rank)
+        return ShardLaw(weights, work, self, rank)
 
 
 _ROOT = ""
 """The unit of all that is in no layer."""
 
 
-class ShardKeeping(RankKeeping):
+class ShardLaw(RankLaw):
     """Units come and go as fully_shard's hooks have them: gathered for their first use, let go after their last.
 
     A gathered buffer is split into parameters. In forward it stays until the next unit is gathered, in backward it goes
@@ -91,13 +91,13 @@ class ShardKeeping(RankKeeping):
     def _trained(self, unit: str) -> list[Weight]:
         return [weight for weight in self._units[unit] if weight.is_trained]
 
-    def stand(self) -> None:
+    def add_resident(self) -> None:
         """This rank's rows."""
         for weight in self.every:
             kind: Kind = "parameter_bytes" if weight.is_trained else "frozen_bytes"
             self.keep(kind, weight.part, self._padded(weight) // self.ranks)
 
-    def use(self, weight: Weight, in_backward: bool) -> None:
+    def on_use(self, weight: Weight, in_backward: bool) -> None:
         """Gathers the unit, where it is not there."""
         unit = _unit(weight)
         if in_backward:
@@ -151,9 +151,9 @@ class ShardKeeping(RankKeeping):
             if buffer is not None:
                 self._buffers[ahead] = buffer
 
-    def ready(self, weight: Weight, gradient: Array) -> None:
+    def on_gradient(self, weight: Weight, gradient: Array) -> None:
         """A unit that has all its gradients sums them over the ranks and goes."""
-        super().ready(weight, gradient)
+        super().on_gradient(weight, gradient)
         unit = _unit(weight)
         self._num_ready[unit] += 1
         if unit != _ROOT and self._num_ready[unit] == len(self._trained(unit)):
@@ -210,21 +210,21 @@ def _unit(weight: Weight) -> str:
 class Sharded(Strategy):
     """Layers are units of their own where the model has `layers`; the rest is one."""
 
-    def __init__(self, parts: Parts, config: FSDP):
-        super().__init__(parts)
-        self._shapes = {row.name: row.shape for row in parts.table(parts.model)}
-        mesh = init_device_mesh(parts.device.type, (self.world.ranks,))
-        for layer in getattr(parts.model, "layers", ()):
+    def __init__(self, inputs: StrategyInputs, config: FSDP):
+        super().__init__(inputs)
+        self._shapes = {row.name: row.shape for row in inputs.parameter_infos(inputs.model)}
+        mesh = init_device_mesh(inputs.device.type, (self.world.ranks,))
+        for layer in getattr(inputs.model, "layers", ()):
             fully_shard(layer, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
-        fully_shard(parts.model, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
-        if parts.precision.autocast:
-            autocast = torch.autocast(parts.device.type, getattr(torch, parts.precision.compute))
-            parts.model.forward = autocast(parts.model.forward)
-        self._rows = parts.table(parts.model)
+        fully_shard(inputs.model, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
+        if inputs.precision.autocast:
+            autocast = torch.autocast(inputs.device.type, getattr(torch, inputs.precision.compute))
+            inputs.model.forward = autocast(inputs.model.forward)
+        self._rows = inputs.parameter_infos(inputs.model)
         self._parameters = [row.parameter for row in self._rows]
-        self.optimizer = parts.optimizer(self._rows)
+        self.optimizer = inputs.optimizer(self._rows)
         self.begun = group_entries(self.optimizer)
-        self.model = parts.model
+        self.model = inputs.model
 
     def backward(self, loss: Tensor) -> None:
         """FSDP takes the mean over ranks."""
@@ -246,17 +246,17 @@ class Sharded(Strategy):
         for parameter in self._parameters:
             parameter.grad = None
 
-    def holders(self) -> list[Holder]:
+    def owners(self) -> list[ShardOwner]:
         """The rows of every parameter."""
         shard = split_rows(self._shapes, self.world.ranks)[self.world.rank]
         return [
-            Holder(key=row.parameter, parts=((part, 0),) if part.size else ())
+            ShardOwner(key=row.parameter, parts=((part, 0),) if part.size else ())
             for row, part in zip(self._rows, shard, strict=True)
         ]
 
-    def held(self) -> Iterable[Tensor]:
+    def resident(self) -> Iterable[Tensor]:
         """This rank's rows."""
-        for tensor in super().held():
+        for tensor in super().resident():
             yield local(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -268,8 +268,8 @@ class Sharded(Strategy):
                 whole[name] = values.detach().cpu()
         return whole
 
-    def load_weights(self, saved: Saved) -> None:
-        """The buffers; the weights are what the holders update."""
+    def load_weights(self, saved: ShardedCheckpoint) -> None:
+        """The buffers; the weights are what the owners update."""
         check_fit(self._rows, saved)
         load_buffers(self._plain, saved)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmeff.core.config import ConfigError
-from llmeff.core.table import Role, Row
+from llmeff.core.parameters import ParameterInfo, Role
 
 _SCHEDULED = ("params", "lr", "peak_lr")
 """What the loop sets itself."""
@@ -108,7 +108,10 @@ def _unpacked(value: Any, device: torch.device) -> Any:
 
 
 def check_savable(
-    name: str, build: Callable[[list[Row]], Optimizer], rows: Sequence[Row], miscounts: str | None = None
+    name: str,
+    build: Callable[[list[ParameterInfo]], Optimizer],
+    rows: Sequence[ParameterInfo],
+    miscounts: str | None = None,
 ) -> None:
     """Steps an optimizer of copies of a few parameters once, and refuses one whose state a checkpoint could not hold.
 
@@ -148,7 +151,9 @@ _AHEAD = (0, 10, 1_000, 100_000)
 """So far ahead counts are set to see whether a step by them differs."""
 
 
-def _is_idle(build: Callable[[list[Row]], Optimizer], rows: Sequence[Row], counted: Sequence[str]) -> bool:
+def _is_idle(
+    build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo], counted: Sequence[str]
+) -> bool:
     """Whether a second step is the same whatever an optimizer has counted by then."""
     ends = []
     for ahead in _AHEAD:
@@ -166,7 +171,7 @@ def _is_idle(build: Callable[[list[Row]], Optimizer], rows: Sequence[Row], count
     return all(torch.equal(one, other) for own in ends[1:] for one, other in zip(ends[0], own, strict=True))
 
 
-def _is_same_apart(build: Callable[[list[Row]], Optimizer], rows: Sequence[Row]) -> bool:
+def _is_same_apart(build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo]) -> bool:
     """Whether its update is the same where each group is stepped by itself: what it counts may not matter to it."""
     ends = []
     for is_apart in (False, True):
@@ -184,14 +189,14 @@ def _is_same_apart(build: Callable[[list[Row]], Optimizer], rows: Sequence[Row])
     return all(map(torch.equal, *ends))
 
 
-def _copies(rows: Sequence[Row]) -> list[Row]:
+def _copies(rows: Sequence[ParameterInfo]) -> list[ParameterInfo]:
     """Of the smallest parameter of each role."""
-    least: dict[Role, Row] = {}
+    least: dict[Role, ParameterInfo] = {}
     for row in sorted(rows, key=lambda row: row.parameter.numel()):
         if row.parameter.numel() <= _MOST:
             least.setdefault(row.role, row)
     return [
-        Row(name=row.name, parameter=nn.Parameter(row.parameter.detach().clone()), role=row.role)
+        ParameterInfo(name=row.name, parameter=nn.Parameter(row.parameter.detach().clone()), role=row.role)
         for row in least.values()
     ]
 

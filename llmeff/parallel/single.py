@@ -8,15 +8,15 @@ from pydantic import model_validator
 from torch import Tensor
 
 from llmeff.core.config import ConfigError
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import Precision, PrecisionName
-from llmeff.core.table import Row, Sharding
 from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
-from llmeff.cost.keeping import Keeping
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 from llmeff.parallel.group_state import group_entries
-from llmeff.parallel.saved import Holder, Saved, load_whole, whole
-from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
+from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, load_whole, whole
+from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
 
 
 class Single(StrategyConfig):
@@ -38,13 +38,13 @@ class Single(StrategyConfig):
         """None: nothing is split."""
         return None
 
-    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> Keeping:
+    def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> StrategyLaw:
         """Everything."""
-        return Keeping(weights, work.precision)
+        return StrategyLaw(weights, work.precision)
 
-    def build(self, parts: Parts) -> "SingleProcess":
+    def build(self, inputs: StrategyInputs) -> "SingleProcess":
         """Sets the model and the optimizer up on the device."""
-        return SingleProcess(parts)
+        return SingleProcess(inputs)
 
 
 def accelerator(device: torch.device, precision: Precision, **settings: Any) -> Any:
@@ -78,17 +78,17 @@ def check_joined(accelerator: Any, ranks: int, engine: str | None = None) -> Non
 class SingleProcess(Strategy):
     """Accelerate places the model, casts its forward and scales its loss; the step itself is plain PyTorch."""
 
-    def __init__(self, parts: Parts, **settings: Any):
-        super().__init__(parts)
-        self._accelerator = accelerator(parts.device, parts.precision, **settings)
-        self._rows = parts.table(parts.model)
+    def __init__(self, inputs: StrategyInputs, **settings: Any):
+        super().__init__(inputs)
+        self._accelerator = accelerator(inputs.device, inputs.precision, **settings)
+        self._rows = inputs.parameter_infos(inputs.model)
         self._parameters = [row.parameter for row in self._rows]
         # Not prepared: Accelerate's optimizer looks for other packages on disk at every step, which takes 0.4 ms.
-        self.optimizer, self._scaler = parts.optimizer(self._owned()), self._accelerator.scaler
-        self.model = self._accelerator.prepare(parts.model)
+        self.optimizer, self._scaler = inputs.optimizer(self._owned()), self._accelerator.scaler
+        self.model = self._accelerator.prepare(inputs.model)
         self.begun = group_entries(self.optimizer)
 
-    def _owned(self) -> list[Row]:
+    def _owned(self) -> list[ParameterInfo]:
         """The parameters that this process updates."""
         return self._rows
 
@@ -131,19 +131,19 @@ class SingleProcess(Strategy):
         """In fp16, until the factor has fallen to 1: then the gradients themselves are not finite."""
         return self._scaler is not None and self._scaler.get_scale() > 1
 
-    def holders(self) -> list[Holder]:
+    def owners(self) -> list[ShardOwner]:
         """Every parameter, whole."""
         return [whole(row) for row in self._owned()]
 
-    def remembered(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         """Of fp16, the loss scaling."""
         return {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
 
-    def recall(self, others: Mapping[str, Any]) -> None:
+    def load_extra_state(self, others: Mapping[str, Any]) -> None:
         """Puts the loss scaling back."""
         if self._scaler is not None and "scaler" in others:
             self._scaler.load_state_dict(others["scaler"])
 
-    def load_weights(self, saved: Saved) -> None:
+    def load_weights(self, saved: ShardedCheckpoint) -> None:
         """Every parameter and buffer."""
         load_whole(self._plain, self._rows, saved)

@@ -13,26 +13,26 @@ from torch.optim import Optimizer
 
 from llmeff.core import group
 from llmeff.core.config import Component, ConfigError, Count, Positive, Text
-from llmeff.core.dist import Statement, World, world
+from llmeff.core.dist import ExternalSetting, World, world
+from llmeff.core.parameters import ParameterInfo, Sharding
 from llmeff.core.precision import Precision, PrecisionName
-from llmeff.core.table import Row, Sharding
 from llmeff.core.tensors import stored_tensors
 from llmeff.cost.arrays import Weight
-from llmeff.cost.keeping import Keeping
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 from llmeff.parallel.group_state import Entries
-from llmeff.parallel.saved import Holder, Saved, save
+from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, save
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class StrategyInputs:
     """What a strategy sets up on this process."""
 
     model: nn.Module
     """The whole model, on the device."""
-    table: Callable[[nn.Module], list[Row]]
+    parameter_infos: Callable[[nn.Module], list[ParameterInfo]]
     """The parameters to train, of the model as it is when asked."""
-    optimizer: Callable[[list[Row]], Optimizer]
+    optimizer: Callable[[list[ParameterInfo]], Optimizer]
     """Builds the optimizer of parameters."""
     device: torch.device
     """Where this process computes."""
@@ -57,14 +57,14 @@ class Strategy(ABC):
     begun: list[Entries]
     """What the optimizer's groups held before its first step."""
 
-    def __init__(self, parts: Parts):
-        self.device = parts.device
+    def __init__(self, inputs: StrategyInputs):
+        self.device = inputs.device
         self.world: World = world()
-        self.num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+        self.num_parameters = sum(parameter.numel() for parameter in inputs.model.parameters())
         """Trained and frozen, of the whole model, shared ones once."""
-        self.num_trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+        self.num_trained = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
         """Trained."""
-        self._plain = parts.model
+        self._plain = inputs.model
 
     def accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of one micro-batch; after the last one's, gradients are those of all ranks."""
@@ -108,14 +108,14 @@ class Strategy(ABC):
         return False
 
     @abstractmethod
-    def holders(self) -> list[Holder]:
+    def owners(self) -> list[ShardOwner]:
         """What this rank owns of weights and optimizer state; together the ranks own everything once."""
 
-    def updated(self) -> list[Holder]:
+    def owned(self) -> list[ShardOwner]:
         """What this rank updates, whoever owns it: where every rank updates everything, one saves and all load."""
-        return self.holders()
+        return self.owners()
 
-    def held(self) -> Iterable[Tensor]:
+    def resident(self) -> Iterable[Tensor]:
         """The tensors that live between steps on this process."""
         yield from self._plain.parameters()
         yield from self._plain.buffers()
@@ -126,19 +126,19 @@ class Strategy(ABC):
         """The whole model's weights and buffers, on the main rank; elsewhere it may be empty. All ranks call it."""
         return stored_tensors(self._plain)
 
-    def remembered(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         """What else training goes on from, as JSON: the loss scaling."""
         return {}
 
-    def recall(self, others: Mapping[str, Any]) -> None:  # noqa: B027  there may be nothing
-        """Puts back what `remembered` gave."""
+    def load_extra_state(self, others: Mapping[str, Any]) -> None:  # noqa: B027  there may be nothing
+        """Puts back what `extra_state` gave."""
 
     def save(self, folder: Path) -> None:
         """Writes this rank's share of all that training goes on from: weights, optimizer state, loss scaling."""
         buffers = {
             name: tensor for name, tensor in stored_tensors(self._plain).items() if _is_buffer(self._plain, name)
         }
-        save(folder, self.world.rank, self.holders(), self.optimizer, self.begun, buffers, self.remembered())
+        save(folder, self.world.rank, self.owners(), self.optimizer, self.begun, buffers, self.extra_state())
 
     def load(self, folder: Path) -> None:
         """Puts back what any strategy's `save` wrote on any number of ranks.
@@ -146,16 +146,16 @@ class Strategy(ABC):
         Raises:
             ConfigError: it is another model's, or an optimizer's whose state cannot be cut as it must be here.
         """
-        saved = Saved(folder)
+        saved = ShardedCheckpoint(folder)
         try:
             self.load_weights(saved)
-            saved.load(self.updated(), self.optimizer)
+            saved.load(self.owned(), self.optimizer)
         except ValueError as error:
             raise ConfigError(f"{folder}: {error}") from error
-        self.recall(saved.others)
+        self.load_extra_state(saved.others)
 
     @abstractmethod
-    def load_weights(self, saved: Saved) -> None:
+    def load_weights(self, saved: ShardedCheckpoint) -> None:
         """Puts the model's weights and buffers back, in the form in which forward reads them."""
 
     def close(self) -> None:  # noqa: B027  there may be nothing
@@ -184,7 +184,7 @@ class StrategyConfig(Component, family="strategy"):
     timeout_s: Positive = 600.0
     """How long a rank may go without progress before the run is ended everywhere."""
 
-    def statements(self) -> list[Statement]:
+    def external_settings(self) -> list[ExternalSetting]:
         """What a file that it was read from states of fields elsewhere in the config."""
         return []
 
@@ -201,7 +201,7 @@ class StrategyConfig(Component, family="strategy"):
         """What of a precision that it trains in, or of `runtime.compile`, cannot work with these fields, and why."""
         yield from ()
 
-    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> Keeping:
+    def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> StrategyLaw:
         """What a rank keeps and sends in a step: with the laws of the model and the optimizer, the rank's price.
 
         Args:
@@ -212,6 +212,6 @@ class StrategyConfig(Component, family="strategy"):
         """
         raise NotImplementedError(type(self))
 
-    def build(self, parts: Parts) -> Strategy:
+    def build(self, inputs: StrategyInputs) -> Strategy:
         """Sets the model, its parameters and their optimizer up on this process."""
         raise NotImplementedError(type(self))

@@ -19,7 +19,7 @@ import psutil
 
 from llmeff.core import files, group, log
 from llmeff.core.dist import world
-from llmeff.core.pulse import PARTS, PULSE
+from llmeff.core.heartbeat import HEARTBEAT, PARTS
 from llmeff.core.units import show_seconds
 
 FOLDER = ".beats"
@@ -88,12 +88,12 @@ class Watchdog:
         self._is_settled = self._is_over = False
         self._main = threading.main_thread().ident
         self._parent, self._born_s = os.getppid(), psutil.Process().create_time()
-        self._count, self._idle_s, self._looked_s = PULSE.count, 0.0, time.monotonic()
+        self._count, self._idle_s, self._looked_s = HEARTBEAT.count, 0.0, time.monotonic()
         self._interrupted_s: float | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
-        PULSE.step, PULSE.part = 0, "start"
+        HEARTBEAT.step, HEARTBEAT.part = 0, "start"
         if self._ranks > 1:
             self._ear, self._mouth = os.pipe()
             os.set_blocking(self._mouth, False)
@@ -159,8 +159,8 @@ class Watchdog:
             os._exit(_INTERRUPTED)
         elapsed, self._looked_s = now - self._looked_s, now
         self._idle_s += min(elapsed, _GRACE_S)
-        if PULSE.count != self._count:
-            self._count, self._idle_s = PULSE.count, 0.0
+        if HEARTBEAT.count != self._count:
+            self._count, self._idle_s = HEARTBEAT.count, 0.0
         own = self._beat()
         if self._is_settled:
             self._write(own)
@@ -175,8 +175,8 @@ class Watchdog:
 
     def _beat(self) -> _Beat:
         return _Beat(
-            rank=self._rank, node=platform.node(), pid=os.getpid(), born_s=self._born_s, step=PULSE.step,
-            part=PULSE.part, waits=self._waits(), moved_s=time.time() - self._idle_s,
+            rank=self._rank, node=platform.node(), pid=os.getpid(), born_s=self._born_s, step=HEARTBEAT.step,
+            part=HEARTBEAT.part, waits=self._waits(), moved_s=time.time() - self._idle_s,
         )  # fmt: skip
 
     def _waits(self) -> bool:

@@ -13,20 +13,20 @@ from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from llmeff.core.config import ConfigError, Count, CountOrZero, Flag, Text
-from llmeff.core.dist import Statement, in_a_world, keep_deepspeed_on_cpu, local_rank_stated, world
+from llmeff.core.dist import ExternalSetting, in_a_world, keep_deepspeed_on_cpu, local_rank_stated, world
+from llmeff.core.parameters import Sharding
 from llmeff.core.precision import PrecisionName
 from llmeff.core.registry import nearest
 from llmeff.core.shard import Shard, Slice, split_each, split_group
-from llmeff.core.table import Sharding
 from llmeff.core.tensors import stored_tensors
 from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Weight
 from llmeff.cost.workload import Workload
 from llmeff.parallel.group_state import group_entries
-from llmeff.parallel.saved import Holder, Saved, check_fit, load_buffers, load_whole, whole
+from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, check_fit, load_buffers, load_whole, whole
 from llmeff.parallel.single import check_joined
-from llmeff.parallel.strategy import Parts, Strategy, StrategyConfig
-from llmeff.parallel.zero_keeping import ALIGNMENT, FlatKeeping, GatheredKeeping, SumKeeping, ZeroKeeping
+from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
+from llmeff.parallel.zero_law import ALIGNMENT, FlatLaw, GatheredLaw, SumLaw, ZeroLaw
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -87,7 +87,7 @@ class DeepSpeed(StrategyConfig):
     persistence_threshold: CountOrZero = 0
     """Parameters with so many numbers or fewer are never split (stage 3)."""
 
-    _statements: list[Statement] = PrivateAttr(default_factory=list)
+    _external_settings: list[ExternalSetting] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -104,7 +104,7 @@ class DeepSpeed(StrategyConfig):
         if problems:
             raise ValueError("\n".join(problems))
         config = handler({**given, **stated})
-        config._statements = elsewhere
+        config._external_settings = elsewhere
         return config
 
     @model_validator(mode="after")
@@ -116,9 +116,9 @@ class DeepSpeed(StrategyConfig):
             raise ValueError(f"offload_parameters needs stage 3, given is stage {self.stage}")
         return self
 
-    def statements(self) -> list[Statement]:
+    def external_settings(self) -> list[ExternalSetting]:
         """What the file states of batch, precision and clipping."""
-        return self._statements
+        return self._external_settings
 
     def refusal(self, sharding: Sharding) -> str | None:
         """From stage 1 on DeepSpeed hands the optimizer one flat slice of many parameters."""
@@ -139,9 +139,9 @@ class DeepSpeed(StrategyConfig):
         if compiled != "off" and self.stage == 3:
             yield f"runtime.compile {compiled!r} is not for parallel.stage 3: gathering parameters breaks the graph"
 
-    def settings(self, parts: Parts) -> dict[str, Any]:
+    def settings(self, inputs: StrategyInputs) -> dict[str, Any]:
         """DeepSpeed's own config of this run."""
-        size = sum(row.parameter.numel() for row in parts.table(parts.model))
+        size = sum(row.parameter.numel() for row in inputs.parameter_infos(inputs.model))
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": self.overlap_comm,
@@ -152,28 +152,28 @@ class DeepSpeed(StrategyConfig):
             "stage3_max_reuse_distance": self.max_reuse_distance,
             "stage3_param_persistence_threshold": self.persistence_threshold,
         }
-        pin = parts.device.type == "cuda"
+        pin = inputs.device.type == "cuda"
         if self.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
         if self.offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
         settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": parts.micro_batch,
-            "gradient_accumulation_steps": parts.num_micro_batches,
-            "gradient_clipping": 0.0 if self.stage == 0 else parts.clip_norm or 0.0,
+            "train_micro_batch_size_per_gpu": inputs.micro_batch,
+            "gradient_accumulation_steps": inputs.num_micro_batches,
+            "gradient_clipping": 0.0 if self.stage == 0 else inputs.clip_norm or 0.0,
             "zero_optimization": zero,
             # or DeepSpeed puts its own Adam in the place of any optimizer that is offloaded
             "zero_force_ds_cpu_optimizer": False,
         }
-        if parts.precision.master is not None:
+        if inputs.precision.master is not None:
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
             settings["data_types"] = {"grad_accum_dtype": "bf16"}
-        elif parts.precision.autocast:
+        elif inputs.precision.autocast:
             # with modules named here their gradients would travel in the format of autocast
             named: list[str] = []
             settings["torch_autocast"] = {
                 "enabled": True,
-                "dtype": parts.precision.compute,
+                "dtype": inputs.precision.compute,
                 "lower_precision_safe_modules": named,
             }
         return settings
@@ -192,23 +192,23 @@ class DeepSpeed(StrategyConfig):
         # a bucket of the whole model is one that is never full, and DeepSpeed allocates what it is told
         return min(self.reduce_bucket_size, max(1, size))
 
-    def keeping(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroKeeping:
+    def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroLaw:
         """What the stage leaves on a rank.
 
         What is offloaded is counted by its kind wherever it lies. In `peak_bytes` it is only on a CPU, where all is one
         memory: on a GPU that is the peak of the device, which is what must fit.
         """
         own = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
-        stages: dict[int, type[ZeroKeeping]] = {0: SumKeeping, 1: FlatKeeping, 2: FlatKeeping, 3: GatheredKeeping}
+        stages: dict[int, type[ZeroLaw]] = {0: SumLaw, 1: FlatLaw, 2: FlatLaw, 3: GatheredLaw}
         return stages[self.stage](weights, own, work, self, rank)
 
-    def build(self, parts: Parts) -> "Engine":
+    def build(self, inputs: StrategyInputs) -> "Engine":
         """Hands the model and the optimizer to DeepSpeed."""
         engines = {0: Engine, 1: FlatEngine, 2: FlatEngine, 3: GatheredEngine}
-        return engines[self.stage](parts, self)
+        return engines[self.stage](inputs, self)
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], list[Statement]]:
+def read_file(path: Path) -> tuple[dict[str, Any], list[ExternalSetting]]:
     """A DeepSpeed JSON file as fields of `DeepSpeed`, and what it states of fields elsewhere in the config.
 
     Raises:
@@ -240,7 +240,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[Statement]]:
     if problems:
         raise ValueError("\n".join(problems))
     said = [
-        Statement(key=_OURS[key], value=_meant(key, value), source=f"{path} ({key})")
+        ExternalSetting(key=_OURS[key], value=_meant(key, value), source=f"{path} ({key})")
         for key, value in content.items()
         if key in _OURS and _meant(key, value) != "auto"
     ]
@@ -269,16 +269,16 @@ def _even(count: int) -> int:
 class Engine(Strategy):
     """Stage 0: DeepSpeed sums the gradients, and the rest is plain."""
 
-    def __init__(self, parts: Parts, config: DeepSpeed):
-        super().__init__(parts)
+    def __init__(self, inputs: StrategyInputs, config: DeepSpeed):
+        super().__init__(inputs)
         self._config = config
-        rows = parts.table(parts.model)
+        rows = inputs.parameter_infos(inputs.model)
         self._rows = rows
         self._sizes = {row.name: row.parameter.numel() for row in rows}
         self._names = {id(row.parameter): row.name for row in rows}
-        self.optimizer = parts.optimizer(rows)
+        self.optimizer = inputs.optimizer(rows)
         self._groups = [[self._names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
-        self._engine = _engine(parts, self.optimizer, config.settings(parts))
+        self._engine = _engine(inputs, self.optimizer, config.settings(inputs))
         self.begun = group_entries(self.optimizer)
         self.model = self._engine
 
@@ -311,15 +311,15 @@ class Engine(Strategy):
         """Clears what backward left; for the end of a run: at stages 1 to 3 DeepSpeed still has its reduced gradients."""
         self._engine.zero_grad()
 
-    def holders(self) -> list[Holder]:
+    def owners(self) -> list[ShardOwner]:
         """What it updates; of what all update, the main rank's."""
-        return self.updated() if self._config.stage > 0 or self.world.is_main else []
+        return self.owned() if self._config.stage > 0 or self.world.is_main else []
 
-    def updated(self) -> list[Holder]:
+    def owned(self) -> list[ShardOwner]:
         """Every parameter, whole."""
         return [whole(row) for row in self._rows]
 
-    def load_weights(self, saved: Saved) -> None:
+    def load_weights(self, saved: ShardedCheckpoint) -> None:
         """Every parameter and buffer."""
         load_whole(self._plain, self._rows, saved)
 
@@ -350,13 +350,13 @@ class FlatEngine(Engine):
             shards.append((flat, split_group(sizes, self.world.ranks, ALIGNMENT * self.world.ranks)[self.world.rank]))
         return shards
 
-    def updated(self) -> list[Holder]:
+    def owned(self) -> list[ShardOwner]:
         """This rank's slice of every group."""
-        return [Holder(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
+        return [ShardOwner(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
 
-    def held(self) -> Iterable[Tensor]:
+    def resident(self) -> Iterable[Tensor]:
         """The groups, this rank's slices of them, their moments, and what offloading goes by way of."""
-        yield from super().held()
+        yield from super().resident()
         yield from self._zero.bit16_groups_flat
         yield from self._zero.single_partition_of_fp32_groups
         if self._config.offload_optimizer:
@@ -370,9 +370,9 @@ class FlatEngine(Engine):
 class GatheredEngine(Engine):
     """Stage 3: a rank has a part of every parameter, and a module gathers its own when it runs."""
 
-    def __init__(self, parts: Parts, config: DeepSpeed):
+    def __init__(self, inputs: StrategyInputs, config: DeepSpeed):
         self._linear = nn.functional.linear
-        super().__init__(parts, config)
+        super().__init__(inputs, config)
         self._environment = contextlib.ExitStack()
         self._environment.enter_context(local_rank_stated())
 
@@ -396,7 +396,7 @@ class GatheredEngine(Engine):
         del self._zero._get_norm_groups  # the class's own again
         return True
 
-    def updated(self) -> list[Holder]:
+    def owned(self) -> list[ShardOwner]:
         """This rank's part of every parameter; a group is one flat tensor of parts, each padded to the same size."""
         found = []
         for flat, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
@@ -407,10 +407,10 @@ class GatheredEngine(Engine):
                 if part.size:
                     parts.append((part, at))
                 at += parameter.partition_numel()
-            found.append(Holder(key=flat, parts=tuple(parts)))
+            found.append(ShardOwner(key=flat, parts=tuple(parts)))
         return found
 
-    def held(self) -> Iterable[Tensor]:
+    def resident(self) -> Iterable[Tensor]:
         """The parts of the parameters, of their updated copies and moments, and of the gradients, and the bucket."""
         yield from self._plain.buffers()
         for parameter in self._plain.parameters():
@@ -436,7 +436,7 @@ class GatheredEngine(Engine):
         return whole
 
     @torch.no_grad()
-    def load_weights(self, saved: Saved) -> None:
+    def load_weights(self, saved: ShardedCheckpoint) -> None:
         """This rank's part of every parameter, in the format that forward reads."""
         check_fit(self._rows, saved, self._sizes)
         load_buffers(self._plain, saved)
@@ -463,7 +463,7 @@ def _finite_or_nan(norm: Tensor) -> Tensor:
     return torch.where(norm < 0, torch.nan, norm)
 
 
-def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     """DeepSpeed's engine, through Accelerate.
 
     Raises:
@@ -476,7 +476,7 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
 
     check_tested("accelerate")
     check_tested("deepspeed")
-    if parts.device.type == "cpu":
+    if inputs.device.type == "cpu":
         keep_deepspeed_on_cpu()
     try:
         backend = importlib.import_module("deepspeed.comm.torch")
@@ -492,11 +492,11 @@ def _engine(parts: Parts, optimizer: torch.optim.Optimizer, settings: dict[str, 
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
             gradient_accumulation_steps=settings["gradient_accumulation_steps"],
-            mixed_precision="no" if parts.precision.master is None else "bf16",
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if parts.device.type == "cuda" else "gloo")],
+            mixed_precision="no" if inputs.precision.master is None else "bf16",
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if inputs.device.type == "cuda" else "gloo")],
         )
         check_joined(accelerator, world().ranks, engine="DEEPSPEED")
-        engine, _ = accelerator.prepare(parts.model, optimizer)
-    # or transformers would build every model from now on split into parts, those of the price and the export too
+        engine, _ = accelerator.prepare(inputs.model, optimizer)
+    # or transformers would build every model from now on split into inputs, those of the price and the export too
     unset_hf_deepspeed_config()
     return engine

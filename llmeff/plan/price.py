@@ -25,13 +25,13 @@ from llmeff.core.config import ConfigError
 from llmeff.core.cpu import instruction_set
 from llmeff.core.dist import usable_cores
 from llmeff.core.meters import PeakLiveBytes, count_flops, saved_bytes
-from llmeff.core.table import Role
+from llmeff.core.parameters import Role
 from llmeff.core.tensors import empty_on
 from llmeff.core.units import show_bytes, show_quantity
 from llmeff.cost.arrays import Weight
-from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.step import price_state
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 from llmeff.cost.workspace import Product, Room, room
 
@@ -104,14 +104,14 @@ def price_step(config: RunConfig, work: Workload, rank: int = 0) -> Price:
         return trace(config, work, rank)
     roles = config.model.roles()
     said = [replace(weight, role=roles.get(weight.name)) for weight in weights]
-    keeping = config.parallel.keeping(said, config.optim.groups(roles), work, rank)
-    return config.model.price(work, keeping) + _state(config, work, keeping)
+    strategy_law = config.parallel.strategy_law(said, config.optim.groups(roles), work, rank)
+    return config.model.price(work, strategy_law) + _state(config, work, strategy_law)
 
 
-def _state(config: RunConfig, work: Workload, keeping: Keeping) -> Price:
+def _state(config: RunConfig, work: Workload, strategy_law: StrategyLaw) -> Price:
     """The optimizer's; it fills no memory of a GPU where it is updated on the CPU."""
-    price = config.optim.price(keeping.updated(), work.precision)
-    return price.only(["optimizer_bytes"]) if keeping.updates_on_host and not work.on_cpu else price
+    price = config.optim.price(strategy_law.updated(), work.precision)
+    return price.only(["optimizer_bytes"]) if strategy_law.updates_on_host and not work.on_cpu else price
 
 
 def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
@@ -189,7 +189,7 @@ def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
     Where a step depends on the micro-batch, it is a rank's whole share: what is learned must not hang on free memory.
     """
     share = config.train.batch // config.parallel.ranks
-    least = 1 if config.model.pools() == "nothing" else share
+    least = 1 if config.model.statistics_scope() == "nothing" else share
     for micro_batch in (n for n in range(share, least - 1, -1) if share % n == 0):
         price = _most(config, micro_batch)
         if price.at_least("peak_bytes") <= budget_bytes:
@@ -247,7 +247,7 @@ def plan(config: RunConfig) -> Plan:
 
 def _resolved(config: RunConfig) -> RunConfig:
     """The run with its model resolved: from the config alone, if that tells all, and else from the data."""
-    model = config.task.foresee(config.model, config.data)
+    model = config.task.infer_model(config.model, config.data)
     if model is not None:
         return config.model_copy(update={"model": model})
     try:
@@ -368,9 +368,9 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
     }
     groups = config.optim.groups({weight.name: roles[weight.name] for weight in weights.values() if weight.is_trained})
     used = [(weights[name], comes_back) for name, comes_back in uses]
-    keeping = config.parallel.keeping([*weights.values()], groups, work, rank)
-    state = price_state(used, work, keeping)
-    alone = price_state(used, work, Keeping(weights.values(), work.precision))
+    strategy_law = config.parallel.strategy_law([*weights.values()], groups, work, rank)
+    state = price_state(used, work, strategy_law)
+    alone = price_state(used, work, StrategyLaw(weights.values(), work.precision))
     entries: dict[tuple[Kind, str], int] = {
         ("executed_flops", "model"): flops * work.num_micro_batches,
         ("model_flops", "model"): model_flops * work.num_micro_batches,
@@ -378,7 +378,7 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
         ("workspace_bytes", "at most"): rooms.most_bytes,
         ("peak_bytes", "model"): live.peak.total + waiting + state.total("peak_bytes") - alone.total("peak_bytes"),
     }
-    shared = state.only(_SHARED) + _state(config, work, keeping)
+    shared = state.only(_SHARED) + _state(config, work, strategy_law)
     unknown: frozenset[Kind] = frozenset({"workspace_bytes", "peak_bytes"} if rooms.is_unknown else ())
     return Price(entries, "traced", unknown) + shared
 

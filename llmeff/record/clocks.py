@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from llmeff.core.pulse import beat
+from llmeff.core.heartbeat import beat
 from llmeff.record.schema import Timings
 
 ClockName = Literal["startup", "eval", "checkpoint", "record"]

@@ -214,7 +214,7 @@ def show_summary(console: Console, result: Result, folder: Path, pictures: Mappi
 def _facts(result: Result) -> list[tuple[str, str]]:
     facts = [("training", f"{result.train_loss:.4f} nats a {result.item} (mean of the last steps)")]
     for split, metrics in result.metrics.items():
-        named = result.goals or metrics
+        named = result.metric_directions or metrics
         shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name in named)
         facts.append((split, ", ".join(shown)))
     if result.references:

@@ -1,11 +1,12 @@
 """What a run writes down: the rows and files of a run folder, typed, with their units."""
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from llmeff.core.metric import Goal
+from llmeff.core.config import with_new_names
+from llmeff.core.metric import Direction
 
 SCHEMA_VERSION: Final = 1
 """Of every file below; a reader refuses any other."""
@@ -28,6 +29,14 @@ class Record(BaseModel):
     """Base of what is written: frozen, without unknown fields; NaN and infinities are JSON strings ("NaN")."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields by the names that they had before, which are still read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        return with_new_names(data, cls.renamed) if isinstance(data, Mapping) else data
 
 
 class StepRow(Record):
@@ -179,6 +188,8 @@ class Result(Record):
     run is compiled, and then predicted for it uncompiled), ...
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"goals": "metric_directions"}
+
     schema_version: Literal[1] = SCHEMA_VERSION
     """Of this file."""
     status: Literal["finished", "diverged"]
@@ -197,7 +208,7 @@ class Result(Record):
     """Mean over the last 50 steps, or all where there are fewer, nats an item."""
     metrics: dict[str, dict[str, float]]
     """By split, then name: the last evaluation (`{"validation": {"loss": ..., "bits_per_byte": ...}}`)."""
-    goals: dict[str, Goal] = {}
+    metric_directions: dict[str, Direction] = {}
     """The metrics that comparisons speak of, and which way each is better; of an older run, none."""
     references: dict[str, float] = {}
     """What metrics are set beside, made without a model (`gzip_bits_per_byte`)."""

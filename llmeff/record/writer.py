@@ -234,7 +234,7 @@ class RunWriter:
         return files.reported(self.folder / name)
 
 
-class Bystander(RunWriter):
+class NullWriter(RunWriter):
     """What ranks beside the main one have in a writer's place: it writes nothing."""
 
     def __init__(self, folder: Path, *_of_the_run: object):
@@ -260,7 +260,7 @@ class Bystander(RunWriter):
 def writer_of(*, is_main: bool, resume: bool, anew: bool) -> Callable[[Path, BaseModel, Environment], RunWriter]:
     """What opens a rank's writer, of the run's folder, config and environment."""
     if not is_main:
-        return Bystander
+        return NullWriter
     return RunWriter.restart if anew else RunWriter.resume if resume else RunWriter.create
 
 

@@ -14,10 +14,10 @@ from pydantic import BaseModel
 from llmeff.config.run import RunConfig
 from llmeff.core import files, group, meters
 from llmeff.core.dist import world
+from llmeff.core.heartbeat import beat
 from llmeff.core.memory import keep_freed_memory
 from llmeff.core.optimizer_state import set_learning_rate, state_bytes
 from llmeff.core.precision import precision
-from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import unmoved_buffers
 from llmeff.core.units import show_names
@@ -169,7 +169,7 @@ class Trainer:
                 measured, self._state.kernels = meters.count_step(self._update)
             self._state.measured |= measured
         elif number == self._metered:
-            self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.held(), self.device)
+            self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.resident(), self.device)
             # last, since strategies that gather parameters take a forward pass without backward for another kind of step
             if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
                 with self._clocks.hold("record"):
@@ -181,7 +181,7 @@ class Trainer:
         """What a forward pass of one micro-batch keeps for backward."""
         batch = self._task.batch(self.step, self._shares[0], self.device)
         given = [value for value in (*batch.inputs.values(), batch.targets) if isinstance(value, torch.Tensor)]
-        held = [*self._strategy.held(), *given]
+        held = [*self._strategy.resident(), *given]
         model = self._strategy.model
         with torch.random.fork_rng(), unmoved_buffers(model), self._strategy.accumulate(is_last=False):
             return meters.saved_bytes(lambda: self._task.loss(model, batch), held)
@@ -273,7 +273,9 @@ class Trainer:
             results = list(self._task.evaluate(model, split, max_units, self.device, self._strategy.world))
         self._state.metrics[split] = metrics = self._task.summary(results)
         self._writer.evaluation([EvalRow(step=self.step, split=split, **vars(result)) for result in results], metrics)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in self.config.task.goals)
+        shown = ", ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if name in self.config.task.metric_directions
+        )
         self._display.note(f"step {self.step}, {split}: {shown}")
 
     def _eagerly(self) -> AbstractContextManager[object]:
@@ -336,7 +338,7 @@ class Trainer:
             parameters=self._strategy.num_parameters,
             train_loss=math.nan if loss is None else loss,
             metrics=self._state.metrics,
-            goals=self.config.task.goals,
+            metric_directions=self.config.task.metric_directions,
             references=self._task.references(self.config.evaluation.split),
             timings=self._clocks.timings(),
             items_per_s=speed,

@@ -12,18 +12,18 @@ from llmeff.core import files, group
 from llmeff.core.config import ConfigError, read, validate
 from llmeff.core.cpu import multiplies_bfloat16
 from llmeff.core.dist import (
-    Statement,
+    ExternalSetting,
     is_cut_short,
     launcher_engine,
-    launcher_statements,
+    launcher_settings,
     make_cublas_repeatable,
     world,
 )
+from llmeff.core.heartbeat import beat
 from llmeff.core.precision import precision
-from llmeff.core.pulse import beat
 from llmeff.core.seed import derive
 from llmeff.core.tensors import copy_tensors, empty_on
-from llmeff.parallel import Parts, Strategy, StrategyConfig
+from llmeff.parallel import Strategy, StrategyConfig, StrategyInputs
 from llmeff.parallel.group_state import check_savable
 from llmeff.plan.price import check_model, num_threads, resolve_micro_batch
 from llmeff.record import schema
@@ -79,7 +79,7 @@ def check_world(config: RunConfig, *, is_started: bool = True) -> None:
     Raises:
         ConfigError: naming each value that differs, and who states it.
     """
-    said = [*config.parallel.statements(), *launcher_statements()]
+    said = [*config.parallel.external_settings(), *launcher_settings()]
     problems = [
         f"{_named(config, one.key, _value(config, one.key))}, but {one.source} says {one.value!r}: {_advice(config, one)}"
         for one in said
@@ -101,11 +101,11 @@ def check_world(config: RunConfig, *, is_started: bool = True) -> None:
         raise ConfigError(problems)
 
 
-def _agrees(value: Any, said: Statement) -> bool:
+def _agrees(value: Any, said: ExternalSetting) -> bool:
     return value == "auto" or value in _MEANT.get((said.key, said.value), (said.value,))
 
 
-def _advice(config: RunConfig, said: Statement) -> str:
+def _advice(config: RunConfig, said: ExternalSetting) -> str:
     if said.key == "accumulation":
         return "change one of the three"
     value = said.value if isinstance(said.value, str) else json.dumps(said.value)
@@ -200,11 +200,11 @@ def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strat
     beat()
     shares = micro_batches(config, world().rank)
     model = prepare_model(config, device)
-    check_savable(config.optim.name, config.optim.build, task.table(model), config.parallel.miscounts)
+    check_savable(config.optim.name, config.optim.build, task.parameter_infos(model), config.parallel.miscounts)
     return config.parallel.build(
-        Parts(
+        StrategyInputs(
             model=model,
-            table=task.table,
+            parameter_infos=task.parameter_infos,
             optimizer=config.optim.build,
             device=device,
             precision=precision(config.precision),
@@ -266,7 +266,7 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     if changed:
         raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
     merged = asked.model_dump(mode="json")
-    _keep_pools(asked, merged, saved)
+    _keep_statistics_scope(asked, merged, saved)
     if merged["parallel"] == saved["parallel"]:
         # what was resolved for the same ranks stays: the memory that is free now may be another, and the bits with it
         for table, field in (("train", "micro_batch"), ("runtime", "threads"), ("runtime", "device")):
@@ -277,13 +277,13 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     return validate(RunConfig, saved | free | {"train": train})
 
 
-def _keep_pools(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
+def _keep_statistics_scope(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
     """Rows whose statistics a step takes together stay as many as they were, on ranks that may be others.
 
     Raises:
         ConfigError: they cannot, or others are asked for.
     """
-    pools = validate(RunConfig, saved).model.pools()
+    pools = validate(RunConfig, saved).model.statistics_scope()
     was, now = (own["parallel"].get("ranks", 1) for own in (saved, merged))
     if pools == "nothing" or "auto" in (was, now):
         return

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from llmeff.core import group
 from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import World
+from llmeff.core.heartbeat import beat
 from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.core.layout import Layout
-from llmeff.core.metric import Goal
-from llmeff.core.pulse import beat
+from llmeff.core.metric import Direction
+from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.seed import derive
-from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig, TextCorpus, TextData
 from llmeff.data.hf_tokenizer import read_backend
@@ -60,7 +60,7 @@ def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iter
 class CausalLM(TaskConfig):
     """Cross-entropy of the next token, in nats, and bits per byte of held-out documents."""
 
-    goals: ClassVar[dict[str, Goal]] = {"loss": "lower", "bits_per_byte": "lower"}
+    metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "bits_per_byte": "lower"}
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
@@ -80,7 +80,7 @@ class CausalLM(TaskConfig):
             return 256 if model.vocabulary() > 1024 and model.chunks_logits() else None
         return self.loss_chunk
 
-    def foresee(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig | None:
+    def infer_model(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig | None:
         """Fills in the vocabulary's size, where the tokenizer's config tells it."""
         assert isinstance(model, LanguageModelConfig)
         assert isinstance(data, TextData)
@@ -141,9 +141,9 @@ class CausalLMTask(Task):
         self._loss_chunk = self._config.resolve_chunk(model)
         return model
 
-    def table(self, model: nn.Module) -> list[Row]:
+    def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
         """All that is trained, with the roles that the model gives."""
-        return table(model, model.roles())  # type: ignore[operator]  # a method of every language model
+        return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every language model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
         """(B, T) tokens and targets, with their layout where documents are kept apart."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from llmeff.core import group
 from llmeff.core.config import ConfigError
 from llmeff.core.dist import World
+from llmeff.core.heartbeat import beat
 from llmeff.core.ignored import IGNORED_TOKEN
-from llmeff.core.metric import Goal
-from llmeff.core.pulse import beat
+from llmeff.core.metric import Direction
+from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.seed import derive
-from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.data.recall import HELD_OUT, RecallData
@@ -34,7 +34,7 @@ _NUM_SHOWN = 4
 class Recall(TaskConfig):
     """Cross-entropy of the answers, in nats, and the share of them that are right."""
 
-    goals: ClassVar[dict[str, Goal]] = {"loss": "lower", "accuracy": "higher"}
+    metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "accuracy": "higher"}
 
     name: Literal["recall"] = "recall"
 
@@ -45,7 +45,7 @@ class Recall(TaskConfig):
         if not isinstance(data, RecallData):
             yield f"task 'recall' needs questions; data {data.name!r} is none: use data 'recall'"
 
-    def foresee(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig:
+    def infer_model(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig:
         """Fills in the vocabulary's size."""
         assert isinstance(model, LanguageModelConfig)
         assert isinstance(data, RecallData)
@@ -91,9 +91,9 @@ class RecallTask(Task):
         assert isinstance(model, LanguageModelConfig)
         return _with_vocabulary(model, self._data)
 
-    def table(self, model: nn.Module) -> list[Row]:
+    def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
         """All that is trained, with the roles that the model gives."""
-        return table(model, model.roles())  # type: ignore[operator]  # a method of every language model
+        return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every language model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
         """(B, T) tokens and targets; the loss is a mean over the answers."""

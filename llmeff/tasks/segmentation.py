@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from llmeff.core import group
 from llmeff.core.config import ConfigError, CountOrZero, NotNegative, Share
 from llmeff.core.dist import World
+from llmeff.core.heartbeat import beat
 from llmeff.core.ignored import IGNORED_PIXEL
-from llmeff.core.metric import Goal
-from llmeff.core.pulse import beat
+from llmeff.core.metric import Direction
+from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.seed import derive
-from llmeff.core.table import Row, table
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig, ImageCorpus, ImageData
 from llmeff.data.images import ImageBatch
@@ -44,7 +44,7 @@ class Segmentation(TaskConfig):
     Held-out loss is the plain cross-entropy a labelled pixel, whatever the balance, so that runs are comparable.
     """
 
-    goals: ClassVar[dict[str, Goal]] = {
+    metric_directions: ClassVar[dict[str, Direction]] = {
         "loss": "lower", "mean_iou": "higher", "class_accuracy": "higher", "global_accuracy": "higher",
         "boundary_f1": "higher",
     }  # fmt: skip
@@ -66,13 +66,13 @@ class Segmentation(TaskConfig):
         """A model of images and images to read are needed."""
         if not isinstance(model, ImageModelConfig):
             yield f"task 'segmentation' needs a model of images; model {model.name!r} is none"
-        elif self.recomputed_norms and model.pools() == "nothing":
+        elif self.recomputed_norms and model.statistics_scope() == "nothing":
             norm = getattr(model, "norm", "none")
             yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
         if not isinstance(data, ImageData):
             yield f"task 'segmentation' needs images; data {data.name!r} is none"
 
-    def foresee(self, model: ModelConfig, data: DataConfig) -> ImageModelConfig | None:
+    def infer_model(self, model: ModelConfig, data: DataConfig) -> ImageModelConfig | None:
         """Fills in the number of classes, which the source's config tells."""
         assert isinstance(model, ImageModelConfig)
         assert isinstance(data, ImageData)
@@ -153,9 +153,9 @@ class SegmentationTask(Task):
         assert isinstance(model, ImageModelConfig)
         return _with_classes(model, len(self.corpus.classes))
 
-    def table(self, model: nn.Module) -> list[Row]:
+    def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
         """All that is trained, with the roles that the model gives."""
-        return table(model, model.roles())  # type: ignore[operator]  # a method of every model of images
+        return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every model of images
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
         """(B, 3, H, W) images and (B, H, W) labels."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from llmeff.core.config import Component, Text
 from llmeff.core.dist import World
-from llmeff.core.metric import Goal
-from llmeff.core.table import Row
+from llmeff.core.metric import Direction
+from llmeff.core.parameters import ParameterInfo
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.models import ModelConfig
@@ -81,7 +81,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def table(self, model: nn.Module) -> list[Row]:
+    def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
         """The parameters to train."""
 
     @abstractmethod
@@ -137,7 +137,7 @@ class Task(ABC):
 class TaskConfig(Component, family="task"):
     """What a run trains for."""
 
-    goals: ClassVar[dict[str, Goal]]
+    metric_directions: ClassVar[dict[str, Direction]]
     """The metrics of `Task.summary` that comparisons speak of, and which way each is better. They are compared by their ratios:
     a value that is not positive has none."""
 
@@ -148,7 +148,7 @@ class TaskConfig(Component, family="task"):
         """What keeps this task from working with the model and the data."""
         raise NotImplementedError(type(self))
 
-    def foresee(self, model: ModelConfig, data: DataConfig) -> ModelConfig | None:
+    def infer_model(self, model: ModelConfig, data: DataConfig) -> ModelConfig | None:
         """What `Task.resolve` will make of the model's config, told without the data; None: only the data tell."""
         return None
 

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from llmeff.core.config import ConfigError
 from llmeff.core.meters import count_flops
 from llmeff.core.optimizer_state import set_learning_rate, state_bytes
+from llmeff.core.parameters import UNDECAYED, ParameterInfo, Role, Sharding
 from llmeff.core.precision import precision
 from llmeff.core.shard import split_group
-from llmeff.core.table import UNDECAYED, Role, Row, Sharding
 from llmeff.cost.arrays import Weight
 from llmeff.optim import OptimizerConfig
 from llmeff.parallel.group_state import check_savable, group_entries
-from llmeff.parallel.saved import Holder, Saved, flat, save, whole
+from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, flat, save, whole
 from llmeff.testing.failed import CheckFailed, require, share_off
 
 STEPS = 20
@@ -101,7 +101,7 @@ def check_optimizer(
 # -- the problem
 
 
-def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[Row], list[dict[str, Tensor]]]:
+def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[ParameterInfo], list[dict[str, Tensor]]]:
     """Rows of all roles, and gradients by name for each step, whose sizes differ from step to step."""
     draw = torch.Generator().manual_seed(0)
 
@@ -109,7 +109,7 @@ def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[Row], list[
         return torch.randn(shape, generator=draw, dtype=torch.float64)
 
     rows = [
-        Row(name=name, parameter=nn.Parameter((0.5 * normal(shape)).to(dtype)), role=role)
+        ParameterInfo(name=name, parameter=nn.Parameter((0.5 * normal(shape)).to(dtype)), role=role)
         for name, (role, shape) in PARAMETERS.items()
     ]
     gradients = [
@@ -119,14 +119,16 @@ def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[Row], list[
     return rows, gradients
 
 
-def _step(optimizer: Optimizer, rows: Sequence[Row], gradients: dict[str, Tensor], factor: float) -> None:
+def _step(optimizer: Optimizer, rows: Sequence[ParameterInfo], gradients: dict[str, Tensor], factor: float) -> None:
     for row in rows:
         row.parameter.grad = gradients[row.name].clone()
     set_learning_rate(optimizer, factor)
     optimizer.step()
 
 
-def _walked(config: OptimizerConfig, rows: Sequence[Row], gradients: Sequence[dict[str, Tensor]]) -> Optimizer:
+def _walked(
+    config: OptimizerConfig, rows: Sequence[ParameterInfo], gradients: Sequence[dict[str, Tensor]]
+) -> Optimizer:
     optimizer = config.build(list(rows))
     for step, own in enumerate(gradients):
         _step(optimizer, rows, own, FACTORS[step])
@@ -172,7 +174,7 @@ def check_minimizes(config: OptimizerConfig) -> None:
     def left(rate: float, num_steps: int = 100) -> float:
         draw = torch.Generator().manual_seed(0)
         begin, target = (torch.randn(3, 4, generator=draw) for _ in range(2))
-        (row,) = rows = [Row(name="weight", parameter=nn.Parameter(begin.clone()), role="matrix")]
+        (row,) = rows = [ParameterInfo(name="weight", parameter=nn.Parameter(begin.clone()), role="matrix")]
         optimizer = _without_decay(config, lr=rate).build(rows)
         for step in range(num_steps):
             _step(optimizer, rows, {"weight": 2 * (row.parameter.detach() - target)}, 1 - step / num_steps)
@@ -264,22 +266,26 @@ def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
 _OF = {"elementwise": "a slice that ends within tensors", "whole_tensor": "a share of the tensors"}
 
 
-def _holders(config: OptimizerConfig, rows: Sequence[Row], optimizer: Optimizer, rank: int, ranks: int) -> list[Holder]:
+def _owners(
+    config: OptimizerConfig, rows: Sequence[ParameterInfo], optimizer: Optimizer, rank: int, ranks: int
+) -> list[ShardOwner]:
     """Puts a rank's slice of each group in the place of the group's parameters, as ZeRO does."""
-    by_name, holders = {row.name: row for row in rows}, []
+    by_name, owners = {row.name: row for row in rows}, []
     for names, group in zip(config.groups(_roles()), optimizer.param_groups, strict=True):
         shard = split_group({name: by_name[name].parameter.numel() for name in names}, ranks)[rank]
         numbers = [flat(by_name[part.name].parameter)[part.start : part.stop] for part in shard]
         starts = [sum(part.size for part in shard[:place]) for place in range(len(shard))]
         group["params"] = [nn.Parameter(torch.cat(numbers))]
-        holders.append(Holder(key=group["params"][0], parts=tuple(zip(shard, starts, strict=True))))
-    return holders
+        owners.append(ShardOwner(key=group["params"][0], parts=tuple(zip(shard, starts, strict=True))))
+    return owners
 
 
-def _step_slices(optimizer: Optimizer, holders: Sequence[Holder], gradients: dict[str, Tensor], factor: float) -> None:
-    for holder in holders:
-        parts = [gradients[part.name].view(-1)[part.start : part.stop] for part, _ in holder.parts]
-        holder.key.grad = torch.cat(parts)
+def _step_slices(
+    optimizer: Optimizer, owners: Sequence[ShardOwner], gradients: dict[str, Tensor], factor: float
+) -> None:
+    for owner in owners:
+        parts = [gradients[part.name].view(-1)[part.start : part.stop] for part, _ in owner.parts]
+        owner.key.grad = torch.cat(parts)
     set_learning_rate(optimizer, factor)
     optimizer.step()
 
@@ -289,17 +295,17 @@ def _in_slices(config: OptimizerConfig, ranks: int = 3) -> Iterator[tuple[str, T
     for rank in range(ranks):
         rows, gradients = _drawn(torch.float32)
         optimizer = config.build(rows)
-        holders = _holders(config, rows, optimizer, rank, ranks)
+        owners = _owners(config, rows, optimizer, rank, ranks)
         for step, own in enumerate(gradients):
-            _step_slices(optimizer, holders, own, FACTORS[step])
-        _gather(holders, ends)
+            _step_slices(optimizer, owners, own, FACTORS[step])
+        _gather(owners, ends)
     yield from ends.items()
 
 
-def _gather(holders: Sequence[Holder], ends: dict[str, Tensor]) -> None:
-    for holder in holders:
-        for part, at in holder.parts:
-            ends[part.name].view(-1)[part.start : part.stop] = holder.numbers[at : at + part.size]
+def _gather(owners: Sequence[ShardOwner], ends: dict[str, Tensor]) -> None:
+    for owner in owners:
+        for part, at in owner.parts:
+            ends[part.name].view(-1)[part.start : part.stop] = owner.numbers[at : at + part.size]
 
 
 def _dealt_out(config: OptimizerConfig, ranks: int = 2) -> Iterator[tuple[str, Tensor]]:
@@ -324,25 +330,25 @@ def check_saved(config: OptimizerConfig) -> None:
         save(Path(name), 0, map(whole, rows), optimizer, begun, {}, {})
         again = _drawn(torch.float32)[0]
         resumed = config.build(again)
-        Saved(Path(name)).load(map(whole, again), resumed)
+        ShardedCheckpoint(Path(name)).load(map(whole, again), resumed)
         cut, ends = _drawn(torch.float32)[0], {row.name: torch.zeros_like(row.parameter.detach()) for row in rows}
-        sliced, holders = config.build(cut), []
+        sliced, owners = config.build(cut), []
         if config.sharding == "elementwise":
-            holders = _holders(config, cut, sliced, 0, 1)
-            Saved(Path(name)).load(holders, sliced)
+            owners = _owners(config, cut, sliced, 0, 1)
+            ShardedCheckpoint(Path(name)).load(owners, sliced)
     for step in range(3, 6):
         _step(optimizer, rows, gradients[step], FACTORS[step])
         _step(resumed, again, gradients[step], FACTORS[step])
-        if holders:
-            _step_slices(sliced, holders, gradients[step], FACTORS[step])
-    _gather(holders, ends)
+        if owners:
+            _step_slices(sliced, owners, gradients[step], FACTORS[step])
+    _gather(owners, ends)
     begin = _drawn(torch.float32)[0]
     for row, other, first in zip(rows, again, begin, strict=True):
         off = share_off(other.parameter.detach(), row.parameter.detach(), first.parameter.detach())
         require(
             off == 0, f"{_name(config)} saved and put back moves {row.name!r} otherwise, by {off:.1e} of its movement"
         )
-        off = share_off(ends[row.name], row.parameter.detach(), first.parameter.detach()) if holders else 0.0
+        off = share_off(ends[row.name], row.parameter.detach(), first.parameter.detach()) if owners else 0.0
         said = (
             f"{_name(config)} saved, and put back in slices, moves {row.name!r} otherwise, by {off:.1e} of its movement"
         )

@@ -257,7 +257,9 @@ def test_a_kernel_whose_gradients_are_wrong_is_left_to_torch_or_refused(capabili
     )
     learned = torch.zeros(2, 1, requires_grad=True).expand(2, 5, 2, 1)  # that kernel has no gradient of its decays
     assert fla.can_scan(*rows, learned, None, HALF) == (not flawed)
-    refused = {name for name in SCANS if MixerConfig.registry[name](kernel="fla").lacks(SHAPE, on_cpu=False)}
+    refused = {
+        name for name in SCANS if MixerConfig.registry[name](kernel="fla").missing_requirements(SHAPE, on_cpu=False)
+    }
     assert refused == ({"performer", "mamba2", "gated-deltanet"} if flawed else set())
 
 
@@ -384,8 +386,8 @@ def test_keys_too_wide_for_a_kernel_are_refused_or_left_to_torch(tmp_path, monke
     monkeypatch.setattr(fla, "is_installed", lambda: True)
     shape = replace(SHAPE, head_dim=512)
     words = "mixer 'kda': kernel 'fla' takes a head_dim of at most 256, given: 512"
-    assert MixerConfig.registry["kda"](kernel="fla").lacks(shape, on_cpu=False) == [words]
-    assert not MixerConfig.registry["gla"](kernel="fla").lacks(shape, on_cpu=False)
+    assert MixerConfig.registry["kda"](kernel="fla").missing_requirements(shape, on_cpu=False) == [words]
+    assert not MixerConfig.registry["gla"](kernel="fla").missing_requirements(shape, on_cpu=False)
     with torch.device("meta"):
         assert MixerConfig.registry["kda"]().build(shape).kernel == "torch"
         assert MixerConfig.registry["kda"]().build(SHAPE).kernel == "auto"

@@ -169,7 +169,10 @@ def test_the_other_kernel_is_asked_for_more_tokens_than_one(
 def test_what_a_kernel_of_gpus_lacks(name, is_installed, on_cpu, is_flawed, said, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: is_installed)
     monkeypatch.setattr(fla, "is_flawed", lambda: is_flawed)
-    asked, usual = (MixerConfig.registry[name](kernel=kernel).lacks(SHAPE, on_cpu=on_cpu) for kernel in ("fla", "auto"))
+    asked, usual = (
+        MixerConfig.registry[name](kernel=kernel).missing_requirements(SHAPE, on_cpu=on_cpu)
+        for kernel in ("fla", "auto")
+    )
     gates_heads = name in ("gated-deltanet", "mamba2", "performer")
     assert asked == ([] if is_flawed and not on_cpu and not gates_heads else [f"mixer {name!r}: {own}" for own in said])
     assert usual == []
@@ -180,9 +183,9 @@ def test_a_delta_rule_by_a_kernel_of_gpus_has_narrow_keys(monkeypatch):
     for name in ("deltanet", "gated-deltanet", "kda"):
         asked, usual = (MixerConfig.registry[name](kernel=kernel) for kernel in ("fla", "auto"))
         said = f"mixer {name!r}: kernel 'fla' takes a head_dim of at most 256, given: 257"
-        assert asked.lacks(replace(SHAPE, head_dim=257), on_cpu=False) == [said]
-        assert asked.lacks(replace(SHAPE, head_dim=256), on_cpu=False) == []
-        assert usual.lacks(replace(SHAPE, head_dim=257), on_cpu=False) == []
+        assert asked.missing_requirements(replace(SHAPE, head_dim=257), on_cpu=False) == [said]
+        assert asked.missing_requirements(replace(SHAPE, head_dim=256), on_cpu=False) == []
+        assert usual.missing_requirements(replace(SHAPE, head_dim=257), on_cpu=False) == []
 
 
 def test_blocks_fit_into_chunks_and_chunks_into_segments():

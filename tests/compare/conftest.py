@@ -71,7 +71,7 @@ def with_gain() -> Callable[[Entry], Entry]:
             entry,
             metrics=entry.metrics | final,
             curves={"gain": tuple(1 / loss for loss in entry.curve_losses)},
-            goals={"loss": "lower", "gain": "higher"},
+            metric_directions={"loss": "lower", "gain": "higher"},
         )
 
     return add

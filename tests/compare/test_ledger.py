@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmeff.compare.ledger import (
+    JOB_FILE,
     LEDGER,
     LOSS,
-    PLACE,
     RUNS,
     SWEEP,
     Entry,
@@ -44,19 +44,21 @@ def test_a_ledger_gives_back_what_was_put_in(tmp_path, study, with_gain):
 
 
 def without_goals(path):
-    """The ledger as it was written before runs had goals."""
-    pq.write_table(pq.read_table(path).drop_columns(["curves", "goals"]), path)
+    """The ledger as it was written before runs had metric_directions."""
+    pq.write_table(pq.read_table(path).drop_columns(["curves", "metric_directions"]), path)
 
 
 def test_a_ledger_without_goals_is_compared_as_one_that_says_those_of_text(tmp_path, study):
     text = [
-        replace(run, metrics=run.metrics | {"bits_per_byte": run.loss / 2}, goals=dict.fromkeys(GOALS, "lower"))
+        replace(
+            run, metrics=run.metrics | {"bits_per_byte": run.loss / 2}, metric_directions=dict.fromkeys(GOALS, "lower")
+        )
         for run in study
     ]
     write_ledger(tmp_path / LEDGER, text, {"sweep": {"target": 2.0}})
     without_goals(tmp_path / LEDGER)
     older = read_ledger(tmp_path / LEDGER)
-    assert older == [replace(run, goals={}) for run in text]
+    assert older == [replace(run, metric_directions={}) for run in text]
     assert read_facts(tmp_path / LEDGER) == {"sweep": {"target": 2.0}}
     assert as_dict(judge(older)) == as_dict(judge(text))
     assert "bits_per_byte" in judge(older).groups[0].table
@@ -69,9 +71,9 @@ GOALS = ("loss", "bits_per_byte")
 def test_a_ledger_that_was_committed_is_read(path):
     entries = read_ledger(path)
     assert all(len(run.curve_losses) == len(run.curve_steps) for run in entries)
-    assert all(run.curves.keys() == run.goals.keys() - {"loss"} for run in entries)
-    if not any(run.goals for run in entries):  # from before there were any
-        assert list(known_metrics(run.goals for run in entries)) == ["loss", "bits_per_byte"]
+    assert all(run.curves.keys() == run.metric_directions.keys() - {"loss"} for run in entries)
+    if not any(run.metric_directions for run in entries):  # from before there were any
+        assert list(known_metrics(run.metric_directions for run in entries)) == ["loss", "bits_per_byte"]
 
 
 def test_an_entry_of_a_run_folder(make_run):
@@ -81,7 +83,7 @@ def test_an_entry_of_a_run_folder(make_run):
     # documents of 1 and 3 items: (10 + 30) / step / 4
     assert dict(zip(entry.curve_steps, entry.curve_losses, strict=True)) == {2: 5.0, 4: 2.5}
     assert entry.measured["parameters"] == 1000
-    assert entry.goals == {"loss": "lower", "bits_per_byte": "lower", "accuracy": "higher"}
+    assert entry.metric_directions == {"loss": "lower", "bits_per_byte": "lower", "accuracy": "higher"}
     assert entry.curves == {"bits_per_byte": (3.5, 1.75), "accuracy": (0.2, 0.4)}
     assert (entry.final("loss"), entry.final("accuracy"), entry.final("recall")) == (2.5, 0.4, None)
     assert (entry.curve("loss"), entry.curve("accuracy"), entry.curve("recall")) == ((5.0, 2.5), (0.2, 0.4), ())
@@ -100,7 +102,7 @@ def test_an_entry_has_all_that_a_run_folder_tells(make_run):
     assert entry_of(read_run(folder)) == Entry(
         name="done", arm="own", status="diverged", diagnosis="why", seed=3, steps=4, items=256, item="token",
         parameters=1000, data_sha256="0" * 64, split="test", train_loss=pytest.approx((4 + 2 + 4 / 3 + 1) / 4),
-        goals=result["goals"], items_per_s=103.5, train_s=2.25, energy_j=7.0, peak_bytes=100.0 * 2**20,
+        metric_directions=result["metric_directions"], items_per_s=103.5, train_s=2.25, energy_j=7.0, peak_bytes=100.0 * 2**20,
         predicted=result["predicted"], measured=result["measured"], device="a CPU", commit="c0ffee", config=config,
     )  # fmt: skip
     (folder / ENVIRONMENT).write_text(json.dumps(environment | {"device": "a GPU"}))
@@ -144,8 +146,8 @@ def test_a_place_that_cannot_be_read_is_one_error(tmp_path):
     (tmp_path / RUNS).mkdir()
     (tmp_path / SWEEP).write_text("{}")
     for content in ("{", "[]", '{"name": "a"}'):
-        (tmp_path / RUNS / f"seed-0{PLACE}").write_text(content)
-        with pytest.raises(ConfigError, match=f"seed-0{PLACE}: cannot be read; remove it"):
+        (tmp_path / RUNS / f"seed-0{JOB_FILE}").write_text(content)
+        with pytest.raises(ConfigError, match=f"seed-0{JOB_FILE}: cannot be read; remove it"):
             read_entries([tmp_path])
 
 
@@ -164,7 +166,9 @@ def test_a_ledger_of_another_version_is_refused_by_its_number(tmp_path, study):
 def test_metrics_that_are_no_goals_or_that_an_evaluation_lacks_have_no_curve(make_run):
     folder = make_run("run")
     result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"goals": {"loss": "lower", "accuracy": "higher"}}))
+    (folder / "result.json").write_text(
+        json.dumps(result | {"metric_directions": {"loss": "lower", "accuracy": "higher"}})
+    )
     assert list(entry_of(read_run(folder)).curves) == ["accuracy"]
     first, second = (folder / "evaluations.jsonl").read_text().splitlines()
     (folder / "evaluations.jsonl").write_text(f"{first}\n{second.replace('accuracy', 'recall')}\n")
@@ -183,7 +187,7 @@ def test_the_losses_of_an_older_run_are_those_of_its_units(make_run):
 def test_an_unfinished_run_has_an_entry_too(make_run):
     entry = entry_of(read_run(make_run("cut", steps=3, is_finished=False)))
     assert (entry.status, entry.steps, entry.loss, entry.is_done) == ("unfinished", 3, None, False)
-    assert (entry.goals, entry.curves) == ({}, {"bits_per_byte": (3.5,), "accuracy": (0.2,)})
+    assert (entry.metric_directions, entry.curves) == ({}, {"bits_per_byte": (3.5,), "accuracy": (0.2,)})
 
 
 def test_a_sweeps_folder_is_read_in_its_own_order_with_what_failed(make_run, tmp_path):
@@ -192,9 +196,9 @@ def test_a_sweeps_folder_is_read_in_its_own_order_with_what_failed(make_run, tmp
     (folder / SWEEP).write_text("{}")
     make_run("done", steps=4).rename(folder / RUNS / "b" / "seed-0")
     place = {"name": "b/seed-0", "arm": "b", "cell": {}, "factors": {}, "phase": "final", "trial": {}}
-    (folder / RUNS / "b" / f"seed-0{PLACE}").write_text(json.dumps(place | {"order": 2}))
+    (folder / RUNS / "b" / f"seed-0{JOB_FILE}").write_text(json.dumps(place | {"order": 2}))
     failed = place | {"name": "b/seed-1", "order": 1, "failure": "out of memory"}
-    (folder / RUNS / "b" / f"seed-1{PLACE}").write_text(json.dumps(failed))
+    (folder / RUNS / "b" / f"seed-1{JOB_FILE}").write_text(json.dumps(failed))
     first, second = read_entries([folder])
     nothing = {"seed": 0, "steps": 0, "items": 0, "device": "none"}
     assert first == Entry(name="b/seed-1", arm="b", status="failed", diagnosis="out of memory", **nothing)
@@ -278,6 +282,6 @@ def test_a_sweeps_own_arms_keep_their_names(make_run, tmp_path):
         (folder / RUNS / arm).mkdir(parents=True)
         make_run(arm).rename(folder / RUNS / arm / "seed-0")
         place = {"name": f"{arm}/seed-0", "arm": arm, "cell": {}, "factors": {}, "phase": "final", "trial": {}}
-        (folder / RUNS / arm / f"seed-0{PLACE}").write_text(json.dumps(place | {"order": order}))
+        (folder / RUNS / arm / f"seed-0{JOB_FILE}").write_text(json.dumps(place | {"order": order}))
     assert [entry.arm for entry in read_entries([folder])] == ["gpt-s1", "gpt-s2"]
     assert set(judge(read_entries([folder])).groups[0].arms) == {"gpt-s1", "gpt-s2"}

@@ -355,7 +355,7 @@ def test_json_has_a_name_for_all_that_is_found(entry):
     (group,) = comparison.groups
     found = json.loads(render_comparison(comparison, "json"))
     assert list(found) == [
-        "metric", "goals", "table", "targets", "budgets", "tuning", "effects", "noise", "calibration", "notes", "footnote",
+        "metric", "metric_directions", "table", "targets", "budgets", "tuning", "effects", "noise", "calibration", "notes", "footnote",
         "command",
     ]  # fmt: skip
     where = "train.batch = 8"
@@ -363,7 +363,7 @@ def test_json_has_a_name_for_all_that_is_found(entry):
         assert [list(row) for row in found[part]] == [keys] * len(found[part]), part
         assert {row["cell"] for row in found[part]} == {where}
     assert (found["metric"], found["command"], found["footnote"]) == ("loss", "llmeff it", FOOTNOTE)
-    assert found["goals"] == {"loss": "lower", "bits_per_byte": "lower"}
+    assert found["metric_directions"] == {"loss": "lower", "bits_per_byte": "lower"}
     assert (found["targets"], found["budgets"]) == ({where: 1.55}, {where: group.budgets})
     assert found["notes"][0] == "a note"
     assert found["tuning"] == [{

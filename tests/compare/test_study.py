@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llmeff.cli import main
-from llmeff.compare.ledger import LEDGER, PLACE, RUNS, SWEEP, read_entries, read_ledger, write_ledger
+from llmeff.compare.ledger import JOB_FILE, LEDGER, RUNS, SWEEP, read_entries, read_ledger, write_ledger
 from llmeff.compare.study import TIMING, is_list, name_of, read_study, read_timing, write_pictures
 from llmeff.compare.verdict import judge, lane_name
 from llmeff.compare.verdict_table import as_dict
@@ -42,7 +42,7 @@ def test_a_study_is_judged_by_its_own_metric_or_by_the_one_that_is_asked_for(
 
     own = compared("--html=it.html", "--plot=it.png")
     assert (own["metric"], own["targets"]) == ("gain", {"": 0.4})
-    assert own["goals"] == {"gain": "higher", "loss": "lower"}
+    assert own["metric_directions"] == {"gain": "higher", "loss": "lower"}
     assert own["command"] == "llmeff sweep --recipe it"
     assert "of gain more is better, of all else less" in own["notes"]
     assert "steps to gain 0.4000" in (tmp_path / "it.html").read_text()
@@ -147,7 +147,7 @@ def sweep(make_run, tmp_path):
         (folder / RUNS / arm).mkdir(parents=True)
         make_run(arm).rename(folder / RUNS / arm / "seed-0")
         place = {"name": f"{arm}/seed-0", "arm": arm, "cell": {}, "factors": {}, "phase": "final", "trial": {}}
-        (folder / RUNS / arm / f"seed-0{PLACE}").write_text(json.dumps(place | {"order": order}))
+        (folder / RUNS / arm / f"seed-0{JOB_FILE}").write_text(json.dumps(place | {"order": order}))
     told = {"name": "a sweep", "baseline": "second", "metric": "accuracy", "target": 0.3}
     (folder / SWEEP).write_text(json.dumps(told))
     return folder

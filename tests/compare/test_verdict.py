@@ -230,8 +230,8 @@ def scored(run, **finals):
     """The run, with metrics that rise in a straight line to these."""
     curves = {name: tuple(value * (n + 1) / len(run.curve_steps) for n in range(len(run.curve_steps)))
               for name, value in finals.items()}  # fmt: skip
-    goals = {"loss": "lower"} | dict.fromkeys(finals, "higher")
-    return replace(run, metrics=run.metrics | finals, curves=curves, goals=goals)
+    metric_directions = {"loss": "lower"} | dict.fromkeys(finals, "higher")
+    return replace(run, metrics=run.metrics | finals, curves=curves, metric_directions=metric_directions)
 
 
 IOU = {"base": 0.50, "fast": 0.55, "same": 0.50}
@@ -309,7 +309,7 @@ def test_a_metric_that_is_nothing_or_absent_has_no_ratio(segmented):
 def test_a_metric_that_is_no_number_decides_nothing_and_breaks_nothing(segmented):
     nothing = tuple([math.nan] * len(segmented[0].curve_steps))
     runs = [replace(run, metrics=run.metrics | {"recall": math.nan}, curves={"recall": nothing},
-                    goals={"loss": "lower", "recall": "higher"}) for run in segmented]  # fmt: skip
+                    metric_directions={"loss": "lower", "recall": "higher"}) for run in segmented]  # fmt: skip
     (group,) = judge(runs, metric="recall").groups
     assert (group.target, "recall" in group.table, group.table["loss"]["fast"].call) == (None, False, "better")
     assert arm_curves(group) is None
@@ -711,7 +711,7 @@ def test_what_is_shown_of_a_study_has_keys_labels_units_and_a_better_way(segment
         "wire_bytes": ("payload of a step's collectives", "memory", "lower", False),
         "gap": ("held-out / training loss", "number", "lower", True),
     }
-    bits = [replace(run, metrics={"bits_per_byte": 1.5}, goals={}) for run in segmented]
+    bits = [replace(run, metrics={"bits_per_byte": 1.5}, metric_directions={}) for run in segmented]
     labels = {own.key: own.label for own in judge(bits, metric="bits_per_byte").groups[0].quantities}
     assert labels["bits_per_byte"] == "bits per byte"
     assert {"gap", "loss"} <= labels.keys()

@@ -6,7 +6,7 @@ import pytest
 
 from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.core.table import Sharding
+from llmeff.core.parameters import Sharding
 from llmeff.optim import OptimizerConfig
 
 

@@ -13,7 +13,7 @@ from llmeff.core.cpu import instruction_set
 from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.cost import image_laws, laws
 from llmeff.cost.arrays import Array, Live, Storage
-from llmeff.cost.keeping import Keeping
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from tests.prices import own_products
@@ -37,7 +37,7 @@ def attention_in_torch(*heads):
 
 
 def parts_multiplied(tape, x, *shapes):
-    """Parts of an array."""
+    """StrategyInputs of an array."""
     return laws.multiply(tape, *laws.split(tape, x, *shapes))
 
 
@@ -105,7 +105,7 @@ class Replaced(torch.autograd.Function):
         return gradient.matmul(weight), gradient.t().matmul(x)
 
 
-class Replacing(Keeping):
+class Replacing(StrategyLaw):
     replaces_linear = True
 
 
@@ -156,7 +156,7 @@ ROWS = {
             (lambda tape, x, weight: laws.linear(tape, laws.silu(tape, laws.linear(tape, x, weight)), weight)),
             lambda x, weight: Replaced.apply(functional.silu(Replaced.apply(x, weight)), weight),
             [(num, 12), (12, 12)],
-            {"num_weights": 1, "precision_name": name, "keeping": Replacing},
+            {"num_weights": 1, "precision_name": name, "strategy_law": Replacing},
         )
         for num, name in ((5, "fp32"), (50, "fp32"), (50, "bf16"))
     },
@@ -258,9 +258,11 @@ def measured(operation, shapes, num_weights, kernel, precision_name):
             return flops, saved, peak_bytes(step, [], torch.device("cpu"))
 
 
-def counted(law, shapes, num_weights, num_rows, keeping, **work):
+def counted(law, shapes, num_weights, num_rows, strategy_law, **work):
     """The same by the law."""
-    tape = Tape(Workload(num_sequences=1, num_tokens=num_rows, num_threads=torch.get_num_threads(), **work), keeping())
+    tape = Tape(
+        Workload(num_sequences=1, num_tokens=num_rows, num_threads=torch.get_num_threads(), **work), strategy_law()
+    )
     batch = laws.Batch(tape)
     before = tape.live.peak_total = tape.live.total
 
@@ -286,14 +288,18 @@ def assert_alike(by_law, in_torch, *, left_out=0, too_early=0, is_known=True):
 @pytest.mark.parametrize("name", ROWS)
 def test_an_operation_takes_what_its_law_says(name):
     law, operation, shapes, *options = ROWS[name]
-    options = {"num_weights": 0, "kernel": "flash", "precision_name": "fp32", "left_out": 0, "keeping": Keeping} | dict(
-        *options
-    )
+    options = {
+        "num_weights": 0,
+        "kernel": "flash",
+        "precision_name": "fp32",
+        "left_out": 0,
+        "strategy_law": StrategyLaw,
+    } | dict(*options)
     # numbers that torch takes for a moment: sums of a block's queries in attention, a summand in the other's format
-    left_out, keeping = options.pop("left_out"), options.pop("keeping")
+    left_out, strategy_law = options.pop("left_out"), options.pop("strategy_law")
     num_rows = operation(*map(torch.ones, shapes)).shape[:-1].numel()
     assert_alike(
-        counted(law, shapes, num_rows=num_rows, keeping=keeping, **options),
+        counted(law, shapes, num_rows=num_rows, strategy_law=strategy_law, **options),
         measured(operation, shapes, **options),
         left_out=left_out,
     )

@@ -7,9 +7,9 @@ import pytest
 from llmeff.core.precision import precision
 from llmeff.cost import image_laws, laws
 from llmeff.cost.arrays import Weight
-from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Price
 from llmeff.cost.step import price_state, price_step, weights
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
 from llmeff.cost.workspace import Room
@@ -30,8 +30,8 @@ def law(tape, batch):
     return laws.cross_entropy(tape, logits, batch)
 
 
-def priced(keeping=None, of=law, **work):
-    return price_step(of, Workload(num_sequences=B, num_tokens=T, **work), keeping)
+def priced(strategy_law=None, of=law, **work):
+    return price_step(of, Workload(num_sequences=B, num_tokens=T, **work), strategy_law)
 
 
 def test_a_law_names_its_weights_by_where_they_lie():
@@ -77,21 +77,21 @@ def test_what_is_done_for_every_micro_batch_is_counted_as_often(num):
     assert price.parts("peak_bytes")["batch"] == PLACES + BATCH * (1 + max(0, num - 2))
 
 
-class Sending(Keeping):
+class Sending(StrategyLaw):
     """Notes what it is told, and sends something with every micro-batch, more with the last, and once with the update."""
 
     def __init__(self, own):
         super().__init__(own)
         self.told = []
 
-    def rehearsed(self, uses):
-        self.told.append(("rehearsed", uses))
+    def set_use_order(self, uses):
+        self.told.append(("set_use_order", uses))
 
     def begin_micro_batch(self, is_last):
         super().begin_micro_batch(is_last)
         self.told.append(("begins", is_last))
 
-    def use(self, weight, in_backward):
+    def on_use(self, weight, in_backward):
         self.told.append((weight.name, in_backward))
 
     def end_backward(self):
@@ -103,18 +103,18 @@ class Sending(Keeping):
 
 @pytest.mark.parametrize(("num", "sent"), [(1, 1000), (2, 1010), (3, 1020), (5, 1040)])
 def test_what_is_sent_is_counted_for_every_micro_batch_and_the_update(num, sent):
-    keeping = Sending(weights(law))
-    price = priced(keeping, num_micro_batches=num)
+    strategy_law = Sending(weights(law))
+    price = priced(strategy_law, num_micro_batches=num)
     assert price.parts("wire_bytes") == {"all_reduce": sent, "all_gather": 7}
-    begun = [is_last for name, is_last in keeping.told if name == "begins"]
+    begun = [is_last for name, is_last in strategy_law.told if name == "begins"]
     assert begun == [False] * (min(num, 3) - 1) + [True]  # the second stands for all others
 
 
-def test_a_keeping_is_told_of_every_use_before_the_step_and_in_it():
-    keeping = Sending(weights(law))
-    priced(keeping)
+def test_a_strategy_law_is_told_of_every_use_before_the_step_and_in_it():
+    strategy_law = Sending(weights(law))
+    priced(strategy_law)
     uses = [("model.embedding", False), ("model.head", False), ("model.head", True), ("model.embedding", True)]
-    assert keeping.told == [("rehearsed", uses), ("begins", True), *uses]
+    assert strategy_law.told == [("set_use_order", uses), ("begins", True), *uses]
 
 
 def test_a_weight_that_is_used_again_in_backward_is_used_there():
@@ -123,14 +123,14 @@ def test_a_weight_that_is_used_again_in_backward_is_used_there():
         y = tape.checkpoint(lambda x: laws.silu(tape, laws.linear(tape, x, tape.weight("w", D, D))), x)
         return laws.cross_entropy(tape, y, batch)
 
-    keeping = Sending(weights(of))
-    priced(keeping, of)
-    assert keeping.told[2:] == [
+    strategy_law = Sending(weights(of))
+    priced(strategy_law, of)
+    assert strategy_law.told[2:] == [
         ("embedding", False), ("w", False), ("w", True), ("w", True), ("embedding", True),
     ]  # fmt: skip
 
 
-class Holding(Keeping):
+class Holding(StrategyLaw):
     """Holds something of every kind while the loss is computed."""
 
     def begin_micro_batch(self, is_last):
@@ -191,19 +191,19 @@ def frozen_first():
     [("fp32", 4, None, "float32"), ("bf16", 4, None, "float32"), ("bf16_master", 2, 4, "float32")],
 )
 def test_weights_stand_in_their_format_and_frozen_ones_apart(name, each, master, updated):
-    keeping = Keeping(frozen_first(), precision(name))
-    Tape(Workload(num_sequences=B, num_tokens=T, precision_name=name), keeping)
-    assert dict(keeping.counts) == {
+    strategy_law = StrategyLaw(frozen_first(), precision(name))
+    Tape(Workload(num_sequences=B, num_tokens=T, precision_name=name), strategy_law)
+    assert dict(strategy_law.counts) == {
         ("frozen_bytes", "base"): each * V * D, ("parameter_bytes", "own"): each * D * D,
     } | ({} if master is None else {("master_bytes", "own"): master * D * D})  # fmt: skip
-    assert [(own.name, own.dtype) for own in keeping.updated()] == [("own", updated)]
+    assert [(own.name, own.dtype) for own in strategy_law.updated()] == [("own", updated)]
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_the_state_of_weights_without_a_model(comes_back):
-    keeping = Keeping(frozen_first())
-    uses = [(keeping.every[0], comes_back), (keeping.every[1], True)]
-    price = price_state(uses, Workload(num_sequences=1, num_tokens=1), keeping)
+    strategy_law = StrategyLaw(frozen_first())
+    uses = [(strategy_law.every[0], comes_back), (strategy_law.every[1], True)]
+    price = price_state(uses, Workload(num_sequences=1, num_tokens=1), strategy_law)
     assert price.only(["parameters", "parameter_bytes", "frozen_bytes", "gradient_bytes"]) == Price({
         ("parameters", "own"): D * D, ("parameter_bytes", "own"): 4 * D * D, ("frozen_bytes", "base"): 4 * V * D,
         ("gradient_bytes", "own"): 4 * D * D,
@@ -277,7 +277,7 @@ def test_a_sum_has_the_wider_format(left, right, both):
     assert laws.promote(left, right) == both
 
 
-class Replacing(Keeping):
+class Replacing(StrategyLaw):
     replaces_linear = True
 
 

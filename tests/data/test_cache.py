@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from llmeff.core.config import ConfigError
-from llmeff.data import cache, sealed
+from llmeff.data import cache
+from llmeff.data import verified_cache as sealed
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.splits import Document
 
@@ -169,7 +170,7 @@ def test_another_process_that_was_faster_wins(folder):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llmeff.data import cache, sealed
+from llmeff.data import cache, verified_cache as sealed
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.splits import Document
 

@@ -103,7 +103,7 @@ def test_no_arm_leaves_the_folder_of_runs():
 
 
 def test_a_budget_of_items_makes_the_steps_of_each_batch():
-    sweep = sweep_of(axes={"train.batch": [2, 8]}, items=640)
+    sweep = sweep_of(axes={"train.batch": [2, 8]}, budget=640)
     assert [sweep.run_config("adamw", cell, {}, 0).train.steps for cell in sweep.cells()] == [20, 5]
 
 
@@ -151,7 +151,7 @@ def test_trials_may_be_judged_on_the_validation_split_where_the_test_judges_fina
         ),
         ({"axes": {"train.batch": [4, 8, 4]}}, r"axes\.train\.batch has a value twice: 4, 8, 4"),
         ({"axes": {"seed": [1, 2]}}, "axes sets seed, which `seeds` gives"),
-        ({"axes": {"train.steps": [1, 2]}, "items": 640}, "train.steps, which follow from items"),
+        ({"axes": {"train.steps": [1, 2]}, "budget": 640}, "train.steps, which follow from budget"),
         ({"axes": {"optim.lr": [0.1, 0.2]}}, r"arms\.adamw\.search tries optim\.lr, which is an axis"),
         (
             {
@@ -241,7 +241,7 @@ def test_a_sweep_goes_on_when_seeds_are_added_and_runs_what_is_missing(tried, tm
                 if job.phase == "final" and not place.is_file():
                     asked.append((job.arm, job.number))
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    running._place(job, None)
+                    running._write_job(job, None)
 
         monkeypatch.setattr(running, "run_jobs", run_jobs)
         running.run()
@@ -257,9 +257,20 @@ def test_a_sweep_goes_on_when_seeds_are_added_and_runs_what_is_missing(tried, tm
     for fewer in ({}, {"seeds": [0, 1, 2]}, {"seeds": [0, 1, 2], "baseline_seeds": [9]}):
         with pytest.raises(ConfigError, match=r"holds another sweep: .*seeds differ.* to which seeds may be added"):
             open_sweep(sweep_of(**fewer), folder)
-    with pytest.raises(ConfigError, match="holds another sweep: aa_seeds, items differ"):
-        open_sweep(sweep_of(seeds=[0, 1, 2], baseline_seeds=[9], aa_seeds=[30, 31], items=640), folder)
+    with pytest.raises(ConfigError, match="holds another sweep: aa_seeds, budget differ"):
+        open_sweep(sweep_of(seeds=[0, 1, 2], baseline_seeds=[9], aa_seeds=[30, 31], budget=640), folder)
     assert (folder / "sweep.json").read_bytes() == written
+
+
+def test_a_sweep_is_read_by_the_names_that_its_fields_had_before(tmp_path):
+    sweep = sweep_of(budget=640)
+    older = {name: value for name, value in json.loads(sweep.model_dump_json()).items() if name != "budget"} | {
+        "items": 640
+    }
+    assert validate(SweepConfig, older) == sweep == sweep_of("items=640")
+    open_sweep(sweep, tmp_path / "it")
+    (tmp_path / "it" / "sweep.json").write_text(json.dumps(older))
+    open_sweep(sweep, tmp_path / "it")
 
 
 def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path, monkeypatch, capsys):
@@ -315,11 +326,11 @@ def test_the_best_trial_that_finished_is_chosen(tried, tmp_path):
 def trials(make_run, tmp_path):
     """Writes the trials of `adamw`, with the metrics that they ended with."""
 
-    def make(*metrics, goals=None):
+    def make(*metrics, metric_directions=None):
         for number, own in enumerate(metrics):
             run = make_run(f"trial-{number}")
             result = json.loads((run / "result.json").read_text())
-            result |= {"metrics": {"search": own}, "goals": goals or {}}
+            result |= {"metrics": {"search": own}, "metric_directions": metric_directions or {}}
             (run / "result.json").write_text(json.dumps(result))
             (run / "config.json").write_text(json.dumps({"seed": 0, "evaluation": {"split": "search"}}))
             place = tmp_path / RUNS / "adamw" / f"trial-{number:02d}"
@@ -340,23 +351,30 @@ def test_a_loss_that_is_no_number_is_never_the_best(trials, tmp_path):
 )
 def test_the_metric_decides_which_trial_is_the_best(trials, tmp_path, metric, best):
     sweep = sweep_of()
-    goals = {"mean_iou": "higher", "error": "lower", "recall": "higher", "precision": "higher"}
+    metric_directions = {"mean_iou": "higher", "error": "lower", "recall": "higher", "precision": "higher"}
     trials(
         {"loss": 1.5, "mean_iou": 0.4, "error": 0.1, "recall": math.nan},
         {"loss": 1.6, "mean_iou": 0.5, "error": 0.2, "recall": 0.1},
-        goals=goals,
+        metric_directions=metric_directions,
     )
     chosen = best_trial(tuning_jobs(sweep)[:2], tmp_path, metric)
     assert chosen == (None if best is None else sweep.trials("adamw")[best])
 
 
 def test_what_the_sweep_chose_is_what_the_comparison_says_was_chosen(trials, tmp_path, entry_of_levels):
-    sweep, goals = sweep_of(metric="bits_per_byte"), {"loss": "lower", "bits_per_byte": "lower"}
+    sweep, metric_directions = sweep_of(metric="bits_per_byte"), {"loss": "lower", "bits_per_byte": "lower"}
     reached = [{"loss": 1.5, "bits_per_byte": 2.5}, {"loss": 1.6, "bits_per_byte": 2.4}]
-    trials(*reached, goals=goals)
+    trials(*reached, metric_directions=metric_directions)
     (chosen,) = {job.trial["optim.lr"] for job in final_jobs(sweep, tmp_path)}
     tried = [
-        replace(entry_of_levels({}, 1000), arm="adamw", phase="tuning", trial=trial, metrics=own, goals=goals)
+        replace(
+            entry_of_levels({}, 1000),
+            arm="adamw",
+            phase="tuning",
+            trial=trial,
+            metrics=own,
+            metric_directions=metric_directions,
+        )
         for trial, own in zip(sweep.trials("adamw"), reached, strict=True)
     ]
     finals = [replace(entry_of_levels({}, 0), arm=arm) for arm in ("adamw", "muon")]

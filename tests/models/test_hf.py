@@ -16,7 +16,7 @@ from llmeff.attention import Linear, Performer, Sliding, Softmax
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.ignored import IGNORED_TOKEN
 from llmeff.core.layout import Layout
-from llmeff.core.table import table
+from llmeff.core.parameters import parameter_infos
 from llmeff.core.tensors import copy_tensors
 from llmeff.cost.workload import Workload
 from llmeff.data import Bpe, Bytes, Characters, HfTokenizer
@@ -194,7 +194,7 @@ def test_on_meta_only_the_config_is_read(kind: str, tmp_path: Path) -> None:
 def test_roles_come_from_the_modules(tmp_path: Path) -> None:
     gpt2 = build(folder("gpt2", tmp_path / "gpt2"))
     roles = gpt2.roles()
-    assert sum(row.parameter.numel() for row in table(gpt2, roles)) == sum(
+    assert sum(row.parameter.numel() for row in parameter_infos(gpt2, roles)) == sum(
         parameter.numel() for parameter in gpt2.parameters()
     )
     assert roles["network.transformer.wpe.weight"] == roles["network.transformer.wte.weight"] == "embedding"

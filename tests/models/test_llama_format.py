@@ -1,4 +1,4 @@
-"""Saved decoders are what plain transformers loads."""
+"""ShardedCheckpoint decoders are what plain transformers loads."""
 
 import json
 import subprocess

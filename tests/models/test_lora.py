@@ -8,7 +8,7 @@ from torch import nn
 
 from llmeff.core.config import ConfigError, validate
 from llmeff.core.ignored import IGNORED_TOKEN
-from llmeff.core.table import table
+from llmeff.core.parameters import parameter_infos
 from llmeff.models import Decoder, DecoderConfig, LoRA
 
 peft = pytest.importorskip("peft")
@@ -26,7 +26,7 @@ def decoder() -> Decoder:
 def trained(lora: LoRA) -> tuple[Decoder, nn.Module]:
     plain = decoder()
     model = lora.apply(copy.deepcopy(plain))
-    optimizer = torch.optim.SGD([row.parameter for row in table(model, model.roles())], lr=0.05)
+    optimizer = torch.optim.SGD([row.parameter for row in parameter_infos(model, model.roles())], lr=0.05)
     for _ in range(5):
         optimizer.zero_grad()
         model(TOKENS, targets=TARGETS).backward()
@@ -56,7 +56,7 @@ def test_it_begins_as_the_plain_model():
 
 def test_the_updates_alone_are_trained():
     model = LoRA(rank=3, targets=("q_proj",)).apply(decoder())
-    rows = table(model, model.roles())
+    rows = parameter_infos(model, model.roles())
     assert sum(row.parameter.numel() for row in rows) == SHAPE.num_layers * 3 * (16 + 16)
     assert {row.role for row in rows} == {"matrix"}
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}

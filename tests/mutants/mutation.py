@@ -30,7 +30,7 @@ OFF = (
     "Eq_Is",
     "NotEq_IsNot",
 )
-"""Parts of the names of operators that are not applied: of bits, which the code does not calculate with, and those that take
+"""StrategyInputs of the names of operators that are not applied: of bits, which the code does not calculate with, and those that take
 identity for equality, which of None, of flags and of small numbers is the same."""
 
 _MESSAGES = re.compile(r"(logger\.\w+|warnings\.warn|\w*Error|print|\w+\.note|add_argument|add_parser)$")

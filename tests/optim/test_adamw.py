@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError, validate
-from llmeff.core.table import Row, table
+from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.optim import AdamW
 
 SETTINGS = AdamW(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
 
-def model_and_rows() -> tuple[nn.Module, list[Row]]:
+def model_and_rows() -> tuple[nn.Module, list[ParameterInfo]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     roles = {"0.weight": "embedding", "1.weight": "norm", "1.bias": "bias", "2.weight": "matrix", "2.bias": "bias"}
-    return model, table(model, roles)
+    return model, parameter_infos(model, roles)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[list[torch.Tensor]]:
@@ -61,7 +61,7 @@ def test_the_update_is_the_papers():
 
 def test_a_model_without_norms_and_biases_has_one_group():
     layer = nn.Linear(3, 2, bias=False)
-    assert len(SETTINGS.build(table(layer, {"weight": "matrix"})).param_groups) == 1
+    assert len(SETTINGS.build(parameter_infos(layer, {"weight": "matrix"})).param_groups) == 1
 
 
 @pytest.mark.parametrize("field", ["beta1", "beta2"])

@@ -8,8 +8,8 @@ from torch import nn
 
 from llmeff.core.meters import count_flops
 from llmeff.core.optimizer_state import state_bytes
+from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.precision import precision
-from llmeff.core.table import Row, table
 from llmeff.cost.arrays import Weight
 from llmeff.optim import Muon
 from llmeff.optim.newton_schulz import OrthogonalMomentum, orthogonalize
@@ -20,10 +20,10 @@ KINDS = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.3, "nu
 ROLES = {"0.weight": "embedding", "1.weight": "norm", "1.bias": "bias", "2.weight": "matrix", "3.weight": "head"}
 
 
-def model_and_rows() -> tuple[nn.Module, list[Row]]:
+def model_and_rows() -> tuple[nn.Module, list[ParameterInfo]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False), nn.Linear(6, 7, bias=False))
-    return model, table(model, ROLES)
+    return model, parameter_infos(model, ROLES)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
@@ -130,7 +130,7 @@ def test_convolutions_are_made_orthogonal_and_the_last_is_not():
         "2.bias": "bias",
     }
     model = nn.Sequential(nn.Conv2d(3, 6, 5), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1))
-    rows = table(model, roles)
+    rows = parameter_infos(model, roles)
     optimizer = SETTINGS.build(rows)
     for row in rows:
         row.parameter.grad = torch.randn(row.shape)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError
+from llmeff.core.parameters import parameter_infos
 from llmeff.core.precision import precision
-from llmeff.core.table import table
 from llmeff.cost.arrays import Weight
 from llmeff.optim import SGD, AdamW, AdamW8bit, Lion, Muon, OptimizerConfig
 from llmeff.testing import CheckFailed, apart
@@ -104,7 +104,7 @@ def test_8_bits_are_the_nearest_of_a_dynamic_tree(is_signed):
 @every_optimizer
 def test_the_update_that_runs_is_the_named_one(name):
     layer = nn.Linear(4, 3)
-    optimizer = default(name).build(table(layer, {"weight": "matrix", "bias": "bias"}))
+    optimizer = default(name).build(parameter_infos(layer, {"weight": "matrix", "bias": "bias"}))
     layer(torch.eye(4)).square().sum().backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
@@ -163,7 +163,7 @@ def test_a_closure_is_asked_once_for_gradients_and_its_loss_is_given_back(name):
 
     for by_closure in (False, True):
         own = copy.deepcopy(model)
-        optimizer = default(name).build(table(own, roles))
+        optimizer = default(name).build(parameter_infos(own, roles))
         if by_closure:
             assert optimizer.step(lambda own=own: loss_of(own)) == asked[0]
         else:
@@ -178,6 +178,6 @@ def test_a_closure_is_asked_once_for_gradients_and_its_loss_is_given_back(name):
 @pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("lion", "pytorch_optimizer")])
 def test_a_package_that_is_not_there_is_named(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    rows = table(nn.Linear(4, 3), {"weight": "matrix", "bias": "bias"})
+    rows = parameter_infos(nn.Linear(4, 3), {"weight": "matrix", "bias": "bias"})
     with pytest.raises(ConfigError, match=rf'optim "{name}" needs {package}: pip install "llmeff\[optim\]"'):
         default(name).build(rows)

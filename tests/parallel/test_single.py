@@ -8,9 +8,9 @@ from torch import nn
 
 from llmeff.config.run import RunConfig
 from llmeff.core.config import ConfigError, validate
+from llmeff.core.parameters import ParameterInfo, Role, parameter_infos
 from llmeff.core.precision import precision
-from llmeff.core.table import Role, Row, table
-from llmeff.parallel import Parts, Single, Strategy
+from llmeff.parallel import Single, Strategy, StrategyInputs
 
 CPU = torch.device("cpu")
 INPUTS = torch.linspace(-1, 1, 20).view(5, 4)
@@ -33,14 +33,16 @@ class Tied(nn.Module):
 ROLES = {"inner.weight": "matrix", "inner.bias": "bias", "norm.weight": "norm", "norm.bias": "bias"}
 
 
-def adamw(rows: list[Row]) -> torch.optim.Optimizer:
+def adamw(rows: list[ParameterInfo]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([row.parameter for row in rows], lr=0.05, fused=True)
 
 
-def parts(model: nn.Module, roles: dict[str, Role] = ROLES, name: str = "fp32", device: torch.device = CPU) -> Parts:
-    return Parts(
+def parts(
+    model: nn.Module, roles: dict[str, Role] = ROLES, name: str = "fp32", device: torch.device = CPU
+) -> StrategyInputs:
+    return StrategyInputs(
         model=model,
-        table=lambda model: table(model, roles),
+        parameter_infos=lambda model: parameter_infos(model, roles),
         optimizer=adamw,
         device=device,
         precision=precision(name),
@@ -81,7 +83,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_a_step_is_the_plain_step_to_the_last_bit(name, max_norm):
     ours, strategy = single(name)
     theirs = tied()
-    rows = table(theirs, ROLES)
+    rows = parameter_infos(theirs, ROLES)
     optimizer = adamw(rows)
     for _ in range(3):
         loss, norm = step(strategy, max_norm)

@@ -18,7 +18,7 @@ from llmeff.core.config import ConfigError, override, validate
 from llmeff.core.cpu import contained, instruction_set
 from llmeff.core.layout import Layout
 from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
-from llmeff.core.table import table
+from llmeff.core.parameters import parameter_infos
 from llmeff.cost.price import Price
 from llmeff.cost.workload import Workload
 from llmeff.data import Bpe, HfTokenizer, ImageData, TextData
@@ -259,7 +259,7 @@ class Foreign:
         self.work, self.vocabulary = work, config.vocabulary()
         self.model = config.build()
         self.model.recompute = work.recompute
-        self.optimizer = AdamW().build(table(self.model, self.model.roles()))
+        self.optimizer = AdamW().build(parameter_infos(self.model, self.model.roles()))
 
     def batch(self):
         shape = (self.work.num_sequences, self.work.num_tokens)

@@ -159,11 +159,13 @@ def test_a_display_that_draws_says_how():
         type("Blank", (progress._Visible,), {"every_s": 1.0})(SHOWN, _console(is_terminal=False))
 
 
-@pytest.mark.parametrize(("goals", "is_shown"), [({"loss": "lower"}, False), ({}, True)])
-def test_the_summary_shows_the_goals_and_of_an_older_run_all(result, goals, is_shown):
+@pytest.mark.parametrize(("metric_directions", "is_shown"), [({"loss": "lower"}, False), ({}, True)])
+def test_the_summary_shows_the_goals_and_of_an_older_run_all(result, metric_directions, is_shown):
     console = _console(is_terminal=False)
     metrics = {"validation": {"loss": 2.5, "iou.sky": 0.75}}
-    show_summary(console, result.model_copy(update={"goals": goals, "metrics": metrics}), Path("run"))
+    show_summary(
+        console, result.model_copy(update={"metric_directions": metric_directions, "metrics": metrics}), Path("run")
+    )
     assert "loss 2.5000" in console.file.getvalue()
     assert ("iou.sky 0.7500" in console.file.getvalue()) == is_shown
 

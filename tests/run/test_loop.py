@@ -52,7 +52,7 @@ def test_the_record_is_complete(finished):
     assert set(run.evals["step"].to_pylist()) == {3, 6}
     assert [(row.step, row.split) for row in run.evaluations] == [(3, "validation"), (6, "validation")]
     assert run.evaluations[-1].metrics == result.metrics["validation"]
-    assert result.goals == {"loss": "lower", "bits_per_byte": "lower"}
+    assert result.metric_directions == {"loss": "lower", "bits_per_byte": "lower"}
     assert {path.name for path in folder.iterdir()} >= {
         schema.CONFIG, schema.ENVIRONMENT, schema.METRICS, schema.EVALUATIONS, schema.EVALS, schema.RESULT,
         schema.MODEL, schema.CHECKPOINTS, "loss.png",

@@ -9,7 +9,7 @@ import torch
 
 from llmeff.config.run import RunConfig
 from llmeff.core.config import override, validate
-from llmeff.core.pulse import PULSE
+from llmeff.core.heartbeat import HEARTBEAT
 from llmeff.core.seed import derive
 from llmeff.data.packing import MASKED, TrainWindows
 from llmeff.record import clocks, meters, schema
@@ -252,7 +252,7 @@ def test_the_result_says_what_the_run_was_and_came_to(tmp_path):
     assert (result.items_seen, result.parameters) == (4 * 4 * 32, PARAMETERS)
     assert result.train_loss == pytest.approx(sum(row["loss"] for row in rows) / 4, rel=1e-12)
     assert (result.items_per_s, result.mfu, result.energy_j) == (None, None, None)  # all steps are warm-up
-    assert result.goals == {"loss": "lower", "bits_per_byte": "lower"}
+    assert result.metric_directions == {"loss": "lower", "bits_per_byte": "lower"}
     assert (result.data["name"], len(result.data["sha256"])) == ("builtin", 64)
     assert result.references == {"gzip_bits_per_byte": result.data["splits"]["validation"]["gzip_bits_per_byte"]}
     assert 1 < result.references["gzip_bits_per_byte"] < 4
@@ -357,7 +357,7 @@ def test_a_run_says_what_it_is_in(tmp_path, monkeypatch):
     seen = []
 
     def told(call):
-        return lambda *given, **named: seen.append((PULSE.step, PULSE.part)) or call(*given, **named)
+        return lambda *given, **named: seen.append((HEARTBEAT.step, HEARTBEAT.part)) or call(*given, **named)
 
     config = quick("train.steps=2", "train.micro_batch=2", "evaluation.sample_tokens=1")
     with Trainer(config, tmp_path / "run", resume=False, is_silent=True) as trainer:

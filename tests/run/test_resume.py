@@ -93,7 +93,7 @@ def arm(moment, number):
     import torch
 
     from llmeff.core import files
-    from llmeff.parallel import saved
+    from llmeff.parallel import sharded_checkpoint
     from llmeff.record import writer
     from llmeff.run import checkpoint
 
@@ -116,7 +116,7 @@ def arm(moment, number):
         "update": (torch.optim.AdamW, "step", nothing),
         "after update": (torch.optim.AdamW, "step", after),
         "row": (writer.RunWriter, "step", half_a_line),
-        "weights": (saved, "save_file", half_a_file),
+        "weights": (sharded_checkpoint, "save_file", half_a_file),
         "random state": (checkpoint, "save_file", half_a_file),
         "checksum": (files, "sha256", nothing),
         "before rename": (pathlib.Path, "rename", nothing),

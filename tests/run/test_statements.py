@@ -250,7 +250,7 @@ def test_the_repositorys_deepspeed_files_hold_their_stage_and_decide_nothing_els
     run = validate(RunConfig, {"parallel": {"name": "deepspeed", "file": str(path)}})
     parallel = run.parallel
     assert (parallel.stage, parallel.offload_optimizer, parallel.offload_parameters) == STAGES[name]
-    assert parallel.statements() == []
+    assert parallel.external_settings() == []
     content = json.loads(path.read_text())
     zero = content.pop("zero_optimization")
     assert set(content.values()) == {"auto"}

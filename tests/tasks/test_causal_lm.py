@@ -315,13 +315,13 @@ def test_the_vocabulary_is_filled_in_where_the_tokenizers_config_tells_it():
     data = validate(TextData, {})  # bytes, and a mark for ends
     trained = validate(TextData, {"tokenizer": {"name": "bpe", "vocab_size": 300}})
     model = DecoderConfig()
-    assert CausalLM().foresee(model, data) == model.model_copy(update={"vocab_size": 257})
+    assert CausalLM().infer_model(model, data) == model.model_copy(update={"vocab_size": 257})
     for given, found in ((257, 257), (300, 300), (256, None)):
         sized = model.model_copy(update={"vocab_size": given})
-        foreseen = CausalLM().foresee(sized, data)
+        foreseen = CausalLM().infer_model(sized, data)
         assert (foreseen and foreseen.vocab_size) == found
     unknown = validate(TextData, {"tokenizer": {"name": "characters"}})
-    assert CausalLM().foresee(model, unknown) is None
+    assert CausalLM().infer_model(model, unknown) is None
     sized = model.model_copy(update={"vocab_size": 300})
-    assert CausalLM().foresee(sized, unknown) == sized
-    assert CausalLM().foresee(sized, trained) == sized
+    assert CausalLM().infer_model(sized, unknown) == sized
+    assert CausalLM().infer_model(sized, trained) == sized

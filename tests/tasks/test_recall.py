@@ -146,7 +146,7 @@ def test_a_step_is_a_mean_over_its_answers_and_counts_its_tokens():
 def test_a_vocabulary_may_be_larger_than_the_datas(given, found):
     own, task = config(), opened()
     model = own.model.model_copy(update={"vocab_size": given})
-    assert own.task.foresee(model, own.data).vocab_size == task.resolve(model).vocab_size == found
+    assert own.task.infer_model(model, own.data).vocab_size == task.resolve(model).vocab_size == found
 
 
 def test_answers_are_shown_beside_the_right_ones_where_they_differ():

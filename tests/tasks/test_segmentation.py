@@ -283,7 +283,7 @@ def test_an_evaluation_by_hand(small):
     assert summary["loss"] == pytest.approx(first.loss_sum / 3)
     assert summary["global_accuracy"] == 1 / 3
     assert summary["mean_iou"] == (1 / 3 + 0) / 2
-    assert set(task.summary([first, second])) >= set(Segmentation.goals)
+    assert set(task.summary([first, second])) >= set(Segmentation.metric_directions)
     assert math.isnan(task.summary([second])["loss"])  # of no pixel there is no mean, and 0 would be the best of all
 
 
@@ -494,7 +494,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
     assert result.error["saved_bytes"] == pytest.approx(0, abs=1e-3)  # the classes' weights are kept too
     if "peak_bytes" in result.error:  # it is left out where the workspace of convolutions is unknown
         assert result.error["peak_bytes"] == pytest.approx(0, abs=0.05)
-    assert set(result.goals) <= set(result.metrics["validation"])
+    assert set(result.metric_directions) <= set(result.metrics["validation"])
     assert (run.steps["items"] < 2 * 16 * 20).all()
     assert [(row.step, row.split) for row in run.evaluations] == [(2, "validation"), (4, "validation")]
     last = [row for row in run.evals.to_pylist() if row["step"] == 4]
@@ -554,9 +554,9 @@ def test_what_is_no_model_of_images_or_no_images_is_refused():
 
 
 def test_classes_are_the_datas():
-    assert Segmentation().foresee(SegNetBasic(), ImageData()).num_classes == 11
+    assert Segmentation().infer_model(SegNetBasic(), ImageData()).num_classes == 11
     with pytest.raises(ConfigError, match=r"model.num_classes: 5 given, but the data have 11 classes"):
-        Segmentation().foresee(SegNetBasic(num_classes=5), ImageData())
+        Segmentation().infer_model(SegNetBasic(num_classes=5), ImageData())
 
 
 def test_images_that_a_model_cannot_pool_are_refused_before_anything_is_written(tmp_path):

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from llmeff.core.config import validate
-from llmeff.core.metric import Goal
+from llmeff.core.metric import Direction
 from llmeff.data import ImageData, TextData
 from llmeff.data.recall import RecallData
 from llmeff.models import DecoderConfig, SegNetBasic
@@ -72,7 +72,7 @@ def test_a_tasks_config_says_it_all_itself(method, given):
     bare = TaskConfig.model_construct(name="bare")
     with pytest.raises(NotImplementedError, match="TaskConfig"):
         getattr(bare, method)(*given, **named)
-    assert bare.foresee(None, None) is None
+    assert bare.infer_model(None, None) is None
 
 
 # -- each task
@@ -121,8 +121,8 @@ def test_what_does_not_fit_is_named_once_each(name):
 @pytest.mark.parametrize("name", FITTING)
 def test_every_goal_has_a_way_that_is_better(name):
     """A loss is better lower; whatever is a share of what is right, higher."""
-    goals = TaskConfig.registry[name].goals
-    assert "loss" in goals
-    assert set(goals.values()) <= set(Goal.__args__)
-    for metric, way in goals.items():
+    metric_directions = TaskConfig.registry[name].metric_directions
+    assert "loss" in metric_directions
+    assert set(metric_directions.values()) <= set(Direction.__args__)
+    for metric, way in metric_directions.items():
         assert way == ("lower" if metric in ("loss", "bits_per_byte") else "higher"), metric

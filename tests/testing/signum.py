@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from llmeff.core.precision import BYTES
-from llmeff.optim.decayed import DecayedConfig
+from llmeff.optim.decay_groups import DecayGroupsConfig
 from llmeff.optim.optimizer import state_price
 
 
@@ -29,7 +29,7 @@ class SignOfMomentum(Optimizer):
         parameter.sub_(momentum.sign(), alpha=group["lr"])
 
 
-class Signum(DecayedConfig):
+class Signum(DecayGroupsConfig):
     sharding = "elementwise"
 
     name: Literal["signum"] = "signum"

@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from llmeff.core.config import ConfigError
-from llmeff.core.table import Row
+from llmeff.core.parameters import ParameterInfo
 from llmeff.parallel.group_state import changed_entries, check_savable, group_entries, put_back
-from llmeff.parallel.saved import save
+from llmeff.parallel.sharded_checkpoint import save
 from llmeff.run.loop import Trainer
 from llmeff.testing import CheckFailed, check_optimizer, optimizers
 from tests.ranks import ranks
 from tests.strategies import STRATEGIES, config
 from tests.test_strategies import losses, train_until
 
-ROWS = [Row(name="weight", parameter=nn.Parameter(torch.ones(2, 2)), role="matrix")]
+ROWS = [ParameterInfo(name="weight", parameter=nn.Parameter(torch.ones(2, 2)), role="matrix")]
 VALUES = {
     "step": 7, "sum": 0.1, "is_on": True, "mode": "train", "none": None, "pair": (1, 2.5), "infinite": -float("inf"),
     "tensor": torch.tensor(1 / 3), "double": torch.tensor([1 / 3], dtype=torch.float64), "count": torch.tensor(2**40),

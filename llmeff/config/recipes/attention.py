@@ -132,7 +132,7 @@ def attention() -> SweepConfig:
             for name, settings in _of_equal_size(model, own).items()
         },
         baseline="softmax",
-        items=300 * 16 * 128,
+        budget=300 * 16 * 128,
         tuning=TuningConfig(trials=4),
         seeds=(0, 1, 2),
     )

@@ -44,7 +44,7 @@ def optimizers() -> SweepConfig:
         arms=OPTIMIZERS,
         baseline="adamw",
         axes={"train.batch": (8, 32)},
-        items=300 * 32 * 64,
+        budget=300 * 32 * 64,
         tuning=TuningConfig(trials=5),
         seeds=tuple(range(8)),
         baseline_seeds=8,

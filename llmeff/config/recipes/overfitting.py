@@ -39,7 +39,7 @@ def overfitting() -> SweepConfig:
         base=base,
         arms=arms,
         baseline="adamw, fp32",
-        items=8 * EPOCH,
+        budget=8 * EPOCH,
         tuning=TuningConfig(trials=4),
         seeds=tuple(range(9)),
     )

@@ -9,7 +9,7 @@ from llmeff.core.shard import Shard, part_length, split_group
 from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.workload import Workload
-from llmeff.parallel.rank_keeping import RankKeeping, in_buckets
+from llmeff.parallel.rank_law import RankLaw, in_buckets
 
 if TYPE_CHECKING:
     from llmeff.parallel.zero import DeepSpeed
@@ -22,7 +22,7 @@ _ALL_AT_ONCE = 500_000_000
 """Numbers that stage 0 sums at a time."""
 
 
-class ZeroKeeping(RankKeeping):
+class ZeroLaw(RankLaw):
     """What the stages share.
 
     Args:
@@ -66,7 +66,7 @@ class ZeroKeeping(RankKeeping):
         return wide
 
 
-class SumKeeping(ZeroKeeping):
+class SumLaw(ZeroLaw):
     """Stage 0: gradients are summed at the end, in one flat copy."""
 
     def end_backward(self) -> None:
@@ -78,7 +78,7 @@ class SumKeeping(ZeroKeeping):
                 del flat
 
 
-class FlatKeeping(ZeroKeeping):
+class FlatLaw(ZeroLaw):
     """Stages 1 and 2: each group is one flat tensor, of which a rank updates a slice.
 
     Gradients are copied into a bucket as they come (stage 1: at the end). A full bucket is summed by way of a copy, and
@@ -108,9 +108,9 @@ class FlatKeeping(ZeroKeeping):
         self._new: Storage | None = None
         self._buffer: Storage | None = None
 
-    def stand(self) -> None:
+    def add_resident(self) -> None:
         """The flat groups, this rank's slices for the update, and what offloading goes by way of."""
-        self.stand_frozen()
+        self.add_frozen()
         largest = max(weight.size for weight in self.weights)
         for length in self._lengths:
             self.keep("parameter_bytes", "flat", length * self.ranks * self.narrow)
@@ -124,12 +124,12 @@ class FlatKeeping(ZeroKeeping):
             if self._accumulates:
                 self.offload("gradient_bytes", "earlier micro-batches", self._num_touched_bytes)
 
-    def ready(self, weight: Weight, gradient: Array) -> None:
+    def on_gradient(self, weight: Weight, gradient: Array) -> None:
         """Into the bucket, or at stage 1 to the others until the end."""
         if self._buffer is None:
             num_buckets = 2 if self._config.overlap_comm else 1
             self._buffer = self.make("bucket_bytes", num_buckets * self._limit * self.narrow)
-        super().ready(weight, gradient)
+        super().on_gradient(weight, gradient)
         if self._config.stage == 2 or (self._config.overlap_comm and self.is_last):
             self._add(weight)
 
@@ -208,7 +208,7 @@ class FlatKeeping(ZeroKeeping):
         return [Weight(f"group {i}", (length,), dtype, "flat") for i, length in enumerate(self._lengths)]
 
 
-class GatheredKeeping(ZeroKeeping):
+class GatheredLaw(ZeroLaw):
     """Stage 3: a part of every parameter, put together for its uses as DeepSpeed's coordinator decides.
 
     It knows the order of uses from the step before. At each use it gathers ahead, all in one buffer, and afterwards lets
@@ -238,15 +238,15 @@ class GatheredKeeping(ZeroKeeping):
         self._current: str | None = None
         self._is_ahead = False
 
-    def rehearsed(self, uses: list[tuple[str, bool]]) -> None:
+    def set_use_order(self, uses: list[tuple[str, bool]]) -> None:
         """The order of modules, forward and backward."""
         self._trace = list(_modules(uses))
 
     def _padded(self, name: str) -> int:
         return self._parts[name] * self.ranks * self.narrow
 
-    def stand(self) -> None:
-        """Parts of parameters, of their updated copies and of gradients, and the bucket."""
+    def add_resident(self) -> None:
+        """StrategyInputs of parameters, of their updated copies and of gradients, and the bucket."""
         for weight in self.every:
             if weight.name in self._stays:
                 self.hold("gathered_bytes", weight.num_bytes)
@@ -266,7 +266,7 @@ class GatheredKeeping(ZeroKeeping):
         super().begin_micro_batch(is_last)
         self._begin_pass()
 
-    def use(self, weight: Weight, in_backward: bool) -> None:
+    def on_use(self, weight: Weight, in_backward: bool) -> None:
         """What was used before may go; this is fetched, and more ahead."""
         if not self._is_ahead:
             self._enter()
@@ -342,9 +342,9 @@ class GatheredKeeping(ZeroKeeping):
         self._enter()
         self._is_ahead = True
 
-    def ready(self, weight: Weight, gradient: Array) -> None:
+    def on_gradient(self, weight: Weight, gradient: Array) -> None:
         """Into the bucket, where there is room for it."""
-        super().ready(weight, gradient)
+        super().on_gradient(weight, gradient)
         if self._bucket and self._num_in_bucket + weight.size > self._limit:
             self._reduce()
         if self._num_in_bucket + weight.size <= self._limit:

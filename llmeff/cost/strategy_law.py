@@ -9,7 +9,7 @@ from llmeff.cost.arrays import Array, Live, Storage, Weight
 from llmeff.cost.price import Kind
 
 
-class Keeping:
+class StrategyLaw:
     """One process alone: all weights, and every gradient from the backward pass that makes it to the update.
 
     A strategy derives its own. The tape calls it as the step goes; what it makes live is labelled by what it is for.
@@ -44,33 +44,33 @@ class Keeping:
     def begin(self, live: Live) -> None:
         """Makes live what lives at every moment."""
         self._live = live
-        self.stand()
+        self.add_resident()
 
-    def stand(self) -> None:
+    def add_resident(self) -> None:
         """Every weight, with its master copy."""
-        self.stand_frozen()
+        self.add_frozen()
         for weight in self.weights:
             self.keep("parameter_bytes", weight.part, weight.num_bytes)
             if self.formats.master is not None:
                 self.keep("master_bytes", weight.part, weight.size * BYTES[self.formats.master])
 
-    def stand_frozen(self) -> None:
+    def add_frozen(self) -> None:
         """What is not trained, whole."""
         for weight in self.every:
             if not weight.is_trained:
                 self.keep("frozen_bytes", weight.part, weight.num_bytes)
 
-    def rehearsed(self, uses: list[tuple[str, bool]]) -> None:
+    def set_use_order(self, uses: list[tuple[str, bool]]) -> None:
         """Told before the step: the names of the weights in the order of their uses, and whether in backward."""
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """A micro-batch begins."""
         self.is_last = is_last
 
-    def use(self, weight: Weight, in_backward: bool) -> None:
+    def on_use(self, weight: Weight, in_backward: bool) -> None:
         """An operation is about to read a weight."""
 
-    def ready(self, weight: Weight, gradient: Array) -> None:
+    def on_gradient(self, weight: Weight, gradient: Array) -> None:
         """A weight has its gradient of a backward pass: the first is kept, and later ones are added in its place."""
         if weight.name not in self.whole:
             self.whole[weight.name] = gradient

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from llmeff.core.table import table
+from llmeff.core.parameters import parameter_infos
 
 
 def tied():
@@ -15,7 +15,7 @@ def tied():
 
 def test_one_row_a_parameter_and_a_shared_one_once():
     model, roles = tied()
-    rows = table(model, roles)
+    rows = parameter_infos(model, roles)
     assert [(row.name, row.role, row.shape) for row in rows] == [
         ("0.weight", "embedding", (5, 3)),
         ("1.weight", "norm", (3,)),
@@ -29,11 +29,11 @@ def test_one_row_a_parameter_and_a_shared_one_once():
 def test_frozen_parameters_have_no_row():
     model, roles = tied()
     model[1].requires_grad_(False)
-    assert [row.name for row in table(model, roles)] == ["0.weight", "2.bias"]
+    assert [row.name for row in parameter_infos(model, roles)] == ["0.weight", "2.bias"]
 
 
 def test_every_parameter_needs_a_role():
     model, roles = tied()
     del roles["1.bias"], roles["2.bias"]
     with pytest.raises(ValueError, match=r"without a role: 1\.bias, 2\.bias \(2 in all\)"):
-        table(model, roles)
+        parameter_infos(model, roles)

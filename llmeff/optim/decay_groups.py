@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmeff.core.config import NotNegative
-from llmeff.core.table import UNDECAYED, Role, Row
+from llmeff.core.parameters import UNDECAYED, ParameterInfo, Role
 from llmeff.optim.optimizer import OptimizerConfig
 
 
-class DecayedConfig(OptimizerConfig):
+class DecayGroupsConfig(OptimizerConfig):
     """Two groups: one with decay and one without."""
 
     weight_decay: NotNegative = 0.1
@@ -20,7 +20,7 @@ class DecayedConfig(OptimizerConfig):
         others = [name for name, role in roles.items() if role in UNDECAYED]
         return [names for names in (decayed, others) if names]
 
-    def parameter_groups(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def parameter_groups(self, rows: list[ParameterInfo]) -> list[dict[str, Any]]:
         """The groups, with their decay, as torch's optimizers take them."""
         by_name = {row.name: row for row in rows}
         return [

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator
 from llmeff.core.precision import BYTES
 from llmeff.core.tested import check_tested
 from llmeff.cost.arrays import Storage, Weight
-from llmeff.cost.keeping import Keeping
 from llmeff.cost.price import Kind
+from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 
 _OWN_BYTES = 8 + 8 + 4
 """What the loop itself sums over the ranks in a step: what the loss is divided by, the number of items, and the loss."""
 
 
-class RankKeeping(Keeping):
+class RankLaw(StrategyLaw):
     """One rank of several.
 
     Args:

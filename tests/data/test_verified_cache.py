@@ -1,7 +1,7 @@
 import pytest
 
 from llmeff.core.config import ConfigError
-from llmeff.data import sealed
+from llmeff.data import verified_cache as sealed
 
 
 def write(part):

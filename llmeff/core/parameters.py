@@ -17,7 +17,7 @@ UNDECAYED: frozenset[Role] = frozenset(("norm", "bias"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ParameterInfo:
     """One parameter."""
 
     name: str
@@ -35,7 +35,7 @@ class Row:
         return self.role not in UNDECAYED
 
 
-def table(model: nn.Module, roles: Mapping[str, Role]) -> list[Row]:
+def parameter_infos(model: nn.Module, roles: Mapping[str, Role]) -> list[ParameterInfo]:
     """One row for each trained parameter, in the model's order; a shared parameter has one.
 
     Raises:
@@ -45,7 +45,7 @@ def table(model: nn.Module, roles: Mapping[str, Role]) -> list[Row]:
     if missing:
         raise ValueError(f"parameters without a role: {', '.join(missing[:3])} ({len(missing)} in all)")
     return [
-        Row(name=name, parameter=parameter, role=roles[name])
+        ParameterInfo(name=name, parameter=parameter, role=roles[name])
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]

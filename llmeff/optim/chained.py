@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Joined(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Steps several optimizers that share no parameter; its groups and its state are theirs, not copies.
 
     Args:

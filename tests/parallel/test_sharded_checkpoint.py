@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from llmeff.core.optimizer_state import state_bytes
+from llmeff.core.parameters import ParameterInfo
 from llmeff.core.shard import Slice, replicated, split_each, split_group, split_rows, whole_tensors
-from llmeff.core.table import Row
 from llmeff.optim import AdamW8bit
 from llmeff.parallel.group_state import group_entries
-from llmeff.parallel.saved import Holder, Saved, check_fit, save, whole
+from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, check_fit, save, whole
 
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
@@ -23,8 +23,10 @@ OPTIMIZERS = {
 }
 
 
-def rows_of(model: nn.Module) -> list[Row]:
-    return [Row(name=name, parameter=parameter, role="matrix") for name, parameter in model.named_parameters()]
+def rows_of(model: nn.Module) -> list[ParameterInfo]:
+    return [
+        ParameterInfo(name=name, parameter=parameter, role="matrix") for name, parameter in model.named_parameters()
+    ]
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -50,7 +52,7 @@ def test_a_state_put_back_goes_on_to_the_last_bit(build, tmp_path):
     again = copy.deepcopy(model)
     nn.init.zeros_(again.weight)
     resumed = build(reversed(list(again.parameters())))
-    Saved(tmp_path).load(map(whole, rows_of(again)), resumed)
+    ShardedCheckpoint(tmp_path).load(map(whole, rows_of(again)), resumed)
     step(model, optimizer)
     step(again, resumed)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
@@ -67,7 +69,7 @@ def test_a_table_that_parameters_have_in_common_stays_one(tmp_path):
 
     again = copy.deepcopy(model)
     resumed = config.build(rows_of(again))
-    Saved(tmp_path).load(map(whole, rows_of(again)), resumed)
+    ShardedCheckpoint(tmp_path).load(map(whole, rows_of(again)), resumed)
     codes = {state["qmap1"].data_ptr() for state in resumed.state.values()}
     assert len(codes) == 1
     assert state_bytes(resumed) == state_bytes(optimizer)
@@ -99,7 +101,7 @@ def flats(model, optimizer, cut, ranks):
             moments = [optimizer.state[rows[part.name]][kind].view(-1)[part.start : part.stop] for part in shard]
             own.state[key][kind] = torch.cat(moments)
         own.state[key]["step"] = optimizer.state[next(iter(rows.values()))]["step"].clone()
-        yield Holder(key=key, parts=tuple(parts)), own
+        yield ShardOwner(key=key, parts=tuple(parts)), own
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -110,19 +112,19 @@ def test_slices_of_any_number_of_ranks_make_the_whole_again_and_are_made_of_it(c
     model, optimizer = trained(OPTIMIZERS["adamw"])
     (tmp_path / "slices").mkdir()
     (tmp_path / "whole").mkdir()
-    for rank, (holder, own) in enumerate(flats(model, optimizer, cut, ranks)):
-        save(tmp_path / "slices", rank, [holder], own, group_entries(own), {}, {})
+    for rank, (owner, own) in enumerate(flats(model, optimizer, cut, ranks)):
+        save(tmp_path / "slices", rank, [owner], own, group_entries(own), {}, {})
     again = copy.deepcopy(model)
     resumed = torch.optim.AdamW(again.parameters(), lr=0.1)
-    Saved(tmp_path / "slices").load(map(whole, rows_of(again)), resumed)
+    ShardedCheckpoint(tmp_path / "slices").load(map(whole, rows_of(again)), resumed)
     save(tmp_path / "whole", 0, map(whole, rows_of(again)), resumed, group_entries(resumed), {}, {})
-    for holder, own in flats(model, optimizer, cut, ranks):
-        blank = Holder(key=torch.zeros_like(holder.key), parts=holder.parts)
+    for owner, own in flats(model, optimizer, cut, ranks):
+        blank = ShardOwner(key=torch.zeros_like(owner.key), parts=owner.parts)
         empty = torch.optim.AdamW([blank.key], lr=0.1)
-        Saved(tmp_path / "whole").load([blank], empty)
-        assert torch.equal(blank.key, holder.key)
-        assert own.state[holder.key].keys() == empty.state[blank.key].keys()
-        assert all(torch.equal(value, empty.state[blank.key][kind]) for kind, value in own.state[holder.key].items())
+        ShardedCheckpoint(tmp_path / "whole").load([blank], empty)
+        assert torch.equal(blank.key, owner.key)
+        assert own.state[owner.key].keys() == empty.state[blank.key].keys()
+        assert all(torch.equal(value, empty.state[blank.key][kind]) for kind, value in own.state[owner.key].items())
     step(model, optimizer)
     step(again, resumed)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
@@ -133,15 +135,15 @@ def test_a_state_that_is_not_number_by_number_is_not_cut(tmp_path):
     save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
     part = Slice(name="weight", start=0, stop=6)
     with pytest.raises(ValueError, match=r"weight: its .* belongs to the parameter as a whole and cannot be cut"):
-        Saved(tmp_path).load([Holder(key=torch.zeros(6), parts=((part, 0),))], optimizer)
+        ShardedCheckpoint(tmp_path).load([ShardOwner(key=torch.zeros(6), parts=((part, 0),))], optimizer)
 
 
 def test_a_missing_rank_is_said(tmp_path):
     model, optimizer = trained(OPTIMIZERS["adamw"])
-    (holder, own), _ = flats(model, optimizer, "groups", 2)
-    save(tmp_path, 0, [holder], own, group_entries(own), {}, {})
+    (owner, own), _ = flats(model, optimizer, "groups", 2)
+    save(tmp_path, 0, [owner], own, group_entries(own), {}, {})
     with pytest.raises(ValueError, match=r"weight: numbers 10 to 15 were not saved"):
-        Saved(tmp_path).read(Slice(name="weight", start=0, stop=15))
+        ShardedCheckpoint(tmp_path).read(Slice(name="weight", start=0, stop=15))
 
 
 def test_another_models_weights_are_refused(tmp_path):
@@ -149,7 +151,7 @@ def test_another_models_weights_are_refused(tmp_path):
     save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
     other = rows_of(nn.Sequential(nn.Linear(3, 5)))
     with pytest.raises(ValueError, match=r"missing \['0.bias', '0.weight'\], unexpected \['bias', 'weight'\]"):
-        check_fit(other, Saved(tmp_path))
+        check_fit(other, ShardedCheckpoint(tmp_path))
 
 
 @pytest.mark.parametrize("ranks", range(1, 8))

@@ -1,7 +1,7 @@
 """Where this process is in its run, for whoever asks from another thread; to say it costs two writes."""
 
 
-class Pulse:
+class Heartbeat:
     """The last place that the run said it had come to."""
 
     def __init__(self) -> None:
@@ -16,14 +16,14 @@ class Pulse:
 PARTS = ("start", "data", "forward", "backward", "update", "evaluation", "checkpoint")
 """In the order in which a run comes to them."""
 
-PULSE = Pulse()
+HEARTBEAT = Heartbeat()
 """This process's."""
 
 
 def beat(part: str | None = None, step: int | None = None) -> None:
     """Says that something was done: a batch, a file, or the beginning of a part."""
     if part is not None:
-        PULSE.part = part
+        HEARTBEAT.part = part
     if step is not None:
-        PULSE.step = step
-    PULSE.count += 1
+        HEARTBEAT.step = step
+    HEARTBEAT.count += 1

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmeff.core.parameters import ParameterInfo
 from llmeff.core.shard import Slice
-from llmeff.core.table import Row
 from llmeff.core.tensors import local, stored_tensors
 from llmeff.parallel.group_state import Entries, changed_entries, put_back
 
@@ -29,7 +29,7 @@ _BUFFERS = "buffers.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holder:
+class ShardOwner:
     """A tensor that the optimizer updates, and what lies in it."""
 
     key: Tensor
@@ -53,7 +53,7 @@ def flat(tensor: Tensor) -> Tensor:
 def save(
     folder: Path,
     rank: int,
-    holders: Iterable[Holder],
+    owners: Iterable[ShardOwner],
     optimizer: Optimizer,
     begun: Sequence[Entries],
     buffers: Mapping[str, Tensor],
@@ -64,7 +64,7 @@ def save(
     Args:
         folder: into which all ranks write.
         rank: this process's.
-        holders: what it owns.
+        owners: what it owns.
         optimizer: whose state goes with it.
         begun: `group_entries` of the optimizer before its first step.
         buffers: of the model; the main rank's are kept.
@@ -75,29 +75,29 @@ def save(
     """
     changed = changed_entries(optimizer, begun)
     entries = {key: own for group, own in zip(optimizer.param_groups, changed, strict=True) for key in group["params"]}
-    holders = list(holders)
-    groups = {part.name: own for holder in holders if (own := entries.get(holder.key)) for part, _ in holder.parts}
+    owners = list(owners)
+    groups = {part.name: own for owner in owners if (own := entries.get(owner.key)) for part, _ in owner.parts}
     tensors: dict[str, Tensor] = {}
     slices: dict[str, tuple[int, int]] = {}
     whole: list[str] = []
     plain: dict[str, Any] = {}
     shared: dict[str, str] = {}
     storages: dict[int, str] = {}
-    for holder in holders:
-        state = optimizer.state.get(holder.key, {})
-        for part, at in holder.parts:
+    for owner in owners:
+        state = optimizer.state.get(owner.key, {})
+        for part, at in owner.parts:
             slices[part.name] = part.start, part.stop
-            if holder.is_whole:
+            if owner.is_whole:
                 whole.append(part.name)
             span = slice(at, at + part.size)
-            tensors[part.name + _BETWEEN + _WEIGHT] = holder.numbers[span]
+            tensors[part.name + _BETWEEN + _WEIGHT] = owner.numbers[span]
             for kind, value in state.items():
                 name = part.name + _BETWEEN + kind
                 if not isinstance(value, Tensor):
                     plain[name] = value
                 elif value.dim() == 0:
                     tensors[name] = value
-                elif holder.is_whole:
+                elif owner.is_whole:
                     first = storages.setdefault(value.untyped_storage()._cdata, name)
                     if first == name:
                         tensors[name] = value
@@ -114,7 +114,7 @@ def save(
         save_file(_plain_copies(buffers), folder / _BUFFERS)
 
 
-class Saved:
+class ShardedCheckpoint:
     """What `save` wrote, of all ranks.
 
     Args:
@@ -154,7 +154,7 @@ class Saved:
 
     @property
     def others(self) -> dict[str, Any]:
-        """What else the main rank's strategy remembered."""
+        """What else the main rank's strategy extra_state."""
         return dict(self._contents[0][1]["others"])
 
     @cached_property
@@ -218,7 +218,7 @@ class Saved:
         return torch.cat(found) if found else torch.empty(0)
 
     @torch.no_grad()
-    def load(self, holders: Iterable[Holder], optimizer: Optimizer) -> None:
+    def load(self, owners: Iterable[ShardOwner], optimizer: Optimizer) -> None:
         """Puts weights and state back into what this rank owns.
 
         Raises:
@@ -226,31 +226,31 @@ class Saved:
         """
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         there: dict[str, Tensor] = {}
-        for holder in holders:
-            for part, at in holder.parts:
-                holder.numbers[at : at + part.size].copy_(self.read(part))
-            named = [part for part, _ in holder.parts]
+        for owner in owners:
+            for part, at in owner.parts:
+                owner.numbers[at : at + part.size].copy_(self.read(part))
+            named = [part for part, _ in owner.parts]
             if not named:
                 continue
             first = named[0].name
-            group = groups.get(holder.key, optimizer.param_groups[0])
-            put_back(group, self._groups.get(first, {}), holder.key.device)
+            group = groups.get(owner.key, optimizer.param_groups[0])
+            put_back(group, self._groups.get(first, {}), owner.key.device)
             on_device = group.get("fused") or group.get("capturable")  # where torch keeps step counters
-            state = optimizer.state[holder.key]
+            state = optimizer.state[owner.key]
             for kind in sorted(self.kinds(first)):
                 value = self.whole(first, kind)
                 if value.dim() == 0:
-                    state[kind] = value.to(holder.key.device if on_device else "cpu")
-                elif holder.is_whole and first in self._whole:
+                    state[kind] = value.to(owner.key.device if on_device else "cpu")
+                elif owner.is_whole and first in self._whole:
                     name = first + _BETWEEN + kind
-                    state[kind] = there.setdefault(self._shared.get(name, name), value.to(holder.key.device))
+                    state[kind] = there.setdefault(self._shared.get(name, name), value.to(owner.key.device))
                 else:
-                    state[kind] = self._cut(holder, kind, value.dtype)
+                    state[kind] = self._cut(owner, kind, value.dtype)
             state.update(self.plain(first))
 
-    def _cut(self, holder: Holder, kind: str, dtype: torch.dtype) -> Tensor:
-        made = torch.zeros_like(holder.key, dtype=dtype, requires_grad=False)
-        for part, at in holder.parts:
+    def _cut(self, owner: ShardOwner, kind: str, dtype: torch.dtype) -> Tensor:
+        made = torch.zeros_like(owner.key, dtype=dtype, requires_grad=False)
+        for part, at in owner.parts:
             flat(made)[at : at + part.size].copy_(self.read(part, kind))
         return made
 
@@ -259,14 +259,14 @@ def _plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def whole(row: Row) -> Holder:
+def whole(row: ParameterInfo) -> ShardOwner:
     """A parameter that is updated as a whole."""
     part = Slice(name=row.name, start=0, stop=row.parameter.numel())
-    return Holder(key=row.parameter, parts=((part, 0),), is_whole=True)
+    return ShardOwner(key=row.parameter, parts=((part, 0),), is_whole=True)
 
 
 @torch.no_grad()
-def load_whole(model: nn.Module, rows: list[Row], saved: Saved) -> None:
+def load_whole(model: nn.Module, rows: list[ParameterInfo], saved: ShardedCheckpoint) -> None:
     """Reads the weights of parameters that this process has whole, and the buffers.
 
     Raises:
@@ -279,7 +279,7 @@ def load_whole(model: nn.Module, rows: list[Row], saved: Saved) -> None:
     load_buffers(model, saved)
 
 
-def check_fit(rows: list[Row], saved: Saved, sizes: Mapping[str, int] | None = None) -> None:
+def check_fit(rows: list[ParameterInfo], saved: ShardedCheckpoint, sizes: Mapping[str, int] | None = None) -> None:
     """Refuses the weights of another model.
 
     Args:
@@ -300,7 +300,7 @@ def check_fit(rows: list[Row], saved: Saved, sizes: Mapping[str, int] | None = N
 
 
 @torch.no_grad()
-def load_buffers(model: nn.Module, saved: Saved) -> None:
+def load_buffers(model: nn.Module, saved: ShardedCheckpoint) -> None:
     """Reads the model's buffers.
 
     Raises:
