@@ -4,7 +4,9 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Literal
 
-from llmeff.cost.tape import Array, Tape
+from llmeff.cost.arrays import Array, Node
+from llmeff.cost.tape import Tape
+from llmeff.cost.workspace import matrix_bytes
 
 # B batch, T queries, S keys, N heads, K key-value heads, H head width
 
@@ -87,13 +89,20 @@ def linear(tape: Tape, x: Array, weight: Array) -> Array:
     weight, x = autocast_weight(tape, weight), autocast(tape, x)
     node = tape.save((x, weight), (x, weight), partial(_linear_back, tape))
     tape.contract(2 * x.size * weight.shape[0])
-    return tape.new((*x.shape[:-1], weight.shape[0]), x.dtype, node)
+    return multiplied(tape, (*x.shape[:-1], weight.shape[0]), x.dtype, node)
+
+
+def multiplied(tape: Tape, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
+    """A new array that is the product of two matrices; what oneDNN takes beside it comes and goes."""
+    result = tape.new(shape, dtype, node)
+    tape.workspace(matrix_bytes(tape.workload, result.size, dtype))
+    return result
 
 
 def _linear_back(tape: Tape, gradient: Array, x: Array, weight: Array) -> tuple[Array, Array]:
     tape.execute(2 * 2 * x.size * weight.shape[0])
-    grad_weight = tape.new(weight.shape, gradient.dtype)
-    return tape.new(x.shape, gradient.dtype), grad_weight
+    grad_weight = multiplied(tape, weight.shape, gradient.dtype)
+    return multiplied(tape, x.shape, gradient.dtype), grad_weight
 
 
 def _replaced_linear(tape: Tape, x: Array, weight: Array) -> Array:
@@ -102,7 +111,7 @@ def _replaced_linear(tape: Tape, x: Array, weight: Array) -> Array:
     dtype = tape.precision.compute if is_cast else x.dtype
     copies = [tape.new(array.shape, dtype) for array in (x, weight) if array.dtype != dtype]
     tape.contract(2 * x.size * weight.shape[0])
-    y = tape.new((*x.shape[:-1], weight.shape[0]), dtype)
+    y = multiplied(tape, (*x.shape[:-1], weight.shape[0]), dtype)
     del copies
     node = tape.save((x, weight), (x, weight), partial(_replaced_linear_back, tape, dtype))
     return Array(y.shape, y.dtype, y.storage, node)
@@ -111,9 +120,9 @@ def _replaced_linear(tape: Tape, x: Array, weight: Array) -> Array:
 def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, weight: Array) -> tuple[Array, Array]:
     tape.execute(2 * 2 * x.size * weight.shape[0])
     weight_copy = tape.new(weight.shape, dtype) if weight.dtype != dtype else None
-    grad_x = tape.new(x.shape, dtype)
+    grad_x = multiplied(tape, x.shape, dtype)
     x_copy = tape.new(x.shape, dtype) if x.dtype != dtype else None
-    grad_weight = tape.new(weight.shape, dtype)
+    grad_weight = multiplied(tape, weight.shape, dtype)
     del x_copy, weight_copy
     # autograd brings gradients into the formats of what they are of, one after another
     if x.dtype != dtype:

@@ -109,7 +109,7 @@ def law(tape: Tape, hidden: Array, weight: Array, batch: laws.Batch) -> Array:
     grad_weight = tape.elementwise(weight.shape, "float32")
     tape.contract(2 * hidden.size * vocabulary)
     tape.execute(4 * hidden.size * vocabulary)
-    product = tape.new((num_chunk, vocabulary), hidden.dtype)
+    product = laws.multiplied(tape, (num_chunk, vocabulary), hidden.dtype)
     logits = laws.cast(tape, product, "float32")
     del product
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes

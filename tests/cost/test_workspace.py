@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from llmeff.core.cpu import INSTRUCTION_SETS
+from llmeff.core.cpu import INSTRUCTION_SETS, contained
 from llmeff.cost import image_laws
 from llmeff.cost.price import Price
 from llmeff.cost.step import price_step
 from llmeff.cost.tape import Tape
 from llmeff.cost.workload import Workload
-from llmeff.cost.workspace import FORMS, MEASURED, PRODUCTS, Convolution, Room, depthwise_room, is_torchs, room
+from llmeff.cost.workspace import (
+    FORMS,
+    MEASURED,
+    PRODUCTS,
+    Convolution,
+    Room,
+    depthwise_room,
+    is_torchs,
+    matrix_bytes,
+    room,
+)
 
 B, C, D, H, W, K = 2, 5, 11, 48, 64, 3
 X, WEIGHT, Y = (B, C, H, W), (D, C, K, K), (B, D, H, W)
@@ -72,6 +82,21 @@ def test_what_single_products_took_is_what_their_form_says():
             foreseen,
             measured,
         )
+
+
+def test_what_products_of_matrices_took_is_what_is_known_of_them():
+    """On the sets with units for bfloat16 blocks are taken, of which nothing is."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert {name for name, found in results.items() if found["matrices"]} == set(INSTRUCTION_SETS) & set(results)
+    for name, found in results.items():
+        for row in found["matrices"]:
+            (rows, inputs, outputs), work = row["case"], replace(WORK, instruction_set=name)
+            size = {"output": rows * outputs, "input": rows * inputs, "weight": inputs * outputs}[row["product"]]
+            if row["format"] == "float32" or not {"AVX512_CORE_BF16"} & set(contained(name)):
+                assert matrix_bytes(work, size, row["format"]) == row["bytes"], (name, row)
+            else:
+                assert row["bytes"] > matrix_bytes(work, size, row["format"]) == 0
+    assert matrix_bytes(replace(WORK, instruction_set="AVX512_CORE", on_cpu=False), 100, "bfloat16") == 0
 
 
 @pytest.mark.parametrize("sides", [(48, 64), (48, 48)])
