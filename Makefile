@@ -23,6 +23,7 @@ check: setup
 	$(BIN)ruff check .
 	$(BIN)mypy
 	$(BIN)lint-imports --no-logo
+	$(BIN)python tools/structure.py
 
 format: setup
 	$(BIN)ruff format .
