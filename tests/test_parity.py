@@ -224,14 +224,12 @@ def test_bf16_master_is_bf16_weights_with_a_copy_in_fp32(tmp_path, strategy, acc
     assert_alike_in_bf16(found, expected, one_process(model), within=BF16_ROUNDOFF)
 
 
-MUON = ("optim=muon", "optim.lr=3e-4")
-
-
 @pytest.mark.parametrize("shared_out", ["true", "false"])
 def test_muon_sees_every_matrix_as_a_whole(tmp_path, shared_out):
     """Shared out over ranks, each matrix is made orthogonal by one of them, once a step; else by every one."""
-    expected = one_process("documents, tied", *MUON)
-    settings = ("parallel=ddp", f"parallel.shard_optimizer={shared_out}", *MUON)
+    muon = (*itself("muon"), "optim.lr=3e-4")
+    expected = one_process("documents, tied", *muon)
+    settings = ("parallel=ddp", f"parallel.shard_optimizer={shared_out}", *muon)
     found = trained(config(*settings, num_ranks=2, accumulation=2), tmp_path / "run")
     assert_the_same(found[0], expected)
     matrices = expected.newton_schulz[: len(expected.newton_schulz) // STEPS]

@@ -135,9 +135,8 @@ def test_price_gate_of_images(seed, precision_name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aten", ["default", "avx2"])
 @pytest.mark.parametrize("name", contained(instruction_set() or "SSE41"))
-def test_price_gates_under_every_instruction_set_of_this_cpu(name, aten):
+def test_price_gates_under_every_instruction_set_of_this_cpu(name):
     """One machine stands for several: what it takes is exact on all sets but for the peak, which is right where it is known."""
     gates = [
         "tests/plan/test_price.py",
@@ -145,9 +144,11 @@ def test_price_gates_under_every_instruction_set_of_this_cpu(name, aten):
         "-k",
         "gate_of_images or under_autocast or of_every_mixer or of_settings or other_kernels or trace_is_what",
     ]
+    # ATen's kernels as on a CPU that has no more; torch's attention in bfloat16 fails on AMX without AVX-512
+    aten = {"ATEN_CPU_CAPABILITY": "avx2"} if name in contained("AVX2") else {}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *gates],
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": name, "ATEN_CPU_CAPABILITY": aten},
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": name, **aten},
         cwd=_PATH.parents[1],
         capture_output=True,
         text=True,
