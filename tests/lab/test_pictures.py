@@ -403,8 +403,8 @@ def test_no_samples_where_none_are_asked_for(tmp_path):
     assert not (tmp_path / "run" / "samples.png").exists()
 
 
-def test_the_pictures_of_the_readme_are_described_as_they_can_be():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    block = readme.partition("# photos.toml")[2].partition("```")[0].partition("\n")[2]
+def test_the_pictures_of_the_guide_are_described_as_they_can_be():
+    guide = (Path(__file__).parents[2] / "GUIDE.md").read_text(encoding="utf-8")
+    block = guide.partition("# photos.toml")[2].partition("```")[0].partition("\n")[2]
     config = validate(RunConfig, tomllib.loads(block))
     assert (config.task.name, config.model.name, config.data.source.name) == ("segmentation", "segnet", "folder")

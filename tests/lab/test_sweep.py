@@ -57,8 +57,8 @@ def sweep_of(*settings, **changes):
     return validate(SweepConfig, override(SMALL | changes, settings))
 
 
-def test_the_study_of_the_readme_is_one_that_works():
-    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("# study.toml")[2].partition("```")[0]
+def test_the_study_of_the_guide_is_one_that_works():
+    block = (ROOT / "GUIDE.md").read_text(encoding="utf-8").partition("# study.toml")[2].partition("```")[0]
     sweep = validate(SweepConfig, tomllib.loads(block.partition("\n")[2]))
     assert plan_text(sweep).startswith("20 tuning runs and 12 final runs, ")
 

@@ -259,20 +259,20 @@ def test_a_launcher_that_starts_other_ranks_than_the_config_has_is_told_so_once(
     assert not (tmp_path / "runs").exists()
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Many processes")[2].partition("```\n")[0]
+GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8").partition("## Many processes\n")[2].partition("```\n")[0]
 COMMANDS = [
-    line.partition("  #")[0].strip() for line in README.splitlines() if line.startswith(("llmeff", "accelerate"))
+    line.partition("  #")[0].strip() for line in GUIDE.splitlines() if line.startswith(("llmeff", "accelerate"))
 ]
 PROGRAMS = {"llmeff": "llmeff.cli", "accelerate": "accelerate.commands.accelerate_cli"}
 
 
-def test_the_readme_has_commands_of_many_processes():
+def test_the_guide_has_commands_of_many_processes():
     assert len(COMMANDS) >= 4
 
 
 @SLOW
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "--resume" not in line])
-def test_the_readmes_commands_of_many_processes_train(line, tmp_path):
+def test_the_guides_commands_of_many_processes_train(line, tmp_path):
     program, *given = shlex.split(line)
     done = subprocess.run(
         [sys.executable, "-m", PROGRAMS[program], *given, *small(), "--quiet", f"--out={tmp_path / 'run'}"],
