@@ -21,12 +21,12 @@ from llmeff.core.metric import Direction
 from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.seed import derive
 from llmeff.cost.workload import Workload
-from llmeff.data import DataConfig, TextCorpus, TextData
+from llmeff.data import TextCorpus, TextData
 from llmeff.data.hf_tokenizer import read_backend
 from llmeff.data.packing import TokenBatch
 from llmeff.data.splits import Split
 from llmeff.data.tokenizer import Tokenizer
-from llmeff.models import LanguageModelConfig, ModelConfig, save_model
+from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
@@ -57,22 +57,17 @@ def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iter
         )
 
 
-class CausalLM(TaskConfig):
+class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
     """Cross-entropy of the next token, in nats, and bits per byte of held-out documents."""
 
     metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "bits_per_byte": "lower"}
+    needed_model: ClassVar[str] = "a language model"
+    needed_data: ClassVar[str] = "text"
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
     """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 where the vocabulary has more
     than 1,024 tokens and the model can, else all."""
-
-    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
-        """A model of tokens and text to read are needed."""
-        if not isinstance(model, LanguageModelConfig):
-            yield f"task 'causal_lm' needs a language model; model {model.name!r} is none"
-        if not isinstance(data, TextData):
-            yield f"task 'causal_lm' needs text; data {data.name!r} is none"
 
     def resolve_chunk(self, model: LanguageModelConfig) -> int | None:
         """The chunk as a number of tokens; None for whole logits."""
@@ -80,25 +75,20 @@ class CausalLM(TaskConfig):
             return 256 if model.vocabulary() > 1024 and model.chunks_logits() else None
         return self.loss_chunk
 
-    def infer_model(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig | None:
+    def infer_model(self, model: LanguageModelConfig, data: TextData) -> LanguageModelConfig | None:
         """Fills in the vocabulary's size, where the tokenizer's config tells it."""
-        assert isinstance(model, LanguageModelConfig)
-        assert isinstance(data, TextData)
         known = data.tokenizer.vocabulary()
         if model.vocab_size == "auto":
             return None if known is None else model.model_copy(update={"vocab_size": known})
         # one that is trained may turn out smaller, and then be small enough
         return model if known is None or known <= model.vocab_size else None
 
-    def items(self, data: DataConfig) -> int:
+    def items(self, data: TextData) -> int:
         """Tokens of a window."""
-        assert isinstance(data, TextData)
         return data.sequence_length
 
-    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+    def workload(self, model: LanguageModelConfig, data: TextData) -> Workload:
         """One window; the logits in chunks as in training."""
-        assert isinstance(model, LanguageModelConfig)
-        assert isinstance(data, TextData)
         return Workload(
             num_sequences=1,
             num_tokens=data.sequence_length,
@@ -107,14 +97,13 @@ class CausalLM(TaskConfig):
         )
 
     def open(
-        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
+        self, data: TextData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "CausalLMTask":
         """The task over the tokenized corpus."""
-        assert isinstance(data, TextData)
         return CausalLMTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
 
 
-class CausalLMTask(Task):
+class CausalLMTask(Task[LanguageModelConfig]):
     """The corpus, and what is done with it."""
 
     item = "token"
@@ -129,9 +118,8 @@ class CausalLMTask(Task):
         # A corpus that cannot be trained on is an error now, not hours later.
         self._windows = corpus.train
 
-    def resolve(self, model: ModelConfig) -> ModelConfig:
+    def resolve(self, model: LanguageModelConfig) -> LanguageModelConfig:
         """Fills in the vocabulary's size."""
-        assert isinstance(model, LanguageModelConfig)
         if model.vocab_size == "auto":
             model = model.model_copy(update={"vocab_size": self.corpus.vocab_size})
         self.corpus.check_vocabulary(model.vocabulary())

@@ -19,9 +19,8 @@ from llmeff.core.metric import Direction
 from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.seed import derive
 from llmeff.cost.workload import Workload
-from llmeff.data import DataConfig
 from llmeff.data.recall import HELD_OUT, RecallData
-from llmeff.models import LanguageModelConfig, ModelConfig, save_model
+from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**22
@@ -31,41 +30,32 @@ _NUM_SHOWN = 4
 """Rows that people see when a run has ended."""
 
 
-class Recall(TaskConfig):
+class Recall(TaskConfig[LanguageModelConfig, RecallData]):
     """Cross-entropy of the answers, in nats, and the share of them that are right."""
 
     metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "accuracy": "higher"}
+    needed_model: ClassVar[str] = "a language model"
+    needed_data: ClassVar[str] = "questions"
+    data_hint: ClassVar[str] = ": use data 'recall'"
 
     name: Literal["recall"] = "recall"
 
-    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
-        """A model of tokens and questions are needed."""
-        if not isinstance(model, LanguageModelConfig):
-            yield f"task 'recall' needs a language model; model {model.name!r} is none"
-        if not isinstance(data, RecallData):
-            yield f"task 'recall' needs questions; data {data.name!r} is none: use data 'recall'"
-
-    def infer_model(self, model: ModelConfig, data: DataConfig) -> LanguageModelConfig:
+    def infer_model(self, model: LanguageModelConfig, data: RecallData) -> LanguageModelConfig:
         """Fills in the vocabulary's size."""
-        assert isinstance(model, LanguageModelConfig)
-        assert isinstance(data, RecallData)
         return _with_vocabulary(model, data)
 
-    def items(self, data: DataConfig) -> int:
+    def items(self, data: RecallData) -> int:
         """Tokens of a row."""
-        assert isinstance(data, RecallData)
         return data.sequence_length
 
-    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+    def workload(self, model: LanguageModelConfig, data: RecallData) -> Workload:
         """One row."""
-        assert isinstance(data, RecallData)
         return Workload(num_sequences=1, num_tokens=data.sequence_length)
 
     def open(
-        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
+        self, data: RecallData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "RecallTask":
         """The task; nothing need be read."""
-        assert isinstance(data, RecallData)
         return RecallTask(data, seed, batch_size)
 
 
@@ -77,7 +67,7 @@ def _with_vocabulary(model: LanguageModelConfig, data: RecallData) -> LanguageMo
     return model
 
 
-class RecallTask(Task):
+class RecallTask(Task[LanguageModelConfig]):
     """Rows of questions, and how many are answered."""
 
     item = "token"
@@ -86,9 +76,8 @@ class RecallTask(Task):
         self._data, self._order_seed = data, derive(seed, "data")
         self.items_per_step = batch_size * data.sequence_length
 
-    def resolve(self, model: ModelConfig) -> ModelConfig:
+    def resolve(self, model: LanguageModelConfig) -> LanguageModelConfig:
         """Fills in the vocabulary's size."""
-        assert isinstance(model, LanguageModelConfig)
         return _with_vocabulary(model, self._data)
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:

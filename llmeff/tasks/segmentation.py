@@ -21,11 +21,11 @@ from llmeff.core.metric import Direction
 from llmeff.core.parameters import ParameterInfo, parameter_infos
 from llmeff.core.seed import derive
 from llmeff.cost.workload import Workload
-from llmeff.data import DataConfig, ImageCorpus, ImageData
+from llmeff.data import ImageCorpus, ImageData
 from llmeff.data.images import ImageBatch
 from llmeff.data.pictures import Shown, panel, png
 from llmeff.data.splits import Split
-from llmeff.models import ImageModelConfig, ModelConfig
+from llmeff.models import ImageModelConfig
 from llmeff.models.image_model import Preparation, save_image_model
 from llmeff.models.image_norm import averaged
 from llmeff.models.pixel_loss import pixel_losses, weighted_loss
@@ -38,7 +38,7 @@ _NUM_SHOWN = 4
 """Held-out images that people see when a run has ended."""
 
 
-class Segmentation(TaskConfig):
+class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
     """Cross-entropy of every labelled pixel's class, in nats, with a balance between frequent and rare classes.
 
     Held-out loss is the plain cross-entropy a labelled pixel, whatever the balance, so that runs are comparable.
@@ -48,6 +48,8 @@ class Segmentation(TaskConfig):
         "loss": "lower", "mean_iou": "higher", "class_accuracy": "higher", "global_accuracy": "higher",
         "boundary_f1": "higher",
     }  # fmt: skip
+    needed_model: ClassVar[str] = "a model of images"
+    needed_data: ClassVar[str] = "images"
 
     name: Literal["segmentation"] = "segmentation"
     balance: NotNegative = 0.0
@@ -62,41 +64,33 @@ class Segmentation(TaskConfig):
     boundary_tolerance: Share = 0.0075
     """Distance within which outlines meet, as a share of the image's diagonal."""
 
-    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
-        """A model of images and images to read are needed."""
-        if not isinstance(model, ImageModelConfig):
-            yield f"task 'segmentation' needs a model of images; model {model.name!r} is none"
-        elif self.recomputed_norms and model.statistics_scope() == "nothing":
+    def model_problems(self, model: ImageModelConfig) -> Iterator[str]:
+        """Statistics of images cannot be recomputed if the model takes none."""
+        if self.recomputed_norms and model.statistics_scope() == "nothing":
             norm = getattr(model, "norm", "none")
             yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
-        if not isinstance(data, ImageData):
-            yield f"task 'segmentation' needs images; data {data.name!r} is none"
 
-    def infer_model(self, model: ModelConfig, data: DataConfig) -> ImageModelConfig | None:
+    def infer_model(self, model: ImageModelConfig, data: ImageData) -> ImageModelConfig | None:
         """Fills in the number of classes, which the source's config tells."""
-        assert isinstance(model, ImageModelConfig)
-        assert isinstance(data, ImageData)
         return _with_classes(model, len(data.classes()))
 
-    def items(self, data: DataConfig) -> int:
+    def items(self, data: ImageData) -> int:
         """Pixels of a training row."""
         return math.prod(_row_size(data))
 
-    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+    def workload(self, model: ImageModelConfig, data: ImageData) -> Workload:
         """One image."""
         size = _row_size(data)
         return Workload(num_sequences=1, num_tokens=math.prod(size), image_size=size)
 
     def open(
-        self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
+        self, data: ImageData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "SegmentationTask":
         """The task over the decoded images."""
-        assert isinstance(data, ImageData)
         return SegmentationTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
 
 
-def _row_size(data: DataConfig) -> tuple[int, int]:
-    assert isinstance(data, ImageData)
+def _row_size(data: ImageData) -> tuple[int, int]:
     size = data.row_size()
     if size is None:
         raise ConfigError("data.size: only the images tell how large they are; give (H, W) to plan without them")
@@ -131,7 +125,7 @@ def frequencies(pixels: NDArray[np.int64], present: NDArray[np.int64]) -> NDArra
     return pixels / np.maximum(present, 1)
 
 
-class SegmentationTask(Task):
+class SegmentationTask(Task[ImageModelConfig]):
     """The images, and what is done with them."""
 
     item = "pixel"
@@ -148,9 +142,8 @@ class SegmentationTask(Task):
         self._begun: dict[tuple[int, range], Future[ImageBatch]] = {}
         """Rows of steps to come."""
 
-    def resolve(self, model: ModelConfig) -> ModelConfig:
+    def resolve(self, model: ImageModelConfig) -> ImageModelConfig:
         """Fills in the number of classes."""
-        assert isinstance(model, ImageModelConfig)
         return _with_classes(model, len(self.corpus.classes))
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:

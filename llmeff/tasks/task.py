@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from llmeff.core.config import Component, Text
 from llmeff.core.dist import World
@@ -16,6 +17,10 @@ from llmeff.core.parameters import ParameterInfo
 from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.models import ModelConfig
+
+# Without arguments a task is one of any model and data: the kinds are checked when a run is validated, not by its types.
+ModelT = TypeVar("ModelT", bound=ModelConfig, default=Any)
+DataT = TypeVar("DataT", bound=DataConfig, default=Any)
 
 ITEMS = "items of the step"
 """Among the names of losses, what `Batch.totals` counts beside them."""
@@ -64,7 +69,7 @@ class Sample:
     """A PNG, for the run's folder."""
 
 
-class Task(ABC):
+class Task(ABC, Generic[ModelT]):
     """Joins model, data, loss and metric. What a step trains on is a pure function of (seed, step)."""
 
     item: str
@@ -73,7 +78,7 @@ class Task(ABC):
     """The most that a step's loss is a mean over."""
 
     @abstractmethod
-    def resolve(self, model: ModelConfig) -> ModelConfig:
+    def resolve(self, model: ModelT) -> ModelT:
         """The model's config with what only the data knows (a vocabulary's size) filled in.
 
         Raises:
@@ -134,9 +139,23 @@ class Task(ABC):
         """What the record says of the data: names, sizes, and a `sha256` of all that is read."""
 
 
-class TaskConfig(Component, family="task"):
-    """What a run trains for."""
+class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
+    """What a run trains for.
 
+    A task states in its base class which models and data it works with: `class CausalLM(TaskConfig[LanguageModelConfig,
+    TextData])`. `problems` checks them once; all other methods may rely on them.
+    """
+
+    model_kind: ClassVar[type[ModelConfig]] = ModelConfig
+    """The models that the task works with, as its base class states."""
+    data_kind: ClassVar[type[DataConfig]] = DataConfig
+    """The data that the task works with, as its base class states."""
+    needed_model: ClassVar[str]
+    """`model_kind` in the words of an error ("a language model")."""
+    needed_data: ClassVar[str]
+    """`data_kind` in the words of an error ("text")."""
+    data_hint: ClassVar[str] = ""
+    """The end of the error about data of another kind (": use data 'recall'")."""
     metric_directions: ClassVar[dict[str, Direction]]
     """The metrics of `Task.summary` that comparisons speak of, and which way each is better. They are compared by their ratios:
     a value that is not positive has none."""
@@ -144,23 +163,39 @@ class TaskConfig(Component, family="task"):
     name: Text
     """The task's name."""
 
-    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
-        """What keeps this task from working with the model and the data."""
-        raise NotImplementedError(type(self))
+    @classmethod
+    def __pydantic_init_subclass__(cls, family: str | None = None, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(family, **kwargs)
+        kinds = cls.__pydantic_generic_metadata__["args"]
+        if kinds:
+            cls.model_kind, cls.data_kind = kinds
 
-    def infer_model(self, model: ModelConfig, data: DataConfig) -> ModelConfig | None:
+    def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
+        """What keeps this task from working with the model and the data: their kinds, then what the task adds."""
+        if isinstance(model, self.model_kind):
+            yield from self.model_problems(cast(ModelT, model))
+        else:
+            yield f"task {self.name!r} needs {self.needed_model}; model {model.name!r} is none"
+        if not isinstance(data, self.data_kind):
+            yield f"task {self.name!r} needs {self.needed_data}; data {data.name!r} is none{self.data_hint}"
+
+    def model_problems(self, model: ModelT) -> Iterator[str]:
+        """What keeps this task from working with a model of its kind."""
+        yield from ()
+
+    def infer_model(self, model: ModelT, data: DataT) -> ModelT | None:
         """What `Task.resolve` will make of the model's config, told without the data; None: only the data tell."""
         return None
 
-    def items(self, data: DataConfig) -> int:
+    def items(self, data: DataT) -> int:
         """What the loss is a mean over (tokens, pixels), in one sequence (or image)."""
         raise NotImplementedError(type(self))
 
-    def workload(self, model: ModelConfig, data: DataConfig) -> Workload:
+    def workload(self, model: ModelT, data: DataT) -> Workload:
         """A step of one sequence (or image), as the laws see it."""
         raise NotImplementedError(type(self))
 
-    def open(self, data: DataConfig, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]) -> Task:
+    def open(self, data: DataT, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]) -> Task[ModelT]:
         """The task over opened data.
 
         Args:

@@ -29,12 +29,12 @@ def modules():
 
 
 def configs():
-    """Those of the package by name, and the records that it writes."""
+    """Those of the package by name, and the records that it writes; a generic one without its arguments."""
     modules()
     return {
         f"{kind.__module__}.{kind.__qualname__}": kind
         for kind in below(Config) | below(Record)
-        if kind.__module__.startswith("llmeff.")
+        if kind.__module__.startswith("llmeff.") and not kind.__pydantic_generic_metadata__["args"]
     }
 
 

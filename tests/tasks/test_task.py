@@ -9,7 +9,7 @@ from llmeff.core.config import validate
 from llmeff.core.metric import Direction
 from llmeff.data import ImageData, TextData
 from llmeff.data.recall import RecallData
-from llmeff.models import DecoderConfig, SegNetBasic
+from llmeff.models import DecoderConfig, ImageModelConfig, LanguageModelConfig, SegNetBasic
 from llmeff.tasks import TaskConfig
 from llmeff.tasks.task import ITEMS, Batch, Sample, Task, UnitResult
 
@@ -19,7 +19,7 @@ METHODS = [name for name, value in vars(Task).items() if inspect.isfunction(valu
 
 def test_a_task_has_what_the_loop_asks_for():
     assert METHODS == [
-        "resolve", "table", "batch", "loss", "unit_ids", "evaluate", "summary", "check_split", "references", "sample",
+        "resolve", "parameter_infos", "batch", "loss", "unit_ids", "evaluate", "summary", "check_split", "references", "sample",
         "save_model", "facts",
     ]  # fmt: skip
 
@@ -63,10 +63,8 @@ def test_a_task_shows_text_or_a_picture_or_nothing():
 
 @pytest.mark.parametrize(
     ("method", "given"),
-    [
-        ("problems", (None, None)), ("items", (None,)), ("workload", (None, None)), ("open", (None, 0, 1)),
-    ],
-)  # fmt: skip
+    [("items", (None,)), ("workload", (None, None)), ("open", (None, 0, 1))],
+)
 def test_a_tasks_config_says_it_all_itself(method, given):
     named = {"is_main": True, "wait": lambda: None} if method == "open" else {}
     bare = TaskConfig.model_construct(name="bare")
@@ -116,6 +114,52 @@ def test_what_does_not_fit_is_named_once_each(name):
     assert repr(other_data.name) in second
     assert list(task.problems(other_model, data)) == [first]
     assert list(task.problems(model, other_data)) == [second]
+
+
+def test_the_kinds_are_those_that_the_base_class_states():
+    kinds = {name: (task.model_kind, task.data_kind) for name in FITTING for task in [TaskConfig.registry[name]]}
+    assert kinds == {
+        "causal_lm": (LanguageModelConfig, TextData),
+        "recall": (LanguageModelConfig, RecallData),
+        "segmentation": (ImageModelConfig, ImageData),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "causal_lm",
+            [
+                "task 'causal_lm' needs a language model; model 'segnet-basic' is none",
+                "task 'causal_lm' needs text; data 'images' is none",
+            ],
+        ),
+        (
+            "recall",
+            [
+                "task 'recall' needs a language model; model 'segnet-basic' is none",
+                "task 'recall' needs questions; data 'images' is none: use data 'recall'",
+            ],
+        ),
+        (
+            "segmentation",
+            [
+                "task 'segmentation' needs a model of images; model 'decoder' is none",
+                "task 'segmentation' needs images; data 'recall' is none",
+            ],
+        ),
+    ],
+)
+def test_the_error_says_what_is_needed(name, expected):
+    _, model, data = parts("recall" if name == "segmentation" else "segmentation")
+    assert list(TaskConfig.registry[name]().problems(model, data)) == expected
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_a_task_that_states_no_kinds_takes_every_model_and_data(name):
+    _, model, data = parts(name)
+    assert list(TaskConfig.model_construct(name="bare").problems(model, data)) == []
 
 
 @pytest.mark.parametrize("name", FITTING)
