@@ -123,6 +123,14 @@ class RunConfig(Config):
         return self.optim.resolve(is_bfloat16_fast=self.runtime.device == "cuda")
 
     def _problems(self) -> Iterator[str]:
+        yield from self._length_problems()
+        yield from self._strategy_problems()
+        if self.precision == "fp16" and self.runtime.device == "cpu":
+            yield "precision 'fp16' needs a GPU: on a CPU use 'fp32' or 'bf16'"
+        yield from self.task.problems(self.model, self.data)
+
+    def _length_problems(self) -> Iterator[str]:
+        """A warmup that is too long, and a batch that cannot be divided among ranks and micro-batches."""
         train, ranks = self.train, self.parallel.ranks
         if self.schedule.warmup_steps > train.steps:
             yield (
@@ -138,6 +146,9 @@ class RunConfig(Config):
                 f"train.micro_batch {train.micro_batch} does not divide {share}; "
                 f"allowed: {', '.join(map(str, allowed))}"
             )
+
+    def _strategy_problems(self) -> Iterator[str]:
+        """A strategy that does not work with the precision, the optimizer or the compiler."""
         if self.precision not in self.parallel.precisions:
             allowed_names = ", ".join(map(repr, self.parallel.precisions))
             yield f"precision {self.precision!r} is not for parallel {self.parallel.name!r}; allowed: {allowed_names}"
@@ -145,6 +156,3 @@ class RunConfig(Config):
         if refusal is not None:
             yield f"optim {self.optim.name!r} is not for parallel {self.parallel.name!r}: {refusal}"
         yield from self.parallel.clashes(self.precision, self.runtime.compile)
-        if self.precision == "fp16" and self.runtime.device == "cpu":
-            yield "precision 'fp16' needs a GPU: on a CPU use 'fp32' or 'bf16'"
-        yield from self.task.problems(self.model, self.data)

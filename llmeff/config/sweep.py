@@ -114,6 +114,26 @@ class SweepConfig(Config):
         return self
 
     def _problems(self) -> Iterator[str]:
+        yield from self._choice_problems()
+        yield from self._seed_problems()
+        if self.tuning.split == self.base.evaluation.split and self._is_tuned:
+            yield (
+                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}: what settings were chosen on "
+                "cannot judge them"
+            )
+        yield from self._axis_problems()
+        yield from self._field_problems()
+        yield from self._search_problems()
+        errors = list(_errors_of(self))
+        yield from errors or self._budget_problems()
+
+    @property
+    def _is_tuned(self) -> bool:
+        """Whether any arm has a search."""
+        return any(arm.search for arm in self.arms.values())
+
+    def _choice_problems(self) -> Iterator[str]:
+        """Too few arms, and a baseline or a metric that is not there."""
         if len(self.arms) < 2:
             yield f"a sweep compares arms, given: {', '.join(self.arms) or 'none'}"
         if self.baseline not in self.arms:
@@ -121,21 +141,14 @@ class SweepConfig(Config):
         task = self.base.task
         if self.metric not in task.metric_directions:
             yield f"metric is {self.metric!r}: task {task.name!r} is not judged by it.{nearest(self.metric, task.metric_directions)}"
-        yield from self._seed_problems()
-        if self.tuning.split == self.base.evaluation.split and any(arm.search for arm in self.arms.values()):
-            yield (
-                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}: what settings were chosen on "
-                "cannot judge them"
-            )
+
+    def _axis_problems(self) -> Iterator[str]:
+        """Axes without values, or with a value twice."""
         for key, values in self.axes.items():
             if not values:
                 yield "an axis has no value"
             if len({_toml(value) for value in values}) < len(values):
                 yield f"axes.{key} has a value twice: {', '.join(map(_toml, values))}"
-        yield from self._field_problems()
-        yield from self._search_problems()
-        errors = list(_errors_of(self))
-        yield from errors or self._budget_problems()
 
     def _seed_problems(self) -> Iterator[str]:
         """Seeds that are given twice, or that trials have."""
@@ -143,13 +156,11 @@ class SweepConfig(Config):
             yield f"seeds must be different and at least one, given: {list(self.seeds)}"
         if self.aa_name in self.arms:
             yield f"arms has a {self.aa_name!r}, which is what the arm of aa_seeds is called"
-        further, own = _counted(self.baseline_seeds, BASELINE_SEED), _counted(self.aa_seeds, AA_SEED)
-        for key, seeds, others in (("baseline_seeds", further, self.seeds), ("aa_seeds", own, (*self.seeds, *further))):
-            twice = sorted({seed for seed in seeds if seeds.count(seed) > 1 or seed in others})
-            if twice:
-                yield f"{key} must be seeds that no other run of the baseline's settings has, given again: {twice}"
-        every = [*self.seeds, *further, *own]
-        if self.tuning.seed in every and any(arm.search for arm in self.arms.values()):
+        baseline_seeds, aa_seeds = _counted(self.baseline_seeds, BASELINE_SEED), _counted(self.aa_seeds, AA_SEED)
+        yield from _repeated_seeds("baseline_seeds", baseline_seeds, self.seeds)
+        yield from _repeated_seeds("aa_seeds", aa_seeds, (*self.seeds, *baseline_seeds))
+        every = [*self.seeds, *baseline_seeds, *aa_seeds]
+        if self.tuning.seed in every and self._is_tuned:
             yield f"tuning.seed {self.tuning.seed} is among the seeds {every}: final runs need fresh ones"
 
     def _budget_problems(self) -> Iterator[str]:
@@ -179,16 +190,17 @@ class SweepConfig(Config):
                     yield f"{where} tries {key}, which is an axis"
 
     def _search_problems(self) -> Iterator[str]:
+        """Searches that try nothing, that are another arm's too, or whose size differs from the budget."""
         for name, arm in self.arms.items():
             for key, tried in arm.search.items():
-                if isinstance(tried, tuple) and not tried:
+                if tried == ():
                     yield f"arms.{name}.search.{key}: there is nothing to try"
             if arm.tuned_as is not None:
                 yield from self._borrowed_problems(name, arm)
-            lists = [tried for tried in arm.search.values() if isinstance(tried, tuple)]
-            if len(lists) == len(arm.search) and lists and math.prod(map(len, lists)) != self.tuning.trials:
+            num_combinations = _num_combinations(arm.search)
+            if num_combinations not in (None, self.tuning.trials):
                 yield (
-                    f"arms.{name}.search has {math.prod(map(len, lists))} combinations, but every arm has tuning.trials = "
+                    f"arms.{name}.search has {num_combinations} combinations, but every arm has tuning.trials = "
                     f"{self.tuning.trials}: an equal budget is what makes them comparable"
                 )
 
@@ -292,24 +304,41 @@ def _counted(seeds: int | tuple[int, ...], first: int) -> tuple[int, ...]:
     return seeds if isinstance(seeds, tuple) else tuple(range(first, first + seeds))
 
 
+def _repeated_seeds(key: str, seeds: tuple[int, ...], others: tuple[int, ...]) -> Iterator[str]:
+    """The problem of seeds that are given twice, or that other runs have."""
+    repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1 or seed in others})
+    if repeated:
+        yield f"{key} must be seeds that no other run of the baseline's settings has, given again: {repeated}"
+
+
+def _num_combinations(search: Mapping[str, Search]) -> int | None:
+    """How many settings the lists of a search make; None if there is a span among them, or no search."""
+    sizes = [len(tried) for tried in search.values() if isinstance(tried, tuple)]
+    return math.prod(sizes) if sizes and len(sizes) == len(search) else None
+
+
 def _errors_of(sweep: SweepConfig) -> Iterator[str]:
-    """What of the arms makes no run, each said once: every trial, and a final run in its place."""
-    said = set()
-    for name, arm in sweep.arms.items():
-        for cell in sweep.cells():
-            runs = [("tuning", sweep.tuning.seed, trial) for trial in sweep.trials(name)]
-            if not runs or arm.tuned_as is not None:
-                runs.append(("final", 0, sweep.first_trial(name)))
-            for phase, number, trial in runs:
-                job = Job(arm=name, cell=cell, phase=phase, number=number, trial=trial, order=0)
-                try:
-                    job_config(sweep, job)
-                except ConfigError as error:
-                    tried = "".join(f", {key} = {_toml(value)}" for key, value in (cell | trial).items())
-                    for problem in error.problems:
-                        if (name, problem) not in said:
-                            said.add((name, problem))
-                            yield f"arms.{name}{tried}: {problem}"
+    """Why configs of the arms cannot work; each reason is given once an arm, by its first config."""
+    reported = set()
+    for name in sweep.arms:
+        for job in itertools.chain.from_iterable(_typical_jobs(sweep, name, cell) for cell in sweep.cells()):
+            try:
+                job_config(sweep, job)
+            except ConfigError as error:
+                tried = "".join(f", {key} = {_toml(value)}" for key, value in (job.cell | job.trial).items())
+                for problem in error.problems:
+                    if (name, problem) not in reported:
+                        reported.add((name, problem))
+                        yield f"arms.{name}{tried}: {problem}"
+
+
+def _typical_jobs(sweep: SweepConfig, arm: str, cell: dict[str, Any]) -> Iterator["Job"]:
+    """All trials of an arm in a cell; a final run if the arm has no trials, or another arm's choose for it."""
+    trials = sweep.trials(arm)
+    for trial in trials:
+        yield Job(arm=arm, cell=cell, phase="tuning", number=sweep.tuning.seed, trial=trial, order=0)
+    if not trials or sweep.arms[arm].tuned_as is not None:
+        yield Job(arm=arm, cell=cell, phase="final", number=0, trial=sweep.first_trial(arm), order=0)
 
 
 def job_config(sweep: SweepConfig, job: "Job") -> RunConfig:
