@@ -1,9 +1,8 @@
 """What each efficiency technique contributes, alone and together with others: fractional factorials over one recipe."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.optimizers import ADAMW_RATES, SGD_RATES
@@ -26,6 +25,11 @@ class Level:
     """What is tuned where a factor is at this level."""
     tuned_as: str | None = None
     """Another level of the same factor, whose tuned settings this one takes over."""
+
+    @property
+    def tuned_name(self) -> str | None:
+        """The level whose tuning this one uses: its own, or another's; None if nothing is tuned."""
+        return self.tuned_as or (self.name if self.search else None)
 
 
 SGD = Level(name="sgd", settings=("optim=sgd",), search={"optim.lr": SGD_RATES})
@@ -54,22 +58,30 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
     tuned is tuned in the first arm that has it; the other arms take it over, so that they differ in nothing else.
     """
     arms: dict[str, ArmConfig] = {}
-    tuned: dict[tuple[str, ...], str] = {}
-    for places in itertools.product((0, 1), repeat=len(factors)):
-        if prod(1 - 2 * place for place in places) == -1:
-            continue
-        chosen = [levels[place] for place, levels in zip(places, factors.values(), strict=True)]
-        name = ", ".join(level.name for level in chosen)
-        search = {key: tried for level in chosen for key, tried in level.search.items()}
-        tuned_levels = tuple(level.tuned_as or level.name for level in chosen if level.search or level.tuned_as)
-        first = tuned.setdefault(tuned_levels, name)
+    tuners: dict[tuple[str, ...], str] = {}
+    for levels in _half_of_combinations(factors):
+        name = ", ".join(level.name for level in levels.values())
+        tuned_levels = tuple(level.tuned_name for level in levels.values() if level.tuned_name is not None)
+        tuner = tuners.setdefault(tuned_levels, name)
+        is_tuner = tuner == name
         arms[name] = ArmConfig(
-            settings=tuple(setting for level in chosen for setting in level.settings),
-            search=search if first == name else {},
-            tuned_as=None if first == name or not tuned_levels else first,
-            factors={factor: level.name for factor, level in zip(factors, chosen, strict=True)},
+            settings=tuple(setting for level in levels.values() for setting in level.settings),
+            search=_joint_search(levels.values()) if is_tuner else {},
+            tuned_as=tuner if tuned_levels and not is_tuner else None,
+            factors={factor: level.name for factor, level in levels.items()},
         )
     return arms
+
+
+def _half_of_combinations(factors: Mapping[str, tuple[Level, Level]]) -> Iterator[dict[str, Level]]:
+    """Each factor's level, in the combinations with an even number of second levels."""
+    for places in itertools.product((0, 1), repeat=len(factors)):
+        if sum(places) % 2 == 0:
+            yield {factor: levels[place] for (factor, levels), place in zip(factors.items(), places, strict=True)}
+
+
+def _joint_search(levels: Iterable[Level]) -> dict[str, Search]:
+    return {key: tried for level in levels for key, tried in level.search.items()}
 
 
 def factorial(
