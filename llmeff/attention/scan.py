@@ -102,20 +102,33 @@ def mix(
         if by_fla and fla.can_scan(key, value, log_decay, beta, dtype):
             kernels.ran("scan: flash-linear-attention", is_counted=False)
             mixed, state = fla.scan(query, key, value, log_decay, beta, layout, state, dtype)
-            if cache is not None:
-                cache.keep("state", cast(Tensor, state))
-            return mixed
-        kernels.ran("scan: torch")
-        rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in (query, key, value, log_decay, beta)]
-        if state is not None and key.shape[1] == 1:
-            one: list[Any] = [*(None if x is None else x[:, :, 0] for x in rows), state]
-            mixed, state = step(*one)
-            mixed = mixed[:, :, None]
         else:
-            mixed, state = scan(*rows, documents=layout.documents, state=state)
+            kernels.ran("scan: torch")
+            mixed, state = _mix_by_torch(query, key, value, log_decay, beta, documents=layout.documents, state=state)
     if cache is not None:
-        cache.keep("state", state)
-    return mixed.transpose(1, 2)
+        cache.keep("state", cast(Tensor, state))
+    return mixed
+
+
+def _mix_by_torch(*given: Tensor | None, documents: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`mix` by `step` or `scan`, in float32 or wider.
+
+    Args:
+        given: query, key, value, log_decay and beta, as `mix` takes them.
+        documents: of the layout.
+        state: before the first token; None: 0.
+
+    Returns:
+        (B, T, N, V) and the state after the last token.
+    """
+    rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in given]
+    if state is not None and rows[1].shape[2] == 1:
+        one: list[Any] = [*(None if x is None else x[:, :, 0] for x in rows), state]
+        mixed, state = step(*one)
+        mixed = mixed[:, :, None]
+    else:
+        mixed, state = scan(*rows, documents=documents, state=state)
+    return mixed.transpose(1, 2), state
 
 
 def step(
