@@ -1,4 +1,4 @@
-"""Distributed data parallel: every rank has the whole model, gradients are summed; the optimizer may be shared out."""
+"""Distributed data parallel: every rank has the whole model and gradients are summed; the optimizer may be split."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -29,19 +29,19 @@ class DDP(StrategyConfig):
 
     name: Literal["ddp"] = "ddp"
     bucket_mib: Count = 25
-    """Gradients are summed over the ranks in buckets of about so many MiB, while backward goes on."""
+    """MiB of a bucket of gradients, about; buckets are summed over the ranks while backward runs."""
     shard_optimizer: Flag = False
-    """Each rank keeps the optimizer's state of, and updates, whole parameters of its own, and sends them to the others:
-    ZeRO-1 (Rajbhandari et al. 2020) for optimizers that must see a matrix as a whole."""
+    """Deal whole parameters out to the ranks: each keeps the optimizer state of its parameters, updates them and sends them to
+    the others. This is ZeRO-1 (Rajbhandari et al. 2020) for optimizers that must see a whole matrix."""
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Nothing is split but, where asked for, between parameters."""
+        """Refuses to deal out parameters to an optimizer whose state belongs to all of them."""
         if self.shard_optimizer and sharding == "none":
             return "its state belongs to all parameters together, and parallel.shard_optimizer deals them out to ranks"
         return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Ranks that update other parameters find other gradients too large for fp16."""
+        """Refuses fp16 with `shard_optimizer`: ranks would see different overflows, and scale their losses differently."""
         if precision == "fp16" and self.shard_optimizer:
             yield (
                 "precision 'fp16' is not for parallel.shard_optimizer: every rank would scale its loss by the gradients "
@@ -49,17 +49,17 @@ class DDP(StrategyConfig):
             )
 
     def build(self, inputs: StrategyInputs) -> "Replicas":
-        """Joins this process's replica to the others."""
+        """Sets up this process's replica and joins the others."""
         with in_a_world():
             return Replicas(inputs, self)
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ReplicaLaw":
-        """Everything, and buckets of all gradients that stay from step to step."""
+        """A rank keeps the whole model, and buckets for all gradients, which live throughout."""
         return ReplicaLaw(weights, work, self, rank)
 
 
 class ReplicaLaw(RankLaw):
-    """Backward copies gradients into the buckets; those of earlier micro-batches lie beside until then."""
+    """The last micro-batch's backward copies gradients into the buckets; until then gradients lie beside them."""
 
     def __init__(self, weights: list[Weight], work: Workload, config: DDP, rank: int):
         super().__init__(weights, work, config.ranks, rank)
@@ -69,13 +69,13 @@ class ReplicaLaw(RankLaw):
         self._shares_optimizer = config.shard_optimizer
 
     def add_resident(self) -> None:
-        """Every weight, and the buckets."""
+        """Every weight with its master copy, and the buckets."""
         super().add_resident()
         for weight in self.weights:
             self.keep("gradient_bytes", weight.part, weight.num_bytes)
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """With the last micro-batch it goes into its bucket, which is summed over the ranks."""
+        """The last micro-batch's gradient is moved into its bucket, which is summed over the ranks."""
         if not self.is_last:
             super().on_gradient(weight, gradient)
             return
@@ -83,24 +83,24 @@ class ReplicaLaw(RankLaw):
         self.send("all_reduce", weight.num_bytes)
 
     def update(self) -> None:
-        """Where the optimizer is shared out, every owner sends its parameters in one piece."""
+        """With `shard_optimizer`, every rank sends the parameters that it updates, joined into one piece."""
         super().update()
         if self._shares_optimizer:
-            before = None
+            previous = None
             for owned in self._owned:
                 sizes = [weight.size for weight in self.weights if weight.name in owned]
-                flat = self.flatten(sizes, self.narrow)
-                self.send("broadcast", sum(sizes) * self.narrow)
-                del before  # the one before goes when the next is there
-                before = flat
+                flat = self.flatten(sizes, self.parameter_number_bytes)
+                self.send("broadcast", sum(sizes) * self.parameter_number_bytes)
+                del previous  # it lives until the next is made
+                previous = flat
 
     def updated(self) -> list[Weight]:
-        """What it owns."""
+        """The parameters that are dealt to this rank."""
         return [weight for weight in super().updated() if weight.name in self._owned[self.rank]]
 
 
 class Replicas(SingleProcess):
-    """Accelerate wraps the model; an optimizer that is shared out is stepped where its parameters are owned."""
+    """Accelerate wraps the model in DDP; with `shard_optimizer` each rank updates the parameters that it owns."""
 
     def __init__(self, inputs: StrategyInputs, config: DDP):
         from accelerate import DistributedDataParallelKwargs
@@ -128,18 +128,18 @@ class Replicas(SingleProcess):
 
     @contextlib.contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
-        """Gradients are summed over the ranks with the last micro-batch's."""
+        """DDP sums gradients over the ranks in the last micro-batch's backward only."""
         with contextlib.nullcontext() if is_last or self.world.ranks == 1 else self.model.no_sync():  # type: ignore[operator]
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """DDP takes the mean over ranks."""
+        """Multiplies by the ranks, since DDP takes their mean."""
         super().backward(loss * self.world.ranks)
 
     def step(self) -> bool:
-        """Updates what this rank owns; then every owner sends its parameters to all."""
+        """Updates what this rank owns; with `shard_optimizer`, each rank then sends its parameters to all."""
         self._num_steps += 1
-        if self._num_steps == 2:  # in the first DDP learns the order of gradients, and makes its buckets anew
+        if self._num_steps == 2:  # after the first step DDP knows the order of gradients, and makes new buckets
             self._buckets = [row.parameter.grad for row in self._rows if row.parameter.grad is not None]
         updated = super().step()
         if self._config.shard_optimizer and updated:
@@ -157,14 +157,14 @@ class Replicas(SingleProcess):
                     tensor.copy_(values)
 
     def resident(self) -> Iterable[Tensor]:
-        """The buckets too, from the second step on."""
+        """The model, the optimizer's state, and from the second step on the buckets."""
         yield from super().resident()
         yield from self._buckets
 
     def owners(self) -> list[ShardOwner]:
-        """What it updates; of what all update, the main rank's."""
+        """What this rank updates; without `shard_optimizer`, everything on the main rank."""
         return self.owned() if self._config.shard_optimizer or self.world.is_main else []
 
     def owned(self) -> list[ShardOwner]:
-        """Every parameter, or where the optimizer is shared out this rank's."""
+        """Every parameter, whole; with `shard_optimizer`, this rank's."""
         return [whole(row) for row in self._rows_of(self.world.rank)]

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state are split by rows over the ranks, and gathered where they are used."""
+"""FSDP2: parameters, gradients and optimizer state are split by rows over the ranks, and gathered for use."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
 
 
 class FSDP(StrategyConfig):
-    """Torch's fully_shard, on every device: Accelerate leaves it out on a CPU, and casts otherwise than autocast does."""
+    """Torch's fully_shard on every device. Accelerate's FSDP is not used: it does nothing on a CPU and casts parameters."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16")
 
@@ -34,37 +34,37 @@ class FSDP(StrategyConfig):
 
     name: Literal["fsdp"] = "fsdp"
     reshard_after_forward: Flag = True
-    """Let a layer's parameters go after forward and gather them again for backward."""
+    """Free a layer's parameters after forward and gather them again for backward."""
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Only what is made number by number is the same on a slice."""
+        """Only an elementwise update is the same on a slice."""
         if sharding == "elementwise":
             return None
         return "it must see whole parameters, and every rank has rows of each"
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """A compiled graph ends wherever a layer gathers its parameters."""
+        """Refuses torch.compile: a graph would break at every layer, where parameters are gathered."""
         if compiled != "off":
             yield f"runtime.compile {compiled!r} is not for parallel {self.name!r}: gathering parameters breaks the graph"
 
     def build(self, inputs: StrategyInputs) -> "Sharded":
-        """Splits this process's copy."""
+        """Splits this process's copy of the model."""
         return Sharded(inputs, self)
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ShardLaw":
-        """Rows of everything, and the units that are gathered."""
+        """A rank keeps rows of every parameter, and the units that are gathered."""
         return ShardLaw(weights, work, self, rank)
 
 
 _ROOT = ""
-"""The unit of all that is in no layer."""
+"""The unit of all parameters that are in no layer."""
 
 
 class ShardLaw(RankLaw):
-    """Units come and go as fully_shard's hooks have them: gathered for their first use, let go after their last.
+    """Units are gathered before their first use and freed after their last, as fully_shard's hooks do it.
 
-    A gathered buffer is split into parameters. In forward it stays until the next unit is gathered, in backward it goes
-    at once, and the next unit's is gathered ahead.
+    A unit's buffer is gathered and then split into parameters. In forward the buffer lives until the next unit is gathered. In
+    backward it is freed at once, and the next unit's buffer is gathered ahead.
     """
 
     def __init__(self, weights: list[Weight], work: Workload, config: FSDP, rank: int):
@@ -82,8 +82,10 @@ class ShardLaw(RankLaw):
         self._num_ready: Counter[str] = Counter()
 
     def _padded(self, weight: Weight) -> int:
-        """Bytes of a weight whose rows are filled up to a multiple of the ranks."""
-        return part_length(weight.shape[0], self.ranks) * self.ranks * prod(weight.shape[1:]) * self.narrow
+        """Bytes of a weight whose rows are padded to a multiple of the ranks."""
+        return (
+            part_length(weight.shape[0], self.ranks) * self.ranks * prod(weight.shape[1:]) * self.parameter_number_bytes
+        )
 
     def _size(self, unit: str) -> int:
         return sum(map(self._padded, self._units[unit]))
@@ -92,13 +94,13 @@ class ShardLaw(RankLaw):
         return [weight for weight in self._units[unit] if weight.is_trained]
 
     def add_resident(self) -> None:
-        """This rank's rows."""
+        """This rank's rows of every weight, with padding."""
         for weight in self.every:
             kind: Kind = "parameter_bytes" if weight.is_trained else "frozen_bytes"
             self.keep(kind, weight.part, self._padded(weight) // self.ranks)
 
     def on_use(self, weight: Weight, in_backward: bool) -> None:
-        """Gathers the unit, where it is not there."""
+        """Gathers the weight's unit and the root, if they are not gathered yet."""
         unit = _unit(weight)
         if in_backward:
             self._use_backward(_ROOT)
@@ -130,16 +132,16 @@ class ShardLaw(RankLaw):
         return buffer
 
     def end_forward(self) -> None:
-        """The model's own forward is over, and its unit goes too."""
+        """The model's forward ends: the last layer and the root are freed, and the loss's backward gathers the root again."""
         self._leave_layer(_ROOT)
         self._last_buffer = None
         if self._reshards:
             self._whole.pop(_ROOT, None)
-        self._use_backward(_ROOT)  # the loss, too, is its own
+        self._use_backward(_ROOT)  # the loss belongs to the root
 
     def _use_backward(self, unit: str) -> None:
         if unit in self._num_ready:
-            return  # already under way
+            return  # its backward has begun
         self._num_ready[unit] = 0
         if unit not in self._whole:
             buffer = self._buffers.pop(unit, None) or self._gather(unit)
@@ -152,7 +154,7 @@ class ShardLaw(RankLaw):
                 self._buffers[ahead] = buffer
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """A unit that has all its gradients sums them over the ranks and goes."""
+        """Sums a layer's gradients over the ranks and frees the layer, once all of them are there."""
         super().on_gradient(weight, gradient)
         unit = _unit(weight)
         self._num_ready[unit] += 1
@@ -175,40 +177,40 @@ class ShardLaw(RankLaw):
         self._sums.setdefault(unit, part)
 
     def end_backward(self) -> None:
-        """The rest is summed."""
+        """Sums the root's gradients."""
         self._reduce(_ROOT)
         self._last_input = None
         self._num_ready.clear()
 
     def gradients(self) -> Counter[str]:
-        """Those of this rank's rows."""
+        """The gradients of this rank's rows, with padding."""
         parts: Counter[str] = Counter()
         for weight in self.weights:
             parts[weight.part] += self._padded(weight) // self.ranks
         return parts
 
     def update(self) -> None:
-        """Of each parameter the norm is summed too."""
+        """Sums the norm of each parameter over the ranks, besides the loop's sums, and frees the gradients."""
         super().update()
         if self.ranks > 1:
             self.send("all_reduce", len(self.weights) * BYTES["float32"])
         self._sums.clear()
 
     def updated(self) -> list[Weight]:
-        """This rank's rows; padding has no state."""
+        """This rank's rows, without padding, which has no optimizer state."""
         shapes = {weight.name: weight.shape for weight in self.weights}
         shard = split_rows(shapes, self.ranks)[self.rank]
         return [Weight(w.name, (part.size,), w.dtype, w.part) for w, part in zip(self.weights, shard, strict=True)]
 
 
 def _unit(weight: Weight) -> str:
-    """The layer that it is in: models keep theirs in lists (`layers.0`, `encoder.0`)."""
+    """The layer that a weight is in, by its name in a list of layers (`layers.0`, `encoder.0`); else the root."""
     first, number, *_ = (*weight.name.split("."), "")
     return f"{first}.{number}" if number.isdigit() else _ROOT
 
 
 class Sharded(Strategy):
-    """Layers are units of their own where the model has `layers`; the rest is one."""
+    """A model split by fully_shard: each of `model.layers` is a unit, and so is the rest."""
 
     def __init__(self, inputs: StrategyInputs, config: FSDP):
         super().__init__(inputs)
@@ -227,7 +229,7 @@ class Sharded(Strategy):
         self.model = inputs.model
 
     def backward(self, loss: Tensor) -> None:
-        """FSDP takes the mean over ranks."""
+        """Multiplies by the ranks, since FSDP takes their mean."""
         (loss * self.world.ranks).backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
@@ -236,18 +238,18 @@ class Sharded(Strategy):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self) -> bool:
-        """Updates this rank's rows and clears."""
+        """Updates this rank's rows and clears the gradients."""
         self.optimizer.step()
         self.skip()
         return True
 
     def skip(self) -> None:
-        """Clears."""
+        """Clears the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
 
     def owners(self) -> list[ShardOwner]:
-        """The rows of every parameter."""
+        """This rank's rows of every parameter."""
         shard = split_rows(self._shapes, self.world.ranks)[self.world.rank]
         return [
             ShardOwner(key=row.parameter, parts=((part, 0),) if part.size else ())
@@ -255,12 +257,12 @@ class Sharded(Strategy):
         ]
 
     def resident(self) -> Iterable[Tensor]:
-        """This rank's rows."""
+        """This rank's rows of parameters, buffers and optimizer state."""
         for tensor in super().resident():
             yield local(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Gathered on all ranks, a parameter at a time, and kept by the main one."""
+        """The whole model on the main rank; all ranks gather it, a parameter at a time."""
         whole = {}
         for name, tensor in stored_tensors(self._plain).items():
             values = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -269,12 +271,12 @@ class Sharded(Strategy):
         return whole
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """The buffers; the weights are what the owners update."""
+        """Reads the buffers; `load` reads the weights into what the optimizer updates."""
         check_fit(self._rows, saved)
         load_buffers(self._plain, saved)
 
     def close(self) -> None:
-        """Frees gathered parameters."""
+        """Frees the parameters that are gathered."""
         for module in self._plain.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -1,4 +1,4 @@
-"""What all strategies of many processes share in their price: collectives, the copies that gloo makes, own sums."""
+"""What all strategies of several ranks have in common in their price: collectives, gloo's copies, the loop's own sums."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,18 +9,18 @@ from llmeff.cost.price import Kind
 from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 
-_OWN_BYTES = 8 + 8 + 4
-"""What the loop itself sums over the ranks in a step: what the loss is divided by, the number of items, and the loss."""
+_LOOP_BYTES = 8 + 8 + 4
+"""Bytes that the loop itself sums over the ranks in a step: the loss's divisor, the number of items, and the loss."""
 
 
 class RankLaw(StrategyLaw):
-    """One rank of several.
+    """The law of one rank of several.
 
     Args:
-        weights: the parameters, in the model's order.
+        weights: all parameters, in the model's order.
         work: what a step does on the rank.
-        ranks: how many there are.
-        rank: this one.
+        ranks: how many ranks there are.
+        rank: the index of this rank.
     """
 
     def __init__(self, weights: Iterable[Weight], work: Workload, ranks: int, rank: int):
@@ -28,47 +28,58 @@ class RankLaw(StrategyLaw):
         super().__init__(weights, work.precision)
         self.ranks, self.rank = ranks, rank
         self.is_shared = ranks > 1
-        self.wide = BYTES[work.precision.master or work.precision.parameters]
-        """Bytes of a number of what is updated."""
-        self.narrow = BYTES[work.precision.parameters]
-        """Bytes of a number of a parameter, and of its gradient."""
+        self.updated_number_bytes = BYTES[work.precision.master or work.precision.parameters]
+        """Bytes of a number that is updated: of the master copy, or of a parameter if there is none."""
+        self.parameter_number_bytes = BYTES[work.precision.parameters]
+        """Bytes of a number of a parameter, and of a gradient."""
         self._on_cpu = work.on_cpu
 
     def update(self) -> None:
-        """Our own sums; a strategy's come with them."""
+        """Counts the sums of the loop; a strategy adds those of its update."""
         if self.ranks > 1:
-            self.send("all_reduce", _OWN_BYTES)
+            self.send("all_reduce", _LOOP_BYTES)
 
     def offload(self, kind: Kind, part: str, num_bytes: int) -> None:
-        """Bytes that live in CPU memory at every moment: counted as what they are, in the peak only where all is there."""
+        """Counts bytes that live in CPU memory throughout the step; on a CPU run they are in the peak too.
+
+        Args:
+            kind: what the bytes are.
+            part: the part of the model that they belong to.
+            num_bytes: how many.
+        """
         if self._on_cpu:
             self.keep(kind, part, num_bytes)
         else:
             self.counts[kind, part] += num_bytes
 
     def gather(self, num_bytes: int) -> None:
-        """All ranks' parts are put together in a buffer of so many bytes."""
+        """Counts an all-gather of all ranks' parts into a buffer of `num_bytes`."""
         self.send("all_gather", num_bytes)
         self.copy(num_bytes)
 
     def scatter(self, num_bytes: int) -> None:
-        """A buffer of so many bytes is summed, and each rank gets its part."""
+        """Counts a reduce-scatter: a buffer of `num_bytes` is summed over the ranks, and each rank gets its part."""
         self.send("reduce_scatter", num_bytes)
         self.copy(num_bytes)
 
     def copy(self, num_bytes: int) -> None:
-        """Gloo gathers into, and scatters from, a copy, which goes with the call."""
+        """Counts the copy of `num_bytes` that gloo gathers into or scatters from, and frees at once."""
         if self._on_cpu:
             self.make("bucket_bytes", num_bytes)
 
-    def flatten(self, sizes: Iterable[int], width: int) -> Storage | None:
-        """Numbers put one behind another for a collective or an update; what is in one piece is not copied."""
+    def flatten(self, sizes: Iterable[int], number_bytes: int) -> Storage | None:
+        """Makes the copy that joins tensors for a collective or an update; None for a single tensor, which is not copied.
+
+        Args:
+            sizes: how many numbers each tensor has.
+            number_bytes: bytes of a number.
+        """
         pieces = list(sizes)
-        return self.make("bucket_bytes", sum(pieces) * width) if len(pieces) > 1 else None
+        return self.make("bucket_bytes", sum(pieces) * number_bytes) if len(pieces) > 1 else None
 
 
 def in_buckets(sizes: Iterable[int], limit: int) -> Iterator[list[int]]:
-    """Pieces in the order given; a bucket is closed by the piece that makes it exceed the limit."""
+    """Splits sizes into buckets, in their order; the size that makes a bucket exceed the limit is its last."""
     bucket: list[int] = []
     for size in sizes:
         bucket.append(size)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and parameters split over the ranks by stage, and kept in CPU memory."""
+"""DeepSpeed's ZeRO: splits optimizer state, gradients and parameters over the ranks by stage, or offloads them to the CPU."""
 
 import contextlib
 import importlib
@@ -26,7 +26,7 @@ from llmeff.parallel.group_state import group_entries
 from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, check_fit, load_buffers, load_whole, whole
 from llmeff.parallel.single import check_joined
 from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
-from llmeff.parallel.zero_law import ALIGNMENT, FlatLaw, GatheredLaw, SumLaw, ZeroLaw
+from llmeff.parallel.zero_law import ALIGNMENT, FlatLaw, GatheredLaw, SumLaw, ZeroLaw, ZeroSettings
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -42,7 +42,7 @@ _FIELDS = {
     "stage3_max_reuse_distance": "max_reuse_distance",
     "stage3_param_persistence_threshold": "persistence_threshold",
 }
-"""A DeepSpeed file's `zero_optimization`, and the fields here that they fill."""
+"""Keys of `zero_optimization` in a DeepSpeed file, and the fields of `DeepSpeed` that they set."""
 _OURS = {
     "train_batch_size": "train.batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -51,41 +51,41 @@ _OURS = {
     "bf16": "precision",
     "fp16": "precision",
 }
-"""What a DeepSpeed file may state and the run's config must say too."""
+"""Keys that a DeepSpeed file may have if the run's config says the same, and the fields there."""
 _ELSEWHERE = {"optimizer": "optim", "scheduler": "schedule"}
-"""What a DeepSpeed file may hold and only the run's config decides."""
+"""Keys that a DeepSpeed file may have only as "auto", and the fields of the run's config that decide them."""
 
 
 class DeepSpeed(StrategyConfig):
-    """ZeRO (Rajbhandari et al. 2020; with offload, Ren et al. 2021) by the DeepSpeed library, through Accelerate."""
+    """ZeRO (Rajbhandari et al. 2020; offload: Ren et al. 2021) by the DeepSpeed library, through Accelerate."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "bf16_master")
     launch_flags: ClassVar[tuple[str, ...]] = ("--use_deepspeed", "--multi_gpu")
 
     name: Literal["deepspeed"] = "deepspeed"
     file: Text | None = None
-    """A DeepSpeed JSON file with stage, offload and buckets, which are taken over here."""
+    """A DeepSpeed JSON file; its stage, offload and buckets set the fields below."""
     stage: Stage = 2
-    """What is split over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    """What is split over the ranks. 0: nothing. 1: optimizer state. 2: gradients too. 3: parameters too."""
     offload_optimizer: Flag = False
-    """Keep the optimizer's state in CPU memory and update there, by the optimizer of the config."""
+    """Keep the optimizer's state in CPU memory and update there, with the optimizer of the config."""
     offload_parameters: Flag = False
     """Keep parameters that are not in use in CPU memory (stage 3)."""
     overlap_comm: Flag = False
-    """Reduce gradients while backward goes on, on a stream of its own."""
+    """Reduce gradients while backward runs, on a separate stream."""
     reduce_bucket_size: Count = 50_000_000
-    """Gradients are reduced so many numbers at a time; never more than the model has."""
+    """Gradients that are reduced at a time, in numbers; never more than the model has."""
     allgather_bucket_size: Count = 50_000_000
-    """Updated parameters are gathered so many numbers at a time (stages 1 and 2) where the backend cannot gather them
-    at once; gloo and NCCL can."""
+    """Updated parameters that are gathered at a time, in numbers (stages 1 and 2), if the backend cannot gather them all at
+    once; gloo and NCCL can."""
     prefetch_bucket_size: CountOrZero = 50_000_000
-    """Numbers that are gathered ahead of their use (stage 3)."""
+    """Parameters that are gathered ahead of their use, in numbers (stage 3)."""
     max_live_parameters: CountOrZero = 1_000_000_000
-    """Numbers that may stay gathered (stage 3)."""
+    """Parameters that may be gathered at the same time, in numbers (stage 3)."""
     max_reuse_distance: CountOrZero = 1_000_000_000
-    """A parameter stays gathered if it is used again within so many numbers (stage 3)."""
+    """A parameter stays gathered if fewer numbers than this are used before its next use (stage 3)."""
     persistence_threshold: CountOrZero = 0
-    """Parameters with so many numbers or fewer are never split (stage 3)."""
+    """Parameters of this many numbers or fewer are never split (stage 3)."""
 
     _external_settings: list[ExternalSetting] = PrivateAttr(default_factory=list)
 
@@ -109,7 +109,7 @@ class DeepSpeed(StrategyConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "DeepSpeed":
-        assert self.file is None, "what it states was taken over above"
+        assert self.file is None, "_read_file replaces the file by the fields that it sets"
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs a stage from 1 on: at stage 0 nothing is split or moved")
         if self.offload_parameters and self.stage != 3:
@@ -117,11 +117,11 @@ class DeepSpeed(StrategyConfig):
         return self
 
     def external_settings(self) -> list[ExternalSetting]:
-        """What the file states of batch, precision and clipping."""
+        """What the file states about batch, precision and clipping."""
         return self._external_settings
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """From stage 1 on DeepSpeed hands the optimizer one flat slice of many parameters."""
+        """From stage 1 on, DeepSpeed gives the optimizer a flat slice of many parameters."""
         if self.stage == 0 or sharding == "elementwise":
             return None
         return (
@@ -130,7 +130,7 @@ class DeepSpeed(StrategyConfig):
         )
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Stage 0 has no master copy of ours, and stage 3 gathers parameters inside of modules."""
+        """Stage 0 cannot keep a master copy that other stages can load; stage 3 cannot be compiled."""
         if precision == "bf16_master" and self.stage == 0:
             yield (
                 "precision 'bf16_master' is not for parallel.stage 0: there DeepSpeed has another engine, with a state "
@@ -140,7 +140,7 @@ class DeepSpeed(StrategyConfig):
             yield f"runtime.compile {compiled!r} is not for parallel.stage 3: gathering parameters breaks the graph"
 
     def settings(self, inputs: StrategyInputs) -> dict[str, Any]:
-        """DeepSpeed's own config of this run."""
+        """DeepSpeed's own config for this run."""
         size = sum(row.parameter.numel() for row in inputs.parameter_infos(inputs.model))
         zero: dict[str, Any] = {
             "stage": self.stage,
@@ -162,14 +162,14 @@ class DeepSpeed(StrategyConfig):
             "gradient_accumulation_steps": inputs.num_micro_batches,
             "gradient_clipping": 0.0 if self.stage == 0 else inputs.clip_norm or 0.0,
             "zero_optimization": zero,
-            # or DeepSpeed puts its own Adam in the place of any optimizer that is offloaded
+            # otherwise DeepSpeed replaces any offloaded optimizer by its own Adam
             "zero_force_ds_cpu_optimizer": False,
         }
         if inputs.precision.master is not None:
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
             settings["data_types"] = {"grad_accum_dtype": "bf16"}
         elif inputs.precision.autocast:
-            # with modules named here their gradients would travel in the format of autocast
+            # gradients of modules that are named here would be sent in autocast's format
             named: list[str] = []
             settings["torch_autocast"] = {
                 "enabled": True,
@@ -180,7 +180,7 @@ class DeepSpeed(StrategyConfig):
 
     @property
     def miscounts(self) -> str | None:
-        """At stage 3 the optimizer is stepped once for each group, with the others empty, and counts in all of them."""
+        """At stage 3 DeepSpeed steps the optimizer once a group with all other groups empty, so counts grow too fast."""
         if self.stage < 3:
             return None
         return (
@@ -188,31 +188,65 @@ class DeepSpeed(StrategyConfig):
         )
 
     def bucket_size(self, size: int) -> int:
-        """Numbers in a bucket of gradients, of a model of so many."""
-        # a bucket of the whole model is one that is never full, and DeepSpeed allocates what it is told
+        """Gradients in a bucket, in numbers.
+
+        Args:
+            size: how many numbers of the model are trained.
+        """
+        # DeepSpeed allocates the whole bucket, and one as large as the model is never full
         return min(self.reduce_bucket_size, max(1, size))
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroLaw:
-        """What the stage leaves on a rank.
+        """What a rank keeps and sends at this stage.
 
-        What is offloaded is counted by its kind wherever it lies. In `peak_bytes` it is only on a CPU, where all is one
-        memory: on a GPU that is the peak of the device, which is what must fit.
+        Offloaded bytes are always counted under their kind. `peak_bytes` includes them only if the model is on a CPU: on a GPU
+        it is the peak of the device's memory.
         """
-        own = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
-        stages: dict[int, type[ZeroLaw]] = {0: SumLaw, 1: FlatLaw, 2: FlatLaw, 3: GatheredLaw}
-        return stages[self.stage](weights, own, work, self, rank)
+        grouped = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
+        settings = ZeroSettings(
+            ranks=self.ranks,
+            stage=self.stage,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            overlap_comm=self.overlap_comm,
+            bucket_size=self.bucket_size(sum(weight.size for weight in weights if weight.is_trained)),
+            prefetch_bucket_size=self.prefetch_bucket_size,
+            max_live_parameters=self.max_live_parameters,
+            max_reuse_distance=self.max_reuse_distance,
+            persistence_threshold=self.persistence_threshold,
+        )
+        laws: dict[int, type[ZeroLaw]] = {0: SumLaw, 1: FlatLaw, 2: FlatLaw, 3: GatheredLaw}
+        return laws[self.stage](weights, grouped, work, settings, rank)
 
     def build(self, inputs: StrategyInputs) -> "Engine":
-        """Hands the model and the optimizer to DeepSpeed."""
+        """Gives the model and the optimizer to DeepSpeed."""
         engines = {0: Engine, 1: FlatEngine, 2: FlatEngine, 3: GatheredEngine}
         return engines[self.stage](inputs, self)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], list[ExternalSetting]]:
-    """A DeepSpeed JSON file as fields of `DeepSpeed`, and what it states of fields elsewhere in the config.
+    """Reads a DeepSpeed JSON file into fields of `DeepSpeed`, and what it states about other fields of the run's config.
 
     Raises:
-        ValueError: it is absent, no JSON, or holds what is not read or only the run's config decides; names each.
+        ValueError: the file is absent or no JSON, or it has keys that are not read or that the run's config decides.
+    """
+    content, zero = _content(path)
+    problems = list(_key_problems(path, content, zero))
+    if problems:
+        raise ValueError("\n".join(problems))
+    external_settings = [
+        ExternalSetting(key=_OURS[key], value=meant, source=f"{path} ({key})")
+        for key, value in content.items()
+        if key in _OURS and (meant := _meant(key, value)) != "auto"
+    ]
+    return {_FIELDS[key]: _plain(value) for key, value in zero.items()}, external_settings
+
+
+def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file's table, and its table `zero_optimization`.
+
+    Raises:
+        ValueError: the file is absent, no JSON, or of another form.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -225,49 +259,51 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[ExternalSetting]]:
     zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
     if not isinstance(zero, dict):
         raise ValueError(f"file: {path} is no table with a table zero_optimization")
-    problems = [
-        f'file: {path} states {key} = {json.dumps(content[key])}, which {owner} decides: leave it out or write "auto"'
-        for key, owner in _ELSEWHERE.items()
-        if content.get(key, "auto") != "auto"
-    ]
+    return content, zero
+
+
+def _key_problems(path: Path, content: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that only the run's config decides, and keys that are not read."""
+    for key, owner in _ELSEWHERE.items():
+        if content.get(key, "auto") != "auto":
+            yield (
+                f"file: {path} states {key} = {json.dumps(content[key])}, which {owner} decides: "
+                'leave it out or write "auto"'
+            )
     known = {"zero_optimization", *_OURS, *_ELSEWHERE}
-    problems += [f"file: {path}: {key} is not read.{nearest(key, known)}" for key in content if key not in known]
-    problems += [
-        f"file: {path}: zero_optimization.{key} is not read.{nearest(key, _FIELDS)}"
-        for key in zero
-        if key not in _FIELDS
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
-    said = [
-        ExternalSetting(key=_OURS[key], value=_meant(key, value), source=f"{path} ({key})")
-        for key, value in content.items()
-        if key in _OURS and _meant(key, value) != "auto"
-    ]
-    return {_FIELDS[key]: _plain(value) for key, value in zero.items()}, said
+    for key in content:
+        if key not in known:
+            yield f"file: {path}: {key} is not read.{nearest(key, known)}"
+    for key in zero:
+        if key not in _FIELDS:
+            yield f"file: {path}: zero_optimization.{key} is not read.{nearest(key, _FIELDS)}"
 
 
 def _meant(key: str, value: Any) -> Any:
-    """A number format by its name where it is switched on, and no clipping as None; `auto` states nothing."""
+    """A value in terms of the run's config: the name of a number format that is on, None for no clipping, else as it is.
+
+    Returns:
+        "auto" if the file does not decide.
+    """
     if _OURS[key] == "precision":
         return key if isinstance(value, Mapping) and value.get("enabled") is True else "auto"
     return None if key == "gradient_clipping" and value == 0 else value
 
 
 def _plain(value: Any) -> Any:
-    """Offload as a switch, sizes as integers (DeepSpeed's files write 5e7)."""
+    """Offload as a flag, and sizes as integers (DeepSpeed's files write 5e7)."""
     if isinstance(value, Mapping):
         return value.get("device", "none") != "none"
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _even(count: int) -> int:
-    """DeepSpeed wants a multiple of two."""
+    """The next multiple of two, which DeepSpeed requires."""
     return count + count % 2
 
 
 class Engine(Strategy):
-    """Stage 0: DeepSpeed sums the gradients, and the rest is plain."""
+    """Stage 0: DeepSpeed sums the gradients; all else is plain PyTorch."""
 
     def __init__(self, inputs: StrategyInputs, config: DeepSpeed):
         super().__init__(inputs)
@@ -284,35 +320,35 @@ class Engine(Strategy):
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's own optimizer around ours."""
+        """DeepSpeed's optimizer, which wraps ours."""
         return self._engine.optimizer
 
     @contextlib.contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
-        """Tells DeepSpeed where a step ends."""
+        """Tells DeepSpeed whether the step ends with this micro-batch."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed takes the mean over ranks, and is told not to over micro-batches."""
+        """Multiplies by the ranks, since DeepSpeed takes their mean; it is told not to average over micro-batches."""
         self._engine.backward(loss * self.world.ranks, scale_wrt_gas=False)
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Clips to the norm: DeepSpeed tells none at this stage."""
+        """Clips here, since DeepSpeed reports no norm at this stage."""
         parameters = [row.parameter for row in self._rows]
         return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
 
     def step(self) -> bool:
-        """DeepSpeed updates and clears."""
+        """DeepSpeed updates the parameters and clears the gradients."""
         self._engine.step()
         return True
 
     def skip(self) -> None:
-        """Clears what backward left; for the end of a run: at stages 1 to 3 DeepSpeed still has its reduced gradients."""
+        """Clears the gradients. Only for the end of a run: at stages 1 to 3 DeepSpeed keeps its reduced gradients."""
         self._engine.zero_grad()
 
     def owners(self) -> list[ShardOwner]:
-        """What it updates; of what all update, the main rank's."""
+        """What this rank updates; at stage 0, where all ranks update the same, everything on the main rank."""
         return self.owned() if self._config.stage > 0 or self.world.is_main else []
 
     def owned(self) -> list[ShardOwner]:
@@ -320,7 +356,7 @@ class Engine(Strategy):
         return [whole(row) for row in self._rows]
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Every parameter and buffer."""
+        """Reads every parameter and buffer."""
         load_whole(self._plain, self._rows, saved)
 
     def close(self) -> None:
@@ -329,7 +365,7 @@ class Engine(Strategy):
 
 
 class FlatEngine(Engine):
-    """Stages 1 and 2: each group of parameters is one flat tensor, of which a rank updates a slice."""
+    """Stages 1 and 2: each group of parameters is one flat tensor, and a rank updates a slice of it."""
 
     def clip(self, max_norm: float | None) -> Tensor:
         """The norm, asked for once and handed back to the step, which clips by it."""
@@ -340,7 +376,7 @@ class FlatEngine(Engine):
     def step(self) -> bool:
         """DeepSpeed clips, updates, gathers and clears."""
         super().step()
-        del self._zero.scaled_global_norm  # the class's own again
+        del self._zero.scaled_global_norm  # restores the method of the class
         return True
 
     def _flats(self) -> list[tuple[Tensor, Shard]]:
@@ -355,7 +391,7 @@ class FlatEngine(Engine):
         return [ShardOwner(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
 
     def resident(self) -> Iterable[Tensor]:
-        """The groups, this rank's slices of them, their moments, and what offloading goes by way of."""
+        """The flat groups, this rank's slices and optimizer state, and the buffers of offloading."""
         yield from super().resident()
         yield from self._zero.bit16_groups_flat
         yield from self._zero.single_partition_of_fp32_groups
@@ -368,7 +404,7 @@ class FlatEngine(Engine):
 
 
 class GatheredEngine(Engine):
-    """Stage 3: a rank has a part of every parameter, and a module gathers its own when it runs."""
+    """Stage 3: a rank has a part of every parameter, and a module gathers its parameters when it runs."""
 
     def __init__(self, inputs: StrategyInputs, config: DeepSpeed):
         self._linear = nn.functional.linear
@@ -377,7 +413,7 @@ class GatheredEngine(Engine):
         self._environment.enter_context(local_rank_stated())
 
     def close(self) -> None:
-        """Takes DeepSpeed's own linear layer away too, which it leaves to all that comes after."""
+        """Restores `torch.nn.functional.linear` too, which DeepSpeed replaces and leaves replaced."""
         super().close()
         self._environment.close()
         nn.functional.linear = self._linear
@@ -391,13 +427,13 @@ class GatheredEngine(Engine):
         return _finite_or_nan(combine_grad_norm_groups(norms))
 
     def step(self) -> bool:
-        """DeepSpeed clips, updates and clears."""
+        """DeepSpeed clips, updates the parameters and clears the gradients."""
         super().step()
-        del self._zero._get_norm_groups  # the class's own again
+        del self._zero._get_norm_groups  # restores the method of the class
         return True
 
     def owned(self) -> list[ShardOwner]:
-        """This rank's part of every parameter; a group is one flat tensor of parts, each padded to the same size."""
+        """This rank's part of every parameter; a group is one flat tensor of parts, which are padded to equal sizes."""
         found = []
         for flat, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
             parts, at = [], 0
@@ -411,7 +447,7 @@ class GatheredEngine(Engine):
         return found
 
     def resident(self) -> Iterable[Tensor]:
-        """The parts of the parameters, of their updated copies and moments, and of the gradients, and the bucket."""
+        """This rank's parts of parameters, master copies, optimizer state and gradients, and the bucket."""
         yield from self._plain.buffers()
         for parameter in self._plain.parameters():
             yield parameter.data
@@ -425,7 +461,7 @@ class GatheredEngine(Engine):
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Gathered on all ranks, a parameter at a time, and kept by the main one."""
+        """The whole model on the main rank; all ranks gather it, a parameter at a time."""
         from deepspeed.runtime.zero import GatheredParameters
 
         whole = {}
@@ -437,7 +473,7 @@ class GatheredEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """This rank's part of every parameter, in the format that forward reads."""
+        """Reads this rank's part of every parameter, in the format that forward reads."""
         check_fit(self._rows, saved, self._sizes)
         load_buffers(self._plain, saved)
         for row in self._rows:
@@ -459,15 +495,15 @@ def _in_row(shard: Shard) -> tuple[tuple[Slice, int], ...]:
 
 
 def _finite_or_nan(norm: Tensor) -> Tensor:
-    """DeepSpeed says -1 for a norm that is not finite."""
+    """The norm; NaN for -1, which is what DeepSpeed returns if the norm is not finite."""
     return torch.where(norm < 0, torch.nan, norm)
 
 
 def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """DeepSpeed's engine, through Accelerate.
+    """Builds DeepSpeed's engine through Accelerate.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or another number of processes came together.
+        ConfigError: DeepSpeed is not installed, or Accelerate sees another number of processes.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -482,9 +518,9 @@ def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: 
         backend = importlib.import_module("deepspeed.comm.torch")
     except ImportError:
         raise ConfigError('parallel "deepspeed" needs DeepSpeed: pip install "llmeff[deepspeed]"') from None
-    # It would be compiled at the first start, for two minutes; gloo does the same sums.
+    # Compiling it takes two minutes at the first start, and gloo computes the same sums.
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # DeepSpeed still calls collectives by the names that torch deprecates.
+    # DeepSpeed still calls collectives by names that torch deprecates.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -497,6 +533,6 @@ def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: 
         )
         check_joined(accelerator, world().ranks, engine="DEEPSPEED")
         engine, _ = accelerator.prepare(inputs.model, optimizer)
-    # or transformers would build every model from now on split into inputs, those of the price and the export too
+    # otherwise transformers would split every model that it builds from now on, in prices and exports too
     unset_hf_deepspeed_config()
     return engine

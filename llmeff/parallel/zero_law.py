@@ -2,8 +2,8 @@
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from llmeff.core.shard import Shard, part_length, split_group
 from llmeff.core.tested import check_tested
@@ -11,126 +11,146 @@ from llmeff.cost.arrays import Array, Storage, Weight
 from llmeff.cost.workload import Workload
 from llmeff.parallel.rank_law import RankLaw, in_buckets
 
-if TYPE_CHECKING:
-    from llmeff.parallel.zero import DeepSpeed
-
 ALIGNMENT = 2
-"""ZeRO-1 and -2 pad a group of parameters to a multiple of so many numbers a rank."""
+"""Numbers: ZeRO-1 and -2 pad a rank's slice of a group to a multiple of it."""
 _DOUBLE = 8
-"""Bytes of a number of a norm: a slice of the gradients is copied into this format at a time."""
+"""Bytes of a float64, to which gradients are cast for their norm, a slice at a time."""
 _ALL_AT_ONCE = 500_000_000
-"""Numbers that stage 0 sums at a time."""
+"""Gradients, in numbers, that stage 0 sums in one collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """The fields of `DeepSpeed` that decide the price of a step; sizes are counts of numbers, not bytes."""
+
+    ranks: int
+    stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    overlap_comm: bool
+    bucket_size: int
+    """Gradients in a bucket, at most."""
+    prefetch_bucket_size: int
+    max_live_parameters: int
+    max_reuse_distance: int
+    persistence_threshold: int
 
 
 class ZeroLaw(RankLaw):
-    """What the stages share.
+    """What the laws of all stages have in common.
 
     Args:
-        weights: the parameters, in the model's order.
-        groups: the trained ones, by the optimizer's groups.
+        weights: all parameters, in the model's order.
+        groups: the trained parameters, by the optimizer's groups.
         work: what a step does on the rank.
-        config: the stage.
-        rank: this one.
+        settings: the stage, offload and buckets.
+        rank: the index of this rank.
     """
 
     def __init__(
-        self, weights: list[Weight], groups: list[list[Weight]], work: Workload, config: "DeepSpeed", rank: int
+        self, weights: list[Weight], groups: list[list[Weight]], work: Workload, settings: ZeroSettings, rank: int
     ):
         check_tested("deepspeed")
-        super().__init__(weights, work, config.ranks, rank)
+        super().__init__(weights, work, settings.ranks, rank)
         self._groups = groups
-        self._config = config
-        self._is_wider = self.wide != self.narrow
+        self._settings = settings
+        self._is_cast = self.updated_number_bytes != self.parameter_number_bytes
         self._accumulates = work.num_micro_batches > 1
-        self._limit = config.bucket_size(sum(weight.size for weight in self.weights))
+        self._limit = settings.bucket_size
         self._bucket: list[Weight] = []
-        self.updates_on_host = config.offload_optimizer
-        self._keep_state = self.offload if config.offload_optimizer else self.keep
-        self._keep_parameters = self.offload if config.offload_parameters else self.keep
+        self.updates_on_host = settings.offload_optimizer
+        self._keep_state = self.offload if settings.offload_optimizer else self.keep
+        self._keep_parameters = self.offload if settings.offload_parameters else self.keep
 
     @property
     def _num_in_bucket(self) -> int:
         return sum(weight.size for weight in self._bucket)
 
-    def _widen(self, num_pieces: int, size: int) -> Iterator[None]:
-        """A group's gradients in one piece, in the format of what is updated, while that is done."""
-        piece = self.flatten([size, *[0] * (num_pieces - 1)], self.narrow)
-        if self._is_wider:
-            piece = self._widened(piece, size)
-        yield
-        del piece
+    def _copy_gradients(self, num_pieces: int, size: int) -> None:
+        """A group's gradients are joined into one piece, which is then cast to the format of the update.
 
-    def _widened(self, narrow: Storage | None, size: int) -> Storage:
-        wide = self.make("bucket_bytes", size * self.wide)
-        del narrow
-        return wide
+        Args:
+            num_pieces: how many tensors are joined.
+            size: how many numbers they have together.
+        """
+        joined = self.flatten([size, *[0] * (num_pieces - 1)], self.parameter_number_bytes)
+        if self._is_cast:
+            self.make("bucket_bytes", size * self.updated_number_bytes)
+        del joined
 
 
 class SumLaw(ZeroLaw):
-    """Stage 0: gradients are summed at the end, in one flat copy."""
+    """Stage 0: a flat copy of the gradients is summed over the ranks at the end of backward."""
 
     def end_backward(self) -> None:
-        """With the last micro-batch all that was added up is summed over the ranks."""
+        """The last micro-batch's backward sums all gradients over the ranks."""
         if self.is_last:
             for sizes in in_buckets([weight.size for weight in self.weights], _ALL_AT_ONCE):
-                flat = self.flatten(sizes, self.narrow)
-                self.send("all_reduce", sum(sizes) * self.narrow)
+                flat = self.flatten(sizes, self.parameter_number_bytes)
+                self.send("all_reduce", sum(sizes) * self.parameter_number_bytes)
                 del flat
 
 
 class FlatLaw(ZeroLaw):
-    """Stages 1 and 2: each group is one flat tensor, of which a rank updates a slice.
+    """Stages 1 and 2: each group is one flat tensor, and a rank updates a slice of it.
 
-    Gradients are copied into a bucket as they come (stage 1: at the end). A full bucket is summed by way of a copy, and
-    whole gradients of the parameters of which this rank has a part are copied out of it.
+    Stage 2 copies each gradient into a bucket as soon as it is ready; stage 1 does so at the end. A full bucket is copied and
+    summed over the ranks. If this rank owns a slice of a parameter, it keeps a copy of the parameter's whole gradient.
     """
 
     def __init__(
-        self, weights: list[Weight], groups: list[list[Weight]], work: Workload, config: "DeepSpeed", rank: int
+        self, weights: list[Weight], groups: list[list[Weight]], work: Workload, settings: ZeroSettings, rank: int
     ):
-        super().__init__(weights, groups, work, config, rank)
+        super().__init__(weights, groups, work, settings, rank)
         alignment = ALIGNMENT * self.ranks
         sizes = [{weight.name: weight.size for weight in group} for group in groups]
-        self._lengths = [part_length(sum(own.values()), self.ranks, alignment) for own in sizes]
-        shards = [split_group(own, self.ranks, alignment) for own in sizes]
-        self._own: list[Shard] = [by_rank[rank] for by_rank in shards]
-        self._slices = {part.name: part.size for shard in self._own for part in shard}
+        self._lengths = [part_length(sum(group.values()), self.ranks, alignment) for group in sizes]
+        """Numbers of each group's slice, with padding."""
+        shards = [split_group(group, self.ranks, alignment) for group in sizes]
+        self._shards: list[Shard] = [by_rank[rank] for by_rank in shards]
+        """This rank's slice of each group."""
+        self._slices = {part.name: part.size for shard in self._shards for part in shard}
+        """How many numbers of each parameter this rank updates."""
         self._owners: dict[str, list[tuple[int, int]]] = {}
+        """By parameter: the ranks that update it, and how many of its numbers each."""
         for by_rank in shards:
             for owner, shard in enumerate(by_rank):
                 for part in shard:
                     self._owners.setdefault(part.name, []).append((owner, part.size))
         touched = sum(weight.size for weight in self.weights if weight.name in self._slices)
-        self._num_touched_bytes = touched * self.narrow
-        lengths = zip(self._own, self._lengths, strict=True)
+        self._num_touched_bytes = touched * self.parameter_number_bytes
+        lengths = zip(self._shards, self._lengths, strict=True)
         self._num_padding = sum(length - sum(part.size for part in shard) for shard, length in lengths)
         self._sum: Storage | None = None
         self._new: Storage | None = None
         self._buffer: Storage | None = None
 
     def add_resident(self) -> None:
-        """The flat groups, this rank's slices for the update, and what offloading goes by way of."""
+        """The flat groups, this rank's slices for the update, and the buffers of offloading."""
         self.add_frozen()
         largest = max(weight.size for weight in self.weights)
         for length in self._lengths:
-            self.keep("parameter_bytes", "flat", length * self.ranks * self.narrow)
-            self._keep_state("master_bytes", "flat", length * self.wide)
-            if self._config.offload_optimizer:
-                self.offload("gradient_bytes", "flat", length * self.wide)
+            self.keep("parameter_bytes", "flat", length * self.ranks * self.parameter_number_bytes)
+            self._keep_state("master_bytes", "flat", length * self.updated_number_bytes)
+            if self._settings.offload_optimizer:
+                self.offload("gradient_bytes", "flat", length * self.updated_number_bytes)
                 if self._on_cpu:
-                    self.hold("bucket_bytes", length * self.narrow)
-        if self._config.offload_optimizer:
-            self.hold("bucket_bytes", (2 if self._on_cpu else 1) * largest * self.narrow)
+                    self.hold("bucket_bytes", length * self.parameter_number_bytes)
+        if self._settings.offload_optimizer:
+            self.hold("bucket_bytes", (2 if self._on_cpu else 1) * largest * self.parameter_number_bytes)
             if self._accumulates:
                 self.offload("gradient_bytes", "earlier micro-batches", self._num_touched_bytes)
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """Into the bucket, or at stage 1 to the others until the end."""
+        """At stage 2 the gradient is added to the bucket; at stage 1 it is kept until the end of backward.
+
+        With `overlap_comm` stage 1 adds the last micro-batch's gradients to the bucket as well.
+        """
         if self._buffer is None:
-            num_buckets = 2 if self._config.overlap_comm else 1
-            self._buffer = self.make("bucket_bytes", num_buckets * self._limit * self.narrow)
+            num_buckets = 2 if self._settings.overlap_comm else 1
+            self._buffer = self.make("bucket_bytes", num_buckets * self._limit * self.parameter_number_bytes)
         super().on_gradient(weight, gradient)
-        if self._config.stage == 2 or (self._config.overlap_comm and self.is_last):
+        if self._settings.stage == 2 or (self._settings.overlap_comm and self.is_last):
             self._add(weight)
 
     def _add(self, weight: Weight) -> None:
@@ -144,8 +164,8 @@ class FlatLaw(ZeroLaw):
         owned = [place for weight in self._bucket for place in self._owners[weight.name]]
         pieces = [sum(size for _, size in run) for _, run in groupby(owned, key=lambda place: place[0])]
         for sizes in in_buckets(pieces, self._limit):
-            flat = self.flatten(sizes, self.narrow)
-            self.send("all_reduce", sum(sizes) * self.narrow)
+            flat = self.flatten(sizes, self.parameter_number_bytes)
+            self.send("all_reduce", sum(sizes) * self.parameter_number_bytes)
             del flat
         for weight in self._bucket:
             if weight.name in self._slices:
@@ -154,18 +174,22 @@ class FlatLaw(ZeroLaw):
         self._bucket.clear()
 
     def _take(self, size: int) -> None:
-        """A reduced gradient of which this rank has a part."""
-        if not self._config.offload_optimizer:
+        """This rank takes its part of a summed gradient.
+
+        Args:
+            size: how many numbers of it the rank updates.
+        """
+        if not self._settings.offload_optimizer:
             self._new = self._new or self.make("gradient_bytes", self._num_touched_bytes)
         elif self.is_last:
             self.make("bucket_bytes", size * _DOUBLE)
-            self.make("bucket_bytes", size * self.wide if self._is_wider else 0)
+            self.make("bucket_bytes", size * self.updated_number_bytes if self._is_cast else 0)
 
     def end_backward(self) -> None:
-        """The rest is summed; then the buckets go."""
-        if self._config.stage == 1 and not self.is_last:
+        """The gradients that are left are summed; then the buckets are freed."""
+        if self._settings.stage == 1 and not self.is_last:
             return
-        if self._config.stage == 1 and not self._config.overlap_comm:
+        if self._settings.stage == 1 and not self._settings.overlap_comm:
             for group in self._groups:
                 for weight in group:
                     self._add(weight)
@@ -173,58 +197,57 @@ class FlatLaw(ZeroLaw):
         self._buffer = None
         self._sum = self._sum or self._new
         self._new = None
-        if self.is_last and not self._config.offload_optimizer:
-            self.hold("padding", self._num_padding * self.narrow)
+        if self.is_last and not self._settings.offload_optimizer:
+            self.hold("padding", self._num_padding * self.parameter_number_bytes)
 
     def gradients(self) -> Counter[str]:
-        """What was copied out of the buckets."""
-        if self._config.offload_optimizer:
+        """Copies of the whole gradients of which this rank updates a part, and padding; none if they are offloaded."""
+        if self._settings.offload_optimizer:
             return Counter()
         touched = self._num_touched_bytes if self._slices else 0
-        return Counter({"touched": touched, "padding": self._num_padding * self.narrow})
+        return Counter({"touched": touched, "padding": self._num_padding * self.parameter_number_bytes})
 
     def update(self) -> None:
-        """Norms, then one group after another; at the end each is gathered."""
+        """The norms are summed, each group is updated, and the updated parameters are gathered."""
         super().update()
         for _ in self._groups:
             self.send("all_reduce", 4)
-        if self._is_wider:
+        if self._is_cast:
             self.send("all_reduce", 1)  # whether any gradient is not finite
-        if not self._config.offload_optimizer:
+        if not self._settings.offload_optimizer:
             self.make("bucket_bytes", max(self._slices.values(), default=0) * _DOUBLE)
-            for shard, length in zip(self._own, self._lengths, strict=True):
+            for shard, length in zip(self._shards, self._lengths, strict=True):
                 is_padded = sum(part.size for part in shard) < length
-                for _ in self._widen(len(shard) + is_padded, length):
-                    pass
+                self._copy_gradients(len(shard) + is_padded, length)
         self._sum = None
         self.drop("padding")
         if self.ranks > 1:
             for length in self._lengths:
-                self.gather(length * self.ranks * self.narrow)
+                self.gather(length * self.ranks * self.parameter_number_bytes)
 
     def updated(self) -> list[Weight]:
-        """A flat slice of each group."""
+        """This rank's slice of each group, as one flat tensor."""
         dtype = self.formats.master or self.formats.parameters
         return [Weight(f"group {i}", (length,), dtype, "flat") for i, length in enumerate(self._lengths)]
 
 
 class GatheredLaw(ZeroLaw):
-    """Stage 3: a part of every parameter, put together for its uses as DeepSpeed's coordinator decides.
+    """Stage 3: a rank keeps a part of every parameter; DeepSpeed's coordinator gathers whole parameters for their uses.
 
-    It knows the order of uses from the step before. At each use it gathers ahead, all in one buffer, and afterwards lets
-    a parameter go that is not used again soon.
+    The coordinator knows the order of uses from the step before. At each use it gathers the next parameters too, all in one
+    buffer. After a use it frees the parameter, unless it is used again soon.
     """
 
-    replaces_linear = True  # zero/linear.py, for as long as the process lives
+    replaces_linear = True  # by zero/linear.py, as long as the process lives
 
     def __init__(
-        self, weights: list[Weight], groups: list[list[Weight]], work: Workload, config: "DeepSpeed", rank: int
+        self, weights: list[Weight], groups: list[list[Weight]], work: Workload, settings: ZeroSettings, rank: int
     ):
-        super().__init__(weights, groups, work, config, rank)
+        super().__init__(weights, groups, work, settings, rank)
         sizes = {weight.name: weight.size for weight in self.every}
         self._parts = {name: part_length(size, self.ranks) for name, size in sizes.items()}
         self._sizes = sizes
-        self._stays = {name for name, size in sizes.items() if size <= config.persistence_threshold}
+        self._stays = {name for name, size in sizes.items() if size <= settings.persistence_threshold}
         self._trace: list[str] = []
         self._begin_pass()
 
@@ -239,41 +262,43 @@ class GatheredLaw(ZeroLaw):
         self._is_ahead = False
 
     def set_use_order(self, uses: list[tuple[str, bool]]) -> None:
-        """The order of modules, forward and backward."""
+        """Derives the order in which the coordinator sees modules, in forward and backward."""
         self._trace = list(_modules(uses))
 
     def _padded(self, name: str) -> int:
-        return self._parts[name] * self.ranks * self.narrow
+        return self._parts[name] * self.ranks * self.parameter_number_bytes
 
     def add_resident(self) -> None:
-        """StrategyInputs of parameters, of their updated copies and of gradients, and the bucket."""
+        """This rank's parts of parameters, master copies and gradients, the parameters that stay whole, and the bucket."""
         for weight in self.every:
             if weight.name in self._stays:
                 self.hold("gathered_bytes", weight.num_bytes)
             if not weight.is_trained:
-                self._keep_parameters("frozen_bytes", weight.part, self._parts[weight.name] * self.narrow)
+                self._keep_parameters(
+                    "frozen_bytes", weight.part, self._parts[weight.name] * self.parameter_number_bytes
+                )
         for weight in self.weights:
             length = self._parts[weight.name]
-            self._keep_parameters("parameter_bytes", weight.part, length * self.narrow)
-            self._keep_state("master_bytes", weight.part, length * self.wide)
-            self._keep_state("gradient_bytes", weight.part, length * self.narrow)
-            if self._config.offload_optimizer:
-                self.offload("gradient_bytes", weight.part, length * self.wide)
-        self.hold("bucket_bytes", self._limit * self.narrow)
+            self._keep_parameters("parameter_bytes", weight.part, length * self.parameter_number_bytes)
+            self._keep_state("master_bytes", weight.part, length * self.updated_number_bytes)
+            self._keep_state("gradient_bytes", weight.part, length * self.parameter_number_bytes)
+            if self._settings.offload_optimizer:
+                self.offload("gradient_bytes", weight.part, length * self.updated_number_bytes)
+        self.hold("bucket_bytes", self._limit * self.parameter_number_bytes)
 
     def begin_micro_batch(self, is_last: bool) -> None:
-        """The order begins anew."""
+        """The order of uses begins again."""
         super().begin_micro_batch(is_last)
         self._begin_pass()
 
     def on_use(self, weight: Weight, in_backward: bool) -> None:
-        """What was used before may go; this is fetched, and more ahead."""
+        """The parameter used before may be freed; this one is fetched, and the next ones are gathered ahead."""
         if not self._is_ahead:
             self._enter()
         self._is_ahead = False
 
     def _enter(self) -> None:
-        """The next module with a weight of its own, and those around it that are entered with it."""
+        """Enters the next module with a weight, and the modules around it that are entered with it."""
         self._release()
         while self._trace[self._num_uses] == _AROUND:
             self._num_uses += 1
@@ -288,9 +313,9 @@ class GatheredLaw(ZeroLaw):
         if name in self._in_flight:
             names, buffer = self._in_flight.pop(name)
             for other in names:
-                num_bytes = self._sizes[other] * self.narrow if self.ranks > 1 else 0
+                num_bytes = self._sizes[other] * self.parameter_number_bytes if self.ranks > 1 else 0
                 self._whole[other] = self.make("gathered_bytes", num_bytes)
-            names.clear()  # all are taken out at once; the buffer stays until each was used
+            names.clear()  # all are taken out at once; the buffer lives until the last of them is used
             del buffer
         if self._fetched_until[name] <= at and self._queue:
             self._fetched_until[name] = self._queue.popleft()[0] + 1
@@ -298,7 +323,7 @@ class GatheredLaw(ZeroLaw):
         self._num_uses += 1
 
     def _look_ahead(self) -> None:
-        most = min(self._config.max_live_parameters - self._num_there, self._config.prefetch_bucket_size)
+        most = min(self._settings.max_live_parameters - self._num_there, self._settings.prefetch_bucket_size)
         ahead: list[str] = []
         num_ahead = 0
         while self._queue and num_ahead < most:
@@ -316,20 +341,20 @@ class GatheredLaw(ZeroLaw):
     def _gather(self, names: list[str]) -> Storage:
         self._num_there += sum(self._sizes[name] for name in names)
         if self.ranks == 1:
-            return self.make("gathered_bytes", 0)  # the one part is the parameter
+            return self.make("gathered_bytes", 0)  # the only part is the parameter itself
         num_bytes = sum(map(self._padded, names))
         buffer = self.make("gathered_bytes", num_bytes)
         self.gather(num_bytes)
         return buffer
 
     def _release(self) -> None:
-        """Lets what was used last go, unless it is used again within the distance."""
+        """Frees the parameter that was used last, unless it is used again within `max_reuse_distance` numbers."""
         name, self._current = self._current, None
         if name is None or name in self._stays or self._fetched_until[name] > self._num_uses + 1:
             return
         distance = 0
         for later in self._trace[self._num_uses :]:
-            if distance >= self._config.max_reuse_distance:
+            if distance >= self._settings.max_reuse_distance:
                 break
             if later == name:
                 return
@@ -338,12 +363,12 @@ class GatheredLaw(ZeroLaw):
         self._num_there -= self._sizes[name]
 
     def end_forward(self) -> None:
-        """The last module is left, and backward enters it again before its loss."""
+        """Leaves the last module, which backward enters again before the loss."""
         self._enter()
         self._is_ahead = True
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """Into the bucket, where there is room for it."""
+        """The gradient is added to the bucket, which is summed first if it has no room."""
         super().on_gradient(weight, gradient)
         if self._bucket and self._num_in_bucket + weight.size > self._limit:
             self._reduce()
@@ -355,7 +380,7 @@ class GatheredLaw(ZeroLaw):
         if not self._bucket:
             return
         num_bytes = sum(self._padded(weight.name) for weight in self._bucket)
-        is_padded = num_bytes != self._num_in_bucket * self.narrow
+        is_padded = num_bytes != self._num_in_bucket * self.parameter_number_bytes
         flat = self.make("bucket_bytes", num_bytes) if is_padded or len(self._bucket) > 1 else None
         self.scatter(num_bytes)
         del flat
@@ -364,41 +389,47 @@ class GatheredLaw(ZeroLaw):
         self._bucket.clear()
 
     def end_backward(self) -> None:
-        """The rest is summed; then the first module goes too, which has no gradient to hand on that would say so."""
+        """The gradients that are left are summed; then all parameters are freed.
+
+        DeepSpeed does not see the end of the first module's backward, since no gradient leaves it.
+        """
         self._reduce()
         self._begin_pass()
 
     def update(self) -> None:
-        """Norms, then one group after another; what is never split is gathered again."""
+        """The norms are summed, each group is updated, and the parameters that stay whole are gathered again."""
         super().update()
-        offloads = self._config.offload_optimizer
+        offloads = self._settings.offload_optimizer
         for _ in self._groups:
             self.send("all_reduce", 4 if offloads else _DOUBLE)
         if not offloads:
             self.make("bucket_bytes", max(self._parts[weight.name] for weight in self.weights) * _DOUBLE)
             for group in self._groups:
-                for _ in self._widen(len(group), sum(self._parts[weight.name] for weight in group)):
-                    pass
+                self._copy_gradients(len(group), sum(self._parts[weight.name] for weight in group))
         if self._stays:
             self.gather(sum(map(self._padded, self._stays)))
 
     def updated(self) -> list[Weight]:
-        """The parts of each group, one behind another."""
+        """This rank's parts of each group, joined into one flat tensor."""
         dtype = self.formats.master or self.formats.parameters
         lengths = [sum(self._parts[weight.name] for weight in group) for group in self._groups]
         return [Weight(f"group {i}", (length,), dtype, "flat") for i, length in enumerate(lengths)]
 
 
 _AROUND = ""
-"""In the order of modules, one without weights of its own."""
+"""Stands in the order of modules for a module that has no weights itself."""
 
 
 def _modules(uses: list[tuple[str, bool]]) -> Iterator[str]:
-    """The weights in the order of their modules, which are entered from the outermost inwards."""
+    """The weights in the order of uses, each after an `_AROUND` for every module around it that is entered with it.
+
+    Args:
+        uses: names of weights, and whether the use is in backward.
+    """
     inside: list[str] = []
     was_backward = False
     for name, in_backward in uses:
-        names = name.split(".")[:-2]  # of the modules around the weight's own
+        names = name.split(".")[:-2]  # of the modules around the weight's module
         around = ["", *(".".join(names[: i + 1]) for i in range(len(names)) if not _is_list(names, i))]
         if in_backward != was_backward:
             inside = []
