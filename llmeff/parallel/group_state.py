@@ -1,4 +1,4 @@
-"""What optimizers keep in their groups beside parameters and settings: counts of steps, sums of weights."""
+"""State that optimizers keep in their groups, beside parameters and settings: counts of steps, sums of weights."""
 
 import copy
 import math
@@ -14,54 +14,57 @@ from llmeff.core.config import ConfigError
 from llmeff.core.parameters import ParameterInfo, Role
 
 _SCHEDULED = ("params", "lr", "peak_lr")
-"""What the loop sets itself."""
+"""Keys of a group that the loop sets itself."""
 _STATELESS = (FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device)
-"""Settings of these kinds cannot change without being replaced."""
+"""Kinds of values that cannot change without being replaced."""
 _TENSOR, _TUPLE = "::tensor", "::tuple"
 _MOST = 2**20
-"""Numbers of a parameter that is stepped to see what an optimizer keeps; larger ones are left out."""
+"""Numbers of the largest parameter that a trial step is made with; larger ones are left out."""
 
 Entries = dict[str, Any]
-"""Of one group, by key."""
+"""Entries of one group, by key."""
 
 
 def group_entries(optimizer: Optimizer) -> list[Entries]:
-    """Copies of what each group holds beside its parameters and its rate."""
+    """Copies of what each group holds beside its parameters and its learning rate."""
     return [
-        {key: value if isinstance(value, _STATELESS) else copy.deepcopy(value) for key, value in _own(group).items()}
+        {
+            key: value if isinstance(value, _STATELESS) else copy.deepcopy(value)
+            for key, value in _unscheduled(group).items()
+        }
         for group in optimizer.param_groups
     ]
 
 
-def _own(group: Mapping[str, Any]) -> Entries:
+def _unscheduled(group: Mapping[str, Any]) -> Entries:
     return {key: value for key, value in group.items() if key not in _SCHEDULED}
 
 
 def changed_entries(optimizer: Optimizer, begun: Sequence[Entries]) -> list[Entries]:
-    """What steps have changed in or added to each group, as JSON.
+    """The entries of each group that steps have changed or added, as JSON.
 
     Args:
         optimizer: after any number of steps.
-        begun: `group_entries` of it before the first.
+        begun: its `group_entries` before the first step.
 
     Raises:
         ConfigError: a value has a kind that is not saved.
     """
     found = []
     for group, before in zip(optimizer.param_groups, begun, strict=True):
-        own = _own(group)
-        changed = {key: own[key] for key in own if key not in before or not _same(own[key], before[key])}
+        now = _unscheduled(group)
+        changed = {key: now[key] for key in now if key not in before or not _same(now[key], before[key])}
         found.append({key: _packed(f"its groups' {key!r}", value) for key, value in changed.items()})
     return found
 
 
 def put_back(group: Entries, saved: Mapping[str, Any], device: torch.device) -> None:
-    """Puts what `changed_entries` gave of a group into it.
+    """Restores what `changed_entries` returned for a group.
 
     Args:
-        group: of the optimizer.
-        saved: of that group.
-        device: of its parameters, where tensors lie that did then.
+        group: a group of the optimizer.
+        saved: the entries of that group.
+        device: of its parameters; tensors that were on no CPU go there.
     """
     group.update({key: _unpacked(value, device) for key, value in saved.items()})
 
@@ -73,10 +76,14 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _packed(what: str, value: Any) -> Any:
-    """The value as JSON: of tensors those of one number.
+    """The value as JSON; tensors must have one number.
+
+    Args:
+        what: names the value in the error.
+        value: a number, flag, word or tensor, or a list or tuple of them.
 
     Raises:
-        ConfigError: it is of another kind.
+        ConfigError: the value is of another kind.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         return {_TENSOR: [str(value.dtype).removeprefix("torch."), list(value.shape), value.item(), value.is_cpu]}
@@ -113,16 +120,16 @@ def check_savable(
     rows: Sequence[ParameterInfo],
     miscounts: str | None = None,
 ) -> None:
-    """Steps an optimizer of copies of a few parameters once, and refuses one whose state a checkpoint could not hold.
+    """Refuses an optimizer whose state a checkpoint could not hold, by a step with copies of a few parameters.
 
     Args:
         name: of the optimizer.
-        build: builds it.
-        rows: of all parameters, of which the smallest of each role is copied.
-        miscounts: why an optimizer that counts in its groups would not be itself here; None where it is.
+        build: builds the optimizer of given parameters.
+        rows: all parameters; the smallest of each role is copied.
+        miscounts: why an optimizer that counts in its groups would silently differ; None if it would not.
 
     Raises:
-        ConfigError: naming what cannot be saved and its kind, or the reason above.
+        ConfigError: with what cannot be saved and its kind, or with `miscounts`.
     """
     copies = _copies(rows)
     if not copies:
@@ -148,13 +155,13 @@ def check_savable(
 
 
 _AHEAD = (0, 10, 1_000, 100_000)
-"""So far ahead counts are set to see whether a step by them differs."""
+"""How far counts are moved ahead, to see whether the next update depends on them."""
 
 
 def _is_idle(
     build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo], counted: Sequence[str]
 ) -> bool:
-    """Whether a second step is the same whatever an optimizer has counted by then."""
+    """Whether the second update is the same whatever the counts are by then."""
     ends = []
     for ahead in _AHEAD:
         copies = _copies(rows)
@@ -168,11 +175,11 @@ def _is_idle(
                 row.parameter.grad = torch.full_like(row.parameter, (-1.0) ** number / number)
             optimizer.step()
         ends.append([row.parameter for row in copies])
-    return all(torch.equal(one, other) for own in ends[1:] for one, other in zip(ends[0], own, strict=True))
+    return all(torch.equal(one, other) for end in ends[1:] for one, other in zip(ends[0], end, strict=True))
 
 
 def _is_same_apart(build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo]) -> bool:
-    """Whether its update is the same where each group is stepped by itself: what it counts may not matter to it."""
+    """Whether updates are the same if each group is stepped alone, as they are if counts do not matter."""
     ends = []
     for is_apart in (False, True):
         copies = _copies(rows)
@@ -190,7 +197,7 @@ def _is_same_apart(build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequ
 
 
 def _copies(rows: Sequence[ParameterInfo]) -> list[ParameterInfo]:
-    """Of the smallest parameter of each role."""
+    """A copy of the smallest parameter of each role, if it has at most `_MOST` numbers."""
     least: dict[Role, ParameterInfo] = {}
     for row in sorted(rows, key=lambda row: row.parameter.numel()):
         if row.parameter.numel() <= _MOST:
@@ -202,7 +209,11 @@ def _copies(rows: Sequence[ParameterInfo]) -> list[ParameterInfo]:
 
 
 def _check_settings(group: Mapping[str, Any]) -> None:
-    """An object that could change within is refused, whether or not it does."""
-    for key, value in _own(group).items():
+    """Refuses any object that could change in place, whether or not it does.
+
+    Raises:
+        ConfigError: with the entry and its kind.
+    """
+    for key, value in _unscheduled(group).items():
         if not isinstance(value, _STATELESS):
             _packed(f"its groups' {key!r}", value)

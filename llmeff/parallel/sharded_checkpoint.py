@@ -1,8 +1,8 @@
-"""A run's weights and optimizer state on disk, in slices that any number of ranks can read back.
+"""A run's weights and optimizer state on disk, in slices that any number of ranks can read.
 
-Every rank writes what it owns: `rank-00000.safetensors` with the updated weights and each kind of state, and
-`rank-00000.json`, which says which slice of which parameter each is, and what the optimizer counts in its groups. So a state outlives the strategy and the number of
-ranks that it was made with, and nothing but tensors and JSON is read.
+Every rank writes what it owns. `rank-00000.safetensors` has the updated weights and each kind of optimizer state.
+`rank-00000.json` says which slice of which parameter each tensor is, and what the optimizer counts in its groups. So a
+checkpoint is independent of the strategy and the number of ranks that wrote it, and only tensors and JSON are read.
 """
 
 import json
@@ -30,23 +30,23 @@ _BUFFERS = "buffers.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOwner:
-    """A tensor that the optimizer updates, and what lies in it."""
+    """A tensor that the optimizer updates, and the slices of parameters in it."""
 
     key: Tensor
-    """By which the optimizer's state is found."""
+    """The tensor itself, which is the key of the optimizer's state."""
     parts: tuple[tuple[Slice, int], ...]
-    """Slices of parameters, and where each begins in the flattened local numbers."""
+    """Slices of parameters, and the index in the flattened local numbers at which each begins."""
     is_whole: bool = False
-    """It is one parameter, all of it: its state may have any shape."""
+    """Whether the tensor is one whole parameter; then its state may have any shape."""
 
     @property
     def numbers(self) -> Tensor:
-        """The local numbers, flattened: a view."""
+        """A flat view of the local numbers."""
         return flat(self.key)
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A view of the numbers that this rank has of a tensor, in one dimension."""
+    """A one-dimensional view of the numbers of a tensor that this rank has."""
     return local(tensor).detach().view(-1)
 
 
@@ -62,21 +62,23 @@ def save(
     """Writes what this rank owns.
 
     Args:
-        folder: into which all ranks write.
-        rank: this process's.
-        owners: what it owns.
-        optimizer: whose state goes with it.
+        folder: the folder that all ranks write into.
+        rank: of this process.
+        owners: what this rank owns.
+        optimizer: has their state.
         begun: `group_entries` of the optimizer before its first step.
-        buffers: of the model; the main rank's are kept.
-        others: what else the strategy remembers, as JSON.
+        buffers: of the model; those of the main rank are written.
+        others: the strategy's `extra_state`, as JSON.
 
     Raises:
-        ConfigError: the optimizer's groups hold what cannot be written.
+        ConfigError: the optimizer's groups hold something that cannot be written.
     """
     changed = changed_entries(optimizer, begun)
-    entries = {key: own for group, own in zip(optimizer.param_groups, changed, strict=True) for key in group["params"]}
+    entries = {
+        key: counted for group, counted in zip(optimizer.param_groups, changed, strict=True) for key in group["params"]
+    }
     owners = list(owners)
-    groups = {part.name: own for owner in owners if (own := entries.get(owner.key)) for part, _ in owner.parts}
+    groups = {part.name: counted for owner in owners if (counted := entries.get(owner.key)) for part, _ in owner.parts}
     tensors: dict[str, Tensor] = {}
     slices: dict[str, tuple[int, int]] = {}
     whole: list[str] = []
@@ -101,7 +103,7 @@ def save(
                     first = storages.setdefault(value.untyped_storage()._cdata, name)
                     if first == name:
                         tensors[name] = value
-                    else:  # a table that parameters have in common stays one
+                    else:  # a tensor that several parameters share is written once
                         shared[name] = first
                 else:
                     tensors[name] = flat(value)[span]
@@ -115,10 +117,10 @@ def save(
 
 
 class ShardedCheckpoint:
-    """What `save` wrote, of all ranks.
+    """What `save` wrote on all ranks.
 
     Args:
-        folder: where it lies.
+        folder: the folder that was written into.
     """
 
     def __init__(self, folder: Path):
@@ -134,7 +136,7 @@ class ShardedCheckpoint:
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[int, int, Any, set[str]]]]:
-        """By parameter: start, stop, the file, and the names in it."""
+        """By parameter: the start and stop of each slice, its file, and the names in the file."""
         places: dict[str, list[tuple[int, int, Any, set[str]]]] = {}
         for path, content in self._contents:
             file = self._files[str(path)]
@@ -149,12 +151,12 @@ class ShardedCheckpoint:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """How many numbers of each parameter were saved."""
+        """The numbers of each parameter, by its name."""
         return {name: max(stop for _, stop, _, _ in places) for name, places in self._places.items()}
 
     @property
     def others(self) -> dict[str, Any]:
-        """What else the main rank's strategy extra_state."""
+        """The `extra_state` of the main rank's strategy."""
         return dict(self._contents[0][1]["others"])
 
     @cached_property
@@ -164,7 +166,7 @@ class ShardedCheckpoint:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
     def kinds(self, parameter: str) -> set[str]:
-        """The kinds of tensors in the parameter's optimizer state."""
+        """The kinds of tensors in a parameter's optimizer state."""
         prefix = parameter + _BETWEEN
         every = [*self._shared, *(name for *_, names in self._places[parameter] for name in names)]
         found = {name.removeprefix(prefix) for name in every}
@@ -172,11 +174,11 @@ class ShardedCheckpoint:
 
     @cached_property
     def _shared(self) -> dict[str, str]:
-        """Names of tensors that are another one, and which."""
+        """Names of tensors that were written once for several parameters, and the names they were written under."""
         return {name: first for _, content in self._contents for name, first in content["shared"].items()}
 
     def plain(self, parameter: str) -> dict[str, Any]:
-        """What is no tensor in the parameter's optimizer state."""
+        """The values in a parameter's optimizer state that are no tensors."""
         prefix = parameter + _BETWEEN
         return {
             name.removeprefix(prefix): value
@@ -187,11 +189,11 @@ class ShardedCheckpoint:
 
     @cached_property
     def _groups(self) -> dict[str, Entries]:
-        """What the group of each parameter counted."""
-        return {name: own for _, content in self._contents for name, own in content.get("groups", {}).items()}
+        """What the group of each parameter counted, by the parameter's name."""
+        return {name: entry for _, content in self._contents for name, entry in content.get("groups", {}).items()}
 
     def whole(self, parameter: str, kind: str) -> Tensor:
-        """A tensor of the state as it was saved: one number for all slices, or that of a whole parameter."""
+        """A tensor of the state as it was saved: a single number for all slices, or the tensor of a whole parameter."""
         name = parameter + _BETWEEN + kind
         name = self._shared.get(name, name)
         _, _, file, _ = self._places[name.partition(_BETWEEN)[0]][0]
@@ -199,10 +201,10 @@ class ShardedCheckpoint:
         return tensor
 
     def read(self, part: Slice, kind: str = _WEIGHT) -> Tensor:
-        """The numbers of a slice, put together from whoever had them.
+        """The numbers of a slice, joined from the ranks that had them.
 
         Raises:
-            ValueError: some of them were not saved, or there is not one for each number of the parameter.
+            ValueError: some numbers were not saved, or the tensor has not one for each number of the parameter.
         """
         found: list[Tensor] = []
         at = part.start
@@ -219,10 +221,10 @@ class ShardedCheckpoint:
 
     @torch.no_grad()
     def load(self, owners: Iterable[ShardOwner], optimizer: Optimizer) -> None:
-        """Puts weights and state back into what this rank owns.
+        """Reads weights and optimizer state into what this rank owns.
 
         Raises:
-            ValueError: they are of another model, or of an optimizer whose state cannot be cut as it must be here.
+            ValueError: they are of another model, or of an optimizer whose state cannot be split as the owners need.
         """
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         there: dict[str, Tensor] = {}
@@ -235,7 +237,7 @@ class ShardedCheckpoint:
             first = named[0].name
             group = groups.get(owner.key, optimizer.param_groups[0])
             put_back(group, self._groups.get(first, {}), owner.key.device)
-            on_device = group.get("fused") or group.get("capturable")  # where torch keeps step counters
+            on_device = group.get("fused") or group.get("capturable")  # torch then keeps step counters there
             state = optimizer.state[owner.key]
             for kind in sorted(self.kinds(first)):
                 value = self.whole(first, kind)
@@ -260,17 +262,17 @@ def _plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def whole(row: ParameterInfo) -> ShardOwner:
-    """A parameter that is updated as a whole."""
+    """The owner of a parameter that is updated as a whole."""
     part = Slice(name=row.name, start=0, stop=row.parameter.numel())
     return ShardOwner(key=row.parameter, parts=((part, 0),), is_whole=True)
 
 
 @torch.no_grad()
 def load_whole(model: nn.Module, rows: list[ParameterInfo], saved: ShardedCheckpoint) -> None:
-    """Reads the weights of parameters that this process has whole, and the buffers.
+    """Reads parameters that this process has whole, and the buffers.
 
     Raises:
-        ValueError: they are another model's.
+        ValueError: they are of another model.
     """
     check_fit(rows, saved)
     for row in rows:
@@ -283,18 +285,19 @@ def check_fit(rows: list[ParameterInfo], saved: ShardedCheckpoint, sizes: Mappin
     """Refuses the weights of another model.
 
     Args:
-        rows: the parameters.
-        saved: the weights.
-        sizes: numbers of each parameter, where the rows' own are split.
+        rows: the parameters of this model.
+        saved: the checkpoint.
+        sizes: numbers of each parameter; None: as many as its row has.
 
     Raises:
         ValueError: names or sizes differ.
     """
-    own = {row.name: row.parameter.numel() for row in rows} if sizes is None else dict(sizes)
-    if own.keys() != saved.parameters.keys():
-        missing, extra = sorted(own.keys() - saved.parameters.keys()), sorted(saved.parameters.keys() - own.keys())
+    expected = {row.name: row.parameter.numel() for row in rows} if sizes is None else dict(sizes)
+    if expected.keys() != saved.parameters.keys():
+        missing = sorted(expected.keys() - saved.parameters.keys())
+        extra = sorted(saved.parameters.keys() - expected.keys())
         raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
-    for name, size in own.items():
+    for name, size in expected.items():
         if size != saved.parameters[name]:
             raise ValueError(f"{name} was saved with {saved.parameters[name]} numbers, the model has {size}")
 
@@ -304,10 +307,10 @@ def load_buffers(model: nn.Module, saved: ShardedCheckpoint) -> None:
     """Reads the model's buffers.
 
     Raises:
-        ValueError: they are another model's.
+        ValueError: they are of another model.
     """
-    own = stored_tensors(model)
+    tensors = stored_tensors(model)
     for name, values in saved.buffers.items():
-        if name not in own or own[name].shape != values.shape:
+        if name not in tensors or tensors[name].shape != values.shape:
             raise ValueError(f"the model has no buffer {name} of shape {tuple(values.shape)}")
-        own[name].copy_(values)
+        tensors[name].copy_(values)

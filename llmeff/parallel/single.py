@@ -1,4 +1,4 @@
-"""One process, without collectives."""
+"""Training in one process, without collectives."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -35,11 +35,11 @@ class Single(StrategyConfig):
         return self
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """None: nothing is split."""
+        """Refuses no optimizer, since nothing is split."""
         return None
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> StrategyLaw:
-        """Everything."""
+        """One process keeps everything and sends nothing."""
         return StrategyLaw(weights, work.precision)
 
     def build(self, inputs: StrategyInputs) -> "SingleProcess":
@@ -48,12 +48,12 @@ class Single(StrategyConfig):
 
 
 def accelerator(device: torch.device, precision: Precision, **settings: Any) -> Any:
-    """A fresh Accelerator of this process, whatever an earlier run in it was."""
+    """A new Accelerator, independent of earlier runs in this process."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
     check_tested("accelerate")
-    # Accelerate keeps one state for the process, and a run before this one may have had another precision.
+    # Accelerate keeps one state for the process, and an earlier run may have had another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision.compute]
@@ -61,14 +61,19 @@ def accelerator(device: torch.device, precision: Precision, **settings: Any) -> 
 
 
 def check_joined(accelerator: Any, ranks: int, engine: str | None = None) -> None:
-    """Accelerate may silently leave each process alone, or another engine in place of the one asked for.
+    """Checks that Accelerate joined all ranks by the engine that was asked for, since it may silently do neither.
+
+    Args:
+        accelerator: of this process.
+        ranks: how many there should be.
+        engine: Accelerate's name of the engine; None: any that joins them.
 
     Raises:
-        ConfigError: naming what came together.
+        ConfigError: with the number and kind of processes that Accelerate sees.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    alone = ranks > 1 and kind == "NO"
-    if accelerator.num_processes != ranks or alone or (engine is not None and kind != engine):
+    is_alone = ranks > 1 and kind == "NO"
+    if accelerator.num_processes != ranks or is_alone or (engine is not None and kind != engine):
         wanted = f"parallel.ranks is {ranks}" + (f" by {engine}" if engine else "")
         raise ConfigError(
             f"{wanted} in the config, but Accelerate sees {accelerator.num_processes} processes of the kind {kind}"
@@ -76,14 +81,14 @@ def check_joined(accelerator: Any, ranks: int, engine: str | None = None) -> Non
 
 
 class SingleProcess(Strategy):
-    """Accelerate places the model, casts its forward and scales its loss; the step itself is plain PyTorch."""
+    """Accelerate moves the model, casts its forward and scales its loss; the step is plain PyTorch."""
 
     def __init__(self, inputs: StrategyInputs, **settings: Any):
         super().__init__(inputs)
         self._accelerator = accelerator(inputs.device, inputs.precision, **settings)
         self._rows = inputs.parameter_infos(inputs.model)
         self._parameters = [row.parameter for row in self._rows]
-        # Not prepared: Accelerate's optimizer looks for other packages on disk at every step, which takes 0.4 ms.
+        # Not prepared: Accelerate's optimizer looks for packages on disk at every step, which takes 0.4 ms.
         self.optimizer, self._scaler = inputs.optimizer(self._owned()), self._accelerator.scaler
         self.model = self._accelerator.prepare(inputs.model)
         self.begun = group_entries(self.optimizer)
@@ -93,18 +98,18 @@ class SingleProcess(Strategy):
         return self._rows
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of the loss, scaled in fp16."""
+        """Backward of the loss, which is scaled in fp16."""
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Clips to the norm; unscales fp16's gradients first."""
+        """Clips the gradients to the norm; in fp16 they are unscaled first."""
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         limit = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
 
     def step(self) -> bool:
-        """Updates and clears."""
+        """Updates the parameters and clears the gradients; fp16's scaler may skip the update."""
         updated = True
         if self._scaler is None:
             self.optimizer.step()
@@ -117,18 +122,18 @@ class SingleProcess(Strategy):
         return updated
 
     def skip(self) -> None:
-        """Clears."""
+        """Clears the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
 
     @property
     def loss_scale(self) -> float | None:
-        """The scaler's factor in fp16."""
+        """The factor of fp16's scaler; None without one."""
         return None if self._scaler is None else float(self._scaler.get_scale())
 
     @property
     def may_overflow(self) -> bool:
-        """In fp16, until the factor has fallen to 1: then the gradients themselves are not finite."""
+        """True in fp16 while the factor is above 1; at 1 the gradients themselves are not finite."""
         return self._scaler is not None and self._scaler.get_scale() > 1
 
     def owners(self) -> list[ShardOwner]:
@@ -136,14 +141,14 @@ class SingleProcess(Strategy):
         return [whole(row) for row in self._owned()]
 
     def extra_state(self) -> dict[str, Any]:
-        """Of fp16, the loss scaling."""
+        """The loss scaling of fp16."""
         return {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
 
     def load_extra_state(self, others: Mapping[str, Any]) -> None:
-        """Puts the loss scaling back."""
+        """Restores the loss scaling."""
         if self._scaler is not None and "scaler" in others:
             self._scaler.load_state_dict(others["scaler"])
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Every parameter and buffer."""
+        """Reads every parameter and buffer."""
         load_whole(self._plain, self._rows, saved)

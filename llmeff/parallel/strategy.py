@@ -26,72 +26,80 @@ from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, sa
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyInputs:
-    """What a strategy sets up on this process."""
+    """What a strategy is built from on this process."""
 
     model: nn.Module
     """The whole model, on the device."""
     parameter_infos: Callable[[nn.Module], list[ParameterInfo]]
-    """The parameters to train, of the model as it is when asked."""
+    """Returns the parameters to train; of a model that the strategy may have split."""
     optimizer: Callable[[list[ParameterInfo]], Optimizer]
-    """Builds the optimizer of parameters."""
+    """Builds an optimizer of the given parameters."""
     device: torch.device
-    """Where this process computes."""
+    """The device of this process."""
     precision: Precision
     """The number formats."""
     micro_batch: int
-    """Rows a forward pass on one rank."""
+    """Rows of a forward pass on one rank."""
     num_micro_batches: int
-    """Micro-batches a step on one rank."""
+    """Micro-batches of a step on one rank."""
     clip_norm: float | None
-    """The norm that gradients are scaled down to; None: never."""
+    """The norm that larger gradients are scaled down to; None: never."""
 
 
 class Strategy(ABC):
-    """A model and its optimizer, set up on this process, and the collective parts of a step."""
+    """A model and its optimizer on this process, and the parts of a step in which ranks communicate."""
 
     model: nn.Module
-    """The model whose forward a step calls; under no_grad too."""
+    """The model whose forward is called, in training and under no_grad."""
     optimizer: Optimizer
-    """What updates this process's share; its groups hold the learning rate."""
+    """Updates this process's share of the parameters; its groups hold the learning rate."""
 
     begun: list[Entries]
-    """What the optimizer's groups held before its first step."""
+    """What the optimizer's groups held before the first step."""
 
     def __init__(self, inputs: StrategyInputs):
         self.device = inputs.device
         self.world: World = world()
         self.num_parameters = sum(parameter.numel() for parameter in inputs.model.parameters())
-        """Trained and frozen, of the whole model, shared ones once."""
+        """Numbers of the whole model, trained and frozen; shared parameters count once."""
         self.num_trained = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
-        """Trained."""
+        """Numbers that are trained."""
         self._plain = inputs.model
 
     def accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch; after the last one's, gradients are those of all ranks."""
+        """A context for forward and backward of a micro-batch; after the last one gradients are sums over all ranks."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model as it is when it does not learn."""
+        """A context with the model in evaluation mode."""
         self.model.eval()
         yield self.model
         self.model.train()
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds this share's gradients; `loss` is the share's sum over the step's global count."""
+        """Adds this share's gradients.
+
+        Args:
+            loss: the share's summed loss, divided by the step's global count.
+        """
 
     def reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """The sum of a value over all ranks."""
         return group.total(value)
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scales the gradients down to the norm where they exceed it; returns the norm before, over all parameters."""
+        """Scales gradients down to a norm of at most `max_norm`; None: never.
+
+        Returns:
+            the norm before, over all parameters of all ranks.
+        """
 
     @abstractmethod
     def step(self) -> bool:
-        """Updates the parameters and clears the gradients; False where loss scaling skipped the update."""
+        """Updates the parameters and clears the gradients; returns False if loss scaling skipped the update."""
 
     @abstractmethod
     def skip(self) -> None:
@@ -99,52 +107,52 @@ class Strategy(ABC):
 
     @property
     def loss_scale(self) -> float | None:
-        """The factor of fp16's loss scaling; None where there is none."""
+        """The factor of fp16's loss scaling; None if there is none."""
         return None
 
     @property
     def may_overflow(self) -> bool:
-        """Whether gradients that are not finite only mean that loss scaling skips this step and goes lower."""
+        """Whether gradients that are not finite only make loss scaling skip this step and lower its factor."""
         return False
 
     @abstractmethod
     def owners(self) -> list[ShardOwner]:
-        """What this rank owns of weights and optimizer state; together the ranks own everything once."""
+        """The weights and optimizer state that this rank saves; together the ranks save everything once."""
 
     def owned(self) -> list[ShardOwner]:
-        """What this rank updates, whoever owns it: where every rank updates everything, one saves and all load."""
+        """The weights that this rank updates, and loads. If every rank updates everything, only one saves it."""
         return self.owners()
 
     def resident(self) -> Iterable[Tensor]:
-        """The tensors that live between steps on this process."""
+        """The tensors that live on this process between steps."""
         yield from self._plain.parameters()
         yield from self._plain.buffers()
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's weights and buffers, on the main rank; elsewhere it may be empty. All ranks call it."""
+        """The whole model's weights and buffers on the main rank; empty or not on others. All ranks call it."""
         return stored_tensors(self._plain)
 
     def extra_state(self) -> dict[str, Any]:
-        """What else training goes on from, as JSON: the loss scaling."""
+        """What else is needed to resume, as JSON: the loss scaling."""
         return {}
 
     def load_extra_state(self, others: Mapping[str, Any]) -> None:  # noqa: B027  there may be nothing
-        """Puts back what `extra_state` gave."""
+        """Restores what `extra_state` returned."""
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's share of all that training goes on from: weights, optimizer state, loss scaling."""
+        """Writes this rank's share of what is needed to resume: weights, optimizer state and loss scaling."""
         buffers = {
             name: tensor for name, tensor in stored_tensors(self._plain).items() if _is_buffer(self._plain, name)
         }
         save(folder, self.world.rank, self.owners(), self.optimizer, self.begun, buffers, self.extra_state())
 
     def load(self, folder: Path) -> None:
-        """Puts back what any strategy's `save` wrote on any number of ranks.
+        """Restores what any strategy's `save` wrote on any number of ranks.
 
         Raises:
-            ConfigError: it is another model's, or an optimizer's whose state cannot be cut as it must be here.
+            ConfigError: the state is of another model, or of an optimizer whose state cannot be split as this strategy needs.
         """
         saved = ShardedCheckpoint(folder)
         try:
@@ -156,10 +164,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Puts the model's weights and buffers back, in the form in which forward reads them."""
+        """Reads the model's weights and buffers into the tensors that forward reads."""
 
     def close(self) -> None:  # noqa: B027  there may be nothing
-        """Lets go of what the process keeps for the engine."""
+        """Frees what this process keeps for the strategy's engine."""
 
 
 def _is_buffer(model: nn.Module, name: str) -> bool:
@@ -168,50 +176,50 @@ def _is_buffer(model: nn.Module, name: str) -> bool:
 
 
 class StrategyConfig(Component, family="strategy"):
-    """How many processes train together, and what each holds."""
+    """How many processes train together, and what each of them holds."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]]
-    """The precisions that it can train in."""
+    """The precisions that the strategy can train in."""
     joins: ClassVar[bool] = True
-    """Whether its processes make a group, be it of one."""
+    """Whether its processes form a process group, even if there is only one."""
     launch_flags: ClassVar[tuple[str, ...]] = ("--multi_gpu",)
-    """The flags of `accelerate launch` that start its processes, on a CPU too; the first is the one to use."""
+    """Flags of `accelerate launch` that mean this strategy, on a CPU too; the first is the one to use."""
 
     name: Text
     """The strategy's name."""
     ranks: Count = 1
-    """How many processes."""
+    """Number of processes."""
     timeout_s: Positive = 600.0
-    """How long a rank may go without progress before the run is ended everywhere."""
+    """Seconds in which no rank makes progress, after which the run is ended on all ranks."""
 
     def external_settings(self) -> list[ExternalSetting]:
-        """What a file that it was read from states of fields elsewhere in the config."""
+        """What the file that this config was read from states about other fields of the run's config."""
         return []
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Why an optimizer of this kind would not be itself here; None where it is."""
+        """Why an optimizer with this sharding would silently differ under the strategy; None if it does not."""
         raise NotImplementedError(type(self))
 
     @property
     def miscounts(self) -> str | None:
-        """Why an optimizer that counts its steps in its groups would not be itself here; None where it is."""
+        """Why an optimizer that counts steps in its groups would silently differ; None if it does not."""
         return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """What of a precision that it trains in, or of `runtime.compile`, cannot work with these fields, and why."""
+        """Why these fields cannot work with the precision, or with the value of `runtime.compile`."""
         yield from ()
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> StrategyLaw:
-        """What a rank keeps and sends in a step: with the laws of the model and the optimizer, the rank's price.
+        """What a rank keeps and sends in a step. With the laws of the model and the optimizer it gives the rank's price.
 
         Args:
-            weights: the parameters, in the model's order.
-            groups: the trained ones' names, by the optimizer's groups.
-            work: what the step does on the rank.
-            rank: which one.
+            weights: all parameters, in the model's order.
+            groups: names of the trained parameters, by the optimizer's groups.
+            work: what a step does on the rank.
+            rank: the index of the rank.
         """
         raise NotImplementedError(type(self))
 
     def build(self, inputs: StrategyInputs) -> Strategy:
-        """Sets the model, its parameters and their optimizer up on this process."""
+        """Sets up the model and its optimizer on this process."""
         raise NotImplementedError(type(self))

@@ -1,4 +1,4 @@
-"""Ends a run everywhere when one of its ranks is dead or stands still, and says which."""
+"""Ends a run on all ranks if one of them is dead or makes no progress, and says which."""
 
 import json
 import os
@@ -23,35 +23,35 @@ from llmeff.core.heartbeat import HEARTBEAT, PARTS
 from llmeff.core.units import show_seconds
 
 FOLDER = ".beats"
-"""Where, in a run's folder, each rank writes what it last did."""
+"""The folder in a run's folder that each rank writes its heartbeat into."""
 
 _EVERY_S = 1.0
 _GRACE_S = 5.0
-"""How long an interrupted rank may take to end by itself, and the most that one look counts as standing still: a process
-that was itself stopped begins to count anew."""
+"""Seconds that an interrupted rank has to end by itself. It is also the longest idle time that one look adds, so that a
+process that was itself stopped does not count that time."""
 _DYING_S = 2.0
-"""How long a lost rank may take to be seen to be gone."""
+"""Seconds to wait until a lost rank is seen to be gone."""
 _FAILED, _INTERRUPTED = 1, 130
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Beat:
-    """What a rank last said."""
+    """The heartbeat of a rank: what it did last."""
 
     rank: int
     node: str
     pid: int
     born_s: float
-    """When its process began, which tells it from a later one of the same number."""
+    """Start of its process, in seconds since the epoch: another process may get the same pid."""
     step: int
     part: str
     waits: bool
-    """Whether it waited for the others."""
+    """Whether it waited for other ranks."""
     moved_s: float
-    """Time of its last progress."""
+    """Time of its last progress, in seconds since the epoch."""
 
     def state(self) -> str:
-        """`gone`, `stopped` or `alive`, as far as this machine can tell."""
+        """The state of its process, `gone`, `stopped` or `alive`; on another machine it counts as alive."""
         if self.node != platform.node():
             return "alive"
         try:
@@ -65,21 +65,21 @@ class _Beat:
         return "stopped" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "alive"
 
     def show(self) -> str:
-        """Where and when it was seen."""
+        """The heartbeat in words: when and in which part of a step the rank was last seen."""
         where = f"in {self.part} of step {self.step}" if self.step else f"in {self.part}"
         return f"rank {self.rank} was last seen {show_seconds(max(0.0, time.time() - self.moved_s))} ago {where}"
 
 
 class Watchdog:
-    """A thread in each rank of a run with several: it writes what the rank does, and reads it of the others.
+    """A thread in each rank of a run with several ranks; it writes the rank's heartbeat and reads those of the others.
 
-    A run in which no rank makes progress for `timeout_s` ends on all of them; so does one that lost a rank, at once.
-    Before the run's folder is there a rank that waits for others lets them work: only who works must make progress.
-    Use as a context around the run, and call `settle` once its folder is there.
+    If no rank makes progress for `timeout_s`, the run ends on all ranks. If a rank is lost, it ends at once. Before the run's
+    folder exists, a rank that waits for others need not make progress. Use it as a context around the run, and call `settle`
+    once the folder exists.
 
     Args:
-        folder: the run's.
-        timeout_s: how long no rank may make progress.
+        folder: of the run.
+        timeout_s: seconds in which some rank must make progress.
     """
 
     def __init__(self, folder: Path, timeout_s: float):
@@ -103,14 +103,14 @@ class Watchdog:
         return self
 
     def _listen(self) -> None:
-        """Signals reach the thread even while the main thread waits inside an engine."""
+        """Directs signals to the thread, since the main thread may be waiting inside an engine."""
         self._handler = None
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
             self._wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
 
     def settle(self) -> None:
-        """The run's folder is there: from now on the ranks read one another, and engines print into it."""
+        """Tells that the run's folder exists: from now on ranks read each other's heartbeats, and engines log there."""
         log.settle(self._folder / f"engine-{self._rank:05d}.log")
         if self._thread is None:
             return
@@ -119,7 +119,7 @@ class Watchdog:
                 files.refuse_links(self._folder / FOLDER, itself=True)
                 _clear(self._folder / FOLDER)
                 (self._folder / FOLDER).mkdir(exist_ok=True)
-        self._write(self._beat())  # so that the others know of this rank whatever becomes of it
+        self._write(self._beat())  # so that the others know this rank even if it dies at once
         self._is_settled = True
 
     def __exit__(
@@ -161,14 +161,14 @@ class Watchdog:
         self._idle_s += min(elapsed, _GRACE_S)
         if HEARTBEAT.count != self._count:
             self._count, self._idle_s = HEARTBEAT.count, 0.0
-        own = self._beat()
+        beat = self._beat()
         if self._is_settled:
-            self._write(own)
+            self._write(beat)
         if os.getppid() != self._parent:
             self._end("the launcher is gone")
-        is_waiting_for_data = own.waits and not self._is_settled and group.is_joined()
+        is_waiting_for_data = beat.waits and not self._is_settled and group.is_joined()
         if self._idle_s > self._timeout_s and not is_waiting_for_data:
-            moved_s = max(beat.moved_s for beat in (own, *self._others()))
+            moved_s = max(each.moved_s for each in (beat, *self._others()))
             if time.time() - moved_s > self._timeout_s:
                 limit = f"parallel.timeout_s = {self._timeout_s:g}"
                 self._end(f"no rank made progress for {show_seconds(self._idle_s)} ({limit})")
@@ -187,14 +187,14 @@ class Watchdog:
             frame = frame.f_back
         return False
 
-    def _write(self, own: _Beat) -> None:
-        """Replaced in one step, but not flushed to disk: it is of no use after the machine."""
+    def _write(self, beat: _Beat) -> None:
+        """Replaces the file atomically, but does not flush it: it is of no use if the machine goes down."""
         place = self._folder / FOLDER / f"rank-{self._rank:05d}.json"
         part = place.with_suffix(".part")
         try:
-            part.write_text(json.dumps(vars(own)), encoding="utf-8")
+            part.write_text(json.dumps(vars(beat)), encoding="utf-8")
             part.replace(place)
-        except OSError:  # a full disk ends the run where it has something to lose
+        except OSError:  # if the disk is full, the run fails when it writes something that matters
             return
 
     def _others(self) -> list[_Beat]:
@@ -204,13 +204,13 @@ class Watchdog:
         return [beat for beat in beats if beat is not None and beat.rank != self._rank]
 
     def _await_death(self) -> None:
-        """A process that dies closes its connections before it is seen to be gone."""
+        """Waits until a rank is seen to be gone: a dying process closes its connections before that."""
         deadline_s = time.monotonic() + _DYING_S
         while time.monotonic() < deadline_s and all(beat.state() == "alive" for beat in self._others()):
             time.sleep(_DYING_S / 40)
 
     def _end(self, reason: str) -> NoReturn:
-        """Says why, once for all ranks of the machine, and ends this process."""
+        """Ends this process; the first rank to do so says why."""
         text = self._diagnosis(reason)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -219,7 +219,7 @@ class Watchdog:
         os._exit(_FAILED)
 
     def _speaks(self) -> bool:
-        if not self._is_settled:  # what lies there is of the processes before these
+        if not self._is_settled:  # the folder is of an earlier start of the run
             return True
         try:
             os.close(os.open(self._folder / FOLDER / "told", os.O_CREAT | os.O_EXCL))
@@ -241,7 +241,7 @@ class Watchdog:
 
 
 def _read(path: Path) -> _Beat | None:
-    """None where it is just replaced, on a file system that shows it."""
+    """A heartbeat from its file; None if it cannot be read, as some file systems have it while it is replaced."""
     try:
         return _Beat(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -249,7 +249,7 @@ def _read(path: Path) -> _Beat | None:
 
 
 def _behind(beats: list[_Beat]) -> list[int]:
-    """Those that the others wait for, as far as it can be told: none where all are at one place."""
+    """The ranks that the others wait for: those that are the least far; none if all are equally far."""
 
     def place(beat: _Beat) -> tuple[Any, ...]:
         return beat.step, PARTS.index(beat.part), beat.waits
@@ -260,10 +260,10 @@ def _behind(beats: list[_Beat]) -> list[int]:
 
 
 def _clear(folder: Path, rank: int | None = None) -> None:
-    """Removes one rank's beat, and the folder after the last; or the folder as it is."""
+    """Removes the heartbeat of a rank, or of all for None, and the folder if it is then empty."""
     try:
         for path in folder.glob("*" if rank is None else f"rank-{rank:05d}.*"):
             path.unlink(missing_ok=True)
         folder.rmdir()
-    except OSError:  # it is not there, or another rank still has a beat in it
+    except OSError:  # it does not exist, or another rank has a heartbeat in it
         return
