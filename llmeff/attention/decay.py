@@ -36,7 +36,7 @@ def _steps(like: Tensor) -> Tensor:
 
 
 def steps_law(tape: Tape, x: Array, bias: Array) -> Array:
-    """The price of softplus(wide(x) + bias)."""
+    """The price of softplus(at_least_float32(x) + bias)."""
     return laws.function(tape, laws.plus(tape, laws.cast(tape, x, "float32"), bias), "input")
 
 

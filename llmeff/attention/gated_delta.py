@@ -12,7 +12,7 @@ from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, split
 from llmeff.attention.mixer import MixerShape
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
@@ -64,7 +64,7 @@ class GatedDeltaMixer(DeltaMixer):
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
         """(B, T, N, 1)."""
-        steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)
+        steps = F.softplus(at_least_float32(self.a_proj(x)) + self.step_bias)
         return (-self.log_rate.exp() * steps)[..., None]
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmeff.attention import fla, norm
 from llmeff.attention.mixer import Initialized
-from llmeff.attention.norm import RMSNorm, wide
+from llmeff.attention.norm import RMSNorm, at_least_float32
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
@@ -32,7 +32,7 @@ class GatedRMSNorm(nn.Module):
         """(..., W) twice to (..., W), in the gate's format; `fused` as `fla.fuses` has it."""
         if fused:
             return fla.gated_rms_norm(x, gate, self.norm.weight, self.norm.eps, self.activation).to(gate.dtype)
-        gated: Tensor = self.norm(x) * (F.silu if self.activation == "silu" else torch.sigmoid)(wide(gate))
+        gated: Tensor = self.norm(x) * (F.silu if self.activation == "silu" else torch.sigmoid)(at_least_float32(gate))
         return gated.to(gate.dtype)
 
 
@@ -56,7 +56,7 @@ class GroupedRMSNorm(Initialized):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """(..., W) twice to (..., W), in the gate's format."""
-        gated = (wide(x) * F.silu(wide(gate))).unflatten(-1, (self.num_groups, -1))
+        gated = (at_least_float32(x) * F.silu(at_least_float32(gate))).unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight).to(gate.dtype)
 

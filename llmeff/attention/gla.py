@@ -11,7 +11,7 @@ from llmeff.attention import fla, gated_norm, scan_law
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.norm import product_dtype, wide
+from llmeff.attention.norm import at_least_float32, product_dtype
 from llmeff.attention.scan import LEAST, ScanConfig, mix
 from llmeff.core.config import Count, Finite
 from llmeff.core.layout import Layout
@@ -96,7 +96,7 @@ class GLAMixer(ProjectedMixer):
         num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         query, gate = split(self.q_proj(x), num_heads), split(self.g_proj(x), num_heads)
         key, value = split(self.k_proj(x), num_kv_heads), split(self.v_proj(x), num_kv_heads)
-        open_ = wide(self.f_b_proj(self.f_a_proj(x))) + self.decay_bias
+        open_ = at_least_float32(self.f_b_proj(self.f_a_proj(x))) + self.decay_bias
         log_decay = split((F.logsigmoid(open_) / _TEMPERATURE).clamp(min=LEAST), num_kv_heads)
         query = query * query.shape[-1] ** -0.5
         key, value, log_decay = (repeated(own, num_heads) for own in (key, value, log_decay))

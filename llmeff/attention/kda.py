@@ -12,7 +12,7 @@ from llmeff.attention.delta import DeltaConfig, DeltaMixer
 from llmeff.attention.gated_norm import GatedRMSNorm
 from llmeff.attention.heads import project, split
 from llmeff.attention.mixer import MixerShape
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.attention.scan import LEAST
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
@@ -76,7 +76,7 @@ class KDAMixer(DeltaMixer):
         if fused:
             own = split(self.f_b_proj(self.f_a_proj(x)), self.shape.num_heads)
             return fla.channel_decay(own, self.log_rate, self.step_bias).clamp(min=LEAST)
-        steps = F.softplus(wide(self.f_b_proj(self.f_a_proj(x))) + self.step_bias)
+        steps = F.softplus(at_least_float32(self.f_b_proj(self.f_a_proj(x))) + self.step_bias)
         return (-self.log_rate.exp()[:, None] * split(steps, self.shape.num_heads)).clamp(min=LEAST)
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmeff.attention import scan_law
 from llmeff.attention.heads import ProjectedMixer, project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.attention.scan import ScanConfig, mix
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
@@ -115,7 +115,7 @@ def weighed(
 
 def counted(value: Tensor) -> Tensor:
     """(B, T, K, H) to (B, T, K, H + 1) in float32 or wider: with a column of ones, whose sums are those of the weights."""
-    return F.pad(wide(value), (0, 1), value=1.0)
+    return F.pad(at_least_float32(value), (0, 1), value=1.0)
 
 
 def _count_law(tape: Tape, value: Array) -> Array:

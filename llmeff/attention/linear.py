@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmeff.attention.kernel import KernelConfig, KernelMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
@@ -50,4 +50,4 @@ class LinearMixer(KernelMixer):
 
 def positive(x: Tensor) -> Tensor:
     """elu(x) + 1, in float32 or wider."""
-    return F.elu(wide(x)) + 1
+    return F.elu(at_least_float32(x)) + 1

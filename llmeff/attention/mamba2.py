@@ -11,7 +11,7 @@ from llmeff.attention.decay import Rates, initial_decays, rates_law, steps_law
 from llmeff.attention.gated_norm import GroupedRMSNorm
 from llmeff.attention.heads import project, repeated, repeated_law, split
 from llmeff.attention.mixer import LayerCache, Mixer, MixerShape
-from llmeff.attention.norm import product_dtype, wide
+from llmeff.attention.norm import at_least_float32, product_dtype
 from llmeff.attention.scan import ScanConfig, mix
 from llmeff.attention.short_conv import ShortConv
 from llmeff.core.config import Count
@@ -126,8 +126,8 @@ class Mamba2Mixer(Mixer):
         )
         query, key, value = mixed.split(self.widths, dim=-1)
         query, key = (repeated(split(own, self.num_groups), self.num_heads) for own in (query, key))
-        value = wide(split(value, self.num_heads))
-        steps = F.softplus(wide(self.a_proj(x)) + self.step_bias)[..., None]
+        value = at_least_float32(split(value, self.num_heads))
+        steps = F.softplus(at_least_float32(self.a_proj(x)) + self.step_bias)[..., None]
         log_decay = -self.log_rate.exp()[:, None] * steps
         out = (
             mix(query, key, value * steps, log_decay, None, layout, cache, self.kernel, dtype)

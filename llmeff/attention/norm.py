@@ -11,8 +11,8 @@ from llmeff.cost.laws import promote
 from llmeff.cost.tape import Array, Tape
 
 
-def wide(x: Tensor) -> Tensor:
-    """Half precisions as float32; others as they are."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        full = wide(x)
+        full = at_least_float32(x)
         inverse_rms = torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return (full * inverse_rms).to(x.dtype) * weight
@@ -37,8 +37,8 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # inverse_rms would count as a constant
             raise RuntimeError("RMSNorm is differentiated once, not twice (create_graph=True)")
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = wide(x) * inverse_rms
-        above = wide(grad)
+        normed = at_least_float32(x) * inverse_rms
+        above = at_least_float32(grad)
         grad_weight = (above * normed).sum(dim=tuple(range(grad.dim() - 1)))
         weighted = above * weight
         along = (weighted * normed).mean(-1, keepdim=True)

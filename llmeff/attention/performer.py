@@ -11,7 +11,7 @@ from torch import Tensor
 from llmeff.attention.heads import rotate, rotate_law
 from llmeff.attention.kernel import KernelConfig, KernelMixer
 from llmeff.attention.mixer import LayerCache, MixerShape
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.core.config import Count
 from llmeff.core.layout import Layout, begins_in
 from llmeff.cost import laws
@@ -90,8 +90,8 @@ class PerformerMixer(KernelMixer):
         head_dim = self.shape.head_dim
         cos, sin = (table.transpose(1, 2) for table in layout.rotary(head_dim, self.shape.rope_theta))
         with torch.autocast(query.device.type, enabled=False):
-            query, key = (rotate(wide(x) * head_dim**-0.25, cos, sin) for x in (query, key))
-            directions = wide(self.directions)
+            query, key = (rotate(at_least_float32(x) * head_dim**-0.25, cos, sin) for x in (query, key))
+            directions = at_least_float32(self.directions)
             query = exponents(query, directions)
             key = exponents(key, directions, has_lengths=True)
         query = query - query.detach().amax(-1, keepdim=True)

@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from llmeff.attention import fla
 from llmeff.attention.mixer import LayerCache, MixerConfig, MixerShape
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.core import kernels
 from llmeff.core.layout import Layout
 
@@ -121,7 +121,7 @@ def _mix_by_torch(*given: Tensor | None, documents: Tensor | None, state: Tensor
     Returns:
         (B, T, N, V) and the state after the last token.
     """
-    rows: list[Any] = [None if x is None else wide(x.transpose(1, 2)) for x in given]
+    rows: list[Any] = [None if x is None else at_least_float32(x.transpose(1, 2)) for x in given]
     if state is not None and rows[1].shape[2] == 1:
         one: list[Any] = [*(None if x is None else x[:, :, 0] for x in rows), state]
         mixed, state = step(*one)

@@ -20,15 +20,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        accumulate_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=accumulate_dtype, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate_dtype) if wants_weight else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             target = targets[part]
-            log_probabilities = (hidden[part] @ weight.T).to(wide).log_softmax(-1)
+            log_probabilities = (hidden[part] @ weight.T).to(accumulate_dtype).log_softmax(-1)
             counted, index = target != IGNORED_TOKEN, target.clamp(min=0)[:, None]
             picked = log_probabilities.gather(-1, index)
             total += torch.where(counted, -picked[:, 0], 0.0).sum()
@@ -41,10 +41,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                if grad.dtype == wide:
+                if grad.dtype == accumulate_dtype:
                     torch.addmm(grad_weight, grad.T, hidden[part], out=grad_weight)
                 else:
-                    grad_weight += (grad.T @ hidden[part]).to(wide)
+                    grad_weight += (grad.T @ hidden[part]).to(accumulate_dtype)
             del log_probabilities, grad  # they would live on beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked cross-entropy is differentiated once, not twice (create_graph=True)")
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # in the wide format: one over the token count, rounded to bf16, would scale every gradient by up to 0.4 %
+            # in the format of the loss: one over the token count, rounded to bf16, would scale every gradient by up to 0.4 %
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
@@ -68,8 +68,10 @@ _chunked_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Chunk
 
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy, in nats, of (...) targets under (..., V) logits; a scalar in float32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED_TOKEN, reduction="sum")
+    at_least_float32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(
+        at_least_float32.flatten(0, -2), targets.flatten(), ignore_index=IGNORED_TOKEN, reduction="sum"
+    )
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:

@@ -20,7 +20,7 @@ from llmeff.attention.heads import repeated
 from llmeff.attention.kernel import KernelConfig, counted, weighed
 from llmeff.attention.linear import Linear, positive
 from llmeff.attention.mixer import MixerConfig
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.attention.performer import Performer, exponents, orthogonal, relative
 from llmeff.attention.sliding import Sliding, slide
 from llmeff.attention.softmax import Softmax, attend
@@ -131,10 +131,10 @@ def _performer(
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_performer")
     query, key, value = _tokens_first(layout, query, key, value)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    directions = wide(_directions_of(module, query))
+    directions = at_least_float32(_directions_of(module, query))
     with torch.autocast(query.device.type, enabled=False):
-        query = exponents(wide(query) * scale**0.5, directions)
-        key = exponents(wide(key) * scale**0.5, directions, has_lengths=True)
+        query = exponents(at_least_float32(query) * scale**0.5, directions)
+        key = exponents(at_least_float32(key) * scale**0.5, directions, has_lengths=True)
     query, past, before = (query - query.detach().amax(-1, keepdim=True)).exp(), layout.past, None
     if past:
         largest = key[:, :past].detach().amax(-1)

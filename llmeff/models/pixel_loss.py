@@ -30,8 +30,8 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         labels: (B, H, W) int64, IGNORED_PIXEL where a pixel does not count.
         weights: (K,).
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weights = weights.to(wide.dtype)
+    at_least_float32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = weights.to(at_least_float32.dtype)
     if torch.are_deterministic_algorithms_enabled():
-        return (pixel_losses(wide, labels) * weights[labels.masked_fill(labels == IGNORED_PIXEL, 0)]).sum()
-    return F.cross_entropy(wide, labels, weight=weights, ignore_index=IGNORED_PIXEL, reduction="sum")
+        return (pixel_losses(at_least_float32, labels) * weights[labels.masked_fill(labels == IGNORED_PIXEL, 0)]).sum()
+    return F.cross_entropy(at_least_float32, labels, weight=weights, ignore_index=IGNORED_PIXEL, reduction="sum")

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from llmeff.attention.kernel import KernelConfig, KernelMixer
-from llmeff.attention.norm import wide
+from llmeff.attention.norm import at_least_float32
 from llmeff.cost import laws
 
 
@@ -25,7 +25,7 @@ class Sigmoid(KernelConfig):
 
 class SigmoidMixer(KernelMixer):
     def features(self, query, key, layout, cache):
-        return wide(query).sigmoid(), wide(key).sigmoid(), None
+        return at_least_float32(query).sigmoid(), at_least_float32(key).sigmoid(), None
 
 
 def formula(mixer, x):
