@@ -42,9 +42,9 @@ class ModelConfig(Component, family="model"):
         yield from ()
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
-        """Over what a training step takes statistics of several rows together, and so depends on how rows are shared out.
+        """Scope of the batch statistics: none, a rank's micro-batch, or the micro-batches of all ranks.
 
-        Nothing, a rank's micro-batch, or the micro-batches of all ranks.
+        With any, a step depends on how its rows are split into micro-batches; with a rank's, also on the number of ranks.
         """
         return "nothing"
 
@@ -93,7 +93,7 @@ class ModelConfig(Component, family="model"):
 
         Args:
             workload: what the step does.
-            strategy_law: what becomes of weights and gradients; None: one process alone keeps them.
+            strategy_law: what is kept and sent of weights and gradients; None: one process keeps all.
         """
         kept = self.buffer_bytes(NUM_BYTES[workload.precision.parameters])
         buffers = Price({("frozen_bytes", "buffers"): kept, ("peak_bytes", "buffers"): kept})

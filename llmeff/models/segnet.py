@@ -84,7 +84,7 @@ class SegNetConfig(ImageModelConfig):
         return SegNet(self)
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
-        """By the kind of batch normalization."""
+        """Scope of the batch statistics: that of the kind of normalization."""
         kinds: dict[str, Literal["micro-batch", "ranks"]] = {"batch": "micro-batch", "batch_sync": "ranks"}
         return kinds.get(self.norm, "nothing")
 

@@ -26,7 +26,7 @@ class UNet(ImageModelConfig):
     """Of the decoder's stages, innermost first."""
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
-        """It has batch normalization."""
+        """Scope of the batch statistics: a rank's micro-batch, since the model has batch normalization."""
         return "micro-batch"
 
     def build(self) -> "UNetModel":
