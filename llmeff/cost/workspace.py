@@ -1,14 +1,14 @@
-"""What libraries take beside tensors while a convolution runs on a CPU.
+"""What libraries allocate beside tensors while a convolution runs on a CPU.
 
-oneDNN copies maps and weights into a layout of its own, and takes room to compute in; torch, where it does without oneDNN,
-lays out patches. Which of it is taken depends on the instruction set and the format. `workspace.json` says which was measured
-to be so (`analysis/workspace.py` measures it, and adds rows); what is not in it is not known, and nothing is guessed. Float32 on
-SSE41 and AVX has no row: products of matrices lay out as many patches at a time as suit the CPU's cache. Bfloat16 with AMX has no
-row: its blocks, too, suit the cache.
+oneDNN copies maps and weights into its own layout, and allocates buffers. Without oneDNN, torch lays out patches. Which of these
+happens depends on the instruction set and the number format. `workspace.json` has a row for each pair that was measured
+(`analysis/workspace.py` measures and adds rows); other pairs are unknown, and nothing is guessed. Float32 on SSE41 and AVX has no
+row, because products of matrices lay out as many patches at a time as fit the CPU's cache. Bfloat16 with AMX has no row, because
+its blocks depend on the cache too.
 
-Products of matrices in bfloat16 take room of oneDNN's as well if a CPU has AVX-512: without AVX512_BF16 a result in float32
-(`matrix_bytes`), with it blocks that suit the cache (`matrices` in analysis/results/workspace.json). These blocks are in no price:
-in a step of a decoder other moments take the most, and its peak is within 2 % of its price, as on a CPU without them.
+On a CPU with AVX-512, oneDNN also allocates memory for products of matrices in bfloat16. Without AVX512_BF16 it is a result in
+float32 (`matrix_bytes`). With AVX512_BF16 it is blocks that fit the cache (`matrices` in analysis/results/workspace.json), which no
+price includes: the peak of a decoder's step is at another moment, and within 2 % of its price.
 """
 
 import json
@@ -23,16 +23,16 @@ from llmeff.core.precision import BYTES
 from llmeff.cost.workload import Workload
 
 Product = Literal["output", "input", "weight"]
-"""Which of a convolution's three contractions: of the output, of the gradient of its input, of that of its weight."""
+"""The result of one of a convolution's three contractions: its output, or the gradient of its input or its weight."""
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 MEASURED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-"""By instruction set and format: the name of what is taken, among `FORMS`."""
+"""By instruction set and number format: the name of the measured form in `FORMS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """Shapes of a convolution: B images, C and D channels, sides of its maps and of its kernel."""
+    """Shapes of a convolution of B images from C to D channels, with the sides of its maps and of its kernel."""
 
     x: tuple[int, ...]
     """(B, C, H, W)."""
@@ -41,46 +41,46 @@ class Convolution:
     y: tuple[int, ...]
     """(B, D, H', W')."""
     dtype: str
-    """Of all three."""
+    """The format of all three."""
     num_threads: int
 
     @property
     def is_measured(self) -> bool:
-        """Whether it is of the kind that forms are of: of images, and no groups of channels."""
+        """Whether the forms hold for it: they are of images, without groups of channels."""
         return len(self.x) == 4 and self.weight[1] == self.x[1]
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it reads every map as the columns of a matrix, as it lies."""
+        """Whether it is a plain product of matrices, whose columns are the pixels of a map."""
         return self.is_1x1 and self.x[2:] == self.y[2:]
 
     @property
     def is_1x1(self) -> bool:
-        """Whether its kernel is."""
+        """Whether all sides of its kernel are 1."""
         return set(self.weight[2:]) == {1}
 
     @property
     def patches(self) -> int:
-        """Numbers in all patches of an image that the kernel sees."""
+        """Numbers in all patches of one image, of which each is as large as the kernel."""
         return prod(self.weight[1:]) * prod(self.y[2:])
 
 
 _PLAIN = {8: {3}, 16: {1, 2, 3}}
-"""By the channels of a block: how many channels an image has that the weights' gradient reads as they lie."""
+"""By the channels of a block: the counts of channels that the gradient of the weights reads without a copy."""
 _MANY, _SMALL, _FEW = 16, 3, 20480
-"""Images, a kernel's side and numbers of a map, by which torch takes oneDNN or does without."""
+"""Images, side of a kernel, and numbers of the input: the limits at which torch uses oneDNN (`use_mkldnn`)."""
 _ROW = 4
-"""By so many numbers a row is longer in a turned map."""
+"""Numbers that are appended to each row of a transposed map."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What is taken beside what a product reads and makes."""
+    """What is allocated beside the input and the result of a product."""
 
     during: int = 0
-    """Bytes, while it computes."""
+    """Bytes that live while the product is computed."""
     result: int = 0
-    """Bytes of a copy of what it makes, which is there meanwhile, and until the tensor itself is made."""
+    """Bytes of a copy of the result, which live until the tensor of the result is made."""
 
 
 Form = Callable[[Convolution, Product], Room]
@@ -94,23 +94,23 @@ def room(
     y: tuple[int, ...],
     dtype: str,
 ) -> Room | None:
-    """What one product of a convolution takes; None where that is not known.
+    """What one product of a convolution allocates; None if that is unknown.
 
-    On a GPU what its libraries take is not foreseen, and is no part of a price.
+    On a GPU it is nothing, since prices do not include what libraries allocate there.
 
     Args:
-        work: the step: its device, instruction set and threads.
-        product: which.
+        work: the step, with its device, instruction set and threads.
+        product: which of the three.
         x: shape of the input.
-        weight: shape of the kernels.
+        weight: shape of the weights.
         y: shape of the output.
-        dtype: the format in which it is computed.
+        dtype: the format of the computation.
     """
     if not work.on_cpu:
         return Room()
     form = _form_of(work, x, weight, dtype)
-    own = Convolution(x=x, weight=weight, y=y, dtype=dtype, num_threads=work.num_threads)
-    return None if form is None or not own.is_measured else FORMS[form](own, product)
+    convolution = Convolution(x=x, weight=weight, y=y, dtype=dtype, num_threads=work.num_threads)
+    return None if form is None or not convolution.is_measured else FORMS[form](convolution, product)
 
 
 def depthwise_room(
@@ -121,9 +121,9 @@ def depthwise_room(
     y: tuple[int, ...],
     dtype: str,
 ) -> Room | None:
-    """The same of a convolution of each channel by itself, over tokens: (B, C, L) by (C, 1, k) to (B, C, L - k + 1).
+    """`room` of a depthwise convolution over tokens: (B, C, L) by (C, 1, k) to (B, C, L - k + 1).
 
-    oneDNN takes copies of all three for the weights' gradient; torch, in formats that it computes itself, none.
+    For the gradient of the weights oneDNN copies all three. In formats that torch computes without oneDNN nothing is copied.
     """
     if not work.on_cpu:
         return Room()
@@ -151,9 +151,9 @@ def _measured(work: Workload, dtype: str) -> str | None:
 
 
 def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> str | None:
-    """Which of `FORMS` a convolution on a CPU takes; None where that was not measured.
+    """The form in `FORMS` of a convolution on a CPU; None if it was not measured.
 
-    In float32 torch chooses (`use_mkldnn`): it does without oneDNN for one small image, and for few through kernels of 1x1.
+    In float32 torch decides (`use_mkldnn`): it does without oneDNN for one small image, and for few images if the kernel is 1x1.
     """
     kernel = max(weight[2:])
     if kernel == 1:
@@ -166,71 +166,72 @@ def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype:
 
 
 def is_torchs(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> bool:
-    """Whether a convolution on a CPU is known to do without oneDNN."""
+    """Whether a convolution runs on a CPU and is known to do without oneDNN."""
     return work.on_cpu and _form_of(work, x, weight, dtype) == "torch"
 
 
-def _torch(own: Convolution, product: Product) -> Room:
-    """All patches of all images, as the columns of a matrix."""
-    if own.is_pointwise or product == "input":
+def _torch(convolution: Convolution, product: Product) -> Room:
+    """Torch lays out all patches of all images as the columns of a matrix."""
+    if convolution.is_pointwise or product == "input":
         return Room()
-    return Room(result=own.x[0] * own.patches * BYTES[own.dtype])
+    return Room(result=convolution.x[0] * convolution.patches * BYTES[convolution.dtype])
 
 
 def _filled(number: int, block: int) -> int:
     return -(-number // block) * block
 
 
-def _blocks(block: int, own: Convolution, product: Product) -> Room:
-    """Copies whose channels fill whole blocks; an image of fewer channels than one is read as it lies."""
-    num_bytes, (images, inputs, *sides), (_, outputs, *made) = BYTES[own.dtype], own.x, own.y
-    kernel = prod(own.weight[2:]) * num_bytes
-    wide, high = _filled(inputs, block), _filled(outputs, block)
-    x, y = images * wide * prod(sides) * num_bytes, images * high * prod(made) * num_bytes
+def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
+    """Copies whose channels are padded to whole blocks; an image with fewer channels than a block is read without a copy."""
+    num_bytes, (images, inputs, *sides), (_, outputs, *made) = BYTES[convolution.dtype], convolution.x, convolution.y
+    kernel = prod(convolution.weight[2:]) * num_bytes
+    filled_in, filled_out = _filled(inputs, block), _filled(outputs, block)
+    x, y = images * filled_in * prod(sides) * num_bytes, images * filled_out * prod(made) * num_bytes
     if product == "input":
-        return Room(during=y + high * wide * kernel, result=x)
+        return Room(during=y + filled_out * filled_in * kernel, result=x)
     if product == "output":
-        is_plain = inputs < block and not own.is_1x1
-        return Room(during=high * inputs * kernel if is_plain else x + high * wide * kernel, result=y)
-    if inputs in _PLAIN[block] and not own.is_1x1:
-        return Room(during=y, result=high * inputs * kernel)
-    return Room(during=x + y, result=high * wide * kernel)
+        is_plain = inputs < block and not convolution.is_1x1
+        return Room(during=filled_out * inputs * kernel if is_plain else x + filled_out * filled_in * kernel, result=y)
+    if inputs in _PLAIN[block] and not convolution.is_1x1:
+        return Room(during=y, result=filled_out * inputs * kernel)
+    return Room(during=x + y, result=filled_out * filled_in * kernel)
 
 
-def _blocks_of_16(own: Convolution, product: Product) -> Room:
-    """The same, but that the kernels of AVX2 make the weights' gradient of 4 to 15 channels."""
-    is_few = own.x[1] < 16 and own.x[1] not in _PLAIN[16] and not own.is_1x1
-    return _blocks(8 if is_few and product == "weight" else 16, own, product)
+def _blocks_of_16(convolution: Convolution, product: Product) -> Room:
+    """Blocks of 16, except that kernels of AVX2 compute the gradient of the weights for 4 to 15 input channels."""
+    is_few = convolution.x[1] < 16 and convolution.x[1] not in _PLAIN[16] and not convolution.is_1x1
+    return _blocks(8 if is_few and product == "weight" else 16, convolution, product)
 
 
-def _blocks_with_sums(own: Convolution, product: Product) -> Room:
-    """Blocks of 16 in a narrow format, and what each thread computes in.
+def _blocks_with_sums(convolution: Convolution, product: Product) -> Room:
+    """Blocks of 16 in a 16-bit format, and the buffers of each thread.
 
-    A kernel of 1x1 adds up an image's map in float32. The weights' gradient of other kernels is added up so too, from an image
-    of either map that is turned, its rows filled up. If an image has fewer than 16 channels, it is not copied, or a product of
-    matrices takes all its patches. Of many channels on small maps threads share the channels, and need less.
+    A 1x1 kernel sums an image's map in float32. The gradient of the weights of other kernels is summed in float32 too, from one
+    image of each map, transposed and with padded rows. If an image has fewer than 16 channels, it is not copied, or a product of
+    matrices lays out all its patches. If there are many channels and small maps, threads share the channels and need less.
     """
-    copies, num_bytes, kernel = _blocks(16, own, product), BYTES[own.dtype], prod(own.weight[2:])
-    (inputs, height, width), outputs, wide = own.x[1:], own.y[1], BYTES["float32"]
+    copies, num_threads = _blocks(16, convolution, product), convolution.num_threads
+    (inputs, height, width), (outputs, *made) = convolution.x[1:], convolution.y[1:]
+    num_bytes, sum_bytes, kernel = BYTES[convolution.dtype], BYTES["float32"], prod(convolution.weight[2:])
     blocks_in, blocks_out = _filled(inputs, 16), _filled(outputs, 16)
-    if own.is_1x1:
-        sums = {"output": blocks_out * prod(own.y[2:]), "input": blocks_in * height * width, "weight": 0}[product]
-        return Room(copies.during + own.num_threads * sums * wide, copies.result)
+    if convolution.is_1x1:
+        sums = {"output": blocks_out * prod(made), "input": blocks_in * height * width, "weight": 0}[product]
+        return Room(copies.during + num_threads * sums * sum_bytes, copies.result)
     is_few = inputs < 16
     if product == "output" and is_few:
         return Room(blocks_out * _filled(inputs, 2) * kernel * num_bytes, copies.result)  # channels are read by twos
     if product != "weight":
         return copies
     if is_few and outputs % 16:
-        taken = own.patches * num_bytes + 4 * outputs * inputs * kernel * wide
-        return Room(own.num_threads * taken, outputs * inputs * kernel * num_bytes)
+        taken = convolution.patches * num_bytes + 4 * outputs * inputs * kernel * sum_bytes
+        return Room(num_threads * taken, outputs * inputs * kernel * num_bytes)
     turned = outputs if is_few else blocks_out + blocks_in
-    sums = (outputs * inputs if is_few else blocks_out * blocks_in) * kernel * wide
+    sums = (outputs * inputs if is_few else blocks_out * blocks_in) * kernel * sum_bytes
     each = sums + turned * height * (width + _ROW) * num_bytes
     if is_few:
-        y = own.x[0] * outputs * prod(own.y[2:]) * num_bytes
-        return Room(y + own.num_threads * each, outputs * inputs * kernel * num_bytes)
-    return Room(copies.during + own.num_threads * each, copies.result)
+        y = convolution.x[0] * outputs * prod(made) * num_bytes
+        return Room(y + num_threads * each, outputs * inputs * kernel * num_bytes)
+    return Room(copies.during + num_threads * each, copies.result)
 
 
 FORMS: dict[str, Form] = {
@@ -239,4 +240,4 @@ FORMS: dict[str, Form] = {
     "blocks of 16": _blocks_of_16,
     "blocks of 16 with sums": _blocks_with_sums,
 }
-"""What convolutions were found to take, by name."""
+"""What convolutions were measured to allocate, by name."""
