@@ -1,4 +1,4 @@
-"""Arrays without numbers, and the bytes that live while something refers to them."""
+"""Arrays without numbers, and the bytes that live as long as something refers to them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,11 +11,11 @@ Backward = Callable[..., "tuple[Array | None, ...]"]
 """(gradient of the output, *saved arrays) to the gradients of the node's inputs."""
 
 NUM_BYTES = {**BYTES, "int64": 8, "bool": 1}
-"""Of one number of each format."""
+"""Bytes of a number, by format."""
 
 
 class Storage:
-    """Bytes that live while something refers to them."""
+    """Bytes that live as long as something refers to them."""
 
     __slots__ = ("_live", "label", "num_bytes")
 
@@ -27,18 +27,18 @@ class Storage:
         self._live.change(self.label, -self.num_bytes)
 
     def beside(self, num_bytes: int) -> "Storage":
-        """More bytes, for the same."""
+        """New bytes with the same label."""
         return Storage(self._live, num_bytes, self.label)
 
     def relabel(self, label: tuple[str, str]) -> None:
-        """Says anew what the bytes are for."""
+        """Changes what the bytes are for."""
         self._live.change(self.label, -self.num_bytes)
         self.label = label
         self._live.change(label, self.num_bytes)
 
 
 class Live:
-    """How many bytes live now, what lived when most did, and the most of each label at any time."""
+    """Counts the bytes that live now, those that lived at the peak, and the most of each label at any time."""
 
     def __init__(self) -> None:
         self.now: Counter[tuple[str, str]] = Counter()
@@ -48,7 +48,7 @@ class Live:
         self._by_label: Counter[str] = Counter()
 
     def change(self, label: tuple[str, str], num_bytes: int) -> None:
-        """Counts bytes that come, or, below zero, go."""
+        """Counts bytes that begin to live; if negative, bytes that are freed."""
         self.now[label] += num_bytes
         self._by_label[label[0]] += num_bytes
         self.most[label[0]] = max(self.most[label[0]], self._by_label[label[0]])
@@ -65,16 +65,16 @@ class Array:
     dtype: str
     storage: Storage
     node: "Node | None" = None
-    """What made it, where a gradient is to flow there."""
+    """The operation that made it; None if no gradient flows there."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Its count of numbers."""
         return prod(self.shape)
 
     @property
     def is_dense(self) -> bool:
-        """Whether its numbers lie one behind another: of all rows of an array some channels do not."""
+        """Whether its numbers are contiguous; those of some channels of several rows are not."""
         return self.shape[:1] == (1,) or self.size * NUM_BYTES[self.dtype] == self.storage.num_bytes
 
     def like(self) -> "Array":
@@ -89,17 +89,17 @@ class Array:
 
 @dataclass(slots=True)
 class Node:
-    """One operation, as backward will meet it; without a backward, a place where a gradient is wanted."""
+    """One operation, as backward meets it; without `backward`, a leaf that wants a gradient."""
 
     inputs: tuple["Node | None", ...] = ()
     saved: tuple[Array, ...] = ()
     backward: Backward | None = None
     replay: "Callable[[list[Array], Array], Array | None] | None" = None
-    """In place of `backward`, of a part that runs again: it is handed its gradient in a list, to take it out and use it up."""
+    """Takes the place of `backward` in a part that is recomputed; its gradient comes in a list, so that it can be freed."""
     gradient: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
-        """Adds to the gradient of the node's output: in the first one's place, as PyTorch does where it may."""
+        """Adds to the gradient of the node's output, in place if the first one is contiguous, as PyTorch does."""
         if self.gradient is None:
             self.gradient = gradient
         elif not self.gradient.is_dense:
@@ -116,14 +116,14 @@ class Weight:
     part: str
     is_trained: bool = True
     role: str | None = None
-    """By which an optimizer treats it (`core.table.Role`); None: not said, as of what is flat."""
+    """What the optimizer goes by (`core.parameters.Role`); None: unknown, as in a flat tensor of many parameters."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Its count of numbers."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """What it takes."""
+        """Its bytes."""
         return self.size * NUM_BYTES[self.dtype]

@@ -1,4 +1,4 @@
-"""The laws of operations on feature maps, as PyTorch runs them eagerly: what each computes, keeps, and makes on the way."""
+"""The laws of operations on feature maps, as eager PyTorch runs them: what each computes, saves and allocates."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ class Images:
     """A micro-batch of images with a label for every pixel.
 
     Args:
-        tape: where it is taken down.
+        tape: counts it.
     """
 
     def __init__(self, tape: Tape):
@@ -25,19 +25,19 @@ class Images:
         self.labels = tape.given((num, height, width), "int64")
         """(B, H, W)."""
         self.num_bytes = self.images.storage.num_bytes + self.labels.storage.num_bytes
-        """What a micro-batch takes that is made and waits for its turn."""
+        """Bytes of a micro-batch that is made and waits for its turn."""
 
 
 def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Array:
-    """(B, C, H, W) by (D, C, k, k) to (B, D, H, W): stride 1, padded to keep the size; the sums of a bias are no contraction.
+    """(B, C, H, W) by (D, C, k, k) to (B, D, H, W), with stride 1 and padding that keeps the size.
 
-    On a CPU the kernels work on copies (`workspace`).
+    Adding a bias is no contraction. On a CPU the kernels work on copies (`workspace`).
     """
     is_input = x.node is None
     weight, x = laws.autocast_weight(tape, weight), laws.autocast(tape, x)
     bias = None if bias is None else laws.autocast_weight(tape, bias)
-    own = (weight,) if bias is None else (weight, bias)
-    node = tape.save((x, *own), (x, weight), partial(_convolution_back, tape, bias, is_input))
+    parameters = (weight,) if bias is None else (weight, bias)
+    node = tape.save((x, *parameters), (x, weight), partial(_convolution_back, tape, bias, is_input))
     tape.contract(_flops(x, weight))
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     with tape.room(room(tape.workload, "output", x.shape, weight.shape, shape, x.dtype)):
@@ -59,7 +59,7 @@ def _convolution_back(
         with tape.room(find("input")):
             grad_x = tape.new(x.shape, x.dtype)
     if bias is not None and x.dtype != "float32" and is_torchs(tape.workload, x.shape, weight.shape, x.dtype):
-        tape.new(gradient.shape, "float32")  # gradients of a bias are added up in this format
+        tape.new(gradient.shape, "float32")  # a bias's gradient is summed in this format
     with tape.room(find("weight")):
         if bias is not None:
             grad_bias = tape.new(bias.shape, bias.dtype)
@@ -68,7 +68,7 @@ def _convolution_back(
 
 
 def relu(tape: Tape, x: Array) -> Array:
-    """ReLU in the place of its input; the result is kept."""
+    """ReLU in place; the result is saved."""
     node = tape.save((x,), (), partial(_new_back, tape))
     tape.elementwise_in_place(x)
     y = Array(x.shape, x.dtype, x.storage, node)
@@ -84,7 +84,7 @@ add = laws.add
 
 
 def concat(tape: Tape, left: Array, right: Array) -> Array:
-    """(B, C, H, W) and (B, D, H, W) to (B, C + D, H, W); backward hands on views of its gradient, where formats agree."""
+    """(B, C, H, W) and (B, D, H, W) to (B, C + D, H, W); backward returns views of its gradient if formats agree."""
     shape = (left.shape[0], left.shape[1] + right.shape[1], *left.shape[2:])
     given = ((left.shape, left.dtype), (right.shape, right.dtype))
     node = tape.save((left, right), (), partial(_concat_back, tape, given))
@@ -100,7 +100,7 @@ def _concat_back(tape: Tape, given: tuple[tuple[tuple[int, ...], str], ...], gra
 
 
 def max_pool(tape: Tape, x: Array) -> tuple[Array, Array]:
-    """2 x 2 pooling to (B, C, H // 2, W // 2), with the place of each maximum in its map, int64; its input is kept."""
+    """2 x 2 pooling to (B, C, H // 2, W // 2), with the int64 index of each maximum in its map; the input is saved."""
     shape = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     node = tape.save((x,), (x,), partial(_shaped_back, tape, x.shape))
     pooled = tape.elementwise(shape, x.dtype, node)
@@ -114,9 +114,9 @@ def _shaped_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array)
 
 
 def max_unpool(tape: Tape, x: Array, indices: Array, size: tuple[int, ...]) -> Array:
-    """The opposite of `max_pool`: values go back to their places in a map of zeros, (B, C, *size); the indices are kept.
+    """The inverse of `max_pool`: puts values back at their indices in a map of zeros, (B, C, *size); the indices are saved.
 
-    On a CPU autocast has it done in float32.
+    Under autocast on a CPU it runs in float32.
     """
     x = laws.cast(tape, x, "float32") if tape.precision.autocast and tape.workload.on_cpu else x
     node = tape.save((x,), (indices,), partial(_shaped_back, tape, x.shape))
@@ -124,7 +124,7 @@ def max_unpool(tape: Tape, x: Array, indices: Array, size: tuple[int, ...]) -> A
 
 
 def cross_entropy(tape: Tape, logits: Array, batch: Images) -> Array:
-    """`torch.nn.functional.cross_entropy` of (B, K, H, W), weighted by class and summed."""
+    """`torch.nn.functional.cross_entropy` of (B, K, H, W) logits, weighted by class and summed."""
     logits = laws.cast(tape, logits, tape.precision.logits)
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
     log_probabilities = laws.log_softmax(tape, logits)

@@ -1,4 +1,4 @@
-"""The laws of single operations, as PyTorch runs them eagerly: what each computes, keeps, and makes on the way."""
+"""The laws of single operations, as eager PyTorch runs them: what each computes, saves and allocates."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -12,10 +12,10 @@ from llmeff.cost.workspace import matrix_bytes
 
 
 class Batch:
-    """A micro-batch as the law of a model sees it: `core.layout.Layout` and the tokens, without their numbers.
+    """A micro-batch as the law of a model sees it: tokens and `core.layout.Layout` without numbers.
 
     Args:
-        tape: where it is taken down.
+        tape: counts it.
     """
 
     def __init__(self, tape: Tape):
@@ -28,15 +28,15 @@ class Batch:
         self._places = [tape.given((self._rows, workload.num_tokens), "int64")]
         if workload.packed:
             self._places.append(tape.given(self.shape, "int64"))
-        places = self._places if workload.packed else []  # else they are made in the forward pass
+        places = self._places if workload.packed else []  # otherwise the forward pass makes them
         self.num_bytes = sum(array.storage.num_bytes for array in (self.tokens, self.targets, *places))
-        """What a micro-batch takes that is made and waits for its turn."""
+        """Bytes of a micro-batch that is made and waits for its turn."""
         self._biases: dict[str, tuple[Array, Array]] = {}
         self._rotary: dict[tuple[int, float], tuple[Array, Array]] = {}
         self._tables: dict[Hashable, Any] = {}
 
     def tables(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """`Layout.tables`."""
+        """What `make` returns, which is called once a key, as in `Layout.tables`."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]
@@ -50,18 +50,18 @@ class Batch:
         return self._rotary[key]
 
     def bias(self, dtype: str) -> Array | None:
-        """Which keys each query sees, (B, 1, T, T); None where plain causal attention is meant."""
+        """Which keys each query sees, (B, 1, T, T); None for plain causal attention."""
         if not self._tape.workload.packed:
             return None
         if dtype not in self._biases:
             shape = (self.shape[0], 1, self.shape[1], self.shape[1])
-            # beside the summand lives the boolean mask that it is made from
+            # the boolean mask that the bias is made from stays alive
             self._biases[dtype] = self._tape.new(shape, dtype), self._tape.new(shape, "bool")
         return self._biases[dtype][0]
 
 
 def cast(tape: Tape, x: Array, dtype: str) -> Array:
-    """An array in another format; itself where it has that."""
+    """An array in another format; the array itself if it has that format."""
     if x.dtype == dtype:
         return x
     node = tape.save((x,), (), partial(_cast_back, tape, x.dtype))
@@ -73,17 +73,17 @@ def _cast_back(tape: Tape, dtype: str, gradient: Array) -> tuple[Array]:
 
 
 def autocast(tape: Tape, x: Array) -> Array:
-    """An array as autocast gives it to a contraction."""
+    """An array in the format in which autocast gives it to a contraction."""
     return cast(tape, x, tape.precision.compute) if tape.precision.autocast else x
 
 
 def autocast_weight(tape: Tape, weight: Array) -> Array:
-    """A weight as autocast gives it to a contraction; the copy is made once a forward pass."""
+    """A weight in the format in which autocast gives it to a contraction; it is cast once a forward pass."""
     return tape.cached(weight, lambda: autocast(tape, weight)) if tape.precision.autocast else weight
 
 
 def linear(tape: Tape, x: Array, weight: Array) -> Array:
-    """(..., in) times (out, in) to (..., out), without bias."""
+    """(..., in) by (out, in) to (..., out), without bias."""
     if tape.strategy_law.replaces_linear:
         return _replaced_linear(tape, x, weight)
     weight, x = autocast_weight(tape, weight), autocast(tape, x)
@@ -106,7 +106,7 @@ def _linear_back(tape: Tape, gradient: Array, x: Array, weight: Array) -> tuple[
 
 
 def _replaced_linear(tape: Tape, x: Array, weight: Array) -> Array:
-    """The same as an autograd.Function: what it is given is kept as it is, after it was used, and cast in each pass."""
+    """`linear` as an autograd.Function: it saves its inputs uncast, after use, and casts them in each pass."""
     is_cast = tape.precision.autocast
     dtype = tape.precision.compute if is_cast else x.dtype
     copies = [tape.new(array.shape, dtype) for array in (x, weight) if array.dtype != dtype]
@@ -124,7 +124,7 @@ def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, wei
     x_copy = tape.new(x.shape, dtype) if x.dtype != dtype else None
     grad_weight = multiplied(tape, weight.shape, dtype)
     del x_copy, weight_copy
-    # autograd brings gradients into the formats of what they are of, one after another
+    # autograd casts gradients to the formats of their inputs, one after another
     if x.dtype != dtype:
         grad_x = tape.new(x.shape, x.dtype)
     if weight.dtype != dtype:
@@ -133,12 +133,12 @@ def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, wei
 
 
 def embedding(tape: Tape, batch: Batch, weight: Array) -> Array:
-    """(B, T) tokens, rows of (V, D), to (B, T, D)."""
+    """Rows of (V, D) by (B, T) tokens, to (B, T, D)."""
     return rows(tape, weight, batch.tokens)
 
 
 def rows(tape: Tape, x: Array, index: Array) -> Array:
-    """Rows of (V, D) by their numbers (...), as `torch.nn.functional.embedding` takes them, to (..., D)."""
+    """Rows of (V, D) by an index of shape (...), as `torch.nn.functional.embedding`, to (..., D)."""
     node = tape.save((x,), (index,), partial(_new_back, tape, x.shape))
     return tape.elementwise((*index.shape, x.shape[1]), x.dtype, node)
 
@@ -148,12 +148,12 @@ def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) ->
 
 
 def promote(left: str, right: str) -> str:
-    """The format of a sum or product of two."""
+    """The format of a sum or product of two formats."""
     return left if left == right else "float32"
 
 
 def add(tape: Tape, left: Array, right: Array) -> Array:
-    """Their sum; backward hands its gradient on, without a copy where formats agree."""
+    """The sum of two arrays; backward passes its gradient on, without a copy if formats agree."""
     node = tape.save((left, right), (), partial(_add_back, tape, left.dtype, right.dtype))
     return tape.elementwise(left.shape, promote(left.dtype, right.dtype), node)
 
@@ -166,7 +166,7 @@ def _add_back(tape: Tape, left: str, right: str, gradient: Array) -> tuple[Array
 
 
 def multiply(tape: Tape, left: Array, right: Array) -> Array:
-    """Their product, elementwise; both are kept."""
+    """The elementwise product of two arrays, which are both saved."""
     node = tape.save((left, right), (left, right), partial(_multiply_back, tape))
     return tape.elementwise(left.shape, promote(left.dtype, right.dtype), node)
 
@@ -176,7 +176,7 @@ def _multiply_back(tape: Tape, gradient: Array, left: Array, right: Array) -> tu
 
 
 def scale(tape: Tape, x: Array, constant: Array) -> Array:
-    """The product with a constant that broadcasts to it, which is kept."""
+    """The product with a constant that broadcasts, which is saved."""
     node = tape.save((x,), (constant,), partial(_scale_back, tape))
     return tape.elementwise(x.shape, x.dtype, node)
 
@@ -186,7 +186,13 @@ def _scale_back(tape: Tape, gradient: Array, *_: Array) -> tuple[Array]:
 
 
 def function(tape: Tape, x: Array, keeps: Literal["input", "output", "nothing"]) -> Array:
-    """Any function of single numbers, by what its derivative is made of."""
+    """Any elementwise function.
+
+    Args:
+        tape: counts it.
+        x: the input.
+        keeps: what is saved for the derivative.
+    """
     node = tape.save((x,), (x,) if keeps == "input" else (), partial(_scale_back, tape))
     y = tape.elementwise(x.shape, x.dtype, node)
     if keeps == "output":
@@ -195,7 +201,7 @@ def function(tape: Tape, x: Array, keeps: Literal["input", "output", "nothing"])
 
 
 def shift(tape: Tape, x: Array) -> Array:
-    """The sum with what has no gradient and broadcasts to it; backward hands its gradient on."""
+    """The sum with an array that has no gradient and broadcasts; backward passes its gradient on."""
     return tape.elementwise(x.shape, x.dtype, tape.save((x,), (), _shift_back))
 
 
@@ -204,12 +210,12 @@ def _shift_back(gradient: Array) -> tuple[Array]:
 
 
 def silu(tape: Tape, x: Array) -> Array:
-    """`torch.nn.functional.silu`; its input is kept."""
+    """`torch.nn.functional.silu`; the input is saved."""
     return function(tape, x, "input")
 
 
 def times(tape: Tape, x: Array, factor: Array) -> Array:
-    """The product with what broadcasts to it; both are kept."""
+    """The product with a factor that broadcasts; both are saved."""
     node = tape.save((x, factor), (x, factor), partial(_times_back, tape))
     return tape.elementwise(x.shape, promote(x.dtype, factor.dtype), node)
 
@@ -220,22 +226,25 @@ def _times_back(tape: Tape, gradient: Array, x: Array, factor: Array) -> tuple[A
 
 
 def _summed(tape: Tape, gradient: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """A gradient added up over what was broadcast."""
+    """A gradient, summed over the dimensions that were broadcast."""
     return gradient if gradient.shape == shape else tape.new(shape, dtype)
 
 
 def plus(tape: Tape, x: Array, summand: Array) -> Array:
-    """The sum with what broadcasts to it."""
+    """The sum with a summand that broadcasts."""
     node = tape.save((x, summand), (), partial(_plus_back, tape, x.dtype, summand.shape, summand.dtype))
     return tape.elementwise(x.shape, promote(x.dtype, summand.dtype), node)
 
 
-def _plus_back(tape: Tape, dtype: str, shape: tuple[int, ...], own: str, gradient: Array) -> tuple[Array, Array]:
-    return gradient if gradient.dtype == dtype else tape.new(gradient.shape, dtype), _summed(tape, gradient, shape, own)
+def _plus_back(
+    tape: Tape, dtype: str, summand_shape: tuple[int, ...], summand_dtype: str, gradient: Array
+) -> tuple[Array, Array]:
+    grad_x = gradient if gradient.dtype == dtype else tape.new(gradient.shape, dtype)
+    return grad_x, _summed(tape, gradient, summand_shape, summand_dtype)
 
 
 def concat(tape: Tape, *parts: Array) -> Array:
-    """Arrays side by side; backward hands on views of its gradient."""
+    """Arrays joined along the last dimension; backward returns views of its gradient."""
     given = [part.shape for part in parts]
     node = tape.save(parts, (), partial(_concat_back, given))
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
@@ -247,7 +256,7 @@ def _concat_back(given: list[tuple[int, ...]], gradient: Array) -> tuple[Array, 
 
 
 def split(tape: Tape, x: Array, *shapes: tuple[int, ...]) -> list[Array]:
-    """Views of parts; backward waits for the gradients of all, and puts them side by side."""
+    """Views of parts; backward waits for the gradients of all parts and joins them."""
     arrived: list[Array] = []
     first = tape.save((x,), (), partial(_split_back, tape, x.shape, arrived))
     others = [tape.save((), (), partial(put_aside, arrived)) for _ in shapes[1:]]
@@ -261,15 +270,15 @@ def _split_back(tape: Tape, shape: tuple[int, ...], arrived: list[Array], gradie
 
 
 def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
-    """The gradient of one of an operation's further outputs, which its backward takes from there."""
+    """Keeps the gradient of a further output of an operation until the operation's backward reads it."""
     arrived.append(gradient)
     return ()
 
 
 _QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
-"""From so many queries on torch's CPU kernel takes so many at once."""
+"""(queries at least, block): how many queries torch's CPU kernel takes at a time, by how many there are."""
 _KEY_BLOCK = 512
-"""Keys that it takes at once."""
+"""Keys that torch's CPU kernel takes at a time."""
 
 
 def attention(
@@ -278,15 +287,15 @@ def attention(
     """`scaled_dot_product_attention` by the workload's kernel.
 
     Args:
-        tape: where it is taken down.
+        tape: counts it.
         query: (B, N, T, H).
         key: (B, K, S, H).
         value: (B, K, S, H).
-        bias: (B, 1, T, S), added to the scores; None where plain causal attention is meant.
-        model_flops: what the model asks for in a forward pass; None: that of causal attention.
+        bias: (B, 1, T, S), added to the scores; None for plain causal attention.
+        model_flops: FLOPs that the model asks for in a forward pass; None: those of causal attention.
 
     Returns:
-        (B, N, T, H), in memory (B, T, N, H).
+        (B, N, T, H), with memory in the order (B, T, N, H).
     """
     query, key, value = (autocast(tape, x) for x in (query, key, value))
     flash = tape.workload.kernel == "flash"
@@ -306,7 +315,7 @@ def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | Non
 
 
 def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) -> None:
-    """What each thread of torch's CPU kernel computes in, and lets go: scores of a block of queries by one of keys."""
+    """The buffers of each thread of torch's CPU kernel, freed at the end: scores of a block of queries by a block of keys."""
     if not tape.workload.on_cpu:
         return
     num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
@@ -322,7 +331,7 @@ def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) 
 def _flash_back(
     tape: Tape, gradient: Array, query: Array, key: Array, value: Array, *_: Array
 ) -> tuple[Array, Array, Array]:
-    # five products of (T, S) by H: the weights are made again
+    # five products of (T, S) by H, since the weights are computed again
     tape.execute(10 * query.size * key.shape[2])
     gradients = (
         tape.new(query.shape, query.dtype),
@@ -354,13 +363,13 @@ def _repeat(tape: Tape, x: Array, num_heads: int) -> Array:
 
 
 def copy(tape: Tape, x: Array) -> Array:
-    """The same in other bytes."""
+    """A copy."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return tape.elementwise(x.shape, x.dtype, node)
 
 
 def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros behind it, up to the shape; itself where there is nothing to add."""
+    """The array with zeros appended up to a shape; the array itself if it has the shape."""
     if x.shape == shape:
         return x
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
@@ -368,15 +377,15 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def view(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """A part of it, it many times or as it is, in the same bytes; its gradient is one of its own, made of the view's."""
+    """A view in another shape: a part, an expansion or the whole; backward makes a new gradient in the input's shape."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return Array(shape, x.dtype, x.storage, node)
 
 
 def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """The beginning of its second dimension, whose gradient is put among zeros; itself where all is left.
+    """The beginning of the second dimension; backward pads its gradient with zeros. The array itself if all is left.
 
-    Of one row it is a view; of several, which no longer lie one behind another, `linear` makes a copy.
+    It is a view of one row. Of several rows it is not contiguous, and `linear` copies it.
     """
     if x.shape == shape:
         return x
@@ -385,7 +394,7 @@ def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:
-    """A product of matrices; both are kept."""
+    """A product of matrices, which are both saved."""
     node = tape.save((left, right), (left, right), partial(_product_back, tape, flops))
     tape.contract(flops, model_flops)
     return tape.new(shape, left.dtype, node)
@@ -398,7 +407,7 @@ def _product_back(tape: Tape, flops: int, gradient: Array, left: Array, right: A
 
 
 def joined_heads(tape: Tape, mixed: Array) -> Array:
-    """(B, N, T, H) to (B, T, N H): a view of what `flash` makes, a copy of what `math` makes."""
+    """(B, N, T, H) to (B, T, N H): a view of the result of `flash`, a copy of that of `math`."""
     num_batch, num_heads, num_tokens, head_dim = mixed.shape
     joined = mixed.view(num_batch, num_tokens, num_heads * head_dim)
     if tape.workload.kernel == "flash":
@@ -407,7 +416,7 @@ def joined_heads(tape: Tape, mixed: Array) -> Array:
 
 
 def log_softmax(tape: Tape, x: Array) -> Array:
-    """`log_softmax` over the last dimension; the result is kept."""
+    """`log_softmax` over the last dimension; the result is saved."""
     node = tape.save((x,), (), partial(_scale_back, tape))
     result = tape.elementwise(x.shape, x.dtype, node)
     tape.save_output(node, result)
@@ -428,6 +437,6 @@ def _pick_back(tape: Tape, gradient: Array, log_probabilities: Array, *_: Array)
 
 
 def cross_entropy(tape: Tape, logits: Array, batch: Batch) -> Array:
-    """`torch.nn.functional.cross_entropy` of (M, V), summed."""
+    """`torch.nn.functional.cross_entropy` of (M, V) logits, summed."""
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
     return pick_and_sum(tape, log_softmax(tape, logits), batch)

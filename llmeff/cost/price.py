@@ -1,4 +1,4 @@
-"""What something costs: integers by kind and part, that add up."""
+"""What something costs, as integers by kind and part that can be added."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,33 +24,34 @@ Kind = Literal[
     "elementwise_ops",
     "wire_bytes",
 ]
-"""What is counted, of one optimizer step on one rank:
+"""What is counted of one optimizer step on one rank.
 
-`parameters`: how many numbers are trained; `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
-`frozen_bytes`: what each kind of state takes. `batch_bytes`: tokens, targets and places of a micro-batch.
-`gradient_bytes` is counted when the last backward pass is over, and padding is in them all.
-`saved_bytes`: what autograd keeps of a micro-batch when its forward pass ends, weights and `batch_bytes` apart but
-autocast's copies of weights in; each storage once, in the part that first keeps it. `logits_bytes`: one copy of the
-logits in the loss's format. `gathered_bytes`, `bucket_bytes`: the most that parameters put together from all ranks,
-and buffers that gradients travel in, take at any time. `workspace_bytes`: the most that libraries take at any time beside
-tensors, where convolutions run on a CPU: copies in layouts of their own, and room to compute in. `peak_bytes`: what lives at
-the moment of the step when most does, by kind. Both are unknown where a convolution was not measured on the CPU's instruction
-set (`workspace`); the peak is then known to be at least what else lives.
+`parameters`: numbers that are trained. `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
+`frozen_bytes`: bytes of each kind of state, with padding; gradients are counted when the last backward pass is over.
+`batch_bytes`: tokens, targets and positions of a micro-batch. `saved_bytes`: what autograd keeps of a micro-batch when its
+forward pass ends, with autocast's copies of weights, without weights and `batch_bytes`; each storage counts once, in the
+part that keeps it first. `logits_bytes`: one copy of the logits in the loss's format.
+
+`gathered_bytes`, `bucket_bytes`: the most bytes at any time of parameters that were gathered from all ranks, and of buffers
+for gradients. `workspace_bytes`: the most bytes at any time that libraries allocate beside tensors while convolutions run on a
+CPU: copies in other layouts, and buffers. `peak_bytes`: what lives at the moment of the step when most does, by kind. The last
+two are unknown if a convolution was not measured on the CPU's instruction set (`workspace`); `peak_bytes` then has a lower
+bound.
 
 `model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
-recomputation. `executed_flops`: contractions as the kernels do them: all T^2 pairs, and what is computed again.
-`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: the full payload
-of each collective, whatever part of it a rank sends, by collective."""
+recomputation. `executed_flops`: contractions as the kernels compute them: all T^2 pairs, and recomputation.
+`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: the full payload of each
+collective, whatever part of it a rank sends, by collective."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 REPORTED: tuple[Kind, ...] = (
     "parameters", "model_flops", "executed_flops", "wire_bytes", "saved_bytes", "optimizer_bytes", "peak_bytes",
 )  # fmt: skip
-"""What a run's result holds of its price."""
+"""The kinds that a run's result reports."""
 
 _SUMS = ("total", "at_least")
-"""What stands in JSON beside a kind's parts."""
+"""Keys in JSON beside the parts of a kind."""
 
 Source = Literal["law", "traced"]
 """`law`: computed from the config alone; `traced`: counted in a run of the module."""
@@ -68,7 +69,7 @@ class Price:
     entries: Mapping[tuple[Kind, str], int] = field(default_factory=dict)
     source: Source = "law"
     unknown: frozenset[Kind] = frozenset()
-    """Kinds of which the entries are not all."""
+    """Kinds of which some entries are missing."""
 
     def __post_init__(self) -> None:
         unknown = {kind for kind, _ in self.entries} - set(KINDS)
@@ -88,29 +89,29 @@ class Price:
     __rmul__ = __mul__
 
     def total(self, kind: Kind) -> int:
-        """The sum over all parts; 0 where there is none.
+        """The sum over all parts; 0 if there are none.
 
         Raises:
-            ValueError: it is unknown.
+            ValueError: the kind is unknown.
         """
         if kind in self.unknown:
             raise ValueError(f"{kind} is unknown here: ask `known` or `at_least`")
         return self.at_least(kind)
 
     def known(self, kind: Kind) -> int | None:
-        """The sum over all parts; None where it is unknown."""
+        """The sum over all parts; None if the kind is unknown."""
         return None if kind in self.unknown else self.at_least(kind)
 
     def at_least(self, kind: Kind) -> int:
         """The sum over all parts that are known."""
-        return sum(count for (own, _), count in self.entries.items() if own == kind)
+        return sum(self.parts(kind).values())
 
     def parts(self, kind: Kind) -> dict[str, int]:
         """The counts of one kind by part."""
-        return {part: count for (own, part), count in self.entries.items() if own == kind}
+        return {part: count for (other, part), count in self.entries.items() if other == kind}
 
     def reported(self) -> dict[Kind, float]:
-        """The totals of `REPORTED` that are known, and not 0."""
+        """The totals of `REPORTED` that are known and not 0."""
         return {kind: float(total) for kind in REPORTED if (total := self.known(kind))}
 
     def only(self, kinds: Iterable[Kind]) -> "Price":
@@ -120,8 +121,8 @@ class Price:
         return Price(entries, self.source, self.unknown & wanted)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the source, and by kind the parts with their `total`: null where it is unknown, and `at_least` beside it."""
-        kinds = [kind for kind in KINDS if kind in self.unknown or any(own == kind for own, _ in self.entries)]
+        """For JSON: the source, and for each kind its parts and their `total`; if that is unknown it is null beside `at_least`."""
+        kinds = [kind for kind in KINDS if kind in self.unknown or self.parts(kind)]
         return {"source": self.source} | {kind: {**self.parts(kind), **self._sums(kind)} for kind in kinds}
 
     def _sums(self, kind: Kind) -> dict[str, int | None]:
@@ -131,7 +132,7 @@ class Price:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Price":
-        """Reads what `as_dict` gives."""
+        """Reads what `as_dict` returns."""
         return cls(
             {(kind, part): count for kind in KINDS for part, count in data.get(kind, {}).items() if part not in _SUMS},
             data["source"],

@@ -26,19 +26,19 @@ _AT_PEAK = {
     "workspace_bytes": "workspace",
 }
 Law = Callable[[Tape, Any], Array]
-"""Of a tape and a micro-batch, which `Given` makes."""
+"""The forward pass of a micro-batch, which `Given` makes, to its summed loss."""
 Given = Callable[[Tape], Any]
 
 
 def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = None, given: Given = Batch) -> Price:
-    """Plays forward and backward of a step's micro-batches, and its update.
+    """Plays forward and backward of a step's micro-batches, and the update.
 
-    The optimizer's state, which lives at every moment, is not in it: an optimizer's own price adds it.
+    The optimizer's state is not included, although it lives throughout: the optimizer's price adds it.
 
     Args:
         law: the forward pass of a micro-batch to its summed loss.
         workload: what the step does.
-        strategy_law: what becomes of weights and gradients; None: one process alone keeps them.
+        strategy_law: what is kept and sent of weights and gradients; None: one process keeps all.
         given: makes the micro-batch that the law reads.
     """
     strategy_law = strategy_law or StrategyLaw(weights(law, given), workload.precision)
@@ -57,7 +57,7 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
         tape.end_forward()
         tape.backward(loss)
         del batch, loss, waiting
-        # the second stands for all that are neither first nor last
+        # the second stands for all between the first and the last
         times = workload.num_micro_batches - 2 if index == 1 and num_played == 3 else 1
         wire.update({name: num_bytes * times for name, num_bytes in strategy_law.wire.items()})
     gradients = strategy_law.gradients()
@@ -79,13 +79,13 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
 
 
 def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, strategy_law: StrategyLaw) -> Price:
-    """The same without a model: weights that are used one after another, and nothing else.
+    """The price of a step without a model's activations: weights are used one after another, and nothing else is made.
 
     Args:
-        uses: the weights in the order in which a forward pass uses them, and whether backward comes back to each: to
-            one that is frozen it does not where no gradient is to flow through.
+        uses: the weights in the order in which a forward pass uses them, and whether backward uses each again; it does not
+            use a frozen weight if no gradient flows through.
         workload: what the step does.
-        strategy_law: what becomes of them and their gradients.
+        strategy_law: what is kept and sent of weights and gradients.
     """
 
     def law(tape: Tape, batch: Batch) -> Array:
@@ -105,14 +105,14 @@ def _gradient_of(tape: Tape, weight: Array | None, gradient: Array) -> tuple[Arr
 
 
 class _Rehearsal(StrategyLaw):
-    """Notes the uses of weights."""
+    """Records the uses of weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.uses: list[tuple[str, bool]] = []
 
     def on_use(self, weight: Weight, in_backward: bool) -> None:
-        """By name."""
+        """Records the weight's name, and whether the use is in backward."""
         self.uses.append((weight.name, in_backward))
 
 
@@ -126,7 +126,7 @@ def _uses(law: Law, workload: Workload, given: Given) -> list[tuple[str, bool]]:
 
 
 def weights(law: Law, given: Given = Batch) -> list[Weight]:
-    """The trained parameters that a law uses."""
+    """The parameters that a law uses, as trained ones."""
     tape = Tape(Workload(num_sequences=1, num_tokens=1, image_size=(1, 1)))
     law(tape, given(tape))
     return list(tape.weights.values())

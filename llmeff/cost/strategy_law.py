@@ -1,4 +1,4 @@
-"""What a process keeps of weights, gradients and optimizer state while a step is played, and what it sends to others."""
+"""The law of one process alone, which strategies of several ranks derive from: what lives in a step, and what is sent."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,44 +10,48 @@ from llmeff.cost.price import Kind
 
 
 class StrategyLaw:
-    """One process alone: all weights, and every gradient from the backward pass that makes it to the update.
+    """One process alone keeps all weights, and every gradient from the backward pass that makes it until the update.
 
-    A strategy derives its own. The tape calls it as the step goes; what it makes live is labelled by what it is for.
+    Strategies override its methods. The tape calls them as it plays a step. All bytes have a label that says what they are for.
 
     Args:
-        weights: the parameters, in the model's order.
-        formats: of the numbers.
+        weights: all parameters, in the model's order.
+        formats: the number formats; None: fp32.
     """
 
     updates_on_host = False
-    """Whether the optimizer's state lies in CPU memory, wherever the model is."""
+    """Whether the optimizer's state is in CPU memory, even if the model is on a GPU."""
     is_shared = False
-    """Whether there are other ranks."""
+    """Whether there are several ranks."""
     replaces_linear = False
-    """Whether `torch.nn.functional.linear` is an autograd.Function, which keeps its input and weight without casts."""
+    """Whether `torch.nn.functional.linear` is replaced by an autograd.Function, which saves input and weight uncast."""
 
     def __init__(self, weights: Iterable[Weight] = (), formats: Precision | None = None):
         self.formats = formats or precision("fp32")
         self.every = [replace(weight, dtype=self.formats.parameters) for weight in weights]
-        """All weights, frozen ones too."""
+        """All weights, trained and frozen."""
         self.weights = [weight for weight in self.every if weight.is_trained]
         self.wire: Counter[str] = Counter()
-        """Bytes sent so far, by collective: the full payload of each, whatever part of it a rank holds."""
+        """Bytes sent so far, by collective; each counts with its full payload, whatever part of it a rank has."""
         self.counts: Counter[tuple[Kind, str]] = Counter()
-        """What is kept, told by kind and part."""
+        """Bytes that live throughout the step, by kind and part."""
         self.is_last = True
         """Whether this is the step's last micro-batch."""
         self.whole: dict[str, Array] = {}
-        """Gradients as backward makes them, by the weight's name."""
+        """Whole gradients as backward makes them, by the weight's name."""
         self._held: defaultdict[str, list[Storage]] = defaultdict(list)
 
     def begin(self, live: Live) -> None:
-        """Makes live what lives at every moment."""
+        """Begins the step: adds what lives throughout it.
+
+        Args:
+            live: counts the bytes that live.
+        """
         self._live = live
         self.add_resident()
 
     def add_resident(self) -> None:
-        """Every weight, with its master copy."""
+        """Adds what lives throughout the step: every weight, and the master copies."""
         self.add_frozen()
         for weight in self.weights:
             self.keep("parameter_bytes", weight.part, weight.num_bytes)
@@ -55,35 +59,39 @@ class StrategyLaw:
                 self.keep("master_bytes", weight.part, weight.size * BYTES[self.formats.master])
 
     def add_frozen(self) -> None:
-        """What is not trained, whole."""
+        """Adds the frozen weights, whole."""
         for weight in self.every:
             if not weight.is_trained:
                 self.keep("frozen_bytes", weight.part, weight.num_bytes)
 
     def set_use_order(self, uses: list[tuple[str, bool]]) -> None:
-        """Told before the step: the names of the weights in the order of their uses, and whether in backward."""
+        """Learns the order in which the step will use weights, before it begins.
+
+        Args:
+            uses: the name of the weight, and whether the use is in backward.
+        """
 
     def begin_micro_batch(self, is_last: bool) -> None:
-        """A micro-batch begins."""
+        """Called before the forward pass of a micro-batch."""
         self.is_last = is_last
 
     def on_use(self, weight: Weight, in_backward: bool) -> None:
-        """An operation is about to read a weight."""
+        """Called before an operation reads a weight."""
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """A weight has its gradient of a backward pass: the first is kept, and later ones are added in its place."""
+        """Called when a weight's gradient of a backward pass is ready: the first is kept, later ones are added in place."""
         if weight.name not in self.whole:
             self.whole[weight.name] = gradient
             gradient.storage.relabel(("gradient_bytes", weight.part))
 
     def end_forward(self) -> None:
-        """The loss is there."""
+        """Called after the loss."""
 
     def end_backward(self) -> None:
-        """All gradients of a micro-batch are there."""
+        """Called when all gradients of a micro-batch are ready."""
 
     def gradients(self) -> Counter[str]:
-        """The bytes of gradients between backward and update, by part."""
+        """Bytes of gradients between backward and update, by part."""
         parts: Counter[str] = Counter()
         for weight in self.weights:
             if weight.name in self.whole:
@@ -91,31 +99,31 @@ class StrategyLaw:
         return parts
 
     def update(self) -> None:
-        """Clips, updates, and clears the gradients."""
+        """Called for the update: what clipping, the update and clearing gradients add, send and free."""
 
     def updated(self) -> list[Weight]:
-        """The tensors that this process's optimizer updates; their parts tell its state apart."""
+        """The tensors that this process's optimizer updates; its state is counted by their parts."""
         return [replace(weight, dtype=self.formats.master or weight.dtype) for weight in self.weights]
 
     # -- for strategies
 
     def make(self, label: str, num_bytes: int) -> Storage:
-        """Bytes that live until the last reference to what is returned goes."""
+        """Adds bytes that live until the last reference to the result is gone."""
         return Storage(self._live, num_bytes, (label, ""))
 
     def hold(self, label: str, num_bytes: int) -> None:
-        """Bytes that live until `drop`."""
+        """Adds bytes that live until `drop`."""
         self._held[label].append(self.make(label, num_bytes))
 
     def drop(self, label: str) -> None:
-        """Frees what `hold` made."""
+        """Frees what `hold` added."""
         self._held.pop(label, None)
 
     def keep(self, kind: Kind, part: str, num_bytes: int) -> None:
-        """Bytes that live at every moment, and are counted as what they are."""
+        """Adds bytes that live throughout the step, and counts them under their kind and part."""
         self.counts[kind, part] += num_bytes
         self.hold(kind, num_bytes)
 
     def send(self, collective: str, num_bytes: int) -> None:
-        """Counts a collective by its full payload."""
+        """Counts a collective with its full payload."""
         self.wire[collective] += num_bytes

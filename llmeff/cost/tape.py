@@ -1,8 +1,9 @@
 """Plays a training step on shapes alone, and counts what it computes and what lives at each moment.
 
 A law is a forward pass written over `Array`s, which have a shape and a format but no numbers. As in eager PyTorch, an
-array's bytes live until the last reference to them goes: a local name of the law, or a node that keeps them for
-backward. So a law whose names live as long as the module's own gives its memory, to the byte, at every moment.
+array's bytes live until the last reference to them is gone: a local name of the law, or a node that saves them for
+backward. If the names in a law live as long as those in the module, the law gives the module's memory at every moment, to the
+byte.
 """
 
 from collections import Counter
@@ -23,14 +24,14 @@ from llmeff.cost.workspace import Room
 
 @dataclass(slots=True, kw_only=True)
 class Leaf(Node):
-    """Where a weight's gradients meet: it is kept once all the uses of a backward pass have given theirs."""
+    """Sums a weight's gradients, and hands the sum to the strategy's law after the last use of a backward pass."""
 
     weight: Weight
     strategy_law: StrategyLaw
     num_awaited: int = 0
 
     def accumulate(self, gradient: Array) -> None:
-        """The first is taken over; more are added in its place."""
+        """Keeps the first gradient, and adds later ones in place."""
         Node.accumulate(self, gradient)
         self.num_awaited -= 1
         if self.num_awaited or self.gradient is None:
@@ -40,11 +41,11 @@ class Leaf(Node):
 
 
 class Tape:
-    """Takes down one rank's optimizer step.
+    """Records one rank's optimizer step.
 
     Args:
-        workload: what the step is to do.
-        strategy_law: what becomes of weights and gradients.
+        workload: what the step does.
+        strategy_law: what is kept and sent of weights and gradients; None: nothing is sent, and weights are not counted.
     """
 
     def __init__(self, workload: Workload, strategy_law: StrategyLaw | None = None):
@@ -55,7 +56,7 @@ class Tape:
         self.live = Live()
         self.counts: Counter[tuple[Kind, str]] = Counter()
         self.unknown: set[Kind] = set()
-        """Kinds of which something could not be counted."""
+        """Kinds that could not be counted completely."""
         self._static = Storage(Live(), 0, ("", ""))
         self._leaves: dict[str, Leaf] = {}
         self._casts: dict[str, Array] = {}
@@ -70,7 +71,12 @@ class Tape:
 
     @contextmanager
     def within(self, name: str, part: str | None = None) -> Iterator[None]:
-        """Enters a submodule; from here what is counted belongs to `part`."""
+        """A context inside a submodule.
+
+        Args:
+            name: of the submodule.
+            part: what is counted in it belongs to this part; None: to the part outside.
+        """
         outer = self._path, self._part
         self._path, self._part = (*self._path, name), part or self._part
         try:
@@ -79,7 +85,7 @@ class Tape:
             self._path, self._part = outer
 
     def weight(self, name: str, *shape: int) -> Array:
-        """A trained parameter of the submodule, by its name in the module; the same name is the same parameter."""
+        """A trained parameter of the current submodule; the same name is the same parameter."""
         full = ".".join((*self._path, name))
         if full not in self.weights:
             self.weights[full] = Weight(full, shape, self.precision.parameters, self._part)
@@ -88,7 +94,7 @@ class Tape:
         return Array(shape, self.precision.parameters, self._static, leaf)
 
     def cached(self, weight: Array, make: Callable[[], Array]) -> Array:
-        """What autocast makes of a weight once a forward pass: its copy in the compute format."""
+        """Autocast's copy of a weight in the compute format, which is made once a forward pass."""
         assert isinstance(weight.node, Leaf)
         name = weight.node.weight.name
         if name not in self._casts:
@@ -96,12 +102,15 @@ class Tape:
         return self._casts[name]
 
     def save(self, inputs: tuple[Array, ...], saved: tuple[Array, ...], backward: Backward | None) -> Node | None:
-        """Records an operation, before its output is made (PyTorch's order, by which recomputation stops early).
+        """Records an operation before its output is made: recomputation stops early by this order of PyTorch's.
 
         Args:
             inputs: what gradients flow to, in the order in which `backward` returns them.
-            saved: what is kept for backward.
-            backward: makes the gradients; None: what is recorded says it in another way.
+            saved: what is saved for backward.
+            backward: makes the gradients; None: the caller sets the node's `replay`.
+
+        Returns:
+            the node; None if nothing is recorded, as in recomputed layers.
         """
         self._count_saves(len(saved))
         if not self._keeps:
@@ -115,7 +124,7 @@ class Tape:
         return node
 
     def save_output(self, node: Node | None, *outputs: Array) -> None:
-        """Keeps what an operation made, too, for its backward; it comes after the arrays that `save` was given."""
+        """Saves outputs of an operation for its backward, which gets them after the arrays given to `save`."""
         self._count_saves(len(outputs))
         if node is not None:
             self._keep(node, outputs)
@@ -144,17 +153,21 @@ class Tape:
         return run
 
     def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
-        """A new array."""
+        """A new array; `node` is the operation that makes it."""
         num_bytes = 0 if self._has_stopped else prod(shape) * NUM_BYTES[dtype]
         return Array(shape, dtype, Storage(self.live, num_bytes, ("temporaries", self._part)), node)
 
     def workspace(self, num_bytes: int) -> Storage:
-        """Bytes that a library takes beside tensors, until the last reference to what is returned goes."""
+        """Adds bytes that a library allocates beside tensors; they live until the last reference to the result is gone."""
         return Storage(self.live, 0 if self._has_stopped else num_bytes, ("workspace_bytes", self._part))
 
     @contextmanager
     def room(self, found: Room | None) -> Iterator[None]:
-        """Around the making of what one product of a convolution makes; None: it takes nobody knows how much."""
+        """A context in which the result of one product of a convolution is made.
+
+        Args:
+            found: what the product allocates beside its result; None: unknown.
+        """
         if found is None:
             self.unknown |= {"workspace_bytes", "peak_bytes"}
             found = Room()
@@ -165,19 +178,19 @@ class Tape:
         del result
 
     def given(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A new array of the batch, which is there before the forward pass."""
+        """A new array of the batch, which exists before the forward pass."""
         array = Array(shape, dtype, Storage(self.live, prod(shape) * NUM_BYTES[dtype], ("batch_bytes", "batch")))
         self.counts["batch_bytes", "batch"] += array.storage.num_bytes
         return array
 
     def elementwise(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
-        """A new array that is not made by a contraction."""
+        """A new array that an operation other than a contraction makes."""
         if not self._recomputes:
             self.counts["elementwise_ops", self._part] += prod(shape)
         return self.new(shape, dtype, node)
 
     def elementwise_in_place(self, x: Array) -> None:
-        """Counts an operation that writes into the array that it reads, and is no contraction."""
+        """Counts an in-place operation other than a contraction."""
         if not self._recomputes:
             self.counts["elementwise_ops", self._part] += x.size
 
@@ -185,15 +198,15 @@ class Tape:
         """Counts a contraction of a forward pass.
 
         Args:
-            flops: what is executed.
-            model_flops: what the model asks for, where that is less. Backward asks for twice as much again.
+            flops: FLOPs that are executed.
+            model_flops: FLOPs that the model asks for; None: as many. Backward adds twice as many.
         """
         self.execute(flops)
         if not self._recomputes:
             self.counts["model_flops", self._part] += 3 * (flops if model_flops is None else model_flops)
 
     def execute(self, flops: int) -> None:
-        """Counts contractions that are executed."""
+        """Counts FLOPs of contractions that are executed."""
         if not self._has_stopped:
             self.counts["executed_flops", self._part] += flops
 
@@ -202,7 +215,7 @@ class Tape:
         return self._saves_left is not None and self._saves_left <= 0
 
     def checkpoint(self, run: Callable[[Array], Array], x: Array) -> Array:
-        """Runs a part of the forward pass that keeps its input alone and runs again in backward (Chen et al. 2016)."""
+        """Runs a part of the forward pass that saves only its input, and runs again in backward (Chen et al. 2016)."""
         self._keeps, before = False, self._num_saves
         y = run(x)
         self._keeps = True
@@ -232,14 +245,14 @@ class Tape:
         self._casts.clear()
         assert end is not None
         end.accumulate(gradients.pop())
-        del end  # it would keep what backward lets go
+        del end  # it would keep alive what backward frees
         self._play_back()
         self._nodes, self._path = outer
         return None if start.node is None else start.node.gradient
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Enters the forward pass of an autograd.Function: nothing in it is kept but what it saves itself."""
+        """A context inside the forward pass of an autograd.Function, where operations save nothing."""
         outer = self._keeps, self._is_inside
         self._keeps, self._is_inside = False, True
         try:
@@ -254,16 +267,16 @@ class Tape:
         flows: Sequence[bool],
         given_gradients: Callable[[], list[Array]],
     ) -> list[Array | None]:
-        """What the backward of an autograd.Function does that runs its forward pass again, and lets autograd go back through it.
+        """The backward of an autograd.Function that runs its forward pass again and differentiates it by autograd.
 
         Args:
             run: the forward pass.
-            starts: what it is given.
-            flows: of which of it gradients are made.
-            given_gradients: makes those of what it returns.
+            starts: the inputs.
+            flows: for each input, whether it gets a gradient.
+            given_gradients: makes the gradients of the outputs.
 
         Returns:
-            the gradients of `starts`, None where there is none.
+            the gradients of the inputs; None for an input without one.
         """
         outer, self._nodes = self._nodes, []
         recomputed, self._recomputes = self._recomputes, True
@@ -272,9 +285,9 @@ class Tape:
             None if x is None else Array(x.shape, x.dtype, x.storage, leaf)
             for x, leaf in zip(starts, leaves, strict=True)
         ]
-        # what it gives is not needed again, only how to go back from it
+        # backward needs the nodes of the outputs, but not the outputs
         nodes = [end.node for end in run(*given)]
-        above = given_gradients()  # autograd.grad holds them until it ends
+        above = given_gradients()  # autograd.grad holds them until it returns
         for node, gradient in zip(nodes, above, strict=True):
             assert node is not None
             node.accumulate(gradient)
@@ -286,7 +299,7 @@ class Tape:
         return [None if leaf is None else leaf.gradient for leaf in leaves]
 
     def end_forward(self) -> None:
-        """Ends a micro-batch's forward pass: autocast's copies that nothing keeps go."""
+        """Ends a micro-batch's forward pass: autocast's copies are freed unless they are saved."""
         self._casts.clear()
         self.strategy_law.end_forward()
         for (label, part), num_bytes in self.live.now.items():
@@ -294,7 +307,7 @@ class Tape:
                 self.counts["saved_bytes", part] = num_bytes
 
     def backward(self, loss: Array) -> None:
-        """Plays the backward pass of a scalar."""
+        """Plays the backward pass of a scalar loss."""
         assert loss.node is not None
         loss.node.accumulate(self.new(loss.shape, loss.dtype))
         self._in_backward = True
@@ -313,7 +326,7 @@ class Tape:
                     self.strategy_law.on_use(below.weight, in_backward=True)
             if node.replay is not None:
                 handed, replay = [gradient], node.replay
-                node.replay = None  # what it reads goes with it
+                node.replay = None  # frees what it refers to
                 del gradient
                 gradients = [replay(handed, *node.saved)]
                 del replay

@@ -1,4 +1,4 @@
-"""What one optimizer step is asked to do, as far as it decides the price."""
+"""What one optimizer step does, as far as its price depends on it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,8 +7,8 @@ from llmeff.core.cpu import InstructionSet
 from llmeff.core.precision import Precision, PrecisionName, precision
 
 Kernel = Literal["flash", "math"]
-"""How softmax attention is computed: `flash` never makes the (T, T) weights (torch's flash, memory-efficient and CPU
-kernels); `math` is plain matrix products."""
+"""How softmax attention is computed. `flash`: without the (T, T) weights (torch's flash, memory-efficient and CPU kernels).
+`math`: by plain matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,28 +20,28 @@ class Workload:
     num_tokens: int
     """T, tokens in a sequence (or pixels in an image)."""
     image_size: tuple[int, int] | None = None
-    """H and W; None: there are no images."""
+    """(H, W) of an image; None: there are no images."""
     num_micro_batches: int = 1
     """Micro-batches in a step."""
     precision_name: PrecisionName = "fp32"
     """The number formats."""
     recompute: bool = False
-    """Only each layer's input is kept for backward."""
+    """Whether only each layer's input is kept, and backward runs the layer again."""
     loss_chunk: int | None = None
-    """Tokens whose logits live at once; None for all."""
+    """Tokens whose logits live at once; None: all."""
     packed: bool = False
-    """Rows hold several documents, which do not see one another."""
+    """Whether rows hold several documents, which do not see one another."""
     kernel: Kernel = "flash"
-    """Of softmax attention."""
+    """How softmax attention is computed."""
     num_threads: int = 1
-    """Of a rank, where it computes on a CPU; they choose among the kernels of convolutions."""
+    """CPU threads of a rank; kernels of attention and convolutions depend on them."""
     instruction_set: InstructionSet | None = None
-    """That oneDNN takes of that CPU, by which convolutions are computed; None: not known."""
+    """The CPU's instruction set that oneDNN uses for convolutions; None: unknown."""
     on_cpu: bool = True
-    """Ranks talk by gloo, which puts parts together and takes sums apart in copies of its own, and what is offloaded lies
-    in the same memory as all else."""
+    """Whether the model is on a CPU. Ranks then communicate by gloo, which copies what it gathers and scatters, and what is
+    offloaded is in the same memory as the model."""
 
     @property
     def precision(self) -> Precision:
-        """The number formats, spelt out."""
+        """The number formats of `precision_name`."""
         return precision(self.precision_name)
