@@ -30,28 +30,28 @@ from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
-"""Logits that live at once in evaluation, in numbers; a vocabulary counts as 2,048 at least, for the activations."""
+"""Logits that live at once in evaluation, in numbers; a vocabulary counts as at least 2,048, to bound activations too."""
 _TEMPERATURE = 0.8
-"""Of sampled text."""
+"""The temperature of sampled text."""
 
 
 def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """Why a model's weights, which know what each id stood for when they were trained, do not go with a tokenizer.
+    """Why a pretrained model cannot be used with a tokenizer: ids that meant other tokens when its weights were trained.
 
-    Ids that only one of the two tokenizers has do no harm: tokens may be added on purpose, and need not all be used.
+    Ids that only one of the two tokenizers has are no problem: tokens may be added, and need not all be used.
     """
     folder = model.tokenizer_folder()
     if folder is None:
         return
-    own, given = (
+    trained, given = (
         {place: token for token, place in backend.get_vocab(with_added_tokens=True).items()}
         for backend in (read_backend(folder), tokenizer.backend)
     )
-    changed = sorted(place for place in own.keys() & given.keys() if own[place] != given[place])
+    changed = sorted(place for place in trained.keys() & given.keys() if trained[place] != given[place])
     if changed:
         first = changed[0]
         yield (
-            f"data.tokenizer: id {first} is {given[first]!r}, but {own[first]!r} to the weights in {folder}, and so "
+            f"data.tokenizer: id {first} is {given[first]!r}, but {trained[first]!r} to the weights in {folder}, and so "
             f"on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
             f"'{folder}'}}), one that adds tokens to it or leaves some out, or any with model.from_scratch = true"
         )
@@ -66,29 +66,29 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
-    """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 where the vocabulary has more
-    than 1,024 tokens and the model can, else all."""
+    """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 if the vocabulary has more than
+    1,024 tokens and the model supports it, else all."""
 
     def resolve_chunk(self, model: LanguageModelConfig) -> int | None:
-        """The chunk as a number of tokens; None for whole logits."""
+        """`loss_chunk` as a number of tokens; None: all."""
         if self.loss_chunk == "auto":
             return 256 if model.vocabulary() > 1024 and model.chunks_logits() else None
         return self.loss_chunk
 
     def infer_model(self, model: LanguageModelConfig, data: TextData) -> LanguageModelConfig | None:
-        """Fills in the vocabulary's size, where the tokenizer's config tells it."""
+        """Fills in the vocabulary's size; None if the tokenizer's config does not tell it."""
         known = data.tokenizer.vocabulary()
         if model.vocab_size == "auto":
             return None if known is None else model.model_copy(update={"vocab_size": known})
-        # one that is trained may turn out smaller, and then be small enough
+        # a tokenizer that is still to be trained may have fewer tokens than its config allows, and so fit
         return model if known is None or known <= model.vocab_size else None
 
     def items(self, data: TextData) -> int:
-        """Tokens of a window."""
+        """Tokens in a window."""
         return data.sequence_length
 
     def workload(self, model: LanguageModelConfig, data: TextData) -> Workload:
-        """One window; the logits in chunks as in training."""
+        """One window, with logits in chunks as in training."""
         return Workload(
             num_sequences=1,
             num_tokens=data.sequence_length,
@@ -99,12 +99,12 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
     def open(
         self, data: TextData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "CausalLMTask":
-        """The task over the tokenized corpus."""
+        """Opens the corpus, which is tokenized if it is not cached, and returns the task."""
         return CausalLMTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
 
 
 class CausalLMTask(Task[LanguageModelConfig]):
-    """The corpus, and what is done with it."""
+    """Causal language modelling on an opened corpus."""
 
     item = "token"
 
@@ -115,7 +115,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
         self._batch_size = batch_size
         self.items_per_step = batch_size * config.items(data)
         self._config = config
-        # A corpus that cannot be trained on is an error now, not hours later.
+        # A corpus that cannot be trained on fails here, not hours later.
         self._windows = corpus.train
 
     def resolve(self, model: LanguageModelConfig) -> LanguageModelConfig:
@@ -130,11 +130,11 @@ class CausalLMTask(Task[LanguageModelConfig]):
         return model
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
-        """All that is trained, with the roles that the model gives."""
+        """The parameters to train, with the roles that the model gives them."""
         return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every language model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
-        """(B, T) tokens and targets, with their layout where documents are kept apart."""
+        """(B, T) tokens and targets, and their layout if documents are kept apart."""
         packed = self._windows.batch(self._order_seed, step, rows, self._batch_size)
         targets = torch.from_numpy(packed.targets)
         inputs = {
@@ -147,7 +147,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
         return Batch(inputs=inputs, counts={"loss": num_targets}, items=num_targets)
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """The documents' names."""
+        """The names of the documents."""
         return self._windows.batch(self._order_seed, step, rows, self._batch_size).units()
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
     ) -> Iterator[UnitResult]:
         """Each document's cross-entropy over all its tokens and the end token that closes it.
 
-        A document that spans windows is read without what stood in the window before.
+        If a document spans windows, each is read without the one before.
         """
         split = cast(Split, split)
         stream = self.corpus.stream(split)
@@ -175,7 +175,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
             low = start + rows * world.rank
             mine = range(low, min(low + rows, windows.num_windows))
             beat()
-            # a rank that is left without work goes along with the others, who may need its part of the parameters
+            # a rank without rows runs the model too, because others may need its part of the parameters
             packed = windows.batch(mine or range(1))
             tokens = torch.from_numpy(packed.tokens).to(device)
             logits = model(tokens, _layout(packed, device)).float()
@@ -194,7 +194,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
             yield UnitResult(unit=unit, loss_sum=float(loss_sum), count=int(count), metrics={"bytes": float(num_bytes)})
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """Nats per token, and bits per byte of the documents' text."""
+        """The loss in nats per token, and in bits per byte of the documents' text."""
         loss_sum = math.fsum(result.loss_sum for result in results)
         num_bytes = sum(result.metrics["bytes"] for result in results)
         return {
@@ -203,11 +203,11 @@ class CausalLMTask(Task[LanguageModelConfig]):
         }
 
     def check_split(self, split: str) -> None:
-        """Some document must be in it."""
+        """Refuses a split without documents."""
         self.corpus.stream(cast(Split, split))
 
     def references(self, split: str) -> dict[str, float]:
-        """Bits per byte of `gzip -9` over the split's documents one after another."""
+        """Bits per byte of the split's documents, joined and compressed by `gzip -9`."""
         facts = self.corpus.splits.get(cast(Split, split))
         if facts is None or facts.gzip_bits_per_byte is None:
             return {}
@@ -215,7 +215,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """Text drawn from the model, a token at a time, from the beginning of a document."""
+        """Text sampled from the model token by token, as the beginning of a document."""
         generator = torch.Generator().manual_seed(self._sample_seed)
         ids = [self.corpus.end_id]
         for _ in range(num_tokens):
@@ -227,12 +227,12 @@ class CausalLMTask(Task[LanguageModelConfig]):
         return Sample(text=self.corpus.tokenizer.decode(ids[1:]))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """A folder that transformers' Auto classes load: weights, config and tokenizer."""
+        """Writes weights, config and tokenizer, as transformers' Auto classes load them."""
         save_model(model, folder, max_length=self._data.sequence_length, end_id=self.corpus.end_id)
         self.corpus.tokenizer.save(folder)
 
     def facts(self) -> dict[str, Any]:
-        """The corpus's name, hash and sizes."""
+        """The name, hash and sizes of the corpus."""
         return {
             "name": self.corpus.name,
             "sha256": self.corpus.fingerprint,
@@ -242,7 +242,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
 
 
 def _layout(packed: TokenBatch, device: torch.device) -> Layout | None:
-    """None where rows are read as one text each, which lets the model use plain causal attention."""
+    """The layout of packed documents; None if each row is one text, so that the model can use plain causal attention."""
     if packed.positions is None or packed.documents is None:
         return None
     return Layout(

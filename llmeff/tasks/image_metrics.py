@@ -1,4 +1,4 @@
-"""How well pixels are told apart: counts of one confusion matrix, what follows from them, and how boundaries lie."""
+"""Metrics of segmentation: scores from the counts of a confusion matrix, and the boundary F1."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from llmeff.core.ignored import IGNORED_PIXEL
 # H height, W width, K classes
 
 CORRECT, LABELLED, PREDICTED, BOUNDARY = "correct", "labelled", "predicted", "boundary_f1"
-"""Counts of pixels of each class, `correct.road`, and the boundary F1 of an image."""
+"""Names of an image's metrics: counts of pixels of each class (`correct.road`), and the boundary F1."""
 
 Labels = NDArray[np.integer]
 Mask = NDArray[np.bool_]
@@ -19,11 +19,11 @@ Counts = NDArray[np.integer] | NDArray[np.floating]
 
 
 def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.int64]:
-    """(K, K) pixels by true class (row) and predicted class (column); pixels whose truth is ignored are left out.
+    """(K, K) counts of pixels by true class (row) and predicted class (column), without ignored pixels.
 
     Args:
         predicted: classes in range(K), any shape.
-        truth: the same, or IGNORED_PIXEL.
+        truth: classes or IGNORED_PIXEL, of the same shape.
         num_classes: K.
     """
     counted = truth != IGNORED_PIXEL
@@ -32,7 +32,7 @@ def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.
 
 
 def counts_of(matrix: NDArray[np.int64], classes: Sequence[str]) -> dict[str, float]:
-    """What of a confusion matrix adds up over images, by name: correct, labelled and predicted pixels of each class."""
+    """Counts of a confusion matrix that can be summed over images: correct, labelled and predicted pixels of each class."""
     kinds = {CORRECT: matrix.diagonal(), LABELLED: matrix.sum(1), PREDICTED: matrix.sum(0)}
     return {
         f"{kind}.{name}": float(count)
@@ -42,11 +42,11 @@ def counts_of(matrix: NDArray[np.int64], classes: Sequence[str]) -> dict[str, fl
 
 
 def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dict[str, float]:
-    """What is reported of a set of images, from the counts of them all together.
+    """The metrics of a set of images, from their summed counts.
 
-    `global_accuracy`: correct pixels of all. `class_accuracy`: recall of a class, mean over classes with labelled pixels.
-    `mean_iou`: correct / (labelled + predicted - correct) (Jaccard), mean over classes that are labelled or predicted at
-    all. `boundary_f1`: mean over images that have one. Then each class's IoU.
+    `global_accuracy`: the share of correct pixels. `class_accuracy`: recall, mean over classes with labelled pixels.
+    `mean_iou`: correct / (labelled + predicted - correct) (Jaccard), mean over classes with labelled or predicted pixels.
+    `boundary_f1`: mean over images that have one. `iou.<class>`: the IoU of each class.
     """
     given = list(images)
 
@@ -72,7 +72,7 @@ def mean_iou(matrix: NDArray[np.int64]) -> float:
 
 
 def _iou(correct: Counts, labelled: Counts, predicted: Counts) -> NDArray[np.float64]:
-    """(K,), NaN for a class that is nowhere."""
+    """(K,) IoU of each class; NaN for a class without labelled and predicted pixels."""
     union = labelled + predicted - correct
     iou: NDArray[np.float64] = np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
     return iou
@@ -84,24 +84,23 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def image_counts(predicted: Labels, truth: Labels, classes: Sequence[str], tolerance: float) -> dict[str, float]:
-    """What `scores` wants to know of an image.
+    """The metrics of one image that `scores` reads.
 
     Args:
         predicted: (H, W) classes.
         truth: (H, W) classes, or IGNORED_PIXEL.
         classes: K names.
-        tolerance: within which outlines meet, as a share of the image's diagonal.
+        tolerance: distance within which outlines match, as a share of the image's diagonal.
     """
     outline = boundary_f1(predicted, truth, len(classes), tolerance * math.hypot(*truth.shape))
     return {**counts_of(confusion(predicted, truth, len(classes)), classes), BOUNDARY: outline}
 
 
 def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: float) -> float:
-    """How well the outlines of classes are met (Csurka et al. 2013): the mean F1 over the classes with one in the truth.
+    """Boundary F1 (Csurka et al. 2013): the mean over classes with an outline in the truth.
 
-    A pixel is on its class's outline if a pixel beside it is labelled and of another class. Precision is the share of
-    predicted outline pixels with one of the truth within the tolerance, recall the other way round. What is predicted
-    where the truth is ignored does not count.
+    A pixel is on its class's outline if a neighbour is labelled and of another class. Precision is the share of predicted
+    outline pixels within the tolerance of one in the truth; recall is the converse. Predictions on ignored pixels do not count.
 
     Args:
         predicted: (H, W) classes.
@@ -110,7 +109,7 @@ def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: f
         tolerance: distance between pixels' centres, in pixels.
 
     Returns:
-        NaN where no class has an outline in the truth.
+        NaN if no class has an outline in the truth.
     """
     counted = truth != IGNORED_PIXEL
     found = []
@@ -129,7 +128,7 @@ def _f1(ours: Mask, theirs: Mask, tolerance: float) -> float:
 
 
 def _outline(mask: Mask, counted: Mask) -> Mask:
-    """(H, W) to the pixels of a mask that have a counted pixel outside of it beside them."""
+    """(H, W) pixels of a mask with a counted neighbour outside of it."""
     others = counted & ~mask
     beside = np.zeros_like(mask)
     beside[1:] |= others[:-1]
@@ -140,10 +139,10 @@ def _outline(mask: Mask, counted: Mask) -> Mask:
 
 
 def _widened(mask: Mask, radius: float) -> Mask:
-    """(H, W) to the pixels within a distance of a mask's."""
+    """(H, W) pixels within a distance of the mask's pixels."""
     reach = int(radius)
     height, width = mask.shape
-    # pixels to the left of each place: a span of a row holds one where the counts at its ends differ
+    # counts of the mask's pixels to the left: a span of a row has one if the counts at its ends differ
     counts = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))), axis=1, dtype=np.int32)
     found = np.zeros_like(mask)
     for down in range(min(reach, height - 1) + 1):

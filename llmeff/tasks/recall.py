@@ -1,4 +1,4 @@
-"""Recall: answer what a row asks about what stood in it before."""
+"""Recall: answer questions about what stood earlier in the row."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,14 +24,14 @@ from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**22
-"""Numbers of logits that are made at once in evaluation; a token counts as at least `_LEAST_VOCABULARY` of them."""
+"""Logits that live at once in evaluation, in numbers; a token counts as at least `_LEAST_VOCABULARY` of them."""
 _LEAST_VOCABULARY = 256
 _NUM_SHOWN = 4
-"""Rows that people see when a run has ended."""
+"""Rows of the sample at the end of a run."""
 
 
 class Recall(TaskConfig[LanguageModelConfig, RecallData]):
-    """Cross-entropy of the answers, in nats, and the share of them that are right."""
+    """Cross-entropy of the answers, in nats, and the share of answers that are right."""
 
     metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "accuracy": "higher"}
     needed_model: ClassVar[str] = "a language model"
@@ -45,7 +45,7 @@ class Recall(TaskConfig[LanguageModelConfig, RecallData]):
         return _with_vocabulary(model, data)
 
     def items(self, data: RecallData) -> int:
-        """Tokens of a row."""
+        """Tokens in a row."""
         return data.sequence_length
 
     def workload(self, model: LanguageModelConfig, data: RecallData) -> Workload:
@@ -55,7 +55,7 @@ class Recall(TaskConfig[LanguageModelConfig, RecallData]):
     def open(
         self, data: RecallData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "RecallTask":
-        """The task; nothing need be read."""
+        """Returns the task; rows are generated, so nothing is read."""
         return RecallTask(data, seed, batch_size)
 
 
@@ -68,7 +68,7 @@ def _with_vocabulary(model: LanguageModelConfig, data: RecallData) -> LanguageMo
 
 
 class RecallTask(Task[LanguageModelConfig]):
-    """Rows of questions, and how many are answered."""
+    """Recall on generated rows."""
 
     item = "token"
 
@@ -81,7 +81,7 @@ class RecallTask(Task[LanguageModelConfig]):
         return _with_vocabulary(model, self._data)
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
-        """All that is trained, with the roles that the model gives."""
+        """The parameters to train, with the roles that the model gives them."""
         return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every language model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
@@ -96,7 +96,7 @@ class RecallTask(Task[LanguageModelConfig]):
         )
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """Step and row."""
+        """The step and the row, in words."""
         return [f"step {step}, row {row}" for row in rows]
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -109,12 +109,12 @@ class RecallTask(Task[LanguageModelConfig]):
     ) -> Iterator[UnitResult]:
         """Each row's cross-entropy and right answers; the ranks share the rows."""
         num_rows = self._data.held_out if max_units is None else min(max_units, self._data.held_out)
-        found, start, at_once = np.zeros((num_rows, 2)), 0, 1  # the first row tells how wide logits are
+        found, start, at_once = np.zeros((num_rows, 2)), 0, 1  # the first row shows how many logits a token has
         while start < num_rows:
             low = start + at_once * world.rank
             mine = range(low, min(low + at_once, num_rows))
             beat()
-            # a rank that is left without work goes along with the others, who may need its part of the parameters
+            # a rank without rows runs the model too, because others may need its part of the parameters
             given = self._data.held_out_rows(split, mine or range(1))
             logits = model(torch.from_numpy(given.tokens).to(device)).float().cpu()
             targets = torch.from_numpy(given.targets)
@@ -131,7 +131,7 @@ class RecallTask(Task[LanguageModelConfig]):
             )
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """Nats per answer, and the share that is right."""
+        """The loss in nats per answer, and the share of right answers."""
         num_asked = sum(result.count for result in results)
         return {
             "loss": math.fsum(result.loss_sum for result in results) / num_asked,
@@ -139,31 +139,32 @@ class RecallTask(Task[LanguageModelConfig]):
         }
 
     def check_split(self, split: str) -> None:
-        """Every held-out split has rows."""
+        """Accepts every held-out split, since all have rows."""
         assert split in HELD_OUT
 
     def references(self, split: str) -> dict[str, float]:
-        """None: a guess is right once in as many answers as there are."""
+        """No references: the accuracy of a guess is one over the number of values."""
         return {}
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """A few rows' answers beside the right ones."""
+        """The answers to a few rows, with the right answer where one is wrong."""
         given = self._data.held_out_rows(split, range(min(_NUM_SHOWN, self._data.held_out)))
         answers = model(torch.from_numpy(given.tokens).to(device)).argmax(-1).cpu().numpy()
         lines = []
-        for tokens, targets, said in zip(given.tokens, given.targets, answers, strict=True):
+        for tokens, targets, predicted in zip(given.tokens, given.targets, answers, strict=True):
             asked = np.flatnonzero(targets != IGNORED_TOKEN)
             pairs = (
-                f"{tokens[t]}: {said[t]}" + ("" if said[t] == targets[t] else f" (not {targets[t]})") for t in asked
+                f"{tokens[t]}: {predicted[t]}" + ("" if predicted[t] == targets[t] else f" (not {targets[t]})")
+                for t in asked
             )
             lines.append(", ".join(pairs))
         return Sample(text="\n".join(lines))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """A folder that transformers' Auto classes load."""
+        """Writes weights and config, as transformers' Auto classes load them."""
         save_model(model, folder, max_length=self._data.sequence_length, end_id=0)
 
     def facts(self) -> dict[str, Any]:
-        """What the rows are, and their fingerprint."""
+        """The kind of rows, their fingerprint and the size of the vocabulary."""
         return {"name": self._data.kind, "sha256": self._data.fingerprint(), "vocab_size": self._data.vocab_size}

@@ -1,4 +1,4 @@
-"""Image segmentation: a class for every pixel."""
+"""Image segmentation: predict the class of every pixel."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -33,15 +33,15 @@ from llmeff.tasks.image_metrics import confusion, image_counts, mean_iou, scores
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_PIXELS = 2**18
-"""Pixels that are evaluated at once."""
+"""Pixels whose logits live at once in evaluation."""
 _NUM_SHOWN = 4
-"""Held-out images that people see when a run has ended."""
+"""Held-out images of the sample at the end of a run."""
 
 
 class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
-    """Cross-entropy of every labelled pixel's class, in nats, with a balance between frequent and rare classes.
+    """Cross-entropy of the class of every labelled pixel, in nats; rare classes may weigh more.
 
-    Held-out loss is the plain cross-entropy a labelled pixel, whatever the balance, so that runs are comparable.
+    The held-out loss is the unweighted cross-entropy per labelled pixel, so that runs with other weights are comparable.
     """
 
     metric_directions: ClassVar[dict[str, Direction]] = {
@@ -53,29 +53,29 @@ class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
 
     name: Literal["segmentation"] = "segmentation"
     balance: NotNegative = 0.0
-    """beta: a class weighs (f_median / f)^beta, f being its share of the labelled pixels in the training images that hold
-    it. 0: all alike. 1: median-frequency balancing (Eigen and Fergus 2015)."""
+    """beta: a class weighs (f_median / f)^beta, where f is its share of the labelled pixels in the training images that have
+    the class. 0: equal weights. 1: median-frequency balancing (Eigen and Fergus 2015)."""
     divisor: Literal["weights", "pixels"] = "weights"
-    """What a step's sum of weighted losses is divided by: the sum of the weights, so that beta leaves the size of
-    gradients as it is, or the number of labelled pixels."""
+    """What a step's weighted sum of losses is divided by. weights: the sum of the weights, so that gradients are as large for
+    any beta. pixels: the number of labelled pixels."""
     recomputed_norms: CountOrZero = 0
-    """Training images over which BatchNorm's statistics are averaged anew before each evaluation, as SegNet was
-    evaluated; 0: its running averages are used."""
+    """Training images from which BatchNorm's statistics are recomputed before each evaluation, as for SegNet; 0: the running
+    averages are used."""
     boundary_tolerance: Share = 0.0075
-    """Distance within which outlines meet, as a share of the image's diagonal."""
+    """Distance within which two outlines match, as a share of the image's diagonal."""
 
     def model_problems(self, model: ImageModelConfig) -> Iterator[str]:
-        """Statistics of images cannot be recomputed if the model takes none."""
+        """Refuses `recomputed_norms` for a model without batch statistics."""
         if self.recomputed_norms and model.statistics_scope() == "nothing":
             norm = getattr(model, "norm", "none")
             yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
 
     def infer_model(self, model: ImageModelConfig, data: ImageData) -> ImageModelConfig | None:
-        """Fills in the number of classes, which the source's config tells."""
+        """Fills in the number of classes, which the config of the source tells."""
         return _with_classes(model, len(data.classes()))
 
     def items(self, data: ImageData) -> int:
-        """Pixels of a training row."""
+        """Pixels in a training image."""
         return math.prod(_row_size(data))
 
     def workload(self, model: ImageModelConfig, data: ImageData) -> Workload:
@@ -86,7 +86,7 @@ class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
     def open(
         self, data: ImageData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "SegmentationTask":
-        """The task over the decoded images."""
+        """Opens the images and returns the task."""
         return SegmentationTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
 
 
@@ -110,8 +110,8 @@ def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance
 
     Args:
         pixels: (K,) labelled pixels of each class.
-        present: (K,) labelled pixels of all images that hold it.
-        balance: beta; 0 gives ones, 1 median-frequency balancing.
+        present: (K,) labelled pixels of all images that have the class.
+        balance: beta; 0: ones; 1: median-frequency balancing.
     """
     seen = pixels > 0
     frequency = frequencies(pixels, present)[seen]
@@ -121,12 +121,12 @@ def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance
 
 
 def frequencies(pixels: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(K,) f = pixels / present: a class's share of the images that hold it; 0 of a class that is in none."""
+    """(K,) f = pixels / present: the share of each class in the images that have it; 0 if none has."""
     return pixels / np.maximum(present, 1)
 
 
 class SegmentationTask(Task[ImageModelConfig]):
-    """The images, and what is done with them."""
+    """Segmentation of opened images."""
 
     item = "pixel"
 
@@ -136,18 +136,18 @@ class SegmentationTask(Task[ImageModelConfig]):
         self._order_seed, self._batch_size = derive(seed, "data"), batch_size
         self.items_per_step = batch_size * config.items(data)
         self.weights = class_weights(corpus.pixels, corpus.present, config.balance)
-        """(K,), of the loss."""
+        """(K,) weights of the classes in the loss."""
         self._weights: dict[torch.device, Tensor] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
         self._begun: dict[tuple[int, range], Future[ImageBatch]] = {}
-        """Rows of steps to come."""
+        """Batches of later steps that are being made, by step and rows."""
 
     def resolve(self, model: ImageModelConfig) -> ImageModelConfig:
         """Fills in the number of classes."""
         return _with_classes(model, len(self.corpus.classes))
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
-        """All that is trained, with the roles that the model gives."""
+        """The parameters to train, with the roles that the model gives them."""
         return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every model of images
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
@@ -164,7 +164,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         )
 
     def _read(self, step: int, rows: range) -> ImageBatch:
-        """What the corpus gives, made while the step before ran; the next step's is begun."""
+        """A batch of the corpus, which was made during the step before; starts to make the next step's."""
         begun = self._begun.pop((step, rows), None)
         self._begun = {key: batch for key, batch in self._begun.items() if key[0] >= step}
         if (step + 1, rows) not in self._begun:
@@ -177,11 +177,11 @@ class SegmentationTask(Task[ImageModelConfig]):
     @staticmethod
     def _on(values: NDArray[Any], device: torch.device) -> Tensor:
         given = torch.from_numpy(values)
-        # a copy on a CPU too: torch's account of memory knows nothing of what numpy has made
+        # a copy on a CPU too, since torch does not count memory that numpy allocates
         return given.clone() if device.type == "cpu" else given.to(device, non_blocking=True)
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """The images' names."""
+        """The names of the images."""
         return self._make(step, rows).units
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -197,9 +197,9 @@ class SegmentationTask(Task[ImageModelConfig]):
     def evaluate(
         self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
-        """Each image's plain cross-entropy, pixel counts and boundary F1; the ranks share the images.
+        """Each image's unweighted cross-entropy, pixel counts and boundary F1; the ranks share the images.
 
-        Running statistics of BatchNorm are the main rank's, or averaged anew where the config asks for that.
+        Running statistics of BatchNorm are those of the main rank, or recomputed if the config asks for it.
         """
         self._settle_norms(model, device)
         split, classes = cast(Split, split), self.corpus.classes
@@ -214,7 +214,7 @@ class SegmentationTask(Task[ImageModelConfig]):
             low = start + rows * world.rank
             mine = range(low, min(low + rows, num_images))
             beat()
-            # a rank that is left without work goes along with the others, who may need its part of the parameters
+            # a rank without images runs the model too, because others may need its part of the parameters
             given = self.corpus.held_out(split, mine or range(1))
             logits = model(self._on(given.images, device)).float()
             labels = self._on(given.labels, device)
@@ -235,7 +235,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         if self._config.recomputed_norms:
             num_images, size = min(self._config.recomputed_norms, self._num_train), self._batch_size
             places = (range(start, min(start + size, num_images)) for start in range(0, num_images, size))
-            averaged(model, (self._on(self.corpus.held_out("train", own).images, device) for own in places))
+            averaged(model, (self._on(self.corpus.held_out("train", place).images, device) for place in places))
         elif group.is_shared():
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -245,20 +245,20 @@ class SegmentationTask(Task[ImageModelConfig]):
         return self.corpus.splits["train"].num_images
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """Nats per labelled pixel, and `scores`."""
+        """The loss in nats per labelled pixel, and `scores`."""
         num_pixels = sum(result.count for result in results)
         loss = math.fsum(result.loss_sum for result in results) / num_pixels if num_pixels else math.nan
         return {"loss": loss, **scores((result.metrics for result in results), self.corpus.classes)}
 
     def check_split(self, split: str) -> None:
-        """Some image must be in it."""
+        """Refuses a split without images."""
         self.corpus.check_split(cast(Split, split))
 
     def references(self, split: str) -> dict[str, float]:
-        """Mean IoU of what the training images have most often at each place, without a look at any image.
+        """Mean IoU of the location prior, which predicts at each pixel the most frequent class there in the training images.
 
-        It is the higher of two: with classes as frequent as they are, and with each weighed by median frequency. A model that
-        is not clearly above it has learned nothing worth comparing.
+        It is the higher of two: with plain frequencies, and with frequencies weighted by median-frequency balancing. A model
+        that is not clearly better has learned nothing worth comparing.
         """
         split = cast(Split, split)
         if split not in self.corpus.splits:
@@ -267,13 +267,13 @@ class SegmentationTask(Task[ImageModelConfig]):
         balanced = class_weights(self.corpus.pixels, self.corpus.present, 1.0)[:, None, None] * frequent
         found = []
         for counts in (frequent, balanced):
-            said = counts.argmax(axis=0)
-            found.append(mean_iou(np.sum([confusion(said, own, len(counts)) for own in labels], axis=0)))
+            prior = counts.argmax(axis=0)
+            found.append(mean_iou(np.sum([confusion(prior, truth, len(counts)) for truth in labels], axis=0)))
         return {"location_prior_mean_iou": max(found)}
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """A few of the split's images, evenly apart, with their labels and what the model says."""
+        """A few evenly spaced images of the split, with their labels and the model's predictions."""
         split = cast(Split, split)
         num_images = self.corpus.splits[split].num_images
         rows = []
@@ -286,7 +286,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         return Sample(picture=png(panel(rows, ["image", "truth", "predicted"], self.corpus.classes)))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """The weights as safetensors, and what prepares a picture for them."""
+        """Writes the weights as safetensors, and how a picture is prepared for them."""
         corpus = self.corpus
         preparation = Preparation(
             classes=corpus.classes, mean=tuple(corpus.mean.tolist()), std=tuple(corpus.std.tolist()), size=corpus.size
@@ -294,7 +294,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         save_image_model(model, folder, preparation)
 
     def facts(self) -> dict[str, Any]:
-        """The source, its fingerprint, what each split holds, and how classes weigh."""
+        """The source, its fingerprint, the sizes of the splits, and the frequencies and weights of the classes."""
         corpus = self.corpus
         return {
             "source": corpus.name,

@@ -1,4 +1,4 @@
-"""The contract of a task: what is trained, on what, towards what, and how well it does."""
+"""The contract of a task, which joins model, data, loss and metrics."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from llmeff.cost.workload import Workload
 from llmeff.data import DataConfig
 from llmeff.models import ModelConfig
 
-# Without arguments a task is one of any model and data: the kinds are checked when a run is validated, not by its types.
+# Without arguments a task accepts any model and data: their kinds are checked when a run is validated.
 ModelT = TypeVar("ModelT", bound=ModelConfig, default=Any)
 DataT = TypeVar("DataT", bound=DataConfig, default=Any)
 
 ITEMS = "items of the step"
-"""Among the names of losses, what `Batch.totals` counts beside them."""
+"""The name under which `Batch.totals` counts items, beside the names of losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,55 +31,54 @@ class Batch:
     """A share of one step's global batch."""
 
     inputs: dict[str, Any]
-    """What the model's forward takes, by argument name."""
+    """Arguments of the model's forward, by name."""
     targets: Any = None
-    """What the loss compares with the model's output, where forward does not take it."""
+    """What the loss compares with the model's output; None if forward takes it."""
     counts: dict[str, float]
-    """What each named loss is divided by, as far as this share adds to it: items, or their weights; known from the data
-    alone."""
+    """This share's part of each loss's divisor, by the loss's name: items, or their weights. Only the data decide it."""
     items: int
-    """Tokens or pixels of this share that a loss is summed over."""
+    """Tokens or pixels of this share that count as trained on."""
 
     def totals(self) -> dict[str, float]:
-        """What is added up over all shares of a step: what losses are divided by, and the items."""
+        """Counts that are summed over all shares of a step: the divisors of the losses, and the items."""
         return {**self.counts, ITEMS: self.items}
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitResult:
-    """One held-out unit's result: a document, an image."""
+    """The result of one held-out unit: a document, an image or a row."""
 
     unit: str
-    """Its id."""
+    """The unit's name."""
     loss_sum: float
-    """Summed over the unit, in nats."""
+    """The loss, summed over the unit, in nats."""
     count: int
-    """What the sum is over (tokens, pixels)."""
+    """The number of tokens or pixels in that sum."""
     metrics: dict[str, float]
-    """More sums over this unit, by name (`bytes`)."""
+    """Other sums over the unit, by name (`bytes`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Something that a trained model makes, for people to look at."""
+    """A sample of what a trained model makes, for people to look at."""
 
     text: str | None = None
-    """For the terminal and the result."""
+    """Shown in the terminal and kept in the result."""
     picture: bytes | None = None
-    """A PNG, for the run's folder."""
+    """A PNG, written into the run's folder."""
 
 
 class Task(ABC, Generic[ModelT]):
-    """Joins model, data, loss and metric. What a step trains on is a pure function of (seed, step)."""
+    """Joins model, data, loss and metrics. The rows of a step are a pure function of (seed, step)."""
 
     item: str
-    """What the loss is a mean over, in the singular (`token`, `pixel`)."""
+    """The item that the loss is a mean over, in the singular (`token`, `pixel`)."""
     items_per_step: int
-    """The most that a step's loss is a mean over."""
+    """The most items that a step's loss is a mean over."""
 
     @abstractmethod
     def resolve(self, model: ModelT) -> ModelT:
-        """The model's config with what only the data knows (a vocabulary's size) filled in.
+        """Fills in what only the data tell of the model's config, such as the size of a vocabulary.
 
         Raises:
             ConfigError: the model does not fit the data.
@@ -91,56 +90,70 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
-        """Rows of the global batch of a step (from 0); any split of the rows gives the same step."""
+        """Some rows of a step's global batch; the step is the same however rows are split.
+
+        Args:
+            step: from 0.
+            rows: of the global batch.
+            device: that the tensors are put on.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Named sums; the loop divides each once by its global count and adds them up."""
+        """Summed losses by name; the loop divides each by its global count once, and adds them."""
 
     @abstractmethod
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """The documents or images in rows of a step, for a diagnosis."""
+        """The names of the documents or images in rows of a step, for a diagnosis."""
 
     @abstractmethod
     def evaluate(
         self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
-        """The results of a split's units, of at most so many of them; the ranks share the work, and each has them all."""
+        """The results of a split's units, which the ranks evaluate together; every rank gets all of them.
+
+        Args:
+            model: in evaluation mode.
+            split: which units.
+            max_units: the most units; None: all.
+            device: of the model.
+            world: this rank and the number of ranks.
+        """
 
     @abstractmethod
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """The metrics of units taken together (`loss`, `bits_per_byte`)."""
+        """The metrics of all units together (`loss`, `bits_per_byte`)."""
 
     @abstractmethod
     def check_split(self, split: str) -> None:
-        """Refuses a split that nothing fell in.
+        """Refuses an empty split.
 
         Raises:
-            ConfigError: with what is in each.
+            ConfigError: with the sizes of the splits.
         """
 
     @abstractmethod
     def references(self, split: str) -> dict[str, float]:
-        """What a run's metrics on a split are set beside, made without a model (`gzip_bits_per_byte`)."""
+        """Values to compare a run's metrics on a split with, from the data alone (`gzip_bits_per_byte`)."""
 
     @abstractmethod
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """What people look at when a run has ended: so many tokens of text, or what becomes of a few of a split's units.
+        """A sample at the end of a run: `num_tokens` tokens of text, or results of a few of the split's units.
 
         All ranks call it.
         """
 
     @abstractmethod
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """Writes the trained model and all that is needed to use it, as safetensors and JSON."""
+        """Writes the trained model, with all that is needed to use it, as safetensors and JSON."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What the record says of the data: names, sizes, and a `sha256` of all that is read."""
+        """What the record says about the data: names, sizes, and a `sha256` of all that is read."""
 
 
 class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
-    """What a run trains for.
+    """The task of a run.
 
     A task states in its base class which models and data it works with: `class CausalLM(TaskConfig[LanguageModelConfig,
     TextData])`. `problems` checks them once; all other methods may rely on them.
@@ -157,8 +170,8 @@ class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
     data_hint: ClassVar[str] = ""
     """The end of the error about data of another kind (": use data 'recall'")."""
     metric_directions: ClassVar[dict[str, Direction]]
-    """The metrics of `Task.summary` that comparisons speak of, and which way each is better. They are compared by their ratios:
-    a value that is not positive has none."""
+    """The metrics of `Task.summary` that runs are compared by, and which direction is better. They are compared by ratios, so
+    their values must be positive."""
 
     name: Text
     """The task's name."""
@@ -171,7 +184,7 @@ class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
             cls.model_kind, cls.data_kind = kinds
 
     def problems(self, model: ModelConfig, data: DataConfig) -> Iterator[str]:
-        """What keeps this task from working with the model and the data: their kinds, then what the task adds."""
+        """Why the task cannot work with the model and the data: their kinds, and `model_problems`."""
         if isinstance(model, self.model_kind):
             yield from self.model_problems(cast(ModelT, model))
         else:
@@ -180,27 +193,27 @@ class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
             yield f"task {self.name!r} needs {self.needed_data}; data {data.name!r} is none{self.data_hint}"
 
     def model_problems(self, model: ModelT) -> Iterator[str]:
-        """What keeps this task from working with a model of its kind."""
+        """Why the task cannot work with a model of the right kind."""
         yield from ()
 
     def infer_model(self, model: ModelT, data: DataT) -> ModelT | None:
-        """What `Task.resolve` will make of the model's config, told without the data; None: only the data tell."""
+        """What `Task.resolve` will return, from the configs alone; None if that takes the data themselves."""
         return None
 
     def items(self, data: DataT) -> int:
-        """What the loss is a mean over (tokens, pixels), in one sequence (or image)."""
+        """Tokens in one sequence, or pixels in one image, that the loss is a mean over."""
         raise NotImplementedError(type(self))
 
     def workload(self, model: ModelT, data: DataT) -> Workload:
-        """A step of one sequence (or image), as the laws see it."""
+        """A step with one sequence or image, as the laws see it."""
         raise NotImplementedError(type(self))
 
     def open(self, data: DataT, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]) -> Task[ModelT]:
-        """The task over opened data.
+        """Opens the data and returns the task.
 
         Args:
-            data: what to read.
-            seed: of the data order.
+            data: the data to open.
+            seed: of the order of the data.
             batch_size: rows of a step's global batch.
             is_main: whether this process writes caches.
             wait: returns when all processes have called it.
