@@ -69,7 +69,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Its count of numbers."""
+        """How many numbers it has."""
         return prod(self.shape)
 
     @property
@@ -108,7 +108,7 @@ class Node:
 
 @dataclass(slots=True)
 class Weight:
-    """A parameter."""
+    """A parameter without its numbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -116,11 +116,11 @@ class Weight:
     part: str
     is_trained: bool = True
     role: str | None = None
-    """What the optimizer goes by (`core.parameters.Role`); None: unknown, as in a flat tensor of many parameters."""
+    """The kind of parameter, by which optimizers choose the update (`core.parameters.Role`); None: unknown."""
 
     @property
     def size(self) -> int:
-        """Its count of numbers."""
+        """How many numbers it has."""
         return prod(self.shape)
 
     @property

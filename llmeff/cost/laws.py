@@ -363,7 +363,7 @@ def _repeat(tape: Tape, x: Array, num_heads: int) -> Array:
 
 
 def copy(tape: Tape, x: Array) -> Array:
-    """A copy."""
+    """A copy of the array; backward copies its gradient."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return tape.elementwise(x.shape, x.dtype, node)
 

@@ -57,7 +57,7 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
         tape.end_forward()
         tape.backward(loss)
         del batch, loss, waiting
-        # the second stands for all between the first and the last
+        # all micro-batches between the first and the last are like the second
         times = workload.num_micro_batches - 2 if index == 1 and num_played == 3 else 1
         wire.update({name: num_bytes * times for name, num_bytes in strategy_law.wire.items()})
     gradients = strategy_law.gradients()

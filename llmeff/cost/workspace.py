@@ -61,7 +61,7 @@ class Convolution:
 
     @property
     def patches(self) -> int:
-        """Numbers in all patches of one image, of which each is as large as the kernel."""
+        """Numbers in all patches of one image; a patch has the size of the kernel, C k k."""
         return prod(self.weight[1:]) * prod(self.y[2:])
 
 

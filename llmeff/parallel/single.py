@@ -20,7 +20,7 @@ from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
 
 
 class Single(StrategyConfig):
-    """One process."""
+    """Training in one process."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "fp16")
     joins: ClassVar[bool] = False
@@ -117,7 +117,7 @@ class SingleProcess(Strategy):
             scale = self._scaler.get_scale()
             self._scaler.step(self.optimizer)
             self._scaler.update()
-            updated = self._scaler.get_scale() >= scale  # it falls where a gradient overflowed
+            updated = self._scaler.get_scale() >= scale  # it falls if a gradient overflowed
         self.skip()
         return updated
 
@@ -137,7 +137,7 @@ class SingleProcess(Strategy):
         return self._scaler is not None and self._scaler.get_scale() > 1
 
     def owners(self) -> list[ShardOwner]:
-        """Every parameter, whole."""
+        """Every parameter that this process updates, whole."""
         return [whole(row) for row in self._owned()]
 
     def extra_state(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ _OURS = {
     "bf16": "precision",
     "fp16": "precision",
 }
-"""Keys that a DeepSpeed file may have if the run's config says the same, and the fields there."""
+"""Keys that a DeepSpeed file may have if the run's config agrees, and the config's fields."""
 _ELSEWHERE = {"optimizer": "optim", "scheduler": "schedule"}
 """Keys that a DeepSpeed file may have only as "auto", and the fields of the run's config that decide them."""
 

@@ -197,7 +197,7 @@ class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
         yield from ()
 
     def infer_model(self, model: ModelT, data: DataT) -> ModelT | None:
-        """What `Task.resolve` will return, from the configs alone; None if that takes the data themselves."""
+        """What `Task.resolve` will return, from the configs alone; None if only the data tell."""
         return None
 
     def items(self, data: DataT) -> int:
