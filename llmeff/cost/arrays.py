@@ -95,7 +95,7 @@ class Node:
     saved: tuple[Array, ...] = ()
     backward: Backward | None = None
     replay: "Callable[[list[Array], Array], Array | None] | None" = None
-    """Takes the place of `backward` in a part that is recomputed; its gradient comes in a list, so that it can be freed."""
+    """Replaces `backward` in a part that is recomputed; its gradient comes in a list, so that it can be freed."""
     gradient: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:

@@ -114,7 +114,7 @@ def _shaped_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array)
 
 
 def max_unpool(tape: Tape, x: Array, indices: Array, size: tuple[int, ...]) -> Array:
-    """The inverse of `max_pool`: puts values back at their indices in a map of zeros, (B, C, *size); the indices are saved.
+    """The inverse of `max_pool`: values at their indices in a map of zeros, (B, C, *size); the indices are saved.
 
     Under autocast on a CPU it runs in float32.
     """

@@ -315,7 +315,7 @@ def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | Non
 
 
 def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) -> None:
-    """The buffers of each thread of torch's CPU kernel, freed at the end: scores of a block of queries by a block of keys."""
+    """The buffers of torch's CPU kernel in each thread, freed at the end: scores of blocks of queries by blocks of keys."""
     if not tape.workload.on_cpu:
         return
     num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
@@ -377,7 +377,7 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def view(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """A view in another shape: a part, an expansion or the whole; backward makes a new gradient in the input's shape."""
+    """A view in another shape: a part, an expansion or the whole; backward makes a gradient in the input's shape."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return Array(shape, x.dtype, x.storage, node)
 

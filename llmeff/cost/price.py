@@ -28,20 +28,20 @@ Kind = Literal[
 
 `parameters`: numbers that are trained. `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
 `frozen_bytes`: bytes of each kind of state, with padding; gradients are counted when the last backward pass is over.
-`batch_bytes`: tokens, targets and positions of a micro-batch. `saved_bytes`: what autograd keeps of a micro-batch when its
-forward pass ends, with autocast's copies of weights, without weights and `batch_bytes`; each storage counts once, in the
-part that keeps it first. `logits_bytes`: one copy of the logits in the loss's format.
+`batch_bytes`: tokens, targets and positions of a micro-batch. `saved_bytes`: what autograd keeps of a micro-batch when
+its forward pass ends, with autocast's copies of weights, without weights and `batch_bytes`; each storage counts once,
+in the part that keeps it first. `logits_bytes`: one copy of the logits in the loss's format.
 
-`gathered_bytes`, `bucket_bytes`: the most bytes at any time of parameters that were gathered from all ranks, and of buffers
-for gradients. `workspace_bytes`: the most bytes at any time that libraries allocate beside tensors while convolutions run on a
-CPU: copies in other layouts, and buffers. `peak_bytes`: what lives at the moment of the step when most does, by kind. The last
-two are unknown if a convolution was not measured on the CPU's instruction set (`workspace`); `peak_bytes` then has a lower
-bound.
+`gathered_bytes`, `bucket_bytes`: the most bytes at any time of parameters that were gathered from all ranks, and of
+buffers for gradients. `workspace_bytes`: the most bytes at any time that libraries allocate beside tensors while
+convolutions run on a CPU: copies in other layouts, and buffers. `peak_bytes`: what lives at the moment of the step when
+most does, by kind. The last two are unknown if a convolution was not measured on the CPU's instruction set
+(`workspace`); `peak_bytes` then has a lower bound.
 
 `model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
 recomputation. `executed_flops`: contractions as the kernels compute them: all T^2 pairs, and recomputation.
-`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: the full payload of each
-collective, whatever part of it a rank sends, by collective."""
+`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: the full payload
+of each collective, whatever part of it a rank sends, by collective."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -121,7 +121,10 @@ class Price:
         return Price(entries, self.source, self.unknown & wanted)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the source, and for each kind its parts and their `total`; if that is unknown it is null beside `at_least`."""
+        """For JSON: the source, and for each kind its parts and their `total`.
+
+        If the total is unknown, it is null, and `at_least` is beside it.
+        """
         kinds = [kind for kind in KINDS if kind in self.unknown or self.parts(kind)]
         return {"source": self.source} | {kind: {**self.parts(kind), **self._sums(kind)} for kind in kinds}
 

@@ -82,8 +82,8 @@ def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, strateg
     """The price of a step without a model's activations: weights are used one after another, and nothing else is made.
 
     Args:
-        uses: the weights in the order in which a forward pass uses them, and whether backward uses each again; it does not
-            use a frozen weight if no gradient flows through.
+        uses: the weights in the order in which a forward pass uses them, and whether backward uses each again; it does
+            not use a frozen weight if no gradient flows through.
         workload: what the step does.
         strategy_law: what is kept and sent of weights and gradients.
     """

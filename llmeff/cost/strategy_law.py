@@ -1,4 +1,4 @@
-"""The law of one process alone, which strategies of several ranks derive from: what lives in a step, and what is sent."""
+"""The law of one process alone, from which strategies derive theirs: what lives in a step, and what is sent."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ from llmeff.cost.price import Kind
 class StrategyLaw:
     """One process alone keeps all weights, and every gradient from the backward pass that makes it until the update.
 
-    Strategies override its methods. The tape calls them as it plays a step. All bytes have a label that says what they are for.
+    Strategies override its methods. The tape calls them as it plays a step. All bytes have a label that says what they
+    are for.
 
     Args:
         weights: all parameters, in the model's order.
@@ -79,7 +80,7 @@ class StrategyLaw:
         """Called before an operation reads a weight."""
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """Called when a weight's gradient of a backward pass is ready: the first is kept, later ones are added in place."""
+        """Called when a weight's gradient of a backward pass is ready: keeps the first, adds later ones in place."""
         if weight.name not in self.whole:
             self.whole[weight.name] = gradient
             gradient.storage.relabel(("gradient_bytes", weight.part))

@@ -2,8 +2,8 @@
 
 A law is a forward pass written over `Array`s, which have a shape and a format but no numbers. As in eager PyTorch, an
 array's bytes live until the last reference to them is gone: a local name of the law, or a node that saves them for
-backward. If the names in a law live as long as those in the module, the law gives the module's memory at every moment, to the
-byte.
+backward. If the names in a law live as long as those in the module, the law gives the module's memory at every moment,
+to the byte.
 """
 
 from collections import Counter
@@ -45,7 +45,8 @@ class Tape:
 
     Args:
         workload: what the step does.
-        strategy_law: what is kept and sent of weights and gradients; None: nothing is sent, and weights are not counted.
+        strategy_law: what is kept and sent of weights and gradients; None: nothing is sent, and weights are not
+            counted.
     """
 
     def __init__(self, workload: Workload, strategy_law: StrategyLaw | None = None):
@@ -158,7 +159,7 @@ class Tape:
         return Array(shape, dtype, Storage(self.live, num_bytes, ("temporaries", self._part)), node)
 
     def workspace(self, num_bytes: int) -> Storage:
-        """Adds bytes that a library allocates beside tensors; they live until the last reference to the result is gone."""
+        """Adds bytes that a library allocates beside tensors, until the last reference to the result is gone."""
         return Storage(self.live, 0 if self._has_stopped else num_bytes, ("workspace_bytes", self._part))
 
     @contextmanager

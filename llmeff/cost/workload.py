@@ -7,8 +7,8 @@ from llmeff.core.cpu import InstructionSet
 from llmeff.core.precision import Precision, PrecisionName, precision
 
 Kernel = Literal["flash", "math"]
-"""How softmax attention is computed. `flash`: without the (T, T) weights (torch's flash, memory-efficient and CPU kernels).
-`math`: by plain matrix products."""
+"""How softmax attention is computed. `flash`: without the (T, T) weights (torch's flash, memory-efficient and CPU
+kernels). `math`: by plain matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Workload:
     instruction_set: InstructionSet | None = None
     """The CPU's instruction set that oneDNN uses for convolutions; None: unknown."""
     on_cpu: bool = True
-    """Whether the model is on a CPU. Ranks then communicate by gloo, which copies what it gathers and scatters, and what is
-    offloaded is in the same memory as the model."""
+    """Whether the model is on a CPU. Ranks then communicate by gloo, which copies what it gathers and scatters, and
+    what is offloaded is in the same memory as the model."""
 
     @property
     def precision(self) -> Precision:

@@ -1,14 +1,15 @@
 """What libraries allocate beside tensors while a convolution runs on a CPU.
 
-oneDNN copies maps and weights into its own layout, and allocates buffers. Without oneDNN, torch lays out patches. Which of these
-happens depends on the instruction set and the number format. `workspace.json` has a row for each pair that was measured
-(`analysis/workspace.py` measures and adds rows); other pairs are unknown, and nothing is guessed. Float32 on SSE41 and AVX has no
-row, because products of matrices lay out as many patches at a time as fit the CPU's cache. Bfloat16 with AMX has no row, because
-its blocks depend on the cache too.
+oneDNN copies maps and weights into its own layout, and allocates buffers. Without oneDNN, torch lays out patches. Which
+of these happens depends on the instruction set and the number format. `workspace.json` has a row for each pair that was
+measured (`analysis/workspace.py` measures and adds rows); other pairs are unknown, and nothing is guessed. Float32 on
+SSE41 and AVX has no row, because products of matrices lay out as many patches at a time as fit the CPU's cache.
+Bfloat16 with AMX has no row, because its blocks depend on the cache too.
 
-On a CPU with AVX-512, oneDNN also allocates memory for products of matrices in bfloat16. Without AVX512_BF16 it is a result in
-float32 (`matrix_bytes`). With AVX512_BF16 it is blocks that fit the cache (`matrices` in analysis/results/workspace.json), which no
-price includes: the peak of a decoder's step is at another moment, and within 2 % of its price.
+On a CPU with AVX-512, oneDNN also allocates memory for products of matrices in bfloat16. Without AVX512_BF16 it is a
+result in float32 (`matrix_bytes`). With AVX512_BF16 it is blocks that fit the cache (`matrices` in
+analysis/results/workspace.json), which no price includes: the peak of a decoder's step is at another moment, and within
+2 % of its price.
 """
 
 import json
@@ -123,7 +124,8 @@ def depthwise_room(
 ) -> Room | None:
     """`room` of a depthwise convolution over tokens: (B, C, L) by (C, 1, k) to (B, C, L - k + 1).
 
-    For the gradient of the weights oneDNN copies all three. In formats that torch computes without oneDNN nothing is copied.
+    For the gradient of the weights oneDNN copies all three. In formats that torch computes without oneDNN nothing is
+    copied.
     """
     if not work.on_cpu:
         return Room()
@@ -153,7 +155,8 @@ def _measured(work: Workload, dtype: str) -> str | None:
 def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> str | None:
     """The form in `FORMS` of a convolution on a CPU; None if it was not measured.
 
-    In float32 torch decides (`use_mkldnn`): it does without oneDNN for one small image, and for few images if the kernel is 1x1.
+    In float32 torch decides (`use_mkldnn`): it does without oneDNN for one small image, and for few images if the
+    kernel is 1x1.
     """
     kernel = max(weight[2:])
     if kernel == 1:
@@ -182,7 +185,7 @@ def _filled(number: int, block: int) -> int:
 
 
 def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
-    """Copies whose channels are padded to whole blocks; an image with fewer channels than a block is read without a copy."""
+    """Copies with channels padded to whole blocks; an image with fewer channels than a block is not copied."""
     num_bytes, (images, inputs, *sides), (_, outputs, *made) = BYTES[convolution.dtype], convolution.x, convolution.y
     kernel = prod(convolution.weight[2:]) * num_bytes
     filled_in, filled_out = _filled(inputs, block), _filled(outputs, block)
@@ -206,9 +209,10 @@ def _blocks_of_16(convolution: Convolution, product: Product) -> Room:
 def _blocks_with_sums(convolution: Convolution, product: Product) -> Room:
     """Blocks of 16 in a 16-bit format, and the buffers of each thread.
 
-    A 1x1 kernel sums an image's map in float32. The gradient of the weights of other kernels is summed in float32 too, from one
-    image of each map, transposed and with padded rows. If an image has fewer than 16 channels, it is not copied, or a product of
-    matrices lays out all its patches. If there are many channels and small maps, threads share the channels and need less.
+    A 1x1 kernel sums an image's map in float32. The gradient of the weights of other kernels is summed in float32 too,
+    from one image of each map, transposed and with padded rows. If an image has fewer than 16 channels, it is not
+    copied, or a product of matrices lays out all its patches. If there are many channels and small maps, threads share
+    the channels and need less.
     """
     copies, num_threads = _blocks(16, convolution, product), convolution.num_threads
     (inputs, height, width), (outputs, *made) = convolution.x[1:], convolution.y[1:]

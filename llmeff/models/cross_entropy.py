@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked cross-entropy is differentiated once, not twice (create_graph=True)")
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # in the format of the loss: one over the token count, rounded to bf16, would scale every gradient by up to 0.4 %
+            # in the loss's format: one over the token count, rounded to bf16, would scale all gradients by up to 0.4 %
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)

@@ -44,7 +44,8 @@ class ModelConfig(Component, family="model"):
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
         """Scope of the batch statistics: none, a rank's micro-batch, or the micro-batches of all ranks.
 
-        With any, a step depends on how its rows are split into micro-batches; with a rank's, also on the number of ranks.
+        With any, a step depends on how its rows are split into micro-batches; with a rank's, also on the number of
+        ranks.
         """
         return "nothing"
 

@@ -31,8 +31,8 @@ class DDP(StrategyConfig):
     bucket_mib: Count = 25
     """MiB of a bucket of gradients, about; buckets are summed over the ranks while backward runs."""
     shard_optimizer: Flag = False
-    """Deal whole parameters out to the ranks: each keeps the optimizer state of its parameters, updates them and sends them to
-    the others. This is ZeRO-1 (Rajbhandari et al. 2020) for optimizers that must see a whole matrix."""
+    """Deal whole parameters out to the ranks: each keeps the optimizer state of its parameters, updates them and sends
+    them to the others. This is ZeRO-1 (Rajbhandari et al. 2020) for optimizers that must see a whole matrix."""
 
     def refusal(self, sharding: Sharding) -> str | None:
         """Refuses to deal out parameters to an optimizer whose state belongs to all of them."""
@@ -41,7 +41,7 @@ class DDP(StrategyConfig):
         return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Refuses fp16 with `shard_optimizer`: ranks would see different overflows, and scale their losses differently."""
+        """Refuses fp16 with `shard_optimizer`, since ranks would see different overflows and scale differently."""
         if precision == "fp16" and self.shard_optimizer:
             yield (
                 "precision 'fp16' is not for parallel.shard_optimizer: every rank would scale its loss by the gradients "

@@ -26,7 +26,7 @@ from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
 
 
 class FSDP(StrategyConfig):
-    """Torch's fully_shard on every device. Accelerate's FSDP is not used: it does nothing on a CPU and casts parameters."""
+    """Torch's fully_shard on every device; Accelerate's FSDP does nothing on a CPU and casts parameters."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16")
 
@@ -63,8 +63,8 @@ _ROOT = ""
 class ShardLaw(RankLaw):
     """Units are gathered before their first use and freed after their last, as fully_shard's hooks do it.
 
-    A unit's buffer is gathered and then split into parameters. In forward the buffer lives until the next unit is gathered. In
-    backward it is freed at once, and the next unit's buffer is gathered ahead.
+    A unit's buffer is gathered and then split into parameters. In forward the buffer lives until the next unit is
+    gathered. In backward it is freed at once, and the next unit's buffer is gathered ahead.
     """
 
     def __init__(self, weights: list[Weight], work: Workload, config: FSDP, rank: int):
@@ -132,7 +132,7 @@ class ShardLaw(RankLaw):
         return buffer
 
     def end_forward(self) -> None:
-        """The model's forward ends: the last layer and the root are freed, and the loss's backward gathers the root again."""
+        """Frees the last layer and the root after forward; the loss's backward then gathers the root again."""
         self._leave_layer(_ROOT)
         self._last_buffer = None
         if self._reshards:

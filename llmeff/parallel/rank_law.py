@@ -1,4 +1,4 @@
-"""What all strategies of several ranks have in common in their price: collectives, gloo's copies, the loop's own sums."""
+"""What the prices of all strategies of several ranks share: collectives, gloo's copies and the loop's sums."""
 
 from collections.abc import Iterable, Iterator
 
@@ -68,7 +68,7 @@ class RankLaw(StrategyLaw):
             self.make("bucket_bytes", num_bytes)
 
     def flatten(self, sizes: Iterable[int], number_bytes: int) -> Storage | None:
-        """Makes the copy that joins tensors for a collective or an update; None for a single tensor, which is not copied.
+        """Makes the copy that joins tensors for a collective or an update; None for one tensor, which is not copied.
 
         Args:
             sizes: how many numbers each tensor has.

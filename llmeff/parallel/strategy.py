@@ -152,7 +152,8 @@ class Strategy(ABC):
         """Restores what any strategy's `save` wrote on any number of ranks.
 
         Raises:
-            ConfigError: the state is of another model, or of an optimizer whose state cannot be split as this strategy needs.
+            ConfigError: the state is of another model, or of an optimizer whose state cannot be split as this strategy
+                needs.
         """
         saved = ShardedCheckpoint(folder)
         try:
@@ -210,7 +211,7 @@ class StrategyConfig(Component, family="strategy"):
         yield from ()
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> StrategyLaw:
-        """What a rank keeps and sends in a step. With the laws of the model and the optimizer it gives the rank's price.
+        """What a rank keeps and sends in a step; with the laws of model and optimizer it gives the rank's price.
 
         Args:
             weights: all parameters, in the model's order.

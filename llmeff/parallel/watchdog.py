@@ -73,9 +73,9 @@ class _Beat:
 class Watchdog:
     """A thread in each rank of a run with several ranks; it writes the rank's heartbeat and reads those of the others.
 
-    If no rank makes progress for `timeout_s`, the run ends on all ranks. If a rank is lost, it ends at once. Before the run's
-    folder exists, a rank that waits for others need not make progress. Use it as a context around the run, and call `settle`
-    once the folder exists.
+    If no rank makes progress for `timeout_s`, the run ends on all ranks. If a rank is lost, it ends at once. Before the
+    run's folder exists, a rank that waits for others need not make progress. Use it as a context around the run, and
+    call `settle` once the folder exists.
 
     Args:
         folder: of the run.

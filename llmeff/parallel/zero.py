@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: splits optimizer state, gradients and parameters over the ranks by stage, or offloads them to the CPU."""
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters are split over the ranks, or offloaded to the CPU."""
 
 import contextlib
 import importlib
@@ -76,8 +76,8 @@ class DeepSpeed(StrategyConfig):
     reduce_bucket_size: Count = 50_000_000
     """Gradients that are reduced at a time, in numbers; never more than the model has."""
     allgather_bucket_size: Count = 50_000_000
-    """Updated parameters that are gathered at a time, in numbers (stages 1 and 2), if the backend cannot gather them all at
-    once; gloo and NCCL can."""
+    """Updated parameters that are gathered at a time, in numbers (stages 1 and 2), if the backend cannot gather them
+    all at once; gloo and NCCL can."""
     prefetch_bucket_size: CountOrZero = 50_000_000
     """Parameters that are gathered ahead of their use, in numbers (stage 3)."""
     max_live_parameters: CountOrZero = 1_000_000_000
@@ -180,7 +180,7 @@ class DeepSpeed(StrategyConfig):
 
     @property
     def miscounts(self) -> str | None:
-        """At stage 3 DeepSpeed steps the optimizer once a group with all other groups empty, so counts grow too fast."""
+        """At stage 3 DeepSpeed steps the optimizer once a group, with all others empty, so counts grow too fast."""
         if self.stage < 3:
             return None
         return (
@@ -199,8 +199,8 @@ class DeepSpeed(StrategyConfig):
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroLaw:
         """What a rank keeps and sends at this stage.
 
-        Offloaded bytes are always counted under their kind. `peak_bytes` includes them only if the model is on a CPU: on a GPU
-        it is the peak of the device's memory.
+        Offloaded bytes are always counted under their kind. `peak_bytes` includes them only if the model is on a CPU:
+        on a GPU it is the peak of the device's memory.
         """
         grouped = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
         settings = ZeroSettings(
@@ -225,7 +225,7 @@ class DeepSpeed(StrategyConfig):
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], list[ExternalSetting]]:
-    """Reads a DeepSpeed JSON file into fields of `DeepSpeed`, and what it states about other fields of the run's config.
+    """Reads a DeepSpeed JSON file: fields of `DeepSpeed`, and what it states about other fields of the config.
 
     Raises:
         ValueError: the file is absent or no JSON, or it has keys that are not read or that the run's config decides.
@@ -280,7 +280,7 @@ def _key_problems(path: Path, content: Mapping[str, Any], zero: Mapping[str, Any
 
 
 def _meant(key: str, value: Any) -> Any:
-    """A value in terms of the run's config: the name of a number format that is on, None for no clipping, else as it is.
+    """A value in the run config's terms: the name of a number format that is on, None for no clipping, else itself.
 
     Returns:
         "auto" if the file does not decide.

@@ -94,8 +94,9 @@ class SumLaw(ZeroLaw):
 class FlatLaw(ZeroLaw):
     """Stages 1 and 2: each group is one flat tensor, and a rank updates a slice of it.
 
-    Stage 2 copies each gradient into a bucket as soon as it is ready; stage 1 does so at the end. A full bucket is copied and
-    summed over the ranks. If this rank owns a slice of a parameter, it keeps a copy of the parameter's whole gradient.
+    Stage 2 copies each gradient into a bucket as soon as it is ready; stage 1 does so at the end. A full bucket is
+    copied and summed over the ranks. If this rank owns a slice of a parameter, it keeps a copy of the parameter's whole
+    gradient.
     """
 
     def __init__(
@@ -234,8 +235,8 @@ class FlatLaw(ZeroLaw):
 class GatheredLaw(ZeroLaw):
     """Stage 3: a rank keeps a part of every parameter; DeepSpeed's coordinator gathers whole parameters for their uses.
 
-    The coordinator knows the order of uses from the step before. At each use it gathers the next parameters too, all in one
-    buffer. After a use it frees the parameter, unless it is used again soon.
+    The coordinator knows the order of uses from the step before. At each use it gathers the next parameters too, all in
+    one buffer. After a use it frees the parameter, unless it is used again soon.
     """
 
     replaces_linear = True  # by zero/linear.py, as long as the process lives
@@ -269,7 +270,7 @@ class GatheredLaw(ZeroLaw):
         return self._parts[name] * self.ranks * self.parameter_number_bytes
 
     def add_resident(self) -> None:
-        """This rank's parts of parameters, master copies and gradients, the parameters that stay whole, and the bucket."""
+        """This rank's parts of parameters, master copies and gradients, what stays whole, and the bucket."""
         for weight in self.every:
             if weight.name in self._stays:
                 self.hold("gathered_bytes", weight.num_bytes)

@@ -30,13 +30,13 @@ from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
-"""Logits that live at once in evaluation, in numbers; a vocabulary counts as at least 2,048, to bound activations too."""
+"""Logits that live at once in evaluation, in numbers; a vocabulary counts as at least 2,048, for the activations."""
 _TEMPERATURE = 0.8
 """The temperature of sampled text."""
 
 
 def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """Why a pretrained model cannot be used with a tokenizer: ids that meant other tokens when its weights were trained.
+    """Why a model's weights do not fit a tokenizer: ids that meant other tokens when the weights were trained.
 
     Ids that only one of the two tokenizers has are no problem: tokens may be added, and need not all be used.
     """
@@ -51,8 +51,8 @@ def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iter
     if changed:
         first = changed[0]
         yield (
-            f"data.tokenizer: id {first} is {given[first]!r}, but {trained[first]!r} to the weights in {folder}, and so "
-            f"on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
+            f"data.tokenizer: id {first} is {given[first]!r}, but {trained[first]!r} to the weights in {folder}, and "
+            f"so on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
             f"'{folder}'}}), one that adds tokens to it or leaves some out, or any with model.from_scratch = true"
         )
 
@@ -66,8 +66,8 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
-    """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 if the vocabulary has more than
-    1,024 tokens and the model supports it, else all."""
+    """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 if the vocabulary has more
+    than 1,024 tokens and the model supports it, else all."""
 
     def resolve_chunk(self, model: LanguageModelConfig) -> int | None:
         """`loss_chunk` as a number of tokens; None: all."""
@@ -242,7 +242,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
 
 
 def _layout(packed: TokenBatch, device: torch.device) -> Layout | None:
-    """The layout of packed documents; None if each row is one text, so that the model can use plain causal attention."""
+    """The layout of packed documents; None if each row is one text, for which plain causal attention is enough."""
     if packed.positions is None or packed.documents is None:
         return None
     return Layout(

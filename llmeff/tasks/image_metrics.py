@@ -32,7 +32,7 @@ def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.
 
 
 def counts_of(matrix: NDArray[np.int64], classes: Sequence[str]) -> dict[str, float]:
-    """Counts of a confusion matrix that can be summed over images: correct, labelled and predicted pixels of each class."""
+    """Counts of a confusion matrix that sum over images: correct, labelled and predicted pixels of each class."""
     kinds = {CORRECT: matrix.diagonal(), LABELLED: matrix.sum(1), PREDICTED: matrix.sum(0)}
     return {
         f"{kind}.{name}": float(count)
@@ -45,8 +45,8 @@ def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dic
     """The metrics of a set of images, from their summed counts.
 
     `global_accuracy`: the share of correct pixels. `class_accuracy`: recall, mean over classes with labelled pixels.
-    `mean_iou`: correct / (labelled + predicted - correct) (Jaccard), mean over classes with labelled or predicted pixels.
-    `boundary_f1`: mean over images that have one. `iou.<class>`: the IoU of each class.
+    `mean_iou`: correct / (labelled + predicted - correct) (Jaccard), mean over classes with labelled or predicted
+    pixels. `boundary_f1`: mean over images that have one. `iou.<class>`: the IoU of each class.
     """
     given = list(images)
 
@@ -99,8 +99,9 @@ def image_counts(predicted: Labels, truth: Labels, classes: Sequence[str], toler
 def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: float) -> float:
     """Boundary F1 (Csurka et al. 2013): the mean over classes with an outline in the truth.
 
-    A pixel is on its class's outline if a neighbour is labelled and of another class. Precision is the share of predicted
-    outline pixels within the tolerance of one in the truth; recall is the converse. Predictions on ignored pixels do not count.
+    A pixel is on its class's outline if a neighbour is labelled and of another class. Precision is the share of
+    predicted outline pixels within the tolerance of one in the truth; recall is the converse. Predictions on ignored
+    pixels do not count.
 
     Args:
         predicted: (H, W) classes.

@@ -41,7 +41,8 @@ _NUM_SHOWN = 4
 class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
     """Cross-entropy of the class of every labelled pixel, in nats; rare classes may weigh more.
 
-    The held-out loss is the unweighted cross-entropy per labelled pixel, so that runs with other weights are comparable.
+    The held-out loss is the unweighted cross-entropy per labelled pixel, so that runs with other weights are
+    comparable.
     """
 
     metric_directions: ClassVar[dict[str, Direction]] = {
@@ -53,14 +54,14 @@ class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
 
     name: Literal["segmentation"] = "segmentation"
     balance: NotNegative = 0.0
-    """beta: a class weighs (f_median / f)^beta, where f is its share of the labelled pixels in the training images that have
-    the class. 0: equal weights. 1: median-frequency balancing (Eigen and Fergus 2015)."""
+    """beta: a class weighs (f_median / f)^beta, where f is its share of the labelled pixels in the training images that
+    have the class. 0: equal weights. 1: median-frequency balancing (Eigen and Fergus 2015)."""
     divisor: Literal["weights", "pixels"] = "weights"
-    """What a step's weighted sum of losses is divided by. weights: the sum of the weights, so that gradients are as large for
-    any beta. pixels: the number of labelled pixels."""
+    """What a step's weighted sum of losses is divided by. weights: the sum of the weights, so that gradients are as
+    large for any beta. pixels: the number of labelled pixels."""
     recomputed_norms: CountOrZero = 0
-    """Training images from which BatchNorm's statistics are recomputed before each evaluation, as for SegNet; 0: the running
-    averages are used."""
+    """Training images from which BatchNorm's statistics are recomputed before each evaluation, as for SegNet; 0: the
+    running averages are used."""
     boundary_tolerance: Share = 0.0075
     """Distance within which two outlines match, as a share of the image's diagonal."""
 
@@ -255,10 +256,10 @@ class SegmentationTask(Task[ImageModelConfig]):
         self.corpus.check_split(cast(Split, split))
 
     def references(self, split: str) -> dict[str, float]:
-        """Mean IoU of the location prior, which predicts at each pixel the most frequent class there in the training images.
+        """Mean IoU of the location prior: at each pixel the class that is most frequent there in the training images.
 
-        It is the higher of two: with plain frequencies, and with frequencies weighted by median-frequency balancing. A model
-        that is not clearly better has learned nothing worth comparing.
+        It is the higher of two: with plain frequencies, and with frequencies weighted by median-frequency balancing. A
+        model that is not clearly better has learned nothing worth comparing.
         """
         split = cast(Split, split)
         if split not in self.corpus.splits:

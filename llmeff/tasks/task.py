@@ -35,7 +35,7 @@ class Batch:
     targets: Any = None
     """What the loss compares with the model's output; None if forward takes it."""
     counts: dict[str, float]
-    """This share's part of each loss's divisor, by the loss's name: items, or their weights. Only the data decide it."""
+    """This share's part of each loss's divisor, by the loss's name: items or weights, known from the data alone."""
     items: int
     """Tokens or pixels of this share that count as trained on."""
 
@@ -170,8 +170,8 @@ class TaskConfig(Component, Generic[ModelT, DataT], family="task"):
     data_hint: ClassVar[str] = ""
     """The end of the error about data of another kind (": use data 'recall'")."""
     metric_directions: ClassVar[dict[str, Direction]]
-    """The metrics of `Task.summary` that runs are compared by, and which direction is better. They are compared by ratios, so
-    their values must be positive."""
+    """The metrics of `Task.summary` that runs are compared by, and which direction is better. They are compared by
+    ratios, so their values must be positive."""
 
     name: Text
     """The task's name."""
