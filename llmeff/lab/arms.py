@@ -1,11 +1,9 @@
-"""The timing lane: arms take turns in random order, each in a process of its own; speed is a ratio within a round."""
+"""Timing runs: arms take turns in random order, each in a process of its own; speed is a ratio of step times."""
 
-import contextlib
 import importlib
 import importlib.util
 import itertools
 import math
-import multiprocessing
 import os
 import random
 import shlex
@@ -15,33 +13,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
+from llmeff.compare.intervals import Estimate
 from llmeff.config.run import RunConfig
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.core.dist import become_rank, folder_off_paths, free_port
+from llmeff.core.dist import become_rank, free_port
+from llmeff.lab.race import Generation, Racer, difference, ratio, run_generations, spawn, take_turns
 from llmeff.record.environment import environment
 
 Tick = Callable[[], None]
-"""An arm calls it after every step; it returns when the next step may begin."""
+"""An arm calls it after every step. It returns when the next step may begin."""
 Arm = Callable[[RunConfig, Tick], None]
-"""Trains as the config says, for as many steps as it is let."""
+"""Trains by the config until a tick ends the process."""
 
 NOISE = 0.1
-"""Cores that other processes may use in a round before it is dropped."""
+"""A round in which other processes used more cores than this, on average, is noisy."""
 _MANY_STEPS = 1_000_000
-"""More than any race has, so that the loop does not come to a run's end."""
-END_S = 30.0
-"""How long an arm's process may take to end before it is killed."""
+"""More than any race has, so that the loop does not reach the end of its run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +44,18 @@ class Turn:
     """One arm's part of a round."""
 
     step_s: float
-    """Wall time a step."""
+    """Wall time a step, in seconds."""
     cpu_s: float
-    """CPU time of the arm's processes a step, all threads."""
+    """CPU time a step of all threads of the arm's processes, in seconds."""
     others: float
-    """Cores that other processes used meanwhile, on average."""
+    """Cores that other processes used in the meantime, on average."""
 
 
 def ours(config: RunConfig, tick: Tick) -> None:
-    """The loop of `llmeff train`, records and display included, without evaluations and checkpoints."""
+    """The loop of `llmeff train`, with records and display, without evaluations and checkpoints."""
     from llmeff.run.loop import Trainer
 
-    # as many steps as are asked for: the schedule does not come to its end, and then go on beyond it
+    # a turn may have any number of steps: the run must not end, nor its schedule
     train = config.train.model_copy(update={"steps": max(config.train.steps, _MANY_STEPS)})
     config = config.model_copy(update={"train": train})
     with (
@@ -73,10 +68,15 @@ def ours(config: RunConfig, tick: Tick) -> None:
 
 
 def _refuse_unlike(arm: str, config: RunConfig, *, recompute: bool) -> None:
-    """An arm that would train otherwise than it is told to is not raced.
+    """Refuses a config that asks for what an arm does not do.
+
+    Args:
+        arm: its name.
+        config: what it is to train.
+        recompute: whether the arm can recompute activations.
 
     Raises:
-        ConfigError: the config asks for what the arm does not do; `recompute` says whether it recomputes.
+        ConfigError: it names every such setting.
     """
     problems = []
     if config.parallel.joins:
@@ -97,7 +97,11 @@ def _refuse_unlike(arm: str, config: RunConfig, *, recompute: bool) -> None:
 
 
 def bare(config: RunConfig, tick: Tick) -> None:
-    """The same model, batches and optimizer in the shortest loop that trains."""
+    """The same model, batches and optimizer as `ours`, in the shortest loop that trains.
+
+    Raises:
+        ConfigError: the config asks for what the arm does not do.
+    """
     from llmeff.run.prepare import prepare, prepare_device, prepare_model
 
     config, task = prepare(config)
@@ -120,7 +124,11 @@ def bare(config: RunConfig, tick: Tick) -> None:
 
 
 def hf_trainer(config: RunConfig, tick: Tick) -> None:
-    """Hugging Face's Trainer over the same model, by its Hugging Face face, and batches of the same size."""
+    """Hugging Face's Trainer, with the same model in its Hugging Face form and the same batches.
+
+    Raises:
+        ConfigError: the model is no decoder of llmeff's own, or the config asks for what the arm does not do.
+    """
     from torch.utils.data import Dataset
     from transformers import Trainer as HFTrainer
     from transformers import TrainerCallback, TrainingArguments
@@ -170,14 +178,17 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
 
 
 ARMS: dict[str, Arm] = {"ours": ours, "bare": bare, "hf-trainer": hf_trainer}
-"""Arms by name; another is given as `FILE.py:FUNCTION`."""
+"""Arms by name. A user's own is given as `FILE.py:FUNCTION`."""
 
 
 def find_arm(name: str) -> Arm:
-    """An arm by its name, or from a file.
+    """Returns an arm by its name, or from a file.
+
+    Args:
+        name: a key of `ARMS`, or `FILE.py:FUNCTION`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such arm, file or function.
     """
     if name in ARMS:
         return ARMS[name]
@@ -207,15 +218,13 @@ def bench(
 ) -> dict[str, Any]:
     """Times arms against one another.
 
-    Processes of one and the same arm differ for as long as they live, by a few per cent, with where their memory lies:
-    the rounds of one process are not independent. So the rounds are divided over generations, in each of which every
-    arm has a fresh process; a generation gives one value, and the intervals are over generations.
+    The rounds are divided over generations of processes (see `lab.race`).
 
     Args:
         config: what every arm trains.
-        arms: their names, each with settings of its own where they follow, as in "ours runtime.compile=model"; the first
-            is what the others are set beside.
-        rounds: how often every arm has its turn, over all generations.
+        arms: their names, each optionally followed by settings, as in "ours runtime.compile=model". The others are compared
+            with the first.
+        rounds: turns of every arm, over all generations.
         steps: steps of a turn.
         warmup_steps: steps of each process before its first round.
         processes: of each arm, one after another: the number of generations.
@@ -224,15 +233,15 @@ def bench(
     Returns:
         for JSON: by arm the median step time and its quartiles over rounds; by pair with the first arm the ratio of step
         times (theirs / the first's: above 1, the first is faster) with a 95 % interval over generations; the rounds of
-        each generation. Measurements have six significant digits.
+        each generation. Times are in seconds. Measurements have six significant digits.
 
     Raises:
-        ConfigError: an arm is unknown or ended, or there is too little to make an interval of.
+        ConfigError: an arm is unknown, its process ended, or there are too few rounds for an interval.
     """
     if len(set(arms)) < max(2, len(arms)):
         raise ConfigError(f"--arm: give at least two different arms, given: {', '.join(arms)}")
-    raced = race(
-        {arm: _lane(config, arm) for arm in arms},
+    raced = race_runs(
+        {arm: _read_arm(config, arm) for arm in arms},
         seed=config.seed,
         rounds=rounds,
         steps=steps,
@@ -243,8 +252,12 @@ def bench(
     return raced | {"config": config.model_dump(mode="json")}
 
 
-def _lane(config: RunConfig, arm: str) -> tuple[RunConfig, str]:
-    """What an arm trains, and its name."""
+def _read_arm(config: RunConfig, arm: str) -> tuple[RunConfig, str]:
+    """Splits an arm with settings into the config that it trains and its name.
+
+    Raises:
+        ConfigError: the arm is unknown, or a setting is wrong.
+    """
     try:
         name, *settings = shlex.split(arm) or [""]
     except ValueError as error:
@@ -256,8 +269,8 @@ def _lane(config: RunConfig, arm: str) -> tuple[RunConfig, str]:
         raise ConfigError([f"--arm {arm!r}: {problem}" for problem in error.problems]) from None
 
 
-def race(
-    lanes: Mapping[str, tuple[RunConfig, str]],
+def race_runs(
+    runs: Mapping[str, tuple[RunConfig, str]],
     *,
     seed: int,
     rounds: int,
@@ -266,204 +279,201 @@ def race(
     processes: int,
     modules: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Times runs of any configs against one another: `bench`, where each name has a config and an arm of its own.
+    """Times runs of any configs against one another.
 
     Args:
-        lanes: by name, the config and the arm that trains it; the first is what the others are set beside.
+        runs: by name, a config and the arm that trains it. The others are compared with the first.
         seed: of the order of turns.
-        rounds: as in `bench`, and so on.
+        rounds: as in `bench`.
         steps: as in `bench`.
         warmup_steps: as in `bench`.
         processes: as in `bench`.
         modules: as in `bench`.
 
+    Returns:
+        as `bench`, without the config.
+
     Raises:
-        ConfigError: an arm ended, or there is too little to make an interval of.
+        ConfigError: an arm's process ended, or there are too few rounds for an interval.
     """
     if processes < 3 or rounds < processes or min(steps, warmup_steps) < 1:
         raise ConfigError(
             f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: at least 3 processes of "
             "each arm, a round in each, 1 step and 1 warm-up step"
         )
-    order, names = random.Random(seed), list(lanes)
-    shares = [len(range(number, rounds, processes)) for number in range(processes)]
-    told = {name: (config.model_dump(mode="json"), arm) for name, (config, arm) in lanes.items()}
-    start = partial(_start, told, list(modules))
-    generations = [_generation(start, names, share, steps, warmup_steps, order) for share in shares]
-    is_gpu = any(config.runtime.device != "cpu" for config, _ in lanes.values()) and torch.cuda.is_available()
+    order, names = random.Random(seed), list(runs)
+    arguments = {name: (config.model_dump(mode="json"), arm, list(modules)) for name, (config, arm) in runs.items()}
+
+    def run(generation: Generation, number: int) -> list[dict[str, Turn]]:
+        racers = _start(generation, arguments, warmup_steps, order)
+        return take_turns(names, _share(rounds, processes, number), order, lambda name: racers[name].ask(steps))
+
+    generations = run_generations(processes, run)
+    is_gpu = any(config.runtime.device != "cpu" for config, _ in runs.values()) and torch.cuda.is_available()
     where = environment(torch.device("cuda" if is_gpu else "cpu"))
     measured: dict[str, Any] = _rounded(_summarize(names, generations))
     return {"environment": where.model_dump(mode="json")} | measured
 
 
-def _generation(
-    start: Callable[[str], tuple[BaseProcess, Connection]],
-    arms: Sequence[str],
-    rounds: int,
-    steps: int,
-    warmup_steps: int,
-    order: random.Random,
-) -> list[dict[str, Turn]]:
-    """The rounds of one fresh process of each arm; `start` starts an arm's."""
-    lanes: dict[str, Connection] = {}
-    processes = []
-    try:
-        for name in order.sample(arms, len(arms)):
-            process, lanes[name] = start(name)
-            processes.append(process)
-            _turn(name, lanes[name], warmup_steps)
-        results = [
-            {name: _turn(name, lanes[name], steps) for name in order.sample(arms, len(arms))} for _ in range(rounds)
-        ]
-        for lane in lanes.values():
-            with contextlib.suppress(OSError):
-                lane.send(None)
-        for process in processes:
-            process.join(END_S)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-        for lane in lanes.values():
-            lane.close()
-    return results
+def _share(rounds: int, processes: int, number: int) -> int:
+    """Rounds of generation `number`, if `rounds` are divided evenly over `processes`."""
+    return len(range(number, rounds, processes))
 
 
 def _start(
-    told: Mapping[str, tuple[dict[str, Any], str]], modules: Sequence[str], name: str
-) -> tuple[BaseProcess, Connection]:
-    """A lane's process, and the pipe to it."""
-    context = multiprocessing.get_context("spawn")
-    lane, end = context.Pipe()
-    process = context.Process(target=_work, args=(*told[name], modules, end))  # no daemon: it may start ranks
-    with folder_off_paths():
-        process.start()
-    end.close()
-    return process, lane
+    generation: Generation, arguments: Mapping[str, tuple[Any, ...]], warmup_steps: int, order: random.Random
+) -> dict[str, Racer]:
+    """Starts a process for each name, in random order, and warms each up before the next starts.
+
+    Args:
+        generation: gets the processes.
+        arguments: by name, those of `_work` before the pipe.
+        warmup_steps: of each process.
+        order: draws the order.
+
+    Raises:
+        ConfigError: a process ended.
+    """
+    racers = {}
+    for name in order.sample(list(arguments), len(arguments)):
+        racers[name] = generation.start(_work, *arguments[name], early_end=f"arm {name!r} ended before its turn did")
+        racers[name].ask(warmup_steps)
+    return racers
 
 
-def _turn(name: str, lane: Connection, steps: int) -> Turn:
-    try:
-        lane.send(steps)
-        turn: Turn = lane.recv()
-    except (EOFError, OSError):
-        raise ConfigError(f"arm {name!r} ended before its turn did: its error stands above") from None
-    return turn
+class _Turns:
+    """The turns of an arm, seen from its process.
 
+    A question is a number of steps. The answer is the `Turn` that they made. None ends the process.
 
-def _work(config: dict[str, Any], arm: str, modules: Sequence[str], lane: Connection) -> None:
-    """An arm's process: lets it go for as many steps as it is told to, and answers how long they took; None ends it."""
-    left = 0
-    steps = 0
-    began, cpu_began = 0.0, (0.0, 0.0)
+    Args:
+        pipe: to the process of the race.
+        ranks: the other processes of the arm.
+    """
 
-    def cpu_times() -> tuple[float, float]:
-        machine = psutil.cpu_times()
-        ranks = sum(sum(rank.cpu_times()[:2]) for rank in others)
-        return time.process_time() + ranks, machine.user + machine.system + machine.nice
+    def __init__(self, pipe: Connection, ranks: Sequence[psutil.Process]):
+        self._pipe, self._ranks = pipe, ranks
+        self._begin()
 
-    def tick() -> None:
-        nonlocal left, steps, began, cpu_began
-        left -= 1
-        if left > 0:
+    def tick(self) -> None:
+        """Counts a step. After the last of a turn it answers, and waits for the next turn."""
+        self._left -= 1
+        if self._left > 0:
             return
-        if steps:
-            wall = time.perf_counter() - began
-            own, machine = (now - then for now, then in zip(cpu_times(), cpu_began, strict=True))
-            lane.send(Turn(step_s=wall / steps, cpu_s=own / steps, others=max(0.0, machine - own) / wall))
-        told = lane.recv()
-        if told is None:
-            sys.exit()  # through the arm, which takes its folders away
-        left = steps = told
-        cpu_began, began = cpu_times(), time.perf_counter()
+        wall_s = time.perf_counter() - self._began
+        arm_s, machine_s = (now - then for now, then in zip(self._cpu_times(), self._cpu_began, strict=True))
+        others = max(0.0, machine_s - arm_s) / wall_s
+        self._pipe.send(Turn(step_s=wall_s / self._steps, cpu_s=arm_s / self._steps, others=others))
+        self._begin()
 
-    _be_silent(1)
+    def _begin(self) -> None:
+        steps = self._pipe.recv()
+        if steps is None:
+            sys.exit()  # through the arm, which removes its folders
+        self._left = self._steps = steps
+        self._cpu_began, self._began = self._cpu_times(), time.perf_counter()
+
+    def _cpu_times(self) -> tuple[float, float]:
+        """CPU seconds so far: of the arm's processes, and of the machine."""
+        machine = psutil.cpu_times()
+        ranks_s = sum(sum(rank.cpu_times()[:2]) for rank in self._ranks)
+        return time.process_time() + ranks_s, machine.user + machine.system + machine.nice
+
+
+def _work(config: dict[str, Any], arm: str, modules: Sequence[str], pipe: Connection) -> None:
+    """Runs in an arm's process."""
+    _silence(1)
     load_components(modules)
-    others = _lead(config, arm, modules) if config.get("parallel", {}).get("ranks", 1) > 1 else []
-    left = steps = lane.recv()
-    cpu_began, began = cpu_times(), time.perf_counter()
-    find_arm(arm)(validate(RunConfig, config), tick)
+    ranks = _lead(config, arm, modules) if config.get("parallel", {}).get("ranks", 1) > 1 else []
+    turns = _Turns(pipe, ranks)
+    find_arm(arm)(validate(RunConfig, config), turns.tick)
 
 
-def _be_silent(*streams: int) -> None:
+def _silence(*streams: int) -> None:
+    """Sends the output on these file descriptors nowhere."""
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         for stream in streams:
             os.dup2(nothing.fileno(), stream)
 
 
 def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> list[psutil.Process]:
-    """Makes this process the main rank of a run of several, and starts the others, which wait where it waits."""
-    ranks, port = config["parallel"]["ranks"], free_port()
-    context = multiprocessing.get_context("spawn")
-    others = [
-        context.Process(target=_follow, args=(config, arm, modules, rank, port), daemon=True)
-        for rank in range(1, ranks)
-    ]
-    with folder_off_paths():
-        for other in others:
-            other.start()
-    become_rank(0, ranks, port)
+    """Makes this process rank 0 of the run, and starts the other ranks. They wait for it in every step."""
+    num_ranks, port = config["parallel"]["ranks"], free_port()
+    others = [spawn(_follow, config, arm, modules, rank, port, daemon=True) for rank in range(1, num_ranks)]
+    become_rank(0, num_ranks, port)
     return [psutil.Process(other.pid) for other in others]
 
 
 def _follow(config: dict[str, Any], arm: str, modules: Sequence[str], rank: int, port: int) -> None:
-    """Another rank of an arm's run; it ends when the main one is gone."""
-    _be_silent(1, 2)
+    """Runs in the process of another rank. It ends with rank 0."""
+    _silence(1, 2)
     become_rank(rank, config["parallel"]["ranks"], port)
     load_components(modules)
     find_arm(arm)(validate(RunConfig, config), lambda: None)
 
 
 def _geometric_mean(values: Iterable[float]) -> float:
-    """Its ratio of two arms is the mean of the ratios within their rounds."""
+    """Of positive values; the ratio of two arms' is the geometric mean of their ratios within rounds."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
+def _quiet(rounds: Sequence[dict[str, Turn]]) -> list[dict[str, Turn]]:
+    """The rounds of a generation in which other processes used at most `NOISE` cores in every turn."""
+    return [turns for turns in rounds if max(turn.others for turn in turns.values()) <= NOISE]
+
+
+def _used(rounds: list[dict[str, Turn]]) -> list[dict[str, Turn]]:
+    """The quiet rounds of a generation; all rounds, if fewer than 3 or fewer than a third are quiet."""
+    quiet = _quiet(rounds)
+    return quiet if len(quiet) >= max(3, len(rounds) // 3) else rounds
+
+
+def _is_busy(rounds: list[dict[str, Turn]]) -> bool:
+    """Whether noisy rounds of a generation are used."""
+    return len(_quiet(rounds)) < len(_used(rounds))
+
+
+def _values(
+    generations: Sequence[Sequence[dict[str, Turn]]], names: Sequence[str], value: Callable[[Turn], float]
+) -> dict[str, list[list[float]]]:
+    """A value of every turn, by name, generation and round."""
+    return {name: [[value(turns[name]) for turns in rounds] for rounds in generations] for name in names}
+
+
+def _against_first(
+    values: Mapping[str, list[list[float]]],
+    sign: str,
+    compare: Callable[[list[list[float]], list[list[float]]], Estimate],
+) -> dict[str, dict[str, float]]:
+    """Compares the values of the other names with those of the first; a pair is called NAME, sign, FIRST."""
+    first, *others = values
+    return {f"{name} {sign} {first}": _plain(compare(values[name], values[first])) for name in others}
+
+
 def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -> dict[str, Any]:
-    quiet = [[each for each in rounds if max(turn.others for turn in each.values()) <= NOISE] for rounds in generations]
-    used = [
-        few if len(few) >= max(3, len(rounds) // 3) else rounds for few, rounds in zip(quiet, generations, strict=True)
-    ]
-    num_rounds, num_used = (sum(map(len, parts)) for parts in (generations, used))
-    busy = [number for number, (few, some) in enumerate(zip(quiet, used, strict=True), start=1) if len(few) < len(some)]
-    first = names[0]
-
-    def over_generations(value: Callable[[Turn, Turn], float], name: str) -> list[float]:
-        return [statistics.fmean(value(each[name], each[first]) for each in rounds) for rounds in used]
-
-    def log_step_ratio(theirs: Turn, firsts: Turn) -> float:
-        return math.log(theirs.step_s / firsts.step_s)
-
-    def log_cpu_ratio(theirs: Turn, firsts: Turn) -> float:
-        return math.log(theirs.cpu_s / firsts.cpu_s)
-
-    def step_difference(theirs: Turn, firsts: Turn) -> float:
-        return theirs.step_s - firsts.step_s
-
+    """What `bench` returns of the turns, not rounded; the others are compared with the first of the names."""
+    used = [_used(rounds) for rounds in generations]
+    num_rounds, num_used = (sum(map(len, each)) for each in (generations, used))
+    step_s = _values(used, names, lambda turn: turn.step_s)
+    cpu_s = _values(used, names, lambda turn: turn.cpu_s)
     return {
-        "step_s": {name: [_geometric_mean(each[name].step_s for each in rounds) for rounds in used] for name in names},
+        "step_s": {name: list(map(_geometric_mean, values)) for name, values in step_s.items()},
         "rounds": num_rounds,
         "rounds_used": num_used,
         "noisy_rounds_dropped": num_rounds - num_used,
-        "busy_generations": busy,
-        "arms": {name: _spread([each[name].step_s for rounds in used for each in rounds]) for name in names},
-        "ratios": {
-            f"{name} / {first}": _plain(ratio_interval(over_generations(log_step_ratio, name))) for name in names[1:]
-        },
-        "differences_s": {
-            f"{name} - {first}": _plain(mean_interval(over_generations(step_difference, name))) for name in names[1:]
-        },
-        "cpu_ratios": {
-            f"{name} / {first}": _plain(ratio_interval(over_generations(log_cpu_ratio, name))) for name in names[1:]
-        },
+        "busy_generations": [number for number, rounds in enumerate(generations, start=1) if _is_busy(rounds)],
+        "arms": {name: _quartiles([*itertools.chain.from_iterable(values)]) for name, values in step_s.items()},
+        "ratios": _against_first(step_s, "/", ratio),
+        "differences_s": _against_first(step_s, "-", difference),
+        "cpu_ratios": _against_first(cpu_s, "/", ratio),
         "generations": [
-            [{name: vars(turn) for name, turn in each.items()} for each in rounds] for rounds in generations
+            [{name: vars(turn) for name, turn in turns.items()} for turns in rounds] for rounds in generations
         ],
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    lower, median, upper = statistics.quantiles(values, n=4)
+def _quartiles(step_s: list[float]) -> dict[str, float]:
+    lower, median, upper = statistics.quantiles(step_s, n=4)
     return {"median_step_s": median, "lower_quartile_s": lower, "upper_quartile_s": upper}
 
 
@@ -472,6 +482,7 @@ def _plain(estimate: Estimate) -> dict[str, float]:
 
 
 def _rounded(value: Any) -> Any:
+    """The same lists and dicts, with six significant digits of every float."""
     if isinstance(value, dict):
         return {name: _rounded(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -480,7 +491,7 @@ def _rounded(value: Any) -> Any:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result of `bench` as lines of text."""
     width = max(24, *map(len, [*result["arms"], *result["ratios"]]))
     lines = [
         f"{name:<{width}} {1e3 * arm['median_step_s']:.2f} ms a step (half of the rounds between "

@@ -1,46 +1,48 @@
-"""Mixers alone: what each takes and keeps as sequences grow, and from which length on it overtakes the first.
+"""Mixers alone: the time and memory of each as sequences grow, and from which length on it is faster than the first.
 
-What is timed is the model of `llmeff.models.single_layer`.
+The model is that of `llmeff.models.single_layer`.
 """
 
 import math
-import multiprocessing
 import random
 import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from llmeff.compare.intervals import Estimate, mean_interval, ratio_interval
+from llmeff.compare.intervals import Estimate, mean_interval
 from llmeff.compare.plots import Curves, curves
 from llmeff.compare.text_table import TextTable
 from llmeff.core import meters
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError
-from llmeff.core.dist import folder_off_paths
 from llmeff.core.layout import Layout
 from llmeff.core.memory import keep_freed_memory
 from llmeff.core.precision import PrecisionName, precision
 from llmeff.core.units import show_bytes
+from llmeff.lab.race import Generation, ratio, run_generations, take_turns
 from llmeff.models import DecoderConfig
 from llmeff.models.single_layer import VOCABULARY, LayerStep, chunk_products, mixer_names, single_layer
 from llmeff.models.transformer import Decoder
 from llmeff.record.environment import environment
 
 Kind = Literal["forward", "step", "decode"]
+Times = dict[Kind, dict[int, list[float]]]
+"""Seconds of a mixer by kind and length, one a process."""
 KINDS: dict[Kind, str] = {"forward": "forward", "step": "forward and backward", "decode": "decoding a token"}
-"""What is timed."""
+"""What is timed, and its words in tables."""
 TURN_S = 0.05
-"""A turn is repeated until it has lasted so long."""
+"""Seconds that a turn lasts at least: calls are repeated until then."""
 DECODED = 16
-"""Tokens that a turn of decoding decodes at most."""
+"""Tokens that a turn of decoding decodes, at most."""
 LAST = 3
-"""Of how many of the largest lengths exponents are taken."""
+"""The exponent of time is fitted to so many of the largest lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,42 +50,55 @@ class MixerRace:
     """What `llmeff bench mixers` races."""
 
     lengths: tuple[int, ...]
-    """T, ascending."""
+    """T, in tokens, ascending."""
     mixers: tuple[str, ...] = ()
-    """Names, with settings where they follow, as in "sliding window=64"; the first is the baseline. None: all that are known."""
+    """Names, each optionally followed by settings, as in "sliding window=64". The first is the baseline. Empty: all mixers."""
     width: int = 64
-    """D."""
+    """D, of the residual stream."""
     num_heads: int = 2
     """N; a head is D / N wide."""
     precision: PrecisionName = "fp32"
     """Number formats."""
     device: str = "cpu"
-    """Where it computes."""
+    """`cpu` or `cuda`."""
     threads: int = 1
-    """Of a CPU."""
+    """Of a process, on a CPU."""
     processes: int = 3
     """Fresh processes, one after another; intervals are over them."""
     rounds: int = 3
-    """Turns of every mixer at every length in a process; the median counts."""
+    """Turns of every mixer at every length in a process; their median is the process's value."""
     seed: int = 0
-    """Of the order of turns, of weights and tokens."""
+    """Of the order of turns, the weights and the tokens."""
     modules: tuple[str, ...] = ()
     """Imported in every process, for the mixers that they register."""
 
     def configs(self) -> dict[str, DecoderConfig]:
-        """The model of each mixer.
+        """The model of each mixer, by the mixer's name with its settings.
 
         Raises:
-            ConfigError: something in the race cannot be.
+            ConfigError: a field has a value that cannot work, or a mixer is unknown.
         """
-        problems = [
-            f"--{name} {value}: at least {least}"
-            for name, value, least in (
-                ("width", self.width, 1), ("heads", self.num_heads, 1), ("processes", self.processes, 2),
-                ("rounds", self.rounds, 1), ("threads", self.threads, 1),
-            )
-            if value < least
-        ]  # fmt: skip
+        problems = [*self._too_small(), *self._other_problems()]
+        if problems:
+            raise ConfigError(problems)
+        configs = {mixer: self._config(mixer) for mixer in self.mixers or mixer_names()}
+        step = self.step(self.lengths[-1])
+        lacking = [f"--mixer {mixer!r}: {lack}" for mixer, config in configs.items() for lack in step.problems(config)]
+        if lacking:
+            raise ConfigError(lacking)
+        return configs
+
+    def _too_small(self) -> list[str]:
+        """The problems of numbers below their minimum."""
+        minima = (
+            ("width", self.width, 1), ("heads", self.num_heads, 1), ("processes", self.processes, 2),
+            ("rounds", self.rounds, 1), ("threads", self.threads, 1),
+        )  # fmt: skip
+        return [f"--{name} {value}: at least {least}" for name, value, least in minima if value < least]
+
+    def _other_problems(self) -> list[str]:
+        """The problems of the names, the lengths and the device."""
+        problems = []
         if len(set(self.mixers)) < len(self.mixers):
             problems.append(f"--mixer: give different mixers, given: {', '.join(self.mixers)}")
         if len(self.lengths) < LAST or list(self.lengths) != sorted({*self.lengths}) or self.lengths[0] < 2:
@@ -93,17 +108,10 @@ class MixerRace:
             )
         if self.device == "cuda" and not torch.cuda.is_available():
             problems.append("--device cuda: torch sees no CUDA device; allowed here: cpu")
-        if problems:
-            raise ConfigError(problems)
-        found = {mixer: self._config(mixer) for mixer in self.mixers or mixer_names()}
-        step = self.step(self.lengths[-1])
-        lacking = [f"--mixer {mixer!r}: {lack}" for mixer, config in found.items() for lack in step.problems(config)]
-        if lacking:
-            raise ConfigError(lacking)
-        return found
+        return problems
 
     def step(self, length: int) -> LayerStep:
-        """A forward and backward pass over so many tokens."""
+        """A forward and backward pass over `length` tokens."""
         return LayerStep(
             num_tokens=length,
             precision_name=self.precision,
@@ -122,23 +130,27 @@ class MixerRace:
             raise ConfigError([f"--mixer {mixer!r}: {problem}" for problem in error.problems]) from None
 
 
-class _Kept:
-    """What a layer keeps while it decodes; keys and values lie in one place each, with room for what is to come."""
+class _Cache:
+    """The cache of a layer that decodes. Keys and values have one buffer each, with room for all tokens.
+
+    Args:
+        room: tokens that it has room for.
+    """
 
     def __init__(self, room: int):
         self._room = room
         self.states: dict[str, Tensor] = {}
-        self._places: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self._append("key", key), self._append("value", value)
 
     def _append(self, name: str, new: Tensor) -> Tensor:
-        if name not in self._places:
-            self._places[name] = new.new_empty((*new.shape[:2], self._room, new.shape[3]))
+        if name not in self._buffers:
+            self._buffers[name] = new.new_empty((*new.shape[:2], self._room, new.shape[3]))
         before = self.states[name].shape[2] if name in self.states else 0
-        self._places[name][:, :, before : before + new.shape[2]] = new
-        self.states[name] = self._places[name][:, :, : before + new.shape[2]]
+        self._buffers[name][:, :, before : before + new.shape[2]] = new
+        self.states[name] = self._buffers[name][:, :, : before + new.shape[2]]
         return self.states[name]
 
     def recall(self, name: str) -> Tensor | None:
@@ -152,20 +164,26 @@ class _Kept:
 
 
 class _Subject:
-    """A mixer at a length."""
+    """A mixer at one length, and all that is timed of it.
+
+    Args:
+        race: what it is part of.
+        model: the mixer's.
+        length: T, in tokens.
+    """
 
     def __init__(self, race: MixerRace, model: Decoder, length: int):
         self.model, self._length = model, length
         self._device = torch.device(race.device)
         generator = torch.Generator().manual_seed(race.seed)
         self.tokens = torch.randint(VOCABULARY, (1, length), generator=generator).to(self._device)
-        self._autocast = precision(race.precision)
-        self._kept: _Kept | None = None
+        self._precision = precision(race.precision)
+        self._cache: _Cache | None = None
         self._num_decoded = 0
 
     def _cast(self) -> torch.autocast:
-        own = self._autocast
-        return torch.autocast(self._device.type, getattr(torch, own.compute), enabled=own.autocast)
+        compute = getattr(torch, self._precision.compute)
+        return torch.autocast(self._device.type, compute, enabled=self._precision.autocast)
 
     def loss(self) -> Tensor:
         with self._cast():
@@ -180,32 +198,33 @@ class _Subject:
         self.loss().backward()
 
     def forget(self) -> None:
+        """Frees the gradients."""
         self.model.zero_grad(set_to_none=True)
 
     @torch.inference_mode()
     def prefill(self, room: int) -> int:
-        """Lets the layer see all tokens; returns the bytes that it keeps of them."""
-        self._kept, self._num_decoded = _Kept(self._length + room), 0
+        """Gives the layer all tokens, with room for `room` more in its cache; returns the bytes of the cache."""
+        self._cache, self._num_decoded = _Cache(self._length + room), 0
         with self._cast():
-            self.model.hidden(self.tokens, caches=[self._kept])
-        return self._kept.num_bytes()
+            self.model.hidden(self.tokens, caches=[self._cache])
+        return self._cache.num_bytes()
 
     @torch.inference_mode()
     def decode(self) -> None:
-        """One more token."""
-        assert self._kept is not None
+        """Decodes one more token after `prefill`."""
+        assert self._cache is not None
         layout = Layout.plain(1, self._device, self._length + self._num_decoded)
         self._num_decoded += 1
         with self._cast():
-            self.model.lm_head(self.model.hidden(self.tokens[:, :1], layout, [self._kept]))
+            self.model.lm_head(self.model.hidden(self.tokens[:, :1], layout, [self._cache]))
 
     def end(self) -> None:
-        """Lets go of what it decoded from."""
-        self._kept = None
+        """Frees the cache."""
+        self._cache = None
 
 
 def _timed(run: Callable[[], object], device: torch.device, at_most: int = 1_000_000) -> float:
-    """Seconds of a call, over as many as a turn lasts."""
+    """Mean seconds of a call, over the calls of a turn, which are `at_most` at most."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -221,8 +240,39 @@ def _timed(run: Callable[[], object], device: torch.device, at_most: int = 1_000
             return passed / count
 
 
-def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str, Any]:
-    """All that one process finds: seconds by mixer, length and kind; with `measures`, bytes and FLOPs too."""
+def _turn(subject: _Subject, device: torch.device) -> dict[Kind, float]:
+    """Seconds of each kind."""
+    forward_s, step_s = _timed(subject.forward, device), _timed(subject.step, device)
+    subject.forget()
+    subject.prefill(DECODED + 1)
+    subject.decode()  # warms up
+    decode_s = _timed(subject.decode, device, DECODED)
+    subject.end()
+    return {"forward": forward_s, "step": step_s, "decode": decode_s}
+
+
+def _medians(
+    subjects: Mapping[str, _Subject], rounds: int, order: random.Random, device: torch.device
+) -> dict[str, dict[Kind, float]]:
+    """Median seconds by name and kind, over rounds in which the subjects take turns."""
+    found = take_turns(list(subjects), rounds, order, lambda name: _turn(subjects[name], device))
+    return {
+        name: {kind: statistics.median(turns[name][kind] for turns in found) for kind in KINDS} for name in subjects
+    }
+
+
+def _in_process(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str, Any]:
+    """All that one process finds out.
+
+    Args:
+        race: what it is part of.
+        order_seed: of the order of turns.
+        measures: whether it measures bytes and FLOPs too.
+
+    Returns:
+        the FLOP/s of products, and by mixer and length: the median seconds of each kind; with `measures` the bytes and
+        FLOPs, and the kernels that ran.
+    """
     load_components(race.modules)
     keep_freed_memory()  # as a run does
     torch.set_num_threads(race.threads)
@@ -230,9 +280,9 @@ def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
     device, order = torch.device(race.device), random.Random(order_seed)
     models = {name: config.build().to(device) for name, config in race.configs().items()}
     found: dict[str, Any] = {
-        "seconds": {},
-        "measured": {},
-        "kernels": {},
+        "seconds": {name: {} for name in models},
+        "measured": {name: {} for name in models},
+        "kernels": {name: {} for name in models},
         "matmul_flops_per_s": matmul_rate(race, device),
     }
     for length in race.lengths:
@@ -241,28 +291,14 @@ def _generation(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
             subject.step()  # warms up
             subject.forget()
             if measures:
-                measured, ran = _measured(subject, device)
-                found["measured"].setdefault(name, {})[length] = measured
-                found["kernels"].setdefault(name, {})[length] = list(ran)
-        seconds: dict[str, dict[Kind, list[float]]] = {name: {kind: [] for kind in KINDS} for name in subjects}
-        for _ in range(race.rounds):
-            for name in order.sample(list(subjects), len(subjects)):
-                subject, own = subjects[name], seconds[name]
-                own["forward"].append(_timed(subject.forward, device))
-                own["step"].append(_timed(subject.step, device))
-                subject.forget()
-                subject.prefill(DECODED + 1)
-                subject.decode()
-                own["decode"].append(_timed(subject.decode, device, DECODED))
-                subject.end()
-        for name, own in seconds.items():
-            medians = {kind: statistics.median(values) for kind, values in own.items()}
-            found["seconds"].setdefault(name, {})[length] = medians
+                found["measured"][name][length], found["kernels"][name][length] = _measured(subject, device)
+        for name, medians in _medians(subjects, race.rounds, order, device).items():
+            found["seconds"][name][length] = medians
     return found
 
 
-def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Bytes and FLOPs of a forward and backward pass, and what is kept for decoding; the kernels that ran."""
+def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float], list[str]]:
+    """Bytes and FLOPs of a forward and backward pass, and the bytes of the cache; the kernels that ran."""
     model = subject.model
     held = [*model.parameters(), *model.buffers(), subject.tokens]
     found: dict[str, float] = {
@@ -274,11 +310,14 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
     subject.forget()
     found["state_bytes"] = subject.prefill(0)
     subject.end()
-    return found | counted, ran
+    return found | counted, list(ran)
 
 
 def matmul_rate(race: MixerRace, device: torch.device) -> float:
-    """FLOP/s of products of a scan's chunks, 64 rows by as many columns over a head's width, batched, in the format of products."""
+    """FLOP/s of a scan's chunk products on a device: the best of 5 turns.
+
+    They are batched, of 64 rows by 64 columns over a head's width, in the race's format of products.
+    """
     dtype = getattr(torch, precision(race.precision).compute)
     left, right, flops = chunk_products(race.width // race.num_heads, device, dtype)
     return flops / min(_timed(lambda: left @ right, device) for _ in range(5))
@@ -296,8 +335,10 @@ def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str,
     }
 
 
-def _work(race: MixerRace, order_seed: int, measures: bool, end: Any) -> None:
-    end.send(_generation(race, order_seed, measures=measures))
+def _work(race: MixerRace, pipe: Connection) -> None:
+    """Runs in a process of the race, which has one question to answer."""
+    order_seed, measures = pipe.recv()
+    pipe.send(_in_process(race, order_seed, measures=measures))
 
 
 def bench_mixers(race: MixerRace) -> dict[str, Any]:
@@ -306,86 +347,90 @@ def bench_mixers(race: MixerRace) -> dict[str, Any]:
     Returns:
         for JSON: by mixer its parameters and, at each length, seconds of every process, with a 95 % interval over the
         processes of the ratio to the first mixer, bytes and FLOPs measured and predicted; the exponents of time over the
-        three largest lengths; from which length on it is faster than the first.
+        `LAST` largest lengths; the length from which on it is faster than the first.
 
     Raises:
-        ConfigError: something in the race cannot be, or a process ended.
+        ConfigError: a field of the race has a value that cannot work, or a process ended.
     """
     load_components(race.modules)
     configs = race.configs()
     race = replace(race, mixers=tuple(configs))
-    generations = [_apart(race, number) for number in range(race.processes)]
-    times: dict[str, dict[Kind, dict[int, list[float]]]] = {
-        name: {
-            kind: {length: [each["seconds"][name][length][kind] for each in generations] for length in race.lengths}
-            for kind in KINDS
-        }
-        for name in configs
-    }
-    firsts = times[next(iter(configs))]
-    found = {}
+
+    def run(generation: Generation, number: int) -> dict[str, Any]:
+        racer = generation.start(_work, race, early_end="a process of the race ended before its turns did")
+        answer: dict[str, Any] = racer.ask((race.seed + number, number == 0))
+        return answer
+
+    processes = run_generations(race.processes, run)
+    times = {name: _times(race, name, processes) for name in configs}
+    firsts = times[race.mixers[0]]
+    mixers = {}
     for name, config in configs.items():
-        seconds = times[name]
-        found[name] = {
+        cells = {
+            str(length): _cell(times[name], firsts, length)
+            | {key: processes[0][key][name][length] for key in ("measured", "kernels")}
+            | {"predicted": _predicted(race, config, length)}
+            for length in race.lengths
+        }
+        mixers[name] = {
             "parameters": sum(math.prod(weight.shape) for weight in config.weights()),
-            "lengths": {
-                str(length): {
-                    "seconds": {kind: own[length] for kind, own in seconds.items()},
-                    "ratio": {
-                        kind: asdict(_ratio(seconds[kind][length], firsts[kind][length])) for kind in KINDS
-                    },
-                    "measured": generations[0]["measured"][name][length],
-                    "kernels": generations[0]["kernels"][name][length],
-                    "predicted": _predicted(race, config, length),
-                }
-                for length in race.lengths
-            },
-            "exponent": {kind: asdict(_exponent(own)) for kind, own in seconds.items()},
-            "overtakes": {kind: overtakes(own, firsts[kind]) for kind, own in seconds.items()},
-        }  # fmt: skip
+            "lengths": cells,
+            "exponent": {kind: asdict(_exponent(seconds)) for kind, seconds in times[name].items()},
+            "overtakes": {kind: overtakes(seconds, firsts[kind]) for kind, seconds in times[name].items()},
+        }
     return {
         "race": asdict(race),
         "environment": environment(torch.device(race.device)).model_dump(mode="json"),
-        "matmul_flops_per_s": [each["matmul_flops_per_s"] for each in generations],
-        "mixers": found,
+        "matmul_flops_per_s": [found["matmul_flops_per_s"] for found in processes],
+        "mixers": mixers,
     }
 
 
-def _apart(race: MixerRace, number: int) -> dict[str, Any]:
-    """A generation, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    lane, end = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(race, race.seed + number, number == 0, end))
-    with folder_off_paths():
-        process.start()
-    end.close()
-    try:
-        found: dict[str, Any] = lane.recv()
-    except EOFError:
-        raise ConfigError("a process of the race ended before its turns did: its error stands above") from None
-    finally:
-        lane.close()
-        process.join()
-    return found
+def _times(race: MixerRace, name: str, processes: Sequence[Mapping[str, Any]]) -> Times:
+    return {
+        kind: {length: [found["seconds"][name][length][kind] for found in processes] for length in race.lengths}
+        for kind in KINDS
+    }
 
 
-def _ratio(own: Sequence[float], firsts: Sequence[float]) -> Estimate:
-    return ratio_interval([math.log(value / other) for value, other in zip(own, firsts, strict=True)])
+def _cell(times: Times, firsts: Times, length: int) -> dict[str, Any]:
+    """Seconds of a mixer at a length, and their ratios to the first mixer's."""
+    return {
+        "seconds": {kind: seconds[length] for kind, seconds in times.items()},
+        "ratio": {kind: asdict(_ratio(times[kind][length], firsts[kind][length])) for kind in KINDS},
+    }
+
+
+def _ratio(seconds: Sequence[float], firsts: Sequence[float]) -> Estimate:
+    """Of one value a process."""
+    return ratio([[value] for value in seconds], [[value] for value in firsts])
 
 
 def _exponent(seconds: Mapping[int, Sequence[float]]) -> Estimate:
-    """The slope of the logarithm of time over that of length, by least squares over the `LAST` largest lengths."""
+    """The slope of log time over log length, by least squares over the `LAST` largest lengths, with an interval over processes.
+
+    Args:
+        seconds: by length, one a process.
+    """
     lengths = sorted(seconds)[-LAST:]
     logs = [math.log(length) for length in lengths]
     processes = zip(*(seconds[length] for length in lengths), strict=True)
-    return mean_interval([statistics.linear_regression(logs, list(map(math.log, own))).slope for own in processes])
+    return mean_interval(
+        [statistics.linear_regression(logs, list(map(math.log, process_s))).slope for process_s in processes]
+    )
 
 
 def overtakes(seconds: Mapping[int, Sequence[float]], firsts: Mapping[int, Sequence[float]]) -> float | None:
-    """The length from which on all longer ones take less time than the first mixer's, by geometric means over processes.
+    """The length from which on a mixer takes less time than the first, by geometric means over processes.
 
-    Between the last length that takes more and the next, the logarithm of the ratio is taken for a straight line over
-    that of the length; the least length that was measured, where all take less; None where the largest takes more.
+    Between the last length at which it is slower and the next, log ratio is interpolated linearly over log length.
+
+    Args:
+        seconds: by length, one a process.
+        firsts: the first mixer's.
+
+    Returns:
+        tokens; the smallest length if it is faster at all lengths; None if it is slower at the largest.
     """
     lengths = sorted(seconds)
     logs = {length: math.log(_ratio(seconds[length], firsts[length]).value) for length in lengths}
@@ -401,45 +446,54 @@ def overtakes(seconds: Mapping[int, Sequence[float]], firsts: Mapping[int, Seque
 
 
 def tables(result: Mapping[str, Any]) -> list[TextTable]:
-    """The result for people."""
-    lengths = [*next(iter(result["mixers"].values()))["lengths"]]
-    first = next(iter(result["mixers"]))
-    shown = []
-    for kind, words in KINDS.items():
-        rows = [
-            [name, *(_time(own["lengths"][length], kind) for length in lengths)]
-            for name, own in result["mixers"].items()
-        ]
-        shown.append(
-            TextTable(title=f"{words[0].upper()}{words[1:]}, ms, by length", headers=["mixer", *lengths], rows=rows)
+    """The result of `bench_mixers` as tables: times by length for each kind, then the rest at the largest length."""
+    mixers = result["mixers"]
+    first = next(iter(mixers))
+    lengths = list(mixers[first]["lengths"])
+    times = [
+        TextTable(
+            title=f"{words[0].upper()}{words[1:]}, ms, by length",
+            headers=["mixer", *lengths],
+            rows=[[name, *(_time(cell, kind) for cell in mixer["lengths"].values())] for name, mixer in mixers.items()],
         )
+        for kind, words in KINDS.items()
+    ]
     rate = statistics.median(result["matmul_flops_per_s"])
-    rows = []
-    for name, own in result["mixers"].items():
-        last = own["lengths"][lengths[-1]]
-        step_s = statistics.median(last["seconds"]["step"])
-        errors = [
-            abs(each["predicted"][kind] / each["measured"][kind] - 1)
-            for each in own["lengths"].values()
-            for kind in each["predicted"]
-            if each["measured"].get(kind)
-        ]
-        rows.append([
-            name,
-            f"{own['parameters']:,}",
-            show_bytes(last["measured"]["state_bytes"]),
-            show_bytes(last["measured"]["saved_bytes"]),
-            show_bytes(last["measured"]["peak_bytes"]),
-            f"{100 * max(errors):.2f} %",
-            _share(last["measured"].get("executed_flops"), step_s * rate),
-            *(_spread(own["exponent"][kind]) for kind in ("step", "decode")),
-            *(_from(own["overtakes"][kind]) if name != first else "-" for kind in ("step", "decode")),
-        ])  # fmt: skip
+    rows = [_row(name, mixer, rate, is_first=name == first) for name, mixer in mixers.items()]
     headers = [
         "mixer", "parameters", f"state at {lengths[-1]}", "saved", "peak", "worst price error",
         "of the product's rate", "exponent, step", "exponent, decoding", f"step beats {first} from", "decoding from",
     ]  # fmt: skip
-    return [*shown, TextTable(title=f"At {lengths[-1]} tokens, and over lengths", headers=headers, rows=rows)]
+    return [*times, TextTable(title=f"At {lengths[-1]} tokens, and over lengths", headers=headers, rows=rows)]
+
+
+def _row(name: str, mixer: Mapping[str, Any], flops_per_s: float, *, is_first: bool) -> list[str]:
+    """A mixer's row of the last table; `flops_per_s` is the rate of products."""
+    *_, last = mixer["lengths"].values()
+    measured = last["measured"]
+    most_flops = statistics.median(last["seconds"]["step"]) * flops_per_s
+    return [
+        name,
+        f"{mixer['parameters']:,}",
+        show_bytes(measured["state_bytes"]),
+        show_bytes(measured["saved_bytes"]),
+        show_bytes(measured["peak_bytes"]),
+        f"{100 * _worst_error(mixer):.2f} %",
+        _share(measured.get("executed_flops"), most_flops),
+        *(_spread(mixer["exponent"][kind]) for kind in ("step", "decode")),
+        *("-" if is_first else _from(mixer["overtakes"][kind]) for kind in ("step", "decode")),
+    ]
+
+
+def _worst_error(mixer: Mapping[str, Any]) -> float:
+    """The largest relative error of what was predicted, over lengths; what was not measured, or is 0, does not count."""
+    errors: list[float] = [
+        abs(cell["predicted"][kind] / cell["measured"][kind] - 1)
+        for cell in mixer["lengths"].values()
+        for kind in cell["predicted"]
+        if cell["measured"].get(kind)
+    ]
+    return max(errors)
 
 
 def _share(flops: float | None, most: float) -> str:
@@ -460,11 +514,11 @@ def _from(length: float | None) -> str:
 
 
 def picture(result: Mapping[str, Any]) -> bytes:
-    """Time of a step, time of decoding a token and bytes of state over length, as a PNG."""
+    """A PNG of the seconds of a step, the seconds of decoding a token and the bytes of state, over length."""
     lengths = [int(length) for length in next(iter(result["mixers"].values()))["lengths"]]
 
     def of(value: Callable[[Mapping[str, Any]], float]) -> dict[str, list[float]]:
-        return {name: [value(cell) for cell in own["lengths"].values()] for name, own in result["mixers"].items()}
+        return {name: [value(cell) for cell in mixer["lengths"].values()] for name, mixer in result["mixers"].items()}
 
     panels = [
         Curves(label="s, forward and backward", values=of(lambda cell: statistics.median(cell["seconds"]["step"]))),

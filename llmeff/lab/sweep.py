@@ -490,7 +490,7 @@ def write_timing(
     Raises:
         ConfigError: the sweep is not there, its tuning is not done, or see `bench.race`.
     """
-    from llmeff.lab.arms import race
+    from llmeff.lab.arms import race_runs
 
     if not (folder / SWEEP).is_file():
         raise ConfigError(f"{folder}: there is no sweep to time; run it first, without --timing")
@@ -501,9 +501,9 @@ def write_timing(
         own = sorted((job for job in jobs if job.cell == cell), key=lambda job: job.arm != sweep.baseline)
         if len(own) < 2:
             raise ConfigError(f"{folder}: fewer than two arms have a trial that finished, so there is nothing to race")
-        lanes = {lane_name(job.arm, job.cell): (as_begun(sweep, folder, job_config(sweep, job)), "ours") for job in own}
-        raced = race(
-            lanes, seed=0, rounds=rounds, steps=steps, warmup_steps=max(steps, _WARMUP_STEPS), processes=processes,
+        runs = {lane_name(job.arm, job.cell): (as_begun(sweep, folder, job_config(sweep, job)), "ours") for job in own}
+        raced = race_runs(
+            runs, seed=0, rounds=rounds, steps=steps, warmup_steps=max(steps, _WARMUP_STEPS), processes=processes,
             modules=modules,
         )  # fmt: skip
         found["step_s"] |= raced["step_s"]

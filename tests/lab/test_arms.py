@@ -1,4 +1,4 @@
-"""The timing lane: every arm has its turns, ratios carry an interval, a wrong arm is said before anything starts."""
+"""Timing runs: every arm has its turns, ratios carry an interval, a wrong arm is an error before anything starts."""
 
 import itertools
 import json
@@ -7,7 +7,6 @@ import random
 import re
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -17,9 +16,10 @@ from llmeff.compare.intervals import mean_interval
 from llmeff.config.run import RunConfig
 from llmeff.core import meters
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.lab import arms as lane
-from llmeff.lab.arms import ARMS, _rounded, _summarize, bench, find_arm, show
+from llmeff.lab import arms as module
+from llmeff.lab.arms import ARMS, _rounded, _summarize, bench, find_arm, race_runs, show
 from llmeff.lab.arms import Turn as BenchTurn
+from llmeff.lab.race import END_S, run_generations, take_turns
 from llmeff.optim import OptimizerConfig
 from tests.run.test_loop import TINY
 
@@ -101,16 +101,14 @@ def test_measurements_are_written_with_six_digits():
 
 
 def test_rounds_are_shared_out_evenly(monkeypatch):
-    shares = []
+    class Racer:
+        def ask(self, steps):
+            return BenchTurn(step_s=1.0, cpu_s=1.0, others=0.0)
 
-    def generation(start, arms, rounds, *others):
-        shares.append(rounds)
-        return [dict.fromkeys(arms, BenchTurn(step_s=1.0, cpu_s=1.0, others=0.0))] * rounds
-
-    monkeypatch.setattr(lane, "_generation", generation)
+    monkeypatch.setattr(module, "_start", lambda generation, arguments, *others: dict.fromkeys(arguments, Racer()))
     config = validate(RunConfig, TINY)
     result = bench(config, ["ours", "bare"], rounds=11, steps=1, warmup_steps=1, processes=4)
-    assert shares == [3, 3, 3, 2]
+    assert [len(rounds) for rounds in result["generations"]] == [3, 3, 3, 2]
     assert result["rounds"] == 11
     assert result["ratios"]["bare / ours"]["n"] == 4
 
@@ -130,21 +128,29 @@ def arm(config, tick):
 """
 
 
+def rounds_of(config, arm, modules=(), *, rounds, steps, generations=1):
+    """The rounds of each generation of one arm."""
+
+    def run(generation, number):
+        racer = module._start(generation, {"one": (config, arm, list(modules))}, 1, random.Random(0))["one"]
+        return take_turns(["one"], rounds, random.Random(0), lambda name: racer.ask(steps))
+
+    return run_generations(generations, run)
+
+
 def test_each_generation_has_a_process_of_its_own_and_ends_it(tmp_path):
     (tmp_path / "arms.py").write_text(ARM)
-    start, began_s = partial(lane._start, {"one": (TINY, f"{tmp_path / 'arms.py'}:arm")}, []), time.monotonic()
-    for _ in range(2):
-        rounds = lane._generation(start, ["one"], 3, 2, 1, random.Random(0))
-        assert len(rounds) == 3
-    assert time.monotonic() - began_s < 2 * lane.END_S  # none had to be killed
+    began_s = time.monotonic()
+    generations = rounds_of(TINY, f"{tmp_path / 'arms.py'}:arm", rounds=3, steps=2, generations=2)
+    assert [len(rounds) for rounds in generations] == [3, 3]
+    assert time.monotonic() - began_s < 2 * END_S  # none had to be killed
     assert len(set((tmp_path / "ended").read_text().splitlines())) == 2
 
 
 def test_an_arm_that_ends_is_an_error(tmp_path):
     (tmp_path / "arms.py").write_text("def arm(config, tick):\n    tick()\n")
-    start = partial(lane._start, {"one": (TINY, f"{tmp_path / 'arms.py'}:arm")}, [])
-    with pytest.raises(ConfigError, match="ended before its turn"):
-        lane._generation(start, ["one"], 3, 1, 1, random.Random(0))
+    with pytest.raises(ConfigError, match="arm 'one' ended before its turn did: its error stands above"):
+        rounds_of(TINY, f"{tmp_path / 'arms.py'}:arm", rounds=3, steps=1)
 
 
 OWN = """
@@ -171,8 +177,8 @@ def own(tmp_path, monkeypatch):
 
 def test_users_components_come_into_an_arms_process(own):
     config = TINY | {"schedule": {"name": "halved"}}
-    start = partial(lane._start, {"one": (config, "arms.py:arm")}, ["own_schedules"])
-    assert len(lane._generation(start, ["one"], 1, 1, 1, random.Random(0))) == 1
+    ((turns,),) = rounds_of(config, "arms.py:arm", ["own_schedules"], rounds=1, steps=1)
+    assert list(turns) == ["one"]
 
 
 @pytest.mark.slow
@@ -186,21 +192,21 @@ def test_users_components_come_into_a_bench(own):
 @pytest.mark.slow
 def test_runs_of_one_and_of_two_ranks_are_raced():
     config = TINY | {"train": {"steps": 100, "batch": 4}}
-    lanes = {
+    runs = {
         "one": (validate(RunConfig, config), "ours"),
         "two": (validate(RunConfig, config | {"parallel": {"name": "deepspeed", "stage": 3, "ranks": 2}}), "ours"),
     }
-    found = lane.race(lanes, seed=0, rounds=3, steps=2, warmup_steps=1, processes=3)
+    found = race_runs(runs, seed=0, rounds=3, steps=2, warmup_steps=1, processes=3)
     assert found["ratios"]["two / one"]["mean"] > 1
     assert list(found["generations"][0][0]) == ["one", "two"]
 
 
 def test_an_arm_may_have_settings_of_its_own(monkeypatch):
-    told = {}
-    monkeypatch.setattr(lane, "race", lambda lanes, **others: told.update(lanes) or {})
+    raced = {}
+    monkeypatch.setattr(module, "race_runs", lambda runs, **others: raced.update(runs) or {})
     shaped = "ours train.batch=8 'name=\"two words\"'"
     bench(validate(RunConfig, TINY), ["ours", shaped], rounds=3, steps=1, warmup_steps=1, processes=3)
-    assert told == {
+    assert raced == {
         "ours": (validate(RunConfig, TINY), "ours"),
         shaped: (validate(RunConfig, override(TINY, ["train.batch=8", 'name="two words"'])), "ours"),
     }
@@ -292,7 +298,7 @@ def test_the_bare_loop_and_ours_train_alike_to_the_last_bit(name, monkeypatch):
 
     Without the step whose FLOPs are counted: the counter takes some operations apart, which round otherwise then.
     """
-    monkeypatch.setattr(lane, "_MANY_STEPS", 0)
+    monkeypatch.setattr(module, "_MANY_STEPS", 0)
     monkeypatch.setattr(meters, "metered_steps", lambda num_steps, interval: (0, 0))
     settings = (f"optim={name}", "optim.weight_decay=0.1", "train.steps=20", "train.batch=4", "train.clip_norm=0.7")
     schedule = ("schedule=cosine", "schedule.warmup_steps=5", "evaluation.every=0", "checkpoint.every=0")

@@ -9,7 +9,7 @@ import torch
 
 from llmeff.cli import main
 from llmeff.core.config import ConfigError
-from llmeff.lab import mixers as mixer_bench
+from llmeff.lab import mixers as module
 from llmeff.lab.mixers import MixerRace, bench_mixers, overtakes, picture, tables
 from llmeff.models.single_layer import mixer_names
 from tests.mixers import NAMES
@@ -42,7 +42,7 @@ def test_one_overtakes_where_the_lines_cross_for_the_last_time(own, firsts, expe
 
 
 def test_the_exponent_is_that_of_the_largest_lengths():
-    found = mixer_bench._exponent({16: [9.0, 1.0], 32: [1.0, 3.0], 64: [4.0, 6.0], 128: [16.0, 12.0]})
+    found = module._exponent({16: [9.0, 1.0], 32: [1.0, 3.0], 64: [4.0, 6.0], 128: [16.0, 12.0]})
     assert (found.value, found.n) == (pytest.approx(1.5), 2)
 
 
@@ -118,14 +118,14 @@ def test_wrong_input_is_one_error(capsys, wrong, words):
 
 
 def test_a_process_that_ends_is_an_error(monkeypatch):
-    monkeypatch.setattr(mixer_bench, "_work", print)
+    monkeypatch.setattr(module, "_work", print)
     with pytest.raises(ConfigError, match="a process of the race ended before its turns did"):
         bench_mixers(race("softmax", "linear"))
 
 
 def test_the_command_writes_json_and_a_picture(capsys, tmp_path, monkeypatch, result):
     raced = []
-    monkeypatch.setattr(mixer_bench, "bench_mixers", lambda race: raced.append(race) or result)
+    monkeypatch.setattr(module, "bench_mixers", lambda race: raced.append(race) or result)
     out = tmp_path / "mixers.json"
     assert main(["bench", "mixers", *SMALL, "--mixer", "softmax", "--mixer", "linear", "--out", str(out)]) == 0
     assert "step beats softmax from" in " ".join(capsys.readouterr().out.split())
