@@ -12,7 +12,10 @@ from llmeff.compare.ledger import JOB_FILE, RUNS
 from llmeff.config.sweep import SweepConfig
 from llmeff.core import files
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.lab.sweep import Sweep, final_jobs, open_sweep, write_slurm, write_timing
+from llmeff.lab.jobs import final_jobs
+from llmeff.lab.slurm import write_slurm
+from llmeff.lab.sweep import Sweep, open_sweep
+from llmeff.lab.timing import write_timing
 from llmeff.parallel.watchdog import FOLDER, Watchdog
 from llmeff.record.reader import read_run
 from llmeff.record.writer import RunWriter, check_free, lock

@@ -70,7 +70,7 @@ def _phase_and_number(text: str) -> tuple[str, int]:
 
 
 def _timing_options(options: argparse.Namespace) -> dict[str, int]:
-    """What was asked of a timing lane; what belongs to a mode that is not asked for is refused."""
+    """The options of a timing run that were given; an option of a mode that was not asked for is refused."""
     given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
     if given and not options.timing:
         raise ConfigError(f"--{next(iter(given))} is of the timing lane: give --timing too")
@@ -84,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
     from llmeff.compare.study import read_study
     from llmeff.compare.verdict_table import render_comparison
     from llmeff.core.dist import usable_cores
-    from llmeff.lab.sweep import Sweep, check_cores, plan_text, write_slurm, write_timing
+    from llmeff.lab.slurm import write_slurm
+    from llmeff.lab.sweep import Sweep, check_cores, plan_text
+    from llmeff.lab.timing import write_timing
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores

@@ -20,7 +20,8 @@ from llmeff.compare.verdict import judge
 from llmeff.config.recipes import SWEEPS
 from llmeff.config.sweep import Job, SweepConfig, job_config
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.lab.sweep import Sweep, as_begun, best_trial, final_jobs, open_sweep, plan_text, tuning_jobs
+from llmeff.lab.jobs import as_begun, best_trial, final_jobs, tuning_jobs
+from llmeff.lab.sweep import Sweep, open_sweep, plan_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -306,7 +307,7 @@ def tried(monkeypatch):
     """Sets the losses of trials, by arm; infinite where one has none."""
     losses = {}
     monkeypatch.setattr(
-        "llmeff.lab.sweep._cost", lambda folder, metric: losses.get(folder.parent.name, {}).get(folder.name, math.inf)
+        "llmeff.lab.jobs._cost", lambda folder, metric: losses.get(folder.parent.name, {}).get(folder.name, math.inf)
     )
     return losses
 
@@ -451,7 +452,7 @@ def test_an_arm_can_be_tuned_as_another(monkeypatch, tmp_path):
     arms = {"fp32": {"search": RATES}, "bf16": {"settings": ["precision=bf16"], "tuned_as": "fp32"}}
     sweep = sweep_of(arms=arms, baseline="fp32")
     assert {job.arm for job in tuning_jobs(sweep)} == {"fp32"}
-    monkeypatch.setattr("llmeff.lab.sweep.best_trial", lambda trials, folder, metric: trials[1].trial)
+    monkeypatch.setattr("llmeff.lab.jobs.best_trial", lambda trials, folder, metric: trials[1].trial)
     jobs = final_jobs(sweep, tmp_path)
     assert [(job.arm, job.number) for job in jobs] == [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1)]
     assert {job.trial["optim.lr"] for job in jobs} == {sweep.trials("fp32")[1]["optim.lr"]}
@@ -530,7 +531,7 @@ def test_a_run_that_diverges_is_in_the_ledger_and_stops_nothing(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_timing_lane_of_the_arms_is_raced_and_compared(tmp_path, monkeypatch, capsys):
+def test_the_arms_of_a_sweep_are_timed_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.json").write_text(json.dumps(SMALL | {"seeds": [0]}))
     given = ["sweep", "--config=small.json", "--out=out"]

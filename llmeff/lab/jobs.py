@@ -1,0 +1,131 @@
+"""The jobs of a sweep: its tuning trials, the settings chosen by them, and the final runs."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmeff.compare.ledger import RUNS, find_metric, known_metrics
+from llmeff.config.run import RunConfig
+from llmeff.config.sweep import Job, SweepConfig, arm_path
+from llmeff.core.config import read, validate
+from llmeff.record import schema
+from llmeff.record.reader import read_run
+
+CHOSEN = "chosen.json"
+"""Beside an arm's runs: the settings of its final runs."""
+
+Settings = dict[str, Any]
+"""Values by the path of a field."""
+
+
+def tuning_jobs(sweep: SweepConfig) -> list[Job]:
+    """All trials, in order."""
+    trials = (
+        (arm, cell, number, trial)
+        for cell in sweep.cells()
+        for arm in sweep.arms
+        for number, trial in enumerate(sweep.trials(arm))
+    )
+    return [
+        Job(arm=arm, cell=cell, phase="tuning", number=number, trial=trial, order=order)
+        for order, (arm, cell, number, trial) in enumerate(trials)
+    ]
+
+
+def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
+    """The final runs, with the settings of the best trials in the folder; none of an arm if no trial of it finished.
+
+    Settings once chosen for an arm stay, even if a trial that had failed turns out better later: an arm's seeds are
+    comparable only if they have the same settings.
+    """
+    trials = tuning_jobs(sweep)
+
+    def chosen(arm: str, cell: Settings) -> Settings | None:
+        tuner = sweep.tuned_by(arm)
+        tuned_trials = [job for job in trials if job.arm == tuner and job.cell == cell]
+        if not tuned_trials:
+            return {}
+        path = choice_path(sweep, folder, arm, cell)
+        return read(path) if path.is_file() else best_trial(tuned_trials, folder, sweep.metric)
+
+    return _finals(sweep, len(trials), chosen)
+
+
+def planned_finals(sweep: SweepConfig) -> list[Job]:
+    """All final runs, as they are if every arm's first trial is the best."""
+    return _finals(sweep, len(tuning_jobs(sweep)), lambda arm, cell: sweep.first_trial(arm))
+
+
+def _finals(sweep: SweepConfig, first: int, chosen: Callable[[str, Settings], Settings | None]) -> list[Job]:
+    """A run for each seed of every arm in every cell.
+
+    Args:
+        sweep: what they are of.
+        first: the place in the sweep of the first of them.
+        chosen: gives the settings of an arm in a cell; None: it has no runs.
+    """
+    jobs: list[Job] = []
+    for cell, arm in itertools.product(sweep.cells(), sweep.every_arm):
+        trial = chosen(arm, cell)
+        if trial is None:
+            continue
+        for seed in sweep.seeds_of(arm):
+            order = first + len(jobs)
+            jobs.append(Job(arm=arm, cell=cell, phase="final", number=seed, trial=trial, order=order))
+    return jobs
+
+
+def choice_path(sweep: SweepConfig, folder: Path, arm: str, cell: Settings) -> Path:
+    """The file with the settings chosen for an arm in a cell."""
+    return folder / RUNS / arm_path(sweep.tuned_by(arm), cell) / CHOSEN
+
+
+def best_trial(trials: Sequence[Job], folder: Path, metric: str) -> Settings | None:
+    """The settings of the trial with the best value of a metric; the first of equal ones; None if none finished.
+
+    Raises:
+        ConfigError: the task of a trial does not have the metric.
+    """
+    costs = [_cost(folder / RUNS / job.path, metric) for job in trials]
+    best = min(range(len(costs)), key=costs.__getitem__)
+    return trials[best].trial if math.isfinite(costs[best]) else None
+
+
+def _cost(folder: Path, metric: str) -> float:
+    """A run's value of a metric as a number that is better if lower; infinite if the run did not finish."""
+    if not (folder / schema.RESULT).is_file():
+        return math.inf
+    run = read_run(folder)
+    if run.result is None or run.result.status != "finished":
+        return math.inf
+    judged = find_metric(metric, known_metrics([run.result.metric_directions]))
+    return judged.cost(run.result.metrics[run.config["evaluation"]["split"]].get(metric))
+
+
+def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
+    """A run's config, with the `auto` settings of its optimizer as the first run of the sweep resolved them.
+
+    All runs of a sweep then have the same settings, whichever machine continues it.
+    """
+    left_open = {name for name, value in config.optim.model_dump().items() if value == "auto"}
+    if not left_open:
+        return config
+    for arm, cell in itertools.product(sweep.every_arm, sweep.cells()):
+        begun_paths = sorted((folder / RUNS / arm_path(arm, cell)).glob(f"*/{schema.CONFIG}"))
+        if begun_paths and _leaves_open(sweep, arm, cell, config.optim.name, left_open):
+            begun = validate(RunConfig, read(begun_paths[0])).optimizer_as_begun()
+            resolved = {name: getattr(begun, name) for name in left_open}
+            return config.model_copy(update={"optim": config.optim.model_copy(update=resolved)})
+    return config
+
+
+def _leaves_open(sweep: SweepConfig, arm: str, cell: Settings, optimizer: str, names: Iterable[str]) -> bool:
+    """Whether the runs of an arm in a cell have this optimizer, with all these settings of it `auto`."""
+    asked = sweep.run_config(arm, cell, sweep.first_trial(arm), seed=0).optim
+    tried = sweep.every_arm[sweep.tuned_by(arm)].search.keys() | cell.keys()
+    if asked.name != optimizer or any(f"optim.{name}" in tried for name in names):
+        return False
+    settings = asked.model_dump()
+    return all(settings[name] == "auto" for name in names)
