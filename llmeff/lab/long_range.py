@@ -1,4 +1,4 @@
-"""What trained language models make of more context than they were trained on, and of what stood before in it."""
+"""The loss of trained language models at longer contexts than in training, and on tokens that repeat earlier ones."""
 
 import math
 import os
@@ -36,11 +36,11 @@ from llmeff.record.reader import model_folder, read_run
 # B windows, T tokens of a window
 
 FINE = 4
-"""Spans of positions in a training length."""
+"""Spans of positions for each training length."""
 _COUNTED = 2**24
-"""Tokens of the training text whose frequencies are taken."""
+"""Token frequencies are of so many tokens of the training text, at most."""
 _LOGITS = 2**22
-"""Numbers of logits that are made at once."""
+"""Elements of the logits of a batch, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,51 +48,52 @@ class Mean:
     """A mean loss."""
 
     loss: float
-    """Nats per token; NaN of none."""
+    """Nats per token; NaN if there is no token."""
     count: int
-    """Tokens."""
+    """Tokens that it is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtLength:
-    """What a model does in windows of one length."""
+    """The measures of a model in windows of one length."""
 
     length: int
     """Tokens of a window."""
     all: Mean
     """Over all tokens."""
     repeated: Mean
-    """Over the last tokens of runs of tokens that stood in the same document of the window before: what can be recalled."""
+    """Over tokens that end a repeated n-gram, which the model can recall: it was in the same document of the window before."""
     other: Mean
-    """Over the rest."""
+    """Over the other tokens."""
     tokens_per_s: float
-    """Forward, median over batches."""
+    """Of the forward pass, median over batches."""
     state_bytes: int
-    """What decoding keeps of a sequence of so many tokens, in the parameters' format."""
+    """Bytes of the cache after a sequence of `length` tokens, in the format of the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRange:
-    """What one model does."""
+    """The measures of one model."""
 
     run: str
-    """Its folder, below that of all."""
+    """Its folder, below the folder of all runs."""
     arm: str
-    """What runs that differ in nothing but their seeds have in common: their name, or where others have it too, the first's
-    folder."""
+    """The same for runs that differ only in their seeds: their name or, if other runs have that name too, the folder of the
+    first of them."""
     training_length: int
-    """Tokens of a window that it was trained on."""
+    """Tokens of a window in training."""
     unigram_loss: float
-    """What the frequencies of the training text's tokens alone come to on the same text, nats per token."""
+    """Nats per token on the same text if each token is predicted by its frequency in the training text alone."""
     lengths: list[AtLength]
-    """From the training length on, by doubling."""
+    """At the training length, twice that, four times that, and so on."""
     positions: list[tuple[int, Mean]]
-    """By how many tokens are seen at least, in windows of the largest length; a quarter of the training length each."""
+    """In windows of the largest length, by spans of positions: the first position of a span, and the mean loss in it. There
+    are `FINE` spans for each training length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A run that has ended."""
+    """A run that has ended, with its model and its text."""
 
     config: RunConfig
     model: Decoder
@@ -103,33 +104,23 @@ class _Opened:
 def long_range(
     folders: Sequence[Path], *, times: int = 4, gram: int = 2, split: Split = "validation", max_tokens: int = 2**17
 ) -> list[LongRange]:
-    """Reads held-out text in windows of 1, 2, 4, ... times what models were trained on.
+    """Evaluates models on held-out text in windows of 1, 2, 4, ... times their training length.
 
     Args:
         folders: runs that have ended.
-        times: the largest multiple.
-        gram: tokens of a run that counts as repeated; 2: bigrams. Arora et al. 2023 (arXiv 2312.04927) leave out bigrams that
-            are frequent in training; here all count.
-        split: whose text.
-        max_tokens: the split's first so many are read; at least a window of the largest multiple.
+        times: the largest multiple, a power of 2.
+        gram: n of the n-grams that count as repeated; 2: bigrams. Arora et al. 2023 (arXiv 2312.04927) leave out bigrams
+            that are frequent in training; here all count.
+        split: whose text is read.
+        max_tokens: of the split, from its beginning; at least one window of the largest multiple.
 
     Raises:
-        ConfigError: a folder holds no such run, or something asked for cannot be.
+        ConfigError: a folder holds no run of a decoder on text, runs have different text, or an argument is out of range.
     """
-    problems = []
-    if split not in SPLITS:
-        problems.append(f"--split {split!r}: there is no such split.{nearest(split, SPLITS)}")
-    if times < 1 or times & (times - 1):
-        problems.append(f"--times {times}: give a power of 2")
-    if gram < 2:
-        problems.append(f"--gram {gram}: at least 2")
-    if max_tokens < 1:
-        problems.append(f"--max-tokens {max_tokens}: at least 1")
-    twice = [folder for folder, count in Counter(each.resolve() for each in folders).items() if count > 1]
-    problems += [f"{folder}: is given twice" for folder in twice]
+    problems = _argument_problems(folders, times, gram, split, max_tokens)
     if problems:
         raise ConfigError(problems)
-    # all is opened before the first is read, which may take long
+    # evaluation may take long: all runs are opened before it begins
     opened, runs = [_open(each, times, split, max_tokens) for each in folders], _apart(folders)
     texts = {each.corpus.fingerprint: run for each, run in zip(opened, runs, strict=True)}
     if len(texts) > 1:
@@ -143,19 +134,33 @@ def long_range(
     ]
 
 
+def _argument_problems(folders: Sequence[Path], times: int, gram: int, split: str, max_tokens: int) -> list[str]:
+    problems = []
+    if split not in SPLITS:
+        problems.append(f"--split {split!r}: there is no such split.{nearest(split, SPLITS)}")
+    if times < 1 or times & (times - 1):
+        problems.append(f"--times {times}: give a power of 2")
+    if gram < 2:
+        problems.append(f"--gram {gram}: at least 2")
+    if max_tokens < 1:
+        problems.append(f"--max-tokens {max_tokens}: at least 1")
+    counts = Counter(folder.resolve() for folder in folders)
+    return problems + [f"{folder}: is given twice" for folder, count in counts.items() if count > 1]
+
+
 def _apart(folders: Sequence[Path]) -> list[str]:
-    """Names of folders that tell them apart."""
+    """The folders below the one that holds them all."""
     whole = [folder.resolve() for folder in folders]
     shared = Path(os.path.commonpath([each.parent for each in whole])) if whole else Path()
     return [each.relative_to(shared).as_posix() for each in whole]
 
 
 def _arms(runs: Sequence[str], configs: Sequence[RunConfig]) -> list[str]:
-    """What each run is one of."""
-    alike = [config.model_copy(update={"seed": 0}).model_dump_json() for config in configs]
-    first = {own: place for place, own in reversed(list(enumerate(alike)))}
-    names = Counter(configs[place].name for place in first.values())
-    return [configs[first[own]].name if names[configs[first[own]].name] == 1 else runs[first[own]] for own in alike]
+    """The arm of each run; runs whose configs differ only in the seed are one arm."""
+    without_seed = [config.model_copy(update={"seed": 0}).model_dump_json() for config in configs]
+    firsts = [without_seed.index(text) for text in without_seed]
+    names = Counter(configs[first].name for first in set(firsts))
+    return [configs[first].name if names[configs[first].name] == 1 else runs[first] for first in firsts]
 
 
 def _read(opened: _Opened, run: str, arm: str, times: int, gram: int, split: Split, max_tokens: int) -> LongRange:
@@ -170,13 +175,13 @@ def _read(opened: _Opened, run: str, arm: str, times: int, gram: int, split: Spl
         arm=arm,
         training_length=length,
         unigram_loss=_unigram_loss(corpus, split, max_tokens),
-        lengths=[own for own, _ in found],
+        lengths=[at_length for at_length, _ in found],
         positions=positions,
     )
 
 
 def _unigram_loss(corpus: TextCorpus, split: Split, max_tokens: int) -> float:
-    """By frequencies plus one each, so that a token that is new has one too."""
+    """Nats per token by token frequencies. Each count is one higher, so that no token has probability 0."""
     counts = np.bincount(corpus.stream("train").tokens[:_COUNTED], minlength=corpus.vocab_size) + 1
     return float(-np.log(counts / counts.sum())[corpus.stream(split).tokens[1 : max_tokens + 1]].mean())
 
@@ -186,8 +191,8 @@ def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
     config = validate(RunConfig, run.config)
     if not isinstance(config.data, TextData):
         raise ConfigError(f"{folder}: is a run of data {config.data.name!r}, and what is asked is of text")
-    own, tensors = llama_format.load(model_folder(run))
-    model, corpus, length = own.build(), config.data.open(), config.data.sequence_length
+    model_config, tensors = llama_format.load(model_folder(run))
+    model, corpus, length = model_config.build(), config.data.open(), config.data.sequence_length
     copy_tensors(model, tensors)
     available = len(corpus.stream(split).tokens) - 1
     if available < length * times:
@@ -207,7 +212,7 @@ def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
 def _at_length(
     model: Decoder, corpus: TextCorpus, length: int, gram: int, split: Split, max_tokens: int
 ) -> tuple[AtLength, tuple[Ids, NDArray[np.float64]]]:
-    """The measures, and of every token how many were seen before it, itself excluded, and its loss."""
+    """The measures at a length; for every counted position, the number of tokens before it and the loss at it."""
     windows = corpus.eval_windows(split, length, min(max_tokens, len(corpus.stream(split).tokens) - 1))
     rows = max(1, _LOGITS // max(corpus.vocab_size, 1024) // length)
     seen, losses, hits, rates = [], [], [], []
@@ -227,7 +232,7 @@ def _at_length(
         losses.append(each[counted])
         hits.append(repeated(packed, gram)[counted])
     all_seen, loss, hit = np.concatenate(seen), np.concatenate(losses), np.concatenate(hits)
-    own = AtLength(
+    measures = AtLength(
         length=length,
         all=_mean(loss),
         repeated=_mean(loss[hit]),
@@ -235,7 +240,7 @@ def _at_length(
         tokens_per_s=statistics.median(rates),
         state_bytes=model.config.cache_bytes(length, next(model.parameters()).itemsize),
     )
-    return own, (all_seen, loss)
+    return measures, (all_seen, loss)
 
 
 def _layout(packed: EvalBatch) -> Layout | None:
@@ -245,11 +250,11 @@ def _layout(packed: EvalBatch) -> Layout | None:
 
 
 def repeated(packed: EvalBatch, gram: int) -> NDArray[np.bool_]:
-    """(B, T): whether the run of `gram` tokens that ends with the target ended before in the same document of the row.
+    """Whether the n-gram that ends with each target ended before in the same document of the row, (B, T).
 
     Args:
         packed: windows.
-        gram: tokens of a run, the target among them.
+        gram: n, the target included.
     """
     whole = np.concatenate((packed.tokens, packed.targets[:, -1:]), axis=1)
     apart = np.zeros_like(packed.tokens) if packed.documents is None else packed.documents
@@ -257,13 +262,14 @@ def repeated(packed: EvalBatch, gram: int) -> NDArray[np.bool_]:
     found = np.zeros((num_rows, length), dtype=bool)
     if length + 1 < gram:
         return found
-    runs = np.lib.stride_tricks.sliding_window_view(whole, gram, axis=1)
+    grams = np.lib.stride_tricks.sliding_window_view(whole, gram, axis=1)
     for row in range(num_rows):
         begins, ends = apart[row, : length + 2 - gram], apart[row, gram - 2 :]
         places = np.arange(len(ends))
-        # a run that begins in one document and ends in another is like none
-        own = np.where(begins == ends, ends, -2 - places)
-        _, first, inverse = np.unique(np.column_stack((own, runs[row])), axis=0, return_index=True, return_inverse=True)
+        # an n-gram across two documents gets a number of its own, so that it repeats none
+        documents = np.where(begins == ends, ends, -2 - places)
+        keys = np.column_stack((documents, grams[row]))
+        _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         found[row, gram - 2 :] = first[inverse.reshape(-1)] < places
     return found
 
@@ -273,7 +279,7 @@ def _mean(losses: NDArray[np.float64]) -> Mean:
 
 
 def as_json(found: Sequence[LongRange]) -> dict[str, Any]:
-    """All that was found, and where; nothing is NaN."""
+    """The measures and the environment, for JSON; None for NaN."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -287,25 +293,28 @@ def as_json(found: Sequence[LongRange]) -> dict[str, Any]:
 
 
 def tables(found: Sequence[LongRange]) -> list[TextTable]:
-    """The result for people: each arm's mean, and of several runs its 95 % interval."""
-    rows = []
-    for arm, runs in _by_arm(found).items():
-        for place, own in enumerate(runs[0].lengths):
-            same = [each.lengths[place] for each in runs]
-            rows.append([
-                f"{arm}, {own.length} ({own.length // runs[0].training_length} x)",
-                str(len(runs)),
-                *(_shown([mean.loss for mean in means]) for means in (
-                    [each.all for each in same], [each.repeated for each in same], [each.other for each in same]
-                )),
-                f"{100 * own.repeated.count / own.all.count:.1f} %",
-                f"{statistics.median(each.tokens_per_s for each in same):,.0f}",
-                show_bytes(own.state_bytes),
-            ])  # fmt: skip
-    alone = dict.fromkeys(f"{each.unigram_loss:.4f}" for each in found)
-    rows += [["token frequencies", "-", loss, *["-"] * 5] for loss in alone]
+    """A row for each arm and length, with the mean over its runs and, of several runs, a 95 % interval."""
+    rows = [_row(arm, runs, place) for arm, runs in _by_arm(found).items() for place, _ in enumerate(runs[0].lengths)]
+    unigram_losses = dict.fromkeys(f"{each.unigram_loss:.4f}" for each in found)
+    rows += [["token frequencies", "-", loss, *["-"] * 5] for loss in unigram_losses]
     headers = ["arm, window", "runs", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s", "state"]
     return [TextTable(title="Loss (nats per token) by length of window", headers=headers, rows=rows)]
+
+
+def _row(arm: str, runs: Sequence[LongRange], place: int) -> list[str]:
+    """An arm's row of the table at the length in this place."""
+    at_length = [run.lengths[place] for run in runs]
+    first = at_length[0]
+    return [
+        f"{arm}, {first.length} ({first.length // runs[0].training_length} x)",
+        str(len(runs)),
+        _shown([each.all.loss for each in at_length]),
+        _shown([each.repeated.loss for each in at_length]),
+        _shown([each.other.loss for each in at_length]),
+        f"{100 * first.repeated.count / first.all.count:.1f} %",
+        f"{statistics.median(each.tokens_per_s for each in at_length):,.0f}",
+        show_bytes(first.state_bytes),
+    ]
 
 
 def _by_arm(found: Sequence[LongRange]) -> dict[str, list[LongRange]]:
@@ -323,15 +332,15 @@ def _shown(losses: Sequence[float]) -> str:
 
 
 def picture(found: Sequence[LongRange]) -> bytes:
-    """Loss, each arm's mean, over how much is seen, in tokens or, where runs differ in it, in training lengths, as a PNG."""
+    """A PNG of the mean loss of each arm over the number of tokens before.
+
+    The number is in training lengths if these differ between runs.
+    """
     lengths = {each.training_length for each in found}
     unit, words = (lengths.pop(), "tokens seen") if len(lengths) == 1 else (1, "training lengths seen")
     places = [unit * (place + 0.5) / FINE for place in range(len(found[0].positions))]
     values = {
-        arm: [
-            statistics.fmean(own)
-            for own in zip(*([mean.loss for _, mean in each.positions] for each in runs), strict=True)
-        ]
+        arm: [statistics.fmean(run.positions[place][1].loss for run in runs) for place, _ in enumerate(places)]
         for arm, runs in _by_arm(found).items()
     }
     panel = Curves(label="loss (nats per token)", values=values)

@@ -1,4 +1,4 @@
-"""What trained models make of pictures: masks, overlays, panels beside the truth and one another, and how good they are."""
+"""Segments pictures with trained models: masks, overlays, panels beside the truth and other models, and scores."""
 
 import io
 import json
@@ -38,17 +38,17 @@ from llmeff.tasks.image_metrics import image_counts, scores
 # H height, W width, K classes
 
 SCORES, BARS = "scores.json", "classes.png"
-"""What is written beside the pictures where the truth is given."""
+"""Files written beside the pictures if masks are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
-    """A picture, not read yet."""
+    """A picture that is read when it is needed."""
 
     name: str
-    """What its results are called."""
+    """The names of its results begin with it."""
     read: Callable[[], tuple[Pixels, Labels | None]]
-    """Gives it, with the truth where that is known; raises ConfigError, naming the file."""
+    """Returns its pixels and, if there is a mask, the truth; raises a ConfigError that names a file if that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class _Run:
 
     @torch.inference_mode()
     def predict(self, pixels: Pixels, device: torch.device) -> Labels:
-        """The class of each pixel: logits at the model's size are brought back to the picture's bilinearly."""
+        """The class of each pixel, (H, W). Logits at the model's size are interpolated bilinearly to the picture's size."""
         prepared = self.preparation
         mean, std = (np.array(values, dtype=np.float32) for values in (prepared.mean, prepared.std))
         given = torch.from_numpy(normalised(resized(pixels, prepared.size)[None], mean, std))
@@ -71,13 +71,16 @@ class _Run:
 
 
 def _highest(logits: Tensor, size: tuple[int, ...]) -> Labels:
-    """(K, h, w) to the highest class of each pixel of (H, W), with one class's numbers in memory at a time."""
+    """The class with the highest logit at each pixel, (H, W), of logits (K, h, w).
+
+    Only one class is at the full size in memory at a time.
+    """
     best = torch.full(size, -math.inf, device=logits.device)
     found = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    for label, own in enumerate(logits.float()):
-        brought = F.interpolate(own[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-        is_higher = brought > best
-        best = torch.where(is_higher, brought, best)
+    for label, class_logits in enumerate(logits.float()):
+        resized_logits = F.interpolate(class_logits[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        is_higher = resized_logits > best
+        best = torch.where(is_higher, resized_logits, best)
         found[is_higher] = label
     classes: NDArray[np.uint8] = found.cpu().numpy()
     return classes
@@ -86,29 +89,28 @@ def _highest(logits: Tensor, size: tuple[int, ...]) -> Labels:
 def segment(
     run: Path, images: Sequence[Path], out: Path, *, masks: Path | None = None, beside: Sequence[Path] = ()
 ) -> str:
-    """Writes what the model of a run makes of pictures.
+    """Segments pictures with the model of a run, and writes the results.
 
     Args:
         run: its folder.
         images: files, and folders of them.
-        out: a folder that does not exist yet, or is empty. For a picture NAME it gets NAME.mask.png, with the classes'
-            numbers, NAME.overlay.png and, where there is something to set beside it, NAME.panel.png; with masks the scores
-            of all runs too, as `SCORES` and `BARS`.
-        masks: a folder with the truth for each picture, of its name; its numbers mean what they mean in the run's source.
+        out: a folder that does not exist yet, or is empty. For a picture NAME it gets NAME.mask.png, with the numbers of
+            the classes, NAME.overlay.png and, if there is a mask or another run, NAME.panel.png. If masks are given, it
+            gets the scores of all runs too, as `SCORES` and `BARS`.
+        masks: a folder with the truth for each picture, by the picture's name. Its numbers mean what they mean in the
+            source of the run.
         beside: other runs, shown and scored too.
 
     Returns:
-        what there is to say, for the terminal.
+        text for the terminal: the scores, if masks are given, and what was written where.
 
     Raises:
-        ConfigError: something that is given is not what it should be; nothing is written.
+        ConfigError: a run, a picture or a mask is missing or cannot be read, or `out` is not empty; nothing is written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out}: is there and not empty; nothing is overwritten: give another folder")
-    out = out.resolve() if out.is_symlink() else out  # a link that the user made: what is made goes where it leads to
+    out = _new_folder(out)
     runs = _opened([run, *beside])
     pictures = _found(images, masks, runs[0].data.source)
-    raise_all(problem for picture in pictures for problem in _unreadable(picture))
+    raise_all(problem for picture in pictures for problem in _unreadable(picture))  # before anything is written
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for each in runs:
         each.model.to(device)
@@ -116,19 +118,42 @@ def segment(
     with files.reported(out), files.new_folder(out) as folder:
         for picture in pictures:
             beat()
-            pixels, truth = picture.read()
-            predicted = {each.name: each.predict(pixels, device) for each in runs}
-            _draw(folder, picture.name, pixels, truth, predicted, runs[0].preparation.classes)
-            if truth is not None:
-                for name, labels in predicted.items():
-                    own = image_counts(labels, truth, runs[0].preparation.classes, runs[0].task.boundary_tolerance)
-                    counts[name].append(own)
+            for name, picture_counts in _segmented(folder, picture, runs, device).items():
+                counts[name].append(picture_counts)
         table = "" if masks is None else _scored(folder, counts, runs[0])
     return f"{table}{_number(pictures)} in {out}"
 
 
+def _new_folder(out: Path) -> Path:
+    """The folder itself, or what it leads to if it is a symbolic link: the user made that.
+
+    Raises:
+        ConfigError: it is there and not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: is there and not empty; nothing is overwritten: give another folder")
+    return out.resolve() if out.is_symlink() else out
+
+
+def _segmented(
+    folder: Path, picture: _Picture, runs: Sequence[_Run], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Writes a picture's files into a folder; returns what the scores of each run count on it, if there is a mask."""
+    pixels, truth = picture.read()
+    classes, tolerance = runs[0].preparation.classes, runs[0].task.boundary_tolerance
+    predicted = {run.name: run.predict(pixels, device) for run in runs}
+    _draw(folder, picture.name, pixels, truth, predicted, classes)
+    if truth is None:
+        return {}
+    return {name: image_counts(labels, truth, classes, tolerance) for name, labels in predicted.items()}
+
+
 def _opened(folders: Sequence[Path]) -> list[_Run]:
-    """The runs, which must know the same classes."""
+    """Opens the runs.
+
+    Raises:
+        ConfigError: a folder holds no run of segmentation, or the runs have different classes.
+    """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
@@ -160,9 +185,24 @@ def _open(folder: Path, name: str) -> _Run:
 
 
 def _found(images: Iterable[Path], masks: Path | None, source: ImageSourceConfig) -> list[_Picture]:
-    """The pictures by their names; in a folder these are from there on, without the end.
+    """The pictures, with their masks if there are any.
 
-    A mask has its picture's name, or the one that it has in the run's source.
+    Raises:
+        ConfigError: a picture or a mask is missing or is not what it should be, or two pictures have one name.
+    """
+    paths = _image_paths(images)
+    if masks is None:
+        return [_Picture(name=name, read=partial(_alone, path)) for name, path in paths.items()]
+    mask_paths = _mask_paths(paths, masks, source)
+    pairs = [FilePair(unit=name, split=None, image=paths[name], mask=path) for name, path in mask_paths.items()]
+    return [_Picture(name=image.unit, read=image.read) for image in labelled(pairs, source.labels())]
+
+
+def _image_paths(images: Iterable[Path]) -> dict[str, Path]:
+    """Files by their names without the end; in a folder, by their path below it without the end.
+
+    Raises:
+        ConfigError: a file or folder is missing, a folder has no image, or two images have one name.
     """
     raise_all(f"IMAGES: there is no {given}" for given in images if not given.exists())
     paths: dict[str, Path] = {}
@@ -172,16 +212,26 @@ def _found(images: Iterable[Path], masks: Path | None, source: ImageSourceConfig
             if name in paths:
                 raise ConfigError(f"{path}: there is also {paths[name]}, and their results would have one name")
             paths[name] = path
-    if masks is None:
-        return [_Picture(name=name, read=partial(_alone, path)) for name, path in paths.items()]
+    return paths
+
+
+def _mask_paths(images: Mapping[str, Path], masks: Path, source: ImageSourceConfig) -> dict[str, Path]:
+    """The mask of each image: it has the image's name, or the name that it has in the run's source.
+
+    Raises:
+        ConfigError: a mask is missing.
+    """
     truths = listed(masks, MASK_ENDS, "--masks")
-    named = {name: (name, f"{name.removesuffix(source.image_end)}{source.mask_end}") for name in paths}
-    own = {name: next((truths[mask] for mask in named[name] if mask in truths), None) for name in paths}
-    missing = [str(paths[name]) for name, mask in own.items() if mask is None]
+    paths: dict[str, Path] = {}
+    for name in images:
+        name_in_source = f"{name.removesuffix(source.image_end)}{source.mask_end}"
+        path = truths.get(name) or truths.get(name_in_source)
+        if path is not None:
+            paths[name] = path
+    missing = [str(path) for name, path in images.items() if name not in paths]
     if missing:
         raise ConfigError(f"--masks {masks}: there is no mask with the name of {few(missing)}")
-    pairs = [FilePair(unit=name, split=None, image=paths[name], mask=mask) for name, mask in own.items() if mask]
-    return [_Picture(name=image.unit, read=image.read) for image in labelled(pairs, source.labels())]
+    return paths
 
 
 def _alone(path: Path) -> tuple[Pixels, None]:
@@ -189,7 +239,7 @@ def _alone(path: Path) -> tuple[Pixels, None]:
 
 
 def _unreadable(picture: _Picture) -> list[str]:
-    """What is wrong with its files: they are read to their ends, before anything is written."""
+    """The problems of its files, which are read whole."""
     try:
         picture.read()
     except ConfigError as error:
@@ -205,6 +255,7 @@ def _draw(
     predicted: Mapping[str, Labels],
     classes: Sequence[str],
 ) -> None:
+    """Writes the mask and the overlay of the first prediction, and a panel if there is more to show."""
     first = next(iter(predicted.values()))
     known = {} if truth is None else {"truth": truth}
     pictures = {"mask": png(mask(first)), "overlay": png(overlay(pixels, first))}
@@ -218,16 +269,24 @@ def _draw(
 
 
 def _scored(folder: Path, counts: Mapping[str, Sequence[Mapping[str, float]]], run: _Run) -> str:
-    """Writes the scores of each run and their picture; returns them as a table."""
+    """Writes the scores of each run as JSON and as a bar chart; returns them as a table.
+
+    Args:
+        folder: where they are written.
+        counts: by run, what the scores count on each picture.
+        run: the first, whose classes and tolerance hold for all.
+    """
     classes = run.preparation.classes
-    found = {name: scores(own, classes) for name, own in counts.items()}
+    found = {name: scores(picture_counts, classes) for name, picture_counts in counts.items()}
     about = {
         "scored": f"{_number(next(iter(counts.values())))}, each at its own size",
         "boundary_tolerance": run.task.boundary_tolerance,
-        "runs": {name: {metric: _finite(value) for metric, value in own.items()} for name, own in found.items()},
+        "runs": {
+            name: {metric: _finite(value) for metric, value in metrics.items()} for name, metrics in found.items()
+        },
     }
     (folder / SCORES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    bars = {name: [own[f"iou.{label}"] for label in classes] for name, own in found.items()}
+    bars = {name: [metrics[f"iou.{label}"] for label in classes] for name, metrics in found.items()}
     (folder / BARS).write_bytes(class_bars(bars, classes, "IoU", f"IoU by class, {about['scored']}"))
     return f"{about['scored']}\n{_table(found)}"
 
@@ -237,7 +296,7 @@ def _number(pictures: Sequence[object]) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: of what is nowhere to be scored."""
+    """None for NaN, which JSON lacks: the score of a class that is nowhere."""
     return None if math.isnan(value) else value
 
 
@@ -245,7 +304,8 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> str:
     table = Table("", *(Column(Text(name), justify="right") for name in found))
     for metric in next(iter(found.values())):
         kind, _, label = metric.partition(".")
-        cells = ("-" if math.isnan(own[metric]) else f"{own[metric]:.4f}" for own in found.values())
+        values = [metrics[metric] for metrics in found.values()]
+        cells = ("-" if math.isnan(value) else f"{value:.4f}" for value in values)
         table.add_row(Text(f"{spelled(kind)} of {label}" if label else spelled(metric)), *cells)
     buffer = io.StringIO()
     Console(file=buffer, width=Console().width).print(table)
