@@ -1,4 +1,4 @@
-"""Timing runs: arms take turns in random order, each in a process of its own; speed is a ratio of step times."""
+"""Timing runs: arms take turns in random order, each in a process of its own; speed is a ratio within rounds."""
 
 import importlib
 import importlib.util

@@ -197,8 +197,7 @@ class _Subject:
     def step(self) -> None:
         self.loss().backward()
 
-    def forget(self) -> None:
-        """Frees the gradients."""
+    def free_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
     @torch.inference_mode()
@@ -218,8 +217,7 @@ class _Subject:
         with self._cast():
             self.model.lm_head(self.model.hidden(self.tokens[:, :1], layout, [self._cache]))
 
-    def end(self) -> None:
-        """Frees the cache."""
+    def free_cache(self) -> None:
         self._cache = None
 
 
@@ -243,11 +241,11 @@ def _timed(run: Callable[[], object], device: torch.device, at_most: int = 1_000
 def _turn(subject: _Subject, device: torch.device) -> dict[Kind, float]:
     """Seconds of each kind."""
     forward_s, step_s = _timed(subject.forward, device), _timed(subject.step, device)
-    subject.forget()
+    subject.free_gradients()
     subject.prefill(DECODED + 1)
     subject.decode()  # warms up
     decode_s = _timed(subject.decode, device, DECODED)
-    subject.end()
+    subject.free_cache()
     return {"forward": forward_s, "step": step_s, "decode": decode_s}
 
 
@@ -289,7 +287,7 @@ def _in_process(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
         subjects = {name: _Subject(race, model, length) for name, model in models.items()}
         for name, subject in subjects.items():
             subject.step()  # warms up
-            subject.forget()
+            subject.free_gradients()
             if measures:
                 found["measured"][name][length], found["kernels"][name][length] = _measured(subject, device)
         for name, medians in _medians(subjects, race.rounds, order, device).items():
@@ -305,11 +303,11 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
         "saved_bytes": meters.saved_bytes(subject.loss, held),
         "peak_bytes": meters.peak_bytes(subject.step, held, device),
     }
-    subject.forget()
+    subject.free_gradients()
     counted, ran = meters.count_step(subject.step)
-    subject.forget()
+    subject.free_gradients()
     found["state_bytes"] = subject.prefill(0)
-    subject.end()
+    subject.free_cache()
     return found | counted, list(ran)
 
 

@@ -67,7 +67,7 @@ class Racer:
 class Generation:
     """The fresh processes of one generation.
 
-    At its end as a context manager each process is sent None and has `END_S` to end; after an error all are killed at once.
+    It is a context manager. At its end each process is sent None and has `END_S` to end; after an error all are killed.
     """
 
     def __init__(self) -> None:

@@ -66,7 +66,7 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
 
 @dataclass
 class _Running:
-    """A run that a process of its own is at."""
+    """A run whose process has not been seen to end."""
 
     job: Job
     process: "subprocess.Popen[bytes]"
