@@ -26,11 +26,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a turn")
     parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of a process before its first round")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
     subjects = parser.add_subparsers(metavar="mixers", title="instead of arms")
     mixers = subjects.add_parser("mixers", help="what each mixer takes and keeps as sequences grow")
     _add_mixers(mixers)
-    mixers.set_defaults(run=run_mixers)
+    mixers.set_defaults(command=run_mixers)
 
 
 def _add_mixers(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["llmeff", *arguments])
     log.configure(quiet=getattr(options, "quiet", False))
     try:
-        code: int = options.run(options)
+        code: int = options.command(options)
     except ConfigError as error:
         return exits.fail(error.problems, exits.BAD_INPUT)
     except KeyboardInterrupt:

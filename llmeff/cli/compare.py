@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         help="of the table",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the metric as a PNG")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

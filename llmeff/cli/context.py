@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         "--out", type=Path, metavar="FILE", help="write all as JSON, and a picture of that name ending in .png"
     )
     add_imports(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("plan", help="what a run will cost: parameters, memory by kind, FLOPs")
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print the price as one JSON object")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         help="other runs to set beside it",
     )  # fmt: skip
     add_imports(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:

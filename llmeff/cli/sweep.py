@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help="of --timing: turns of each arm (30)")
     parser.add_argument("--steps", type=int, metavar="N", help="of --timing: steps of a turn (10)")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
 
 
 def _sweep_config(options: argparse.Namespace) -> "SweepConfig":

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(run=run)
+    parser.set_defaults(command=run)
 
 
 def _go_on_from(options: argparse.Namespace) -> None:

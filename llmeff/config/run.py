@@ -107,7 +107,7 @@ class RunConfig(Config):
     evaluation: EvalConfig = EvalConfig()
     """Held-out loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """ShardedCheckpoint states."""
+    """Saved states."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
 

@@ -1,4 +1,4 @@
-"""ShardedCheckpoint states of a run: whole or absent, checksummed, the last few kept, a damaged one passed over."""
+"""Saved states of a run: whole or absent, checksummed, the last few kept, a damaged one passed over."""
 
 import json
 import os

@@ -32,16 +32,8 @@ from llmeff.record.progress import Shown, open_display
 from llmeff.record.reader import final_loss, read_run, throughput
 from llmeff.record.schema import EvalRow, Result, StepRow, Timings, relative_errors
 from llmeff.record.writer import check_free, writer_of
+from llmeff.run import prepare
 from llmeff.run.checkpoint import Checkpoint, Checkpoints, restore_random_states
-from llmeff.run.prepare import (
-    begun_config,
-    build_strategy,
-    micro_batches,
-    prepare,
-    prepare_device,
-    sharing,
-    whole_model,
-)
 from llmeff.tasks.task import ITEMS, Sample
 
 
@@ -98,24 +90,26 @@ class Trainer:
         self._closing = ExitStack()
         start_s = time.perf_counter()
         if resume or anew:
-            config = begun_config(config, folder)
+            config = prepare.begun_config(config, folder)
         else:
             check_free(folder)
-        self.config, self._task = prepare(config)
-        self.device = prepare_device(self.config)
+        self.config, self._task = prepare.prepare(config)
+        self.device = prepare.prepare_device(self.config)
         keep_freed_memory()
         self._environment = environment(self.device)
         self._precision = precision(self.config.precision)
-        self._shares = micro_batches(self.config, world().rank)
+        self._shares = prepare.micro_batches(self.config, world().rank)
         self.price = predict(self.config, world().rank)
-        self._strategy = self._closing.enter_context(closing(build_strategy(self.config, self._task, self.device)))
+        self._strategy = self._closing.enter_context(
+            closing(prepare.build_strategy(self.config, self._task, self.device))
+        )
         self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
 
         # All that can be wrong has been asked for: now the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
-        self._state = _State(sharing=sharing(self.config), data=self._task.facts()["sha256"])
+        self._state = _State(sharing=prepare.sharing(self.config), data=self._task.facts()["sha256"])
         checkpoint = self._checkpoints.resume_point(self._state.data, or_anew=anew) if resume else None
         with group.agreed():
             begin = writer_of(is_main=self._is_main, resume=resume, anew=anew and checkpoint is None)
@@ -311,7 +305,7 @@ class Trainer:
         folder = self._writer.folder
         pictures = {"loss curve": folder / schema.LOSS_CURVE}
         with self._clocks.hold("checkpoint"), files.reported(folder / schema.MODEL):
-            self._task.save_model(whole_model(self.config, weights), folder / schema.MODEL)
+            self._task.save_model(prepare.whole_model(self.config, weights), folder / schema.MODEL)
         with self._clocks.hold("record"), files.reported(folder):
             loss_curve([read_run(folder)], pictures["loss curve"])
             if sample.picture is not None:

@@ -327,7 +327,9 @@ def test_a_strategy_is_built_for_the_runs_rows_and_norm(monkeypatch):
     build_strategy(config, task, CPU)
     (parts,) = given
     assert (parts.micro_batch, parts.num_micro_batches, parts.clip_norm, parts.device) == (2, 3, 0.25, CPU)
-    assert [row.name for row in parts.table(parts.model)] == [row.name for row in task.parameter_infos(parts.model)]
+    assert [row.name for row in parts.parameter_infos(parts.model)] == [
+        row.name for row in task.parameter_infos(parts.model)
+    ]
 
 
 # -- who reads which rows

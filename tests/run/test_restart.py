@@ -238,7 +238,7 @@ def test_a_run_that_restarts_by_itself_begins_anew_before_its_first_checkpoint_a
     folder = make_run("run", is_finished=False)
     (folder / "config.json").write_text(tiny(f"checkpoint.every={every}").model_dump_json())
     monkeypatch.setattr(launch, "_Job", _Recorded)
-    monkeypatch.setattr("llmeff.record.writer.check_free", lambda own: None)
+    monkeypatch.setattr("llmeff.run.launch.check_free", lambda own: None)
     _Recorded.lines = []
     given = [f"--config={folder / 'config.json'}", f"--out={folder}", "--restarts=1", "--quiet"]
     assert main(["train", *given, *first]) == 1
