@@ -14,6 +14,7 @@ from llmeff.compare.plots import (
 )
 from llmeff.compare.verdict import judge
 from llmeff.core.config import ConfigError
+from llmeff.record import loss_curve as loss_curves
 from llmeff.record.loss_curve import held_out_curves, loss_curve
 from llmeff.record.reader import read_run
 
@@ -123,7 +124,8 @@ def figures(monkeypatch):
 def sketched(monkeypatch):
     """The axes of each picture, in place of its file."""
     found = []
-    monkeypatch.setattr(plots, "as_png", lambda figure: found.append(figure.axes[0]) or b"")
+    for module in (plots, loss_curves):
+        monkeypatch.setattr(module, "as_png", lambda figure: found.append(figure.axes[0]) or b"")
     return found
 
 
