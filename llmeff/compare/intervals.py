@@ -1,9 +1,9 @@
-"""What a few runs say of a difference, and how sure it is; all of it on logarithms, so that differences are ratios.
+"""What a few runs say of a difference, and how certain it is; all of it on logarithms, so that differences are ratios.
 
-Runs of one seed that differ by something small (precision, the format of state) are alike: their paired ratios are judged
-by Student's t, and several of them together by Holm's procedure. Methods that were tuned apart share a seed's data order and
-little else: they are judged as independent, all against one baseline at once (`many_to_one`). Units of one run (documents,
-images) are resampled only where there are many.
+Runs of one seed that differ by something small (precision, the format of state) are alike. Their paired ratios are judged by
+Student's t, and several of them together by Holm's procedure. Methods that were tuned apart share the data order of a seed and
+little else. They are judged as independent, all against one baseline at once (`many_to_one`). Units of one run (documents, images)
+are resampled only if there are many.
 """
 
 import math
@@ -16,21 +16,27 @@ import numpy as np
 import numpy.typing as npt
 
 LEVEL = 0.95
-"""Of every interval."""
+"""The confidence level of every interval."""
 POWER = 0.8
-"""With which the smallest visible difference would have been found."""
+"""The probability with which the smallest visible difference would have been found."""
 FEW_UNITS = 100
-"""Below so many units nothing is resampled: the interval would be too narrow."""
+"""With fewer units nothing is resampled: the interval would be too narrow."""
+FEWEST_SEEDS = 3
+"""With fewer seeds, what depends on the seed is shown by seed, without an interval: one from two seeds is mostly chance."""
+ARITHMETIC = 1e-6
+"""What is learned is equal if it differs by less than this for every seed: summation in another order does as much. With one
+optimizer and seed, fp32 runs on other numbers of ranks, at other ZeRO stages, with and without recomputation end within 2e-7 of
+one another (`analysis/results/contribution.parquet`)."""
 
 OWN_SPREAD = 0.012
-"""Below this p (an F test of its variance against that of all others) an arm is judged by its own spread, not the pooled one."""
+"""An arm is judged by its own spread, not the pooled one, if an F test of its variance against all others has a p below this."""
 REFUTED = 0.01
-"""Below this p over all arms (Bonferroni) spreads are so unlike that nothing is pooled."""
+"""Nothing is pooled if some spread has a p below this over all arms (Bonferroni)."""
 
 Floats = npt.NDArray[np.float64]
 
 Method = Literal["paired t", "Dunnett", "own spread", "Welch", "A/A"]
-"""How a difference is judged; see `paired` and `many_to_one`."""
+"""How a difference is judged; see `paired`, `many_to_one` and `same_settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +44,13 @@ class Estimate:
     """A mean with its interval."""
 
     value: float
-    """The mean; of ratios, the geometric mean."""
+    """The mean; for ratios, the geometric mean."""
     lower: float
-    """95 % confidence; NaN of a single value."""
+    """The lower end of the 95 % interval; NaN for a single value."""
     upper: float
-    """95 % confidence; NaN of a single value."""
+    """The upper end; NaN for a single value."""
     n: int
-    """Independent values in it."""
+    """The number of independent values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +58,17 @@ class Difference:
     """A method against a baseline."""
 
     ratio: Estimate
-    """The method's quantity over the baseline's. Its interval is of all comparisons of a family at once where those are
-    judged so (`many_to_one`), and else of this one alone."""
+    """The method's quantity over the baseline's. The interval is simultaneous over the family if that is judged at once
+    (`many_to_one`); otherwise it is for this comparison alone."""
     p: float
-    """Of Student's t, two-sided, of no difference, alone; NaN where runs are too few."""
+    """The two-sided p value of no difference, by Student's t, for this comparison alone; NaN if there are too few runs."""
     smallest_visible: float
-    """A true ratio of so much, or its inverse, would have been found in 80 of 100 such comparisons, with what the whole family
-    asks (of Holm's steps the first, which asks most); NaN where runs are too few."""
+    """A true ratio of this size, or its inverse, would have been found in 80 of 100 such comparisons, by the bound that holds for
+    the whole family (the first of Holm's steps, which is the strictest); NaN if there are too few runs."""
     method: Method = "paired t"
     """How it was judged."""
     p_family: float = math.nan
-    """Among all of a family that is judged at once; NaN of those that Holm's procedure is left to."""
+    """The p value over a family that is judged at once; NaN if Holm's procedure has to adjust it."""
 
 
 def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate:
@@ -70,7 +76,7 @@ def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate
 
     Args:
         values: at least one.
-        fewest: of fewer values there is no interval.
+        fewest: with fewer values there is no interval.
 
     Raises:
         ValueError: there is no value.
@@ -86,7 +92,7 @@ def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate
 
 
 def ratio_interval(logs: Sequence[float] | Floats) -> Estimate:
-    """The geometric mean of ratios, given as their logarithms."""
+    """The geometric mean of ratios, which are given as logarithms."""
     found = mean_interval(logs)
     return Estimate(value=math.exp(found.value), lower=math.exp(found.lower), upper=math.exp(found.upper), n=found.n)
 
@@ -100,7 +106,7 @@ def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats,
         family: how many such comparisons are judged together.
 
     Raises:
-        ValueError: their numbers differ, or a value is not positive.
+        ValueError: the numbers of values differ, or a value is not positive.
     """
     ours, theirs = (np.asarray(values, dtype=np.float64) for values in (method, baseline))
     if len(ours) != len(theirs):
@@ -114,14 +120,14 @@ def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats,
 
 
 def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -> Difference:
-    """What a mean logarithm says, by Student's t.
+    """Judges a mean logarithm by Student's t.
 
     Args:
-        mean: of logarithms of ratios.
-        error: its standard error; NaN where nothing is left to judge it by.
-        freedom: degrees of freedom that the error is known with.
-        n: values in it.
-        family: how many are judged together.
+        mean: the mean of logarithms of ratios.
+        error: its standard error; NaN if nothing is left to estimate it from.
+        freedom: degrees of freedom of the error.
+        n: the number of values.
+        family: how many comparisons are judged together.
     """
     from scipy.special import stdtr
 
@@ -130,11 +136,11 @@ def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -
         return Difference(ratio=ratio, p=math.nan, smallest_visible=math.nan)
     half = _t(0.5 + LEVEL / 2, freedom) * error
     ratio = Estimate(value=math.exp(mean), lower=math.exp(mean - half), upper=math.exp(mean + half), n=n)
-    if error == 0:  # all pairs differ by the same: as sure as n values can be of something, or of nothing
+    if error == 0:  # all pairs differ by the same amount: certain, of a difference or of none
         return Difference(ratio=ratio, p=1.0 if mean == 0 else 0.0, smallest_visible=1.0)
     p = float(2 * stdtr(freedom, -abs(mean) / error))
-    asked = _t(1 - (1 - LEVEL) / 2 / max(1, family), freedom)
-    return Difference(ratio=ratio, p=p, smallest_visible=math.exp((asked + _t(POWER, freedom)) * error))
+    bound = _t(1 - (1 - LEVEL) / 2 / max(1, family), freedom)
+    return Difference(ratio=ratio, p=p, smallest_visible=math.exp((bound + _t(POWER, freedom)) * error))
 
 
 def many_to_one(
@@ -142,51 +148,62 @@ def many_to_one(
 ) -> list[Difference]:
     """Compares independent arms with one baseline, all at once: intervals and p values are simultaneous, and agree.
 
-    Where spreads are alike all runs together tell how large the spread is (Dunnett 1955, for any numbers of runs). An arm
-    whose variance stands out from that of all others (F test, p below `OWN_SPREAD`) is judged by its own beside the others', with
-    the degrees of freedom of its own, which are safe (Mickey and Brown 1966), and Šidák's correction. Where one stands out by
-    `REFUTED` over all arms, nothing is pooled, and all are judged so. A single arm is judged by Welch's t (1947).
+    If spreads are alike, all runs together estimate the spread (Dunnett 1955, for any numbers of runs). An arm whose variance
+    stands out from that of all others (F test, p below `OWN_SPREAD`) is judged by its own variance beside that of the others, with
+    its own degrees of freedom, which is conservative (Mickey and Brown 1966), and Šidák's correction. If one stands out by
+    `REFUTED` over all arms, nothing is pooled, and all are judged in this way. A single arm is judged by Welch's t (1947).
 
-    A rule that looks at spreads first has errors of its own, so both bounds were chosen by simulation: the pooled procedure alone
-    calls an arm of three times the others' spread different far too often, and a bound that sees every such arm costs the power
-    to see anything else. What came of it is in `analysis/results/coverage.json`. Six arms of 1.5 times the spread of six others
-    are seldom seen to be so: then 7.6 % of families err.
+    A rule that looks at spreads first has errors of its own, so both bounds were chosen by simulation. The pooled procedure alone
+    calls an arm with three times the others' spread different far too often. A bound that detects every such arm costs the power
+    to detect anything else. The results are in `analysis/results/coverage.json`. Six arms with 1.5 times the spread of six others
+    are seldom detected: then 7.6 % of families err.
 
     Args:
-        baseline: (n,) logarithms of its runs' values.
-        arms: of each other arm, (n_i,).
-        family: how many comparisons are judged together, where there are more than these.
-        kin: of each arm, a key; arms of one key have noise in common, and tell of the spread as one. None: all are apart.
+        baseline: (n,) logarithms of the baseline's values.
+        arms: (n_i,) logarithms for each other arm.
+        family: how many comparisons are judged together, if there are more than these.
+        kin: a key for each arm. Arms of one key have noise in common, and count as one in the estimate of the spread. None: no two
+            arms are kin.
 
     Returns:
-        one for each arm; without an interval where the arm or the baseline has fewer than two runs.
+        One difference for each arm. It has no interval if the arm or the baseline has fewer than two runs.
     """
     count = max(family or len(arms), 1)
-    able = [place for place, own in enumerate(arms) if len(own) > 1 and len(baseline) > 1]
-    found = [judged(float(own.mean() - baseline.mean()), math.nan, 0, len(own)) for own in arms]
-    found = [replace(own, method="Welch" if count == 1 else "Dunnett") for own in found]
-    if not able:
-        return found
-    if count == 1:
+    able = [place for place, values in enumerate(arms) if len(values) > 1 and len(baseline) > 1]
+    found = [_without_interval(values, baseline, "Welch" if count == 1 else "Dunnett") for values in arms]
+    if able and count == 1:
         found[able[0]] = _apart(arms[able[0]], baseline, 1, None, "Welch")
-        return found
-    keys = [kin[place] if kin is not None else place for place in able]
-    spreads = _Spreads.of(baseline, [arms[place] for place in able], keys)
-    shares = tuple(len(arms[place]) / (len(arms[place]) + len(baseline)) for place in able)
-    shares += (min(shares),) * (count - len(able))  # of those that others judge: less correlation asks more
-    for place, key in zip(able, keys, strict=True):
-        own = arms[place]
+    elif able:
+        keys = [place if kin is None else kin[place] for place in able]
+        judged_at_once = _by_spreads(baseline, [arms[place] for place in able], keys, count)
+        for place, difference in zip(able, judged_at_once, strict=True):
+            found[place] = difference
+    return found
+
+
+def _without_interval(values: Floats, baseline: Floats, method: Method) -> Difference:
+    return replace(judged(float(values.mean() - baseline.mean()), math.nan, 0, len(values)), method=method)
+
+
+def _by_spreads(baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashable], count: int) -> list[Difference]:
+    """Compares arms of at least two runs each, as so many of a family, by the pooled spread or by their own."""
+    spreads = _Spreads.of(baseline, arms, keys)
+    shares = tuple(len(values) / (len(values) + len(baseline)) for values in arms)
+    shares += (min(shares),) * (count - len(arms))  # for comparisons made elsewhere: less correlation is stricter
+    found = []
+    for values, key in zip(arms, keys, strict=True):
         if spreads.is_refuted or spreads.is_baseline_apart:
-            found[place] = _apart(own, baseline, count, min(len(own), len(baseline)) - 1, "own spread")
+            freedom = min(len(values), len(baseline)) - 1
+            found.append(_apart(values, baseline, count, freedom, "own spread"))
         elif key in spreads.apart:
-            found[place] = _apart(own, baseline, count, len(own) - 1, "own spread", spreads.variance)
+            found.append(_apart(values, baseline, count, len(values) - 1, "own spread", spreads.variance))
         else:
-            found[place] = _pooled(own, baseline, spreads.variance, spreads.freedom, shares)
+            found.append(_pooled(values, baseline, spreads.variance, spreads.freedom, shares))
     return found
 
 
 def same_settings(again: Floats, baseline: Floats) -> Difference:
-    """Compares two arms of the same settings (A/A), by Student's t with one variance, which they have: alone, in no family.
+    """Compares two arms with the same settings (A/A) by Student's t with one variance, outside of any family.
 
     Args:
         again: (n,) logarithms.
@@ -196,7 +213,7 @@ def same_settings(again: Floats, baseline: Floats) -> Difference:
     mean = float(again.mean() - baseline.mean())
     if freedom < 1:
         return replace(judged(mean, math.nan, 0, len(again)), method="A/A")
-    squares = sum(float(((own - own.mean()) ** 2).sum()) for own in (again, baseline))
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in (again, baseline))
     error = math.sqrt(squares / freedom * (1 / len(again) + 1 / len(baseline)))
     found = judged(mean, error, freedom, len(again))
     return replace(found, method="A/A", p_family=found.p)
@@ -204,84 +221,98 @@ def same_settings(again: Floats, baseline: Floats) -> Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class _Spreads:
-    """What the runs of all arms tell of the variance of a logarithm."""
+    """What the runs of all arms say of the variance of a logarithm."""
 
     variance: float
-    """Over all arms but those that are judged by their own, and whose own stands out over the whole family too."""
+    """The pooled variance. An arm has no part in it if it is judged by its own and stands out over the whole family too."""
     freedom: float
-    """Of it."""
+    """Its degrees of freedom."""
     apart: frozenset[Hashable]
-    """Arms, by their keys, whose own variance stands out."""
+    """The keys of arms whose own variance stands out."""
     is_baseline_apart: bool
-    """Whether the baseline's does."""
+    """Whether the baseline's variance stands out."""
     is_refuted: bool
     """Whether spreads are so unlike that nothing should be pooled."""
 
     @classmethod
     def of(cls, baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashable]) -> "_Spreads":
-        from scipy.special import fdtrc
-
-        groups: dict[Hashable, list[Floats]] = {None: [baseline]}
-        for key, own in zip(keys, arms, strict=True):
-            groups.setdefault(("arm", key), []).append(own)
-        variances = [float(np.mean([own.var(ddof=1) for own in those])) for those in groups.values()]
-        freedoms = [float(np.mean([len(own) - 1 for own in those])) for those in groups.values()]
+        kin: dict[Hashable, list[Floats]] = {}
+        for key, values in zip(keys, arms, strict=True):
+            kin.setdefault(key, []).append(values)
+        groups = [[baseline], *kin.values()]
+        freedoms = [float(np.mean([len(values) - 1 for values in group])) for group in groups]
+        variances = [float(np.mean([values.var(ddof=1) for values in group])) for group in groups]
         squares = [variance * freedom for variance, freedom in zip(variances, freedoms, strict=True)]
-        p_values = []
-        for variance, freedom, square in zip(variances, freedoms, squares, strict=True):
-            rest, left = sum(squares) - square, sum(freedoms) - freedom
-            ratio = variance * left / rest if rest > _NOTHING * sum(squares) else math.inf if variance > 0 else 1.0
-            p_values.append(float(fdtrc(freedom, left, ratio)) if math.isfinite(ratio) else 0.0)
-        # what is judged by the pooled variance has a part in it, also where few arms make the bound over all the looser one
+        p_values = [_stands_out(place, squares, freedoms, variances[place]) for place in range(len(groups))]
+        # what is judged by the pooled variance has a part in it, even if few arms make the bound over all arms the looser one
         kept = [place for place, p in enumerate(p_values) if p >= OWN_SPREAD or p * len(groups) >= 1 - LEVEL]
         freedom = sum(freedoms[place] for place in kept)
-        names = [key[1] if isinstance(key, tuple) else None for key in groups]
         return cls(
             variance=sum(squares[place] for place in kept) / freedom,
             freedom=freedom,
-            apart=frozenset(name for name, p in zip(names[1:], p_values[1:], strict=True) if p < OWN_SPREAD),
+            apart=frozenset(key for key, p in zip(kin, p_values[1:], strict=True) if p < OWN_SPREAD),
             is_baseline_apart=p_values[0] < OWN_SPREAD,
             is_refuted=min(p_values) * len(groups) < REFUTED,
         )
 
 
+def _stands_out(place: int, squares: Sequence[float], freedoms: Sequence[float], variance: float) -> float:
+    """The p value of one group's variance against that of all others (F test, one-sided)."""
+    from scipy.special import fdtrc
+
+    rest, left = sum(squares) - squares[place], sum(freedoms) - freedoms[place]
+    if rest > _NOTHING * sum(squares):
+        return float(fdtrc(freedoms[place], left, variance * left / rest))
+    return 0.0 if variance > 0 else float(fdtrc(freedoms[place], left, 1.0))
+
+
 _NOTHING = 1e-12
-"""A share of all squares that rounding makes of none."""
+"""Rounding leaves up to this share of all squares when the others have none."""
 
 
 def _apart(
-    own: Floats, baseline: Floats, count: int, safe: int | None, method: Method, theirs: float | None = None
+    arm: Floats, baseline: Floats, count: int, safe: int | None, method: Method, baseline_variance: float | None = None
 ) -> Difference:
-    """Two arms by their own spreads, as one of so many comparisons (Šidák 1967); `theirs`: the baseline's variance, where known better."""
-    variances = float(own.var(ddof=1)), float(baseline.var(ddof=1)) if theirs is None else theirs
-    squares = [variance / len(each) for variance, each in zip(variances, (own, baseline), strict=True)]
+    """Compares two arms by their own spreads, as one of so many comparisons (Šidák 1967).
+
+    Args:
+        arm: its logarithms.
+        baseline: the baseline's.
+        count: comparisons in the family.
+        safe: degrees of freedom; None: Satterthwaite's.
+        method: the name of this way of judging.
+        baseline_variance: if a better estimate is known than the variance of the baseline's runs.
+    """
+    theirs = float(baseline.var(ddof=1)) if baseline_variance is None else baseline_variance
+    squares = [float(arm.var(ddof=1)) / len(arm), theirs / len(baseline)]
     freedom = float(safe or 1)
     if safe is None and sum(squares) > 0:  # Satterthwaite 1946
-        ways = (len(own) - 1, len(baseline) - 1)
-        freedom = sum(squares) ** 2 / sum(square**2 / way for square, way in zip(squares, ways, strict=True))
-    mean, error = float(own.mean() - baseline.mean()), math.sqrt(sum(squares))
-    asked = _t(0.5 + LEVEL ** (1 / count) / 2, freedom)
-    alone = judged(mean, error, freedom, len(own))
+        degrees = (len(arm) - 1, len(baseline) - 1)
+        freedom = sum(squares) ** 2 / sum(square**2 / degree for square, degree in zip(squares, degrees, strict=True))
+    mean, error = float(arm.mean() - baseline.mean()), math.sqrt(sum(squares))
+    bound = _t(0.5 + LEVEL ** (1 / count) / 2, freedom)
+    alone = judged(mean, error, freedom, len(arm))
     p_family = -math.expm1(count * math.log1p(-alone.p)) if alone.p < 1 else 1.0
-    return _at_once(alone, mean, error, freedom, asked, p_family, method)
+    return _at_once(alone, mean, error, freedom, bound, p_family, method)
 
 
-def _pooled(own: Floats, baseline: Floats, variance: float, freedom: float, shares: tuple[float, ...]) -> Difference:
-    mean, error = float(own.mean() - baseline.mean()), math.sqrt(variance * (1 / len(own) + 1 / len(baseline)))
-    alone = judged(mean, error, freedom, len(own))
+def _pooled(arm: Floats, baseline: Floats, variance: float, freedom: float, shares: tuple[float, ...]) -> Difference:
+    """Compares two arms by the pooled variance, as one of the comparisons that `shares` describes (Dunnett 1955)."""
+    mean, error = float(arm.mean() - baseline.mean()), math.sqrt(variance * (1 / len(arm) + 1 / len(baseline)))
+    alone = judged(mean, error, freedom, len(arm))
     p_family = alone.p if error == 0 else max(alone.p, 1 - largest_of(abs(mean) / error, shares, freedom))
-    return _at_once(alone, mean, error, freedom, _asked(shares, freedom), p_family, "Dunnett")
+    return _at_once(alone, mean, error, freedom, _bound_of_largest(shares, freedom), p_family, "Dunnett")
 
 
 def _at_once(
-    alone: Difference, mean: float, error: float, freedom: float, asked: float, p_family: float, method: Method
+    alone: Difference, mean: float, error: float, freedom: float, bound: float, p_family: float, method: Method
 ) -> Difference:
-    """A comparison with the interval, and the smallest difference, of all of its family."""
-    low, high = (math.exp(mean + side * asked * error) for side in (-1, 1))
+    """A comparison with the interval and the smallest visible difference that hold for its whole family."""
+    low, high = (math.exp(mean + side * bound * error) for side in (-1, 1))
     return Difference(
         ratio=replace(alone.ratio, lower=low, upper=high),
         p=alone.p,
-        smallest_visible=math.exp((asked + _t(POWER, freedom)) * error),
+        smallest_visible=math.exp((bound + _t(POWER, freedom)) * error),
         method=method,
         p_family=p_family,
     )
@@ -291,13 +322,13 @@ def _at_once(
 def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float:
     """The probability that no |t| of several comparisons with one baseline is above a value (Dunnett 1955).
 
-    The t values of arms i and j, whose variance is one, correlate by sqrt(share_i share_j): given the baseline's mean and the
-    variance they are independent, which leaves two integrals, by quadrature.
+    The t values of arms i and j, which have a variance in common, correlate by sqrt(share_i share_j). Given the baseline's mean and
+    the variance they are independent. That leaves two integrals, which are done by quadrature.
 
     Args:
         value: at least 0.
-        shares: n_i / (n_i + n) of each arm with n_i runs, where the baseline has n.
-        freedom: of the pooled variance.
+        shares: n_i / (n_i + n) for each arm with n_i runs, if the baseline has n.
+        freedom: the degrees of freedom of the pooled variance.
     """
     from scipy.special import chdtri, ndtr
 
@@ -314,7 +345,7 @@ def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float
 
 @cache
 def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
-    """Points and weights of a normal density, of which one half stands for both, and of -1 to 1; weights sum to 1."""
+    """Points and weights for a normal density, of which one half stands for both, and for -1 to 1. Weights sum to 1."""
     points, weights = np.polynomial.hermite_e.hermegauss(48)
     levels, level_weights = np.polynomial.legendre.leggauss(64)
     half = points > 0
@@ -322,8 +353,8 @@ def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
 
 
 @lru_cache
-def _asked(shares: tuple[float, ...], freedom: float) -> float:
-    """The |t| that the largest of a family exceeds in 5 %."""
+def _bound_of_largest(shares: tuple[float, ...], freedom: float) -> float:
+    """The |t| that the largest of a family exceeds in 5 % of cases if there is no difference."""
     from scipy.optimize import brentq
 
     high = _t(1 - (1 - LEVEL) / 4 / len(shares), freedom) + 1  # above Bonferroni's
@@ -337,13 +368,13 @@ def _t(quantile: float, degrees: float) -> float:
 
 
 def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
-    """Adjusts p values of a family, so that one below 0.05 is a false finding of the family in at most 5 % (Holm 1979).
+    """Adjusts p values so that, in at most 5 % of families, one of a true null is below 0.05 (Holm 1979).
 
-    A NaN, which tested nothing, stays one and does not count.
+    A NaN tested nothing: it stays NaN and does not count.
 
     Args:
         p_values: to adjust.
-        family: how many are judged together, where there are others beside these.
+        family: how many are judged together, if there are more than these.
     """
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
     adjusted, least = [math.nan] * len(p_values), 0.0
@@ -359,16 +390,16 @@ def resampled_ratio(
 ) -> Estimate:
     """The ratio of two runs' mean losses over the same units, with a percentile interval (Efron 1979).
 
-    It says how much the choice of units matters, and nothing of other seeds.
+    The interval says how much the choice of units matters. It says nothing of other seeds.
 
     Args:
         method: (units,) sums of losses, and (units,) counts.
-        baseline: the same of the other run, of the same units in the same order.
-        seed: of the resampling.
-        resamples: how many.
+        baseline: the same for the other run, of the same units in the same order.
+        seed: the seed of the resampling.
+        resamples: how many resamples are drawn.
 
     Raises:
-        ValueError: there are fewer than 100 units, or not the same number.
+        ValueError: there are fewer than 100 units, or the runs have different numbers of them.
     """
     tables = [np.stack([np.asarray(part, dtype=np.float64) for part in run]) for run in (method, baseline)]
     num_units = tables[0].shape[1]
@@ -387,23 +418,23 @@ def resampled_ratio(
 def best_of(losses: Sequence[float]) -> list[float]:
     """The expected lowest loss after 1, 2, ... of these trials in random order (Dodge et al. 2019, without replacement).
 
-    A trial that diverged counts as infinite, and so does an expectation that may meet none but such.
+    The loss of a trial that diverged is infinite. So is an expectation over choices that may hold no other trial.
     """
     ordered = sorted(math.inf if math.isnan(loss) else loss for loss in losses)
     n = len(ordered)
     expected = []
     for spent in range(1, n + 1):
-        # the lowest of `spent` is the one at `place` where all the others lie above it
+        # the lowest of `spent` trials is the one at `place` if all the others lie above it
         ways = [math.comb(n - place - 1, spent - 1) / math.comb(n, spent) for place in range(n)]
         expected.append(sum(way * loss for way, loss in zip(ways, ordered, strict=True) if way))
     return expected
 
 
 def product(parts: Sequence[Sequence[float] | Floats], family: int = 1) -> Difference:
-    """The product of independent mean ratios, as of steps and of the time of a step (Welch 1947).
+    """The product of independent mean ratios, such as numbers of steps and step times (Welch 1947).
 
     Args:
-        parts: logarithms of the values of each; `n` of what is returned is the number of the first's.
+        parts: the logarithms of the values of each. `n` of the result is the number of values of the first.
         family: how many such comparisons are judged together.
     """
     means, squares, degrees = [], [], []
@@ -413,5 +444,7 @@ def product(parts: Sequence[Sequence[float] | Floats], family: int = 1) -> Diffe
         squares.append(float(numbers.var(ddof=1)) / len(numbers) if len(numbers) > 1 else math.nan)
         degrees.append(len(numbers) - 1)
     total = sum(squares)
-    freedom = total**2 / sum(square**2 / own for square, own in zip(squares, degrees, strict=True)) if total > 0 else 1
+    freedom = (
+        total**2 / sum(square**2 / degree for square, degree in zip(squares, degrees, strict=True)) if total > 0 else 1
+    )
     return replace(judged(sum(means), math.sqrt(total), freedom, len(parts[0]), family), method="Welch")

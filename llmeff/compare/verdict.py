@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmeff.compare.effects import ARITHMETIC, FEWEST_SEEDS, Effects, effects, is_factorial
+from llmeff.compare.effects import Effects, effects, is_factorial
 from llmeff.compare.intervals import (
+    ARITHMETIC,
+    FEWEST_SEEDS,
     Difference,
     Estimate,
     best_of,
