@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,10 +23,10 @@ from llmeff.core.registry import nearest
 from llmeff.core.units import show_bytes, show_count
 from llmeff.record.loss_curve import loss_curve
 from llmeff.record.reader import Run, progress, read_run
-from llmeff.record.schema import LAST_STEPS
+from llmeff.record.schema import LAST_STEPS, Result
 
 Format = Literal["terminal", "markdown", "csv", "json"]
-"""How a table is written. CSV and JSON hold plain numbers, the others numbers with units."""
+"""How a table is written. CSV and JSON hold plain numbers, the other formats numbers with units."""
 
 CAVEAT = "One run each: a difference here has no interval over seeds, and may be chance."
 FOOTNOTE = (
@@ -35,78 +35,81 @@ FOOTNOTE = (
 )
 
 _CELL = 26
-"""Characters that a run takes in a table at the terminal: `unfinished at step 12345` and its frame."""
+"""The width of a run in a table at the terminal, in characters: `unfinished at step 12345` and its frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One row: what a run cost and reached; None where it has not come to that, or cannot be known."""
+    """One row: what a run cost and reached. A field is None if the run has not got that far, or if the value cannot be known."""
 
     name: str
-    """The folder's."""
+    """The name of its folder."""
     status: str
     """`finished`, `diverged`, or `unfinished at step N`."""
     device: str
-    """What computed."""
+    """The device that computed."""
     steps: int
     """Optimizer steps done."""
     items: int
-    """That were trained on: tokens, or what `item` says."""
+    """Items trained on: tokens, or what `item` says."""
     item: str | None
     """What an item is; None while unfinished."""
     parameters: int | None
-    """All."""
+    """The number of parameters."""
     train_loss: float | None
-    """Nats an item."""
+    """In nats per item."""
     validation_loss: float | None
-    """Nats an item, at the last evaluation of an ended run."""
+    """In nats per item, at the last evaluation of an ended run."""
     bits_per_byte: float | None
     """On the validation split, at the end."""
     metrics: dict[str, float]
-    """Of the same evaluation, what else the task's metric_directions name."""
+    """The other metrics that the task names in its metric_directions, from the same evaluation."""
     items_per_s: float | None
-    """Median over steps after warm-up."""
+    """The median over steps after warm-up."""
     peak_bytes: float | None
-    """Live at once."""
+    """The most memory in use at one time."""
     errors: dict[str, float]
     """predicted / measured - 1, by quantity."""
     loss_ratio: Estimate | None = None
-    """Held-out loss at the end over the first run's, with an interval over which units are held out (`resampled_ratio`);
-    None where there are few units, or others."""
+    """The held-out loss at the end over the first run's, with an interval over the choice of held-out units (`resampled_ratio`).
+    None if there are few units, or if the two runs have different ones."""
 
 
-_OWN = ("loss", "bits_per_byte")
+_WITH_FIELD = ("loss", "bits_per_byte")
 """Metrics with a field of their own."""
 
 
 def summarise(run: Run) -> RunSummary:
     """A run's row."""
-    result, done = run.result, progress(run)
-    held_out = {} if result is None else result.metrics.get("validation", {})
-    metric_directions = {} if result is None else result.metric_directions
+    done = progress(run)
+    held_out = {} if run.result is None else run.result.metrics.get("validation", {})
     return RunSummary(
         name=run.name,
-        status=f"unfinished at step {done.steps}" if result is None else result.status,
+        status=f"unfinished at step {done.steps}" if run.result is None else run.result.status,
         device=run.environment.device,
         steps=done.steps,
         items=done.items,
-        item=None if result is None else result.item,
-        parameters=None if result is None else result.parameters,
+        item=None if run.result is None else run.result.item,
+        parameters=None if run.result is None else run.result.parameters,
         train_loss=done.train_loss,
         validation_loss=held_out.get("loss"),
         bits_per_byte=held_out.get("bits_per_byte"),
-        metrics={name: held_out[name] for name in metric_directions if name in held_out and name not in _OWN},
+        metrics={} if run.result is None else _other_metrics(run.result, held_out),
         items_per_s=done.items_per_s,
-        peak_bytes=None if result is None else result.measured.get("peak_bytes"),
-        errors={} if result is None else result.error,
+        peak_bytes=None if run.result is None else run.result.measured.get("peak_bytes"),
+        errors={} if run.result is None else run.result.error,
     )
+
+
+def _other_metrics(result: Result, held_out: Mapping[str, float]) -> dict[str, float]:
+    return {name: held_out[name] for name in result.metric_directions if name in held_out and name not in _WITH_FIELD}
 
 
 def compare(folders: Iterable[Path]) -> list[RunSummary]:
     """A row for each run folder, in the order given.
 
     Raises:
-        ConfigError: some are no run folders; it names them all.
+        ConfigError: some are no run folders; the error names them all.
     """
     runs, problems = [], []
     for folder in folders:
@@ -120,30 +123,47 @@ def compare(folders: Iterable[Path]) -> list[RunSummary]:
     return [replace(summarise(run), loss_ratio=_ratio(run, first) if n else None) for n, run in enumerate(runs)]
 
 
-def _units(run: Run) -> tuple[tuple[str, str], pa.Table] | None:
-    """What an ended run was evaluated on at the end: data and split, and a row for each unit."""
+@dataclass(frozen=True, kw_only=True)
+class _Units:
+    """The units on which a finished run was evaluated at the end."""
+
+    data: str
+    """The hash of all data that was read."""
+    split: str
+    """The split that they are of."""
+    rows: pa.Table
+    """One for each unit."""
+
+
+def _units(run: Run) -> _Units | None:
+    """The units of a run; None if it has not finished, or was evaluated on several splits or on none."""
     if run.result is None or run.evals is None or run.result.status != "finished":
         return None
     rows = run.evals.filter(pc.field("step") == run.result.steps)
     splits = rows["split"].unique().to_pylist()
-    return ((str(run.result.data.get("sha256")), splits[0]), rows) if len(splits) == 1 else None
+    if len(splits) != 1:
+        return None
+    return _Units(data=str(run.result.data.get("sha256")), split=splits[0], rows=rows)
 
 
-def _ratio(run: Run, first: tuple[tuple[str, str], pa.Table] | None) -> Estimate | None:
-    own = _units(run)
-    if own is None or first is None or own[0] != first[0] or own[1]["unit"] != first[1]["unit"]:
+def _ratio(run: Run, first: _Units | None) -> Estimate | None:
+    """The ratio of held-out losses to the first run's, if both were evaluated on the same units, and these are many."""
+    units = _units(run)
+    if units is None or first is None or (units.data, units.split) != (first.data, first.split):
         return None
-    if own[1].num_rows < FEW_UNITS:
+    if units.rows["unit"] != first.rows["unit"] or units.rows.num_rows < FEW_UNITS:
         return None
-    ours, theirs = ((rows["loss_sum"].to_numpy(), rows["count"].to_numpy()) for _, rows in (own, first))
-    return resampled_ratio(ours, theirs)
+    losses, first_losses = (
+        (rows["loss_sum"].to_numpy(), rows["count"].to_numpy()) for rows in (units.rows, first.rows)
+    )
+    return resampled_ratio(losses, first_losses)
 
 
 def draw(folders: Iterable[Path], path: Path) -> None:
     """Draws the losses of runs over their steps into a PNG.
 
     Raises:
-        ConfigError: a folder is no run's, there is nothing to draw, or the file cannot be written.
+        ConfigError: a folder is no run folder, there is nothing to draw, or the file cannot be written.
     """
     loss_curve([read_run(folder) for folder in folders], path)
 
@@ -152,9 +172,9 @@ def render(rows: Sequence[RunSummary], kind: str, width: int | None = None, note
     """The table as text.
 
     Args:
-        rows: of `compare`.
+        rows: from `compare`.
         kind: a `Format`.
-        width: of the terminal, in characters; asked of it where it is left out.
+        width: the width of the terminal, in characters; None: the terminal is asked.
         notes: what a reader must know; CSV has no place for them.
 
     Raises:
@@ -172,39 +192,58 @@ def render(rows: Sequence[RunSummary], kind: str, width: int | None = None, note
     raise ConfigError(f"unknown table format {kind!r}.{nearest(kind, get_args(Format))}")
 
 
-def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells for people; a column that no run has a value for is left out."""
+_Column = tuple[str, Callable[[RunSummary], Any], Callable[[Any], str]]
+"""A header, the value of a run, and how a value is shown."""
+
+
+def _columns(rows: Sequence[RunSummary]) -> list[_Column]:
+    """All columns for people."""
     items = {row.item for row in rows if row.item is not None}
     item = items.pop() if len(items) == 1 else "item"
-    columns: list[tuple[str, list[str | None]]] = [
-        ("run", [row.name for row in rows]),
-        ("status", [row.status for row in rows]),
-        ("steps", [f"{row.steps:,}" for row in rows]),
-        (f"{item}s", [show_count(row.items) for row in rows]),
-        ("parameters", [_show(row.parameters, show_count) for row in rows]),
-        ("training loss", [_show(row.train_loss, "{:.4f}".format) for row in rows]),
-        ("validation loss", [_show(row.validation_loss, "{:.4f}".format) for row in rows]),
-        ("loss / first run's", [_show_ratio(row.loss_ratio) for row in rows]),
-        ("bits per byte", [_show(row.bits_per_byte, "{:.4f}".format) for row in rows]),
-        *((spelled(name), [_show(row.metrics.get(name), "{:.4f}".format) for row in rows]) for name in _metrics(rows)),
-        (f"{item}s/s", [_show(row.items_per_s, show_count) for row in rows]),
-        ("peak memory", [_show(row.peak_bytes, show_bytes) for row in rows]),
-        ("device", [row.device for row in rows]),
+    loss = "{:.4f}".format
+    return [
+        ("run", lambda row: row.name, str),
+        ("status", lambda row: row.status, str),
+        ("steps", lambda row: row.steps, "{:,}".format),
+        (f"{item}s", lambda row: row.items, show_count),
+        ("parameters", lambda row: row.parameters, show_count),
+        ("training loss", lambda row: row.train_loss, loss),
+        ("validation loss", lambda row: row.validation_loss, loss),
+        ("loss / first run's", lambda row: row.loss_ratio, _show_ratio),
+        ("bits per byte", lambda row: row.bits_per_byte, loss),
+        *((spelled(name), _metric(name), loss) for name in _metrics(rows)),
+        (f"{item}s/s", lambda row: row.items_per_s, show_count),
+        ("peak memory", lambda row: row.peak_bytes, show_bytes),
+        ("device", lambda row: row.device, str),
+        *(
+            (f"error of {quantity.replace('_', ' ')}", _error(quantity), "{:+.2%}".format)
+            for quantity in _quantities(rows)
+        ),
     ]
-    for quantity in _quantities(rows):
-        errors = [_show(row.errors.get(quantity), "{:+.2%}".format) for row in rows]
-        columns.append((f"error of {quantity.replace('_', ' ')}", errors))
-    kept = [(header, cells) for header, cells in columns if any(cell is not None for cell in cells)]
-    headers = [header for header, _ in kept]
-    return headers, [[cells[row] or "-" for _, cells in kept] for row in range(len(rows))]
 
 
-def _show(value: float | None, show: Callable[[float], str]) -> str | None:
-    return None if value is None else show(value)
+def _metric(name: str) -> Callable[[RunSummary], float | None]:
+    return lambda row: row.metrics.get(name)
 
 
-def _show_ratio(ratio: Estimate | None) -> str | None:
-    return None if ratio is None else f"{ratio.value:.4f} ({ratio.lower:.4f} to {ratio.upper:.4f})"
+def _error(quantity: str) -> Callable[[RunSummary], float | None]:
+    return lambda row: row.errors.get(quantity)
+
+
+def _show_ratio(ratio: Estimate) -> str:
+    return f"{ratio.value:.4f} ({ratio.lower:.4f} to {ratio.upper:.4f})"
+
+
+def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells for people. A column in which no run has a value is left out."""
+    headers: list[str] = []
+    columns: list[list[str]] = []
+    for header, value_of, show in _columns(rows):
+        values = [value_of(row) for row in rows]
+        if any(value is not None for value in values):
+            headers.append(header)
+            columns.append(["-" if value is None else show(value) for value in values])
+    return headers, [list(cells) for cells in zip(*columns, strict=True)]
 
 
 def _metrics(rows: Sequence[RunSummary]) -> list[str]:
@@ -216,7 +255,7 @@ def _quantities(rows: Sequence[RunSummary]) -> list[str]:
 
 
 def _terminal(rows: Sequence[RunSummary], width: int | None, closing: str) -> str:
-    """Runs side by side, quantities below one another; runs that do not fit go into a further table."""
+    """Runs side by side, quantities below one another. Runs that do not fit go into another table."""
     headers, cells = _shown(rows)
     buffer = io.StringIO()
     console = Console(file=buffer, width=width or Console().width)
@@ -237,10 +276,11 @@ def _markdown(rows: Sequence[RunSummary]) -> str:
 
 
 _ESTIMATED = {"": "value", "_lower": "lower", "_upper": "upper"}
+"""Ends of the names of columns, and the field of an `Estimate` that each holds."""
 
 
 def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
-    """One flat table a run, with plain numbers."""
+    """A flat dict for each run, with plain numbers."""
     flat = []
     for row in rows:
         values = dataclasses.asdict(row)
@@ -259,5 +299,5 @@ def _json(rows: Sequence[RunSummary], notes: Sequence[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN, and no infinity."""
+    """The value, or None for NaN and infinities, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

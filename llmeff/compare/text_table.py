@@ -1,4 +1,4 @@
-"""A table as text that other tools read: Markdown and CSV."""
+"""Tables as text that other tools read: Markdown and CSV."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TextTable:
-    """Something to show: a title, headers, rows of cells, of which the first says what the row is."""
+    """A table to show: a title, headers, and rows of cells. The first cell names the row."""
 
     title: str
     headers: list[str]
@@ -17,7 +17,7 @@ class TextTable:
 
 
 def markdown(table: TextTable, num_left: int = 1) -> str:
-    """The table as Markdown, below its title where it has one; columns after the first `num_left` are set right."""
+    """The table as Markdown, below its title if it has one. Columns after the first `num_left` are right-aligned."""
     lines = [[_escaped(cell) for cell in row] for row in [table.headers, *table.rows]]
     lines.insert(1, ["---" if n < num_left else "---:" for n in range(len(table.headers))])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -29,12 +29,12 @@ def _escaped(cell: str) -> str:
 
 
 def render_tables(tables: Sequence[TextTable]) -> str:
-    """Tables below one another, as Markdown."""
+    """Tables one below the other, as Markdown."""
     return "\n".join(map(markdown, tables))
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of one kind as CSV, with their names on top."""
+    """Rows with the same keys as CSV, with the keys as its first line."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
