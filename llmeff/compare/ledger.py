@@ -1,9 +1,10 @@
-"""The ledger: one entry a run, from run folders, from a sweep's folder, or from one Parquet file that holds a study."""
+"""The ledger: one entry for each run, read from run folders, from a sweep's folder, or from a Parquet file of a study."""
 
 import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,63 +23,64 @@ from llmeff.record.loss_curve import held_out_curves
 from llmeff.record.reader import Run, progress, read_run
 
 LEDGER_VERSION = 1
-"""Of the Parquet file."""
+"""The version of the Parquet file."""
 SWEEP, RUNS, LEDGER = "sweep.json", "runs", "ledger.parquet"
-"""Where a sweep's description, its runs and its ledger lie in its folder."""
+"""The names of a sweep's description, runs and ledger in its folder."""
 JOB_FILE = ".place.json"
-"""Ends the name of the file beside a run's folder that says which arm, cell, phase and trial of the sweep it is."""
+"""Ends the name of a file beside a run's folder, which gives the run's arm, cell, phase and trial in the sweep."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What evaluations measure, and runs can be judged by."""
+    """Something that evaluations measure, and by which runs can be judged."""
 
     name: str
-    """Its key."""
+    """Its key in the records."""
     better: Direction
-    """Which way."""
+    """Whether a lower or a higher value is better."""
 
     @property
     def sign(self) -> int:
-        """What a value is multiplied by to be a number of which less is better."""
+        """The factor that turns a value into one of which less is better."""
         return 1 if self.better == "lower" else -1
 
     def cost(self, value: float | None) -> float:
-        """A value as a number of which less is better; infinite where there is none."""
+        """A value as a number of which less is better; infinite if there is no value."""
         return math.inf if value is None or not math.isfinite(value) else self.sign * value
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name that people read."""
         return spelled(self.name)
 
 
 def spelled(name: str) -> str:
-    """A metric's name for people: `mean IoU` of `mean_iou`."""
+    """The name that people read: `mean IoU` for `mean_iou`."""
     return " ".join(_SPELLED.get(word, word) for word in name.split("_"))
 
 
 _SPELLED = {"iou": "IoU", "f1": "F1"}
-"""Words of metrics' names that are not written in small letters."""
+"""Words of metric names that are not written in lower case."""
 
 LOSS = Metric("loss", "lower")
-"""What every run can be judged by."""
+"""The metric that every run has."""
 
 
 def known_metrics(metric_directions: Iterable[Mapping[str, Direction]]) -> dict[str, Metric]:
-    """The metrics that runs can be judged by, by name: the loss, and what their tasks name.
+    """The metrics that runs can be judged by, by name: the loss, and those that their tasks name.
 
-    Where no run says, as none did at first, the others are those that runs of text had.
+    If no run names any, as in older records, `bits_per_byte` is added, which runs on text had.
     """
-    said = {name: better for own in metric_directions for name, better in own.items()} or {"bits_per_byte": "lower"}
-    return {LOSS.name: LOSS} | {name: Metric(name, better) for name, better in said.items()}
+    named = {name: better for of_run in metric_directions for name, better in of_run.items()}
+    others = named or {"bits_per_byte": "lower"}
+    return {LOSS.name: LOSS} | {name: Metric(name, better) for name, better in others.items()}
 
 
 def find_metric(name: str, known: Mapping[str, Metric]) -> Metric:
-    """A metric by its name.
+    """Looks a metric up by its name.
 
     Raises:
-        ConfigError: runs are not judged by it.
+        ConfigError: the runs are not judged by this metric.
     """
     if name not in known:
         raise ConfigError(f"metric {name!r}: these runs are not judged by it.{nearest(name, known)}")
@@ -87,91 +89,92 @@ def find_metric(name: str, known: Mapping[str, Metric]) -> Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One run. What it has not come to, or cannot know, is None."""
+    """One run. A field is None if the run has not got that far, or if the value cannot be known."""
 
     name: str
-    """The folder's, or its path in the sweep."""
+    """The name of its folder, or its path in the sweep."""
     arm: str
-    """What is compared: runs of one arm and cell differ by their seed alone."""
+    """What is compared. Runs of one arm and cell differ by their seed only."""
     cell: dict[str, Any] = field(default_factory=dict)
-    """The values of the sweep's axes; arms are compared within a cell."""
+    """The values of the sweep's axes. Arms are compared within a cell."""
     factors: dict[str, str] = field(default_factory=dict)
-    """The levels that make the arm, where arms are combinations of factors."""
+    """The levels that make the arm, if arms are combinations of factors."""
     phase: str = "final"
-    """`tuning`: one of the trials that chose the arm's settings; `final`: what is compared."""
+    """`tuning`: one of the trials that chose the arm's settings; `final`: a run that is compared."""
     trial: dict[str, Any] = field(default_factory=dict)
-    """The settings that tuning tried, or chose, by field."""
+    """The settings that tuning tried or chose, by field."""
     tuned_as: str | None = None
-    """The arm whose trials chose them; None: its own."""
+    """The arm whose trials chose the settings; None if it was this arm."""
     repeats: str | None = None
-    """The arm whose settings these are once more, with seeds of their own (A/A); None of all other runs."""
+    """The arm whose settings this run repeats with other seeds (A/A); None for all other runs."""
     status: str
     """`finished`, `diverged`, `failed`, or `unfinished`."""
     diagnosis: str | None = None
     """Why it diverged or failed."""
     seed: int
-    """Of initialization and data order."""
+    """The seed of initialization and data order."""
     steps: int
     """Optimizer steps done."""
     items: int
-    """Trained on."""
+    """Items trained on."""
     item: str | None = None
     """What an item is (`token`)."""
     parameters: int | None = None
-    """All."""
+    """The number of parameters."""
     data_sha256: str | None = None
-    """Of all that was read: texts, their splits, the tokenizer."""
+    """The hash of all data that was read: texts, splits and tokenizer."""
     split: str | None = None
-    """On which loss and curve were measured."""
+    """The split on which the loss and the curves were measured."""
     train_loss: float | None = None
-    """Mean of the last steps, nats an item."""
+    """The mean of the last steps, in nats per item."""
     loss: float | None = None
-    """At the end, nats an item."""
+    """The held-out loss at the end, in nats per item."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """All of the last evaluation."""
+    """All metrics of the last evaluation."""
     curve_steps: tuple[int, ...] = ()
-    """Of the evaluations."""
+    """The steps at which the run was evaluated."""
     curve_losses: tuple[float, ...] = ()
-    """At each, nats an item."""
+    """The loss at each of them, in nats per item."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """At each, the metric_directions' metrics other than the loss, by name; of a run without a result all that every evaluation has."""
+    """The other metrics at each of them, by name: those of `metric_directions`, or, for a run without a result, all that every
+    evaluation has."""
     metric_directions: dict[str, Direction] = field(default_factory=dict)
-    """The metrics that its task names, and which way each is better; none of an older run, or one without a result."""
+    """The metrics that the task names, and which way each is better. Empty for older runs, and for runs without a result."""
     items_per_s: float | None = None
-    """Median step after warm-up, of a run that may have had the machine for itself or not."""
+    """The speed of the median step after warm-up. The run may have shared the machine with others."""
     train_s: float | None = None
-    """Wall time in steps."""
+    """Wall time spent in steps."""
     energy_j: float | None = None
-    """Of the GPUs of all ranks."""
+    """The energy of the GPUs of all ranks."""
     peak_bytes: float | None = None
-    """Live at once, on the main rank."""
+    """The most memory in use at one time, on the main rank."""
     predicted: dict[str, float] = field(default_factory=dict)
-    """By quantity."""
+    """Predicted values, by quantity."""
     measured: dict[str, float] = field(default_factory=dict)
-    """By quantity."""
+    """Measured values, by quantity."""
     device: str
-    """What computed."""
+    """The device that computed."""
     commit: str | None = None
-    """Of the code."""
+    """The commit of the code."""
     config: dict[str, Any] = field(default_factory=dict)
-    """What was run, whole."""
+    """The whole config of the run."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it has all that was asked of it."""
+        """Whether the run finished and has a held-out loss."""
         return self.status == "finished" and self.loss is not None
 
     def final(self, metric: str) -> float | None:
-        """A metric at the end."""
+        """The metric at the end."""
         return self.loss if metric == LOSS.name else self.metrics.get(metric)
 
     def curve(self, metric: str) -> tuple[float, ...]:
-        """A metric at `curve_steps`; empty where not every evaluation has it."""
+        """The metric at `curve_steps`; empty if some evaluation lacks it."""
         return self.curve_losses if metric == LOSS.name else self.curves.get(metric, ())
 
     @property
     def step_flops(self) -> float | None:
-        """Executed in one optimizer step, on all ranks: each does as much as the main one, whose are counted."""
+        """FLOPs executed in one optimizer step on all ranks. Only the main rank's are counted; the others do as many."""
         on_one = self.measured.get("executed_flops", self.predicted.get("executed_flops"))
         return None if on_one is None else on_one * self.config.get("parallel", {}).get("ranks", 1)
 
@@ -181,54 +184,80 @@ class Entry:
         return self.items / self.steps if self.steps else None
 
 
+def flat_config(entry: Entry) -> dict[str, Any]:
+    """The run's config by dotted field, without the run's name and seed."""
+    return _flat({name: value for name, value in entry.config.items() if name not in ("name", "seed")})
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+# -- run folders
+
+
 def entry_of(run: Run, **place: Any) -> Entry:
-    """A run folder's entry.
+    """The entry of a run folder.
 
     Args:
         run: the run.
-        place: fields that the folder does not tell: `name`, `arm`, `cell`, `factors`, `phase`, `trial`.
+        place: fields that the folder does not hold: `name`, `arm`, `cell`, `factors`, `phase`, `trial`.
     """
-    result, done = run.result, progress(run)
+    done, result = progress(run), run.result
     split = run.config.get("evaluation", {}).get("split", "validation")
-    held_out = {} if result is None else result.metrics.get(split, {})
-    metric_directions = {} if result is None else result.metric_directions
     steps, values = held_out_curves(run).get(split, ([], {}))
+    losses = values.pop(LOSS.name, ())
     known = {"name": run.name, "arm": run.config.get("name", run.name)} | place
     return Entry(
         **known,
-        status="unfinished" if result is None else result.status,
-        diagnosis=None if result is None else result.diagnosis,
+        **({"status": "unfinished"} if result is None else _of_result(result, split)),
         seed=run.config.get("seed", 0),
         steps=done.steps,
         items=done.items,
-        item=None if result is None else result.item,
-        parameters=None if result is None else result.parameters,
-        data_sha256=None if result is None else result.data.get("sha256"),
         split=split,
         train_loss=done.train_loss,
-        loss=held_out.get("loss"),
-        metrics=held_out,
         curve_steps=tuple(steps),
-        curve_losses=tuple(values.pop(LOSS.name, ())),
-        curves={name: tuple(own) for name, own in values.items() if result is None or name in metric_directions},
-        metric_directions=metric_directions,
+        curve_losses=tuple(losses),
+        curves={
+            name: tuple(curve) for name, curve in values.items() if result is None or name in result.metric_directions
+        },
         items_per_s=done.items_per_s,
-        train_s=None if result is None else result.timings.train_s + result.timings.data_s,
-        energy_j=None if result is None else result.energy_j,
-        peak_bytes=None if result is None else result.measured.get("peak_bytes"),
-        predicted={} if result is None else result.predicted,
-        measured={} if result is None else result.measured,
         device=run.environment.device if run.environment.device != "cpu" else run.environment.cpu,
         commit=run.environment.commit,
         config=run.config,
     )
 
 
+def _of_result(result: schema.Result, split: str) -> dict[str, Any]:
+    """The fields that only a run with a result has."""
+    held_out = result.metrics.get(split, {})
+    return {
+        "status": result.status,
+        "diagnosis": result.diagnosis,
+        "item": result.item,
+        "parameters": result.parameters,
+        "data_sha256": result.data.get("sha256"),
+        "loss": held_out.get("loss"),
+        "metrics": held_out,
+        "metric_directions": result.metric_directions,
+        "train_s": result.timings.train_s + result.timings.data_s,
+        "energy_j": result.energy_j,
+        "peak_bytes": result.measured.get("peak_bytes"),
+        "predicted": result.predicted,
+        "measured": result.measured,
+    }
+
+
 def read_entries(paths: Iterable[Path]) -> list[Entry]:
-    """The entries of run folders, of sweeps' folders and of ledgers, in the order given.
+    """Reads run folders, sweeps' folders and ledgers, in the given order.
 
     Raises:
-        ConfigError: some are none of these, or hold no run; it names them all.
+        ConfigError: some paths are none of these, or hold no run; the error names them all.
     """
     entries: list[Entry] = []
     plain: list[int] = []
@@ -252,50 +281,40 @@ def read_entries(paths: Iterable[Path]) -> list[Entry]:
 
 
 def label_arms(entries: Sequence[Entry]) -> list[Entry]:
-    """Tells the arms of plain runs apart, where no sweep did: runs whose configs differ by more than seed and name are of other arms.
+    """Sorts plain runs, which no sweep assigned to arms, into arms: runs of one arm have the same config but for seed and name.
 
-    An arm's label is its runs' name where that is its own, and else what sets its config apart.
+    The label of an arm is the name of its runs, if they share one and no other arm has it. Otherwise it is the fields in which
+    its config differs from others.
     """
-    kinds: dict[str, dict[str, Any]] = {}
-    kind_of = []
+    configs: dict[str, dict[str, Any]] = {}
+    names: dict[str, set[str]] = {}
+    keys = []
     for entry in entries:
-        own = flat_config(entry)
-        kind_of.append(json.dumps(own, sort_keys=True))
-        kinds[kind_of[-1]] = own
-    names = {kind: {re.sub(r"-s\d+$", "", entry.arm) for entry, own in zip(entries, kind_of, strict=True) if own == kind}
-             for kind in kinds}  # fmt: skip
-    all_names = [name for own in names.values() for name in own]
+        config = flat_config(entry)
+        key = json.dumps(config, sort_keys=True)
+        configs[key] = config
+        names.setdefault(key, set()).add(re.sub(r"-s\d+$", "", entry.arm))
+        keys.append(key)
+    num_arms = Counter(name for names_of_arm in names.values() for name in names_of_arm)
     labels = {}
-    for kind, own in kinds.items():
-        single = next(iter(names[kind])) if len(names[kind]) == 1 else None
-        if single is not None and all_names.count(single) == 1:
-            labels[kind] = single
+    for key, config in configs.items():
+        name = next(iter(names[key])) if len(names[key]) == 1 else None
+        if name is not None and num_arms[name] == 1:
+            labels[key] = name
         else:
-            apart = {
-                name: value for name, value in own.items() if any(other.get(name) != value for other in kinds.values())
-            }
-            labels[kind] = (
-                ", ".join(f"{name}={_short(value)}" for name, value in sorted(apart.items())) or single or "run"
-            )
-    return [replace(entry, arm=labels[kind]) for entry, kind in zip(entries, kind_of, strict=True)]
+            labels[key] = _differing_fields(config, configs.values()) or name or "run"
+    return [replace(entry, arm=labels[key]) for entry, key in zip(entries, keys, strict=True)]
 
 
-def flat_config(entry: Entry) -> dict[str, Any]:
-    """What was run, by dotted field, without the run's name and seed."""
-    return _flat({name: value for name, value in entry.config.items() if name not in ("name", "seed")})
+def _differing_fields(config: Mapping[str, Any], configs: Iterable[Mapping[str, Any]]) -> str:
+    """The fields in which some other config differs, with their values."""
+    others = list(configs)
+    differing = {name: value for name, value in config.items() if any(other.get(name) != value for other in others)}
+    return ", ".join(f"{name}={_short(value)}" for name, value in sorted(differing.items()))
 
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict) or not data:
-        return {prefix: data}
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
-    return flat
 
 
 def read_sweep(folder: Path) -> list[Entry]:
@@ -303,32 +322,32 @@ def read_sweep(folder: Path) -> list[Entry]:
     places = sorted(folder.glob(f"{RUNS}/**/*{JOB_FILE}"))
     if not places:
         raise ConfigError(f"{folder}: this sweep has begun no run yet")
-    found = []
-    for path in places:
-        try:
-            place = json.loads(path.read_text(encoding="utf-8"))
-            order, failure, seed = place.pop("order"), place.pop("failure", None), place.pop("seed", 0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(
-                f"{path}: cannot be read; remove it, and start the sweep again to write it anew"
-            ) from None
-        own = path.with_name(path.name.removesuffix(JOB_FILE))
-        if (own / schema.CONFIG).is_file() and (own / schema.ENVIRONMENT).is_file():
-            entry = entry_of(read_run(own), **place)
-            if failure is not None and entry.status == "unfinished":
-                entry = replace(entry, status="failed", diagnosis=failure)
-        else:
-            status = "unfinished" if failure is None else "failed"
-            entry = Entry(**place, status=status, diagnosis=failure, seed=seed, steps=0, items=0, device="none")
-        found.append((order, entry))
+    found = [_read_job(path) for path in places]
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
 
-# -- one file
+def _read_job(path: Path) -> tuple[Any, Entry]:
+    """The order and the entry of one run of a sweep, by the file beside its folder."""
+    try:
+        place = json.loads(path.read_text(encoding="utf-8"))
+        order, failure, seed = place.pop("order"), place.pop("failure", None), place.pop("seed", 0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path}: cannot be read; remove it, and start the sweep again to write it anew") from None
+    folder = path.with_name(path.name.removesuffix(JOB_FILE))
+    if not ((folder / schema.CONFIG).is_file() and (folder / schema.ENVIRONMENT).is_file()):
+        status = "unfinished" if failure is None else "failed"
+        return order, Entry(**place, status=status, diagnosis=failure, seed=seed, steps=0, items=0, device="none")
+    entry = entry_of(read_run(folder), **place)
+    if failure is not None and entry.status == "unfinished":
+        entry = replace(entry, status="failed", diagnosis=failure)
+    return order, entry
+
+
+# -- ledger files
 
 _JSON = ("cell", "factors", "trial", "metrics", "curves", "metric_directions", "predicted", "measured", "config")
 _RENAMED = {"goals": "metric_directions"}
-"""Columns by the names that they had before."""
+"""New names of columns, by the names that older files have."""
 _KINDS: dict[str, Any] = {
     "seed": pa.int64(),
     "steps": pa.int64(),
@@ -340,22 +359,22 @@ _KINDS: dict[str, Any] = {
 
 
 def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | None = None) -> None:
-    """Puts a study into one compact file.
+    """Writes a study into one compact file.
 
     Args:
-        path: of the Parquet file.
+        path: the Parquet file.
         entries: the runs.
-        facts: of the study: the command that makes it again, the sweep's description, the environment.
+        facts: what to keep about the study: the command that reproduces it, the sweep's description, the environment.
 
     Raises:
         ConfigError: it cannot be written.
     """
     columns = {}
-    for own in fields(Entry):
-        values = [getattr(entry, own.name) for entry in entries]
-        if own.name in _JSON:
-            values = [json.dumps(value) for value in values]  # in order: of axes and of factors
-        columns[own.name] = pa.array(values, _KINDS.get(own.name, pa.string()))
+    for column in fields(Entry):
+        values = [getattr(entry, column.name) for entry in entries]
+        if column.name in _JSON:
+            values = [json.dumps(value) for value in values]  # keeps the order of axes and of factors
+        columns[column.name] = pa.array(values, _KINDS.get(column.name, pa.string()))
     metadata = {"ledger_version": str(LEDGER_VERSION), "facts": json.dumps(facts or {})}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer, compression="zstd")
@@ -364,10 +383,10 @@ def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | N
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """The entries of a ledger file; what it was written without is as it is by default.
+    """The entries of a ledger file. A field that the file lacks has its default.
 
     Raises:
-        ConfigError: it is none, or of another version.
+        ConfigError: the file is no ledger, or has another version.
     """
     table = _open(path)
     rows = [with_new_names(row, _RENAMED) for row in table.to_pylist()]
@@ -379,10 +398,10 @@ def read_ledger(path: Path) -> list[Entry]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a ledger file says of its study.
+    """What a ledger file holds about its study as a whole.
 
     Raises:
-        ConfigError: it is none, or of another version.
+        ConfigError: the file is no ledger, or has another version.
     """
     return dict(json.loads(_open(path).schema.metadata[b"facts"]))
 
@@ -398,21 +417,24 @@ def _open(path: Path) -> Any:
     return table
 
 
+# -- readings of a run's curve
+
+
 def value_at(entry: Entry, steps: float, metric: Metric = LOSS) -> float | None:
-    """A metric after so many steps, between two evaluations by a straight line; None outside of them."""
+    """The metric after a number of steps, by linear interpolation between evaluations; None outside of them."""
     values = entry.curve(metric.name)
     if not values:
         return None
-    steps = (
-        min(steps, entry.curve_steps[-1]) if steps <= entry.curve_steps[-1] * (1 + 1e-9) else steps
-    )  # but for rounding
-    if not entry.curve_steps[0] <= steps <= entry.curve_steps[-1]:
+    last = entry.curve_steps[-1]
+    if steps <= last * (1 + 1e-9):  # rounding must not carry it past the last evaluation
+        steps = min(steps, last)
+    if not entry.curve_steps[0] <= steps <= last:
         return None
     return float(np.interp(steps, entry.curve_steps, values))
 
 
 def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None:
-    """After how many steps a metric first is as good as the target, by a straight line; None where it never is."""
+    """The number of steps after which the metric first reaches the target, by linear interpolation; None if it never does."""
     before: tuple[float, float] | None = None
     values = entry.curve(metric.name)
     for step, value in zip(entry.curve_steps if values else (), values, strict=True):
