@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmeff.compare.calibration import Calibration, calibrate
 from llmeff.compare.effects import Effects, effects, is_factorial
 from llmeff.compare.intervals import (
     ARITHMETIC,
     FEWEST_SEEDS,
     Difference,
     Estimate,
-    best_of,
     holm,
     judged,
     many_to_one,
@@ -27,15 +27,13 @@ from llmeff.compare.intervals import (
     same_settings,
 )
 from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, flat_config, known_metrics, steps_to, value_at
+from llmeff.compare.tuning import Tuning, tuning_of
 from llmeff.core.config import ConfigError
 from llmeff.core.metric import Direction
 from llmeff.core.registry import nearest
 
 ALPHA = 0.05
 """Below which an adjusted p value is called a difference."""
-NEAR = 1.01
-"""A trial so close to the best counts as near it."""
-
 FEW_RUNS = 5
 """Fewer of an arm seldom show that its spread is another than the others': with three, one of three times the spread makes
 9 % of studies of equal arms call one different, and not 5 % (`analysis/results/coverage.json`)."""
@@ -98,22 +96,6 @@ class Noise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What an arm's trials showed."""
-
-    trials: list[tuple[dict[str, Any], float]]
-    """Settings and what they reached of the metric; infinitely bad where they diverged or failed."""
-    best: dict[str, Any] | None
-    """The settings of the best; None where all failed."""
-    expected_best: list[float]
-    """The expected best value after 1, 2, ... trials."""
-    at_edge: list[str]
-    """Fields whose best value is the lowest or highest that was tried: a wider search may find better."""
-    near_factor: dict[str, float]
-    """Of each number that was searched alone: the factor between the lowest and highest value within 1 % of the best."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Group:
     """All arms under the same values of the axes."""
 
@@ -147,7 +129,7 @@ class Comparison:
 
     groups: list[Group]
     """By the values of the axes."""
-    calibration: dict[str, "Calibration"]
+    calibration: dict[str, Calibration]
     """By quantity: predictions against measurements, over all runs."""
     notes: list[str]
     """What a reader must know."""
@@ -155,19 +137,6 @@ class Comparison:
     """What runs are judged by; first the one that decides."""
     command: str | None = None
     """That makes it again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """How good a prediction was, over runs."""
-
-    n: int
-    median: float
-    """Of |predicted / measured - 1|."""
-    worst: float
-    """The largest of them, with its sign."""
-    worst_run: str
-    """Where."""
 
 
 def judge(
@@ -329,7 +298,7 @@ def _group(
         quantities.append(quantity)
         of_quantity[quantity.key] = of
         table[quantity.key] = _row(quantity, arms, values, baseline, times, kin)
-    tuned = {name: _tuning([entry for entry in trials if entry.arm == name], metric) for name in arms}
+    tuned = {name: tuning_of([entry for entry in trials if entry.arm == name], metric) for name in arms}
     by_key = {quantity.key: quantity for quantity in quantities}
     return Group(
         cell=entries[0].cell,
@@ -683,53 +652,7 @@ def _call(difference: Difference | None, p: float, quantity: Quantity) -> Call:
     return "better" if (ratio.value < 1) == (quantity.better == "lower") else "worse"
 
 
-# -- tuning, calibration, notes
-
-
-def _tuning(trials: list[Entry], metric: Metric) -> Tuning | None:
-    if not trials:
-        return None
-    costs = [(entry.trial, metric.cost(entry.final(metric.name) if entry.is_done else None)) for entry in trials]
-    best = min(costs, key=lambda pair: pair[1])
-    settings = best[0] if math.isfinite(best[1]) else None
-    searched = {
-        name: sorted({trial[name] for trial, _ in costs})
-        for name in costs[0][0]
-        if all(isinstance(trial.get(name), int | float) and not isinstance(trial[name], bool) for trial, _ in costs)
-    }
-    edge = [
-        name for name, tried in searched.items()
-        if settings is not None and len(tried) > 1 and settings[name] in (tried[0], tried[-1])
-    ]  # fmt: skip
-    near = {}
-    if settings is not None and len(costs[0][0]) == 1:
-        for name in searched:
-            close = [trial[name] for trial, cost in costs if cost <= NEAR**metric.sign * best[1]]
-            near[name] = max(close) / min(close) if min(close) > 0 else math.nan
-    return Tuning(
-        trials=[(trial, metric.sign * cost) for trial, cost in costs],
-        best=settings,
-        expected_best=[metric.sign * cost for cost in best_of([cost for _, cost in costs])],
-        at_edge=edge,
-        near_factor=near,
-    )
-
-
-def calibrate(entries: Sequence[Entry]) -> dict[str, Calibration]:
-    """Every quantity that was predicted and measured, over all runs."""
-    errors: dict[str, list[tuple[float, str]]] = {}
-    for entry in entries:
-        for quantity, predicted in entry.predicted.items():
-            measured = entry.measured.get(quantity)
-            if measured is not None:
-                error = predicted / measured - 1 if measured else math.inf if predicted else 0.0
-                errors.setdefault(quantity, []).append((error, entry.name))
-    found = {}
-    for quantity, own in errors.items():
-        worst, name = max(own, key=lambda pair: abs(pair[0]))
-        median = plain.median(abs(error) for error, _ in own)
-        found[quantity] = Calibration(n=len(own), median=median, worst=worst, worst_run=name)
-    return found
+# -- notes
 
 
 def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes | None) -> list[str]:
