@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
     asked = (options.baseline, options.target, options.metric, options.timing, options.html)
     wants_arms = any(own is not None for own in asked)
     if is_list(options.runs, entries) and not (wants_arms or options.mixed):
+        from llmeff.compare.alike import differences
         from llmeff.compare.table import compare, draw, render
-        from llmeff.compare.verdict import differences
 
         notes = [f"these runs are not of one kind: {text}" for text in differences(entries)]
         if options.format == "csv":

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmeff.compare.alike import show_cell
 from llmeff.compare.ledger import LEDGER, LOSS, SWEEP, Entry, read_entries, read_facts
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.report import title_of
-from llmeff.compare.verdict import Comparison, judge, show_cell
+from llmeff.compare.verdict import Comparison, judge
 from llmeff.core import files
 from llmeff.core.config import ConfigError
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmeff.compare.alike import differences, hold_the_same_runs, in_cell, kin_of, show_cell
 from llmeff.compare.calibration import Calibration, calibrate
 from llmeff.compare.effects import Effects, effects, is_factorial
 from llmeff.compare.intervals import (
@@ -186,10 +187,10 @@ def judge(
         unlike = differences(own)
         if unlike and not mixed:
             raise ConfigError([
-                f"these runs are not of one kind{_where(own[0].cell)}:", *unlike,
+                f"these runs are not of one kind{in_cell(own[0].cell)}:", *unlike,
                 "--mixed compares them all the same, and says so",
             ])  # fmt: skip
-        said += [f"compared although{_where(own[0].cell)} {text}" for text in unlike]
+        said += [f"compared although{in_cell(own[0].cell)} {text}" for text in unlike]
         trials = [entry for entry in entries if entry.phase == "tuning" and _key(entry.cell) == key]
         groups.append(_group(own, trials, baseline or arms[0], metrics, target, step_times))
     said += _notes(groups, metrics, step_times)
@@ -200,69 +201,9 @@ def _key(cell: Mapping[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
-def _where(cell: Mapping[str, Any]) -> str:
-    return f" ({show_cell(cell)})" if cell else ""
-
-
 def lane_name(arm: str, cell: Mapping[str, Any]) -> str:
     """What an arm's lane is called in a race."""
     return f"{arm} @ {show_cell(dict(sorted(cell.items())))}" if cell else arm
-
-
-def show_cell(cell: Mapping[str, Any]) -> str:
-    """`train.batch = 16`."""
-    return ", ".join(f"{name} = {value}" for name, value in cell.items())
-
-
-# -- which runs belong together
-
-
-LABELLED = 0.02
-"""By so much, as a share, the labelled pixels of equally many images may differ."""
-
-
-def differences(entries: Sequence[Entry]) -> list[str]:
-    """What keeps runs from being compared: other data, tokenizer, split or budget. Runs that failed are left aside."""
-    done = [entry for entry in entries if entry.status in ("finished", "diverged")]
-    found = []
-    kinds: tuple[tuple[str, Callable[[Entry], Any]], ...] = (
-        (
-            "read other data (SHA-256, of texts with their tokenizer)",
-            lambda entry: (entry.data_sha256 or "unknown")[:12],
-        ),
-        ("count other items", lambda entry: entry.item),
-        ("are evaluated on other splits", lambda entry: entry.split),
-        ("were to train on other numbers of items", _budget),
-    )
-    for what, value in kinds:
-        by_value: dict[Any, list[str]] = {}
-        for entry in done:
-            if value is not _budget or entry.steps:  # one that diverged at once was to train on what is not known
-                by_value.setdefault(value(entry), []).append(entry.name)
-        if value is _budget and {entry.item for entry in done} == {"pixel"}:
-            by_value = _together(by_value)
-        if len(by_value) > 1:
-            shown = "; ".join(f"{own}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-                              for own, names in by_value.items())  # fmt: skip
-            found.append(f"they {what}: {shown}")
-    return found
-
-
-def _budget(entry: Entry) -> int | None:
-    """Items that the run was to train on, to the step."""
-    planned: int | None = entry.config.get("train", {}).get("steps")
-    if planned is None or entry.items_per_step is None:
-        return entry.items
-    return round(planned * entry.items_per_step)
-
-
-def _together(by_value: Mapping[int, list[str]]) -> dict[int, list[str]]:
-    """Numbers of pixels that equally many images may well have labels for, as one: seeds see other images."""
-    found: dict[int, list[str]] = {}
-    for value, names in sorted(by_value.items()):
-        near = next((own for own in found if value <= own * (1 + LABELLED)), value)
-        found.setdefault(near, []).extend(names)
-    return found
 
 
 # -- quantities
@@ -280,16 +221,16 @@ def _group(
     names = dict.fromkeys(entry.arm for entry in [*entries, *trials])
     arms: dict[str, list[Entry]] = {name: [] for name in sorted(names, key=lambda name: name != baseline)}
     if baseline not in arms:
-        raise ConfigError(f"the baseline {baseline!r} has no run{_where(entries[0].cell)}")
+        raise ConfigError(f"the baseline {baseline!r} has no run{in_cell(entries[0].cell)}")
     for entry in sorted(entries, key=lambda entry: entry.seed):
         if any(run.seed == entry.seed for run in arms[entry.arm]):
             twice = ", ".join(run.name for run in entries if (run.arm, run.seed) == (entry.arm, entry.seed))
-            raise ConfigError(f"{entry.arm}{_where(entry.cell)} has the seed {entry.seed} twice: {twice}")
+            raise ConfigError(f"{entry.arm}{in_cell(entry.cell)} has the seed {entry.seed} twice: {twice}")
         arms[entry.arm].append(entry)
     if target is None:
         target = _reached_by_all(arms[baseline], metric)
     times = {name: _lane(step_times, _lane_of(name, runs), entries[0].cell) for name, runs in arms.items()}
-    budgets, kin = _budgets(arms, times), _kin(arms)
+    budgets, kin = _budgets(arms, times), kin_of(arms)
     table, quantities, of_quantity = {}, [], {}
     for quantity, of in _quantities(metrics, target, budgets, times):
         values = {name: _by_seed(runs, of) for name, runs in arms.items()}
@@ -576,33 +517,6 @@ def _by_pairs(
     return paired(values, others, family)
 
 
-def _kin(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
-    """Of each arm a key, which arms have in common whose runs of a seed are alike, so that pairing them helps.
-
-    Their study says so, by `tuned_as`: they differ in what leaves the best settings alone. Or they are the same runs under
-    other names. Correlations of so few runs are not looked at: what they seem to be is mostly chance.
-    """
-    pairs = [pair for pair in itertools.combinations(arms, 2) if _are_the_same(arms[pair[0]], arms[pair[1]])]
-    pairs += [(run.tuned_as, name) for name, runs in arms.items() for run in runs if run.tuned_as]
-    keys: dict[str, Hashable] = {name: name for pair in [*pairs, *zip(arms, arms, strict=True)] for name in pair}
-    for one, other in pairs:  # each joins all that are akin to either, so that the order of arms does not matter
-        old, new = keys[other], keys[one]
-        keys = {name: new if key == old else key for name, key in keys.items()}
-    return keys
-
-
-def _are_the_same(runs: Sequence[Entry], others: Sequence[Entry]) -> bool:
-    """Whether two arms hold the same runs: of one data, and on all seeds of both with the same curve, but for rounding."""
-    if not (any(run.curve_losses for run in runs) and any(run.curve_losses for run in others)):
-        return False
-    curves = {run.seed: run.curve_losses for run in others if run.is_done}
-    pairs = [(run.curve_losses, curves[run.seed]) for run in runs if run.is_done and run.seed in curves]
-    data = {run.data_sha256 for run in [*runs, *others]}
-    return bool(pairs) and len(data) == 1 and all(
-        len(own) == len(other) > 0 and np.allclose(own, other, rtol=ARITHMETIC, atol=0) for own, other in pairs
-    )  # fmt: skip
-
-
 def _mean(
     quantity: Quantity, values: Mapping[int, float], runs: Sequence[Entry], lane: Sequence[float] | None
 ) -> Estimate | None:
@@ -672,8 +586,8 @@ def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes
 
 
 def _run_notes(group: Group) -> Iterator[str]:
-    where, known = _where(group.cell), {run.seed for run in group.arms[group.baseline]}
-    kin = _kin(group.arms)
+    where, known = in_cell(group.cell), {run.seed for run in group.arms[group.baseline]}
+    kin = kin_of(group.arms)
     for name, runs in group.arms.items():
         for status in ("diverged", "failed", "unfinished"):
             those = [run for run in runs if run.status == status]
@@ -682,7 +596,7 @@ def _run_notes(group: Group) -> Iterator[str]:
                 yield f"{name}{where}: {len(those)} of {len(runs)} runs {status}{why}"
         before = list(group.arms)[: list(group.arms).index(name)]
         same = next((other for other in before if kin[other] == kin[name] and not any(run.tuned_as for run in runs)
-                     and _are_the_same(runs, group.arms[other])), None)  # fmt: skip
+                     and hold_the_same_runs(group.arms[other], runs)), None)  # fmt: skip
         if same is not None:
             yield f"the runs of {name}{where} are those of {same}, but for rounding: of chance they tell as one"
         missing = sorted(known - {run.seed for run in runs})
@@ -697,7 +611,7 @@ def _spread_notes(group: Group) -> Iterator[str]:
            if cell.difference is not None and cell.difference.method == "Dunnett" and cell.difference.ratio.n < FEW_RUNS]  # fmt: skip
     if few:
         yield (
-            f"arms of {min(few)} runs{_where(group.cell)} tell little of their spread: if that of one is much larger than the "
+            f"arms of {min(few)} runs{in_cell(group.cell)} tell little of their spread: if that of one is much larger than the "
             "others', it may be called different though it is not"
         )
 
@@ -706,13 +620,13 @@ def _target_notes(group: Group) -> Iterator[str]:
     for name, cell in group.table.get("steps_to_target", {}).items():
         if len(cell.values) < cell.num_seeds:
             yield (
-                f"{name}{_where(group.cell)} reached the {group.metric.label} {group.target:.4f} in {len(cell.values)} of "
+                f"{name}{in_cell(group.cell)} reached the {group.metric.label} {group.target:.4f} in {len(cell.values)} of "
                 f"{cell.num_seeds} runs: what it takes is not averaged over those that did"
             )
 
 
 def _tuning_notes(group: Group) -> Iterator[str]:
-    where = _where(group.cell)
+    where = in_cell(group.cell)
     for name, tuning in group.tuning.items():
         if tuning.best is None:
             yield f"{name}{where}: none of {len(tuning.trials)} trials finished, so nothing was chosen, and no final run made"

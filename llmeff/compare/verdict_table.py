@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmeff.compare.alike import show_cell
 from llmeff.compare.effects import Effect
 from llmeff.compare.intervals import Estimate
 from llmeff.compare.text_table import TextTable, as_csv, render_tables
-from llmeff.compare.verdict import Cell, Comparison, Group, Quantity, show_cell
+from llmeff.compare.verdict import Cell, Comparison, Group, Quantity
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
 FOOTNOTE = (

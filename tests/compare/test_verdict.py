@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from llmeff.compare.alike import differences
 from llmeff.compare.ledger import label_arms, read_ledger, write_ledger
 from llmeff.compare.plots import arm_curves
-from llmeff.compare.verdict import differences, judge, lane_name
+from llmeff.compare.verdict import judge, lane_name
 from llmeff.compare.verdict_table import render_comparison
 from llmeff.core.config import ConfigError
 
