@@ -10,12 +10,10 @@ from llmeff.compare.alike import show_cell
 from llmeff.compare.ledger import LEDGER, LOSS, SWEEP, Entry, read_entries, read_facts
 from llmeff.compare.plots import arm_curves
 from llmeff.compare.report import title_of
+from llmeff.compare.timing import TIMING, read_timing
 from llmeff.compare.verdict import Comparison, judge
 from llmeff.core import files
 from llmeff.core.config import ConfigError
-
-TIMING = "timing.json"
-"""Where a sweep's step times lie in its folder."""
 
 
 def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
@@ -118,23 +116,3 @@ def _said(paths: Sequence[Path]) -> dict[str, Any]:
         return read_facts(paths[0] / LEDGER)
     sweep = paths[0] / SWEEP
     return {"sweep": json.loads(sweep.read_text(encoding="utf-8"))} if sweep.is_file() else {}
-
-
-def read_timing(path: Path) -> dict[str, Any]:
-    """What a timing lane found: `step_s` by lane, a value for each generation of processes, and `note`, how.
-
-    Raises:
-        ConfigError: it cannot be read, or is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        races = found["races"]
-        rounds, dropped = (sum(race[key] for race in races) for key in ("rounds", "noisy_rounds_dropped"))
-        busy = sum(len(race["busy_generations"]) for race in races)
-        note = f"the timing lane had {rounds} rounds, of which {dropped} were dropped since others used the cores"
-        note += f"; in {busy} generations all were noisy, and kept" if busy else ""
-        return {"step_s": {name: list(map(float, values)) for name, values in found["step_s"].items()}, "note": note}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: is no file of step times, which `llmeff sweep --timing` writes") from None

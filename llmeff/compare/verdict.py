@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmeff.compare.alike import differences, hold_the_same_runs, in_cell, kin_of, show_cell
+from llmeff.compare.alike import differences, hold_the_same_runs, in_cell, kin_of
 from llmeff.compare.calibration import Calibration, calibrate
 from llmeff.compare.effects import Effects, effects, is_factorial
 from llmeff.compare.intervals import (
@@ -28,6 +28,7 @@ from llmeff.compare.intervals import (
     same_settings,
 )
 from llmeff.compare.ledger import LOSS, Entry, Metric, find_metric, flat_config, known_metrics, steps_to, value_at
+from llmeff.compare.timing import StepTimes, timed_as, times_by_arm, timing_name
 from llmeff.compare.tuning import Tuning, tuning_of
 from llmeff.core.config import ConfigError
 from llmeff.core.metric import Direction
@@ -40,10 +41,6 @@ FEW_RUNS = 5
 9 % of studies of equal arms call one different, and not 5 % (`analysis/results/coverage.json`)."""
 
 Call = Literal["better", "worse", "not told apart", "equal", "one run", "two seeds", ""]
-
-StepTimes = Mapping[str, Sequence[float]]
-"""By `lane_name`: seconds a step in the timing lane, one for each generation, paired over arms."""
-
 
 Value = Callable[[Entry], float | None]
 """Of a run; None where it has none."""
@@ -159,7 +156,7 @@ def judge(
         target: a value of the metric; None: in each cell the best that every run of the baseline reaches.
         metric: what decides: targets, budgets and tuning go by it. Ratios, of which all statistics are made, are of positive
             values: where one is not, nothing is compared.
-        step_times: of the timing lane; without it no times are compared.
+        step_times: of the timing run, by `timing_name`; without it no times are compared.
         notes: what else a reader must know.
         mixed: compare runs that read other data or had another budget all the same.
         command: that makes the study again.
@@ -201,11 +198,6 @@ def _key(cell: Mapping[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
-def lane_name(arm: str, cell: Mapping[str, Any]) -> str:
-    """What an arm's lane is called in a race."""
-    return f"{arm} @ {show_cell(dict(sorted(cell.items())))}" if cell else arm
-
-
 # -- quantities
 
 
@@ -229,7 +221,7 @@ def _group(
         arms[entry.arm].append(entry)
     if target is None:
         target = _reached_by_all(arms[baseline], metric)
-    times = {name: _lane(step_times, _lane_of(name, runs), entries[0].cell) for name, runs in arms.items()}
+    times = times_by_arm(step_times, arms, entries[0].cell)
     budgets, kin = _budgets(arms, times), kin_of(arms)
     table, quantities, of_quantity = {}, [], {}
     for quantity, of in _quantities(metrics, target, budgets, times):
@@ -303,7 +295,7 @@ def _effects(
     metric: Metric,
     quantities: Sequence[Quantity],
     of_quantity: Mapping[str, Value],
-    times: Mapping[str, Sequence[float] | None],
+    times: Mapping[str, Sequence[float]],
 ) -> dict[str, Effects]:
     """Of the quantities whose runs are combinations of factors: one that only some levels have has no effects."""
     runs = [run for own in arms.values() for run in own if run.repeats is None]
@@ -317,25 +309,14 @@ def _effects(
             continue
         infer_model = (lambda run, key=key: run.predicted.get(key)) if key in _PREDICTED else None
         found[key] = effects(runs, of, infer_model, depends_on_seed=quantity.depends_on_seed)
-    if all(lane is not None for lane in times.values()):
+    if arms.keys() <= times.keys():
         laps = [
             (replace(own[0], seed=lap), seconds)
-            for name, own in arms.items() if own and own[0].repeats is None for lap, seconds in enumerate(times[name] or ())
+            for name, own in arms.items() if own and own[0].repeats is None for lap, seconds in enumerate(times[name])
         ]  # fmt: skip
         by_lap = {id(entry): seconds for entry, seconds in laps}
         found["step_s"] = effects([entry for entry, _ in laps], lambda entry: by_lap[id(entry)], depends_on_seed=False)
     return found
-
-
-def _lane_of(name: str, runs: Sequence[Entry]) -> str:
-    """The arm that was raced for an arm: what has the same settings is as fast, and is not raced twice."""
-    return next((run.repeats for run in runs if run.repeats is not None), name)
-
-
-def _lane(step_times: StepTimes | None, arm: str, cell: Mapping[str, Any]) -> Sequence[float] | None:
-    if step_times is None:
-        return None
-    return step_times.get(lane_name(arm, cell))
 
 
 def _by_seed(runs: list[Entry], of: Value) -> dict[int, float]:
@@ -343,19 +324,15 @@ def _by_seed(runs: list[Entry], of: Value) -> dict[int, float]:
     return {seed: value for seed, value in found if value is not None and math.isfinite(value)}
 
 
-def _budgets(arms: Mapping[str, list[Entry]], times: Mapping[str, Sequence[float] | None]) -> dict[str, float]:
+def _budgets(arms: Mapping[str, list[Entry]], times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The most FLOPs, and seconds, that every arm has spent."""
     flops = [
         entry.step_flops * entry.steps for runs in arms.values() for entry in runs if entry.is_done and entry.step_flops
     ]
     budgets = {"flops": min(flops)} if flops else {}
-    seconds = [
-        plain.fmean(lane) * entry.steps
-        for name, runs in arms.items() if (lane := times[name]) is not None
-        for entry in runs if entry.is_done
-    ]  # fmt: skip
-    if seconds and all(lane is not None for lane in times.values()):
-        budgets["seconds"] = min(seconds)
+    done = [run for runs in arms.values() for run in runs if run.is_done]
+    if done and arms.keys() <= times.keys():
+        budgets["seconds"] = min(plain.fmean(times[run.arm]) * run.steps for run in done)
     return budgets
 
 
@@ -391,7 +368,7 @@ def _quantities(
     metrics: Sequence[Metric],
     target: float | None,
     budgets: Mapping[str, float],
-    times: Mapping[str, Sequence[float] | None],
+    times: Mapping[str, Sequence[float]],
 ) -> list[tuple[Quantity, Value]]:
     metric = metrics[0]
 
@@ -406,8 +383,7 @@ def _quantities(
         return value
 
     def seconds(entry: Entry) -> float | None:
-        lane = times[entry.arm]
-        return None if lane is None else plain.fmean(lane)
+        return plain.fmean(times[entry.arm]) if entry.arm in times else None
 
     def at(budget: str, of: Value) -> Value:
         def value(entry: Entry) -> float | None:
@@ -440,7 +416,7 @@ def _quantities(
 
 
 _TIMED = {"step_s": False, "seconds_to_target": True}
-"""What depends on the timing lane, and whether on steps too."""
+"""What depends on the timing run, and whether on steps too."""
 
 
 def _row(
@@ -448,7 +424,7 @@ def _row(
     arms: Mapping[str, list[Entry]],
     values: Mapping[str, dict[int, float]],
     baseline: str,
-    times: Mapping[str, Sequence[float] | None],
+    times: Mapping[str, Sequence[float]],
     kin: Mapping[str, Hashable],
 ) -> dict[str, Cell]:
     again = _repeating(arms, baseline)
@@ -460,7 +436,7 @@ def _row(
     if quantity.key in _TIMED:
         found |= {
             name: _timed(
-                quantity, logs[name], logs[baseline], times[name], times[baseline],
+                quantity, logs[name], logs[baseline], times.get(name), times.get(baseline),
                 are_kin=kin[name] == kin[baseline], family=len(able),
             )
             for name in able
@@ -487,7 +463,7 @@ def _row(
         name: Cell(
             values=values[name],
             num_seeds=len(arms[name]),
-            mean=_mean(quantity, values[name], arms[name], times[name]),
+            mean=_mean(quantity, values[name], arms[name], times.get(name)),
             difference=found[name],
             p_adjusted=adjusted[name],
             call=_call(found[name], adjusted[name], quantity),
@@ -518,12 +494,12 @@ def _by_pairs(
 
 
 def _mean(
-    quantity: Quantity, values: Mapping[int, float], runs: Sequence[Entry], lane: Sequence[float] | None
+    quantity: Quantity, values: Mapping[int, float], runs: Sequence[Entry], times: Sequence[float] | None
 ) -> Estimate | None:
     """Over seeds, without an interval of fewer than `FEWEST_SEEDS`; of a step's time over generations."""
     if not runs or len(values) < len(runs):
         return None
-    known = [*values.values()] if lane is None or quantity.key != "step_s" else lane
+    known = [*values.values()] if times is None or quantity.key != "step_s" else times
     return mean_interval(known, FEWEST_SEEDS if quantity.depends_on_seed else 2)
 
 
@@ -537,19 +513,19 @@ def _timed(
     are_kin: bool,
     family: int,
 ) -> Difference | None:
-    """By the timing lane, whose generations are pairs: in each, arms take turns."""
+    """By the timing run, whose generations are pairs: in each, arms take turns."""
     if ours is None or theirs is None:
         return None
     if not _TIMED[quantity.key]:
         return paired(ours, theirs, family)
-    lane = np.log(np.divide(ours, theirs))
+    ratios = np.log(np.divide(ours, theirs))
     seeds = [seed for seed in own if seed in other]
     if are_kin and not seeds:
         return None
     each, pace = math.log(plain.fmean(ours)), math.log(plain.fmean(theirs))  # what is left are steps
     steps, others = [value - each for value in own.values()], [pace - value for value in other.values()]
     pairs = [own[seed] - each + pace - other[seed] for seed in seeds]
-    return product([pairs, lane] if are_kin else [steps, others, lane], family)
+    return product([pairs, ratios] if are_kin else [steps, others, ratios], family)
 
 
 def _call(difference: Difference | None, p: float, quantity: Quantity) -> Call:
@@ -574,10 +550,8 @@ def _notes(groups: list[Group], metrics: Sequence[Metric], step_times: StepTimes
     notes = [f"of {', '.join(higher)} more is better, of all else less"] if higher else []
     for group in groups:
         notes += [*_run_notes(group), *_spread_notes(group), *_target_notes(group), *_tuning_notes(group)]
-    lanes = {
-        lane_name(_lane_of(name, runs), group.cell) for group in groups for name, runs in group.arms.items()
-    }  # fmt: skip
-    missing = sorted(lanes - step_times.keys()) if step_times is not None else []
+    names = {timing_name(timed_as(name, runs), group.cell) for group in groups for name, runs in group.arms.items()}
+    missing = sorted(names - step_times.keys()) if step_times is not None else []
     if missing:
         notes.append(f"the timing lane has no {', '.join(map(repr, missing))}: their times are not compared")
     if step_times is None:

@@ -8,8 +8,9 @@ import pytest
 
 from llmeff.cli import main
 from llmeff.compare.ledger import JOB_FILE, LEDGER, RUNS, SWEEP, read_entries, read_ledger, write_ledger
-from llmeff.compare.study import TIMING, is_list, name_of, read_study, read_timing, write_pictures
-from llmeff.compare.verdict import judge, lane_name
+from llmeff.compare.study import is_list, name_of, read_study, write_pictures
+from llmeff.compare.timing import TIMING, read_timing, timing_name
+from llmeff.compare.verdict import judge
 from llmeff.compare.verdict_table import as_dict
 from llmeff.core.config import ConfigError
 
@@ -115,7 +116,7 @@ def test_a_ledger_is_compared_as_what_it_was_made_of(study, tmp_path):
     cell = {"train.batch": 8, "model": "llama-1m"}
     entries = [replace(run, cell=cell) for run in study]
     write_ledger(tmp_path / LEDGER, entries)
-    lanes = {lane_name(arm, cell): [0.1, 0.2] for arm in ("base", "fast", "same")}
+    lanes = {timing_name(arm, cell): [0.1, 0.2] for arm in ("base", "fast", "same")}
     found = [judge(own, step_times=lanes) for own in (entries, read_ledger(tmp_path / LEDGER))]
     assert as_dict(found[0]) == as_dict(found[1])
     assert list(found[1].groups[0].cell) == ["train.batch", "model"]

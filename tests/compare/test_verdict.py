@@ -9,7 +9,8 @@ from scipy import stats
 from llmeff.compare.alike import differences
 from llmeff.compare.ledger import label_arms, read_ledger, write_ledger
 from llmeff.compare.plots import arm_curves
-from llmeff.compare.verdict import judge, lane_name
+from llmeff.compare.timing import timing_name
+from llmeff.compare.verdict import judge
 from llmeff.compare.verdict_table import render_comparison
 from llmeff.core.config import ConfigError
 
@@ -786,8 +787,8 @@ def test_a_cell_is_named_in_all_that_is_said_of_it(study, entry):
     ):
         assert [note for note in notes if note.startswith(said)], said
     assert "compared although" not in " ".join(notes)
-    (group,) = judge(runs, step_times={lane_name(name, cell): own for name, own in LANE.items()}).groups
-    assert lane_name("base", cell) == "base @ model = tiny, train.batch = 8"
+    (group,) = judge(runs, step_times={timing_name(name, cell): own for name, own in LANE.items()}).groups
+    assert timing_name("base", cell) == "base @ model = tiny, train.batch = 8"
     assert "step_s" in group.table
 
 
