@@ -23,7 +23,8 @@ import numpy.typing as npt  # noqa: E402
 from llmeff.compare.effects import effects  # noqa: E402
 from llmeff.compare.intervals import many_to_one  # noqa: E402
 from llmeff.compare.ledger import Entry  # noqa: E402
-from llmeff.compare.verdict import ALPHA, Comparison, judge  # noqa: E402
+from llmeff.compare.row import ALPHA  # noqa: E402
+from llmeff.compare.verdict import Comparison, judge  # noqa: E402
 from llmeff.core.files import write_text  # noqa: E402
 
 SD = 0.0075

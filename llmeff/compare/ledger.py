@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -415,34 +414,3 @@ def _open(path: Path) -> Any:
     if version != str(LEDGER_VERSION):
         raise ConfigError(f"{path}: its ledger_version is {version}, this llmeff reads {LEDGER_VERSION}")
     return table
-
-
-# -- readings of a run's curve
-
-
-def value_at(entry: Entry, steps: float, metric: Metric = LOSS) -> float | None:
-    """The metric after a number of steps, by linear interpolation between evaluations; None outside of them."""
-    values = entry.curve(metric.name)
-    if not values:
-        return None
-    last = entry.curve_steps[-1]
-    if steps <= last * (1 + 1e-9):  # rounding must not carry it past the last evaluation
-        steps = min(steps, last)
-    if not entry.curve_steps[0] <= steps <= last:
-        return None
-    return float(np.interp(steps, entry.curve_steps, values))
-
-
-def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None:
-    """The number of steps after which the metric first reaches the target, by linear interpolation; None if it never does."""
-    before: tuple[float, float] | None = None
-    values = entry.curve(metric.name)
-    for step, value in zip(entry.curve_steps if values else (), values, strict=True):
-        if metric.sign * value <= metric.sign * target:
-            if before is None:
-                return float(step)
-            share = (before[1] - target) / (before[1] - value)
-            return before[0] + share * (step - before[0])
-        if math.isfinite(value):
-            before = float(step), value
-    return None

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmeff.compare.alike import show_cell
+from llmeff.compare.group import Group
 from llmeff.compare.ledger import LOSS, Entry, Metric
-from llmeff.compare.verdict import Group
 from llmeff.record.figure import COLOURS, as_png, dress_axes, legend_name, new_figure
 
 _FEW = 6

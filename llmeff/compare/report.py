@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llmeff.compare.alike import show_cell
+from llmeff.compare.group import Group
 from llmeff.compare.ledger import Entry, flat_config
 from llmeff.compare.plots import arm_curves, trials_curves, tuning_curves
 from llmeff.compare.text_table import TextTable
-from llmeff.compare.verdict import Comparison, Group
+from llmeff.compare.verdict import Comparison
 from llmeff.compare.verdict_table import FOOTNOTE, show_ratio, tables
 from llmeff.core import files
 

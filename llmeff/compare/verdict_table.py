@@ -13,9 +13,12 @@ from rich.text import Text
 
 from llmeff.compare.alike import show_cell
 from llmeff.compare.effects import Effect
+from llmeff.compare.group import Group
 from llmeff.compare.intervals import Estimate
+from llmeff.compare.quantities import Quantity
+from llmeff.compare.row import Cell
 from llmeff.compare.text_table import TextTable, as_csv, render_tables
-from llmeff.compare.verdict import Cell, Comparison, Group, Quantity
+from llmeff.compare.verdict import Comparison
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
 FOOTNOTE = (

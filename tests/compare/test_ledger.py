@@ -21,10 +21,9 @@ from llmeff.compare.ledger import (
     read_entries,
     read_facts,
     read_ledger,
-    steps_to,
-    value_at,
     write_ledger,
 )
+from llmeff.compare.quantities import steps_to, value_at
 from llmeff.compare.verdict import judge
 from llmeff.compare.verdict_table import as_dict
 from llmeff.core.config import ConfigError

@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 import pytest
 
 from llmeff.compare.intervals import Difference, Estimate
+from llmeff.compare.quantities import Quantity
 from llmeff.compare.report import page, title_of, verdicts, write_report
+from llmeff.compare.row import Cell
 from llmeff.compare.text_table import TextTable, markdown, render_tables
-from llmeff.compare.verdict import Cell, Quantity, judge
+from llmeff.compare.verdict import judge
 from llmeff.compare.verdict_table import (
     FOOTNOTE,
     effects_tables,
@@ -185,7 +187,7 @@ def test_a_difference_that_is_a_multiple_is_shown_as_one(entry, spread, shown):
 
 
 def quantity(show):
-    return Quantity(key="it", label="it", show=show)
+    return Quantity(key="it", label="it", show=show, value=lambda entry: entry.loss)
 
 
 @pytest.mark.parametrize(

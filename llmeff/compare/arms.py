@@ -1,0 +1,69 @@
+"""The arms of one cell of a study, ready to be judged: runs by seed, the baseline, what is kin, and step times."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmeff.compare.alike import in_cell, kin_of
+from llmeff.compare.ledger import Entry
+from llmeff.compare.timing import StepTimes, times_by_arm
+from llmeff.core.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """All arms under the same values of the axes."""
+
+    cell: dict[str, Any]
+    """The values."""
+    runs: dict[str, list[Entry]]
+    """The final runs of each arm, by seed; the baseline's come first. Empty if none of the arm's trials finished."""
+    baseline: str
+    """The arm that the others are compared with."""
+    kin: Mapping[str, Hashable]
+    """The key of each arm's kin (`kin_of`)."""
+    times: Mapping[str, Sequence[float]]
+    """Seconds per step of the arms that were timed."""
+
+    @classmethod
+    def of(
+        cls, finals: Sequence[Entry], trials: Sequence[Entry], *, baseline: str, step_times: StepTimes | None
+    ) -> "Arms":
+        """Sorts the runs of a cell by arm and seed.
+
+        Args:
+            finals: the final runs of the cell, at least one.
+            trials: its tuning trials.
+            baseline: the arm that the others are compared with.
+            step_times: of the timing run; None if there was none.
+
+        Raises:
+            ConfigError: the baseline has no run, or an arm has a seed twice.
+        """
+        cell = finals[0].cell
+        names = dict.fromkeys(entry.arm for entry in [*finals, *trials])
+        if baseline not in names:
+            raise ConfigError(f"the baseline {baseline!r} has no run{in_cell(cell)}")
+        runs: dict[str, list[Entry]] = {name: [] for name in sorted(names, key=lambda name: name != baseline)}
+        for entry in sorted(finals, key=lambda entry: entry.seed):
+            if any(run.seed == entry.seed for run in runs[entry.arm]):
+                twice = ", ".join(run.name for run in finals if (run.arm, run.seed) == (entry.arm, entry.seed))
+                raise ConfigError(f"{entry.arm}{in_cell(entry.cell)} has the seed {entry.seed} twice: {twice}")
+            runs[entry.arm].append(entry)
+        times = times_by_arm(step_times, runs, cell)
+        return cls(cell=cell, runs=runs, baseline=baseline, kin=kin_of(runs), times=times)
+
+    @property
+    def aa_arm(self) -> str | None:
+        """The A/A arm, which repeats the baseline with other seeds; None if there is none."""
+        repeating = (name for name, runs in self.runs.items() if any(run.repeats == self.baseline for run in runs))
+        return next(repeating, None)
+
+    @property
+    def are_all_timed(self) -> bool:
+        """Whether every arm has step times."""
+        return self.runs.keys() <= self.times.keys()
+
+    def is_kin(self, name: str) -> bool:
+        """Whether an arm is kin to the baseline, so that their runs are paired by seed."""
+        return self.kin[name] == self.kin[self.baseline]
