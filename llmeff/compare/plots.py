@@ -1,4 +1,4 @@
-"""Loss curves of runs and of arms, and how well they know each class, as pictures."""
+"""Curves of arms, of tuning and of measurements, and bars by class, as PNGs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from llmeff.compare.ledger import LOSS, Entry, Metric
 from llmeff.record.figure import COLOURS, as_png, dress_axes, legend_name, new_figure
 
 _FEW = 6
-"""So many names fit into a picture, more stand beside it."""
+"""So many names fit into the picture; with more, the legend stands beside it."""
 
 
 def arm_curves(group: Group) -> bytes | None:
     """The held-out metric over items by arm, as a PNG: the mean over seeds, and a band from the lowest to the highest.
 
-    None where no arm was evaluated twice.
+    None if no arm was evaluated twice.
     """
     metric = group.metric
     curves = {name: _band(runs, metric) for name, runs in group.arms.items()}
@@ -40,7 +40,7 @@ def arm_curves(group: Group) -> bytes | None:
         axes.fill_between(items, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
         best.append((metric.sign * values).min())
         early.append(metric.sign * mean[len(mean) // 4])
-    # The beginning, which all have in common, would press the ends together.
+    # The start, which all arms have in common, would leave little height for the ends.
     _limit(axes, metric, min(best), max(early), room=1e-6)
     if group.target is not None:
         axes.axhline(group.target, color="#888888", linewidth=0.8, linestyle=":", label=f"target {group.target:.4f}")
@@ -55,7 +55,7 @@ def arm_curves(group: Group) -> bytes | None:
 
 
 def tuning_curves(group: Group) -> bytes | None:
-    """What every trial reached over the one number that was searched, by arm, as a PNG; None where there is no such."""
+    """What every trial reached over the one number that was searched, by arm, as a PNG; None if no arm searched one number."""
     figure, axes = new_figure()
     metric = group.metric
     names: set[str] = set()
@@ -88,9 +88,9 @@ def tuning_curves(group: Group) -> bytes | None:
 
 
 def trials_curves(group: Group) -> bytes | None:
-    """What to expect of the best of 1, 2, ... trials by arm, as a PNG; None where no arm was tuned by several.
+    """The expected best of 1, 2, ... trials by arm, as a PNG; None if no arm has several trials.
 
-    The trials are taken in random order: what a smaller budget would have found, on average.
+    The trials are taken in random order. So each point is what a smaller budget would have found on average.
     """
     tuned = {arm: tuning for arm, tuning in group.tuning.items() if len(tuning.expected_best) > 1}
     if not any(np.isfinite(tuning.expected_best).any() for tuning in tuned.values()):
@@ -115,18 +115,18 @@ def trials_curves(group: Group) -> bytes | None:
 
 
 def class_bars(values: Mapping[str, Sequence[float]], classes: Sequence[str], label: str, title: str) -> bytes:
-    """A bar for each class and run, below one another, as a PNG.
+    """A bar for each class and run, one below the other, as a PNG.
 
     Args:
-        values: by run, its classes' shares in their order; NaN where a class is not there.
-        classes: their names.
-        label: of the axis of the values.
-        title: of the picture.
+        values: by run, the share of each class; NaN if a class is absent.
+        classes: the names of the classes.
+        label: the label of the axis of the values.
+        title: the title of the picture.
     """
     thick = 0.8 / len(values)
     figure, axes = new_figure(height=1.5 + len(classes) * (0.14 + 0.16 * len(values)))
-    for number, (name, own) in enumerate(values.items()):
-        shares = np.array(own)
+    for number, (name, of_run) in enumerate(values.items()):
+        shares = np.array(of_run)
         places = np.arange(len(classes)) + (number - (len(values) - 1) / 2) * thick
         colour = COLOURS[number % len(COLOURS)]
         known = np.isfinite(shares)
@@ -153,22 +153,22 @@ class Curves:
     """A panel of `curves`."""
 
     label: str
-    """Of its axis."""
+    """The label of its axis."""
     values: Mapping[str, Sequence[float]]
-    """By name, above 0."""
+    """By name; positive."""
 
 
 def curves(
     places: Sequence[float], panels: Sequence[Curves], label: str, title: str, *, until: float | None = None
 ) -> bytes:
-    """Panels side by side, as a PNG; both axes logarithmic, but where `until` is given.
+    """Panels side by side, as a PNG. Both axes are logarithmic, unless `until` is given.
 
     Args:
-        places: of the values of every curve.
-        panels: with curves of the same names.
-        label: of the places.
-        title: of the picture.
-        until: the place at which a line is drawn, between what was known before and what was not.
+        places: the places of the values of every curve.
+        panels: the panels, with curves of the same names.
+        label: the label of the axis of the places.
+        title: the title of the picture.
+        until: a place at which a line is drawn, between what was known before and what was not.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -204,27 +204,31 @@ def curves(
 
 
 _FAR = 1.5
+"""Trials that are worse than the best by more than this factor may lie outside of the picture."""
 _STYLES = ("-", "--", ":")
 
 
 def _named(metric: Metric, unit: str, of: str = "") -> str:
-    """A metric on an axis; the loss has a unit."""
+    """The label of an axis. Only the loss has a unit."""
     return f"{metric.label}{of} ({unit})" if metric == LOSS else f"{metric.label}{of}"
 
 
 def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) -> None:
-    """Shows what lies between two costs, and a twentieth more."""
+    """Limits the axis of values to those between two costs, and a twentieth more on both sides."""
     more = 0.05 * (worst - best)
     axes.set_ylim(sorted((metric.sign * (best - more - room), metric.sign * (worst + more + room))))
 
 
 def _band(runs: Sequence[Entry], metric: Metric) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Items, and (runs, evaluations) values, of the runs that were evaluated alike and at least twice."""
-    known = [run for run in runs if len(run.curve(metric.name)) > 1 and run.items_per_step and run.is_done]
-    known = [run for run in known if np.isfinite(run.curve(metric.name)).all()]
+    """Items, and (runs, evaluations) values, of the finished runs that were evaluated at the same steps, at least twice."""
+    known = [run for run in runs if run.is_done and run.items_per_step and _is_curve(run.curve(metric.name))]
     known = [run for run in known if run.curve_steps == known[0].curve_steps]
     if not known:
         return None
-    each = known[0].items_per_step
-    assert each is not None
-    return np.array(known[0].curve_steps) * each, np.array([run.curve(metric.name) for run in known])
+    items_per_step = known[0].items_per_step
+    assert items_per_step is not None
+    return np.array(known[0].curve_steps) * items_per_step, np.array([run.curve(metric.name) for run in known])
+
+
+def _is_curve(values: Sequence[float]) -> bool:
+    return len(values) > 1 and bool(np.isfinite(values).all())

@@ -1,13 +1,13 @@
-"""A comparison as one HTML page that needs nothing else: the verdict first, then curves, tables and configs."""
+"""A comparison as one self-contained HTML page: the verdict first, then curves, tables and configs."""
 
 import base64
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmeff.compare.alike import show_cell
+from llmeff.compare.alike import in_cell, show_cell
 from llmeff.compare.group import Group
 from llmeff.compare.ledger import Entry, flat_config
 from llmeff.compare.plots import arm_curves, trials_curves, tuning_curves
@@ -29,8 +29,8 @@ th:first-child, td:first-child { text-align: left; }
 .verdict li { margin: .2rem 0; } .note { color: #b45309; } .small { opacity: .75; font-size: .9em; }
 img { max-width: 100%; background: white; border-radius: .4rem; } code { font-size: .92em; }
 """
-_SAID = ("steps_to_target", "seconds_to_target", "peak_bytes", "optimizer_bytes")
-"""Quantities that the verdict speaks of beside the metric, where they are there."""
+_BESIDE_METRIC = ("steps_to_target", "seconds_to_target", "peak_bytes", "optimizer_bytes")
+"""Quantities that the verdict names besides the metric, if the runs have them."""
 
 
 def write_report(comparison: Comparison, path: Path, title: str) -> None:
@@ -44,7 +44,7 @@ def write_report(comparison: Comparison, path: Path, title: str) -> None:
 
 
 def page(comparison: Comparison, title: str) -> str:
-    """The page as text; all that comes from runs is escaped."""
+    """The page as text. Everything that comes from runs is escaped."""
     name = html.escape(title)
     body = [f"<h1>{name}</h1>", _verdict(comparison)]
     for group in comparison.groups:
@@ -69,23 +69,25 @@ def page(comparison: Comparison, title: str) -> str:
 
 
 def verdicts(group: Group) -> list[str]:
-    """What may be said of each arm, in a sentence."""
-    keys = (group.metric.name, f"{group.metric.name}_at_seconds", *_SAID)
-    said = []
+    """The result for each arm, in one sentence."""
+    sentences = []
     for name in group.arms:
-        if name == group.baseline:
-            continue
-        parts = []
-        for quantity in group.quantities:
-            if quantity.key not in keys:
-                continue
-            cell = group.table[quantity.key][name]
+        if name != group.baseline:
+            parts = "; ".join(_verdict_parts(group, name)) or "nothing to compare"
+            sentences.append(f"{name} against {group.baseline}: {parts}")
+    return sentences
+
+
+def _verdict_parts(group: Group, arm: str) -> Iterator[str]:
+    """The result for an arm, by each quantity that the verdict names."""
+    keys = (group.metric.name, f"{group.metric.name}_at_seconds", *_BESIDE_METRIC)
+    for quantity in group.quantities:
+        if quantity.key in keys:
+            cell = group.table[quantity.key][arm]
             if cell.difference is not None:
-                parts.append(f"{quantity.label} {show_ratio(cell)}")
+                yield f"{quantity.label} {show_ratio(cell)}"
             elif len(cell.values) < cell.num_seeds:
-                parts.append(f"{quantity.label}: {len(cell.values)} of {cell.num_seeds} runs came to it")
-        said.append(f"{name} against {group.baseline}: {'; '.join(parts) or 'nothing to compare'}")
-    return said
+                yield f"{quantity.label}: {len(cell.values)} of {cell.num_seeds} runs came to it"
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -115,16 +117,14 @@ def _table(shown: TextTable) -> str:
 
 
 def _configs(group: Group) -> TextTable:
-    """The fields in which the arms' first runs differ."""
+    """The fields in which the first runs of the arms differ."""
     configs = {name: flat_config(runs[0]) for name, runs in group.arms.items() if runs}
-    keys = sorted({key for own in configs.values() for key in own})
     rows = []
-    for key in keys:
-        values = [configs[name].get(key, "-") for name in configs]
+    for key in sorted({key for config in configs.values() for key in config}):
+        values = [config.get(key, "-") for config in configs.values()]
         if any(value != values[0] for value in values[1:]):
             rows.append([key, *map(_short, values)])
-    where = f" ({show_cell(group.cell)})" if group.cell else ""
-    return TextTable(title=f"Fields that differ{where}", headers=["", *configs], rows=rows)
+    return TextTable(title=f"Fields that differ{in_cell(group.cell)}", headers=["", *configs], rows=rows)
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A study as a whole: its runs read, with what its sweep says of itself, and judged; its pictures."""
+"""A study as a whole: reads its runs and what its sweep or ledger holds about it, judges it, and draws its curves."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from llmeff.core.config import ConfigError
 
 
 def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
-    """Whether these are plain runs, each of its own kind: side by side, without seeds there is nothing to judge."""
+    """Whether these are plain runs of one arm, or each of an arm of its own. They are listed: without seeds nothing can be judged."""
     if any(path.is_file() or (path / SWEEP).is_file() for path in paths):
         return False
     arms = [entry.arm for entry in entries]
@@ -38,54 +38,49 @@ def read_study(
 
     Args:
         paths: run folders, sweeps' folders, or ledgers.
-        entries: what was read from them, where it was.
-        baseline: see `judge`; None: the sweep's own, where there is one.
-        target: see `judge`; None: the sweep's own, where it has one of this metric.
+        entries: the runs in them, if they were read before.
+        baseline: see `judge`; None: the sweep's own, if it has one.
+        target: see `judge`; None: the sweep's own, if it has one for this metric.
         metric: see `judge`; None: the sweep's own, or the loss.
-        timing: a file of step times; None: the sweep's or the ledger's own, where there are some.
+        timing: a file of step times; None: the sweep's or the ledger's own, if there are any.
         mixed: see `judge`.
 
     Raises:
         ConfigError: see `judge` and `read_entries`; or the step times cannot be read.
     """
-    said, given_timing = _said(paths), timing
-    sweep = said.get("sweep", {})
-    own_metric = sweep.get("metric", LOSS.name)
-    is_own = metric in (None, own_metric)
-    if timing is None and len(paths) == 1 and (paths[0] / TIMING).is_file():
-        timing = paths[0] / TIMING
-    timed = said.get("timing") if timing is None else read_timing(timing)
+    facts = _facts(paths)
+    sweep = facts.get("sweep", {})
+    metric_of_sweep = sweep.get("metric", LOSS.name)
+    timed = _timing(paths, facts) if timing is None else read_timing(timing)
     return judge(
         read_entries(paths) if entries is None else entries,
         baseline=sweep.get("baseline") if baseline is None else baseline,
-        target=sweep.get("target") if target is None and is_own else target,
-        metric=own_metric if metric is None else metric,
+        target=sweep.get("target") if target is None and metric in (None, metric_of_sweep) else target,
+        metric=metric_of_sweep if metric is None else metric,
         step_times=None if timed is None else timed["step_s"],
         notes=[] if timed is None else [timed["note"]],
         mixed=mixed,
-        command=_command(
-            paths, said, baseline=baseline, target=target, metric=metric, timing=given_timing, mixed=mixed
-        ),
+        command=_command(paths, facts, baseline=baseline, target=target, metric=metric, timing=timing, mixed=mixed),
     )
 
 
 def _command(
-    paths: Sequence[Path], said: dict[str, Any], *, baseline: str | None, target: float | None, metric: str | None,
+    paths: Sequence[Path], facts: dict[str, Any], *, baseline: str | None, target: float | None, metric: str | None,
     timing: Path | None, mixed: bool,
 ) -> str:  # fmt: skip
-    """What makes the study, where that is known, and then this view of it, where that is not the study's own."""
+    """The command that makes the study, if it is known, and the one for this view of it, if it differs from the study's own."""
     options = {"--baseline": baseline, "--target": target, "--metric": metric, "--timing": timing}
     asked = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     asked += ["--mixed"] if mixed else []
     view = shlex.join(["llmeff", "compare", *map(str, paths), *asked])
-    study: str | None = said.get("command")
+    study: str | None = facts.get("command")
     if study is None:
         return view
     return f"{study} && {view}" if asked else study
 
 
 def write_pictures(comparison: Comparison, path: Path) -> None:
-    """Draws the curves; of several cells, each has a file of its own.
+    """Draws the curves. If there are several cells, each has a file of its own.
 
     Raises:
         ConfigError: there is nothing to draw, or a file cannot be written.
@@ -94,20 +89,20 @@ def write_pictures(comparison: Comparison, path: Path) -> None:
         picture = arm_curves(group)
         if picture is None:
             raise ConfigError(f"{path}: there is nothing to draw, no run was evaluated twice")
-        own = path
+        file = path
         if len(comparison.groups) > 1:
-            own = path.with_name(f"{path.stem}-{files.safe_name(show_cell(group.cell).replace(' ', ''))}{path.suffix}")
-        with files.reported(own):
-            files.write_bytes(own, picture)
+            file = path.with_name(f"{path.stem}-{files.safe_name(show_cell(group.cell).replace(' ', ''))}{path.suffix}")
+        with files.reported(file):
+            files.write_bytes(file, picture)
 
 
 def name_of(paths: Sequence[Path], entries: Sequence[Entry]) -> str:
-    """The study's name, or its arms'."""
-    return _said(paths).get("sweep", {}).get("name") or title_of(entries)
+    """The name of the study, or those of its arms."""
+    return _facts(paths).get("sweep", {}).get("name") or title_of(entries)
 
 
-def _said(paths: Sequence[Path]) -> dict[str, Any]:
-    """What a single sweep or ledger says of itself."""
+def _facts(paths: Sequence[Path]) -> dict[str, Any]:
+    """What a single sweep or ledger holds about its study; empty for anything else."""
     if len(paths) != 1:
         return {}
     if paths[0].is_file():
@@ -116,3 +111,10 @@ def _said(paths: Sequence[Path]) -> dict[str, Any]:
         return read_facts(paths[0] / LEDGER)
     sweep = paths[0] / SWEEP
     return {"sweep": json.loads(sweep.read_text(encoding="utf-8"))} if sweep.is_file() else {}
+
+
+def _timing(paths: Sequence[Path], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The step times of a single sweep or ledger."""
+    if len(paths) == 1 and (paths[0] / TIMING).is_file():
+        return read_timing(paths[0] / TIMING)
+    return facts.get("timing")

@@ -1,4 +1,4 @@
-"""A comparison as text: for the terminal, Markdown, CSV or JSON."""
+"""A comparison as text: for the terminal, as Markdown, CSV or JSON."""
 
 import dataclasses
 import io
@@ -12,12 +12,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmeff.compare.alike import show_cell
-from llmeff.compare.effects import Effect
+from llmeff.compare.effects import Effect, Effects
 from llmeff.compare.group import Group
 from llmeff.compare.intervals import Estimate
 from llmeff.compare.quantities import Quantity
 from llmeff.compare.row import Cell
 from llmeff.compare.text_table import TextTable, as_csv, render_tables
+from llmeff.compare.tuning import Tuning
 from llmeff.compare.verdict import Comparison
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
@@ -43,7 +44,7 @@ def show_value(quantity: Quantity, value: float) -> str:
 
 
 def show_mean(quantity: Quantity, cell: Cell) -> str:
-    """The mean with its interval, or of two seeds their values, or how many came to it."""
+    """The mean with its interval; for two seeds their values; if a value is absent, how many runs have one."""
     if not cell.num_seeds:
         return "no trial finished"
     if cell.mean is None:
@@ -58,14 +59,14 @@ def show_mean(quantity: Quantity, cell: Cell) -> str:
 
 
 def show_ratio(cell: Cell) -> str:
-    """The ratio to the baseline with its interval, and what may be said; nothing for the baseline."""
+    """The ratio to the baseline with its interval, and the result; empty for the baseline."""
     if cell.difference is None:
         return ""
     return f"{show_interval(cell.difference.ratio)} {cell.call}".rstrip()
 
 
 def show_interval(ratio: Estimate) -> str:
-    """A ratio, with its interval where it has one."""
+    """A ratio, with its interval if it has one."""
     text = f"x {ratio.value:.4g}"
     if math.isnan(ratio.lower) or ratio.lower == ratio.upper:
         return text
@@ -73,7 +74,7 @@ def show_interval(ratio: Estimate) -> str:
 
 
 def show_effect(effect: Effect) -> str:
-    """What a factor does: a ratio with its interval; `none` below the noise of arithmetic; of few seeds each one's ratio."""
+    """What a factor does: a ratio with its interval; `none` below the noise of arithmetic; for few seeds the ratio of each."""
     if effect.is_none:
         return "none"
     if math.isnan(effect.ratio.lower) and effect.by_seed:
@@ -81,55 +82,73 @@ def show_effect(effect: Effect) -> str:
     return show_interval(effect.ratio)
 
 
+def _in_cell(group: Group) -> str:
+    """Ends the title of a table: the values of the axes, if there are axes."""
+    return f", {show_cell(group.cell)}" if group.cell else ""
+
+
 def group_tables(group: Group) -> list[TextTable]:
-    """What a cell of the study shows: the quantities by arm, and the tuning."""
-    where = f", {show_cell(group.cell)}" if group.cell else ""
+    """What a cell of the study shows: quantities by arm, noise, tuning, and effects."""
+    found = [_quantities_table(group)]
+    if group.noise:
+        found.append(_noise_table(group))
+    if group.tuning:
+        found.append(_tuning_table(group))
+    return found + effects_tables(group)
+
+
+def _quantities_table(group: Group) -> TextTable:
     seeds = {name: len(runs) for name, runs in group.arms.items()}
     counts = ", ".join(f"{name} {n}" for name, n in seeds.items()) if len(set(seeds.values())) > 1 else None
-    title = f"Against {group.baseline}{where}; seeds: {counts or next(iter(seeds.values()))}"
-    rows = []
-    for quantity in group.quantities:
-        cells = group.table[quantity.key]
-        rows.append([quantity.label, *(show_mean(quantity, cells[name]) for name in group.arms)])
-        ratios = [show_ratio(cells[name]) for name in group.arms]
-        if any(ratios):
-            rows.append(["  ratio to the baseline", *ratios])
-        differences = [cells[name].difference for name in group.arms]
-        visible = ["" if own is None else _visible(own.smallest_visible) for own in differences]
-        if any(visible):
-            rows.append(["  smallest visible", *visible])
-            rows.append(["  judged by", *("" if own is None else own.method for own in differences)])
-    tables = [TextTable(title=title, headers=["", *group.arms], rows=rows)]
-    if group.noise:
-        tables.append(_noise_table(group, where))
-    if group.tuning:
-        tables.append(_tuning_table(group, where))
-    return tables + effects_tables(group)
+    return TextTable(
+        title=f"Against {group.baseline}{_in_cell(group)}; seeds: {counts or next(iter(seeds.values()))}",
+        headers=["", *group.arms],
+        rows=[row for quantity in group.quantities for row in _quantity_rows(group, quantity)],
+    )
+
+
+def _quantity_rows(group: Group, quantity: Quantity) -> Iterator[list[str]]:
+    """The means of all arms; below them the ratios, what would have been visible, and the methods, if some arm has any."""
+    cells = [group.table[quantity.key][name] for name in group.arms]
+    yield [quantity.label, *(show_mean(quantity, cell) for cell in cells)]
+    ratios = [show_ratio(cell) for cell in cells]
+    if any(ratios):
+        yield ["  ratio to the baseline", *ratios]
+    differences = [cell.difference for cell in cells]
+    visible = ["" if difference is None else _visible(difference.smallest_visible) for difference in differences]
+    if any(visible):
+        yield ["  smallest visible", *visible]
+        yield ["  judged by", *("" if difference is None else difference.method for difference in differences)]
 
 
 def effects_tables(group: Group) -> list[TextTable]:
-    """What each factor does to each quantity, where the arms are combinations of factors."""
-    where = f", {show_cell(group.cell)}" if group.cell else ""
-    return [_effects_table(group, quantity, where) for quantity in group.quantities if quantity.key in group.effects]
+    """What each factor does to each quantity, if the arms are combinations of factors."""
+    return [
+        TextTable(
+            title=_effects_title(group, quantity, group.effects[quantity.key]),
+            headers=["factor", "levels", "ratio", "predicted", "p (Holm)", "smallest visible"],
+            rows=[_effect_row(effect) for effect in group.effects[quantity.key].effects],
+        )
+        for quantity in group.quantities
+        if quantity.key in group.effects
+    ]
 
 
-def _effects_table(group: Group, quantity: Quantity, where: str) -> TextTable:
-    found = group.effects[quantity.key]
-    rows = []
-    for effect in found.effects:
-        p = "-" if math.isnan(effect.p_adjusted) or effect.is_none else f"{effect.p_adjusted:.2g}"
-        foreseen = "-" if effect.predicted is None else f"x {effect.predicted:.4g}"
-        visible = "" if effect.is_none else _visible(effect.smallest_visible)
-        rows.append([" x ".join(effect.factors), effect.levels, show_effect(effect), foreseen, p, visible or "-"])
+def _effects_title(group: Group, quantity: Quantity, found: Effects) -> str:
     by = f" by {len(found.seeds)} seeds" if found.seeds else ""
     lacking = [f"seeds {', '.join(map(str, found.dropped_seeds))}"] if found.dropped_seeds else []
     if found.dropped_combinations:
-        lacking.append(f"combinations {'; '.join(f'({show_cell(own)})' for own in found.dropped_combinations)}")
-    left = f"; {' and '.join(lacking)} lack runs and are left out" if lacking else ""
+        lacking.append(f"combinations {'; '.join(f'({show_cell(levels)})' for levels in found.dropped_combinations)}")
+    left_out = f"; {' and '.join(lacking)} lack runs and are left out" if lacking else ""
     aliased = f"; not told apart from these: {', '.join(found.aliased)}" if found.aliased else ""
-    title = f"Effects on {quantity.label}{where}, {found.num_runs} runs{by}{left}{aliased}"
-    headers = ["factor", "levels", "ratio", "predicted", "p (Holm)", "smallest visible"]
-    return TextTable(title=title, headers=headers, rows=rows)
+    return f"Effects on {quantity.label}{_in_cell(group)}, {found.num_runs} runs{by}{left_out}{aliased}"
+
+
+def _effect_row(effect: Effect) -> list[str]:
+    p = "-" if math.isnan(effect.p_adjusted) or effect.is_none else f"{effect.p_adjusted:.2g}"
+    predicted = "-" if effect.predicted is None else f"x {effect.predicted:.4g}"
+    visible = "" if effect.is_none else _visible(effect.smallest_visible)
+    return [" x ".join(effect.factors), effect.levels, show_effect(effect), predicted, p, visible or "-"]
 
 
 def _visible(smallest: float) -> str:
@@ -139,11 +158,11 @@ def _visible(smallest: float) -> str:
 
 
 _MANIFOLD = 3.0
-"""From here on a ratio is shown as one, and not as a share."""
+"""From this ratio on, a ratio is shown as a factor and not as a percentage."""
 
 
-def _noise_table(group: Group, where: str) -> TextTable:
-    """How far runs differ that differ by their seed alone."""
+def _noise_table(group: Group) -> TextTable:
+    """How much runs differ that differ by their seed only."""
     has_ratio = any(noise.ratio is not None for noise in group.noise.values())
     rows = []
     for quantity in group.quantities:
@@ -152,20 +171,25 @@ def _noise_table(group: Group, where: str) -> TextTable:
             ratio = [] if not has_ratio else ["-" if noise.ratio is None else show_interval(noise.ratio)]
             rows.append([quantity.label, *ratio, f"{noise.sd:.2%}", str(noise.num_runs)])
     headers = ["", *(["A/A ratio"] if has_ratio else []), "sd of the log ratio of two runs", "runs"]
-    return TextTable(title=f"Noise floor: {group.baseline} against itself{where}", headers=headers, rows=rows)
+    title = f"Noise floor: {group.baseline} against itself{_in_cell(group)}"
+    return TextTable(title=title, headers=headers, rows=rows)
 
 
-def _tuning_table(group: Group, where: str) -> TextTable:
-    rows = []
-    for name, tuning in group.tuning.items():
-        chosen = (
-            "none" if tuning.best is None else ", ".join(f"{key} = {_short(own)}" for key, own in tuning.best.items())
-        )
-        reached = [f"{value:.4f}" if math.isfinite(value) else "-" for value in tuning.expected_best]
-        near = ", ".join(f"{key} x {factor:.3g}" for key, factor in tuning.near_factor.items())
-        rows.append([name, str(len(tuning.trials)), chosen, near or "-", " ".join(reached)])
-    headers = ["arm", "trials", "chosen", "within 1 % of the best", "expected best after 1, 2, ... trials"]
-    return TextTable(title=f"Tuning{where}", headers=headers, rows=rows)
+def _tuning_table(group: Group) -> TextTable:
+    return TextTable(
+        title=f"Tuning{_in_cell(group)}",
+        headers=["arm", "trials", "chosen", "within 1 % of the best", "expected best after 1, 2, ... trials"],
+        rows=[_tuning_row(name, tuning) for name, tuning in group.tuning.items()],
+    )
+
+
+def _tuning_row(name: str, tuning: Tuning) -> list[str]:
+    best = "none"
+    if tuning.best is not None:
+        best = ", ".join(f"{field} = {_short(value)}" for field, value in tuning.best.items())
+    near = ", ".join(f"{field} x {factor:.3g}" for field, factor in tuning.near_factor.items())
+    reached = [f"{value:.4f}" if math.isfinite(value) else "-" for value in tuning.expected_best]
+    return [name, str(len(tuning.trials)), best, near or "-", " ".join(reached)]
 
 
 def _short(value: Any) -> str:
@@ -175,15 +199,15 @@ def _short(value: Any) -> str:
 def calibration_table(comparison: Comparison) -> TextTable:
     """Predictions against measurements, over all runs."""
     rows = [
-        [name.replace("_", " "), str(own.n), f"{own.median:.3%}", f"{own.worst:+.3%}", own.worst_run]
-        for name, own in comparison.calibration.items()
+        [name.replace("_", " "), str(found.n), f"{found.median:.3%}", f"{found.worst:+.3%}", found.worst_run]
+        for name, found in comparison.calibration.items()
     ]
     headers = ["quantity", "runs", "median error", "worst", "in"]
     return TextTable(title="Predicted / measured - 1, over all runs", headers=headers, rows=rows)
 
 
 def tables(comparison: Comparison) -> list[TextTable]:
-    """All that a comparison shows."""
+    """All tables of a comparison."""
     found = [table for group in comparison.groups for table in group_tables(group)]
     return [*found, calibration_table(comparison)] if comparison.calibration else found
 
@@ -192,9 +216,9 @@ def render_comparison(comparison: Comparison, kind: str, width: int | None = Non
     """The comparison as text.
 
     Args:
-        comparison: of `judge`.
+        comparison: from `judge`.
         kind: `terminal`, `markdown`, `csv` or `json`.
-        width: of the terminal, in characters; asked of it where it is left out.
+        width: the width of the terminal, in characters; None: the terminal is asked.
     """
     if kind == "json":
         return json.dumps(as_dict(comparison), indent=1) + "\n"
@@ -211,12 +235,12 @@ def _closing(comparison: Comparison) -> list[str]:
 
 
 def terminal(shown_tables: Sequence[TextTable], width: int | None = None, closing: str = "") -> str:
-    """Tables for the terminal; one that is too wide for it is taken apart.
+    """Tables for the terminal. A table that is too wide is split.
 
     Args:
-        shown_tables: what to show.
-        width: of the terminal, in characters; asked of it where it is left out.
-        closing: set below them.
+        shown_tables: the tables.
+        width: the width of the terminal, in characters; None: the terminal is asked.
+        closing: a text below them.
     """
     buffer = io.StringIO()
     console = Console(file=buffer, width=width or Console().width)
@@ -239,7 +263,7 @@ _FRAME = 3
 
 
 def _beside(table: TextTable, width: int) -> Iterator[TextTable]:
-    """The table, in parts whose columns fit beside one another; each begins with the first column."""
+    """The table, in parts whose columns fit side by side. Each part begins with the first column."""
     widths = [max(len(row[n]) for row in [table.headers, *table.rows]) + _FRAME for n in range(len(table.headers))]
     first = 1
     while first < len(widths) or first == 1:
@@ -257,28 +281,34 @@ def _markdown(comparison: Comparison) -> str:
 
 
 def flat(comparison: Comparison) -> list[dict[str, Any]]:
-    """One row for each cell of the axes, quantity and arm, with plain numbers; what is not there is None."""
-    rows = []
-    for group in comparison.groups:
-        for quantity in group.quantities:
-            for name, cell in group.table[quantity.key].items():
-                difference = cell.difference
-                rows.append({
-                    "cell": show_cell(group.cell),
-                    "quantity": quantity.key,
-                    "arm": name,
-                    "baseline": group.baseline,
-                    "num_seeds": cell.num_seeds,
-                    "num_with_value": len(cell.values),
-                    **_numbers("mean", cell.mean),
-                    **_numbers("ratio", None if difference is None else difference.ratio),
-                    "p": None if difference is None else _plain(difference.p),
-                    "p_adjusted": _plain(cell.p_adjusted),
-                    "method": None if difference is None else difference.method,
-                    "smallest_visible_ratio": None if difference is None else _plain(difference.smallest_visible),
-                    "call": cell.call or None,
-                })  # fmt: skip
-    return rows
+    """One row for each cell of the axes, quantity and arm, with plain numbers. What is absent is None."""
+    return [
+        {
+            "cell": show_cell(group.cell),
+            "quantity": quantity.key,
+            "arm": name,
+            "baseline": group.baseline,
+            **_flat_cell(cell),
+        }
+        for group in comparison.groups
+        for quantity in group.quantities
+        for name, cell in group.table[quantity.key].items()
+    ]
+
+
+def _flat_cell(cell: Cell) -> dict[str, Any]:
+    difference = cell.difference
+    return {
+        "num_seeds": cell.num_seeds,
+        "num_with_value": len(cell.values),
+        **_numbers("mean", cell.mean),
+        **_numbers("ratio", None if difference is None else difference.ratio),
+        "p": None if difference is None else _plain(difference.p),
+        "p_adjusted": _plain(cell.p_adjusted),
+        "method": None if difference is None else difference.method,
+        "smallest_visible_ratio": None if difference is None else _plain(difference.smallest_visible),
+        "call": cell.call or None,
+    }
 
 
 def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
@@ -294,28 +324,44 @@ def _plain(value: float) -> float | None:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All of it, for JSON: no NaN and no infinity."""
+    """The whole comparison for JSON, without NaN and infinity."""
+    groups = comparison.groups
     return {
         "metric": comparison.metrics[0].name,
         "metric_directions": {metric.name: metric.better for metric in comparison.metrics},
         "table": flat(comparison),
-        "targets": {show_cell(group.cell): group.target for group in comparison.groups},
-        "budgets": {show_cell(group.cell): group.budgets for group in comparison.groups},
-        "tuning": [
-            {
-                "cell": show_cell(group.cell),
-                "arm": name,
-                "trials": [{"settings": trial, group.metric.name: _plain(value)} for trial, value in tuning.trials],
-                "best": tuning.best,
-                "expected_best": [_plain(value) for value in tuning.expected_best],
-                "at_edge": tuning.at_edge,
-                "near_factor": {name: _plain(factor) for name, factor in tuning.near_factor.items()},
-            }
-            for group in comparison.groups
-            for name, tuning in group.tuning.items()
-        ],
-        "effects": [
-            {
+        "targets": {show_cell(group.cell): group.target for group in groups},
+        "budgets": {show_cell(group.cell): group.budgets for group in groups},
+        "tuning": [row for group in groups for row in _flat_tuning(group)],
+        "effects": [row for group in groups for row in _flat_effects(group)],
+        "noise": [row for group in groups for row in _flat_noise(group)],
+        "calibration": {
+            name: dataclasses.asdict(found) | {"median": _plain(found.median), "worst": _plain(found.worst)}
+            for name, found in comparison.calibration.items()
+        },
+        "notes": comparison.notes,
+        "footnote": FOOTNOTE,
+        "command": comparison.command,
+    }
+
+
+def _flat_tuning(group: Group) -> Iterator[dict[str, Any]]:
+    for name, tuning in group.tuning.items():
+        yield {
+            "cell": show_cell(group.cell),
+            "arm": name,
+            "trials": [{"settings": trial, group.metric.name: _plain(value)} for trial, value in tuning.trials],
+            "best": tuning.best,
+            "expected_best": [_plain(value) for value in tuning.expected_best],
+            "at_edge": tuning.at_edge,
+            "near_factor": {field: _plain(factor) for field, factor in tuning.near_factor.items()},
+        }
+
+
+def _flat_effects(group: Group) -> Iterator[dict[str, Any]]:
+    for key, found in group.effects.items():
+        for effect in found.effects:
+            yield {
                 "cell": show_cell(group.cell),
                 "quantity": key,
                 "factors": list(effect.factors),
@@ -329,26 +375,14 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                 "dropped_combinations": list(found.dropped_combinations),
                 "predicted_ratio": effect.predicted,
             }
-            for group in comparison.groups
-            for key, found in group.effects.items()
-            for effect in found.effects
-        ],
-        "noise": [
-            {
-                "cell": show_cell(group.cell),
-                "quantity": key,
-                **_numbers("aa_ratio", noise.ratio),
-                "sd_log_ratio": noise.sd,
-                "num_runs": noise.num_runs,
-            }
-            for group in comparison.groups
-            for key, noise in group.noise.items()
-        ],
-        "calibration": {
-            name: dataclasses.asdict(own) | {"median": _plain(own.median), "worst": _plain(own.worst)}
-            for name, own in comparison.calibration.items()
-        },
-        "notes": comparison.notes,
-        "footnote": FOOTNOTE,
-        "command": comparison.command,
-    }
+
+
+def _flat_noise(group: Group) -> Iterator[dict[str, Any]]:
+    for key, noise in group.noise.items():
+        yield {
+            "cell": show_cell(group.cell),
+            "quantity": key,
+            **_numbers("aa_ratio", noise.ratio),
+            "sd_log_ratio": noise.sd,
+            "num_runs": noise.num_runs,
+        }
