@@ -21,7 +21,7 @@ MOST_COMPLEX = 16
 PLAIN = 10
 """Of those below, which people read first."""
 PLAIN_FUNCTIONS = {
-    "compare": {"effects", "_shown", "judge", "_tuning", "tuning_of", "_effects", "_group", "entry_of"},
+    "compare": {"effects", "_shown", "judge", "tuning_of", "_effects", "group_of", "row", "entry_of"},
     "config": {"_problems"},
     "lab": {"_summarize"},
     "attention": {"mix"},
