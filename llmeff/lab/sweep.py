@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmeff.compare.ledger import JOB_FILE, LEDGER, LOSS, RUNS, SWEEP, read_sweep, write_ledger
-from llmeff.compare.study import TIMING, read_timing
+from llmeff.compare.timing import TIMING, read_timing
 from llmeff.config.run import RunConfig
 from llmeff.config.sweep import Job, SweepConfig, items_per_step, job_config
 from llmeff.core import files, log

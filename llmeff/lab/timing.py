@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmeff.compare.ledger import LEDGER, SWEEP, read_facts, read_ledger, write_ledger
-from llmeff.compare.study import TIMING, read_timing
-from llmeff.compare.verdict import lane_name
+from llmeff.compare.timing import TIMING, read_timing, timing_name
 from llmeff.config.sweep import SweepConfig, job_config
 from llmeff.core import files
 from llmeff.core.config import ConfigError
@@ -51,7 +50,7 @@ def write_timing(
     jobs.sort(key=lambda job: job.arm != sweep.baseline)
     for cell in sweep.cells():
         runs = {
-            lane_name(job.arm, job.cell): (as_begun(sweep, folder, job_config(sweep, job)), "ours")
+            timing_name(job.arm, job.cell): (as_begun(sweep, folder, job_config(sweep, job)), "ours")
             for job in jobs
             if job.cell == cell
         }
