@@ -1,4 +1,4 @@
-"""Users' own components: modules that register themselves when they are imported."""
+"""Users' own components: modules that register themselves on import."""
 
 import importlib
 import importlib.metadata
@@ -13,10 +13,10 @@ from llmeff.core.config import ConfigError
 
 
 class _Here(MetaPathFinder):
-    """Finds modules in the working folder: those that the user named, and what they import in turn, whenever they do.
+    """Finds modules in the working folder: those that the user named, and those that they import, at any time.
 
-    It comes after all other finders, so that nothing there hides an installed package; and no library finds there what it
-    tries to import and does without (a tabulate.py).
+    It comes after all other finders, so nothing there hides an installed package. Libraries do not find there what they
+    try to import and can do without (a tabulate.py).
     """
 
     def __init__(self, folder: str):
@@ -26,7 +26,7 @@ class _Here(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where a module lies; None where it is not there, or was not asked for."""
+        """A module's spec; None if it is not in the folder or was not asked for from here."""
         if path is not None or not (fullname in self.names or self._is_asked_from_here()):
             return None
         spec = PathFinder.find_spec(fullname, [self.folder], target)
@@ -35,7 +35,7 @@ class _Here(MetaPathFinder):
         return spec
 
     def _is_asked_from_here(self) -> bool:
-        """Whether the import stands in a module that was found here."""
+        """Whether the import statement is in a module that was found here."""
         frame = sys._getframe(2)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:
             frame = frame.f_back
@@ -43,13 +43,13 @@ class _Here(MetaPathFinder):
 
 
 _MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external")
-"""Modules whose frames stand between an import and those who look for what it names."""
+"""Modules whose frames lie between an import and its finder."""
 
 
 def load_components(modules: Sequence[str]) -> None:
-    """Imports installed packages by their entry points under `llmeff`, and modules by name, from the working folder too.
+    """Imports installed packages by their `llmeff` entry points, and modules by name, also from the working folder.
 
-    Every process that reads a config calls it first.
+    Every process that reads a config must call it first.
 
     Raises:
         ConfigError: there is no such module.
@@ -68,9 +68,9 @@ def load_components(modules: Sequence[str]) -> None:
 
 
 def _search_here(names: set[str]) -> None:
-    """Has modules of these names be found in the working folder."""
+    """Makes modules of these names importable from the working folder."""
     here = str(Path.cwd())
-    known = next((own for own in sys.meta_path if isinstance(own, _Here) and own.folder == here), None)
+    known = next((finder for finder in sys.meta_path if isinstance(finder, _Here) and finder.folder == here), None)
     if known is None:
         known = _Here(here)
         sys.meta_path.append(known)

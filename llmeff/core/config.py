@@ -30,7 +30,7 @@ class ConfigError(ValueError):
     """Everything that is wrong with what the user asked for, in one error.
 
     Args:
-        problems: one line for each problem: where, what was given, what is allowed.
+        problems: one line each: where, what was given, what is allowed.
     """
 
     def __init__(self, problems: str | Iterable[str]):
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 
 def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """A table's content by today's names; where a field is given by its old name too, that counts.
+    """A table's content under today's names. If a field is also given by its old name, that value wins.
 
     >>> with_new_names({"items": 5, "budget": None}, {"items": "budget"})
     {'budget': 5}
@@ -49,7 +49,7 @@ def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, without unknown fields, each field described by its docstring."""
+    """Base of all configs: frozen, no unknown fields, each field described by its docstring."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -59,7 +59,7 @@ class Config(BaseModel):
     )
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields by the names that they had before, which are still read."""
+    """Old names of fields, which are still read, with their new names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +69,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_components(cls, data: Any) -> Any:
-        """A table without a name, where a component is expected, is of the kind that the field has by default."""
+        """Where a component is expected, a table without a name takes the name of the field's default."""
         if not isinstance(data, Mapping):
             return data
         named = {
@@ -81,9 +81,9 @@ class Config(BaseModel):
 
 
 class Component(Config):
-    """A config that is chosen by its `name` among all of its family (`optim.name = "adamw"`).
+    """A config chosen by its `name` within a family (`optim.name = "adamw"`).
 
-    A direct subclass that gives `family=` opens a registry; classes below it that set a default `name` enter it.
+    A direct subclass that gives `family=` opens a registry. Classes below it that set a default `name` enter it.
     """
 
     registry: ClassVar[Registry[Any]]
@@ -96,15 +96,15 @@ class Component(Config):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """A field typed by the family holds any of it: validated by its name, dumped whole."""
+        """A field typed by the family accepts any member: validated by its name, dumped in full."""
         if "registry" not in cls.__dict__:
             return handler(source)
         dump = core_schema.plain_serializer_function_ser_schema(
             lambda value, info: value.model_dump(mode=info.mode), info_arg=True
         )
-        # not the family's own model: pydantic would know that from a second field on, and go by it alone
-        own = core_schema.is_instance_schema(cls)
-        return core_schema.no_info_before_validator_function(cls._by_name, own, serialization=dump)
+        # not the family's own model: from the second field of this type on, pydantic would recognize it and use it alone
+        instance = core_schema.is_instance_schema(cls)
+        return core_schema.no_info_before_validator_function(cls._by_name, instance, serialization=dump)
 
     @classmethod
     def _by_name(cls, value: Any) -> Any:
@@ -136,7 +136,7 @@ class Component(Config):
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Splits `a.b=value`; the value is TOML (`3e-4`, `true`, `[1, 2]`, `"x"`), `null`, or else a plain string.
+    """Splits `a.b=value`. The value is TOML (`3e-4`, `true`, `[1, 2]`, `"x"`), `null`, or else a plain string.
 
     Raises:
         ConfigError: there is no `=` or no key.
@@ -158,10 +158,10 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
     """Applies `--set` settings to a config's raw data.
 
     A setting that names a component (`optim=muon`, `optim.name=muon`) replaces it by that component's defaults, before
-    any setting of its fields, whatever the order on the command line. Of two settings of one key the later wins.
+    any setting of its fields, whatever their order on the command line. If a key is set twice, the later value wins.
 
     Raises:
-        ConfigError: a setting does not parse, or goes through a value that is no table.
+        ConfigError: a setting does not parse, or its key leads through a value that is not a table.
     """
     result: dict[str, Any] = json.loads(json.dumps(data))
     parsed = []
@@ -172,7 +172,7 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
         table = result
         for depth, part in enumerate(path[:-1]):
             below = table.setdefault(part, {})
-            if isinstance(below, str):  # a component by its bare name
+            if isinstance(below, str):  # a component given by its bare name
                 below = table[part] = {"name": below}
             if not isinstance(below, dict):
                 where = ".".join(path[: depth + 1])
@@ -183,7 +183,7 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
 
 
 def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The field names allowed where an unknown field stood."""
+    """The field names allowed in the place of an unknown field."""
     annotation: Any = model
     for part in location:
         annotation = _below(annotation, part)
@@ -200,7 +200,7 @@ def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...
 
 
 def _below(annotation: Any, part: int | str) -> Any:
-    """The type of a field, of a table's values or a list's items; of one that may be None, what it is else."""
+    """The type of a field, of a table's values or of a list's items; for an optional type, the type without None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
         found: Any = None if field is None else field.annotation
@@ -208,7 +208,7 @@ def _below(annotation: Any, part: int | str) -> Any:
         arguments = get_args(annotation)
         found = arguments[-1 if get_origin(annotation) is dict else 0] if arguments else None
     if isinstance(found, UnionType) or get_origin(found) is Union:
-        (found, *_) = [own for own in get_args(found) if own is not NoneType]
+        (found, *_) = [kind for kind in get_args(found) if kind is not NoneType]
     return found
 
 
@@ -234,7 +234,7 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
     """Validates raw data.
 
     Raises:
-        ConfigError: with every problem, the value given and the nearest right name.
+        ConfigError: lists every problem, with the value given and the nearest right name.
     """
     try:
         return model.model_validate(dict(data))
@@ -247,10 +247,10 @@ def read(path: Path) -> dict[str, Any]:
     """Reads a TOML or JSON config.
 
     Raises:
-        ConfigError: the file is absent, of another kind, or does not parse.
+        ConfigError: the file is absent, not TOML or JSON, or does not parse.
     """
     if path.suffix not in (".toml", ".json"):
-        raise ConfigError(f"{path}: a config is a .toml or a .json file")
+        raise ConfigError(f"{path}: a config must be a .toml or .json file")
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -261,5 +261,5 @@ def read(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: does not parse ({error})") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a table, this is {type(data).__name__}")
+        raise ConfigError(f"{path}: a config must be a table, not {type(data).__name__}")
     return data

@@ -1,4 +1,4 @@
-"""What this CPU is good at: the instruction set that oneDNN takes of it, and whether it multiplies bfloat16 fast."""
+"""The instruction set that oneDNN uses on this CPU, and whether the CPU multiplies bfloat16 fast."""
 
 from collections.abc import Collection
 from functools import cache
@@ -20,7 +20,7 @@ InstructionSet = Literal[
     "AVX512_CORE_AMX",
     "AVX512_CORE_AMX_FP16",
 ]
-"""By oneDNN's names. It computes by the last of them that the CPU has and `ONEDNN_MAX_CPU_ISA` allows."""
+"""oneDNN's names, oldest first. It uses the last one that the CPU has and `ONEDNN_MAX_CPU_ISA` allows."""
 
 _NEEDS: dict[InstructionSet, tuple[tuple[InstructionSet, ...], frozenset[str]]] = {
     "SSE41": ((), frozenset({"sse4_1"})),
@@ -35,28 +35,28 @@ _NEEDS: dict[InstructionSet, tuple[tuple[InstructionSet, ...], frozenset[str]]] 
     "AVX512_CORE_AMX": (("AVX512_CORE_FP16",), frozenset({"amx_tile", "amx_int8", "amx_bf16"})),
     "AVX512_CORE_AMX_FP16": (("AVX512_CORE_AMX",), frozenset({"amx_fp16"})),
 }
-"""What each set holds within it, and by which flags of /proc/cpuinfo it is known beyond that."""
+"""For each set: the sets that it includes, and the flags in /proc/cpuinfo that it needs beyond theirs."""
 _ALIASES: dict[str, InstructionSet] = {
     "AVX10_1_512": "AVX512_CORE_FP16",
     "AVX10_1_512_AMX": "AVX512_CORE_AMX",
     "AVX10_1_512_AMX_FP16": "AVX512_CORE_AMX_FP16",
 }
 INSTRUCTION_SETS: tuple[InstructionSet, ...] = tuple(_NEEDS)
-"""From the oldest on."""
+"""Oldest first."""
 
 
 def contained(name: InstructionSet) -> list[InstructionSet]:
-    """The sets within one, and itself."""
-    inner = [own for held in _NEEDS[name][0] for own in contained(held)]
-    return [own for own in INSTRUCTION_SETS if own in (*inner, name)]
+    """The sets that a set includes, and itself."""
+    inner = [part for held in _NEEDS[name][0] for part in contained(held)]
+    return [part for part in INSTRUCTION_SETS if part in (*inner, name)]
 
 
 def effective(flags: Collection[str], limit: str = "") -> InstructionSet | None:
-    """What oneDNN takes of a CPU; None where it is none of its sets for x86.
+    """The set that oneDNN uses on a CPU; None if it uses none of its x86 sets.
 
     Args:
-        flags: of the CPU, as /proc/cpuinfo names them.
-        limit: as `ONEDNN_MAX_CPU_ISA` has it, in any case; what oneDNN does not know is no limit.
+        flags: the CPU's flags, as /proc/cpuinfo names them.
+        limit: the value of `ONEDNN_MAX_CPU_ISA`, in any case; a value that oneDNN does not know sets no limit.
     """
     named = limit.upper()
     highest = _ALIASES.get(named, named)
@@ -66,7 +66,7 @@ def effective(flags: Collection[str], limit: str = "") -> InstructionSet | None:
 
 
 def instruction_set() -> InstructionSet | None:
-    """What oneDNN takes of this CPU in this process; None where it is not known."""
+    """The set that oneDNN uses in this process; None if unknown."""
     return effective(_flags(), onednn_limit())
 
 
@@ -80,9 +80,9 @@ def _flags() -> frozenset[str]:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether products in bfloat16 are faster than in float32: on a GPU, and on a CPU with units for them (AMX).
+    """Whether bfloat16 products are faster than float32 ones: true on a GPU, and on a CPU with AMX.
 
-    Without these, or those of AVX512_BF16, it is slow at them: on AVX2 many times slower than in float32.
+    A CPU with neither AMX nor AVX512_BF16 is slow at them: with AVX2, many times slower than in float32.
 
     Args:
         device: `cpu`, or a kind of accelerator.

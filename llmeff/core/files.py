@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed; in folders that hold no links.
+"""Files that are whole or absent: written next to their place, flushed to disk, then renamed. Their folders hold no links.
 
-A folder of ours (a run's, a sweep's, a cache's entry) may itself be reached through links, which its user made. Nothing in
-it may be one: whoever can write there could else have files elsewhere read, written over or deleted in the user's name.
+A folder of ours (a run's, a sweep's, a cache entry's) may itself be reached through links that its user made. Nothing in
+it may be a link: otherwise, whoever can write there could make us read, overwrite or delete files elsewhere.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from llmeff.core.config import ConfigError
 from llmeff.core.heartbeat import beat
 
 PARTIAL = ".partial-"
-"""Names that begin so are what a killed process left behind; nothing reads them."""
+"""Prefix of what a killed process left behind. Nothing reads it."""
 
 DISCARDED = "discarded-"
-"""Folders that begin so hold what was recorded before a run began anew; nothing reads them, and nothing removes them."""
+"""Prefix of folders that hold what was recorded before a run began anew. Nothing reads or removes them."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -32,7 +32,7 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9.+=-]+")
 
 
 def safe_name(text: str) -> str:
-    """A name for a file: the text, or where that holds anything unusual, what is left of it and a digest."""
+    """A name for a file: the text itself or, if it holds anything unusual, the rest of it and a digest."""
     kept = _UNUSUAL.sub("-", text).strip("-.")
     return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
 
@@ -42,7 +42,7 @@ def _beside(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder's entries to disk."""
+    """Flushes a file, or a folder's entries, to disk."""
     beat()
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -53,7 +53,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write; it replaces what is at `path` when the block ends well, and leaves nothing otherwise."""
+    """A file to write. It replaces `path` if the block ends well; otherwise nothing is left of it."""
     part = _beside(path)
     try:
         yield part
@@ -72,16 +72,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """Like `write_bytes`, for text in UTF-8."""
     write_bytes(path, content.encode("utf-8"))
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it appears at `path` when the block ends well, and leaves nothing otherwise.
+    """A folder to fill. It appears at `path` if the block ends well; otherwise nothing is left of it.
 
     Raises:
-        FileExistsError: something not empty is already at `path` when the block ends.
+        FileExistsError: something that is not empty is at `path` when the block ends.
     """
     part = _beside(path)
     part.mkdir(parents=True)
@@ -94,10 +94,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def settle(part: Path, path: Path) -> None:
-    """Puts a filled folder in its place, once all that is in it is on disk.
+    """Moves a filled folder to its place once everything in it is on disk.
 
     Raises:
-        FileExistsError: something not empty is already there.
+        FileExistsError: something that is not empty is already there.
     """
     for file in sorted(part.rglob("*")):
         sync(file)
@@ -108,10 +108,10 @@ def settle(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while the block writes a file or folder into the one error that a user sees.
+    """Turns errors in a block that writes a file or folder into the one error that a user sees.
 
     Raises:
-        ConfigError: names the path and the reason; where the disk is full, what to do.
+        ConfigError: names the path and the reason and, if the disk is full, says what to do.
     """
     try:
         yield
@@ -119,19 +119,19 @@ def reported(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
-        advice = " Free some, then try again; a run goes on by --resume." if number in _FULL else ""
+        advice = " Free some space and try again; continue a run with --resume." if number in _FULL else ""
         raise ConfigError(f"{path}: cannot be written ({os.strerror(number)}).{advice}") from error
 
 
 def _error_number(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors keeps the number in its text only
-    return int(said[1]) if said else None
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the number only in its text
+    return int(found[1]) if found else None
 
 
 def sweep_partial(folder: Path) -> None:
-    """Removes what killed processes left half-written anywhere under the folder; a link goes, not what it leads to."""
+    """Removes what killed processes left half-written anywhere under the folder. A link is removed, not its target."""
     for place, folders, names in os.walk(folder):
         for name in [name for name in folders if name.startswith(PARTIAL)]:
             folders.remove(name)
@@ -146,35 +146,35 @@ def sweep_partial(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, *, itself: bool = False) -> None:
-    """Refuses a folder of ours in which something leads elsewhere; call it before anything in it is touched.
+    """Refuses a folder of ours in which something leads elsewhere. Call it before anything in it is touched.
 
     Args:
-        folder: may be reached through links, and need not exist. What of it cannot be listed is left out.
-        itself: the folder too is inside one of ours, and may be no link.
+        folder: may be reached through links, and need not exist. Parts that cannot be listed are skipped.
+        itself: whether the folder is inside one of ours, so that it may not be a link either.
 
     Raises:
-        ConfigError: it, or something at any depth in it, is a symbolic link (also one that leads nowhere), or neither a
-            file nor a folder (a pipe, a socket, a device).
+        ConfigError: the folder (with `itself`) or anything at any depth in it is a symbolic link (even a broken one), or is
+            neither a file nor a folder (a pipe, a socket, a device).
     """
-    own = [folder] if itself and folder.is_symlink() else []
-    found = own or list(_strangers(folder))
+    top = [folder] if itself and folder.is_symlink() else []
+    found = top or list(_strangers(folder))
     if not found:
         return
     first = found[0]
     what = f"is a symbolic link to {os.readlink(first)}" if first.is_symlink() else "is neither a file nor a folder"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise ConfigError(
-        f"{first}: {what}{more}; nothing inside a folder that llmeff writes is followed out of it, and nothing was touched: "
+        f"{first}: {what}{more}; llmeff follows no links inside the folders that it writes, and nothing was touched: "
         "put what it leads to in its place, or remove it (the folder itself may be a link)"
     )
 
 
 def _strangers(folder: Path) -> Iterator[Path]:
-    """What is neither a file nor a folder, in order of their names."""
+    """Everything that is neither a file nor a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             lying = sorted(entries, key=lambda entry: entry.name)
-    except OSError:  # it is not there, or just went, or cannot be listed: who needs it will say so
+    except OSError:  # absent, just removed, or not to be listed: whoever needs it will say so
         return
     for entry in lying:
         if entry.is_dir(follow_symlinks=False):
@@ -184,12 +184,12 @@ def _strangers(folder: Path) -> Iterator[Path]:
 
 
 def open_to_append(path: Path) -> int:
-    """A handle that writes at the end of a file, which is made where there is none.
+    """A handle that writes at the end of a file, which is created if absent.
 
-    A file that has another name elsewhere (a hard link) is first replaced by a copy, so that only this one grows.
+    If the file has another name elsewhere (a hard link), a copy replaces it first, so that only this one grows.
 
     Raises:
-        OSError: it cannot be written, or is a symbolic link.
+        OSError: the file cannot be written, or is a symbolic link.
     """
     if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
         write_bytes(path, path.read_bytes())
@@ -197,23 +197,23 @@ def open_to_append(path: Path) -> int:
 
 
 def open_anew(path: Path) -> int:
-    """A handle that writes a new file in place of what has its name, which is not written through: no link of any kind is."""
+    """A handle to a new file, which replaces whatever has its name. It writes through no link, hard or symbolic."""
     path.unlink(missing_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
 
 
 def set_aside(folder: Path, names: Iterable[str], copied: Iterable[str]) -> Path | None:
-    """Moves parts of a folder into `discarded-N` inside it, N the first that holds none of them.
+    """Moves parts of a folder into `discarded-N` inside it; N is the first number whose folder holds none of them.
 
-    Cut off and called again, it goes on with the same N. Parts move in the order of their names as given.
+    If it is interrupted and called again, it continues with the same N. Parts move in the order of `names`.
 
     Args:
-        folder: whose parts.
-        names: the parts that are moved, where they are there.
-        copied: files that are copied beside them.
+        folder: the folder whose parts are moved.
+        names: the parts to move; absent ones are skipped.
+        copied: files to copy next to them.
 
     Returns:
-        where they are now; None where none was there.
+        where they are now; None if there was nothing to move.
     """
     names = list(names)
     lying = [name for name in names if os.path.lexists(folder / name)]

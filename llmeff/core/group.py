@@ -1,4 +1,4 @@
-"""What the processes of a run say to one another: sums, errors, and that all have come to a place."""
+"""What the processes of a run exchange: sums, errors and barriers."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 def connect(device: torch.device, timeout_s: float) -> None:
-    """Joins the process group that the launcher made, or one of this process alone.
+    """Joins the launcher's process group, or makes one of this process alone.
 
     Args:
-        device: where this process computes: a GPU is reached by NCCL, a CPU by gloo.
-        timeout_s: after which a collective that waits for another rank fails.
+        device: where this process computes; NCCL connects GPUs, gloo CPUs.
+        timeout_s: how long a collective waits for other ranks before it fails.
     """
     if torch.distributed.is_initialized():
         return
     is_gpu = device.type == "cuda"
-    if is_gpu:  # where objects are gathered, too
+    if is_gpu:  # objects are gathered there, too
         torch.cuda.set_device(device)
     with in_a_world():
         torch.distributed.init_process_group(
@@ -34,35 +34,35 @@ def connect(device: torch.device, timeout_s: float) -> None:
 
 
 def disconnect() -> None:
-    """Leaves the process group, where there is one."""
+    """Leaves the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error says that another rank is gone, or did not come in time."""
+    """Whether an error says that another rank is gone or did not come in time."""
     lost = (torch.distributed.DistError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
     return isinstance(error, lost) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def is_joined() -> bool:
-    """Whether this process has come together with the others."""
+    """Whether this process has joined a process group."""
     return torch.distributed.is_initialized()
 
 
 def is_shared() -> bool:
-    """Whether this process has others to talk to."""
+    """Whether there are other processes to talk to."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def barrier() -> None:
-    """Returns when every rank has come here."""
+    """Returns when every rank has called it."""
     if is_shared():
         torch.distributed.barrier()
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all ranks, on the value's device; the value itself where there is one rank."""
+    """The sum over all ranks, on the value's device; the value itself if there is only one rank."""
     return _reduced(value, torch.distributed.ReduceOp.SUM)
 
 
@@ -76,14 +76,14 @@ def _reduced(value: Tensor, by: torch.distributed.ReduceOp.RedOpType) -> Tensor:
 
 
 def least(value: int) -> int:
-    """The smallest of all ranks' numbers."""
+    """The smallest number of all ranks."""
     return -int(_reduced(torch.tensor(-value), torch.distributed.ReduceOp.MAX))
 
 
 def totals(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sums by name over micro-batches and ranks; 1 in the place of 0: what named sums of losses are divided by, once.
+    """Sums by name over micro-batches and ranks, with 1 in place of 0. Named sums of losses are divided by these, once.
 
-    A step in which every target is masked has no loss, and no gradient.
+    So a step in which every target is masked has zero loss and zero gradient.
     """
     summed = {name: sum(count[name] for count in counts) for name in counts[0]}
     if is_shared():
@@ -93,7 +93,7 @@ def totals(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def from_main(value: T) -> T:
-    """What the main rank gives, on all ranks."""
+    """The main rank's value, on all ranks."""
     if not is_shared():
         return value
     given = [value]
@@ -103,20 +103,20 @@ def from_main(value: T) -> T:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """A block in which the ConfigError of one rank becomes that of all, so that none waits for another.
+    """A block in which one rank's ConfigError becomes every rank's, so that no rank waits for another.
 
     Raises:
         ConfigError: with the problems of the first rank that has any.
     """
-    own: ConfigError | None = None
+    raised: ConfigError | None = None
     try:
         yield
     except ConfigError as error:
-        own = error
-    everyones: list[list[str] | None] = [own.problems if own else None]
+        raised = error
+    everyones: list[list[str] | None] = [raised.problems if raised else None]
     if is_shared():
         everyones *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, own.problems if own else None)
+        torch.distributed.all_gather_object(everyones, raised.problems if raised else None)
     first = next(filter(None, everyones), None)
     if first is not None:
-        raise ConfigError(first) from own
+        raise ConfigError(first) from raised

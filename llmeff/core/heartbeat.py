@@ -1,27 +1,27 @@
-"""Where this process is in its run, for whoever asks from another thread; to say it costs two writes."""
+"""How far this process has come in its run, readable from other threads. An update costs two writes."""
 
 
 class Heartbeat:
-    """The last place that the run said it had come to."""
+    """The last place that the run reported."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Grows with whatever is done: standing still, it says that nothing is."""
+        """Grows with everything that is done. If it stands still, nothing is being done."""
         self.step = 0
-        """The step under way, from 1; 0 before the first."""
+        """The current step, from 1; 0 before the first."""
         self.part = "start"
-        """What the run is in: one of `PARTS`."""
+        """The current part of the run: one of `PARTS`."""
 
 
 PARTS = ("start", "data", "forward", "backward", "update", "evaluation", "checkpoint")
-"""In the order in which a run comes to them."""
+"""In the order in which a run first reaches them."""
 
 HEARTBEAT = Heartbeat()
-"""This process's."""
+"""This process's heartbeat."""
 
 
 def beat(part: str | None = None, step: int | None = None) -> None:
-    """Says that something was done: a batch, a file, or the beginning of a part."""
+    """Reports that something was done: a batch, a file, or the start of a part."""
     if part is not None:
         HEARTBEAT.part = part
     if step is not None:

@@ -1,6 +1,6 @@
-"""Marks of what does not count in a loss."""
+"""Labels that do not count in a loss."""
 
 IGNORED_TOKEN = -100
-"""Of a token, as in torch's cross-entropy and transformers."""
+"""Label of an ignored token, as in torch's cross-entropy and transformers."""
 IGNORED_PIXEL = 255
-"""Of a pixel that nobody labelled, as in Cityscapes."""
+"""Label of a pixel that nobody labelled, as in Cityscapes."""

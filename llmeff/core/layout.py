@@ -1,4 +1,4 @@
-"""Where each token of a batch stands: its position, its document, and whether it is padding."""
+"""Where each token of a batch is: its position, its document, and whether it is padding."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -13,31 +13,31 @@ Tables = TypeVar("Tables")
 
 
 def begins_in(documents: Tensor) -> Tensor:
-    """(B, T), of documents whose tokens are neighbours, to whether each token is the first of its own in the row."""
+    """(B, T) bool: whether each token is the first of its document in the row. A document's tokens must be adjacent."""
     return torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
 
 
 def places_in(documents: Tensor) -> Tensor:
-    """(B, T), of documents whose tokens are neighbours, to each token's place in its own, from 0."""
+    """(B, T): each token's place in its document, from 0. A document's tokens must be adjacent."""
     places = torch.arange(documents.shape[-1], device=documents.device)[None]
     return places - torch.where(begins_in(documents), places, 0).cummax(dim=-1).values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a mixer must know of a batch beside its activations.
+    """What a mixer must know about a batch besides its activations.
 
-    Built once a forward pass and shared by all layers; tables that layers have in common are made once and kept.
+    Built once per forward pass and shared by all layers. Tables that layers have in common are made once and kept.
     """
 
     positions: Tensor
     """(B, T) or (1, T) int64: each token's place in its document, from 0."""
     documents: Tensor | None = None
-    """(B, T) int64: tokens see one another only where these agree. None: one document a row."""
+    """(B, T) int64: tokens see each other only if these are equal. None: one document per row."""
     padding: Tensor | None = None
-    """(B, S) bool over cached and new tokens, False where a token is padding. None: none is."""
+    """(B, S) bool over cached and new tokens, False for padding. None: no padding."""
     past: int = 0
-    """How many tokens lie in the cache before this batch's first."""
+    """How many tokens the cache holds before this batch's first."""
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
     _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
@@ -45,27 +45,27 @@ class Layout:
 
     @staticmethod
     def plain(length: int, device: torch.device, past: int = 0) -> "Layout":
-        """One unpadded document a row, `length` tokens after `past` cached ones."""
+        """One unpadded document per row: `length` tokens after `past` cached ones."""
         positions = torch.arange(past, past + length, device=device)[None]
         return Layout(positions=positions, past=past)
 
     @property
     def is_plain(self) -> bool:
-        """Whether rows are one document each, without padding."""
+        """Whether every row is one document without padding."""
         return self.documents is None and self.padding is None
 
     @property
     def is_padding(self) -> Tensor | None:
-        """(B, T) bool of the new tokens, True where one is padding; None where none is."""
+        """(B, T) bool of the new tokens, True for padding; None if there is none."""
         return None if self.padding is None else ~self.padding[:, self.past : self.past + self.positions.shape[-1]]
 
     def cleared(self, x: Tensor) -> Tensor:
-        """(B, T, .) with zeros for padding."""
+        """(B, T, .) with zeros at padding."""
         is_padding = self.is_padding
         return x if is_padding is None else x.masked_fill(is_padding[..., None], 0)
 
     def places(self) -> Tensor:
-        """(B or 1, past + T): each token's place among the real tokens of its document, -1 where it is padding."""
+        """(B or 1, past + T): each token's place among the real tokens of its document; -1 for padding."""
         num_tokens = self.past + self.positions.shape[-1]
         if self.documents is not None:
             places = self.positions
@@ -76,7 +76,7 @@ class Layout:
         return places if self.padding is None else places.masked_fill(~self.padding[:, :num_tokens], -1)
 
     def tables(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
-        """What a mixer makes of the layout, for all its layers; a key begins with the mixer's name."""
+        """What a mixer makes from the layout, shared by all its layers. A key begins with the mixer's name."""
         if key not in self._tables:
             self._tables[key] = make()
         return cast(Tables, self._tables[key])
@@ -96,19 +96,19 @@ class Layout:
         return self._rotary[key]
 
     def mask(self, num_keys: int) -> Tensor | None:
-        """Which keys each query sees, (B or 1, 1, T, num_keys) bool; None where plain causal attention is meant.
+        """Which keys each query sees, (B or 1, 1, T, num_keys) bool; None means plain causal attention.
 
-        A query that is padding, and so sees nothing, is let see every key: its output is used by nobody, and a softmax
-        over nothing would be NaN.
+        A padding query sees nothing, so it is allowed to see every key: nobody uses its output, and a softmax over nothing
+        would be NaN.
         """
         if num_keys not in self._masks:
             self._masks[num_keys] = self._make_mask(num_keys)
         return self._masks[num_keys]
 
     def bias(self, num_keys: int, dtype: torch.dtype) -> Tensor | None:
-        """`mask` as a summand of the scores: 0 where a query sees a key, else minus infinity.
+        """`mask` as a term to add to the scores: 0 where a query sees a key, else minus infinity.
 
-        Attention would make it from a boolean mask in every layer, and keep each for backward; here it is made once.
+        Given a boolean mask, attention would make this term in every layer and keep each for backward. Here it is made once.
         """
         mask = self.mask(num_keys)
         if mask is not None and (num_keys, dtype) not in self._biases:

@@ -1,6 +1,6 @@
-"""Warnings and diagnoses, last words, and a file of their own for what engines print.
+"""Warnings, errors and last words, and a separate file for what engines print.
 
-What a run prints for people while it goes well is in the progress display.
+The progress display prints what people see while a run goes well.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ logger = logging.getLogger("llmeff")
 
 
 def configure(*, quiet: bool) -> None:
-    """Sends llmeff's messages to standard error: warnings and errors, and notices too unless quiet."""
+    """Sends llmeff's messages to standard error: warnings and errors, and notices too unless `quiet`."""
     handler = logging.StreamHandler(err())
     handler.setFormatter(logging.Formatter("llmeff: %(levelname)s: %(message)s"))
     logger.handlers[:] = [handler]
@@ -32,17 +32,17 @@ def configure(*, quiet: bool) -> None:
 
 
 def out() -> TextIO:
-    """Standard output, as llmeff's own lines reach it."""
+    """Standard output for llmeff's own lines."""
     return sys.stdout if _apart is None else _apart.out
 
 
 def err() -> TextIO:
-    """Standard error, as llmeff's own lines reach it."""
+    """Standard error for llmeff's own lines."""
     return sys.stderr if _apart is None else _apart.err
 
 
 def complaint(problems: Sequence[str]) -> str:
-    """What is wrong, as it stands at the terminal."""
+    """The problems as the terminal shows them."""
     if len(problems) == 1:
         return f"llmeff: error: {problems[0]}\n"
     return "llmeff: error:\n" + "".join(f"  {problem}\n" for problem in problems)
@@ -51,7 +51,7 @@ def complaint(problems: Sequence[str]) -> str:
 def say_last(text: str, code: int) -> None:
     """Says why this process ends: to the `llmeff train` that started it, or else at the terminal.
 
-    Of many processes that have something to say, the first is heard.
+    If several processes say something, only the first is heard.
     """
     ending = ending_file()
     if ending is None:
@@ -63,7 +63,7 @@ def say_last(text: str, code: int) -> None:
 
 
 class _Apart:
-    """Standard output and error of the process, kept for llmeff; a file in their place."""
+    """Keeps the process's standard output and error for llmeff, and puts a file in their place."""
 
     def __init__(self) -> None:
         handle, name = tempfile.mkstemp(prefix="llmeff-engine-", suffix=".log")
@@ -80,7 +80,7 @@ class _Apart:
         os.close(handle)
 
     def settle(self, path: Path) -> None:
-        """Goes on in a file, after what was printed so far."""
+        """Continues in another file, after a copy of what was printed so far."""
         _flush()
         handle = files.open_to_append(path)
         os.write(handle, self.path.read_bytes())
@@ -89,7 +89,7 @@ class _Apart:
         self.path, self.is_settled = path, True
 
     def close(self) -> None:
-        """Gives standard output and error back."""
+        """Restores standard output and error."""
         _flush()
         for number, fd in enumerate(self._kept, start=1):
             os.dup2(fd, number)
@@ -105,9 +105,9 @@ _apart: _Apart | None = None
 
 @contextlib.contextmanager
 def engines_apart() -> Iterator[None]:
-    """A block in which what libraries print goes to a file and not to the terminal.
+    """A block in which what libraries print goes to a file instead of the terminal.
 
-    Where it ends in an error that is not the user's before `settle` was called, what they printed is shown.
+    If it ends before `settle` was called, in an error that is not the user's, what they printed is shown.
     """
     global _apart
     _apart = _Apart()
@@ -131,9 +131,9 @@ def engines_apart() -> Iterator[None]:
 
 
 def settle(path: Path) -> None:
-    """Keeps what engines print in this file from now on, and what they printed before; nothing where they are not apart.
+    """Keeps what engines print in this file from now on, and what they printed before. Outside `engines_apart` it does nothing.
 
-    A file that is there already is added to.
+    If the file exists, it is added to.
     """
     if _apart is not None:
         _apart.settle(path)

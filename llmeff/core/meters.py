@@ -29,42 +29,42 @@ from llmeff.core.dist import silence_profiler
 from llmeff.core.log import logger
 
 Kind = Literal["parameters", "gradients", "optimizer", "other"]
-"""What live bytes are; `other` is activations, batches and temporaries."""
+"""Kinds of live bytes; `other` is activations, batches and temporaries."""
 
 
 def peak_allocated_bytes(device: torch.device) -> int | None:
-    """The most that CUDA's allocator has handed out at once since `peak_bytes` last forgot it; None on a CPU."""
+    """The most bytes that CUDA's allocator held at once since `peak_bytes` last reset the count; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def resident_bytes() -> int:
-    """What the process holds of the machine's memory now: libraries and freed but unreturned memory included."""
+    """Bytes of the machine's memory that the process holds now, with libraries and freed memory not yet returned."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
-    except FileNotFoundError:  # no Linux
+    except FileNotFoundError:  # not Linux
         return peak_resident_bytes()
 
 
 def bytes_now(device: torch.device) -> int:
-    """What is held of the device's memory now: by CUDA's allocator, or of the machine's by the process."""
+    """Memory in use now, in bytes: by CUDA's allocator on a GPU, by the whole process on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most that the process has held of the machine's memory since it began."""
+    """The most bytes of the machine's memory that the process has held since it began."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveBytes:
-    """Bytes of tensors that were live together."""
+    """Bytes of tensors that were live at the same time."""
 
     total: int
-    """Of all kinds."""
+    """All kinds together."""
     by_kind: dict[Kind, int]
-    """At the moment when the total was highest."""
+    """By kind, at the moment when the total was highest."""
 
 
 class _Watch(TorchDispatchMode):
@@ -87,15 +87,15 @@ class _Watch(TorchDispatchMode):
 
 
 class PeakLiveBytes:
-    """Meters the bytes of live tensors while it is entered; after it, `peak` is the moment of the most.
+    """Meters the bytes of live tensors while it is entered; afterwards `peak` describes the moment of the highest total.
 
-    Each storage counts once, whole, from the operation that returns it until it is freed. What a kernel allocates and
-    frees inside itself is not seen, nor is a storage that is resized in place. A step takes about twice its time under
-    it, and compiled code runs eagerly: meter one step, and time others.
+    Each storage counts once, whole, from the operation that returns it until it is freed. It does not see what a kernel
+    allocates and frees inside itself, nor a storage that is resized in place. A step takes about twice as long under it,
+    and compiled code runs eagerly: meter one step, and time others.
 
     Args:
-        parameters: live from the start; so are the gradients that they hold.
-        optimizer: its state is told apart, also where the metered step makes it.
+        parameters: live from the start, as are the gradients that they hold.
+        optimizer: its state counts as a kind of its own, even if the metered step creates it.
         held: more tensors that are live from the start: buffers, the batch.
     """
 
@@ -141,7 +141,7 @@ class PeakLiveBytes:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._live:
-            # The serial tells storages apart that have the same address one after the other.
+            # The serial number tells apart storages that have the same address one after the other.
             self._live[key] = len(self._events), weakref.finalize(storage, self._free, key, size)
             self._events.append((self._live[key][0], size))
         if kind is not None:
@@ -162,7 +162,7 @@ class PeakLiveBytes:
                     self._see(leaf, "optimizer")
 
     def _replay(self) -> LiveBytes:
-        # At the end, since what a storage is (a gradient, a moment) may show only after it was made.
+        # At the end, since it may show only later what a storage is (a gradient, a moment).
         live: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
         total, best = 0, LiveBytes(total=0, by_kind=dict(live))
         for serial, size in self._events:
@@ -191,15 +191,15 @@ _NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_aut
 
 
 class WireMeter(TorchDispatchMode):
-    """Counts the bytes that the ranks send one another while it is entered, as this one sees it.
+    """Counts the bytes that the ranks send one another while it is entered, as this rank sees it.
 
-    Each collective counts with its full payload, the largest of what it reads and writes: of a gather and a scatter the
+    Each collective counts with its full payload, the larger of what it reads and writes: for a gather or a scatter the
     whole, of which a rank has a part. How much of it a backend moves depends on its algorithm. Compiled code runs
     eagerly meanwhile.
     """
 
     num_bytes: Counter[str]
-    """By collective: all_reduce, all_gather, reduce_scatter, broadcast, reduce."""
+    """Bytes by collective: all_reduce, all_gather, reduce_scatter, broadcast, reduce."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -213,7 +213,7 @@ class WireMeter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if DTensor in types:
-            return NotImplemented  # it sends its own, below
+            return NotImplemented  # it calls collectives of its own, which come here again
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name not in _NO_PAYLOAD:
@@ -225,11 +225,11 @@ class WireMeter(TorchDispatchMode):
 
 
 _SETTLED_S = 0.002
-"""After which gloo's thread has as a rule let go of a collective's tensors; nothing says when."""
+"""Seconds after which gloo's thread has usually released a collective's tensors; nothing tells when."""
 
 
 class _Settled(TorchDispatchMode):
-    """Waits after each collective until gloo's thread has let go of what it was given, which no profiler would see."""
+    """Waits after each collective until gloo's thread has released its tensors: a profiler does not see that thread."""
 
     def __torch_dispatch__(
         self,
@@ -250,17 +250,17 @@ class _Settled(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
-    """The most bytes that live at once in a call, by the allocator's own account.
+    """The most bytes live at once during a call, by the allocator's own account.
 
-    On a GPU the allocator keeps its peak. On a CPU it tells the profiler of every allocation; what lives before the call
-    it does not know, and has to be given. Nothing but a CPU call's speed is changed, and compiled code stays compiled
-    where there is one process. Where there are more, each collective is waited for, or gloo's own thread frees what the
-    profiler then does not see go; what nobody is seen to free all the same is taken to have gone with its collective.
+    On a GPU the allocator keeps its peak. On a CPU it tells the profiler of every allocation, but does not know what was
+    live before the call: pass that as `held`. Only the speed of a call on a CPU changes. With one process, compiled code
+    stays compiled. With more, each collective is waited for, since the profiler does not see what gloo's own thread frees.
+    What is still not seen to be freed counts as freed at the end of its collective.
 
     Args:
         run: the call.
-        held: the tensors that live before it.
-        device: where it computes.
+        held: the tensors that are live before it.
+        device: the device that it runs on.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -282,7 +282,7 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
 
 
 def _with_unseen(roots: list[Any]) -> list[int]:
-    """Bytes that come and, below zero, go, in order; what gloo's thread freed goes with the next collective to end."""
+    """Bytes allocated (above zero) and freed (below), in order. What gloo's thread freed goes when the next collective ends."""
     events = list(_flattened(roots))
     ends = sorted(event.end_time_ns for event in events if event.name.startswith("c10d::"))
     changes: list[tuple[int, int]] = []
@@ -300,7 +300,7 @@ def _with_unseen(roots: list[Any]) -> list[int]:
         before = there.pop(place, None)
         if change[1] > 0:
             there[place] = change
-            if before is not None:  # something else has its place by now
+            if before is not None:  # something else has its address by now
                 go_unseen(*before)
         changes.append(change)
     for left in there.values():
@@ -315,16 +315,17 @@ def _flattened(events: list[Any]) -> Iterator[Any]:
 
 
 _FIRST_METERED = 3
-"""By then strategies have all that they build as they go."""
+"""By this step, strategies have built all that they build as they run."""
 
 
 def metered_steps(num_steps: int, interval: int) -> tuple[int, int]:
     """The step whose operations and traffic are counted, and the later one whose memory is metered.
 
-    Neither follows an evaluation, after which strategies may still have what others gather anew, unless all do.
+    Neither comes right after an evaluation, unless every step does: strategies may then still hold what other steps gather
+    again.
 
     Args:
-        num_steps: of the run.
+        num_steps: steps in the run.
         interval: steps between its evaluations; 0: none before the end.
     """
     steps = range(_FIRST_METERED, num_steps + 1)
@@ -334,17 +335,17 @@ def metered_steps(num_steps: int, interval: int) -> tuple[int, int]:
 
 
 def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward in a call, a forward pass with its loss.
+    """Bytes that autograd keeps for backward during a call: a forward pass with its loss.
 
-    Each storage counts once, whole, however many operations keep it or views of it. Parameters do not, gathered ones
-    included.
+    Each storage counts once, whole, however many operations keep it or views of it. Parameters do not count, not even
+    gathered ones.
 
     Args:
         run: the call.
         excluded: tensors that are live anyway: buffers, the batch.
     """
     known = {tensor.untyped_storage()._cdata for tensor in excluded}
-    # Held, not only counted: were a storage freed meanwhile, the next could take its address.
+    # Held, not only counted: if a storage were freed meanwhile, the next could take its address.
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -363,13 +364,13 @@ _Shape = tuple[int, ...]
 
 
 def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values: 2 products of 2 B N T S H; masked pairs are computed too."""
+    """Scores and their product with the values: 2 products of 2 B N T S H. Masked pairs are computed too."""
     B, N, T, H = query
     return 2 * B * N * T * key[2] * (H + value[3])
 
 
 def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """The scores again, and a product for each of the gradients of scores, query, key and value."""
+    """The scores again, and one product for each gradient: of scores, query, key and value."""
     B, N, T, H = query
     return 2 * B * N * T * key[2] * (3 * H + 2 * value[3])
 
@@ -377,18 +378,18 @@ def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, valu
 def _convolution_backward_flops(
     grad_out: _Shape, x: _Shape, weight: _Shape, *rest: Any, output_mask: Any = None, **__: Any
 ) -> int:
-    """As much as forward for each gradient that is asked for; torch's own formula forgets that channels are in groups."""
+    """As much as forward for each gradient asked for; torch's own formula ignores that channels are in groups."""
     transposed, mask = rest[4], rest[7] if output_mask is None else output_mask
     sites = math.prod((x if transposed else grad_out)[2:])
     return 2 * x[0] * sites * math.prod(weight) * (bool(mask[0]) + bool(mask[1]))
 
 
 def _solve_flops(matrix: _Shape, right: _Shape, *_: Any, left: bool = True, **__: Any) -> int:
-    """Half of a product with a whole matrix: a multiply-add for each number of a triangle and each column."""
+    """Half a product with a whole matrix: one multiply-add for each number of a triangle and each column."""
     return math.prod(right) * matrix[-1]
 
 
-# For its CPU kernel of scaled dot product attention and for triangular systems torch has no formula, and would count nothing.
+# torch has no formulas for its CPU kernel of scaled dot product attention and for triangular systems: it would count nothing.
 _FORMULAS = {
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.aten.linalg_solve_triangular: _solve_flops,
@@ -398,10 +399,10 @@ _FORMULAS = {
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs that a call executes: contractions only (a multiply-add is 2), recomputation in, causal attention in full.
+    """FLOPs that a call executes. A multiply-add is 2, recomputation counts, and causal attention counts in full.
 
-    Convolutions, matrix products and attention count; elementwise work, norms, embeddings, matrix-vector products and
-    custom operations without a formula do not. Compiled code runs eagerly meanwhile. Kernels of attention are noted.
+    Convolutions, matrix products and attention count. Elementwise work, norms, embeddings, matrix-vector products and
+    custom operations without a formula do not. Compiled code runs eagerly meanwhile. Attention kernels are noted.
     """
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         run()
@@ -416,8 +417,8 @@ def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, 
     """Counts what a step does.
 
     Returns:
-        `executed_flops`, where the FLOPs of all kernels can be counted, and `wire_bytes`, where ranks sent any; and the kernels
-        that ran, of what has more than one.
+        `executed_flops` if the FLOPs of all kernels can be counted, and `wire_bytes` if ranks sent any; and which kernels
+        ran, for operations that have several.
     """
     with WireMeter() as wire, kernels.noted() as ran:
         flops = count_flops(run)
@@ -432,7 +433,7 @@ class EnergyMeter:
 
     Args:
         device: this rank's.
-        before_j: what those of all ranks had drawn for the run before this was made; None: nobody knows.
+        before_j: joules that all ranks' GPUs drew for the run before this was made; None: unknown.
     """
 
     def __init__(self, device: torch.device, before_j: float | None = 0.0):
@@ -441,11 +442,11 @@ class EnergyMeter:
         self._before_j = before_j
 
     def energy_j(self) -> float | None:
-        """Joules of this rank's whole GPU since this was made, whoever used it; None where nothing counts them."""
+        """Joules that this rank's whole GPU drew since this was made, whoever used it; None if nothing counts them."""
         return None if self._read is None else self._read() - self._start_j
 
     def total_j(self) -> float | None:
-        """Joules of all ranks' GPUs, with those before; None where one is not known. All ranks call it."""
+        """Joules of all ranks' GPUs, earlier ones included; None if any part is unknown. All ranks must call it."""
         known = [math.nan if part is None else part for part in (self.energy_j(), self._before_j)]
         total = float(group.total(torch.tensor(known[0], dtype=torch.float64))) + known[1]
         return None if math.isnan(total) else total
@@ -455,11 +456,11 @@ def _energy_counter(device: torch.device) -> Callable[[], float] | None:
     try:
         import pynvml
     except ImportError:
-        logger.info('energy is not measured: pip install "llmeff[gpu]" to have it')
+        logger.info('energy is not measured: to measure it, run pip install "llmeff[gpu]"')
         return None
     try:
         pynvml.nvmlInit()
-        # By UUID: NVML numbers the machine's devices, torch those that are visible to it.
+        # By UUID: NVML numbers all devices of the machine, torch only those visible to it.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError as error:

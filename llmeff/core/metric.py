@@ -1,6 +1,6 @@
-"""Which way a metric is better."""
+"""Whether a metric is better when it is lower or higher."""
 
 from typing import Literal
 
 Direction = Literal["lower", "higher"]
-"""Whether a lower or a higher value is better."""
+"""Which values of a metric are better."""

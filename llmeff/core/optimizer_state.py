@@ -1,4 +1,4 @@
-"""What is read of and set in any optimizer: the learning rate, and the bytes of its state."""
+"""What can be read from and set in any optimizer: its learning rate, and the bytes of its state."""
 
 import torch
 from torch.optim import Optimizer
@@ -7,7 +7,7 @@ from llmeff.core.tensors import local
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Scales every group's peak rate, kept in `peak_lr`; returns the first group's new rate."""
+    """Sets every group's rate to `factor` times its peak, kept in `peak_lr`; returns the first group's new rate."""
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
         group["lr"] = group["peak_lr"] * factor
@@ -16,7 +16,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes that this process has of all tensors in the state, each storage once."""
+    """Bytes of this process's part of all tensors in the state; each storage counts once."""
     storages = (
         local(value).untyped_storage()
         for state in optimizer.state.values()

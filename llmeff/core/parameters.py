@@ -1,4 +1,4 @@
-"""The table of parameters: one row for each, with what an optimizer must know to treat it."""
+"""The table of parameters: one row each, with what an optimizer must know to treat it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Literal
 from torch import nn
 
 Role = Literal["embedding", "head", "norm", "bias", "matrix", "conv", "fused_heads"]
-"""What a parameter is; said by the model, since its shape does not tell (an embedding is a matrix too)."""
+"""What a parameter is. The model says so, since a shape does not tell (an embedding is a matrix too)."""
 
 Sharding = Literal["elementwise", "whole_tensor", "none"]
-"""What of an optimizer may be split over ranks without changing the update: any slice, only whole tensors, nothing."""
+"""What an optimizer lets ranks split without changing the update: any slice, only whole tensors, or nothing."""
 
 UNDECAYED: frozenset[Role] = frozenset(("norm", "bias"))
 """Roles that weight decay leaves alone."""
@@ -36,7 +36,7 @@ class ParameterInfo:
 
 
 def parameter_infos(model: nn.Module, roles: Mapping[str, Role]) -> list[ParameterInfo]:
-    """One row for each trained parameter, in the model's order; a shared parameter has one.
+    """One row for each trained parameter, in the model's order; a shared parameter has one row.
 
     Raises:
         ValueError: a parameter has no role.

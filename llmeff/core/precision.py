@@ -7,24 +7,24 @@ PrecisionName = Literal["fp32", "bf16", "fp16", "bf16_master"]
 """`fp32`; `bf16`, `fp16`: fp32 parameters computed under autocast; `bf16_master`: bf16 parameters, fp32 master copy."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number of each format."""
+"""Bytes per number of each format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Which format each kind of number has, by torch's name ("float32")."""
+    """The format of each kind of number, by torch's name ("float32")."""
 
     name: PrecisionName
     parameters: str
     """The weights that the forward pass reads."""
     compute: str
-    """Matrix products and what autocast puts beside them."""
+    """Matrix products, and what autocast runs in the same format."""
     gradients: str
-    """What backward accumulates into."""
+    """What backward accumulates gradients in."""
     communication: str
     """What travels between ranks."""
     master: str | None
-    """The copy that the optimizer updates; None where it updates the parameters themselves."""
+    """The copy that the optimizer updates; None if it updates the parameters themselves."""
     logits: str
     """What the cross-entropy is computed in."""
 
@@ -44,7 +44,7 @@ assert set(_TABLE) == set(get_args(PrecisionName))
 
 
 def precision(name: PrecisionName) -> Precision:
-    """The record of a precision."""
+    """The formats of a precision, by its name."""
     parameters, compute, gradients, master = _TABLE[name]
     return Precision(
         name=name,

@@ -1,4 +1,4 @@
-"""Things by name, with the nearest right name in the error."""
+"""Things by name; errors give the nearest right name."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """A sentence that offers the nearest known name, and all of them."""
+    """A sentence that offers the nearest known name, and lists all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -19,7 +19,7 @@ class Registry(Generic[T]):
     """A table of things of one kind by their names.
 
     Args:
-        kind: what the things are, as an error names them ("optimizer").
+        kind: what the things are, as errors name them ("optimizer").
     """
 
     def __init__(self, kind: str):
@@ -27,7 +27,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> None:
-        """Enters a thing.
+        """Adds a thing.
 
         Raises:
             ValueError: the name is taken.
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         self._entries[name] = entry
 
     def unknown(self, name: object) -> str:
-        """The message for a name that is not there."""
+        """The message for an unknown name."""
         if not isinstance(name, str):
             return f"a {self.kind} needs a name. Known: {', '.join(self.names())}."
         return f"unknown {self.kind} {name!r}.{nearest(name, self._entries)}"

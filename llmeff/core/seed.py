@@ -4,7 +4,7 @@ import hashlib
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed in [0, 2^63) for the part that the names describe; other names, an unrelated seed.
+    """A seed in [0, 2^63) for the part that the names describe; other names give an unrelated seed.
 
     >>> derive(0, "init") != derive(0, "data") != derive(1, "data")
     True

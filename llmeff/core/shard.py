@@ -1,4 +1,4 @@
-"""Who owns which part of which parameter, as data: what a rank updates, keeps moments of, and writes to disk."""
+"""Which rank owns which part of which parameter: what it updates, keeps moments of, and writes to disk."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from itertools import accumulate
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Consecutive numbers of one parameter, counted in its flattened form."""
+    """Consecutive numbers of one parameter, in its flattened form."""
 
     name: str
-    """The parameter's."""
+    """The parameter's name."""
     start: int
-    """The first."""
+    """Index of the first number."""
     stop: int
-    """One behind the last."""
+    """Index after the last number."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """How many numbers the slice has."""
         return self.stop - self.start
 
 
@@ -30,14 +30,14 @@ def replicated(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
     """Every rank owns everything.
 
     Args:
-        sizes: numbers by parameter, in the model's order.
-        ranks: how many ranks.
+        sizes: how many numbers each parameter has, in the model's order.
+        ranks: how many ranks there are.
     """
     return [tuple(Slice(name=name, start=0, stop=size) for name, size in sizes.items())] * ranks
 
 
 def whole_tensors(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
-    """Every parameter has one owner; the largest are dealt first, each to the rank that has least so far.
+    """Every parameter has one owner. The largest are dealt first, each to the rank that has least so far.
 
     >>> [[part.name for part in shard] for shard in whole_tensors({"a": 5, "b": 9, "c": 3}, 2)]
     [['b'], ['a', 'c']]
@@ -54,7 +54,7 @@ def whole_tensors(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
 
 
 def split_group(sizes: Mapping[str, int], ranks: int, alignment: int = 1) -> list[Shard]:
-    """The parameters one after another, padded to a multiple of `alignment`, cut into as many equal parts as ranks.
+    """Joins the parameters, pads them to a multiple of `alignment`, and cuts the result into one equal part per rank.
 
     >>> split_group({"a": 5, "b": 2}, 2)[1]
     (Slice(name='a', start=4, stop=5), Slice(name='b', start=0, stop=2))
@@ -76,16 +76,16 @@ def split_group(sizes: Mapping[str, int], ranks: int, alignment: int = 1) -> lis
 
 
 def part_length(size: int, ranks: int, alignment: int = 1) -> int:
-    """The numbers of one rank's part, padding included: `size` rounded up to a multiple of alignment, over the ranks.
+    """Numbers in one rank's part, padding included: `size` rounded up to a multiple of the alignment, over the ranks.
 
-    `alignment` is a multiple of the ranks, or 1 for the ranks themselves.
+    `alignment` is a multiple of the number of ranks; 1 means the number of ranks itself.
     """
     step = max(alignment, ranks)
     return -(-size // step) * step // ranks
 
 
 def split_each(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
-    """Every parameter by itself in equal parts; the last rank's are the shorter ones, and may be empty."""
+    """Splits each parameter by itself into equal parts. The last ranks' parts may be shorter, or empty."""
     return [
         tuple(
             Slice(name=name, start=min(size, rank * length), stop=min(size, (rank + 1) * length))
@@ -97,7 +97,7 @@ def split_each(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
 
 
 def split_rows(shapes: Mapping[str, Sequence[int]], ranks: int) -> list[Shard]:
-    """Every parameter by itself along its first dimension, in equal numbers of rows, as FSDP2 does."""
+    """Splits each parameter by itself along its first dimension, into equal numbers of rows, as FSDP2 does."""
     shards = []
     for rank in range(ranks):
         shard = []

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: a DTensor's share, or the tensor."""
+    """This process's part of a tensor: a DTensor's local share, else the tensor itself."""
     share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return share
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, a shared one under its first name only, and persistent buffers."""
+    """Parameters and persistent buffers by name; a shared parameter only by its first name."""
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     state = module.state_dict(keep_vars=True)
     tensors |= {name: buffer for name, buffer in module.named_buffers() if name in state}
@@ -29,23 +29,23 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names or shapes differ.
     """
-    own = stored_tensors(module)
-    if own.keys() != tensors.keys():
-        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    stored = stored_tensors(module)
+    if stored.keys() != tensors.keys():
+        missing, extra = sorted(stored.keys() - tensors.keys()), sorted(tensors.keys() - stored.keys())
         raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
-    for name, tensor in own.items():
+    for name, tensor in stored.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}")
         tensor.copy_(tensors[name])
 
 
 def empty_on(module: nn.Module, device: str, dtype: torch.dtype | None = None) -> None:
-    """Puts empty tensors on a device in the place of all parameters and buffers; shared ones stay shared.
+    """Replaces all parameters and buffers by empty tensors on a device; shared ones stay shared.
 
     Args:
-        module: whose.
-        device: where.
-        dtype: of those of floating point; None: as they are.
+        module: the module to change.
+        device: the new device.
+        dtype: the new format of floating-point tensors; None: unchanged.
     """
     moved: dict[Tensor, Any] = {}
     for part in module.modules():
@@ -61,7 +61,7 @@ def empty_on(module: nn.Module, device: str, dtype: torch.dtype | None = None) -
 
 @contextlib.contextmanager
 def unmoved_buffers(module: nn.Module) -> Iterator[None]:
-    """A block after which the module's buffers are what they were: running statistics, where a batch is seen once more."""
+    """A block that leaves the module's buffers as they were: running statistics, when a batch is seen once more."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     yield
     with torch.no_grad():

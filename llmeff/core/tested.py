@@ -1,4 +1,4 @@
-"""Libraries whose insides are mirrored here, and the versions of them that were tested: a newer one is warned of."""
+"""Libraries whose internals llmeff mirrors, and their tested versions. llmeff warns about newer ones."""
 
 import functools
 import importlib.metadata
@@ -12,21 +12,21 @@ TESTED = {
     "torch": ("2.13", "2.14.1"),
     "transformers": ("5.23", "5.24.0"),
 }
-"""The lowest, which is the lowest that pyproject.toml allows, and the highest.
+"""The lowest tested version, which is the lowest that pyproject.toml allows, and the highest.
 
-Mirrored are the process's state in accelerate, the layout of 8-bit moments in bitsandbytes, the order in which DeepSpeed
-fills and frees its buckets, what torch's DDP and FSDP2 keep, and how transformers hands caches and masks to a model.
+llmeff mirrors accelerate's process state, bitsandbytes's layout of 8-bit moments, the order in which DeepSpeed fills
+and frees its buckets, what torch's DDP and FSDP2 keep, and how transformers passes caches and masks to a model.
 """
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what stands behind them (`+cu130`, `.dev0`)."""
+    """The numbers of a version, without what follows them (`+cu130`, `.dev0`)."""
     return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
 
 
 @functools.cache
 def check_tested(library: str) -> None:
-    """Warns, once in a process, where a library is newer than what was tested; says nothing where it is not installed."""
+    """Warns once per process if a library is newer than its tested versions. Does nothing if it is not installed."""
     lowest, highest = TESTED[library]
     try:
         version = importlib.metadata.version(library)
@@ -34,7 +34,7 @@ def check_tested(library: str) -> None:
         return
     if release(version) > release(highest):
         logger.warning(
-            "%s %s is newer than what llmeff was tested with (%s to %s), and llmeff mirrors its insides: if results or prices "
-            "look wrong, install %s==%s",
+            "%s %s is newer than the versions that llmeff was tested with (%s to %s), and llmeff mirrors its internals: if "
+            "results or prices look wrong, install %s==%s",
             library, version, lowest, highest, library, highest,
         )  # fmt: skip

@@ -176,10 +176,10 @@ def test_a_name_is_registered_once():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.yaml", b"", r"a \.toml or a \.json file"),
+        ("c.yaml", b"", r"a \.toml or \.json file"),
         ("c.toml", b"a = ", "does not parse"),
         ("c.json", b"{", "does not parse"),
-        ("c.json", b"[1]", "a config is a table, this is list"),
+        ("c.json", b"[1]", "a config must be a table, not list"),
         ("c.toml", b"a = '\xff'", "is not UTF-8"),
     ],
 )
