@@ -1,4 +1,4 @@
-"""Wall time by what it was spent on, and the time of each step without stopping the device for it."""
+"""Wall time by what it was spent on, and the time of each step, measured without stopping the device."""
 
 import contextlib
 import time
@@ -12,26 +12,26 @@ from llmeff.core.heartbeat import beat
 from llmeff.record.schema import Timings
 
 ClockName = Literal["startup", "eval", "checkpoint", "record"]
-"""What each holds stands in `Timings`; steps are counted by `Clocks.add_step`."""
+"""`Timings` says what each of them holds. `Clocks.add_step` counts steps."""
 Part = Literal["data", "forward", "backward", "optimizer"]
 """The parts of a step."""
 
 _NEXT = {"data": "forward", "forward": "backward", "backward": "update"}
 _HELD = {"eval": "evaluation", "checkpoint": "checkpoint"}
-"""What a run is in after a mark, and while a clock is held."""
+"""The part that a run is in after a mark, and while a clock is held."""
 
 SYNCHRONISED_EVERY = 50
-"""One step in so many is broken down into its parts, which on a GPU means waiting for the device after each."""
+"""One step in this many is timed part by part. On a GPU this means waiting for the device after each part."""
 WARMUP_STEPS = 5
-"""Steps at the beginning of a process whose times are marked."""
+"""Steps at the start of a process whose times are marked as warm-up."""
 
 
 class Clocks:
     """Sums of wall seconds by name.
 
     Args:
-        device: is waited for before and after evaluations and checkpoints, so that none holds another's work.
-        earlier: what processes before this one spent on the run.
+        device: it is waited for before and after evaluations and checkpoints, so that no clock holds another's work.
+        earlier: what earlier processes spent on the run.
     """
 
     def __init__(self, device: torch.device, earlier: Timings | None = None):
@@ -40,7 +40,7 @@ class Clocks:
 
     @contextlib.contextmanager
     def hold(self, name: ClockName) -> Iterator[None]:
-        """Counts the block's time; blocks do not nest."""
+        """Counts the block's time. Blocks do not nest."""
         beat(_HELD.get(name))
         _wait(self._device)
         start = time.perf_counter()
@@ -60,13 +60,13 @@ class Clocks:
         self._seconds["train_s"] += times.step_s - times.data_s
 
     def timings(self) -> Timings:
-        """All clocks, as they stand."""
+        """The current seconds of all clocks."""
         return Timings(**self._seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """How long one step took, in seconds, as `StepRow` describes it."""
+    """How long one step took, in seconds. `StepRow` describes the fields."""
 
     step: int
     step_s: float
@@ -80,8 +80,8 @@ class StepTimes:
 class StepClock:
     """Times steps: `begin`, work, `mark("data")`, work, `mark("forward")`, ..., `end`.
 
-    A mark gives the time since the mark before to a part of the step; a part may come again (micro-batches). On a GPU
-    a step's time lies between two device events, read while the next step is under way.
+    A mark adds the time since the last mark to a part of the step. A part may occur again (micro-batches). On a GPU, a
+    step's time lies between two device events, which are read while the next step is under way.
     """
 
     def __init__(self, device: torch.device):
@@ -115,7 +115,7 @@ class StepClock:
         beat(_NEXT.get(part))
 
     def end(self) -> list[StepTimes]:
-        """Ends the step; returns the steps whose times are known now, in order: on a GPU the one before this."""
+        """Ends the step; returns the steps whose times are known now, in order. On a GPU that is the step before this."""
         current = self._current
         self._steps_done += 1
         if not self._on_gpu:
@@ -126,7 +126,7 @@ class StepClock:
         return [step.times() for step in ready]
 
     def flush(self) -> list[StepTimes]:
-        """The steps that `end` has not returned yet; waits for the device."""
+        """The steps that `end` has not returned yet. Waits for the device."""
         ready, self._pending = self._pending, []
         return [step.times() for step in ready]
 

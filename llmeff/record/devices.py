@@ -1,4 +1,4 @@
-"""What devices can do at most, from their makers' data sheets; a device that is not here has no number."""
+"""The highest rates of devices, from their makers' data sheets. A device that is not listed has none."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from llmeff.core.log import logger
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of device. Rates are dense: the sheets give twice as much for 2:4 sparse products."""
+    """One kind of device. Rates are dense: data sheets give twice as much for 2:4 sparse products."""
 
     half_flops_per_s: float
     """Matrix products in float16 or bfloat16, summed in float32."""
     single_flops_per_s: float
     """Matrix products in float32, without TF32, which torch leaves off unless asked."""
     memory_bytes_per_s: float
-    """To and from its memory."""
+    """Traffic to and from its memory."""
     has_bfloat16: bool = True
-    """Whether its matrix units take bfloat16."""
+    """Whether its matrix units support bfloat16."""
 
 
 _V100_SXM = Device(  # NVIDIA V100 data sheet
@@ -76,18 +76,18 @@ DEVICES = {
         half_flops_per_s=71e12, single_flops_per_s=35.6e12, memory_bytes_per_s=0.936e12
     ),
 }
-"""By the name that CUDA gives the device; a near name (a MIG slice, a laptop's) is another device."""
+"""By the name that CUDA gives the device. A similar name (a MIG slice, a laptop's GPU) is another device."""
 
 
 def peak_flops_per_s(device_name: str, dtype: str) -> float | None:
-    """The most contraction FLOPs that a device does in a second.
+    """The most contraction FLOPs that a device can do in a second.
 
     Args:
-        device_name: as CUDA gives it; "cpu" is no one device.
-        dtype: what the products are computed in ("bfloat16").
+        device_name: as CUDA gives it; "cpu" names no particular device.
+        dtype: the format of the products ("bfloat16").
 
     Returns:
-        None where the device is unknown or has no units for the format.
+        None if the device is unknown or has no units for the format.
     """
     device = DEVICES.get(device_name)
     if device is None or (dtype == "bfloat16" and not device.has_bfloat16):
@@ -99,13 +99,13 @@ def mfu(model_flops_per_s: float, device_name: str, dtype: str) -> float | None:
     """Model FLOPs utilization (Chowdhery et al. 2022, appendix B), with causal attention counted over T(T+1)/2 pairs.
 
     Args:
-        model_flops_per_s: achieved, by the price's `model_flops`.
+        model_flops_per_s: the achieved rate, by the price's `model_flops`.
         device_name: as CUDA gives it.
-        dtype: what the products are computed in.
+        dtype: the format of the products.
 
     Returns:
-        the part of the device's peak, 0 to 1; None where the peak is unknown, or, with a warning, where it would be
-        exceeded, which nothing can do: a count, a clock or the table is wrong.
+        the part of the device's peak, 0 to 1. None if the peak is unknown, or, with a warning, if it would be exceeded.
+        Nothing can exceed it: a count, a clock or the table is wrong.
     """
     peak = peak_flops_per_s(device_name, dtype)
     if peak is None:
@@ -113,7 +113,7 @@ def mfu(model_flops_per_s: float, device_name: str, dtype: str) -> float | None:
     share = model_flops_per_s / peak
     if share > 1:
         logger.warning(
-            "no MFU is recorded: it would be %.1f %% on %s, where %.4g FLOP/s are more than its peak of %.4g in %s",
+            "no MFU is recorded: it would be %.1f %% on %s, since %.4g FLOP/s exceed its peak of %.4g in %s",
             100 * share, device_name, model_flops_per_s, peak, dtype,
         )  # fmt: skip
         return None

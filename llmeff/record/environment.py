@@ -1,4 +1,4 @@
-"""Where a run runs: versions and hardware, by an allow-list; no environment variable, path or host name."""
+"""The environment of a run: versions and hardware, by an allow-list. No environment variables, paths or host names."""
 
 import hashlib
 import importlib.metadata
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def environment(device: torch.device) -> Environment:
-    """The environment of this process, which computes on the device."""
+    """The environment of this process, which computes on `device`."""
     package = Path(llmeff.__file__).parent
     commit = _commit(package)
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -31,7 +31,7 @@ def environment(device: torch.device) -> Environment:
         diff_sha256=None if commit is None else _diff_sha256(package),
         python=platform.python_version(),
         packages={name: version for name in _PACKAGES if (version := _version(name)) is not None}
-        | {"torch": str(torch.__version__)},  # with its build, which the metadata of a package may leave out
+        | {"torch": str(torch.__version__)},  # with its build, which a package's metadata may leave out
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
         instruction_set=instruction_set(),
@@ -53,7 +53,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """What git says; None where there is no git, or it fails."""
+    """The output of git; None if there is no git, or it fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -62,7 +62,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
 
 
 def _commit(package: Path) -> str | None:
-    # A package that is installed inside someone's checkout, but not tracked by it, has no commit of its own.
+    # A package installed inside someone's checkout, but not tracked by it, has no commit of its own.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     head = _git(package, "rev-parse", "HEAD")

@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-"""Colour-blind people can tell them apart too (Okabe and Ito 2008)."""
+"""Colours that colour-blind people can tell apart too (Okabe and Ito 2008)."""
 
 
 def new_figure(height: float = 4.5) -> tuple[Any, Any]:
@@ -14,12 +14,12 @@ def new_figure(height: float = 4.5) -> tuple[Any, Any]:
         height: inches; the width is 8.
 
     Returns:
-        the figure and its axes, of matplotlib.
+        the matplotlib figure and its axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A figure of its own, not pyplot's: nothing of the caller's backend or open figures is touched.
+    # Not pyplot's: the caller's backend and open figures stay untouched.
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
@@ -33,13 +33,13 @@ def as_png(figure: Any) -> bytes:
 
 
 def dress_axes(axes: Any, x: str, y: str, title: str) -> None:
-    """Labels, grid and legend; nothing in them is read as mathematics.
+    """Adds labels, grid and legend. Nothing in them is read as mathematics.
 
     Args:
-        axes: of matplotlib, with all that is to be in the legend.
+        axes: matplotlib axes that hold everything the legend is to show.
         x: label of the horizontal axis.
         y: label of the vertical axis.
-        title: of the figure.
+        title: the figure's title.
     """
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -52,5 +52,5 @@ def dress_axes(axes: Any, x: str, y: str, title: str) -> None:
 
 
 def legend_name(name: str) -> str:
-    """A name as a legend shows it: what begins with an underscore would be left out."""
+    """A name for a legend; matplotlib leaves out names that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name

@@ -1,4 +1,4 @@
-"""The losses of runs over their steps: as numbers, and as a picture."""
+"""The losses of runs over their steps, as numbers and as a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from llmeff.record.reader import Run
 
 
 def loss_curve(runs: Sequence[Run], path: Path) -> None:
-    """Draws training loss, raw and smoothed, and held-out loss over steps into a PNG.
+    """Draws training loss (raw and smoothed) and held-out loss over steps into a PNG.
 
     Raises:
         ConfigError: no run has a step to draw, or the file cannot be written.
     """
     drawn = [run for run in runs if len(run.steps["step"])]
     if not drawn:
-        raise ConfigError(f"{path}: there is nothing to draw, no step is done")
+        raise ConfigError(f"{path}: nothing to draw: no step is done")
     figure, axes = new_figure()
     window = max(1, min(int(np.isfinite(run.steps["loss"]).sum()) for run in drawn) // 50)
     for number, run in enumerate(drawn):
@@ -33,7 +33,7 @@ def loss_curve(runs: Sequence[Run], path: Path) -> None:
 
 
 def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """By split: the steps of its evaluations, and by name the values there of each metric that all of them have."""
+    """By split: the steps of its evaluations, and the values of each metric that all of them have, by name."""
     if not run.evaluations:
         return _loss_curves(run)
     curves = {}
@@ -45,7 +45,7 @@ def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float
 
 
 def _loss_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """Of an older run: the mean loss over all items, from its units."""
+    """For an older run: the mean loss over all items, from its units."""
     if run.evals is None:
         return {}
     sums = run.evals.group_by(["split", "step"], use_threads=False).aggregate([("loss_sum", "sum"), ("count", "sum")])
@@ -58,7 +58,7 @@ def _loss_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]
 
 
 def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
-    """One run: raw losses thin, their running mean over `window` steps, and its evaluations with the last value."""
+    """Draws one run: raw losses (thin), their running mean over `window` steps, and its evaluations with the last value."""
     is_finite = np.isfinite(run.steps["loss"])
     steps, losses = run.steps["step"][is_finite], run.steps["loss"][is_finite]
     if len(losses) < window:
@@ -69,7 +69,7 @@ def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     middle = steps[window // 2 :][: len(smooth)]
     axes.plot(middle, smooth, color=colour, linewidth=1.6, label=legend_name(f"{name}training"))
-    held_out = {split: (at, own["loss"]) for split, (at, own) in held_out_curves(run).items() if "loss" in own}
+    held_out = {split: (at, curves["loss"]) for split, (at, curves) in held_out_curves(run).items() if "loss" in curves}
     for marker, (split, (at, means)) in zip("osD^", held_out.items(), strict=False):
         axes.plot(
             at, means, color=colour, linestyle=":", linewidth=1, marker=marker, markersize=4.5,
@@ -81,7 +81,7 @@ def _dress(axes: Any, runs: Sequence[Run], window: int) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     if all((run.steps["loss"] > 0).all() for run in runs):
-        # The beginning is several times the end, where runs part by hundredths.
+        # The loss begins several times higher than it ends, and at the end runs differ by hundredths.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

@@ -1,4 +1,4 @@
-"""What a run shows at the terminal: a bar, or plain lines where the output is no terminal, or nothing."""
+"""What a run shows at the terminal: a bar, or plain lines if the output is not a terminal, or nothing."""
 
 import shlex
 import time
@@ -20,23 +20,23 @@ _BAR_EVERY_S = 0.25
 _LINES_EVERY_S = 10.0
 _BAR_CELLS = 24
 NONE: Mapping[str, Path] = MappingProxyType({})
-"""Of pictures."""
+"""No pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What a display must know beside the rows."""
+    """What a display must know besides the rows."""
 
     total_steps: int
-    """Where the run ends."""
+    """The run's last step."""
     item: str
     """What the loss is a mean over, in the singular (`token`)."""
     model_flops_per_item: float
-    """For MFU: forward and backward, contractions of the model only."""
+    """FLOPs per item for the MFU: forward and backward, contractions of the model only."""
     peak_flops_per_s: float | None
-    """Of the device at this precision; None where unknown, and then no MFU is shown."""
+    """The device's peak at this precision; None if unknown, and then no MFU is shown."""
     memory_bytes: Callable[[], int]
-    """Asked when a line is drawn."""
+    """Returns the memory in use; called when a line is drawn."""
 
 
 class Display(ABC):
@@ -44,11 +44,11 @@ class Display(ABC):
 
     @abstractmethod
     def step(self, row: StepRow) -> None:
-        """Shows a step, or not, if it showed one just now."""
+        """Shows a step, unless it showed one just now."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """Shows a line of its own: an evaluation, a checkpoint."""
+        """Shows a separate line: an evaluation, a checkpoint."""
 
     @abstractmethod
     def close(self) -> None:
@@ -56,16 +56,16 @@ class Display(ABC):
 
     @abstractmethod
     def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
-        """Shows how the run ended, and where to look: its folder, and pictures by what they show."""
+        """Shows how the run ended and where to look: its folder, and pictures by what they show."""
 
 
 def open_display(shown: Shown, *, is_silent: bool, console: Console | None = None) -> Display:
-    """The display that fits the output.
+    """The display that suits the output.
 
     Args:
-        shown: what it shows.
+        shown: what the display must know.
         is_silent: show nothing at all (`--quiet`, `--json`, all ranks but the main one).
-        console: where; standard output where it is left out.
+        console: where to show it; standard output if omitted.
     """
     if is_silent:
         return Silent()
@@ -77,20 +77,20 @@ class Silent(Display):
     """Shows nothing."""
 
     def step(self, row: StepRow) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class _Visible(Display):
-    """Draws now and then, so that a step's cost is that of looking at the time."""
+    """Draws only now and then, so that most steps cost no more than a look at the clock."""
 
     every_s: float
 
@@ -120,7 +120,7 @@ class _Visible(Display):
         self._console.print(Text(text))
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Does nothing: nothing is left open."""
 
     def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
         self.close()
@@ -139,7 +139,7 @@ class _Visible(Display):
 
 
 class Lines(_Visible):
-    """A plain line now and then, for files and pipes."""
+    """Prints a plain line now and then, for files and pipes."""
 
     every_s = _LINES_EVERY_S
 
@@ -148,7 +148,7 @@ class Lines(_Visible):
 
 
 class Bar(_Visible):
-    """One line that is drawn over itself. It is printed, not kept by a thread, which would take time from the steps."""
+    """One line that is drawn over itself. No thread keeps it up to date: that would take time from the steps."""
 
     every_s = _BAR_EVERY_S
     _is_drawn = False
@@ -165,7 +165,7 @@ class Bar(_Visible):
         self._is_drawn = True
 
     def note(self, text: str) -> None:
-        """A line in the bar's place; the bar comes again below it."""
+        """Prints a line in the bar's place; the bar is drawn again below it."""
         self._console.print(Text(text.ljust(self._console.width - 1)))
 
     def close(self) -> None:
@@ -176,7 +176,7 @@ class Bar(_Visible):
 
 
 def show_summary(console: Console, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
-    """The end of a run: what it was predicted to take and took, what it learned, where it lies."""
+    """Shows the end of a run: what it was predicted to take and took, what it learned, and where it is."""
     if result.status == "diverged":
         console.print(Text(f"The run diverged after step {result.steps}. {result.diagnosis}", "bold red"))
     table = Table(
@@ -212,17 +212,17 @@ def show_summary(console: Console, result: Result, folder: Path, pictures: Mappi
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
-    facts = [("training", f"{result.train_loss:.4f} nats a {result.item} (mean of the last steps)")]
+    facts = [("training", f"{result.train_loss:.4f} nats per {result.item} (mean of the last steps)")]
     for split, metrics in result.metrics.items():
         named = result.metric_directions or metrics
         shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name in named)
         facts.append((split, ", ".join(shown)))
     if result.references:
         references = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.references.items())
-        facts.append(("beside", ", ".join(references)))
+        facts.append(("reference", ", ".join(references)))
     if result.items_per_s is not None:
         spread = result.items_per_s
-        speed = f"{show_count(spread.median)} {result.item}s/s (half of the steps between "
+        speed = f"{show_count(spread.median)} {result.item}s/s (half the steps between "
         speed += f"{show_count(spread.lower)} and {show_count(spread.upper)})"
         facts.append(("speed", speed + ("" if result.mfu is None else f", MFU {result.mfu:.1%}")))
     timings = {name.removesuffix("_s"): seconds for name, seconds in result.timings.model_dump().items()}
@@ -235,5 +235,5 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _printable(text: str) -> str:
-    """What a model makes may hold control sequences; a terminal must not obey them."""
+    """The text without control sequences: a model may make some, and a terminal must not obey them."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)

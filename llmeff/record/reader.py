@@ -1,4 +1,4 @@
-"""Reads run folders: finished, unfinished, or cut off in the middle of a line."""
+"""Reads run folders, whether finished, unfinished, or cut off in the middle of a line."""
 
 import io
 import json
@@ -20,20 +20,20 @@ from llmeff.record import schema
 from llmeff.record.schema import Environment, Evaluation, Quartiles, Record, Result, StepRow
 
 Columns = dict[str, npt.NDArray[Any]]
-"""One array for each field of StepRow; null is NaN."""
+"""One array per field of StepRow; null is NaN."""
 
 R = TypeVar("R", bound=Record)
 
 
 class Run:
-    """One run folder; each file is read when first asked for, and once."""
+    """One run folder. Each file is read once, when it is first asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What was run, as written.
+        """The config that was run, as written.
 
         Raises:
             ConfigError: it cannot be read.
@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def environment(self) -> Environment:
-        """Where it ran (last)."""
+        """Where it ran last."""
         return read_environment(self.folder)
 
     @cached_property
@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """The rows of `evaluations.jsonl`; none before the first evaluation, and none of an older run."""
+        """The rows of `evaluations.jsonl`; empty before the first evaluation, and for an older run."""
         path = self.folder / schema.EVALUATIONS
         return read_evaluations(path.read_bytes() if path.exists() else b"", path)
 
@@ -73,27 +73,27 @@ class Run:
 
     @cached_property
     def result(self) -> Result | None:
-        """How it ended; None while it has not."""
+        """How it ended; None if it has not."""
         path = self.folder / schema.RESULT
         return _load(path, Result) if path.exists() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come: of one that has ended by its result, without reading its rows again."""
+    """How far a run has come. If it has ended, its result tells, without reading the rows again."""
 
     steps: int
     """Optimizer steps done."""
     items: int
-    """Trained on."""
+    """Items trained on."""
     train_loss: float | None
-    """See `final_loss`."""
+    """Nats per item, see `final_loss`; None if unknown."""
     items_per_s: float | None
-    """Median, see `throughput`."""
+    """Median items per second, see `throughput`; None if unknown."""
 
 
 def progress(run: Run) -> Progress:
-    """A run's progress."""
+    """How far a run has come."""
     result = run.result
     if result is not None:
         return Progress(
@@ -113,10 +113,10 @@ def progress(run: Run) -> Progress:
 
 
 def model_folder(run: Run) -> Path:
-    """Where the model of a run that has ended lies.
+    """The folder with the model of a run that has ended.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the run has no model.
     """
     place = run.folder / schema.MODEL
     if place.is_dir():
@@ -124,7 +124,7 @@ def model_folder(run: Run) -> Path:
     state = f"unfinished at step {progress(run).steps}" if run.result is None else run.result.status
     there = ", ".join(sorted(path.name for path in run.folder.iterdir()))
     raise ConfigError(
-        f"{run.folder}: the run is {state} and has no model, which is written at its end; there is {there}"
+        f"{run.folder}: the run is {state} and has no model, which a run writes when it ends; the folder holds {there}"
     )
 
 
@@ -140,13 +140,13 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder}: there is no such folder")
     runs = sorted(file.parent.name for file in folder.glob(f"*/{schema.CONFIG}"))
     hint = f" There are runs in it: {', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}." if runs else ""
-    raise ConfigError(f"{folder}: is no run folder, it has no {schema.CONFIG} and {schema.ENVIRONMENT}.{hint}")
+    raise ConfigError(f"{folder}: is not a run folder: it has no {schema.CONFIG} and {schema.ENVIRONMENT}.{hint}")
 
 
 def recorded(folder: Path) -> str:
-    """How much a run has recorded, in words ("12 steps and 3 evaluations"); nothing where it recorded nothing.
+    """How much a run has recorded, in words ("12 steps and 3 evaluations"); empty if it recorded nothing.
 
-    What is damaged counts too: lines are counted, and not read.
+    Damaged lines count too: lines are counted, not read.
     """
     found = []
     for name, what in ((schema.METRICS, "step"), (schema.EVALUATIONS, "evaluation")):
@@ -169,7 +169,7 @@ def read_environment(folder: Path) -> Environment:
 
 
 def read_evals(folder: Path) -> Any:
-    """`evals.parquet` of a run folder as a pyarrow.Table; None where there is none.
+    """`evals.parquet` of a run folder as a pyarrow.Table; None if there is none.
 
     Raises:
         ConfigError: it cannot be read, or is of another version.
@@ -188,17 +188,17 @@ def read_evals(folder: Path) -> Any:
 
 
 def read_evaluations(content: bytes, path: Path) -> list[Evaluation]:
-    """The lines of `evaluations.jsonl`; a last line without its end is left out.
+    """The lines of `evaluations.jsonl`, without an incomplete last line.
 
     Raises:
-        ConfigError: a line does not parse, or is of another version; `path` names the file in the message.
+        ConfigError: a line does not parse, or is of another version; the message names the file by `path`.
     """
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, f"{path}: line {number}", Evaluation) for number, line in enumerate(lines, start=1)]
 
 
 def whole_rows(content: bytes) -> list[tuple[int, bytes]]:
-    """(step, line) for each line of `metrics.jsonl` before the first that is torn."""
+    """(step, line) for each line of `metrics.jsonl` before the first damaged one."""
     rows = []
     for line in io.BytesIO(content):
         try:
@@ -211,10 +211,10 @@ def whole_rows(content: bytes) -> list[tuple[int, bytes]]:
 
 
 def read_steps(content: bytes, path: Path) -> Columns:
-    """The lines of `metrics.jsonl` as columns; a last line without its end is left out.
+    """The lines of `metrics.jsonl` as columns, without an incomplete last line.
 
     Raises:
-        ConfigError: a line does not parse, or is of another version; `path` names the file in the message.
+        ConfigError: a line does not parse, or is of another version; the message names the file by `path`.
     """
     whole = content[: content.rfind(b"\n") + 1]
     columns = _read_fast(whole) or _read_slowly(whole, path)
@@ -225,7 +225,7 @@ def read_steps(content: bytes, path: Path) -> Columns:
 
 
 def _read_fast(content: bytes) -> Columns | None:
-    """None where a line is damaged, or "NaN" stands for a number, or there is no line."""
+    """The columns; None if a line is damaged, "NaN" stands for a number, or there is no line."""
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(content),
@@ -245,7 +245,7 @@ def _read_slowly(content: bytes, path: Path) -> Columns:
             row = json.loads(line)
             rows.append([row[name] for name in _COLUMNS])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: line {number} is no row of a step ({error!r})") from None
+            raise ConfigError(f"{path}: line {number} is not a step's row ({error!r})") from None
     # NumPy reads "NaN" and "Infinity" as such, and None as NaN.
     return {
         name: np.array([row[n] for row in rows], kind.to_pandas_dtype())
@@ -254,13 +254,13 @@ def _read_slowly(content: bytes, path: Path) -> Columns:
 
 
 def final_loss(steps: Columns) -> float | None:
-    """Mean training loss over the last `LAST_STEPS` steps, or all where there are fewer; None where there are none."""
+    """Mean training loss over the last `LAST_STEPS` steps, or all if there are fewer; None if there are none."""
     losses = steps["loss"][-schema.LAST_STEPS :]
     return float(losses.mean()) if len(losses) else None
 
 
 def throughput(steps: Columns) -> Quartiles | None:
-    """Items a second over the steps after warm-up; None where there are none."""
+    """Items per second over the steps after warm-up; None if there are none."""
     speeds = steps["items_per_s"][~steps["is_warmup"]]
     if not len(speeds):
         return None
@@ -269,7 +269,7 @@ def throughput(steps: Columns) -> Quartiles | None:
 
 
 def _column(annotation: Any) -> Any:
-    """The column type of a field: a number that may be null is a float, whose NaN stands for null."""
+    """The column type of a field. A number that may be null is a float, and NaN stands for null."""
     kinds = get_args(annotation)
     if NoneType in kinds or annotation is float:
         return pa.float64()

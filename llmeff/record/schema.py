@@ -1,4 +1,4 @@
-"""What a run writes down: the rows and files of a run folder, typed, with their units."""
+"""What a run writes: the rows and files of a run folder, with their types and units."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal, TypeVar
@@ -9,29 +9,29 @@ from llmeff.core.config import with_new_names
 from llmeff.core.metric import Direction
 
 SCHEMA_VERSION: Final = 1
-"""Of every file below; a reader refuses any other."""
+"""Version of every file below. A reader refuses any other."""
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "env.json", "metrics.jsonl"
 EVALUATIONS, EVALS, RESULT = "evaluations.jsonl", "evals.parquet", "result.json"
 MODEL, CHECKPOINTS = "model", "checkpoints"
 LOSS_CURVE, SAMPLES = "loss.png", "samples.png"
-"""Where each part lies in a run folder. `config.json` says that a run was begun, `result.json` that it ended."""
+"""Where each part is in a run folder. `config.json` shows that a run was begun, `result.json` that it ended."""
 RECORDED = (CHECKPOINTS, MODEL, LOSS_CURVE, SAMPLES, EVALS, EVALUATIONS, METRICS)
-"""What a run has made by its steps. Rows come last: while they are there, checkpoints are known to be missing."""
+"""What a run's steps made. Rows come last: as long as they are there, missing checkpoints are noticed."""
 
 LAST_STEPS: Final = 50
-"""Steps at the end of a run that its final training loss is a mean over."""
+"""How many steps at the end of a run its final training loss is a mean over."""
 
 Q = TypeVar("Q", bound=str)
 
 
 class Record(BaseModel):
-    """Base of what is written: frozen, without unknown fields; NaN and infinities are JSON strings ("NaN")."""
+    """Base of what is written: frozen, no unknown fields; NaN and infinities are JSON strings ("NaN")."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields by the names that they had before, which are still read."""
+    """Old names of fields, which are still read, with their new names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,41 +42,41 @@ class Record(BaseModel):
 class StepRow(Record):
     """One line of `metrics.jsonl`: one optimizer step.
 
-    An item is what the loss is a mean over, a token or a pixel; `Result.item` names it.
+    An item is what the loss is a mean over, such as a token or a pixel; `Result.item` names it.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    """Of this line."""
+    """Version of this line's format."""
     step: int
     """Optimizer steps done, from 1."""
     loss: float
-    """Mean over all items of the step, on all ranks, nats."""
+    """Mean over all items of the step on all ranks, in nats."""
     grad_norm: float
-    """Of all gradients together, before clipping."""
+    """Norm of all gradients together, before clipping."""
     learning_rate: float
-    """That the step was made with."""
+    """The rate that the step was made with (the first parameter group's)."""
     items: int
-    """In the step, on all ranks."""
+    """Items in the step, on all ranks."""
     items_seen: int
-    """From the run's beginning through this step."""
+    """Items from the run's beginning through this step."""
     step_s: float
-    """Wall time from the fetching of the batch to the end of the update."""
+    """Wall seconds from fetching the batch to the end of the update."""
     data_s: float
-    """The part of `step_s` that the host spent on making the batch."""
+    """Seconds of `step_s` that the host spent making the batch."""
     items_per_s: float
-    """items / step_s."""
+    """Items per second: items / step_s."""
     peak_allocated_bytes: int | None = None
-    """Most that CUDA's allocator has held at once, in the main process; null on a CPU."""
+    """The most bytes that CUDA's allocator held at once in the main process; null on a CPU."""
     forward_s: float | None = None
-    """Of a synchronised step; null on all others."""
+    """Seconds of the forward passes in a synchronised step; null in all others."""
     backward_s: float | None = None
-    """Of a synchronised step; null on all others."""
+    """Seconds of the backward passes in a synchronised step; null in all others."""
     optimizer_s: float | None = None
-    """Of a synchronised step, clipping included; null on all others."""
+    """Seconds of clipping and update in a synchronised step; null in all others."""
     loss_scale: float | None = None
-    """Of fp16; null where losses are not scaled."""
+    """The loss scale of fp16; null if losses are not scaled."""
     is_warmup: bool
-    """Whether the step's times are kept out of medians: the first of a process, with its compiling and first touches."""
+    """Whether medians leave out the step's times, as for a process's first steps, with their compiling and first touches."""
 
 
 class EvalRow(Record):
@@ -92,67 +92,67 @@ class EvalRow(Record):
     unit: str
     """The unit's id."""
     loss_sum: float
-    """Over the unit, nats."""
+    """Sum of the loss over the unit, in nats."""
     count: int
-    """Items that the sum is over."""
+    """How many items the sum is over."""
     metrics: dict[str, float] = {}
-    """More sums over the unit, by name (`bytes`)."""
+    """Other sums over the unit, by name (`bytes`)."""
 
 
 class Evaluation(Record):
-    """One line of `evaluations.jsonl`: what all units of one evaluation come to."""
+    """One line of `evaluations.jsonl`: the metrics of one evaluation, over all its units."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    """Of this line."""
+    """Version of this line's format."""
     step: int
     """Optimizer steps done before the evaluation."""
     split: str
     """`validation`, `test`, ..."""
     metrics: dict[str, float]
-    """By name, each in its own unit (`loss` in nats an item)."""
+    """By name, each in its own unit (`loss` in nats per item)."""
 
 
 class Environment(Record):
-    """`env.json`: where a run ran. An allow-list: no environment variables, no paths, no host name."""
+    """`env.json`: where a run ran. An allow-list: no environment variables, paths or host names."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    """Of this file."""
+    """Version of this file's format."""
     llmeff: str
-    """Version."""
+    """llmeff's version."""
     commit: str | None
-    """Of the checkout that llmeff was imported from; null where it is none."""
+    """Commit of the checkout that llmeff was imported from; null if there is no checkout."""
     diff_sha256: str | None
-    """Over the package's uncommitted changes and new files; null where there are none, or no checkout."""
+    """SHA-256 of the package's uncommitted changes and new files; null if there are none, or no checkout."""
     python: str
-    """Version."""
+    """Python's version."""
     packages: dict[str, str]
-    """Versions of the packages that results hang on, as far as they are installed."""
+    """Versions of the packages that results depend on, for those that are installed."""
     system: str
     """Operating system and machine type (`Linux x86_64`)."""
     cpu: str
-    """Model name."""
+    """The CPU's model name."""
     instruction_set: str | None = None
-    """That oneDNN takes of it, by its name (`AVX2`); null where that is not known, and of older runs."""
+    """The CPU's instruction set that oneDNN uses, by oneDNN's name (`AVX2`); null if unknown, and in older runs."""
     cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     threads: int
-    """Of torch, in this process."""
+    """torch's threads in this process."""
     memory_bytes: int
-    """Of the machine."""
+    """Memory of the machine, in bytes."""
     device: str
-    """What computes: the GPU's name, or `cpu`."""
+    """The device that computes: the GPU's name, or `cpu`."""
     device_memory_bytes: int | None = None
-    """Of the GPU."""
+    """Memory of the GPU, in bytes; null on a CPU."""
     cuda: str | None = None
-    """The version that torch was built with; null where the run does not use it."""
+    """The CUDA version that torch was built with; null on a CPU."""
     driver: str | None = None
-    """Version of the GPU's driver."""
+    """Version of the GPU's driver; null if unknown, and on a CPU."""
     earlier: tuple["Environment", ...] = ()
-    """Other environments that this run was begun in and resumed from, oldest first."""
+    """Other environments in which this run was begun or resumed, oldest first."""
 
 
 class Timings(Record):
-    """Wall seconds by what they were spent on, over all processes that one run took."""
+    """Wall seconds by what they were spent on, over all processes of one run."""
 
     startup_s: float = 0.0
     """Before the first step, after the imports: building, loading, resuming."""
@@ -163,29 +163,29 @@ class Timings(Record):
     eval_s: float = 0.0
     """Held-out loss, metrics and samples."""
     checkpoint_s: float = 0.0
-    """Saving states, and the final model."""
+    """Saving states and the final model."""
     record_s: float = 0.0
-    """Of the host: writing rows, drawing the display, metering. On a GPU it may pass while the device computes."""
+    """The host's time for writing rows, drawing the display and metering. On a GPU the device may compute meanwhile."""
 
 
 class Quartiles(Record):
-    """A spread, over the steps of one run."""
+    """Quartiles over the steps of one run."""
 
     lower: float
-    """A quarter lies below."""
+    """A quarter of the values lies below."""
     median: float
-    """Half lies below."""
+    """Half of the values lies below."""
     upper: float
-    """A quarter lies above."""
+    """A quarter of the values lies above."""
 
 
 class Result(Record):
-    """`result.json`, written last: its presence means that the run has ended.
+    """`result.json`, written last: if it exists, the run has ended.
 
-    `predicted`, `measured` and `error` are keyed by quantity; a quantity's name ends with its unit: `parameters`,
-    `executed_flops` (of one step; counted as it runs uncompiled, which has the same contractions), `peak_bytes` (live at
-    once: the allocator's peak on a GPU, live tensors on a CPU), `saved_bytes` (kept for backward; not measured where the
-    run is compiled, and then predicted for it uncompiled), ...
+    `predicted`, `measured` and `error` are keyed by quantity. A quantity's name ends with its unit: `parameters`,
+    `executed_flops` (of one step; counted in an uncompiled one, which has the same contractions), `peak_bytes` (live at
+    once: the allocator's peak on a GPU, live tensors on a CPU), `saved_bytes` (kept for backward; of a compiled run it is
+    predicted as if uncompiled, and not measured), ...
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"goals": "metric_directions"}
@@ -195,53 +195,52 @@ class Result(Record):
     status: Literal["finished", "diverged"]
     """`diverged`: a loss or norm was not finite, and the run stopped before that update."""
     diagnosis: str | None = None
-    """What was seen when it diverged."""
+    """What was seen when the run diverged; null if it did not."""
     steps: int
     """Optimizer steps done."""
     item: str
     """What the loss is a mean over, in the singular (`token`, `pixel`)."""
     items_seen: int
-    """In training."""
+    """Items trained on."""
     parameters: int
-    """Trained and frozen, shared ones once."""
+    """How many parameters there are, trained and frozen; shared ones count once."""
     train_loss: float
-    """Mean over the last 50 steps, or all where there are fewer, nats an item."""
+    """Mean over the last 50 steps, or all if there are fewer, in nats per item."""
     metrics: dict[str, dict[str, float]]
-    """By split, then name: the last evaluation (`{"validation": {"loss": ..., "bits_per_byte": ...}}`)."""
+    """By split, then by name: the last evaluation (`{"validation": {"loss": ..., "bits_per_byte": ...}}`)."""
     metric_directions: dict[str, Direction] = {}
-    """The metrics that comparisons speak of, and which way each is better; of an older run, none."""
+    """The metrics that comparisons report, and which way each is better; empty in older runs."""
     references: dict[str, float] = {}
-    """What metrics are set beside, made without a model (`gzip_bits_per_byte`)."""
+    """Figures to compare metrics with, made without a model (`gzip_bits_per_byte`)."""
     timings: Timings
-    """By clock."""
+    """Wall seconds by clock."""
     items_per_s: Quartiles | None
-    """Over steps after warm-up; null where there were none."""
+    """Items per second over steps after warm-up; null if there were none."""
     model_flops_per_s: float | None = None
-    """Of one rank, of steps after warm-up, at the median step: contractions of the model only, without recomputation."""
+    """FLOP/s of one rank at the median step after warm-up: the model's contractions, not recomputed ones; null if unknown."""
     mfu: float | None = None
-    """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null where the peak is unknown, or would be
-    exceeded, which cannot be."""
+    """`model_flops_per_s` over the device's peak at this precision, 0 to 1; null if the peak is unknown or exceeded."""
     energy_j: float | None = None
-    """That the GPUs of all ranks drew from the first step to the end; null where one has no counter."""
+    """Joules that the GPUs of all ranks drew from the first step to the end; null if one has no counter."""
     prediction: Literal["law", "traced"] = "law"
-    """Whether the predicted were computed from the config, or counted in a step of the module without numbers."""
+    """`law`: predictions are computed from the config. `traced`: counted in a step of the module without numbers."""
     predicted: dict[str, float]
-    """By quantity."""
+    """Predicted values by quantity."""
     measured: dict[str, float]
-    """By quantity."""
+    """Measured values by quantity."""
     error: dict[str, float]
-    """predicted / measured - 1, by quantity, where both are known."""
+    """predicted / measured - 1 by quantity, for those where both are known."""
     sample: str | None = None
-    """Something that the trained model made."""
+    """Text that the trained model made; null if there is none."""
     data: dict[str, Any] = {}
-    """What was read: names, sizes, SHA-256."""
+    """The data that were read: names, sizes, SHA-256."""
     kernels: tuple[str, ...] = ()
-    """Which computed what has more than one, in the step whose FLOPs were counted; that count is not made where one of them
-    cannot be counted."""
+    """Kernels that ran in the step whose FLOPs were counted, for operations with several. If the FLOPs of one of them cannot be
+    counted, `executed_flops` is not measured."""
 
 
 def relative_errors(predicted: Mapping[Q, float], measured: Mapping[str, float]) -> dict[str, float]:
-    """For each quantity that both hold, predicted / measured - 1; infinite where only the measured is 0."""
+    """By quantity that both hold: predicted / measured - 1; infinite if only the measured value is 0."""
     return {
         quantity: _relative_error(value, measured[quantity])
         for quantity, value in predicted.items()

@@ -1,4 +1,4 @@
-"""Writes a run folder: rows as they come, the result last; one writer at a time, nothing half-written ever read."""
+"""Writes a run folder: rows as they come, the result last. One writer at a time; nobody ever reads a half-written file."""
 
 import contextlib
 import fcntl
@@ -26,10 +26,10 @@ _LOCK = ".lock"
 
 
 class RunWriter:
-    """The one writer of a run folder. Use `create` or `resume`, and close it, or use it as a context.
+    """The only writer of a run folder. Make it with `create` or `resume`, and close it, or use it as a context manager.
 
-    Every method that writes raises ConfigError where the disk is full or the folder not writable; all rows written
-    before are then whole.
+    Every method that writes raises ConfigError if the disk is full or the folder is not writable. All rows written before
+    are then whole.
     """
 
     def __init__(self, folder: Path):
@@ -44,7 +44,7 @@ class RunWriter:
         """Begins a run in a folder that is absent or empty.
 
         Raises:
-            ConfigError: something lies there, it is not writable, or another process writes there.
+            ConfigError: the folder is not empty or not writable, or another process writes there.
         """
         with files.reported(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class RunWriter:
 
     @classmethod
     def resume(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
-        """Goes on with an unfinished run, as the config now is; call `truncate_after` with the checkpoint's step before the first row.
+        """Continues an unfinished run with this config. Call `truncate_after` with the checkpoint's step before the first row.
 
         Raises:
             ConfigError: no run was begun there, it has ended, or another process writes there.
@@ -79,9 +79,9 @@ class RunWriter:
 
     @classmethod
     def restart(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
-        """Begins an unfinished run anew; call `truncate_after` with 0 before the first row.
+        """Begins an unfinished run anew. Call `truncate_after` with 0 before the first row.
 
-        What it had recorded is moved into `discarded-N` in its folder, with a warning; that is a run folder, too.
+        What it had recorded is moved to `discarded-N` in its folder, with a warning. That folder is a run folder, too.
 
         Raises:
             ConfigError: see `resume`.
@@ -95,13 +95,13 @@ class RunWriter:
                 _write_json(folder / schema.ENVIRONMENT, environment)
                 _write_json(folder / schema.CONFIG, config)
             if aside is not None:
-                logger.warning("%s: begins anew; %s of before are kept in %s", folder, lost or "files", aside)
+                logger.warning("%s: begins anew; %s from before are kept in %s", folder, lost or "files", aside)
             undo.pop_all()
         return writer
 
     @classmethod
     def _unfinished(cls, folder: Path) -> "RunWriter":
-        """The writer of a run that was begun and has not ended, before it touches anything."""
+        """The writer of a run that was begun and has not ended. So far it has touched nothing."""
         if not (folder / schema.CONFIG).is_file():
             raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
         files.refuse_links(folder)
@@ -113,19 +113,18 @@ class RunWriter:
         return writer
 
     def truncate_after(self, step: int) -> None:
-        """Drops what lies beyond a checkpoint's step (0: everything), and a line that was left half-written.
+        """Drops everything beyond a checkpoint's step (0: everything), and a half-written last line.
 
-        What is dropped is made again, bit for bit, by the steps that the run now goes on with. Where no checkpoint says up to
-        where it stands, that is for `restart`.
+        The steps that follow make what is dropped again, bit for bit. If no checkpoint tells the step, use `restart`.
 
         Raises:
-            ConfigError: rows up to the step are missing, so that the record would have a hole.
+            ConfigError: rows up to the step are missing, so the record would have a hole.
         """
         path = self.folder / schema.METRICS
         content = path.read_bytes() if path.exists() else b""
         kept = [(number, line) for number, line in whole_rows(content) if number <= step]
         if [number for number, _ in kept] != list(range(1, step + 1)):
-            raise ConfigError(f"{path}: the checkpoint is of step {step}, but not every row up to it is there")
+            raise ConfigError(f"{path}: the checkpoint is of step {step}, but some rows up to it are missing")
         whole = b"".join(line for _, line in kept)
         if whole != content:
             with self._writing(schema.METRICS):
@@ -143,16 +142,16 @@ class RunWriter:
         content = path.read_bytes() if path.exists() else b""
         self._evaluations = [row for row in read_evaluations(content, path) if row.step <= step]
         if not self._evaluations and self._evals is not None and self._evals.num_rows:
-            self._evaluations = None  # an older llmeff began the run: a file that lacks its first rows would mislead
+            self._evaluations = None  # an older llmeff began the run: a file without its first rows would mislead
         elif _lines(self._evaluations) != content:
             self._write_evaluations(self._evaluations)
 
     def step(self, row: StepRow) -> None:
-        """Appends one line to `metrics.jsonl`; it survives a killed process, and after `sync` a dead machine."""
+        """Appends one line to `metrics.jsonl`. It survives a killed process and, after `sync`, a dead machine."""
         assert self._metrics is not None
         line, written = _lines([row]), 0
         try:
-            while written < len(line):  # a disk that fills takes a part
+            while written < len(line):  # a disk that fills up takes only a part
                 written += self._metrics.write(line[written:])
         except OSError:
             with self._writing(schema.METRICS):
@@ -162,17 +161,17 @@ class RunWriter:
                 raise
 
     def sync(self) -> None:
-        """Flushes the rows to disk; call it before a checkpoint that stands on them."""
+        """Flushes the rows to disk. Call it before a checkpoint that relies on them."""
         assert self._metrics is not None
         with self._writing(schema.METRICS):
             os.fsync(self._metrics.fileno())
 
     def evaluation(self, rows: Sequence[EvalRow], metrics: Mapping[str, float]) -> None:
-        """Adds an evaluation, in place of any of the same step and split.
+        """Adds an evaluation, in place of an earlier one of the same step and split.
 
         Args:
             rows: its units, for `evals.parquet`.
-            metrics: what they come to, for `evaluations.jsonl`.
+            metrics: what they amount to, for `evaluations.jsonl`.
         """
         if not rows:
             return
@@ -188,13 +187,13 @@ class RunWriter:
             self._write_evaluations([*others, Evaluation(step=step, split=split, metrics=dict(metrics))])
 
     def finish(self, result: Result) -> None:
-        """Ends the run: writes `result.json`, whole or not at all, after everything else is on disk."""
+        """Ends the run: writes `result.json`, whole or not at all, once everything else is on disk."""
         self.sync()
         with self._writing(schema.RESULT):
             _write_json(self.folder / schema.RESULT, result)
 
     def close(self) -> None:
-        """Lets the folder go, for another writer."""
+        """Releases the folder for another writer."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -235,30 +234,30 @@ class RunWriter:
 
 
 class NullWriter(RunWriter):
-    """What ranks beside the main one have in a writer's place: it writes nothing."""
+    """The writer of all ranks but the main one. It writes nothing."""
 
     def __init__(self, folder: Path, *_of_the_run: object):
         self.folder = folder
         self._lock = self._metrics = None
 
     def truncate_after(self, step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def step(self, row: StepRow) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def evaluation(self, rows: Sequence[EvalRow], metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def finish(self, result: Result) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def writer_of(*, is_main: bool, resume: bool, anew: bool) -> Callable[[Path, BaseModel, Environment], RunWriter]:
-    """What opens a rank's writer, of the run's folder, config and environment."""
+    """The function that opens a rank's writer, given the run's folder, config and environment."""
     if not is_main:
         return NullWriter
     return RunWriter.restart if anew else RunWriter.resume if resume else RunWriter.create
@@ -273,7 +272,7 @@ def _lines(rows: Iterable[Record]) -> bytes:
 
 
 def _with_earlier(now: Environment, before: Environment) -> Environment:
-    """This process's environment, with those before it where they differ."""
+    """This process's environment, with those before it that differ."""
     last, earlier = before.model_copy(update={"earlier": ()}), before.earlier
     return now.model_copy(update={"earlier": earlier if last == now else (*earlier, last)})
 
@@ -292,15 +291,15 @@ def _eval_table(rows: Iterable[EvalRow]) -> Any:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file is a lock, or what a process left that was killed before its run began."""
+    """Whether a file is a lock, or was left by a process that was killed before its run began."""
     return file.name in (_LOCK, schema.ENVIRONMENT) or file.name.startswith(files.PARTIAL)
 
 
 def check_free(folder: Path) -> None:
-    """Says early whether a run may begin in a folder; touches nothing.
+    """Checks early that a run may begin in a folder. Touches nothing.
 
     Raises:
-        ConfigError: something lies there.
+        ConfigError: the folder is not empty.
     """
     with files.reported(folder):
         lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file)) if folder.is_dir() else []
@@ -314,17 +313,17 @@ def _not_empty(folder: Path, lying: list[str]) -> str:
     if schema.RESULT in lying:
         advice = "a run that has ended; choose another --out"
     elif schema.CONFIG in lying:
-        advice = "an unfinished run; go on with it by --resume, or choose another --out"
+        advice = "an unfinished run; continue it with --resume, or choose another --out"
     else:
-        advice = "no run; choose another --out"
+        advice = "not a run; choose another --out"
     return f"{folder}: is not empty ({named}): {advice}"
 
 
 def wait_until_free(folder: Path, timeout_s: float) -> None:
-    """Returns when no process writes in a folder any more, as after one that was just killed.
+    """Returns once no process writes in a folder any more, for example after one was killed.
 
     Raises:
-        ConfigError: one still does, after the time.
+        ConfigError: one still does when the time is up.
     """
     deadline_s = time.monotonic() + timeout_s
     while (folder / _LOCK).exists():
@@ -338,10 +337,10 @@ def wait_until_free(folder: Path, timeout_s: float) -> None:
 
 
 def lock(folder: Path) -> int:
-    """Takes the folder for this process; the kernel lets go when the process ends, however it ends.
+    """Takes the folder for this process. The kernel releases it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process has it, or its lock is a symbolic link.
+        ConfigError: another process has it, or its lock file is a symbolic link.
     """
     path = folder / _LOCK
     with files.reported(path):
@@ -353,7 +352,7 @@ def lock(folder: Path) -> int:
         raise ConfigError(f"{folder}: another process is writing here; wait, or choose another --out") from None
     except OSError as error:  # some network file systems have no locks
         logger.warning(
-            "%s: the folder cannot be locked (%s): start no second run in it",
+            "%s: the folder cannot be locked (%s): do not start a second run in it",
             folder,
             error.strerror,
         )

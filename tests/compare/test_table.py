@@ -32,7 +32,7 @@ def test_all_folders_that_are_no_runs_are_named_at_once(make_run, tmp_path):
     with pytest.raises(ConfigError) as caught:
         compare([make_run("done"), tmp_path / "empty", tmp_path / "nowhere"])
     assert len(caught.value.problems) == 2
-    assert "empty: is no run folder" in str(caught.value)
+    assert "empty: is not a run folder" in str(caught.value)
     assert "nowhere: there is no such folder" in str(caught.value)
 
 

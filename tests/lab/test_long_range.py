@@ -192,12 +192,12 @@ def test_runs_of_other_text_are_an_error(capsys, runs, tmp_path):
 
 def test_a_folder_without_a_model_is_an_error(capsys, tmp_path):
     assert main(["context", str(tmp_path)]) == 2
-    assert "is no run folder" in " ".join(capsys.readouterr().err.split())
+    assert "is not a run folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_wrong_run_among_others_is_an_error_before_any_is_read(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Decoder, "forward", None)
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         long_range([runs / "stream", tmp_path])
 
 

@@ -11,7 +11,7 @@ from llmeff.record.reader import final_loss, model_folder, progress, read_run, r
 
 def test_a_folder_that_is_no_run_says_so(tmp_path, make_run):
     make_run("first")
-    with pytest.raises(ConfigError, match=r"is no run folder.*There are runs in it: first"):
+    with pytest.raises(ConfigError, match=r"is not a run folder.*There are runs in it: first"):
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         read_run(tmp_path / "nowhere")
@@ -90,7 +90,7 @@ def test_an_empty_file_records_no_evaluation(make_run):
 
 def test_a_model_lies_where_it_was_written_at_the_end(make_run, result):
     folder = make_run("run", is_finished=False)
-    there = r"has no model, which is written at its end; there is \.lock, config\.json, env\.json, eval"
+    there = r"has no model, which a run writes when it ends; the folder holds \.lock, config\.json, env\.json, eval"
     with pytest.raises(ConfigError, match=f"the run is unfinished at step 4 and {there}"):
         model_folder(read_run(folder))
     (folder / "result.json").write_text(result.model_copy(update={"status": "diverged"}).model_dump_json())
@@ -111,10 +111,10 @@ def test_a_config_that_cannot_be_read_is_one_clear_error(make_run, content):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"garbage\n", "line 2 is no row"),
-        (b"\0\0\0\0\n", "line 2 is no row"),
-        (b'{"schema_version":1,"step":2}\n', "line 2 is no row.*loss"),
-        (b"[1]\n", "line 2 is no row"),
+        (b"garbage\n", "line 2 is not a step's row"),
+        (b"\0\0\0\0\n", "line 2 is not a step's row"),
+        (b'{"schema_version":1,"step":2}\n', "line 2 is not a step's row.*loss"),
+        (b"[1]\n", "line 2 is not a step's row"),
     ],
 )
 def test_a_damaged_line_is_named(make_run, line, message):

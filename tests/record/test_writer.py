@@ -218,8 +218,8 @@ def test_a_run_that_moves_keeps_every_environment(make_run, environment):
 @pytest.mark.parametrize(
     ("lying", "message"),
     [
-        (["thesis.tex"], r"not empty \(thesis.tex\): no run; choose another --out"),
-        (["config.json", "env.json"], "unfinished run; go on with it by --resume"),
+        (["thesis.tex"], r"not empty \(thesis.tex\): not a run; choose another --out"),
+        (["config.json", "env.json"], "unfinished run; continue it with --resume"),
         (["config.json", "result.json"], "a run that has ended"),
         (list("abcdef"), r"\(a, b, c, d and 2 more\)"),
     ],
@@ -256,7 +256,7 @@ def test_a_run_begun_anew_keeps_what_it_had_recorded_as_a_run_of_its_own(make_ru
     with RunWriter.restart(folder, SeedOnly(seed=8), elsewhere) as writer:
         writer.truncate_after(0)
         writer.step(step_row(1))
-    assert f"{folder}: begins anew; 4 steps and 2 evaluations of before are kept in {aside}" in caplog.text
+    assert f"{folder}: begins anew; 4 steps and 2 evaluations from before are kept in {aside}" in caplog.text
     now, kept = read_run(folder), read_run(aside)
     assert (now.config, now.environment, now.steps["step"].tolist()) == ({"seed": 8}, elsewhere, [1])
     assert (now.evaluations, now.evals) == ([], None)
