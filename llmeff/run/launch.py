@@ -1,4 +1,4 @@
-"""RunConfig -> the processes of a run on this machine: the command that starts them, how they ended, and restarts."""
+"""From a RunConfig to the processes of a run on this machine: their command, how they end, and restarts."""
 
 import contextlib
 import ctypes
@@ -30,16 +30,16 @@ from llmeff.run.checkpoint import is_before_first
 SCRIPT = Path(__file__).parents[1] / "train.py"
 
 _GRACE_S = 10.0
-"""After the last word of a run, or a signal: what is still there then is killed."""
+"""Seconds after a run's last word, or after a signal. What still runs then is killed."""
 _FAILED, _BAD_INPUT = 1, 2
 
 
 def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
-    """What starts a run's processes on this machine: `accelerate launch` where there are several.
+    """The command that starts a run's processes on this machine: `accelerate launch` if there are several.
 
     Args:
         config: the run's.
-        arguments: of `llmeff train`, for each of them.
+        arguments: those of `llmeff train`, for each process.
     """
     ranks, parallel = config.parallel.ranks, config.parallel
     if ranks == 1:
@@ -53,10 +53,10 @@ def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
 
 
 def _quoted(path: Path) -> str:
-    """As an option in a batch script; Slurm reads quotes there as a shell does.
+    """A path as an option in a batch script. Slurm reads quotes there as a shell does.
 
     Raises:
-        ConfigError: no quotes help.
+        ConfigError: quotes cannot help.
     """
     text = str(path)
     if any(character in text for character in '"\n\r'):
@@ -67,49 +67,49 @@ def _quoted(path: Path) -> str:
 def slurm_job(
     name: str, line: str, *, log: Path, cores: int, gpus: int = 0, count: int | None = None, more: Sequence[str] = ()
 ) -> str:
-    """A batch script of Slurm, for one task on one node.
+    """A Slurm batch script for one task on one node.
 
     Args:
         name: the job's.
-        line: what it runs, as bash reads it; $SLURM_ARRAY_TASK_ID is the number in an array.
-        log: where its output goes; `%a` stands for the number.
-        cores: that it needs.
-        gpus: that it needs.
-        count: of an array's jobs; None: it is no array.
-        more: options of sbatch, which go before those above where they say the same.
+        line: the command, as bash reads it; $SLURM_ARRAY_TASK_ID is the job's number in an array.
+        log: the file for its output; `%a` stands for the number.
+        cores: how many cores it needs.
+        gpus: how many GPUs it needs.
+        count: how many jobs the array has; None: it is no array.
+        more: options of sbatch; they replace those above that have the same names.
 
     Raises:
         ConfigError: a folder's name cannot stand in a batch script.
     """
-    own = [f"--job-name={name}", f"--output={_quoted(log)}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
-    own += [f"--array=0-{count - 1}"] if count is not None else []
-    own += [f"--gpus={gpus}"] if gpus else []
+    defaults = [f"--job-name={name}", f"--output={_quoted(log)}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
+    defaults += [f"--array=0-{count - 1}"] if count is not None else []
+    defaults += [f"--gpus={gpus}"] if gpus else []
     given = {option.partition("=")[0] for option in more}
-    options = [*(option for option in own if option.partition("=")[0] not in given), *more]
+    options = [*(option for option in defaults if option.partition("=")[0] not in given), *more]
     head = "".join(f"#SBATCH {option}\n" for option in [f"--chdir={_quoted(Path.cwd())}", *options])
     return f"#!/bin/bash\n{head}\nexec {line}\n"
 
 
 def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's raw data, with the DeepSpeed file that the launcher's flags name where the config names none.
+    """A config's raw data. If it names no DeepSpeed file but the launcher's flags do, that file is added.
 
-    Where it names no strategy of several processes either, it is the one that such a file is for.
+    If it names no strategy of several processes either, the strategy that reads such a file is added, too.
 
     Raises:
-        ConfigError: the config names a file with another content.
+        ConfigError: the config names a file with other content.
     """
     given = launcher_file()
     parallel = data.get("parallel", {})
     parallel = {"name": parallel} if isinstance(parallel, str) else parallel
     if given is None or not isinstance(parallel, Mapping):
         return dict(data)
-    own = parallel.get("file")
-    if own is not None and own != given and read(Path(own)) != read(Path(given)):
+    configured = parallel.get("file")
+    if configured is not None and configured != given and read(Path(configured)) != read(Path(given)):
         raise ConfigError(
-            f"parallel.file is {own!r} in the config, but accelerate launch --deepspeed_config_file names {given!r}, "
-            "which says otherwise: leave one of them out"
+            f"parallel.file is {configured!r} in the config, but accelerate launch --deepspeed_config_file names {given!r}, "
+            "and their contents differ: leave one of them out"
         )
-    if own is not None:
+    if configured is not None:
         return dict(data)
     strategies = StrategyConfig.registry
     readers = [name for name in strategies.names() if "file" in strategies[name].model_fields]
@@ -117,27 +117,27 @@ def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
     if parallel.get("name") in alone:
         parallel = {**parallel, "name": readers[0], "ranks": world().ranks}
     if parallel["name"] not in readers:
-        return dict(data)  # of which the launcher's other flags tell, or validation
+        return dict(data)  # the launcher's other flags, or validation, will report it
     return {**data, "parallel": {**parallel, "file": given}}
 
 
 def going_on(folder: Path) -> str:
-    """The flag by which a run that ended without a result goes on by itself.
+    """The flag with which a run that ended without a result continues by itself.
 
-    Where it ended before its first checkpoint it begins anew, and its rows are kept; where checkpoints are missing, `--resume`
+    If it ended before its first checkpoint, it begins anew and its rows are kept. If checkpoints are missing, `--resume`
     says so.
     """
     return "--restart-from-scratch" if is_before_first(folder) else "--resume"
 
 
 def first_flags(folder: Path, *, resume: bool, anew: bool, is_restarted: bool) -> list[str]:
-    """The flags with which a run's processes are started first.
+    """The flags with which a run's processes are first started.
 
     Args:
         folder: the run's.
         resume: `--resume` was given.
         anew: `--restart-from-scratch` was given.
-        is_restarted: the run goes on by itself if it ends abnormally, and so also from where it ended before.
+        is_restarted: the run continues by itself if it ends abnormally, and so also from where it ended before.
 
     Raises:
         ConfigError: neither was given, and the folder is not free.
@@ -153,16 +153,16 @@ def first_flags(folder: Path, *, resume: bool, anew: bool, is_restarted: bool) -
 def run(
     start: Callable[[Sequence[str]], list[str]], folder: Path, *, restarts: int, tell: Callable[[str], None]
 ) -> int:
-    """Runs a run's processes to their end; where they ended abnormally, again, from the newest whole checkpoint.
+    """Runs a run's processes to their end. If that is abnormal, starts them again from the newest whole checkpoint.
 
     Args:
-        start: the command, with the flags by which a run that was begun goes on; none at first.
+        start: makes the command, from the flags that continue a run; there are none at first.
         folder: the run's.
         restarts: how often at most.
-        tell: is handed each command before it is started.
+        tell: is given each command before it starts.
 
     Returns:
-        As of `llmeff train`: 0, 1 where it failed, 2 where the input is wrong.
+        The exit code, as of `llmeff train`: 0; 1 if it failed; 2 if the input is wrong.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once nothing of the run is left running.
@@ -181,14 +181,14 @@ def run(
 
 
 _LAUNCHERS_OWN = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ \S*torch/distributed/(elastic|run)")
-"""A line of torch's launcher about the processes, which on a busy machine it may write before the last word is there."""
+"""A line of torch's launcher about the processes. On a busy machine it may come before the last word."""
 
 
 class _Job:
-    """Processes that are started by one command, of which one says last how the run ended.
+    """Processes started by one command; one of them says last how the run ended.
 
-    What they write to standard error is passed on until then; what comes after is the launcher's account of it, and
-    goes into a file of the run's folder.
+    Until then, what they write to standard error is passed on. What comes after is the launcher's account of the end; it
+    goes into a file in the run's folder.
     """
 
     def __init__(self, line: list[str], folder: Path):
@@ -226,7 +226,7 @@ class _Job:
                 log.err().flush()
 
     def _wait(self) -> None:
-        """Until all have ended, or a while after the last word."""
+        """Waits until all have ended, or for a while after the last word."""
         deadline_s = float("inf")
         while time.monotonic() < deadline_s:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -248,7 +248,7 @@ class _Job:
                 file.writelines(self._kept)
 
     def _code(self) -> int:
-        """By the last word; where there was none, whether the command did well."""
+        """The last word's code; without a last word, whether the command succeeded."""
         if not self._ending.exists():
             return _FAILED if self._process.returncode else 0
         ending = json.loads(self._ending.read_text(encoding="utf-8"))
@@ -262,14 +262,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_starter() -> None:
-    """In the process that is started: Linux ends it when its starter goes, be that by SIGKILL."""
+    """Runs in the started process: Linux then ends it when its starter goes, even by SIGKILL."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """A block in which SIGTERM is Ctrl-C, so that it too is passed on."""
+    """A block in which SIGTERM acts like Ctrl-C, so that it is passed on too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -281,7 +281,7 @@ def terminable() -> Iterator[None]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Whatever is left of a process and those that it started; its ranks have sessions of their own."""
+    """Kills whatever is left of a process and of those that it started; its ranks have sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         left = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for one in left:

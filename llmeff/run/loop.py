@@ -38,18 +38,18 @@ from llmeff.tasks.task import ITEMS, Sample
 
 
 class DivergedError(Exception):
-    """A run that cannot go on; what it had saved is whole."""
+    """A run that cannot go on. What it saved is whole."""
 
 
 def train(
     config: RunConfig, folder: Path, *, resume: bool = False, anew: bool = False, is_silent: bool = True
 ) -> Result:
-    """Trains from beginning to end, or goes on from the newest whole checkpoint.
+    """Trains from beginning to end, or continues from the newest whole checkpoint.
 
     Args:
         config: the run; `auto` values are resolved before anything is written.
-        folder: the run's folder, absent or empty, unless resumed or begun anew.
-        resume: go on with the run in the folder; with `anew` also where that can only be from the first step.
+        folder: the run's folder; absent or empty, unless the run is resumed or begun anew.
+        resume: continue the run in the folder; with `anew`, even if that is only possible from the first step.
         anew: begin the unfinished run in the folder anew; what it recorded is set aside.
         is_silent: show nothing at the terminal.
 
@@ -70,10 +70,10 @@ def train(
 
 
 class _State(BaseModel):
-    """What a run remembers in a checkpoint beside weights and optimizer."""
+    """What a run remembers in a checkpoint besides weights and optimizer."""
 
     sharing: str
-    """How the ranks share a step, in which the below was measured."""
+    """How the ranks share a step. The measurements below are of steps shared in this way."""
     data: str = ""
     items_seen: int = 0
     measured: dict[str, float] = {}
@@ -84,7 +84,7 @@ class _State(BaseModel):
 
 
 class Trainer:
-    """A run under way: what `train` calls in order, and what benchmarks step through."""
+    """A run in progress: `train` calls its methods in order, and benchmarks step through it."""
 
     def __init__(self, config: RunConfig, folder: Path, *, resume: bool, is_silent: bool, anew: bool = False):
         self._closing = ExitStack()
@@ -106,7 +106,7 @@ class Trainer:
         self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
 
-        # All that can be wrong has been asked for: now the folder is touched.
+        # Everything that can be wrong was checked: from now on the folder is touched.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
         self._state = _State(sharing=prepare.sharing(self.config), data=self._task.facts()["sha256"])
@@ -126,14 +126,14 @@ class Trainer:
         self._clocks = Clocks(self.device, self._state.timings.model_copy(update={"startup_s": startup_s}))
 
     def _go_back(self, checkpoint: Checkpoint | None) -> None:
-        """To the checkpoint, or where there is none to the beginning."""
+        """Returns to the checkpoint or, if there is none, to the beginning."""
         if checkpoint is not None:
             with group.agreed():
                 self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
-            own, self.step, self._state = self._state.sharing, checkpoint.step, _State.model_validate(checkpoint.state)
-            if self._state.sharing != own:  # what was measured is of ranks that shared a step otherwise
-                self._state = self._state.model_copy(update={"sharing": own, "measured": {}, "kernels": ()})
+            now, self.step, self._state = self._state.sharing, checkpoint.step, _State.model_validate(checkpoint.state)
+            if self._state.sharing != now:  # the measurements are of ranks that shared a step differently
+                self._state = self._state.model_copy(update={"sharing": now, "measured": {}, "kernels": ()})
         self._writer.truncate_after(self.step)
 
     def __enter__(self) -> "Trainer":
@@ -158,21 +158,21 @@ class Trainer:
         """One optimizer step: batch, forward, backward, clip, update, record."""
         number = self.step + 1
         if number == self._counted:
-            # Counting makes autograd add gradients out of place: another step meters memory.
+            # While FLOPs are counted, autograd adds gradients out of place, so another step meters memory.
             with self._eagerly():
                 measured, self._state.kernels = meters.count_step(self._update)
             self._state.measured |= measured
         elif number == self._metered:
             self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.resident(), self.device)
-            # last, since strategies that gather parameters take a forward pass without backward for another kind of step
-            if self.config.runtime.compile == "off":  # what compiled code keeps for backward is not seen
+            # last, since strategies that gather parameters treat a forward pass without backward as another kind of step
+            if self.config.runtime.compile == "off":  # what compiled code keeps for backward cannot be seen
                 with self._clocks.hold("record"):
                     self._state.measured["saved_bytes"] = self._saved_bytes()
         else:
             self._update()
 
     def _saved_bytes(self) -> int:
-        """What a forward pass of one micro-batch keeps for backward."""
+        """Bytes that a forward pass of one micro-batch keeps for backward."""
         batch = self._task.batch(self.step, self._shares[0], self.device)
         given = [value for value in (*batch.inputs.values(), batch.targets) if isinstance(value, torch.Tensor)]
         held = [*self._strategy.resident(), *given]
@@ -189,7 +189,7 @@ class Trainer:
 
         losses = []
         while batches:
-            batch = batches.pop(0)  # its masks and tables go with it
+            batch = batches.pop(0)  # its masks and tables are freed with it
             beat("forward")
             with strategy.accumulate(is_last=not batches):
                 sums = self._task.loss(strategy.model, batch)
@@ -211,14 +211,9 @@ class Trainer:
         self.step, items = number, int(totals[ITEMS])
         self._state.items_seen += items
         self._pending[number] = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "items": items,
-            "items_seen": self._state.items_seen,
-            "peak_allocated_bytes": meters.peak_allocated_bytes(self.device),
-            "loss_scale": strategy.loss_scale,
-        }
+            "loss": loss, "grad_norm": norm, "learning_rate": rate, "items": items, "items_seen": self._state.items_seen,
+            "peak_allocated_bytes": meters.peak_allocated_bytes(self.device), "loss_scale": strategy.loss_scale,
+        }  # fmt: skip
         self._record(clock.end())
 
     def _record(self, finished: list[StepTimes]) -> None:
@@ -229,7 +224,7 @@ class Trainer:
             self._writer.step(row)
             self._display.step(row)
             self._clocks.add_step(times)
-            self._clocks.add("record", start)  # no `hold`: to write a row must not stop the device
+            self._clocks.add("record", start)  # not `hold`: writing a row must not stop the device
 
     def _fail(self, loss: float, norm: float) -> None:
         shown = show_names(self._task.unit_ids(self.step, range(self.config.train.batch)))
@@ -251,12 +246,12 @@ class Trainer:
         return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
 
     def evaluate_if_due(self) -> None:
-        """Held-out loss on a few units."""
+        """Evaluates the held-out loss on a few units, if it is due."""
         if self._is_due(self.config.evaluation.interval(self.config.train.steps)):
             self._evaluate(self.config.evaluation.max_units)
 
     def save_if_due(self) -> None:
-        """A checkpoint."""
+        """Saves a checkpoint, if one is due."""
         if self._is_due(self.config.checkpoint.every):
             self._save()
 
@@ -273,7 +268,7 @@ class Trainer:
         self._display.note(f"step {self.step}, {split}: {shown}")
 
     def _eagerly(self) -> AbstractContextManager[object]:
-        """Runs what is compiled as it is written: other shapes than the step's would be compiled anew, each."""
+        """Runs compiled code uncompiled: any shape other than the step's would be compiled anew."""
         return nullcontext() if self.config.runtime.compile == "off" else torch.compiler.set_stance("force_eager")
 
     def _save(self) -> None:
@@ -286,7 +281,7 @@ class Trainer:
     # -- the end
 
     def finish(self) -> Result:
-        """The last evaluation, checkpoint, model, sample and curve; then the result, the same on all ranks."""
+        """Does the last evaluation, checkpoint, model, sample and curve; then the result, the same on all ranks."""
         self._record(self._clock.flush())
         self._evaluate(max_units=None)
         self._save()

@@ -1,4 +1,4 @@
-"""From a config to a run that can begin: the data opened, every `auto` resolved, the device set up."""
+"""From a config to a run that can begin: opens the data, resolves every `auto`, sets up the device."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     """Opens the data and resolves every `auto` value.
 
     Raises:
-        ConfigError: the data is wrong, the model does not fit it, or the device is not there.
+        ConfigError: the data are wrong, the model does not fit them, or the device is missing.
     """
     check_world(config)
     device = config.runtime.device
@@ -43,7 +43,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.parallel.joins:
-        # The watchdog is quicker; this is for a start in which all wait for the first tokenization of their text.
+        # Long, for starts at which all ranks wait while their text is first tokenized. The watchdog is quicker.
         group.connect(_device(device), 10 * config.parallel.timeout_s)
     with group.agreed():
         task = config.task.open(
@@ -55,7 +55,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     check_model(config)
     runtime = config.runtime.model_copy(update={"device": device, "threads": num_threads(config)})
     config = config.model_copy(update={"runtime": runtime})
-    # by what all ranks have, for all must make the same update
+    # by what all ranks can do, since all must make the same update
     is_fast = bool(group.least(int(multiplies_bfloat16(device))))
     config = config.model_copy(update={"optim": config.optim.resolve(is_bfloat16_fast=is_fast)})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
@@ -65,24 +65,24 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
 
 
 def _device(kind: str) -> torch.device:
-    """Where this process computes."""
+    """The device that this process computes on."""
     return torch.device("cuda", world().local_rank) if kind == "cuda" else torch.device("cpu")
 
 
 def check_world(config: RunConfig, *, is_started: bool = True) -> None:
-    """What a DeepSpeed file, the launcher and its flags state must be what the config says.
+    """Checks that a DeepSpeed file, the launcher and its flags agree with the config.
 
     Args:
-        config: the run's; what is `auto` in it agrees with anything.
-        is_started: whether this process is one of the run's, or is about to start them.
+        config: the run's; its `auto` values agree with anything.
+        is_started: whether this process is one of the run's; if not, it is about to start them.
 
     Raises:
-        ConfigError: naming each value that differs, and who states it.
+        ConfigError: names each value that differs, and what states it.
     """
-    said = [*config.parallel.external_settings(), *launcher_settings()]
+    stated = [*config.parallel.external_settings(), *launcher_settings()]
     problems = [
         f"{_named(config, one.key, _value(config, one.key))}, but {one.source} says {one.value!r}: {_advice(config, one)}"
-        for one in said
+        for one in stated
         if (is_started or one.key != "parallel.ranks") and not _agrees(_value(config, one.key), one)
     ]
     engine = launcher_engine()
@@ -93,37 +93,36 @@ def check_world(config: RunConfig, *, is_started: bool = True) -> None:
         )
     if is_cut_short():
         problems.append(
-            "accelerate launch was given more than one of --num_processes, and without --multi_gpu it started only one "
-            f"(parallel.ranks is {config.parallel.ranks} in the config): add --multi_gpu, which starts processes on a "
-            "CPU too"
+            "accelerate launch was given --num_processes above 1, but without --multi_gpu it started only one process "
+            f"(parallel.ranks is {config.parallel.ranks} in the config): add --multi_gpu, which starts processes on a CPU, too"
         )
     if problems:
         raise ConfigError(problems)
 
 
-def _agrees(value: Any, said: ExternalSetting) -> bool:
-    return value == "auto" or value in _MEANT.get((said.key, said.value), (said.value,))
+def _agrees(value: Any, setting: ExternalSetting) -> bool:
+    return value == "auto" or value in _MEANT.get((setting.key, setting.value), (setting.value,))
 
 
-def _advice(config: RunConfig, said: ExternalSetting) -> str:
-    if said.key == "accumulation":
+def _advice(config: RunConfig, setting: ExternalSetting) -> str:
+    if setting.key == "accumulation":
         return "change one of the three"
-    value = said.value if isinstance(said.value, str) else json.dumps(said.value)
-    if said.key == "runtime.compile":
+    value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value)
+    if setting.key == "runtime.compile":
         return "leave the flag out"
-    advice = f"--set {said.key}={value}"
-    if said.key == "parallel.ranks" and not config.parallel.joins:
+    advice = f"--set {setting.key}={value}"
+    if setting.key == "parallel.ranks" and not config.parallel.joins:
         joining = [name for name in StrategyConfig.registry.names() if StrategyConfig.registry[name].joins]
         return f"{advice} and --set parallel to one of {', '.join(joining)}"
     return advice
 
 
 _MEANT = {("precision", "bf16"): ("bf16", "bf16_master")}
-"""What others mean by a name: DeepSpeed users call both of ours bf16."""
+"""What others mean by a value: DeepSpeed users call both of our bf16 precisions bf16."""
 
 
 def _value(config: RunConfig, key: str) -> Any:
-    """A field by its dotted key; None where the config has none such."""
+    """A field by its dotted key; None if the config has no such field."""
     if key == "accumulation":
         size = config.train.micro_batch
         return size if size == "auto" else config.train.batch // (config.parallel.ranks * size)
@@ -143,7 +142,7 @@ def _named(config: RunConfig, key: str, value: Any) -> str:
 
 
 def prepare_device(config: RunConfig) -> torch.device:
-    """Sets threads and determinism; returns where this process computes.
+    """Sets threads and determinism; returns the device that this process computes on.
 
     Raises:
         ConfigError: the device cannot compute in the run's precision.
@@ -158,15 +157,15 @@ def prepare_device(config: RunConfig) -> torch.device:
         torch.use_deterministic_algorithms(config.runtime.deterministic)
         return device
     if config.precision == "fp16":
-        raise ConfigError("precision 'fp16' needs a GPU, and this run would use the CPU: use 'fp32' or 'bf16'")
+        raise ConfigError("precision 'fp16' needs a GPU, but this run uses the CPU: use 'fp32' or 'bf16'")
     return _device("cpu")
 
 
 def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model as its seed makes it, on the device, compiled as asked for.
+    """The run's model as its seed makes it, on the device, compiled as configured.
 
     Raises:
-        ConfigError: it cannot be built, or cannot do what a step asks of it.
+        ConfigError: the model cannot be built, or cannot do what a step needs.
     """
     torch.manual_seed(derive(config.seed, "init"))
     model = config.model.build()
@@ -175,16 +174,16 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
         model = transform.apply(model)
     model = model.to(device)
     model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
-    # a step's shapes are all known: a size met a second time in another layer must not become a symbol, which is slower
+    # All shapes of a step are known. A size that recurs in another layer must not become a symbol, which is slower.
     if config.runtime.compile == "model":
         model.compile(dynamic=False)
     elif config.runtime.compile == "layers":
         layers = getattr(model, "layers", None)
         if layers is None:
             raise ConfigError(
-                f"runtime.compile = 'layers': model {config.model.name!r} has no layers of ours: use 'model'"
+                f"runtime.compile = 'layers': model {config.model.name!r} has no list of layers to compile: use 'model'"
             )
-        # layers of one class share its code; beyond so many forms of it, further layers would silently run uncompiled
+        # Layers of one class share its code. Beyond this many forms of it, further layers would silently run uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(layers))
         for layer in layers:
             layer.compile(dynamic=False)
@@ -192,7 +191,7 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
 
 
 def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
-    """The run's model and optimizer, shared among the processes as the config says.
+    """The run's model and optimizer, shared among the processes as configured.
 
     Raises:
         ConfigError: the model cannot be built, or a checkpoint could not hold the optimizer's state.
@@ -216,7 +215,7 @@ def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strat
 
 
 def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """The run's model on the CPU with trained weights, whatever it was split into, as it was before its transforms."""
+    """The run's model on the CPU with trained weights: unsplit, and as it was before its transforms."""
     with torch.device("meta"):
         model = config.model.build()
         for transform in config.transforms:
@@ -229,12 +228,12 @@ def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def sharing(config: RunConfig) -> str:
-    """How ranks share a step, for comparison: what one of them keeps, sends and computes follows from it."""
+    """How ranks share a step, as text to compare. What each of them keeps, sends and computes follows from it."""
     return f"{config.parallel.model_dump_json()} {config.train.micro_batch}"
 
 
 def micro_batches(config: RunConfig, rank: int) -> list[range]:
-    """The rows of the global batch that this rank reads, a range for each micro-batch."""
+    """The rows of the global batch that this rank reads: one range per micro-batch."""
     share = config.train.batch // config.parallel.ranks
     size = config.train.micro_batch
     assert isinstance(size, int)
@@ -242,15 +241,15 @@ def micro_batches(config: RunConfig, rank: int) -> list[range]:
 
 
 def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
-    """The config that the run in a folder goes on with: as it was begun, but for what changes no loss beyond rounding.
+    """The config with which the run in a folder continues: as it was begun, except for what changes losses only by rounding.
 
     Args:
-        asked: by the user; its `auto` values agree with anything. Ranks, strategy, micro-batch and what lies under
-            `runtime` may differ; anything else that does is an error.
+        asked: the user's config; its `auto` values agree with anything. Ranks, strategy, micro-batch and everything under
+            `runtime` may differ; any other difference is an error.
         folder: the run's.
 
     Raises:
-        ConfigError: naming each difference, or that there is no run.
+        ConfigError: names each difference, or says that there is no run.
     """
     path = folder / schema.CONFIG
     if not path.is_file():
@@ -259,16 +258,16 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     saved = read(path)
     saved["optim"] = validate(RunConfig, saved).optimizer_as_begun().model_dump(mode="json")
     changed = [
-        f"{key}: the run in {folder} has {was!r}, asked for is {now!r}"
+        f"{key}: the run in {folder} has {was!r}, you asked for {now!r}"
         for key, was, now in _differences(saved, asked.model_dump(mode="json"))
         if not key.startswith(_FREE)
     ]
     if changed:
-        raise ConfigError(["--resume goes on with the run as it was begun:", *changed])
+        raise ConfigError(["--resume continues a run as it was begun, but these values differ:", *changed])
     merged = asked.model_dump(mode="json")
     _keep_statistics_scope(asked, merged, saved)
     if merged["parallel"] == saved["parallel"]:
-        # what was resolved for the same ranks stays: the memory that is free now may be another, and the bits with it
+        # For the same ranks, resolved values stay: the free memory may have changed, and the bits would change with it.
         for table, field in (("train", "micro_batch"), ("runtime", "threads"), ("runtime", "device")):
             if merged[table][field] == "auto":
                 merged[table][field] = saved[table][field]
@@ -278,13 +277,13 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
 
 
 def _keep_statistics_scope(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Rows whose statistics a step takes together stay as many as they were, on ranks that may be others.
+    """Keeps the number of rows whose statistics a step takes together, even if the ranks change.
 
     Raises:
-        ConfigError: they cannot, or others are asked for.
+        ConfigError: it cannot be kept, or another number is asked for.
     """
     pools = validate(RunConfig, saved).model.statistics_scope()
-    was, now = (own["parallel"].get("ranks", 1) for own in (saved, merged))
+    was, now = (config["parallel"].get("ranks", 1) for config in (saved, merged))
     if pools == "nothing" or "auto" in (was, now):
         return
     rows = saved["train"]["micro_batch"] * (was if pools == "ranks" else 1)
@@ -295,8 +294,8 @@ def _keep_statistics_scope(asked: RunConfig, merged: dict[str, Any], saved: dict
         what = f"{now} ranks" if changes_ranks or rest else f"train.micro_batch {given}"
         raise ConfigError(
             f"--resume: model {asked.model.name!r} takes statistics over {rows} images together, on {was} ranks"
-            f"{'' if pools == 'ranks' else ', each by itself'}; with {what} what it learns would be another thing. Go on as it "
-            "was, or begin with model.norm = 'group'" + ("" if pools == "ranks" else " or 'batch_sync'")
+            f"{'' if pools == 'ranks' else ', each by itself'}; with {what} it would learn something else. Resume with the old "
+            "values, or start a run with model.norm = 'group'" + ("" if pools == "ranks" else " or 'batch_sync'")
         )
     merged["train"]["micro_batch"] = size
 

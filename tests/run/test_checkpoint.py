@@ -113,15 +113,15 @@ def other_format(path):
 
 
 DAMAGES = {
-    "a flipped bit": ("weights.safetensors", flip, "weights.safetensors is not what was written"),
-    "a flipped bit in the state": ("state.json", flip, "state.json is not what was written"),
+    "a flipped bit": ("weights.safetensors", flip, "weights.safetensors does not match its checksum"),
+    "a flipped bit in the state": ("state.json", flip, "state.json does not match its checksum"),
     "a flipped bit in the random states": (
         "rng-00000.safetensors",
         flip,
-        "rng-00000.safetensors is not what was written",
+        "rng-00000.safetensors does not match its checksum",
     ),
-    "a cut file": ("weights.safetensors", cut, "weights.safetensors is not what was written"),
-    "an empty file": ("state.json", lambda path: path.write_bytes(b""), "state.json is not what was written"),
+    "a cut file": ("weights.safetensors", cut, "weights.safetensors does not match its checksum"),
+    "an empty file": ("state.json", lambda path: path.write_bytes(b""), "state.json does not match its checksum"),
     "a missing file": ("weights.safetensors", os.remove, "No such file or directory"),
     "a missing manifest": ("manifest.json", os.remove, "No such file or directory"),
     "a cut manifest": ("manifest.json", cut, "Expecting"),
@@ -137,7 +137,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(checkpoints, caplog, name, 
     with caplog.at_level("WARNING", logger="llmeff"):
         assert checkpoints.newest().step == 1
     assert len(caplog.records) == 1
-    assert "checkpoint step-00000002 is damaged and passed over: " in caplog.text
+    assert "checkpoint step-00000002 is damaged and skipped: " in caplog.text
     assert reason in caplog.text
 
 

@@ -36,7 +36,7 @@ def damage(folder):
 
 
 LACKS = {
-    "deleted": (lambda folder: None, "checkpoints: is not there, so there is no checkpoint"),
+    "deleted": (lambda folder: None, "checkpoints: does not exist, so there is no checkpoint"),
     "empty": (lambda folder: (folder / "checkpoints").mkdir(), "checkpoints: holds nothing, so"),
     "renamed": (lambda folder: (folder / "checkpoints" / "old").mkdir(parents=True), "checkpoints: holds only old, so"),
     "a file": (lambda folder: (folder / "checkpoints").touch(), r"checkpoints: cannot be read \(Not a directory\), so"),
