@@ -1,4 +1,4 @@
-"""What a run will cost, asked of each of its parts before it begins."""
+"""Predicts what a run will cost before it begins, by asking each of its parts."""
 
 import contextlib
 import math
@@ -36,18 +36,18 @@ from llmeff.cost.workload import Workload
 from llmeff.cost.workspace import Product, Room, room
 
 USABLE = 0.8
-"""How much of the free memory a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
+"""The part of the free memory that a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
 fragmentation, evaluation and whatever else runs."""
 _FEW = 2**22
-"""Integers that a trace may really hold in one tensor: the positions of a micro-batch, not every mask made of them."""
+"""The most integers of one tensor that a trace really holds: a micro-batch's positions, but not every mask made of them."""
 
 
 def predict(config: RunConfig, rank: int = 0) -> Price:
     """The price of one optimizer step of a run on one rank.
 
     Args:
-        config: its vocabulary resolved; a micro-batch that is still `auto` counts as the whole batch.
-        rank: which one: shares may differ by padding, and by which parameters are whole in them.
+        config: its vocabulary must be resolved; a micro-batch that is still `auto` counts as the whole batch.
+        rank: the rank to price. Shares may differ by padding, and by which parameters are whole in them.
 
     Raises:
         ConfigError: the vocabulary is still `auto`.
@@ -62,7 +62,7 @@ def _price(config: RunConfig, micro_batch: int, rank: int) -> Price:
 
 
 def workload(config: RunConfig, micro_batch: int) -> Workload:
-    """What a step of the run does on one rank, in micro-batches of so many sequences.
+    """What a step of the run does on one rank, in micro-batches of this many sequences.
 
     Raises:
         ConfigError: the vocabulary is still `auto`.
@@ -83,18 +83,18 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
 
 
 def num_threads(config: RunConfig) -> int:
-    """CPU threads of a rank: as given, or a share of the cores that this process may use."""
+    """CPU threads of a rank: as given, or its share of the cores that this process may use."""
     given = config.runtime.threads
     return max(1, usable_cores() // config.parallel.ranks) if given == "auto" else given
 
 
 def price_step(config: RunConfig, work: Workload, rank: int = 0) -> Price:
-    """The price of a step on a rank: by the laws of its parts, or traced if the model has none, or is changed by transforms.
+    """The price of a step on a rank: by its parts' laws, or traced if the model has none or is changed by transforms.
 
     Args:
         config: the run; its model, transforms, optimizer and strategy are priced.
         work: what the step does.
-        rank: which one.
+        rank: the rank to price.
     """
     weights = None
     if not config.transforms:
@@ -103,26 +103,26 @@ def price_step(config: RunConfig, work: Workload, rank: int = 0) -> Price:
     if weights is None:
         return trace(config, work, rank)
     roles = config.model.roles()
-    said = [replace(weight, role=roles.get(weight.name)) for weight in weights]
-    strategy_law = config.parallel.strategy_law(said, config.optim.groups(roles), work, rank)
+    with_roles = [replace(weight, role=roles.get(weight.name)) for weight in weights]
+    strategy_law = config.parallel.strategy_law(with_roles, config.optim.groups(roles), work, rank)
     return config.model.price(work, strategy_law) + _state(config, work, strategy_law)
 
 
 def _state(config: RunConfig, work: Workload, strategy_law: StrategyLaw) -> Price:
-    """The optimizer's; it fills no memory of a GPU where it is updated on the CPU."""
+    """The optimizer's price. If it updates on the CPU, it takes no memory of a GPU."""
     price = config.optim.price(strategy_law.updated(), work.precision)
     return price.only(["optimizer_bytes"]) if strategy_law.updates_on_host and not work.on_cpu else price
 
 
 def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
-    """Refuses a model that cannot do what a step asks of it.
+    """Refuses a model that cannot do what a step needs.
 
     Args:
         config: the run, its vocabulary resolved.
         built: see `ModelConfig.problems`.
 
     Raises:
-        ConfigError: with all that it cannot.
+        ConfigError: lists all that it cannot do.
     """
     problems = list(config.model.problems(workload(config, 1), built))
     if problems:
@@ -130,9 +130,9 @@ def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
 
 
 def usable_bytes(config: RunConfig) -> int | None:
-    """What a step of one rank may take of the memory that is free now on this machine; None: it lacks the run's device.
+    """Bytes of this machine's free memory that a step of one rank may take; None: the machine lacks the run's device.
 
-    On a CPU the ranks are taken to share one machine's memory.
+    On a CPU, all ranks are taken to share one machine's memory.
     """
     device, has_cuda = config.runtime.device, torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -154,12 +154,12 @@ def resolve_micro_batch(config: RunConfig) -> int:
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
-    """The largest divisor of a rank's batch whose predicted peak is within the budget; all of it where a step depends on that.
+    """The largest divisor of a rank's batch whose predicted peak is within the budget.
 
-    Where the peak is unknown it is what of it is known.
+    If a step depends on the micro-batch, it is the rank's whole batch. If the peak is unknown, its known part counts.
 
     Raises:
-        ConfigError: not even one sequence is, or not all.
+        ConfigError: not even one sequence fits or, if it must be the whole batch, that does not.
     """
     micro_batch, price = _fit(config, budget_bytes)
     peak_bytes = price.at_least("peak_bytes")
@@ -169,7 +169,7 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
     one, less = ("image", "give a smaller data.size") if are_images else ("sequence", "shorten data.sequence_length")
     many = f"one {one}" if micro_batch == 1 else f"{micro_batch} {one}s"
     if micro_batch > 1:
-        less = "give a smaller train.micro_batch, over which its statistics then are"
+        less = "give a smaller train.micro_batch (batch statistics are then over that many)"
     raise ConfigError(
         f"train.micro_batch: {many} at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
         f"may be used: {less}, set runtime.recompute = true, or choose a smaller model"
@@ -177,7 +177,7 @@ def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
 
 
 def _most(config: RunConfig, micro_batch: int) -> Price:
-    """The price on the rank that takes most, of a few, since they differ by little."""
+    """The price on the rank that takes most, of a few ranks, since they differ little."""
     ranks = config.parallel.ranks
     prices = (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1})
     return max(prices, key=lambda price: price.at_least("peak_bytes"))
@@ -186,7 +186,7 @@ def _most(config: RunConfig, micro_batch: int) -> Price:
 def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
     """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence.
 
-    Where a step depends on the micro-batch, it is a rank's whole share: what is learned must not hang on free memory.
+    If a step depends on the micro-batch, it is a rank's whole share: what is learned must not depend on free memory.
     """
     share = config.train.batch // config.parallel.ranks
     least = 1 if config.model.statistics_scope() == "nothing" else share
@@ -199,20 +199,20 @@ def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run's price, and what of it hangs on this machine."""
+    """A run's price, and how it fits this machine."""
 
     price: Price
-    """Of an optimizer step on one rank."""
+    """The price of an optimizer step on one rank."""
     micro_batch: int
-    """Sequences of a micro-batch, as priced."""
+    """Sequences per micro-batch, as priced."""
     is_auto: bool
-    """Whether it was chosen here."""
+    """Whether the micro-batch was chosen here."""
     usable_bytes: int | None
-    """What a step may take on this machine; None: it lacks the run's device."""
+    """Bytes that a step may take on this machine; None: it lacks the run's device."""
 
     @property
     def fits(self) -> bool | None:
-        """Whether this machine could make the step, as far as is known; None: it lacks the run's device, or the peak is unknown."""
+        """Whether this machine can do the step, as far as known; None: it lacks the run's device, or the peak is unknown."""
         if self.usable_bytes is None:
             return None
         if self.price.at_least("peak_bytes") > self.usable_bytes:
@@ -220,19 +220,19 @@ class Plan:
         return None if self.price.known("peak_bytes") is None else True
 
     def as_dict(self) -> dict[str, Any]:
-        """The price's entries, and beside them `micro_batch`, `usable_bytes` and `fits`."""
-        beside = {"micro_batch": self.micro_batch, "usable_bytes": self.usable_bytes, "fits": self.fits}
-        return self.price.as_dict() | beside
+        """The price's entries, and `micro_batch`, `usable_bytes` and `fits`."""
+        machine = {"micro_batch": self.micro_batch, "usable_bytes": self.usable_bytes, "fits": self.fits}
+        return self.price.as_dict() | machine
 
 
 def plan(config: RunConfig) -> Plan:
-    """Prices a run of which nothing is resolved, for a machine that need not be this one.
+    """Prices a run that need not be resolved, for a machine that need not be this one.
 
-    The data are opened only where they alone tell the vocabulary's size. Of a micro-batch that is auto, the largest is
-    priced that fits this machine, or one sequence where none does; without the run's device here, a rank's whole batch.
+    The data are opened only if nothing else tells the vocabulary's size. If the micro-batch is auto, the largest one that
+    fits this machine is priced, or one sequence if none fits; without the run's device here, a rank's whole batch.
 
     Raises:
-        ConfigError: the model cannot do what a step asks of it, or the data are needed and wrong.
+        ConfigError: the model cannot do what a step needs, or the data are needed and wrong.
     """
     config = _resolved(config)
     check_model(config)
@@ -246,7 +246,7 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _resolved(config: RunConfig) -> RunConfig:
-    """The run with its model resolved: from the config alone, if that tells all, and else from the data."""
+    """The run with its model resolved: from the config alone if that tells everything, else from the data."""
     model = config.task.infer_model(config.model, config.data)
     if model is not None:
         return config.model_copy(update={"model": model})
@@ -261,21 +261,23 @@ def _resolved(config: RunConfig) -> RunConfig:
 
 
 def show_plan(planned: Plan) -> str:
-    """The price as a table, and below it which micro-batch it is of."""
+    """The price as a table, followed by the micro-batch that it is for."""
     text = f"priced with train.micro_batch {planned.micro_batch}"
     if planned.usable_bytes is None:
         text += " (a rank's whole batch)" if planned.is_auto else ""
-        text += "; this machine has no such device to say whether it fits"
+        text += "; this machine lacks the run's device, so whether it fits is unknown"
     elif planned.fits is None:
         text += "; whether it fits is unknown: the workspace of its convolutions was not measured"
     elif planned.fits:
-        text += " (auto: the most that fits this machine now)" if planned.is_auto else ""
+        text += " (auto: the largest that fits this machine now)" if planned.is_auto else ""
     else:
         text += f"; it does not fit this machine, where {show_bytes(planned.usable_bytes)} may be used now"
     return f"{show(planned.price)}\n{text}"
 
 
-_UNMEASURED = "what its convolutions take was not measured, for their kind or on this CPU's instruction set (analysis/workspace.py)"
+_UNMEASURED = (
+    "the workspace of its convolutions was not measured for their kind or this instruction set (analysis/workspace.py)"
+)
 
 
 def show(price: Price) -> str:
@@ -308,20 +310,20 @@ _SHARED: tuple[Kind, ...] = (
 
 
 def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
-    """Counts a model's step by running it on tensors without numbers, which takes next to no memory.
+    """Counts a model's step by running it on tensors without numbers, which takes almost no memory.
 
-    Tokens and positions have their numbers, since models choose by them: for positions that go on, transformers makes no
+    Tokens and positions keep their numbers, since models choose by them: for contiguous positions, transformers makes no
     mask, and without a mask no copies of the keys for grouped queries. So a packed step is traced with documents that end
-    within a row; where none happens to, it keeps less. What is chosen by activations cannot be traced: the routing of
-    experts, for whose grouped products torch moreover knows no shapes in float32.
+    within a row; a real step in which none does keeps less. What depends on activations cannot be traced: for example the
+    routing of experts, for whose grouped products torch, moreover, knows no shapes in float32.
 
     Args:
         config: the run. Its model is built without numbers, changed by its transforms, and says what its step is given and
-            what the loss is. Its strategy's price is the law's, with the weights in the order in which the modules use them,
-            and the peak is that of one process, more or less by what the strategy takes elsewhere. What recomputation
-            gathers again is not in it.
+            what the loss is. The strategy's price is its law's, with the weights in the order in which the modules use them.
+            The peak is that of one process, plus or minus what the strategy changes elsewhere. It leaves out what
+            recomputation gathers again.
         work: what the step does.
-        rank: which one.
+        rank: the rank to price.
     """
     model = config.model
     with torch.device("meta"):
@@ -337,7 +339,7 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
                 return model.loss(module, batch)
 
         def run(batch: dict[str, Any]) -> None:
-            forward(batch).backward()  # the batch lives on meanwhile
+            forward(batch).backward()  # the batch stays alive meanwhile
 
         batch = model.example(work)
         given = [value for value in batch.values() if isinstance(value, Tensor)]
@@ -384,13 +386,13 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
 
 
 def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, bool]]:
-    """The parameters in the order in which modules use them, and whether backward comes back to each; last the unused."""
+    """The parameters in the order in which modules use them, and whether backward comes back to each; unused ones last."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found: list[tuple[str, bool]] = []
 
     def note(used: nn.Module, given: object, output: object) -> None:
         comes_back = any(tensor.requires_grad for tensor in _tensors(output))
-        found.extend((names[id(own)], comes_back) for own in used.parameters(recurse=False))
+        found.extend((names[id(parameter)], comes_back) for parameter in used.parameters(recurse=False))
 
     hooks = [used.register_forward_hook(note) for used in module.modules()]
     forward()
@@ -401,7 +403,7 @@ def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, b
 
 
 class _RealIntegers(TorchDispatchMode):
-    """Gives integers and truth values their numbers where these are all that decides them, and they are few."""
+    """Gives integers and booleans their numbers if only integers and booleans decide them, and if they are few."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -410,7 +412,7 @@ class _RealIntegers(TorchDispatchMode):
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not _counts(tensor) for tensor in given):
             return func(*args, **(kwargs or {}))
         if not func._schema.is_mutable:
-            # first without numbers, which tells how many there would be
+            # first without numbers, to learn how many there would be
             with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
                 result = func(*args, **(kwargs or {}))
                 if not all(_counts(tensor) and tensor.numel() <= _FEW for tensor in _tensors(result)):
@@ -428,16 +430,16 @@ def _counts(tensor: Tensor) -> bool:
 
 
 class _Rooms(TorchDispatchMode):
-    """Makes and frees around convolutions what libraries take on a CPU (`cost.workspace`).
+    """Makes and frees, around convolutions, the workspace that libraries take on a CPU (`cost.workspace`).
 
     Args:
         work: what the step does.
     """
 
     is_unknown = False
-    """Whether there was a convolution of which that is not known."""
+    """Whether there was a convolution whose workspace is unknown."""
     most_bytes = 0
-    """The most at any time."""
+    """The most bytes at any time."""
 
     def __init__(self, work: Workload):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -471,7 +473,7 @@ class _Rooms(TorchDispatchMode):
         return grad_x, grad_weight, grad_bias
 
     def _enter(self, product: Product, x: Tensor, weight: Tensor, y: torch.Size, *, is_transposed: bool) -> Tensor:
-        """What lives until the product's tensor is made; what it is computed in has come and gone."""
+        """What lives until the product's tensor is made. The room for the computation itself is made and freed here."""
         dtype = str(x.dtype).removeprefix("torch.")
         found = None if is_transposed else room(self._work, product, x.shape, weight.shape, y, dtype)
         self.is_unknown |= found is None
@@ -493,6 +495,6 @@ class _Attention(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             query, num_keys = args[0], args[1].shape[2]
             causal_pairs = query.shape[2] + 1  # twice the mean over queries
-            # a pass of each kind: 4 and 10 for every pair in the kernels, 4 and 8 for a causal pair in the model
+            # forward and backward: 4 and 10 for every pair in the kernels, 4 and 8 for each causal pair in the model
             self.surplus_flops += query.numel() * (14 * num_keys - 6 * causal_pairs)
         return func(*args, **(kwargs or {}))

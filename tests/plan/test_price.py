@@ -387,9 +387,7 @@ def test_what_is_learned_does_not_hang_on_free_memory(norm, micro_batch):
     if micro_batch == 2:
         assert fit_micro_batch(config, budget) == 2
     else:
-        with pytest.raises(
-            ConfigError, match=r"16 images at a time would take .*: give a smaller train.micro_batch, over"
-        ):
+        with pytest.raises(ConfigError, match=r"16 images at a time would take .*: give a smaller train.micro_batch"):
             fit_micro_batch(config, budget)
         assert fit_micro_batch(config, 10 * budget) == 16
 
@@ -483,16 +481,16 @@ def test_a_model_of_7b_is_planned_on_any_machine(no_data, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "usable", "micro_batch", "said"),
     [
-        ("auto", 2**40, 4, "micro_batch 4 (auto: the most that fits this machine now)"),
+        ("auto", 2**40, 4, "micro_batch 4 (auto: the largest that fits this machine now)"),
         ("2", 2**40, 2, "micro_batch 2"),
         ("2", 1000, 2, "micro_batch 2; it does not fit this machine, where 1000 B may be used now"),
         (
             "auto",
             None,
             4,
-            "micro_batch 4 (a rank's whole batch); this machine has no such device to say whether it fits",
+            "micro_batch 4 (a rank's whole batch); this machine lacks the run's device, so whether it fits is unknown",
         ),
-        ("2", None, 2, "micro_batch 2; this machine has no such device to say whether it fits"),
+        ("2", None, 2, "micro_batch 2; this machine lacks the run's device, so whether it fits is unknown"),
     ],
 )
 def test_a_plan_says_what_was_priced(no_data, monkeypatch, setting, usable, micro_batch, said):
