@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(capsys, tmp_path, monkeypatc
 
 def test_resume_of_nothing(capsys, tmp_path):
     assert "needs --out" in fails(capsys, "train", "--resume")
-    assert "no run to go on with" in fails(capsys, "train", "--resume", "--out", tmp_path)
+    assert "no run to continue" in fails(capsys, "train", "--resume", "--out", tmp_path)
 
 
 def test_an_unknown_recipe(capsys):

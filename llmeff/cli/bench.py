@@ -1,4 +1,4 @@
-"""`llmeff bench`: step times of arms that take turns; `llmeff bench mixers`: of mixers over the length of sequences."""
+"""`llmeff bench`: step times of arms that take turns. `llmeff bench mixers`: times of mixers over sequence length."""
 
 import argparse
 import json
@@ -11,24 +11,24 @@ from llmeff.cli.options import add_config, add_imports, check_json, run_config, 
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's commands."""
-    parser = commands.add_parser("bench", help="step times of arms that take turns: ratios with intervals")
+    parser = commands.add_parser("bench", help="compare step times of arms that take turns: ratios with intervals")
     add_config(parser)
     parser.add_argument(
         "--arm", action="append", default=[], dest="arms", metavar="ARM",
-        help="ours, bare, hf-trainer, or FILE.py:FUNCTION, with settings of its own as in 'ours runtime.compile=model' "
-        "(repeatable; the first is set beside all others)",
+        help="ours, bare, hf-trainer, or FILE.py:FUNCTION, with its own settings, as in 'ours runtime.compile=model' "
+        "(repeatable; the others are compared with the first)",
     )  # fmt: skip
     parser.add_argument(
         "--processes", type=int, default=5, metavar="N",
-        help="fresh processes of each arm, one after another; the intervals are over them",
+        help="fresh processes per arm, one after another; intervals are computed over them",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each arm, over all its processes")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of a turn")
-    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of a process before its first round")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all turns as JSON")
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns per arm, over all its processes")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per turn")
+    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps in a process before its first round")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all turns to FILE as JSON")
     parser.set_defaults(command=run)
     subjects = parser.add_subparsers(metavar="mixers", title="instead of arms")
-    mixers = subjects.add_parser("mixers", help="what each mixer takes and keeps as sequences grow")
+    mixers = subjects.add_parser("mixers", help="measure the time and memory of mixers as sequences grow")
     _add_mixers(mixers)
     mixers.set_defaults(command=run_mixers)
 
@@ -36,24 +36,28 @@ def add(commands: Any) -> None:
 def _add_mixers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixer", action="append", default=[], dest="mixers", metavar="MIXER",
-        help="a mixer, with settings of its own as in 'sliding window=64' (repeatable; the first is set beside all others; "
-        "softmax and all others if left out)",
+        help="a mixer, with its own settings, as in 'sliding window=64' (repeatable; the others are compared with the first; "
+        "default: softmax and all others)",
     )  # fmt: skip
     parser.add_argument(
         "--length", action="append", type=int, default=[], dest="lengths", metavar="T",
-        help="tokens (repeatable, ascending; 512 to 16384 by doubling if left out)",
+        help="sequence length in tokens (repeatable, ascending; default: 512 to 16384 by doubling)",
     )  # fmt: skip
-    parser.add_argument("--width", type=int, default=64, metavar="D", help="of the residual stream (64)")
-    parser.add_argument("--heads", type=int, default=2, metavar="N", help="heads of D / N (2)")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="number formats (fp32)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it computes (cpu)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU (1)")
+    parser.add_argument("--width", type=int, default=64, metavar="D", help="width of the residual stream (64)")
+    parser.add_argument("--heads", type=int, default=2, metavar="N", help="number of heads, each D / N wide (2)")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="number format (fp32)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device to compute on (cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
     parser.add_argument(
-        "--processes", type=int, default=3, metavar="N", help="one after another; intervals are over them (3)"
+        "--processes",
+        type=int,
+        default=3,
+        metavar="N",
+        help="processes, one after another; intervals are computed over them (3)",
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each mixer in a process (3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each mixer per process (3)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write all times as JSON, and a picture of that name ending in .png"
+        "--out", type=Path, metavar="FILE", help="write all times to FILE as JSON, and a picture next to it as .png"
     )
     add_imports(parser)
 
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_mixers(options: argparse.Namespace) -> int:
-    """Runs the command on mixers."""
+    """Runs the command for mixers."""
     from llmeff.compare.verdict_table import terminal
     from llmeff.core.components import load_components
     from llmeff.lab.mixers import MixerRace, bench_mixers, picture, tables

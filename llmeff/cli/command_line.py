@@ -1,6 +1,6 @@
 """Reads the arguments, runs the command that they name, and turns its errors into one message and an exit code.
 
-Commands import what they need when they run, so that `--help` is quick.
+Commands import what they need only when they run, so that `--help` is quick.
 """
 
 import argparse
@@ -21,10 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        arguments: what follows the program's name; None: what the process was started with.
+        arguments: everything after the program's name; None: what the process was started with.
 
     Returns:
-        0; 1 if a run failed; 2 if the input is wrong, with one error and nothing touched; 130 on Ctrl-C.
+        0; 1 if a run failed; 2 if the input is wrong (one error, nothing touched); 130 on Ctrl-C.
     """
     if arguments is None:
         keep_folder_off_paths()

@@ -10,23 +10,23 @@ from llmeff.core import log
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's commands."""
-    parser = commands.add_parser("compare", help="runs side by side; arms against a baseline, with intervals")
+    parser = commands.add_parser("compare", help="compare runs side by side, or arms with a baseline, with intervals")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweep folders, or ledger files")
+    parser.add_argument("--baseline", metavar="ARM", help="arm to compare with (default: the sweep's, or the first)")
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweeps' folders, or ledger files"
+        "--metric", metavar="NAME", help="metric that decides, as in bits_per_byte (default: the sweep's, or the loss)"
     )
-    parser.add_argument("--baseline", metavar="ARM", help="what the others are set beside; the sweep's, or the first")
-    parser.add_argument("--metric", metavar="NAME", help="what decides, as in bits_per_byte; the sweep's, or the loss")
     parser.add_argument(
-        "--target", type=float, metavar="VALUE", help="count steps, FLOPs and time to this value of the metric"
+        "--target", type=float, metavar="VALUE", help="count steps, FLOPs and time until the metric reaches this value"
     )
-    parser.add_argument("--timing", type=Path, metavar="FILE", help="step times, of `llmeff sweep --timing`")
-    parser.add_argument("--mixed", action="store_true", help="compare runs of other data or budgets, and say so")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page that holds everything")
+    parser.add_argument("--timing", type=Path, metavar="FILE", help="step times from `llmeff sweep --timing`")
+    parser.add_argument("--mixed", action="store_true", help="compare runs with different data or budgets, and say so")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything to one HTML page")
     parser.add_argument(
         "--format",
         choices=("terminal", "markdown", "csv", "json"),
         default="terminal",
-        help="of the table",
+        help="format of the table",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the metric as a PNG")
     parser.set_defaults(command=run)
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
     entries = read_entries(options.runs)
     asked = (options.baseline, options.target, options.metric, options.timing, options.html)
-    wants_arms = any(own is not None for own in asked)
+    wants_arms = any(option is not None for option in asked)
     if is_list(options.runs, entries) and not (wants_arms or options.mixed):
         from llmeff.compare.alike import differences
         from llmeff.compare.table import compare, draw, render

@@ -1,4 +1,4 @@
-"""`llmeff context`: language models on longer windows than their own."""
+"""`llmeff context`: language models on longer windows than they were trained on."""
 
 import argparse
 import sys
@@ -12,17 +12,17 @@ def add(commands: Any) -> None:
     """Adds the command to a parser's commands."""
     parser = commands.add_parser(
         "context",
-        help="language models on longer windows than their own: loss by position, of what stood before, speed",
+        help="test language models on longer windows than their own: loss by position, loss on repeats, speed",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folders of runs that have ended")
-    parser.add_argument("--times", type=int, default=4, metavar="N", help="the longest window, in training lengths (4)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs that have ended")
+    parser.add_argument("--times", type=int, default=4, metavar="N", help="longest window, in training lengths (4)")
     parser.add_argument(
-        "--gram", type=int, default=2, metavar="N", help="tokens of a run that counts as repeated (2: bigrams)"
+        "--gram", type=int, default=2, metavar="N", help="tokens in a row that count as a repeat (2: bigrams)"
     )
-    parser.add_argument("--split", default="validation", help="whose text is read (validation)")
-    parser.add_argument("--max-tokens", type=int, default=2**17, metavar="N", help="the split's first so many (131072)")
+    parser.add_argument("--split", default="validation", help="split whose text is read (validation)")
+    parser.add_argument("--max-tokens", type=int, default=2**17, metavar="N", help="read the split's first N (131072)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write all as JSON, and a picture of that name ending in .png"
+        "--out", type=Path, metavar="FILE", help="write everything to FILE as JSON, and a picture next to it as .png"
     )
     add_imports(parser)
     parser.set_defaults(command=run)

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and one message of what is wrong."""
+"""How a command ends: exit codes, and one message that says what is wrong."""
 
 import time
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 _MAIN_SPEAKS_S = 30.0
-"""A rank that is still alive after so long is alone with its error, and reports it itself."""
+"""Seconds after which a rank that is still alive is the only one with its error, and reports it itself."""
 
 
 def fail(problems: Sequence[str], code: int) -> int:
-    """Reports what is wrong, once: all ranks come here alike, and the launcher ends the others after the main one.
+    """Reports what is wrong, once: all ranks come here, and the launcher ends the others after the main one.
 
     Returns:
-        the exit code that was given.
+        `code`.
     """
     if not world().is_main:
         time.sleep(_MAIN_SPEAKS_S)

@@ -1,4 +1,4 @@
-"""Options that several commands have: the config of a run or a sweep, components of the user's, files that are written."""
+"""Options that several commands share: the config of a run or a sweep, the user's components, files to write."""
 
 import argparse
 import json
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def add_config(parser: argparse.ArgumentParser, kind: str = "run") -> None:
-    """`--recipe`, `--config`, `--set` and `--import`.
+    """Adds `--recipe`, `--config`, `--set` and `--import`.
 
     Args:
-        parser: of the command.
+        parser: the command's.
         kind: what is configured, `run` or `sweep`.
     """
     source = parser.add_mutually_exclusive_group()
@@ -30,7 +30,7 @@ def add_config(parser: argparse.ArgumentParser, kind: str = "run") -> None:
 
 
 def add_imports(parser: argparse.ArgumentParser) -> None:
-    """`--import`."""
+    """Adds `--import`."""
     parser.add_argument(
         "--import", action="append", default=[], dest="imports", metavar="MODULE",
         help="import a module that registers components of your own (repeatable)",
@@ -61,17 +61,17 @@ def run_config(options: argparse.Namespace) -> "RunConfig":
 
 
 def check_json(out: Path | None) -> None:
-    """Refuses a file to be written whose name does not end in .json.
+    """Refuses an output file whose name does not end in .json.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the name does not.
     """
     if out is not None and out.suffix != ".json":
-        raise ConfigError(f"--out {out}: is a file of JSON, and ends in .json")
+        raise ConfigError(f"--out {out}: the file is written as JSON, so its name must end in .json")
 
 
 def write_with_picture(out: Path, command_line: str, result: Mapping[str, Any], png: bytes) -> None:
-    """Writes a result with the command that made it, and beside it its picture.
+    """Writes a result with the command that made it, and its picture next to it.
 
     Raises:
         ConfigError: a file cannot be written.

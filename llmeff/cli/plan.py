@@ -1,4 +1,4 @@
-"""`llmeff plan`: the price of a run that is not started."""
+"""`llmeff plan`: the price of a run, without starting it."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from llmeff.cli.options import add_config, run_config
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's commands."""
-    parser = commands.add_parser("plan", help="what a run will cost: parameters, memory by kind, FLOPs")
+    parser = commands.add_parser("plan", help="predict what a run will cost: parameters, memory by kind, FLOPs")
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print the price as one JSON object")
     parser.set_defaults(command=run)

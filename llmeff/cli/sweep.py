@@ -1,4 +1,4 @@
-"""`llmeff sweep`: runs a sweep, one run of it, or its timing; or writes what submits it to Slurm."""
+"""`llmeff sweep`: runs a sweep, one run of it, or its timing, or writes the scripts that submit it to Slurm."""
 
 import argparse
 import shlex
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     """Adds the command to a parser's commands."""
     parser = commands.add_parser(
-        "sweep", help="arms tuned with one budget, then run with fresh seeds; goes on by itself"
+        "sweep", help="tune arms with equal budgets, then run them with fresh seeds; continues where it stopped"
     )
     add_config(parser, kind="sweep")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder; sweeps/NAME if left out")
-    parser.add_argument("--cores", type=int, metavar="N", help="cores to use at a time; all if left out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/NAME)")
+    parser.add_argument("--cores", type=int, metavar="N", help="cores to use at a time (default: all)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", action="store_true", help="print what will be run, and stop")
     instead.add_argument(
         "--timing", action="store_true",
-        help="race the arms' final configs against one another for their step times, on a quiet machine",
+        help="measure the step times of the arms' final configs, in turns, on a quiet machine",
     )  # fmt: skip
     instead.add_argument(
-        "--slurm", action="store_true", help="write what submits the sweep to Slurm as arrays of jobs, and stop"
+        "--slurm", action="store_true", help="write the scripts that submit the sweep to Slurm as job arrays, and stop"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
-        help="of --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
+        help="with --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
     )  # fmt: skip
-    instead.add_argument("--only", metavar="PHASE:N", help="one run of the sweep, as in tuning:3 or final:0")
-    parser.add_argument("--processes", type=int, metavar="N", help="of --timing: fresh processes of each arm (5)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of --timing: turns of each arm (30)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of --timing: steps of a turn (10)")
+    instead.add_argument("--only", metavar="PHASE:N", help="do one run of the sweep, as in tuning:3 or final:0")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --timing: fresh processes per arm (5)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="with --timing: turns per arm (30)")
+    parser.add_argument("--steps", type=int, metavar="N", help="with --timing: steps per turn (10)")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.set_defaults(command=run)
 
@@ -57,7 +57,7 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
     else:
         raise ConfigError(
             SWEEPS.unknown(options.recipe) if options.recipe else
-            f"--recipe or --config names a sweep. Known: {', '.join(SWEEPS.names())}."
+            f"give a sweep by --recipe or --config. Known: {', '.join(SWEEPS.names())}."
         )  # fmt: skip
     return validate(SweepConfig, override(data, options.set))
 
@@ -70,10 +70,10 @@ def _phase_and_number(text: str) -> tuple[str, int]:
 
 
 def _timing_options(options: argparse.Namespace) -> dict[str, int]:
-    """The options of a timing run that were given; an option of a mode that was not asked for is refused."""
+    """The options of a timing run that were given. Options of a mode that is not asked for are refused."""
     given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
     if given and not options.timing:
-        raise ConfigError(f"--{next(iter(given))} is of the timing lane: give --timing too")
+        raise ConfigError(f"--{next(iter(given))} is for a timing run: give --timing too")
     if options.sbatch and not options.slurm:
         raise ConfigError("--sbatch is for the jobs that --slurm writes: give both")
     return given
@@ -84,9 +84,7 @@ def run(options: argparse.Namespace) -> int:
     from llmeff.compare.study import read_study
     from llmeff.compare.verdict_table import render_comparison
     from llmeff.core.dist import usable_cores
-    from llmeff.lab.slurm import write_slurm
-    from llmeff.lab.sweep import Sweep, check_cores, plan_text
-    from llmeff.lab.timing import write_timing
+    from llmeff.lab.sweep import Sweep, check_cores, plan_text, write_slurm, write_timing
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores

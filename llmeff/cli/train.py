@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Adds the command to a parser's commands."""
-    parser = commands.add_parser("train", help="train a model; record what it cost beside what was predicted")
+    parser = commands.add_parser("train", help="train a model; record what it cost next to what was predicted")
     add_config(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder; runs/NAME if left out")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in --out")
     parser.add_argument(
         "--restart-from-scratch", action="store_true", dest="anew",
-        help="begin the unfinished run in --out anew, and keep what it recorded in DIR/discarded-N; with --resume, only "
-        "where there is no whole checkpoint",
+        help="start the unfinished run in --out over, and keep what it recorded in DIR/discarded-N; with --resume, only "
+        "if there is no whole checkpoint",
     )  # fmt: skip
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N",
-        help="go on by itself up to N times where the run ended abnormally",
+        help="restart up to N times if the run ends abnormally",
     )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
@@ -41,28 +41,28 @@ def add(commands: Any) -> None:
 
 
 def _go_on_from(options: argparse.Namespace) -> None:
-    """Where a run is resumed or begun anew and no config is named, it is the run's own.
+    """If a run is resumed or begun anew and no config is named, uses the run's own.
 
     Raises:
         ConfigError: there is no run, or something in its folder leads out of it.
     """
     flag = "--resume" if options.resume else "--restart-from-scratch"
     if options.out is None:
-        raise ConfigError(f"{flag} needs --out DIR, the folder of the run to go on with")
-    own = options.out / "config.json"
-    if not own.is_file():
-        raise ConfigError(f"{flag}: {options.out} holds no config.json, so there is no run to go on with")
+        raise ConfigError(f"{flag} needs --out DIR, the folder of the run to continue")
+    saved = options.out / "config.json"
+    if not saved.is_file():
+        raise ConfigError(f"{flag}: {options.out} holds no config.json, so there is no run to continue")
     refuse_links(options.out)
     if options.recipe or options.config:
         return
-    options.config = own
+    options.config = saved
     if any(setting.split("=")[0].split(".")[0].strip() == "parallel" for setting in options.set):
-        # what was resolved for the old ranks; a setting of the user's comes after and wins
+        # these were resolved for the old ranks; the user's settings come after them and win
         options.set = ["train.micro_batch=auto", "runtime.threads=auto", *options.set]
 
 
 def _free_folder(name: str) -> Path:
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that is not there yet."""
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that does not exist yet."""
     folder, number = Path("runs") / name, 1
     while folder.exists():
         number += 1
@@ -73,7 +73,7 @@ def _free_folder(name: str) -> Path:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if options.restarts < 0:
-        raise ConfigError(f"--restarts {options.restarts}: how often a run may go on by itself is 0 or more")
+        raise ConfigError(f"--restarts {options.restarts}: must be 0 or more")
     given = _arguments(options)
     if options.resume or options.anew:
         _go_on_from(options)
@@ -83,7 +83,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     folder = options.out or _free_folder(config.name)
     if options.restarts and is_launched():
-        raise ConfigError("--restarts is for llmeff train itself: where a launcher starts it, the launcher restarts")
+        raise ConfigError(
+            "--restarts works only without a launcher: a launcher that starts llmeff train does the restarts"
+        )
     if not is_launched() and (config.parallel.ranks > 1 or options.restarts):
         return _start(options, config, folder, given)
     with log.engines_apart() if config.parallel.joins else contextlib.nullcontext():
@@ -91,14 +93,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """What was given, for the processes that train: all but the folder, and whether they go on."""
+    """The given options, for the processes that train: without the folder and the flags that continue a run."""
     given = [f"--{name}={value}" for name in ("recipe", "config") if (value := getattr(options, name)) is not None]
     given += [f"--set={setting}" for setting in options.set] + [f"--import={module}" for module in options.imports]
     return given + [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]
 
 
 def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given: list[str]) -> int:
-    """Trains in processes of its own."""
+    """Trains in processes that it starts."""
     from llmeff.run import launch
     from llmeff.run.prepare import check_world
 
