@@ -1,4 +1,4 @@
-"""What must hold of every mixer: its forms agree with one another and with a formula, and it costs what it says."""
+"""What must hold for every mixer: its forms agree with one another and with a formula, and it costs what it says."""
 
 import copy
 import re
@@ -21,33 +21,33 @@ from llmeff.models.transformer import LayerConfig
 from llmeff.testing.failed import CheckFailed, require, require_close
 
 SHAPE = MixerShape(width=12, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=1e4, norm_eps=1e-5)
-"""Of every mixer that can share heads of keys and values; others have as many of both."""
+"""For every mixer that can share key-value heads; others get as many as they have heads."""
 WORKLOADS = (
     Workload(num_sequences=2, num_tokens=83),
     Workload(num_sequences=2, num_tokens=66, packed=True, recompute=True),
     Workload(num_sequences=2, num_tokens=110, precision_name="bf16"),
 )
-"""Steps whose price is checked: more tokens than a chunk of a scan has."""
+"""Steps whose price is checked; they have more tokens than a chunk of a scan."""
 
 Formula = Callable[[Any, Tensor], Tensor]
-"""(module, (T, D) of one row of one document in float64) to (T, D), by the equations of the mixer's source."""
+"""Maps a module and (T, D), one row of one document in float64, to (T, D), by the equations of the mixer's source."""
 
 
 def check_mixer(config: MixerConfig, formula: Formula | None = None, *, shape: MixerShape = SHAPE) -> None:
-    """Checks a mixer as this package's own are: in float64 unless a format is named, on the CPU.
+    """Checks a mixer as this package's own are checked: in float64 unless a format is named, on the CPU.
 
-    Checked are: that no token sees a later one, another document or padding; that token by token and in pieces, with a
-    cache, it is the whole; that a cache has the bytes that are stated; that half precision is near, and a second derivative
-    right or refused; that it compiles as one graph; that parameters, buffers, saved bytes and FLOPs are those of its law; and
-    values and gradients against a formula.
+    The checks: no token sees a later one, another document or padding. With a cache, token by token and in pieces, the
+    result is that of the whole. A cache has the stated bytes. Half precision is near, and a second derivative is right or
+    refused. The mixer compiles as one graph. Parameters, buffers, saved bytes and FLOPs are those of its law. Values and
+    gradients are those of a formula.
 
     Args:
-        config: of the mixer, with any settings; such that a dozen tokens meet all that it does.
+        config: the mixer's, with any settings, such that a dozen tokens meet all that it does.
         formula: the equations of its source, written out; None: its values are not checked.
-        shape: the widths; those of the default with as many heads of keys and values as of queries where it shares none.
+        shape: the widths; the default's, with as many key-value heads as heads if the mixer cannot share them.
 
     Raises:
-        CheckFailed: naming what differs.
+        CheckFailed: says what differs.
     """
     for check in CHECKS:
         check(config, shape)
@@ -56,7 +56,7 @@ def check_mixer(config: MixerConfig, formula: Formula | None = None, *, shape: M
 
 
 class Kept:
-    """A layer's cache that is plain: every state by its name."""
+    """A layer's plain cache: every state by its name."""
 
     def __init__(self) -> None:
         self.states: dict[str, Tensor] = {}
@@ -68,46 +68,46 @@ class Kept:
         return self.states["key"], self.states["value"]
 
     def recall(self, name: str) -> Tensor | None:
-        """What was kept under a name."""
+        """What was kept under a name; None if nothing was."""
         return self.states.get(name)
 
     def keep(self, name: str, state: Tensor) -> None:
-        """Puts a state in the place of the one of that name."""
+        """Replaces the state of that name."""
         self.states[name] = state
 
 
 def grouped(config: MixerConfig, shape: MixerShape) -> MixerShape:
-    """The shape with half as many key-value heads as heads, or, where the mixer cannot share them, with as many."""
+    """The shape with half as many key-value heads as heads, or with as many if the mixer cannot share them."""
     half = replace(shape, num_kv_heads=shape.num_heads // 2)
     return replace(shape, num_kv_heads=shape.num_heads) if config.problems(half) else half
 
 
 def build(config: MixerConfig, shape: MixerShape = SHAPE, dtype: torch.dtype = torch.float64) -> Mixer:
-    """The module of the grouped shape, with weights so large that all that it does shows."""
+    """The module for the grouped shape, with weights so large that every part of it shows."""
     torch.manual_seed(0)
     mixer = config.build(grouped(config, shape))
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.normal_(0.0, 0.5)
         for module in mixer.modules():
-            for own, values in getattr(module, "initial", dict)().items():
-                getattr(module, own).copy_(values + 0.2 * torch.randn_like(values))
+            for name, values in getattr(module, "initial", dict)().items():
+                getattr(module, name).copy_(values + 0.2 * torch.randn_like(values))
     return mixer.to(dtype)
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2, width: int = SHAPE.width) -> Tensor:
-    """(B, T, D), a leaf."""
+    """(B, T, D) random numbers: a leaf that requires a gradient."""
     draw = torch.Generator().manual_seed(1)
     return torch.randn(batch, length, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def plain(length: int, past: int = 0) -> Layout:
-    """Rows of one document."""
+    """A layout with one document per row."""
     return Layout.plain(length, torch.device("cpu"), past)
 
 
 def gradients(out: Tensor, sources: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
-    """Of the sources, under a drawn gradient of `out`."""
+    """Gradients of the sources, for a random gradient of `out`."""
     above = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return torch.autograd.grad((out * above).sum(), sources)
 
@@ -124,16 +124,19 @@ def _drawn(config: MixerConfig, shape: MixerShape, length: int) -> tuple[Mixer, 
 
 
 def check_registered(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """It is found by its name, takes the widths, and writes into the stream by `o_proj`."""
+    """It is registered under its name, takes the widths, and writes into the stream by `o_proj`."""
     registry = MixerConfig.registry
     is_known = config.name in registry and registry[config.name] is type(config)
-    require(is_known, f"{_name(config)} is not what the registry has by that name: {', '.join(registry.names())}")
+    require(is_known, f"{_name(config)} is not registered under that name; registered: {', '.join(registry.names())}")
     problems = config.problems(grouped(config, shape))
     require(not problems, f"{_name(config)} does not take {grouped(config, shape)}: {'; '.join(problems)}")
-    names = {name: own.shape for name, own in build(config, shape).named_parameters()}
-    own = names.get("o_proj.weight")
-    said = f"{_name(config)}: o_proj.weight, which writes into the stream, has the shape"
-    require(own is not None and own[0] == shape.width, f"{said} {own and tuple(own)}, and must have {shape.width} rows")
+    shapes = {name: parameter.shape for name, parameter in build(config, shape).named_parameters()}
+    output = shapes.get("o_proj.weight")
+    what = f"{_name(config)}: o_proj.weight, which writes into the stream, has the shape"
+    require(
+        output is not None and output[0] == shape.width,
+        f"{what} {output and tuple(output)}, but must have {shape.width} rows",
+    )
 
 
 def check_causality(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
@@ -146,12 +149,12 @@ def check_causality(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
     seen = bool((grad[:, [0, 9]] != 0).any(-1).all())
     require(seen, f"{_name(config)}: token 9 does not depend on itself and on token 0")
     changed = torch.cat((x[:, :10], x[:, 10:] * 3), dim=1)
-    said = f"{_name(config)}: tokens before those that changed"
-    require_close(said, mixer(changed, plain(20))[:, :10], out[:, :10], 1e-12)
+    what = f"{_name(config)}: tokens before those that changed"
+    require_close(what, mixer(changed, plain(20))[:, :10], out[:, :10], 1e-12)
 
 
 def check_decoding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """With a cache, token by token and in pieces, it is the whole."""
+    """With a cache, token by token and in pieces, the result is that of the whole."""
     mixer, x = _drawn(config, shape, 12)
     x = x.detach()
     for sizes in ((1,) * 12, (5, 4, 3), (7, 1, 4)):
@@ -159,12 +162,12 @@ def check_decoding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
         for piece in x.split(sizes, dim=1):
             pieces.append(mixer(piece, plain(piece.shape[1], past), cache))
             past += piece.shape[1]
-        said = f"{_name(config)} with a cache, in pieces of {sizes}"
-        require_close(said, torch.cat(pieces, dim=1), mixer(x, plain(12)), 1e-9)
+        what = f"{_name(config)} with a cache, in pieces of {sizes}"
+        require_close(what, torch.cat(pieces, dim=1), mixer(x, plain(12)), 1e-9)
 
 
 def check_packing(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """Documents in one row are documents apart, in values and gradients."""
+    """Documents in one row give the values and gradients of separate documents."""
     (mixer, x), lengths = _drawn(config, shape, 80), (5, 1, 60, 14)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].expand(2, -1)
@@ -176,7 +179,7 @@ def check_packing(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
 
 
 def check_padding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """Padding on the left changes nothing, makes no NaN and has no gradient, with a cache too."""
+    """Padding on the left changes nothing, makes no NaN and gets no gradient, with a cache too."""
     mixer, x = _drawn(config, shape, 12)
     padding = torch.ones(2, 12, dtype=torch.bool)
     padding[0, :5] = False
@@ -191,16 +194,16 @@ def check_padding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
         "with a cache": torch.cat(pieces, 1),
     }
     for form, found in forms.items():
-        said = f"{_name(config)} {form}"
-        require(bool(found.isfinite().all()), f"{said}: padding makes numbers that are not finite")
-        require_close(f"{said}: a row behind padding", found[:1, 5:], alone, 1e-9)
-        require_close(f"{said}: a row without padding beside one with", found[1:], whole, 1e-9)
+        what = f"{_name(config)} {form}"
+        require(bool(found.isfinite().all()), f"{what}: padding makes numbers that are not finite")
+        require_close(f"{what}: a row behind padding", found[:1, 5:], alone, 1e-9)
+        require_close(f"{what}: a row without padding next to one with", found[1:], whole, 1e-9)
         (grad,) = gradients(found.masked_fill(~padding[..., None], 0), x)
-        require(not grad[0, :5].any(), f"{said}: padding has a gradient")
+        require(not grad[0, :5].any(), f"{what}: padding has a gradient")
 
 
 def check_cache_bytes(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """What lives on in a cache is what is stated: after one piece, and after one more token, in three formats."""
+    """A cache keeps the stated bytes: after one piece, and after one more token, in three formats."""
     for form, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("autocast", torch.float32)):
         mixer, cache = build(config, shape, dtype), Kept()
         number_bytes = 4 if form == "fp32" else 2
@@ -208,13 +211,13 @@ def check_cache_bytes(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
                 mixer(inputs(length, dtype, width=shape.width), plain(length, past), cache)
             kept = sum(state.untyped_storage().nbytes() for state in cache.states.values())
-            said = 2 * config.cache_bytes(grouped(config, shape), past + length, number_bytes)
-            told = f"{_name(config)} in {form}: two rows of {past + length} tokens keep {kept} bytes, and cache_bytes says {said}"
-            require(kept == said, told)
+            stated = 2 * config.cache_bytes(grouped(config, shape), past + length, number_bytes)
+            what = f"{_name(config)} in {form}: two rows of {past + length} tokens"
+            require(kept == stated, f"{what} keep {kept} bytes, but cache_bytes says {stated}")
 
 
 def check_second_derivative(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """It is right, or refused."""
+    """A second derivative is right, or refused."""
     mixer, x = _drawn(config, shape, 6)
 
     def loss(given: Tensor) -> Tensor:
@@ -235,12 +238,12 @@ def check_second_derivative(config: MixerConfig, shape: MixerShape = SHAPE) -> N
     off = float((found - expected).detach().norm() / expected.norm())
     require(
         off <= 1e-4,
-        f"{_name(config)}: its second derivative is off that of differences by {off:.1e}, and is not refused",
+        f"{_name(config)}: its second derivative differs from finite differences by {off:.1e}, and is not refused",
     )
 
 
 def check_half_precision(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """In bfloat16, and under autocast, it is near, and its gradients are finite."""
+    """In bfloat16 and under autocast, it is near the result in float64, and its gradients are finite."""
     for form, dtype in (("bfloat16", torch.bfloat16), ("autocast", torch.float32)):
         mixer, x = build(config, shape, dtype), inputs(20, dtype, width=shape.width)
         with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
@@ -248,21 +251,21 @@ def check_half_precision(config: MixerConfig, shape: MixerShape = SHAPE) -> None
         require(out.dtype == torch.bfloat16, f"{_name(config)} in {form} gives {out.dtype}")
         expected = copy.deepcopy(mixer).double()(x.double(), plain(20))
         off = float((out - expected).detach().norm() / expected.detach().norm())
-        require(off <= 0.05, f"{_name(config)} in {form} is off float64 by {off:.2g}, and may be by 0.05")
+        require(off <= 0.05, f"{_name(config)} in {form} differs from float64 by {off:.2g}; the limit is 0.05")
         out.float().square().sum().backward()
         assert x.grad is not None
         require(bool(x.grad.isfinite().all()), f"{_name(config)} in {form}: its gradient is not finite")
 
 
 def check_buffers(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """It keeps as many bytes beside its parameters as it says."""
+    """Its buffers have as many bytes as it says."""
     widths = grouped(config, shape)
-    kept, said = sum(own.nbytes for own in config.build(widths).buffers()), config.buffer_bytes(widths, 4)
-    require(kept == said, f"{_name(config)} keeps buffers of {kept} bytes, and buffer_bytes says {said}")
+    kept, stated = sum(buffer.nbytes for buffer in config.build(widths).buffers()), config.buffer_bytes(widths, 4)
+    require(kept == stated, f"{_name(config)} keeps buffers of {kept} bytes, but buffer_bytes says {stated}")
 
 
 def check_compiles(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """Forward and backward are one graph; the layout's tables are made before."""
+    """Forward and backward are one graph, once the layout's tables are made."""
     length = 150
     mixer, given, layout = (
         build(config, shape, torch.float32),
@@ -274,12 +277,12 @@ def check_compiles(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
     expected = mixer(given, layout)
     leaves = [given, *mixer.parameters()]
     require_close(f"{_name(config)} compiled", out, expected, 1e-5)
-    for found, own in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
-        require_close(f"{_name(config)} compiled: a gradient", found, own, 1e-5)
+    for found, wanted in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
+        require_close(f"{_name(config)} compiled: a gradient", found, wanted, 1e-5)
 
 
 def check_price(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """A layer of it has the parameters, keeps the bytes for backward and executes the FLOPs of its law."""
+    """A layer of it has the parameters, the saved bytes and the FLOPs of its law."""
     widths = grouped(config, shape)
     model = DecoderConfig(
         vocab_size=61, width=widths.width, num_layers=1, num_heads=widths.num_heads, num_kv_heads=widths.num_kv_heads,
@@ -288,11 +291,13 @@ def check_price(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
     for work in WORKLOADS:
         price, measured = model.price(work), _measured(model, work)
         for kind, found in measured.items():
-            said = price.total(kind)
+            stated = price.total(kind)
             where = (
                 f"{work.precision_name}{', packed' if work.packed else ''}{', recomputed' if work.recompute else ''}"
             )
-            require(said == found, f"{_name(config)} in a step ({where}): {kind} is {found}, and its law says {said}")
+            require(
+                stated == found, f"{_name(config)} in a step ({where}): {kind} is {found}, but its law says {stated}"
+            )
 
 
 def _measured(config: DecoderConfig, work: Workload) -> dict[Kind, int]:
@@ -333,15 +338,15 @@ CHECKS: tuple[Callable[[MixerConfig, MixerShape], None], ...] = (
     check_compiles,
     check_price,
 )
-"""What `check_mixer` asks beside the formula, in its order."""
+"""What `check_mixer` checks besides the formula, in this order."""
 
 
 def check_formula(config: MixerConfig, formula: Formula, shape: MixerShape = SHAPE) -> None:
-    """Values and gradients are those of the formula, over more than a chunk."""
+    """Values and gradients are the formula's, over more than one chunk."""
     mixer, x = _drawn(config, shape, 70)
     sources = {"what comes in": x, **dict(mixer.named_parameters())}
     found, expected = mixer(x, plain(70)), torch.stack([formula(mixer, row) for row in x])
     require_close(f"{_name(config)}: its values against the formula's", found, expected, 1e-9)
     pairs = zip(gradients(found, list(sources.values())), gradients(expected, list(sources.values())), strict=True)
-    for name, (own, theirs) in zip(sources, pairs, strict=True):
-        require_close(f"{_name(config)}: the gradient of {name} against the formula's", own, theirs, 1e-8)
+    for name, (ours, theirs) in zip(sources, pairs, strict=True):
+        require_close(f"{_name(config)}: the gradient of {name} against the formula's", ours, theirs, 1e-8)

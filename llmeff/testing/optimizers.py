@@ -1,4 +1,4 @@
-"""What must hold of every optimizer: what it declares is so, and its update is the formula of its source."""
+"""What must hold for every optimizer: what it declares is true, and its update is the formula of its source."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ from llmeff.testing.failed import CheckFailed, require, share_off
 
 STEPS = 20
 FACTORS = (0.25, 0.5, 0.75, *(1.0 - 0.04 * step for step in range(STEPS - 3)))
-"""On the peak rate, by step: a warm-up, then a fall."""
+"""Factors on the peak rate, by step: a warm-up, then a fall."""
 OF_GROUPS = (1.0, 0.5, 2.0, 0.25)
-"""On the peak rate, by group, where groups are given rates of their own."""
+"""Factors on the peak rate, by group, when groups get rates of their own."""
 PARAMETERS: dict[str, tuple[Role, tuple[int, ...]]] = {
     "embedding": ("embedding", (31, 12)),
     "first.scale": ("norm", (17,)),
@@ -38,59 +38,59 @@ PARAMETERS: dict[str, tuple[Role, tuple[int, ...]]] = {
     "third.heads": ("fused_heads", (12, 7)),
     "head": ("head", (11, 12)),
 }
-"""Roles and shapes; one has more numbers than any state in 8 bits leaves in 32."""
+"""Roles and shapes. One is so large that no 8-bit optimizer keeps its state in 32 bits."""
 ROUNDING = 1e-5
-"""How far an update of slices may be from that of the whole, as a share of it, in float32: vectorized loops round their
-ends otherwise."""
+"""How far an update of slices may be from that of the whole, relative to it, in float32. Vectorized loops round
+differently at their ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a formula is given of one parameter."""
+    """What a formula is given for one parameter."""
 
     name: str
     role: Role
     weight: Tensor
-    """Before the first step, in float64."""
+    """The weight before the first step, in float64."""
     gradients: tuple[Tensor, ...]
-    """Of each step, in float64, of the weight's shape."""
+    """The gradient of each step, in float64, in the weight's shape."""
     rates: tuple[float, ...]
     """The learning rate of each step."""
 
     @property
     def is_decayed(self) -> bool:
-        """Whether weight decay applies by the parameter's role."""
+        """Whether weight decay applies, by the parameter's role."""
         return self.role not in UNDECAYED
 
 
 Formula = Callable[[Any, Sequence[Given]], Sequence[Tensor]]
-"""(config, parameters) to the parameters after the last step, by the equations of the optimizer's source."""
+"""Maps (config, parameters) to the parameters after the last step, by the equations of the optimizer's source."""
 
 
 def apart(one: Callable[[Any, Given], Tensor]) -> Formula:
-    """The formula of an optimizer that updates every parameter by itself, of that of one parameter."""
+    """Makes the formula of an optimizer that updates every parameter by itself, from the formula of one parameter."""
     return lambda config, every: [one(config, given) for given in every]
 
 
 def check_optimizer(
     config: OptimizerConfig, formula: Formula | None = None, *, dtype: torch.dtype = torch.float64, within: float = 1e-9
 ) -> None:
-    """Checks an optimizer as this package's own are: what it declares, what it keeps, and the update itself.
+    """Checks an optimizer as this package's own are checked: what it declares, what it keeps, and the update itself.
 
-    Nine parameters of all roles are updated over 20 steps of drawn gradients, under a rate that rises and falls. Checked are:
-    its groups; that it minimizes a quadratic, repeats itself, and moves nothing at a rate of 0; the price of its state and
-    its FLOPs; that it may be split as `sharding` declares; that its state, with what it counts in its groups, is saved and put
-    back to the last bit; and its update against a formula, with decay and without where it has a field `weight_decay`.
+    Nine parameters of all roles get 20 steps of random gradients, at a rate that rises and falls. The checks: its groups;
+    it minimizes a quadratic, repeats itself, and moves nothing at a rate of 0; the price of its state and its FLOPs; it may
+    be split as `sharding` declares; its state, with what it counts in its groups, is saved and restored to the last bit;
+    its update is the formula's, with and without decay if it has a field `weight_decay`.
 
     Args:
-        config: of the optimizer, with any settings.
+        config: the optimizer's, with any settings.
         formula: the equations of its source, written out; None: the update is not checked.
-        dtype: of the parameters where the formula is checked; float32 for an optimizer that knows no float64.
-        within: how far the movement of a parameter may be from the formula's, as a share of it. In float64 rounding is far
-            below the default; where a part is computed in a lower format, give what that format rounds to.
+        dtype: the parameters' format when the formula is checked; float32 for an optimizer that does not support float64.
+        within: how far the movement of a parameter may be from the formula's, relative to it. In float64, rounding is far
+            below the default. If a part is computed in a lower format, give what that format rounds to.
 
     Raises:
-        CheckFailed: naming what differs.
+        CheckFailed: says what differs.
     """
     for check in CHECKS:
         check(config)
@@ -102,7 +102,7 @@ def check_optimizer(
 
 
 def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[ParameterInfo], list[dict[str, Tensor]]]:
-    """Rows of all roles, and gradients by name for each step, whose sizes differ from step to step."""
+    """Rows of all roles, and gradients by name for each step, with sizes that differ from step to step."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
@@ -130,8 +130,8 @@ def _walked(
     config: OptimizerConfig, rows: Sequence[ParameterInfo], gradients: Sequence[dict[str, Tensor]]
 ) -> Optimizer:
     optimizer = config.build(list(rows))
-    for step, own in enumerate(gradients):
-        _step(optimizer, rows, own, FACTORS[step])
+    for step, step_gradients in enumerate(gradients):
+        _step(optimizer, rows, step_gradients, FACTORS[step])
     return optimizer
 
 
@@ -147,29 +147,31 @@ def _roles() -> dict[str, Role]:
 
 
 def check_registered(config: OptimizerConfig) -> None:
-    """It is found by its name."""
+    """It is registered under its name."""
     registry = OptimizerConfig.registry
     is_known = config.name in registry and registry[config.name] is type(config)
-    require(is_known, f"{_name(config)} is not what the registry has by that name: {', '.join(registry.names())}")
+    require(is_known, f"{_name(config)} is not registered under that name; registered: {', '.join(registry.names())}")
 
 
 def check_groups(config: OptimizerConfig) -> None:
-    """The groups that it states are those that it builds, of all parameters once, at the peak rate."""
+    """It builds the groups that it states. They hold every parameter once, at the peak rate."""
     rows, _ = _drawn(torch.float32)
     names = {row.parameter: row.name for row in rows}
     groups = config.build(rows).param_groups
     built = [[names[parameter] for parameter in group["params"]] for group in groups]
     stated = config.groups(_roles())
-    require(stated == built, f"{_name(config)} states the groups {stated} and builds {built}")
+    require(stated == built, f"{_name(config)} states the groups {stated} but builds {built}")
     require(all(stated), f"{_name(config)} states a group without parameters: {stated}")
     every = sorted(name for group in stated for name in group)
-    require(every == sorted(PARAMETERS), f"{_name(config)}: of {sorted(PARAMETERS)} its groups have {every}")
+    require(
+        every == sorted(PARAMETERS), f"{_name(config)}: its groups must hold {sorted(PARAMETERS)}, but hold {every}"
+    )
     rates = {group["lr"] for group in groups}
-    require(rates == {config.lr}, f"{_name(config)}: its groups begin with the rates {rates}, and lr is {config.lr}")
+    require(rates == {config.lr}, f"{_name(config)}: its groups begin with the rates {rates}, but lr is {config.lr}")
 
 
 def check_minimizes(config: OptimizerConfig) -> None:
-    """It comes to the minimum of a quadratic, at one of three rates, the least its own."""
+    """It reaches the minimum of a quadratic at one of three rates, the lowest of which is its own."""
 
     def left(rate: float, num_steps: int = 100) -> float:
         draw = torch.Generator().manual_seed(0)
@@ -185,9 +187,9 @@ def check_minimizes(config: OptimizerConfig) -> None:
         tried.append(left(config.lr * factor))
         if tried[-1] < 0.2:
             return
-    said = ", ".join(f"{share:.2g}" for share in tried)
+    shares = ", ".join(f"{share:.2g}" for share in tried)
     raise CheckFailed(
-        f"{_name(config)} leaves {said} of a quadratic after 100 steps at lr, and at 10 and 100 times that"
+        f"{_name(config)} leaves {shares} of a quadratic after 100 steps at lr, 10 times lr and 100 times lr"
     )
 
 
@@ -204,11 +206,13 @@ def check_repeats(config: OptimizerConfig) -> None:
         _walked(config, rows, gradients)
         ends.append(rows)
     for one, other in zip(*ends, strict=True):
-        require(torch.equal(one.parameter, other.parameter), f"{_name(config)} moves {one.name!r} otherwise each time")
+        require(
+            torch.equal(one.parameter, other.parameter), f"{_name(config)} moves {one.name!r} differently each time"
+        )
 
 
 def check_rate(config: OptimizerConfig) -> None:
-    """It goes by the rate that its groups have at each step: at 0 nothing moves, decay included."""
+    """It uses the rate that its groups have at each step: at 0 nothing moves, decay included."""
     rows, gradients = _drawn(torch.float32, 4)
     optimizer = _walked(config, rows, gradients)
     before = [row.parameter.detach().clone() for row in rows]
@@ -224,11 +228,11 @@ def check_price(config: OptimizerConfig) -> None:
     weights = [Weight(row.name, row.shape, "float32", "layers", role=row.role) for row in rows]
     price, kept = config.price(weights, precision("fp32")), state_bytes(optimizer)
     for kind in ("optimizer_bytes", "peak_bytes"):
-        said = price.total(kind)
-        require(said == kept, f"{_name(config)} is priced at {said} {kind}, and keeps {kept}")
+        stated = price.total(kind)
+        require(stated == kept, f"{_name(config)} is priced at {stated} {kind}, but keeps {kept}")
     executed = count_flops(lambda: _step(optimizer, rows, gradients[1], 1.0))
-    said = price.total("executed_flops")
-    require(said == executed, f"{_name(config)} is priced at {said} executed_flops, and makes {executed}")
+    stated = price.total("executed_flops")
+    require(stated == executed, f"{_name(config)} is priced at {stated} executed_flops, but executes {executed}")
 
 
 def check_sharding(config: OptimizerConfig) -> None:
@@ -237,12 +241,12 @@ def check_sharding(config: OptimizerConfig) -> None:
     proved, told = proved_sharding(config)
     require(
         order.index(config.sharding) >= order.index(proved),
-        f"{_name(config)} declares sharding {config.sharding!r}, and {told}: declare {proved!r}",
+        f"{_name(config)} declares sharding {config.sharding!r}, but {told}: declare {proved!r}",
     )
 
 
 def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
-    """The most that may be split without changing the update, and what happens to who splits more."""
+    """The most that may be split without changing the update, and what goes wrong if more is split."""
     told = ""
     split: tuple[tuple[Sharding, Callable[[OptimizerConfig], Iterator[tuple[str, Tensor]]]], ...]
     split = (("elementwise", _in_slices), ("whole_tensor", _dealt_out))
@@ -259,7 +263,7 @@ def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
         worst = max(off, key=lambda name: off[name])
         if all(share <= ROUNDING for share in off.values()):  # no NaN either
             return sharding, told
-        told = told or f"{_OF[sharding]} is updated otherwise: {worst!r} is off by {off[worst]:.1e} of its movement"
+        told = told or f"{_OF[sharding]} is updated differently: {worst!r} is off by {off[worst]:.1e} of its movement"
     return "none", told
 
 
@@ -269,7 +273,7 @@ _OF = {"elementwise": "a slice that ends within tensors", "whole_tensor": "a sha
 def _owners(
     config: OptimizerConfig, rows: Sequence[ParameterInfo], optimizer: Optimizer, rank: int, ranks: int
 ) -> list[ShardOwner]:
-    """Puts a rank's slice of each group in the place of the group's parameters, as ZeRO does."""
+    """Replaces each group's parameters by a rank's slice of the group, as ZeRO does."""
     by_name, owners = {row.name: row for row in rows}, []
     for names, group in zip(config.groups(_roles()), optimizer.param_groups, strict=True):
         shard = split_group({name: by_name[name].parameter.numel() for name in names}, ranks)[rank]
@@ -296,8 +300,8 @@ def _in_slices(config: OptimizerConfig, ranks: int = 3) -> Iterator[tuple[str, T
         rows, gradients = _drawn(torch.float32)
         optimizer = config.build(rows)
         owners = _owners(config, rows, optimizer, rank, ranks)
-        for step, own in enumerate(gradients):
-            _step_slices(optimizer, owners, own, FACTORS[step])
+        for step, step_gradients in enumerate(gradients):
+            _step_slices(optimizer, owners, step_gradients, FACTORS[step])
         _gather(owners, ends)
     yield from ends.items()
 
@@ -316,7 +320,7 @@ def _dealt_out(config: OptimizerConfig, ranks: int = 2) -> Iterator[tuple[str, T
 
 
 def check_saved(config: OptimizerConfig) -> None:
-    """Its state goes to disk and back to the last bit, and where it may be cut, in slices."""
+    """Its state goes to disk and back to the last bit; in slices, too, if it may be split."""
     rows, gradients = _drawn(torch.float32, 6)
     try:
         check_savable(config.name, config.build, rows)
@@ -346,13 +350,13 @@ def check_saved(config: OptimizerConfig) -> None:
     for row, other, first in zip(rows, again, begin, strict=True):
         off = share_off(other.parameter.detach(), row.parameter.detach(), first.parameter.detach())
         require(
-            off == 0, f"{_name(config)} saved and put back moves {row.name!r} otherwise, by {off:.1e} of its movement"
+            off == 0, f"{_name(config)} saved and restored moves {row.name!r} differently, by {off:.1e} of its movement"
         )
         off = share_off(ends[row.name], row.parameter.detach(), first.parameter.detach()) if owners else 0.0
-        said = (
-            f"{_name(config)} saved, and put back in slices, moves {row.name!r} otherwise, by {off:.1e} of its movement"
+        message = (
+            f"{_name(config)} saved and restored in slices moves {row.name!r} differently, by {off:.1e} of its movement"
         )
-        require(off <= ROUNDING, said)
+        require(off <= ROUNDING, message)
 
 
 CHECKS: tuple[Callable[[OptimizerConfig], None], ...] = (
@@ -365,11 +369,11 @@ CHECKS: tuple[Callable[[OptimizerConfig], None], ...] = (
     check_sharding,
     check_saved,
 )
-"""What `check_optimizer` asks beside the formula, in its order."""
+"""What `check_optimizer` checks besides the formula, in this order."""
 
 
 def check_formula(config: OptimizerConfig, formula: Formula, *, dtype: torch.dtype, within: float) -> None:
-    """The update is the formula's, with decay and without, each group at a rate of its own: see `check_optimizer`."""
+    """The update is the formula's, with decay and without, each group at a rate of its own; see `check_optimizer`."""
     kinds = [config]
     if "weight_decay" in type(config).model_fields:
         kinds = [
@@ -378,10 +382,10 @@ def check_formula(config: OptimizerConfig, formula: Formula, *, dtype: torch.dty
     for kind in kinds:
         decay = f" with weight_decay {kind.weight_decay}" if hasattr(kind, "weight_decay") else ""
         for name, off in _off_the_formula(kind, formula, dtype):
-            said = (
+            message = (
                 f"{_name(config)}{decay}: after {STEPS} steps {name!r} is off the formula by {off:.1e} of its movement"
             )
-            require(off <= within, f"{said}, and may be by {within:.0e}")
+            require(off <= within, f"{message}; the limit is {within:.0e}")
 
 
 def _off_the_formula(config: OptimizerConfig, formula: Formula, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -399,13 +403,13 @@ def _off_the_formula(config: OptimizerConfig, formula: Formula, dtype: torch.dty
             name=row.name,
             role=row.role,
             weight=begin[row.name].clone(),
-            gradients=tuple(own[row.name].double() for own in gradients),
+            gradients=tuple(step_gradients[row.name].double() for step_gradients in gradients),
             rates=rates[id(row.parameter)],
         )
         for row in rows
     ]
-    for step, own in enumerate(gradients):
-        _step(optimizer, rows, own, FACTORS[step])
+    for step, step_gradients in enumerate(gradients):
+        _step(optimizer, rows, step_gradients, FACTORS[step])
     found = formula(config, every)
     if len(found) != len(every):
         raise CheckFailed(f"{_name(config)}: its formula gives {len(found)} parameters of {len(every)}")

@@ -75,7 +75,7 @@ def test_it_declares_all_that_may_be_split(name):
 def test_a_declaration_that_says_more_than_is_so_fails(name, monkeypatch):
     monkeypatch.setattr(OptimizerConfig.registry[name], "sharding", "elementwise")
     with pytest.raises(
-        CheckFailed, match=f"optimizer '{name}' declares sharding 'elementwise', and a slice .* declare 'who"
+        CheckFailed, match=f"optimizer '{name}' declares sharding 'elementwise', but a slice .* declare 'who"
     ):
         check_sharding(default(name))
 

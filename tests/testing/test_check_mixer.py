@@ -14,7 +14,7 @@ def test_one_that_is_right_passes(outside):
 
 def test_values_that_are_not_the_formulas_are_named(outside):
     own = outside("sigmoid")
-    said = r"mixer 'sigmoid': its values against the formula's: differs by .* of the largest number, and may by 1e-09"
+    said = r"mixer 'sigmoid': its values against the formula's: differs by .* of the largest number; the limit is 1e-09"
     with pytest.raises(CheckFailed, match=said):
         check_mixer(own.Sigmoid(), lambda mixer, x: 1.001 * own.formula(mixer, x))
 
@@ -62,7 +62,7 @@ def test_a_broken_form_is_named(outside, monkeypatch, change, said):
 def test_wrong_bytes_of_a_cache_are_named(outside, monkeypatch):
     own = outside("sigmoid")
     monkeypatch.setattr(own.Sigmoid, "cache_bytes", lambda *given: 1000)
-    with pytest.raises(CheckFailed, match=r"in fp32: two rows of 9 tokens keep 1344 bytes, and cache_bytes says 2000"):
+    with pytest.raises(CheckFailed, match=r"in fp32: two rows of 9 tokens keep 1344 bytes, but cache_bytes says 2000"):
         check_mixer(own.Sigmoid())
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_law_is_named(outside, monkeypatch):
         return query, key, None
 
     monkeypatch.setattr(own.Sigmoid, "features_law", of_what_is_given)
-    with pytest.raises(CheckFailed, match=r"in a step \(.*\): saved_bytes is \d+, and its law says \d+"):
+    with pytest.raises(CheckFailed, match=r"in a step \(.*\): saved_bytes is \d+, but its law says \d+"):
         check_mixer(own.Sigmoid())
 
 

@@ -64,8 +64,8 @@ def chance(parameter, momentum, group):
         (decays_all, r"optimizer 'signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* off the formula"),
         (ascends, r"leaves .* of a quadratic after 100 steps"),
         (goes_by_the_peak, r"moves \['embedding', .*\] at a learning rate of 0: it does not read its groups' `lr`"),
-        (normed, r"declares sharding 'elementwise', and a slice that ends within tensors .*: declare 'whole_tensor'"),
-        (chance, r"moves '\S+' otherwise each time"),
+        (normed, r"declares sharding 'elementwise', but a slice that ends within tensors .*: declare 'whole_tensor'"),
+        (chance, r"moves '\S+' differently each time"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )
@@ -81,7 +81,7 @@ def test_a_wrong_price_is_named(outside, monkeypatch):
     monkeypatch.setattr(
         own.Signum, "price", lambda self, weights, precision: own.state_price(weights, lambda weight: 1)
     )
-    with pytest.raises(CheckFailed, match=r"is priced at 9 optimizer_bytes, and keeps 2"):
+    with pytest.raises(CheckFailed, match=r"is priced at 9 optimizer_bytes, but keeps 2"):
         check_optimizer(own.Signum())
 
 
@@ -89,7 +89,7 @@ def test_wrong_groups_are_named(outside, monkeypatch):
     own = outside("signum")
     monkeypatch.setattr(own.Signum, "groups", lambda self, roles: [list(roles)])
     monkeypatch.setattr(own.Signum, "parameter_groups", lambda self, rows: [{"params": [rows[0].parameter]}])
-    with pytest.raises(CheckFailed, match=r"states the groups \[\['embedding', .* and builds \[\['embedding'\]\]"):
+    with pytest.raises(CheckFailed, match=r"states the groups \[\['embedding', .* but builds \[\['embedding'\]\]"):
         check_optimizer(own.Signum())
 
 
@@ -112,7 +112,7 @@ def test_one_that_is_not_registered_is_named(outside):
     class Other(own.Signum):
         name: str = "signum"
 
-    with pytest.raises(CheckFailed, match="optimizer 'signum' is not what the registry has by that name"):
+    with pytest.raises(CheckFailed, match="optimizer 'signum' is not registered under that name"):
         check_optimizer(Other())
 
 
