@@ -1,4 +1,4 @@
-"""Augmentation of labelled images: a pure function of (seed, step, row), in which image and labels move together."""
+"""Augmentation of labelled images: a pure function of (seed, step, row) that moves image and labels together."""
 
 import math
 from dataclasses import dataclass
@@ -13,57 +13,57 @@ from llmeff.core.config import BelowOne, Config, Count, Fraction, Positive
 from llmeff.core.seed import derive
 
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-"""What the channels add to a pixel's grey (ITU-R BT.601)."""
+"""Weight of each channel in a pixel's grey (ITU-R BT.601)."""
 
 NUM_CHANCES = 7
-"""Numbers drawn for a row, whatever is switched on: no option changes what another does."""
+"""Random numbers drawn per row, whatever is switched on, so that no option changes the effect of another."""
 
 Colours = NDArray[np.uint8] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """What of a row an image fills; the rest is padding."""
+    """An image placed in a row; the rest of the row is padding."""
 
     image: Colours
     """(h, w, 3) in 0..255."""
     labels: NDArray[np.uint8]
     """(h, w)."""
     rows: slice
-    """Where it lies in the row, from above: h places."""
+    """The h rows of pixels that the image fills."""
     columns: slice
-    """From the left: w places."""
+    """The w columns of pixels that the image fills."""
 
 
 class AugmentConfig(Config):
-    """How training images are changed each time they are seen; nothing, unless it is asked for."""
+    """How training images are changed each time they are seen; by default, not at all."""
 
     flip: Fraction = 0.0
-    """How probable it is that left and right are exchanged."""
+    """Probability of exchanging left and right."""
     scale: tuple[Positive, Positive] | None = None
-    """Zoom by a factor between these two, its logarithm uniform. Of what is larger than the row, a random part is taken;
-    what is smaller lies in a random place of it. The image is interpolated between pixels, labels are the nearest."""
+    """(low, high) of the zoom factor, which is log-uniform. None: no zoom. If the result is larger than the row, a random
+    part is taken; if it is smaller, it lies at a random place. Images are interpolated; labels take the nearest pixel."""
     crop: tuple[Count, Count] | None = None
-    """(H, W) of a training row: a random part of the image that is so large. None: the whole image's."""
+    """(H, W) of a training row, a random part of the image. None: the whole image."""
     colour: BelowOne = 0.0
-    """Brightness, contrast and saturation are multiplied by a factor of their own in [1 - colour, 1 + colour], in this
-    order."""
+    """Brightness, contrast and saturation are multiplied, in this order, by independent factors in
+    [1 - colour, 1 + colour]."""
 
     @model_validator(mode="after")
     def _low_before_high(self) -> Self:
         if self.scale is not None and self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale is (low, high), and {self.scale[0]} is above {self.scale[1]}")
+            raise ValueError(f"scale is (low, high), but {self.scale[0]} is above {self.scale[1]}")
         return self
 
     def apply(self, image: NDArray[np.uint8], labels: NDArray[np.uint8], seed: int, step: int, row: int) -> Placed:
-        """The image as a row of a step sees it.
+        """Returns the augmented image for one row of a step.
 
         Args:
             image: (H, W, 3).
             labels: (H, W).
-            seed: of the run.
-            step: from 0.
-            row: in the step's batch, over all ranks.
+            seed: the run's seed.
+            step: counted from 0.
+            row: index in the step's batch over all ranks.
         """
         generator = np.random.Generator(np.random.Philox(key=derive(seed, "augment", step, row)))
         flip, zoom, down, right, *factors = generator.random(NUM_CHANCES).tolist()
@@ -90,7 +90,7 @@ class AugmentConfig(Config):
 
 
 def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
-    """A random span of `wanted` pixels of `there`, or the place of all of them in it: (in the image, in the row)."""
+    """A random span of `wanted` of `there` pixels, or all of them at a random place: (in the image, in the row)."""
     shift = int(chance * (abs(there - wanted) + 1))
     if there >= wanted:
         return slice(shift, shift + wanted), slice(0, wanted)
@@ -100,7 +100,7 @@ def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
 def _zoomed(
     pixels: NDArray[np.uint8], zoomed: list[int], rows: slice, columns: slice, resampling: Image.Resampling
 ) -> NDArray[np.uint8]:
-    """A part, given in pixels of the zoomed image, of the image zoomed to a size."""
+    """Zooms an image to a size and returns a part, given in pixels of the zoomed image."""
     vertical, horizontal = pixels.shape[0] / zoomed[0], pixels.shape[1] / zoomed[1]
     box = (
         columns.start * horizontal,
@@ -113,13 +113,13 @@ def _zoomed(
 
 
 def _coloured(image: NDArray[np.uint8], factors: list[float]) -> NDArray[np.float32]:
-    """Factors of brightness, of the distance from the mean grey, and of that from each pixel's own grey.
+    """Scales brightness, then the distance from the mean grey (contrast), then that from each pixel's grey (saturation).
 
-    All three are linear, so that a channel becomes a share of itself, a share of the pixel's grey, and a constant.
+    All three are linear, so the result is a multiple of the channel, a multiple of the pixel's grey and a constant.
     """
     brightness, contrast, saturation = factors
     lit = brightness * contrast
-    # Each channel by itself first: arithmetic is fast along the memory, slow across it.
+    # Make each channel contiguous first: arithmetic is fast along memory and slow across it.
     channels = np.ascontiguousarray(np.moveaxis(image, -1, 0), dtype=np.float32)
     red, green, blue = channels
     grey = GREY[0] * red

@@ -1,10 +1,10 @@
-"""What a general compressor needs for the same text: the number that a model's bits per byte stand beside."""
+"""What a general-purpose compressor needs for the same text: the baseline for a model's bits per byte."""
 
 import zlib
 
 
 class Gzip:
-    """The size of texts one after another, as one `gzip -9` file."""
+    """The size of concatenated texts as one `gzip -9` file."""
 
     def __init__(self) -> None:
         self._compressor = zlib.compressobj(level=9, wbits=31)
@@ -12,11 +12,11 @@ class Gzip:
         self._num_bytes = 0
 
     def add(self, content: bytes) -> None:
-        """The next text."""
+        """Appends a text."""
         self._num_bytes += len(content)
         self._num_compressed += len(self._compressor.compress(content))
 
     def bits_per_byte(self) -> float:
-        """Compressed bits for each byte given; closes the file."""
+        """Returns the compressed bits per byte of input; closes the file."""
         self._num_compressed += len(self._compressor.flush())
         return 8 * self._num_compressed / self._num_bytes

@@ -12,7 +12,7 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
 
 class BpeTokenizer(Tokenizer):
-    """The 256 bytes and what was merged of them, then the end token, which text never becomes."""
+    """The 256 bytes, their merges, then the end token. No text is ever encoded as the end token."""
 
     def __init__(
         self,
@@ -21,24 +21,24 @@ class BpeTokenizer(Tokenizer):
         end_token: str | None = None,
     ):
         super().__init__(backend, settings, end_token)
-        backend.encode_special_tokens = True  # is not kept in tokenizer.json
+        backend.encode_special_tokens = True  # tokenizer.json does not keep this flag
 
 
 class Bpe(TokenizerConfig):
-    """Merges of frequent pairs within words, cut as GPT-2 cuts them (Radford et al. 2019, section 2.2)."""
+    """Merges of frequent pairs within words; words are cut as in GPT-2 (Radford et al. 2019, section 2.2)."""
 
     name: Literal["bpe"] = "bpe"
     vocab_size: Annotated[int, Field(strict=True, ge=257)] = 4096
-    """V, with the 256 bytes and the end token; less where the text has too few pairs."""
+    """V, including the 256 bytes and the end token; smaller if the text has too few pairs."""
     training_bytes: Count = 4_000_000
-    """Trained on the first documents of the train split up to the one that reaches so many bytes."""
+    """Train on the first documents of the train split, up to the one that reaches this many bytes."""
 
     def vocabulary(self) -> int:
-        """What is asked for: the most that it can be."""
+        """Returns `vocab_size`, an upper bound."""
         return self.vocab_size
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Trains; the same texts give the same tokenizer."""
+        """Trains the tokenizer; the same texts give the same tokenizer."""
         backend = byte_level(tokenizers.models.BPE(), words=True)
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocab_size - 1,

@@ -1,4 +1,4 @@
-"""The corpus that everyone has: the source text of the Python standard library."""
+"""The built-in corpus: the source text of the Python standard library."""
 
 import hashlib
 import os
@@ -12,29 +12,29 @@ from llmeff.data.source import SourceConfig, fingerprint_of
 from llmeff.data.splits import Document
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "sitecustomize.py"}
-"""What is not the library: installed packages, and tests, whose tables of cases are not text."""
+"""Files and folders to skip: installed packages, and tests, whose tables of cases are not text."""
 
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
-"""What describes the machine that Python was built on."""
+"""Files to skip because they describe the machine that Python was built on."""
 
 
 class Builtin(SourceConfig):
     """The modules of the running Python's standard library: about 11 MB of code and prose, without a download.
 
-    One document a file, in the order of a hash of the names, so that any first part is a fair sample. Files that cannot
-    be read or are not UTF-8 are left out. The text differs a little between Python versions: its hash is recorded.
+    Each file is a document. Files are ordered by a hash of their names, so that any prefix is a fair sample. Files that
+    cannot be read or are not UTF-8 are skipped. The text differs slightly between Python versions; its hash is recorded.
     """
 
     name: Literal["builtin"] = "builtin"
     max_bytes: Count | None = None
-    """Take the first files that hold at most this many bytes together. None: all."""
+    """Take the first files, up to this many bytes in total. None: all files."""
 
     def documents(self) -> Iterator[Document]:
-        """One document a file."""
+        """One document per file."""
         return (Document(unit=unit, text=content.decode()) for unit, content in self._contents())
 
     def fingerprint(self) -> str:
-        """Of the files' names and content."""
+        """Hashes the files' names and contents."""
         return fingerprint_of([unit, hashlib.sha256(content).hexdigest()] for unit, content in self._contents())
 
     def _contents(self) -> Iterator[tuple[str, bytes]]:
@@ -59,7 +59,7 @@ def _is_library(name: str) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """The file's content; nothing where it cannot be read or is not UTF-8."""
+    """The file's content; empty if it cannot be read or is not UTF-8."""
     try:
         content = path.read_bytes()
         content.decode()

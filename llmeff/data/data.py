@@ -1,10 +1,10 @@
-"""The contract of what a run trains on."""
+"""The contract of training data."""
 
 from llmeff.core.config import Component, Text
 
 
 class DataConfig(Component, family="data"):
-    """Which data a run trains and evaluates on."""
+    """The data that a run trains and evaluates on."""
 
     name: Text
     """The kind of data."""

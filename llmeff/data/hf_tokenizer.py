@@ -14,33 +14,33 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
 TEMPLATE = "chat_template.jinja"
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE)
-"""What decides a tokenizer in its folder."""
+"""The files of a folder that determine its tokenizer."""
 
 
 class HfTokenizer(TokenizerConfig):
-    """tokenizer.json, or GPT-2's vocab.json and merges.txt, from a folder.
+    """A folder's tokenizer.json, or GPT-2's vocab.json and merges.txt.
 
-    Text is encoded as transformers does it, special tokens in it included, but none is added.
+    Text is encoded as in transformers: special tokens in the text are recognized, but none are added.
     """
 
     name: Literal["hf"] = "hf"
     path: Text
     """The folder."""
     end_token: Text | None = None
-    """What stands before and after every document: what the model saw there. None: the tokenizer's `eos_token`."""
+    """The token before and after every document, as in the model's training. None: the tokenizer's `eos_token`."""
 
     def fingerprint(self) -> str:
-        """Of the tokenizer's files and the end token."""
+        """Hashes the tokenizer's files and the end token."""
         folder = self._folder()
         there = [name for name in FILES if (folder / name).is_file()]
         return fingerprint_of([self.end_token, *([name, files.sha256(folder / name)] for name in there)])
 
     def vocabulary(self) -> int:
-        """Read from the folder."""
+        """V, read from the folder."""
         return self.build(tuple).vocab_size
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Reads the folder; needs no text."""
+        """Reads the tokenizer from its folder; needs no text."""
         folder = self._folder()
         settings = {"eos_token": END, **_json(folder / "special_tokens_map.json")}
         settings |= _json(folder / "tokenizer_config.json")
@@ -52,7 +52,7 @@ class HfTokenizer(TokenizerConfig):
         return Tokenizer(backend, settings, self.end_token)
 
     def load(self, folder: Path) -> Tokenizer:
-        """Reads the saved tokenizer; the folder of the config may be gone."""
+        """Reads the saved tokenizer; the config's folder need not exist any more."""
         return Tokenizer.load(folder, self.end_token)
 
     def _folder(self) -> Path:
@@ -73,10 +73,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """A folder's tokenizer as the `tokenizers` library knows it.
+    """Reads a folder's tokenizer with the `tokenizers` library.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: the folder has no tokenizer, or it cannot be read.
     """
     whole, vocabulary, merges = (folder / name for name in FILES[:3])
     try:
@@ -87,6 +87,6 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
             if backend.token_to_id(END) is not None:
                 backend.add_special_tokens([END])
             return backend
-    except Exception as error:  # noqa: BLE001 - the library raises nothing more exact
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
         raise ConfigError(f"{folder}: the tokenizer cannot be read ({error})") from None
-    raise ConfigError(f"{folder}: holds no tokenizer.json, and no vocab.json with merges.txt")
+    raise ConfigError(f"{folder}: there is neither a tokenizer.json nor a vocab.json with merges.txt")

@@ -1,4 +1,4 @@
-"""Whatever the `datasets` library loads as a source: a name on the Hugging Face Hub, a folder, or a format with files."""
+"""Anything that the `datasets` library loads, as a source: a Hugging Face Hub name, a folder, or a format with files."""
 
 import glob
 from collections.abc import Iterator
@@ -14,29 +14,29 @@ from llmeff.data.splits import Document
 class Datasets(SourceConfig):
     """The rows of a dataset.
 
-    What lies on this machine is known by its content; a name on the Hub by the name and the revision, so give the
-    revision of a corpus that must not change.
+    Local files are identified by their content, a name on the Hub by name and revision. Give a revision if the corpus must
+    not change.
     """
 
     name: Literal["datasets"] = "datasets"
     path: Text
     """The first argument of `datasets.load_dataset`: "wikitext", a folder, or "json"."""
     subset: Text | None = None
-    """Which of the dataset's configurations."""
+    """The dataset's configuration. None: its default."""
     data_files: tuple[Text, ...] = ()
-    """The files, where `path` is a format."""
+    """The files, if `path` is a format."""
     revision: Text | None = None
-    """A commit on the Hub."""
+    """A commit on the Hub. None: the newest of the default branch."""
     split: Text = "train"
-    """The dataset's own split whose rows are read; they are shared out again by the data's settings."""
+    """The split of the dataset to read. Its rows are divided again by `data.splits`."""
     column: Text = "text"
-    """Which column holds the text."""
+    """The column that holds the text."""
     streaming: Flag = False
-    """Read row by row as the token cache is written, instead of fetching all first; with `data.max_tokens`, only so
-    much is fetched."""
+    """Read row by row while the token cache is written, instead of fetching everything first. With `data.max_tokens`, only
+    the needed part is fetched."""
 
     def documents(self) -> Iterator[Document]:
-        """One document a row."""
+        """One document per row."""
         for row, entry in enumerate(self._load()):
             if self.column not in entry:
                 raise ConfigError(
@@ -51,7 +51,7 @@ class Datasets(SourceConfig):
             yield Document(unit=f"{self.split}:{row}", text=text)
 
     def fingerprint(self) -> str:
-        """Of the settings, and of the names and content of what lies on this machine."""
+        """Hashes the settings, and the names and contents of local files."""
         settings = self.model_dump(mode="json", exclude={"path", "data_files", "streaming"})
         folder = Path(self.path).expanduser()
         if folder.is_dir():

@@ -1,4 +1,4 @@
-"""The image cache: labelled images of one size as memory-mapped bytes, with what is counted in each."""
+"""The image cache: labelled images of one size as memory-mapped bytes, with statistics of each."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ from llmeff.data.image_source import LabelledImage, Pair
 from llmeff.data.splits import Split
 
 KIND = "image cache"
-"""What it is called in messages."""
+"""Name of this cache in messages."""
 FORMAT = 2
-"""Changes when a cache that an older version wrote must not be read."""
+"""Version of the format; increase it when caches of an older version must not be read."""
 
 Size = tuple[int, int]
 """(H, W)."""
@@ -31,7 +31,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImages:
-    """The images of a split, N of H x W."""
+    """The N images of a split, each H x W."""
 
     images: NDArray[np.uint8]
     """(N, H, W, 3), RGB."""
@@ -40,20 +40,20 @@ class StoredImages:
     class_pixels: NDArray[np.int64]
     """(N, K): labelled pixels of each class."""
     sums: NDArray[np.int64]
-    """(N, 2, 3): sums of the channels' values, and of their squares, over all pixels."""
+    """(N, 2, 3): per channel, the sum of values and the sum of squares over all pixels."""
     units: list[str]
     """The images' names."""
 
     def first(self, num_images: int) -> "StoredImages":
-        """The first so many."""
+        """Returns the first `num_images` images."""
         return StoredImages(**{name: values[:num_images] for name, values in vars(self).items()})
 
 
 class ImageCache:
-    """A cache that is whole.
+    """A complete cache.
 
     Args:
-        folder: what `sealed.ensure` made.
+        folder: a folder that `sealed.ensure` made.
     """
 
     def __init__(self, folder: Path):
@@ -79,16 +79,16 @@ class ImageCache:
 def write_images(
     folder: Path, images: Iterable[tuple[Split, LabelledImage]], classes: tuple[str, ...], size: Size | None
 ) -> None:
-    """Decodes images into a folder.
+    """Decodes images and writes them to a folder.
 
     Args:
-        folder: to fill.
-        images: with the split of each, at least one.
-        classes: their names.
-        size: to which all are brought; None: all must be alike.
+        folder: folder to fill.
+        images: each with its split; at least one.
+        classes: names of the classes.
+        size: (H, W) to resize all images to. None: all must have one size.
 
     Raises:
-        ConfigError: images are not what they should be, or of another size than the first.
+        ConfigError: an image is invalid, or its size differs from the first image's.
     """
     writers: dict[Split, _SplitWriter] = {}
     problems: list[str] = []
@@ -104,12 +104,12 @@ def write_images(
                     break
                 continue
             if problems:
-                continue  # what is written is thrown away: the others are only looked at
+                continue  # the files will be discarded: the remaining images are only checked
             first = first or (image.unit, labels.shape)
             if labels.shape != first[1]:
                 raise ConfigError(
                     f"data.size: the image {image.unit} is {_words(labels.shape)}, but {first[0]} is "
-                    f"{_words(first[1])}: give the size to which all are to be brought"
+                    f"{_words(first[1])}: give the size to resize all images to"
                 )
             if split not in writers:
                 writers[split] = _SplitWriter(folder, split, len(classes), opened)
@@ -123,7 +123,7 @@ def write_images(
 
 
 class _SplitWriter:
-    """Writes one split's files, with no more than what is counted in memory."""
+    """Writes the files of one split; only its statistics stay in memory."""
 
     def __init__(self, folder: Path, split: Split, num_classes: int, opened: contextlib.ExitStack):
         self._folder, self._split, self._num_classes = folder, split, num_classes
@@ -150,9 +150,9 @@ class _SplitWriter:
 
 
 def resized(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
-    """An (H, W, 3) image brought to a size.
+    """Resizes an (H, W, 3) image.
 
-    A pixel is the mean of those that it covers or, where a side grows, between its neighbours.
+    Each pixel is the mean of the pixels that it covers or, if a side grows, is interpolated between its neighbours.
     """
     if pixels.shape[:2] == size:
         return pixels
@@ -163,7 +163,7 @@ def resized(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
 
 
 def _resized(pair: Pair, size: Size) -> Pair:
-    """An image and its labels, each the nearest, brought to a size."""
+    """Resizes an image and its labels; labels take the nearest pixel."""
     pixels, labels = pair
     if labels.shape != size:
         labels = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""Images and masks that are files: how they are paired and read, for the sources that consist of them."""
+"""Image and mask files: how the sources that consist of them pair and read them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ from llmeff.data.source import digests, fingerprint_of
 from llmeff.data.splits import Split
 
 MASK_MODES = ("1", "L", "P", "I;16", "I;16B")
-"""What Pillow calls a channel of 1, 8 or 16 bits (in either order of bytes), or indices of a palette; a mask's numbers are
-read as they stand."""
+"""Pillow's modes for masks: one channel of 1, 8 or 16 bits (either byte order), or palette indices. A mask's numbers are
+read unchanged."""
 DEEP_MODES = ("I", "F")
-"""The beginnings of modes that do not fit in 8 bits, which Pillow would cut off."""
+"""Prefixes of the modes that need more than 8 bits; Pillow would clip their values."""
 ON_ITS_SIDE = (5, 6, 7, 8)
-"""What a camera notes (EXIF's orientation) of an image whose width, as it is to be seen, is the height that is stored."""
+"""EXIF orientations of images whose displayed width is the stored height."""
 NUM_VALUES = 2**16
-"""What a number in a mask can be."""
+"""How many values a number in a mask can have."""
 NAMED = 3
-"""An error names so many files, or pixel values, of many."""
+"""How many files or pixel values an error names at most."""
 LISTED = 10
-"""An error lists so many problems of many."""
+"""How many problems an error lists at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,17 @@ class FilePair:
     """An image and its mask."""
 
     unit: str
-    """Its name in the source."""
+    """Name of the pair in the source."""
     split: Split | None
-    """The split that the source itself names; None: the data's settings choose."""
+    """The split that the source assigns. None: the data's settings choose."""
     image: Path
-    """Any that Pillow reads with 8 bits a channel."""
+    """Any image that Pillow reads with 8 bits per channel."""
     mask: Path
-    """One channel of class ids."""
+    """An image with one channel of class ids."""
 
 
 class ImageFiles(ImageSourceConfig):
-    """A source that is files: an image and a mask of the same size each."""
+    """A source of files: pairs of an image and a mask of the same size."""
 
     def pairs(self) -> list[FilePair]:
         """The files, always in the same order.
@@ -59,11 +59,11 @@ class ImageFiles(ImageSourceConfig):
         raise NotImplementedError(type(self))
 
     def images(self) -> Iterator[LabelledImage]:
-        """The images, once the heads of all files are found to be right."""
+        """Yields the images after checking the headers of all files."""
         yield from labelled(self.pairs(), self.labels())
 
     def image_size(self) -> tuple[int, int] | None:
-        """The first image's, by its head: where no size is given, all must be alike. None where there is none to read."""
+        """(H, W) from the header of the first image, since all must have one size. None: there is no readable image."""
         try:
             first, *_ = self.pairs()
             _, (width, height) = _head(first.image)
@@ -72,7 +72,7 @@ class ImageFiles(ImageSourceConfig):
         return height, width
 
     def fingerprint(self) -> str:
-        """Of the pairs' names, splits and content, and of what the masks' numbers mean."""
+        """Hashes the pairs' names, splits and contents, and the meaning of the masks' numbers."""
         pairs = self.pairs()
         try:
             contents = digests([path for pair in pairs for path in (pair.image, pair.mask)])
@@ -83,14 +83,14 @@ class ImageFiles(ImageSourceConfig):
 
 
 def labelled(pairs: Sequence[FilePair], labels: Mapping[int, int]) -> Iterator[LabelledImage]:
-    """Images with their masks, once the heads of all files are found to be right.
+    """Yields images with their masks, after checking the headers of all files.
 
     Args:
         pairs: the files.
-        labels: what the numbers in the masks mean, see `ImageSourceConfig.labels`.
+        labels: meaning of the numbers in the masks, see `ImageSourceConfig.labels`.
 
     Raises:
-        ConfigError: files are not what they should be.
+        ConfigError: a file is invalid.
     """
     raise_all(problem for pair in pairs for problem in _problems(pair))
     table = np.full(NUM_VALUES, -1, dtype=np.int16)
@@ -101,10 +101,10 @@ def labelled(pairs: Sequence[FilePair], labels: Mapping[int, int]) -> Iterator[L
 
 
 def raise_all(problems: Iterable[str]) -> None:
-    """Raises the problems, or the first of many, in one error; none where there are none.
+    """Raises one error that lists the problems, the first `LISTED` of many; does nothing if there are none.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is a problem.
     """
     found = list(problems)
     if found:
@@ -115,20 +115,21 @@ def raise_all(problems: Iterable[str]) -> None:
 def paired(
     images: Path, masks: Path, image_ends: tuple[str, ...], mask_ends: tuple[str, ...]
 ) -> dict[str, tuple[Path, Path]]:
-    """The images below a folder with the masks below another, by what their names have in common, sorted.
+    """Pairs the images below one folder with the masks below another, by their names without the ends, sorted.
 
     Args:
         images: folder of images.
         masks: folder of masks.
-        image_ends: what the images' names end in, beside what they have in common; other files do not count.
-        mask_ends: the same for the masks.
+        image_ends: ends of the images' names; other files are ignored.
+        mask_ends: ends of the masks' names.
 
     Raises:
-        ConfigError: a folder is missing or has no such file, two files have one name, or a partner is missing.
+        ConfigError: a folder is missing or has no such file, two files share a name, or a partner is missing.
     """
     found, partners = listed(images, image_ends), listed(masks, mask_ends)
     problems = [
-        f"{there}: {len(alone)} files have no {partner} of their name below {absent}, ending in {', '.join(ends)}: {few(alone)}"
+        f"{there}: {len(alone)} files have no {partner} of the same name (ending in {', '.join(ends)}) below {absent}: "
+        f"{few(alone)}"
         for there, absent, partner, ends, alone in (
             (images, masks, "mask", mask_ends, _alone(images, found, partners)),
             (masks, images, "image", image_ends, _alone(masks, partners, found)),
@@ -140,52 +141,52 @@ def paired(
     return {name: (path, partners[name]) for name, path in found.items()}
 
 
-def _alone(folder: Path, own: Mapping[str, Path], others: Mapping[str, Path]) -> list[str]:
-    """The files without a partner, as they lie in their folder."""
-    return [path.relative_to(folder).as_posix() for name, path in own.items() if name not in others]
+def _alone(folder: Path, candidates: Mapping[str, Path], partners: Mapping[str, Path]) -> list[str]:
+    """The candidates without a partner, as paths relative to their folder."""
+    return [path.relative_to(folder).as_posix() for name, path in candidates.items() if name not in partners]
 
 
 def few(names: Iterable[str]) -> str:
-    """The first of many names."""
+    """Joins the names; names only the first of many."""
     return show_names(list(names), NAMED)
 
 
 def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> dict[str, Path]:
-    """The files below a folder whose names end so, by their names below it without that end, sorted; none that is hidden.
+    """Finds the files with the given ends, by relative path without the end, sorted. Hidden files are skipped.
 
     Args:
-        folder: searched with all below it.
-        ends: of the names, in any case.
-        asked: what named the folder, for errors.
+        folder: searched recursively.
+        ends: ends of the names, in any case.
+        asked: the setting that named the folder, for errors.
 
     Raises:
-        ConfigError: there is no such folder or file, or two files have one name.
+        ConfigError: there is no such folder or file, or two files share a name.
     """
     if not folder.is_dir():
         raise ConfigError(f"{asked}: there is no folder {folder}")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         end = next((end for end in ends if path.name.lower().endswith(end.lower())), None)
-        own = path.relative_to(folder)
-        if end is None or any(part.startswith(".") for part in own.parts) or not path.is_file():
+        relative = path.relative_to(folder)
+        if end is None or any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
-        name = own.as_posix()[: -len(end)]
+        name = relative.as_posix()[: -len(end)]
         if name in found:
             raise ConfigError(
-                f"{path}: there is also {found[name].name}, and a file is paired by its name without the end"
+                f"{path}: there is also {found[name].name}, but files are paired by their names without the end"
             )
         found[name] = path
     if not found:
-        raise ConfigError(f"{asked}: there is no file below {folder} that ends in {', '.join(ends)}")
+        raise ConfigError(f"{asked}: no file below {folder} ends in {', '.join(ends)}")
     return dict(sorted(found.items()))
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image whose head is read; its content is when it is asked for.
+    """Opens an image and reads its header; the pixels are read on demand.
 
     Raises:
-        ConfigError: the file, or its content within the block, is not an image's.
+        ConfigError: the file is not an image, or its pixels cannot be read within the block.
     """
     beat()
     try:
@@ -194,13 +195,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except ConfigError:
         raise
     except UnidentifiedImageError:
-        raise ConfigError(f"{path}: is no image, or of a format that Pillow does not know") from None
+        raise ConfigError(f"{path}: is not an image, or has a format that Pillow does not know") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def _problems(pair: FilePair) -> Iterator[str]:
-    """What the heads of two files tell that is wrong."""
+    """The problems that the headers of a pair's files reveal."""
     try:
         (image_mode, image_size), (mask_mode, mask_size) = _head(pair.image), _head(pair.mask)
     except ConfigError as error:
@@ -210,8 +211,8 @@ def _problems(pair: FilePair) -> Iterator[str]:
         yield _too_deep(pair.image, image_mode)
     if mask_mode not in MASK_MODES:
         yield (
-            f"{pair.mask}: is an image of mode {mask_mode!r}, but a mask has one channel of class ids, of 8 or 16 bits "
-            "or a palette's indices"
+            f"{pair.mask}: has the mode {mask_mode!r}, but a mask has one channel of class ids: 1, 8 or 16 bits, or "
+            "palette indices"
         )
     if image_size != mask_size:
         yield (
@@ -221,11 +222,11 @@ def _problems(pair: FilePair) -> Iterator[str]:
 
 
 def _too_deep(path: Path, mode: str) -> str:
-    return f"{path}: has more than 8 bits a channel (Pillow's mode {mode!r}): make it RGB or grey of 8"
+    return f"{path}: has more than 8 bits per channel (Pillow's mode {mode!r}): convert it to 8-bit RGB or grey"
 
 
 def _head(path: Path) -> tuple[str, tuple[int, int]]:
-    """What Pillow calls the kind of pixels; width and height, as it is to be seen."""
+    """Reads Pillow's mode and the displayed (width, height) from the header."""
     with _opened(path) as image:
         width, height = image.size
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
@@ -233,10 +234,10 @@ def _head(path: Path) -> tuple[str, tuple[int, int]]:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image as (H, W, 3) RGB, turned as its camera noted.
+    """Reads an image as (H, W, 3) RGB, rotated by its EXIF orientation.
 
     Raises:
-        ConfigError: the file is no image, not a whole one, or one of more than 8 bits a channel.
+        ConfigError: the file is not an image, is incomplete, or has more than 8 bits per channel.
     """
     with _opened(path) as image:
         if image.mode.startswith(DEEP_MODES):
@@ -254,7 +255,7 @@ def _read(pair: FilePair, table: NDArray[np.int16]) -> Pair:
         found, counts = np.unique(wrong, return_counts=True)
         named = few(f"{value} ({count} pixels)" for value, count in zip(found, counts, strict=True))
         raise ConfigError(
-            f"{pair.mask}: holds {named}, which is no class: allowed are {_ranges(np.flatnonzero(table >= 0))}"
+            f"{pair.mask}: holds {named}, which is not a class: allowed are {_ranges(np.flatnonzero(table >= 0))}"
         )
     return pixels, labels.astype(np.uint8)
 

@@ -12,19 +12,19 @@ from llmeff.core.ignored import IGNORED_PIXEL
 from llmeff.data.splits import Split
 
 Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""An image as (H, W, 3) RGB and its labels as (H, W): each a class's place in the source's classes, or IGNORED_PIXEL."""
+"""An image, (H, W, 3) RGB, and its labels, (H, W): indices into the source's classes, or IGNORED_PIXEL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImage:
-    """One image of a source, not read yet."""
+    """One image of a source, not yet read."""
 
     unit: str
-    """Its name in the source: unique, the same on every machine."""
+    """Name of the image in the source: unique, and the same on every machine."""
     split: Split | None
-    """The split that the source itself names; None: the data's settings choose."""
+    """The split that the source assigns. None: the data's settings choose."""
     read: Callable[[], Pair]
-    """Gives the image and its labels; raises ConfigError, naming the file, where they are not what they should be."""
+    """Reads the image and its labels; raises a ConfigError that names the file if they are invalid."""
 
 
 class ImageSourceConfig(Component, family="image source"):
@@ -32,31 +32,31 @@ class ImageSourceConfig(Component, family="image source"):
 
     image_end: ClassVar[str] = ""
     mask_end: ClassVar[str] = ""
-    """What the names of its images and of their masks end in, before the kind of file, where these are not the same."""
+    """The ends, before the file extension, in which the names of an image and its mask differ."""
 
     name: Text
     """The kind of source."""
 
     def classes(self) -> tuple[str, ...]:
-        """The classes' names in the order of their labels, known without reading an image."""
+        """Names of the classes in label order, known without reading an image."""
         raise NotImplementedError(type(self))
 
     def labels(self) -> dict[int, int]:
-        """What the numbers in its masks mean: each one's class, or IGNORED_PIXEL; no other may occur."""
+        """Maps each number in the masks to its class or IGNORED_PIXEL; no other number may occur."""
         return {**{label: label for label in range(len(self.classes()))}, IGNORED_PIXEL: IGNORED_PIXEL}
 
     def images(self) -> Iterator[LabelledImage]:
         """The images, always in the same order.
 
         Raises:
-            ConfigError: the source is not there as it is described.
+            ConfigError: the source does not match its description.
         """
         raise NotImplementedError(type(self))
 
     def image_size(self) -> tuple[int, int] | None:
-        """(H, W) of every image, where the source can tell it without decoding one."""
+        """(H, W) of every image. None: unknown without decoding an image."""
         return None
 
     def fingerprint(self) -> str:
-        """A hash of the images' names, content, labels and splits: equal sources have equal ones, on every machine."""
+        """A hash of the images' names, contents, labels and splits; equal for equal sources on every machine."""
         raise NotImplementedError(type(self))

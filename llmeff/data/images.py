@@ -25,13 +25,13 @@ from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import Shares, Split
 
 PRIOR_IMAGES = 1000
-"""Of training images, so many are enough to know what is likeliest at each place."""
+"""Number of training images that suffice to find the likeliest class at each place."""
 LEAST_STD = 1 / 255
-"""Of a channel that is the same everywhere: it is not divided by nothing."""
+"""Lower bound of a channel's standard deviation, so that a constant channel is not divided by 0."""
 
 
 class ImageSplits(Shares):
-    """How images whose source names no splits are shared out: by a hash of their names, so on average."""
+    """How images are divided if their source assigns no splits: by a hash of their names, so the shares hold on average."""
 
     calibration: Fraction = 0.05
     """Share of the images."""
@@ -50,31 +50,31 @@ class ImageData(DataConfig):
     source: ImageSourceConfig = Scenes()
     """Where the images come from."""
     size: tuple[Count, Count] | None = None
-    """(H, W) to which all are brought. None: as they are, and then all must be alike."""
+    """(H, W) to resize all images to. None: keep their size; then all must have one size."""
     augment: AugmentConfig = AugmentConfig()
     """How training images are changed each time they are seen."""
     splits: ImageSplits = ImageSplits()
-    """What is trained on and what is held out, for a source that does not say it."""
+    """Shares of the splits, if the source assigns none."""
     max_train: Count | None = None
-    """Train on the first so many training images, in the source's order. None: on all."""
+    """Train on the first this many training images, in the source's order. None: on all."""
 
     def classes(self) -> tuple[str, ...]:
-        """The classes' names, in the order of their labels."""
+        """Names of the classes in label order."""
         return self.source.classes()
 
     def row_size(self) -> Size | None:
-        """(H, W) of a training row; None where only the images tell."""
+        """(H, W) of a training row. None: unknown without decoding an image."""
         return self.augment.crop or self.size or self.source.image_size()
 
     def open(self, *, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> "ImageCorpus":
-        """The corpus, from the image cache; one process makes the cache where there is none.
+        """Opens the corpus from the image cache; the main process makes the cache if it is missing.
 
         Args:
-            is_main: whether this process looks after the cache.
-            wait: returns when all processes have called it.
+            is_main: whether this process makes and checks the cache.
+            wait: returns once all processes have called it.
 
         Raises:
-            ConfigError: the source is not what it is described as, `ImageCorpus` refuses it, or the cache cannot be
+            ConfigError: the source does not match its description, `ImageCorpus` refuses it, or the cache cannot be
                 written.
         """
         splits = self.splits.model_dump(mode="json")
@@ -91,20 +91,20 @@ class ImageData(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts:
-    """What a split holds."""
+    """The size of a split."""
 
     num_images: int
     """Images."""
     num_pixels: int
-    """Labelled pixels of all of them."""
+    """Labelled pixels of all images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images with what each pixel is to predict."""
+    """Images with the class of each pixel."""
 
     images: NDArray[np.float32]
-    """(B, 3, H, W): less the mean, in units of the standard deviation; padding is 0."""
+    """(B, 3, H, W): mean subtracted, divided by the standard deviation; padding is 0."""
     labels: NDArray[np.int64]
     """(B, H, W): a class, or IGNORED_PIXEL."""
     units: list[str]
@@ -115,72 +115,72 @@ def _check_split(split: Split, counts: Mapping[Split, int], source: ImageSourceC
     if split not in counts:
         there = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
         raise ConfigError(
-            f"data.splits: nothing fell in the split {split!r} (images: {there}): give it a larger share, or images, "
-            f"where the source {source.name!r} itself names the splits"
+            f"data.splits: the split {split!r} is empty (images: {there}): give it a larger share, or give it images if the "
+            f"source {source.name!r} assigns the splits"
         )
 
 
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    """The order in which an epoch sees the training images."""
+    """The order of the training images in an epoch."""
     return permuted(np.arange(num_images), num_images, seed, epoch)
 
 
 class ImageCorpus:
-    """Labelled images that are ready to be read.
+    """Labelled images, ready to read.
 
     Args:
-        config: what they are.
-        cache: their cache.
+        config: the config of the images.
+        cache: the cache of the images.
 
     Raises:
-        ConfigError: there are fewer training images than `max_train`, or their labels hold one class only.
+        ConfigError: there are fewer training images than `max_train`, or their labels have fewer than two classes.
     """
 
     def __init__(self, config: ImageData, cache: ImageCache):
         self._config = config
         self._stored = dict(cache.splits)
         self.name = config.source.name
-        """The source's."""
+        """Name of the source."""
         self.classes = cache.classes
-        """K names, in the order of their labels."""
+        """Names of the K classes in label order."""
         self.size = cache.size
-        """(H, W) of the images; that of training rows may be another, see `AugmentConfig.crop`."""
+        """(H, W) of the images. Training rows may have another size, see `AugmentConfig.crop`."""
         train = self._stored["train"] = self._train(cache.splits["train"])
         self.fingerprint = fingerprint_of([cache.fingerprint, len(train.units)])
-        """SHA-256 of all that is read: every pixel and label of every split, the images' and the classes' names."""
+        """SHA-256 of everything that is read: every pixel and label of every split, and all image and class names."""
         self.pixels: NDArray[np.int64] = train.class_pixels.sum(axis=0)
         """(K,): labelled pixels of each class in the training images."""
         labelled = train.class_pixels.sum(axis=1, keepdims=True)
         self.present: NDArray[np.int64] = ((train.class_pixels > 0) * labelled).sum(axis=0)
-        """(K,): labelled pixels, of whatever class, in the training images that hold the class at all."""
+        """(K,): labelled pixels of any class in the training images that contain the class."""
         self._check_classes()
         num_pixels = len(train.units) * self.size[0] * self.size[1]
         mean, mean_square = train.sums.sum(axis=0) / num_pixels
         self.mean: NDArray[np.float32] = (mean / 255).astype(np.float32)
-        """(3,): of R, G and B in 0..1, over all pixels of the training images."""
+        """(3,): mean of R, G and B in 0..1 over all pixels of the training images."""
         std = np.sqrt(np.maximum(mean_square - mean**2, 0)) / 255
         self.std: NDArray[np.float32] = np.maximum(std, LEAST_STD).astype(np.float32)
-        """(3,): the standard deviation, the same way; at least 1/255."""
+        """(3,): standard deviation of R, G and B over the same pixels, at least 1/255."""
 
     @property
     def splits(self) -> dict[Split, ImageFacts]:
-        """What each split holds; a split without images is not there."""
+        """The size of each split; empty splits are absent."""
         return {
             split: ImageFacts(num_images=len(stored.units), num_pixels=int(stored.class_pixels.sum()))
             for split, stored in self._stored.items()
         }
 
     def batch(self, seed: int, step: int, rows: range, global_batch: int) -> ImageBatch:
-        """Some rows of a step's batch: the same whatever process asks and whatever was asked before.
+        """Returns rows of a step's batch. They depend neither on the process nor on earlier calls.
 
-        An epoch sees every training image once, in a shuffled order.
+        An epoch sees every training image once, in shuffled order.
 
         Args:
-            seed: of the run.
-            step: from 0.
+            seed: the run's seed.
+            step: counted from 0.
             rows: which of the step's rows, within range(global_batch).
-            global_batch: rows of a step on all ranks together.
+            global_batch: rows of a step over all ranks.
         """
         train, augment = self._stored["train"], self._config.augment
         size = augment.crop or self.size
@@ -197,14 +197,14 @@ class ImageCorpus:
         return ImageBatch(images=images, labels=labels, units=units)
 
     def held_out(self, split: Split, images: range) -> ImageBatch:
-        """Images of a split in order, as they are.
+        """Returns images of a split in order, without augmentation.
 
         Args:
-            split: which.
-            images: their places in range(num_images).
+            split: the split.
+            images: indices of the images, within range(num_images).
 
         Raises:
-            ConfigError: the split has no image.
+            ConfigError: the split has no image, or no labelled pixel.
         """
         self.check_split(split)
         stored = self._stored[split]
@@ -216,7 +216,7 @@ class ImageCorpus:
         )
 
     def as_stored(self, split: Split) -> NDArray[np.uint8]:
-        """(N, H, W, 3) RGB: the images of `held_out` for people to look at."""
+        """(N, H, W, 3) RGB: the images of `held_out`, to be viewed."""
         return self._stored[split].images
 
     def labels(self, split: Split) -> NDArray[np.uint8]:
@@ -224,7 +224,7 @@ class ImageCorpus:
         return self._stored[split].labels
 
     def place_counts(self) -> NDArray[np.int64]:
-        """(K, H, W): training images, of many about `PRIOR_IMAGES`, that have the class at the place."""
+        """(K, H, W): how many training images have the class at the place; counts a sample of about `PRIOR_IMAGES`."""
         labels = self._stored["train"].labels
         classes = np.arange(len(self.classes))[:, None, None]
         counts = np.zeros((len(self.classes), *self.size), dtype=np.int64)
@@ -233,19 +233,19 @@ class ImageCorpus:
         return counts
 
     def units(self, split: Split) -> list[str]:
-        """The names of a split's images, in order."""
+        """Names of a split's images, in order."""
         return self._stored[split].units
 
     def check_split(self, split: Split) -> None:
-        """Refuses a split without images.
+        """Refuses a split without images or labels.
 
         Raises:
-            ConfigError: says what is in the others, or that no pixel of it has a label.
+            ConfigError: the split has no image (the error lists the other splits), or no labelled pixel.
         """
         counts = {name: len(stored.units) for name, stored in self._stored.items()}
         _check_split(split, counts, self._config.source)
         if not self._stored[split].class_pixels.any():
-            raise ConfigError(f"data.source: no pixel of the split {split!r} has a label: there is nothing to judge by")
+            raise ConfigError(f"data.source: no pixel of the split {split!r} has a label: there is nothing to evaluate")
 
     def _train(self, stored: StoredImages) -> StoredImages:
         wanted, there = self._config.max_train, len(stored.units)
@@ -259,8 +259,8 @@ class ImageCorpus:
             source = self._config.source.model_dump_json(exclude_defaults=True)
             found = f"only the class {there[0]!r}" if there else "no class at all"
             raise ConfigError(
-                f"data.source: the labels of the training images of {source} hold {found}, of {len(self.classes)}: there "
-                "is nothing to tell apart"
+                f"data.source: the training images of {source} have {found} of the {len(self.classes)} in their labels: "
+                "training needs at least two"
             )
 
     def _normalised(self, images: Colours) -> NDArray[np.float32]:
@@ -268,7 +268,7 @@ class ImageCorpus:
 
 
 def normalised(images: Colours, mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Images less a mean, in units of a standard deviation.
+    """Subtracts a mean from images and divides by a standard deviation.
 
     Args:
         images: (..., H, W, 3) in 0..255.
@@ -278,7 +278,7 @@ def normalised(images: Colours, mean: NDArray[np.float32], std: NDArray[np.float
     Returns:
         (..., 3, H, W).
     """
-    # Each channel by itself first: arithmetic is fast along the memory, slow across it.
+    # Make each channel contiguous first: arithmetic is fast along memory and slow across it.
     channels = np.ascontiguousarray(np.moveaxis(images, -1, -3), dtype=np.float32)
     channels *= (1 / (255 * std))[:, None, None]
     channels -= (mean / std)[:, None, None]

@@ -14,7 +14,7 @@ from llmeff.data.source import FileSource, decode
 
 
 class JsonLines(FileSource):
-    """One JSON object a line, one document each."""
+    """One JSON object per line; each is a document."""
 
     suffixes: ClassVar[tuple[str, ...]] = tuple(
         f".{kind}{compression}" for kind in ("jsonl", "ndjson", "json") for compression in ("", ".gz", ".zst")
@@ -22,10 +22,10 @@ class JsonLines(FileSource):
 
     name: Literal["jsonl"] = "jsonl"
     field: Text = "text"
-    """Where the objects hold the text."""
+    """The field of the objects that holds the text."""
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """Each line's text; empty lines are passed over."""
+        """Yields each line's text; empty lines are skipped."""
         with _open(path) as file:
             try:
                 for number, line in enumerate(file, start=1):
@@ -40,7 +40,7 @@ class JsonLines(FileSource):
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}: is not JSON ({error})") from None
         if not isinstance(entry, dict):
-            raise ConfigError(f"{where}: expected a JSON object, this is {type(entry).__name__}")
+            raise ConfigError(f"{where}: expected a JSON object, found {type(entry).__name__}")
         if self.field not in entry:
             raise ConfigError(f"{where}: there is no field {self.field!r}.{nearest(self.field, entry)}")
         text = entry[self.field]
@@ -50,7 +50,7 @@ class JsonLines(FileSource):
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"{where}: the field {self.field!r} holds half a surrogate pair, which is no text"
+                f"{where}: the field {self.field!r} holds half a surrogate pair, which is not text"
             ) from None
         return text
 

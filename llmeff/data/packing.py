@@ -1,4 +1,4 @@
-"""Windows over the tokens of a split: batches that are a pure function of (seed, step), and evaluation in order."""
+"""Windows over the tokens of a split: training batches as a pure function of (seed, step), and evaluation in order."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -16,44 +16,44 @@ from llmeff.data.permute import permuted
 # B batch, T sequence
 
 Packing = Literal["plain", "documents"]
-"""plain: a window is read as one text. documents: its documents do not see one another."""
+"""plain: a window is one text. documents: the documents of a window do not attend to one another."""
 
 MASKED = -100
 """A target that is not predicted (torch's `ignore_index`)."""
 
 BLOCK = 4096
-"""The order of the windows is computed for so many samples at a time."""
+"""Number of samples for which the order of windows is computed at a time."""
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Rows of tokens with what each is to predict."""
+    """Rows of tokens with their targets."""
 
     tokens: Ids
     """(B, T)."""
     targets: Ids
-    """(B, T): the token after each; MASKED where nothing is predicted."""
+    """(B, T): the token after each; MASKED if nothing is predicted."""
     positions: Ids | None
-    """(B, T): place in the document, or in the part of it that the row holds, from 0. None: place in the row."""
+    """(B, T): position from 0 in the document, or in the part of it that the row holds. None: position in the row."""
     documents: Ids | None
-    """(B, T): tokens see one another only where these agree. None: all do."""
+    """(B, T): document ids; tokens see only tokens of the same document. None: tokens see the whole row."""
     units: Callable[[], list[str]]
-    """The names of the documents that the rows hold, in order."""
+    """Returns the names of the documents in the rows, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatch(TokenBatch):
-    """Rows of evaluation."""
+    """Rows for evaluation."""
 
     target_documents: Ids
-    """(B, T): which document of the split each target belongs to; -1 where it is masked."""
+    """(B, T): index of the document in the split that each target belongs to; -1 if masked."""
 
 
 @functools.lru_cache(maxsize=8)
 def _starts(seed: int, epoch: int, block: int, length: int, period: int) -> list[int]:
-    """Where the windows of one block of an epoch's samples begin."""
+    """Start positions of the windows of one block of an epoch's samples."""
     num_windows = period // length
     slots = np.arange(block * BLOCK, min((block + 1) * BLOCK, num_windows), dtype=np.int64)
     shift = derive(seed, "shift", epoch) % period
@@ -62,13 +62,13 @@ def _starts(seed: int, epoch: int, block: int, length: int, period: int) -> list
 
 
 class TrainWindows:
-    """Shuffled windows of a stream, read as a ring: its last end token is its first.
+    """Shuffled windows of a stream, which is read as a ring: its last end token is also its first.
 
-    An epoch cuts the ring, from a place drawn for it, into windows of T inputs that do not overlap, and takes them in
-    a shuffled order: every token is trained on at most once in an epoch, and all but fewer than T are.
+    Each epoch cuts the ring, from a random position, into non-overlapping windows of T inputs, and takes them in shuffled
+    order. An epoch trains on every token at most once, and leaves out fewer than T tokens.
 
     Args:
-        stream: of one split.
+        stream: the tokens of one split.
         length: T.
         packing: whether documents see one another.
 
@@ -82,18 +82,18 @@ class TrainWindows:
         self.num_windows = self.period // length
         if self.num_windows == 0:
             raise ConfigError(
-                f"data.sequence_length: {length} given, but the training split has {self.period} tokens, "
+                f"data.sequence_length: {length} given, but the training split has only {self.period} tokens, "
                 "less than one window: shorten it or give more text"
             )
 
     def batch(self, seed: int, step: int, rows: range, global_batch: int) -> TokenBatch:
-        """Some rows of a step's batch: the same whatever process asks and whatever was asked before.
+        """Returns rows of a step's batch. They depend neither on the process nor on earlier calls.
 
         Args:
-            seed: of the run.
-            step: from 0.
+            seed: the run's seed.
+            step: counted from 0.
             rows: which of the step's rows, within range(global_batch).
-            global_batch: rows of a step on all ranks together.
+            global_batch: rows of a step over all ranks.
         """
         starts = [self._start(seed, step * global_batch + row) for row in rows]
         window = np.empty((len(starts), self.length + 1), dtype=np.int64)
@@ -116,7 +116,7 @@ class TrainWindows:
         return _starts(seed, epoch, slot // BLOCK, self.length, self.period)[slot % BLOCK]
 
     def _places(self, starts: list[int]) -> tuple[Ids, Ids]:
-        """Positions and documents of the inputs; once round the ring, a document counts as another."""
+        """Positions and documents of the inputs; after a turn of the ring, the same document counts as another one."""
         first = np.array(starts, dtype=np.int64)[:, None]
         turns, places = np.divmod(first + np.arange(self.length), self.period)
         documents = np.searchsorted(self.stream.starts, places, side="right") - 1
@@ -126,16 +126,16 @@ class TrainWindows:
 
 
 class EvalWindows:
-    """Windows in order that make every token of the documents, and the end token that closes each, a target once.
+    """Windows in order; every token of the documents, and the end token after each, is a target exactly once.
 
-    A window knows nothing of the one before it. With `max_tokens`, the stream's first so many.
+    Windows are independent: none sees the tokens of the one before.
 
     Args:
-        stream: of one split.
+        stream: the tokens of one split.
         length: T.
         packing: whether documents see one another.
-        decode: token ids to text; gives the bytes of a document that `max_tokens` cuts.
-        max_tokens: how many targets; None: all.
+        decode: converts token ids to text, to count the bytes of a document that `max_tokens` cuts.
+        max_tokens: number of targets, from the start of the stream. None: all.
     """
 
     def __init__(
@@ -151,18 +151,18 @@ class EvalWindows:
         self.num_windows = -(-self.num_targets // length)
         last = int(np.searchsorted(stream.starts, self.num_targets)) - 1
         self.document_bytes: Ids = np.array(stream.document_bytes[: last + 1])
-        """(documents,): bytes of the documents evaluated, or of the evaluated part of the last."""
+        """(documents,): bytes of the evaluated documents; of the last, only the evaluated part counts."""
         if self.num_targets < stream.starts[last + 1]:
             part = stream.tokens[stream.starts[last] + 1 : self.num_targets + 1]
             self.document_bytes[last] = len(decode(part).encode())
 
     @property
     def units(self) -> list[str]:
-        """The names of the documents evaluated."""
+        """Names of the evaluated documents."""
         return self.stream.units[: len(self.document_bytes)]
 
     def batch(self, rows: range) -> EvalBatch:
-        """Some of the windows, by their places in range(num_windows); the last is filled up with masked targets."""
+        """Returns the windows at these indices, within range(num_windows); the last is padded with masked targets."""
         first = np.array(rows, dtype=np.int64)[:, None] * self.length
         places = first + np.arange(self.length)
         inside = places < self.num_targets

@@ -10,16 +10,16 @@ from llmeff.data.source import FileSource
 
 
 class Parquet(FileSource):
-    """One row, one document."""
+    """Each row is a document."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     name: Literal["parquet"] = "parquet"
     column: Text = "text"
-    """Which column holds the text."""
+    """The column that holds the text."""
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """Each row's text."""
+        """Yields each row's text."""
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
@@ -38,4 +38,4 @@ class Parquet(FileSource):
                         yield f"{unit}:{row}", text
                         row += 1
         except pa.ArrowInvalid as error:
-            raise ConfigError(f"{path}: is no Parquet file ({error})") from None
+            raise ConfigError(f"{path}: is not a Parquet file ({error})") from None

@@ -1,4 +1,4 @@
-"""A shuffled pass that needs no state and no permutation in memory."""
+"""A shuffled pass without state, and without a permutation in memory."""
 
 import hashlib
 
@@ -6,21 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 8
-"""Half-rounds; four leave visible structure in permutations of few elements."""
+"""Number of half-rounds; four would leave visible structure in permutations of few elements."""
 
 
 def permuted(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of 0 ... size - 1, one for each (seed, epoch), sends the indices.
+    """Applies a pseudo-random permutation of 0 ... size - 1, one for each (seed, epoch), to the indices.
 
-    The generalized Feistel cipher of Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002,
-    section 5), over a x b >= size with a and b near its root, with cycle walking for what falls outside; the round
-    function is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    It is the generalized Feistel cipher of Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002,
+    section 5), over a x b >= size with a and b near sqrt(size). Results outside the range are enciphered again (cycle
+    walking). The round function is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
 
     Args:
         indices: each in [0, size).
-        size: how many elements are permuted.
-        seed: of the run.
-        epoch: which pass.
+        size: number of permuted elements.
+        seed: the run's seed.
+        epoch: the pass, counted from 0.
     """
     a = int(np.ceil(np.sqrt(size)))
     b = -(-size // a)

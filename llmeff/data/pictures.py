@@ -20,14 +20,14 @@ Labels = NDArray[np.uint8]
 """(H, W): classes, or IGNORED_PIXEL."""
 
 FIRST = ((86, 180, 233), (213, 94, 0), (0, 158, 115), (240, 228, 66), (85, 85, 85))
-"""The colours of the first classes: of Okabe and Ito (2008), and a grey."""
+"""The colours of the first classes: four of Okabe and Ito (2008), and a grey."""
 UNLABELLED = (0, 0, 0)
-"""The colour of a pixel whose class nobody knows; no class has one so dark."""
+"""The colour of unlabelled pixels; every class has a lighter one."""
 OPACITY = 0.5
-"""Of the classes' colours over an image."""
+"""Opacity of the classes' colours over an image."""
 
-# How they look to most people, and to those who lack one kind of cones (Machado, Oliveira and Fernandes 2009, severity 1):
-# red, green and blue light to the same.
+# Linear RGB to linear RGB as seen with normal vision, and without one kind of cones (Machado, Oliveira and Fernandes 2009,
+# severity 1).
 _SEEN = np.array(
     [
         [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
@@ -36,7 +36,7 @@ _SEEN = np.array(
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     ]
 )
-# Light to cones and cones to Oklab, in which distances are as people judge them (Ottosson 2020).
+# Linear RGB to cone responses, and cone responses to Oklab, whose distances match human perception (Ottosson 2020).
 _CONES = np.array(
     [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
      [0.0883024619, 0.2817188376, 0.6299787005]]
@@ -47,11 +47,11 @@ _OKLAB = np.array(
 )  # fmt: skip
 _LEVELS = np.arange(0, 256, 15)
 _LIGHTNESS, _CHROMA = (0.4, 0.95), 0.2
-"""Of the colours that may be taken: apart from black and from paper, and none that shouts."""
+"""Bounds of the candidate colours: far from black and white, and not garish."""
 
 
 def seen(colours: NDArray[np.integer]) -> NDArray[np.float64]:
-    """(N, 3) sRGB in 0..255 to (N, 4, 3) Oklab: as seen by most, and without the long, middle and short cones."""
+    """(N, 3) sRGB in 0..255 to (N, 4, 3) Oklab: with normal vision, and without the long, middle and short cones."""
     value = colours / 255
     light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     cones = np.clip(np.einsum("vij,nj->nvi", _SEEN, light), 0, 1) @ _CONES.T
@@ -60,7 +60,7 @@ def seen(colours: NDArray[np.integer]) -> NDArray[np.float64]:
 
 @functools.cache
 def _colours() -> NDArray[np.uint8]:
-    """(255, 3): after `FIRST`, always the one that is farthest from all before, to whoever sees least of it."""
+    """(255, 3): `FIRST`, then repeatedly the colour farthest from all earlier ones under the least favourable vision."""
     candidates = np.stack(np.meshgrid(_LEVELS, _LEVELS, _LEVELS, indexing="ij"), -1).reshape(-1, 3)
     places = seen(candidates)
     lightness, chroma = places[:, 0, 0], np.hypot(places[:, 0, 1], places[:, 0, 2])
@@ -76,29 +76,29 @@ def _colours() -> NDArray[np.uint8]:
 
 
 def palette() -> NDArray[np.uint8]:
-    """(256, 3) RGB of every label: a class has the same colour however many there are."""
+    """(256, 3) RGB of every label. A class has the same colour for any number of classes."""
     return np.concatenate([_colours(), np.array([UNLABELLED], dtype=np.uint8)])
 
 
 def mask(labels: Labels) -> Image.Image:
-    """A mask whose pixels are the labels' numbers, shown in their colours."""
+    """A palette image: its pixels are the labels, shown in their colours."""
     image = Image.fromarray(labels)
     image.putpalette(palette().tobytes())
     return image
 
 
 def coloured(labels: Labels) -> Pixels:
-    """The colours of labels."""
+    """(H, W, 3): the colours of the labels."""
     return palette()[labels]
 
 
 def overlay(pixels: Pixels, labels: Labels) -> Pixels:
-    """The colours of labels over their image."""
+    """(H, W, 3): the colours of the labels blended over the image."""
     return np.rint(pixels * (1 - OPACITY) + coloured(labels) * OPACITY).astype(np.uint8)
 
 
 def png(image: Image.Image | Pixels) -> bytes:
-    """A picture as a file's content."""
+    """A picture as the bytes of a PNG file."""
     content = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(content, format="PNG")
     return content.getvalue()
@@ -106,26 +106,26 @@ def png(image: Image.Image | Pixels) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """An image with some ways to label it."""
+    """An image with one or more labellings of it."""
 
     pixels: Pixels
     labels: Sequence[Labels]
 
 
 CELL = 480
-"""Pixels that the longer side of an image takes in a panel, about."""
+"""Approximate length in pixels of the longer side of an image in a panel."""
 _TEXT, _LEAST_TEXT = 26, 20
-"""Pixels of a letter beside a cell of `CELL`, and at least."""
+"""Font size in pixels beside a cell of `CELL` pixels, and the smallest font size."""
 _INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (120, 120, 120)
 
 
 def panel(rows: Sequence[Shown], captions: Sequence[str], classes: Sequence[str]) -> Image.Image:
-    """Images, each beside its labels in colours, and a legend of the classes that occur.
+    """Draws images, each beside its labels in colour, and a legend of the classes that occur.
 
     Args:
-        rows: below one another, with as many ways to label them each.
-        captions: above the columns: of the image, and of each way.
-        classes: names, by label.
+        rows: one per image; all have the same number of labellings.
+        captions: one above each column: the image, then each labelling.
+        classes: names of the classes in label order.
     """
     cells = [[_to_cell(values, is_image=not n) for n, values in enumerate((row.pixels, *row.labels))] for row in rows]
     width = max(row[0].width for row in cells)
@@ -149,7 +149,7 @@ def panel(rows: Sequence[Shown], captions: Sequence[str], classes: Sequence[str]
 
 
 def _to_cell(values: Pixels | Labels, *, is_image: bool) -> Image.Image:
-    """Small ones grow by whole pixels, which shows what they are; large ones shrink."""
+    """Scales to the size of a cell. Small images grow by a whole factor, so that their pixels show; large ones shrink."""
     image = Image.fromarray(values) if is_image else mask(values)
     longer = max(image.size)
     factor = 2 * CELL / longer if longer > 2 * CELL else max(1, round(CELL / longer))
@@ -159,7 +159,7 @@ def _to_cell(values: Pixels | Labels, *, is_image: bool) -> Image.Image:
 
 
 def _legend(rows: Sequence[Shown], classes: Sequence[str], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """A swatch and a name for each label, in lines of as many as fit, evenly filled."""
+    """A swatch and a name for each label, in evenly filled lines."""
     there = np.unique(np.concatenate([np.unique(labels) for row in rows for labels in row.labels]))
     text = int(font.size)
     space = text // 2
@@ -178,14 +178,14 @@ def _legend(rows: Sequence[Shown], classes: Sequence[str], width: int, font: Ima
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The one that plots are written in."""
+    """The font of the plots."""
     import matplotlib as mpl
 
     return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _fitted(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """As much of a line as there is room for."""
+    """Truncates text to a width in pixels."""
     if font.getlength(text) <= width:
         return text
     kept = text

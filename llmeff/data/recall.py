@@ -1,4 +1,4 @@
-"""Sequences that ask for what stood in them before, drawn without end: what a mixer's state can remember, and nothing else."""
+"""An endless supply of sequences that ask for their own earlier content: they test only what a mixer's state remembers."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -16,46 +16,46 @@ from llmeff.data.source import fingerprint_of
 # B rows, T tokens, P pairs
 
 _BLANK = 0
-"""The token that is neither key nor value; of induction, the one that calls."""
+"""The token that is neither key nor value; in induction, the trigger token."""
 _DRAWING = 2
-"""Counts how rows have been drawn from a seed: where that changes, the data are others."""
+"""Version of how rows are drawn from a seed; increase it with every change of the data."""
 HELD_OUT = ("validation", "search", "test")
-"""Splits besides training, of as many rows each."""
+"""The splits besides training, all with the same number of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallRows:
-    """Rows of questions."""
+    """Rows of tokens that ask questions."""
 
     tokens: NDArray[np.int64]
     """(B, T)."""
     targets: NDArray[np.int64]
-    """(B, T): the answer at the token that asks, else `MASKED`."""
+    """(B, T): the answer at each token that asks, `MASKED` elsewhere."""
 
 
 class RecallData(DataConfig):
-    """Associative recall or induction, as synthetic tokens."""
+    """Synthetic tokens for associative recall or induction."""
 
     name: Literal["recall"] = "recall"
     kind: Literal["mqar", "induction"] = "mqar"
-    """mqar: pairs of key and value, and then each key again, which asks for its value (multi-query associative recall, Arora
-    et al. 2023, arXiv 2312.04927); keys of a row differ, values may be alike. induction: a token that calls, one after it,
-    and at the end the call again, which asks for the other (Fu et al. 2022; Gu and Dao 2023)."""
+    """mqar: pairs of key and value, then each key again, which asks for its value (multi-query associative recall, Arora
+    et al. 2023, arXiv 2312.04927); the keys of a row differ, its values may repeat. induction: a trigger token, a token
+    after it, and at the end the trigger again, which asks for that token (Fu et al. 2022; Gu and Dao 2023)."""
     vocab_size: Count = 256
-    """V. Of mqar, the lower half are keys and the upper half values."""
+    """V. In mqar, keys are the lower half and values the upper half."""
     sequence_length: Count = 64
     """T, tokens of a row."""
     pairs: Count = 8
-    """P, of mqar: pairs in a row. Of induction a row has one."""
+    """P, pairs in a row of mqar. A row of induction has one."""
     recency: Positive = 0.01
-    """Of mqar: the distance of a question from the pairs has a density that falls with its power `recency - 1`; 1: all
-    distances alike. Where a row has no place to spare, it tells only in which order keys are asked for."""
+    """mqar only. The distance d of a question from the pairs has a density proportional to d^(recency - 1); 1: all
+    distances are equally likely. In a row without spare places it only affects the order of the questions."""
     noise: Flag = True
-    """Of mqar: what is neither a pair nor a question is a random token; else always token 0."""
+    """mqar only. Tokens that are neither a pair nor a question are random; if false, they are all token 0."""
     held_out: Count = 1024
     """Rows of each held-out split."""
     seed: Integer = 0
-    """Of the held-out rows; training rows follow from the run's."""
+    """Seed of the held-out rows; training rows follow from the run's seed."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -63,19 +63,19 @@ class RecallData(DataConfig):
         if self.kind == "mqar":
             if self.vocab_size % 2 or self.vocab_size < 2 * (self.pairs + 1):
                 problems.append(
-                    f"vocab_size is {self.vocab_size}: {self.pairs} pairs need an even one of at least {2 * (self.pairs + 1)}"
+                    f"vocab_size is {self.vocab_size}: {self.pairs} pairs need an even number, at least {2 * (self.pairs + 1)}"
                 )
             if self.sequence_length < 4 * self.pairs:
                 problems.append(
-                    f"sequence_length is {self.sequence_length}: {self.pairs} pairs and as many questions, with a place after "
-                    f"each, need at least {4 * self.pairs}"
+                    f"sequence_length is {self.sequence_length}: {self.pairs} pairs and {self.pairs} questions, with a place "
+                    f"after each question, need at least {4 * self.pairs}"
                 )
         else:
             if self.vocab_size < 3 or self.sequence_length < 3:
                 problems.append("induction needs a vocab_size and a sequence_length of at least 3")
             fields = type(self).model_fields
             problems += [
-                f"{name} is {value}, but induction has none: leave it out"
+                f"{name} is {value}, but induction has no {name}: leave it out"
                 for name in ("pairs", "recency", "noise")
                 if (value := getattr(self, name)) != fields[name].default
             ]
@@ -84,15 +84,15 @@ class RecallData(DataConfig):
         return self
 
     def fingerprint(self) -> str:
-        """Equal data have equal ones on every machine."""
+        """A hash of the settings; equal for equal data on every machine."""
         return fingerprint_of([_DRAWING, self.model_dump(mode="json")])
 
     def questions(self) -> int:
-        """Answers that a row asks for."""
+        """Number of questions in a row."""
         return self.pairs if self.kind == "mqar" else 1
 
     def train_rows(self, seed: int, step: int, rows: range) -> RecallRows:
-        """Rows of a step, a pure function of (seed, step, row)."""
+        """Rows of a training step: a pure function of (seed, step, row)."""
         return self._drawn([derive(seed, "recall", step, row) for row in rows])
 
     def held_out_rows(self, split: str, rows: range) -> RecallRows:
@@ -100,7 +100,7 @@ class RecallData(DataConfig):
         return self._drawn([derive(self.seed, "recall", split, row) for row in rows])
 
     def _drawn(self, seeds: list[int]) -> RecallRows:
-        """Each row from uniform numbers of its own; what they come to, for all rows together."""
+        """Draws uniform numbers for each row from its seed, then computes all rows together."""
         draw, num_numbers = (
             (self._mqar, self._num_numbers) if self.kind == "mqar" else (self._induction, self.sequence_length)
         )
@@ -110,12 +110,12 @@ class RecallData(DataConfig):
 
     @property
     def _num_numbers(self) -> int:
-        """Of an mqar row: one for each possible key, for each value, for each place of a question, and for each token."""
+        """Random numbers per mqar row: one for each possible key, value, place of a question, and token."""
         return self.vocab_size // 2 - 1 + self.pairs + self._num_places + self.sequence_length
 
     @property
     def _num_places(self) -> int:
-        """Where a question may stand: at every second place, so that the place after each is free for an answer."""
+        """Number of possible places of a question: every second place, so that the place after each stays free."""
         return (self.sequence_length - 2 * self.pairs) // 2
 
     def _mqar(self, numbers: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -127,7 +127,7 @@ class RecallData(DataConfig):
         values = half + (half * of_values).astype(np.int64)
         tokens = (self.vocab_size * of_noise).astype(np.int64) if self.noise else np.full(of_noise.shape, _BLANK)
         tokens[:, 0 : 2 * num_pairs : 2], tokens[:, 1 : 2 * num_pairs : 2] = keys, values
-        # places are drawn one after the other by their weights: the order in which clocks of these rates ring first
+        # Sampling places without replacement by weight equals the order of exponential clocks with these rates.
         weights = np.arange(1, num_places + 1, dtype=np.float64) ** (self.recency - 1)
         places = (-np.log1p(-of_places) / weights).argsort(axis=1)[:, :num_pairs]
         asked = 2 * num_pairs + 2 * places

@@ -1,4 +1,4 @@
-"""The labelled images that everyone has: street scenes that are drawn, not photographed."""
+"""The built-in labelled images: street scenes, drawn rather than photographed."""
 
 import hashlib
 import math
@@ -17,15 +17,15 @@ from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import SPLITS
 
 EDITION = 1
-"""Of the drawing: counted up with any change of a pixel, since the images have no other content to be told apart by."""
+"""Version of the drawing; increase it with any change of a pixel, since fingerprints hash only this and the settings."""
 
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(len(CLASSES))
 
 FAR_M = 75.0
-"""Where the street ends."""
+"""Distance of the street's end, in metres."""
 
-# The pixels are the same on every machine: each value is made of bits of a counter's stream by single + - * / and floor,
-# which IEEE 754 rounds correctly. Generator.uniform, .normal and the like may fuse operations or call the libm.
+# The pixels are the same on every machine: each value comes from the bits of a counter-based generator by single + - * /
+# and floor, which IEEE 754 rounds correctly. Generator.uniform, .normal and the like may fuse operations or call libm.
 Array = NDArray[np.float64]
 Colour = Array  # RGB as (3, 1, 1), 0 to 1; or one for each pixel of a region: (3, h, w), (3, h, 1) or (3, 1, w)
 Point = tuple[float, float]
@@ -33,47 +33,47 @@ T = TypeVar("T")
 
 
 class Scenes(ImageSourceConfig):
-    """Street scenes in perspective, with the classes of CamVid: a first run of segmentation needs no data.
+    """Street scenes in perspective with the classes of CamVid, so that a first segmentation run needs no data.
 
-    The street runs to a vanishing point between house fronts, trees and fences; cars, walkers, bicyclists, poles and
-    signs stand in it, and the nearer covers the farther. Road, pavement, walls and clouds share their greys, cars and
-    clothes have any colour, and there are shadows, haze and noise: a pixel's colour alone tells little of its class, and
-    poles and walkers are one to a few pixels wide. Classes are as rare as in CamVid; per cent of the labelled pixels of
-    the default training split, and of CamVid's (367 images of 240 x 180):
+    The street runs to a vanishing point between house fronts, trees and fences. Cars, walkers, bicyclists, poles and signs
+    stand in it; near things cover far ones. A pixel's colour tells little of its class: road, pavement, walls and clouds
+    share their greys, cars and clothes have any colour, and there are shadows, haze and noise. Poles and walkers are one
+    to a few pixels wide. Class frequencies are close to CamVid's. The table gives the percentage of labelled pixels in the
+    default training split, then in CamVid's (367 images of 240 x 180):
 
     | sky | building | pole | road | pavement | tree | signsymbol | fence | car | pedestrian | bicyclist |
     |---|---|---|---|---|---|---|---|---|---|---|
     | 18.2 | 25.3 | 1.0 | 31.3 | 5.2 | 10.9 | 1.0 | 0.8 | 4.9 | 0.9 | 0.4 |
     | 17.4 | 24.2 | 1.0 | 33.1 | 4.7 | 10.1 | 1.2 | 1.2 | 6.1 | 0.7 | 0.3 |
 
-    An image follows from the seed, its split, its number, the size and `void`, and from nothing else. A scene is the same
-    at any height: the one that is drawn at 96 x 128 is drawn finer at 192 x 256.
+    An image depends only on the seed, its split, its number, the size and `void`. The scene is the same at any height: the
+    scene at 96 x 128 appears in more detail at 192 x 256.
     """
 
     name: Literal["scenes"] = "scenes"
     height: Count = 96
-    """Pixels."""
+    """Height in pixels."""
     width: Count = 128
-    """Pixels. What is seen is as wide as the shape makes it: things are scaled by the height."""
+    """Width in pixels. Objects scale with the height, so a wider image shows more of the scene."""
     num_train: Count = 400
     """Images in the training split."""
     num_search: CountOrZero = 100
-    """Images in the split that settings are chosen by."""
+    """Images in the search split, on which settings are chosen."""
     num_validation: CountOrZero = 100
     """Images in the validation split."""
     num_test: CountOrZero = 100
     """Images in the test split."""
     void: Fraction = 0.2
-    """Share of the pixels beside another class that have no label, as where annotators would not agree."""
+    """Share of the pixels next to another class that are left unlabelled, as if annotators disagreed."""
     seed: Integer = 0
-    """Other seeds give other images."""
+    """Seed of the images."""
 
     def classes(self) -> tuple[str, ...]:
-        """The eleven classes that CamVid is reported on, in their usual order."""
+        """The eleven classes on which CamVid results are reported, in their usual order."""
         return CLASSES
 
     def images(self) -> Iterator[LabelledImage]:
-        """Split by split, in the order of their numbers."""
+        """Yields the images split by split, in the order of their numbers."""
         counts = {"train": self.num_train, "search": self.num_search}
         counts |= {"validation": self.num_validation, "test": self.num_test}
         for split in SPLITS:
@@ -82,11 +82,11 @@ class Scenes(ImageSourceConfig):
                 yield LabelledImage(unit=unit, split=split, read=partial(self._read, unit))
 
     def image_size(self) -> tuple[int, int]:
-        """The height and width that are asked for."""
+        """Returns the configured height and width."""
         return self.height, self.width
 
     def fingerprint(self) -> str:
-        """Of the settings, which the images follow from."""
+        """Hashes the settings and `EDITION`, which determine the images."""
         return fingerprint_of([EDITION, self.model_dump(mode="json")])
 
     def _read(self, unit: str) -> Pair:
@@ -130,17 +130,17 @@ def _steps(start: float, stop: float, step: float) -> Iterator[float]:
 
 
 def _part(x: Array) -> Array:
-    """What is behind the point."""
+    """The fractional part."""
     return x - np.floor(x)
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Uncorrelated and uniform in [-1, 1)."""
+    """White noise, uniform in [-1, 1)."""
     return rng.integers(0, 2**16, shape, np.uint16) / 2.0**15 - 1
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
-    """Random values on a grid whose cells are so many pixels wide, bilinear between them; (H, W) in (-1, 1)."""
+    """(H, W) in (-1, 1): random values on a grid with cells of `cell` pixels, interpolated bilinearly."""
     y, x = np.arange(height) / cell, np.arange(width) / cell
     row, column = y.astype(int), x.astype(int)
     grid = _noise(rng, (row[-1] + 2, column[-1] + 2))
@@ -151,21 +151,22 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float
 
 
 class _Region(NamedTuple):
-    """Pixels in a box of rows and columns, and what is to be painted there."""
+    """A box of rows and columns, and the pixels in it to paint."""
 
     place: tuple[slice, slice]
+    """Rows and columns of the box."""
     x: Array
-    """(w,): where the columns' centres are."""
+    """(w,): centres of the columns, in pixels."""
     y: Array
-    """(h, 1): where the rows' centres are."""
+    """(h, 1): centres of the rows, in pixels."""
     z: Array
-    """How far ahead it is, in metres: () all of it, or (w,) by columns, or (h, 1) by rows."""
+    """Distance ahead in metres: () for the whole box, (w,) by column, or (h, 1) by row."""
     mask: NDArray[np.bool_] = np.array(True)
-    """(h, w), or one for all of the box."""
+    """Which pixels to paint: (h, w), or () for the whole box."""
 
 
 class _Canvas:
-    """What is painted over; x to the right and y down, in pixels from the upper left corner."""
+    """The image being painted; x points right and y down, in pixels from the upper left corner."""
 
     def __init__(self, rng: np.random.Generator, height: int, width: int):
         self.height, self.width = height, width
@@ -179,7 +180,7 @@ class _Canvas:
         self._y = np.arange(height, dtype=np.float64)[:, None] + 0.5
 
     def box(self, *points: Point, z: float) -> _Region:
-        """The pixels whose centres are in the points' bounding box; one column or row where it is thinner than that."""
+        """The pixels whose centres are in the points' bounding box; at least one column and one row."""
         across, down = zip(*points, strict=True)
         x0, y0 = math.floor(min(across) + 0.5), math.floor(min(down) + 0.5)
         x1, y1 = max(math.floor(max(across) + 0.5), x0 + 1), max(math.floor(max(down) + 0.5), y0 + 1)
@@ -187,7 +188,7 @@ class _Canvas:
         return _Region((rows, columns), self._x[columns], self._y[rows], np.array(z))
 
     def ellipse(self, x: float, y: float, across: float, down: float, z: float, ragged: float = 0.0) -> _Region:
-        """The pixels in an ellipse of these half axes, of which noise of the given strength moves the border."""
+        """The pixels in an ellipse with half axes `across` and `down`; noise of strength `ragged` moves its border."""
         across, down = max(across, 0.75), max(down, 0.75)
         region = self.box((x - across, y - down), (x + across, y + down), z=z)
         inside = np.square((region.x - x) / across) + np.square((region.y - y) / down)
@@ -196,7 +197,7 @@ class _Canvas:
         return region._replace(mask=inside <= 1)
 
     def paint(self, region: _Region, label: int, colour: Colour, grain: float = 0.07, blobs: float = 0.0) -> None:
-        """Covers a region; the noises make the colour uneven."""
+        """Paints a region; `grain` and `blobs` are strengths of noise in its colour."""
         uneven = 1 + grain * self.grain[region.place]
         if blobs:
             uneven += blobs * self.blobs[region.place]
@@ -205,15 +206,15 @@ class _Canvas:
         np.copyto(self.depth[region.place], region.z, where=region.mask)
 
     def shade(self, region: _Region, light: float) -> None:
-        """Darkens a region; what it is stays as it is."""
+        """Darkens a region; its labels and depths stay unchanged."""
         seen = self.colour[:, *region.place]
         np.multiply(seen, light, out=seen, where=region.mask)
 
 
 class _Street(_Canvas):
-    """A street that is looked along: metres from the camera to the right (x), up from the ground (y) and ahead (z).
+    """A street seen along its length, in metres: x to the right of the camera, y up from the ground, z ahead.
 
-    What there are two of is for the left and the right hand.
+    Pairs hold the left side, then the right side.
     """
 
     def __init__(self, rng: np.random.Generator, pixels: np.random.Generator, height: int, width: int):
@@ -226,7 +227,7 @@ class _Street(_Canvas):
         self.light = _one_of(rng, [(1.0, 0.6), (0.6, 1.0), (0.85, 0.85)])
 
     def at(self, x: float, y: float, z: float) -> Point:
-        """Where a point is seen."""
+        """Projects a point to pixels."""
         return self.vanishing + self.focal * x / z, self.horizon + self.focal * (self.eye_m - y) / z
 
     def front(self, x0: float, x1: float, y0: float, y1: float, z: float) -> _Region:
@@ -248,7 +249,7 @@ class _Street(_Canvas):
         return region._replace(z=self.focal / scale, mask=(region.x >= left) & (region.x < right))
 
     def disc(self, x: float, y: float, z: float, across: float, down: float, ragged: float = 0.0) -> _Region:
-        """An upright ellipse that faces the camera, of these half axes in metres."""
+        """An upright ellipse that faces the camera, with half axes in metres."""
         return self.ellipse(*self.at(x, y, z), across * self.focal / z, down * self.focal / z, z, ragged)
 
 
@@ -260,7 +261,7 @@ def _sky(street: _Street) -> None:
     clear = _grey(rng, 0.6, 0.95) * low + zenith * (1 - low)
     cloudy = np.clip(_between(rng, -1, 1) + 2 * street.clouds[region.place], 0, 1)
     street.paint(region, SKY, clear * (1 - cloudy) + _grey(rng, 0.6, 1.0) * cloudy, grain=0.01)
-    for x in _steps(-48, 48, 12):  # what closes the street at its far end
+    for x in _steps(-48, 48, 12):  # closes the street at its far end
         label, colour = (TREE, _leaves(rng)) if rng.random() < 0.4 else (BUILDING, _grey(rng, 0.2, 0.7))
         street.paint(street.front(x, x + 12, 0, _between(rng, 3, 12), FAR_M), label, colour, blobs=0.2)
 
@@ -278,7 +279,7 @@ def _ground(street: _Street) -> None:
 
     paint(PAVEMENT, left - 0.15, right - left + 0.3, 1, FAR_M, paving * 1.2)  # curbs
     paint(ROAD, left, right - left, 1, FAR_M, tarmac)
-    for _ in range(int(_between(rng, 0, 5))):  # mended places
+    for _ in range(int(_between(rng, 0, 5))):  # patches of repaired tarmac
         x, z0 = _between(rng, left, right - 1), _between(rng, 2, 30)
         paint(ROAD, x, 1, z0, z0 + _between(rng, 0.5, 9), tarmac * _between(rng, 0.7, 1.15))
     for z0 in _steps(1 + 6 * rng.random(), 50, 6):
@@ -289,7 +290,7 @@ def _ground(street: _Street) -> None:
         z0 = _between(rng, 6, 25)
         for x in _steps(left + 0.3, right - 0.5, 1):
             paint(ROAD, x, 0.5, z0, z0 + 3, white)
-    if street.light[0] != street.light[1]:  # the houses of the dark hand throw a shadow
+    if street.light[0] != street.light[1]:  # the houses on the dark side cast a shadow
         edge = street.walls[street.light.index(0.6)]
         x0, x1 = sorted((edge * 4, edge * _between(rng, -0.2, 0.9)))
         street.shade(street.ground(x0, x1, 1, FAR_M), 0.6)
@@ -305,7 +306,7 @@ def _building(street: _Street, hand: int, z0: float, z1: float) -> None:
     shop_m = storey if rng.random() < 0.4 else 0.0
 
     def paint(region: _Region, along: Array, light: float) -> None:
-        """A wall with rows of windows, eaves and a shop's front; metres along it in each column."""
+        """Paints a wall with rows of windows, eaves and a shop front; `along` is the position on it in metres."""
         y = street.eye_m - (region.y - street.horizon) * region.z / street.focal
         column, row = _part(along / pitch), _part(y / storey)
         is_pane = (column > 0.3) & (column < 0.75) & (row > 0.3) & (row < 0.8) & (y < up - 0.7)
@@ -363,10 +364,10 @@ def _car(street: _Street, x: float, z: float) -> None:
     paint(street.front(x - top, x + top, waist - 0.3, roof, z + slope), body)
     paint(street.front(x - top + 0.1, x + top - 0.1, waist, roof - 0.12, z + slope), glass)
     paint(street.front(x - half, x + half, 0.25, waist, z), body)
-    if z > 30:  # details are too small to be seen
+    if z > 30:  # details would be too small to see
         return
     paint(street.side(pillar, waist, roof - 0.12, z + slope + 0.3, far - 2.6 * slope), glass)
-    for ahead in (z + 0.75, far - 0.8):  # wheels, seen aslant
+    for ahead in (z + 0.75, far - 0.8):  # wheels, seen at an angle
         paint(street.disc(flank, 0.33, ahead, 0.33 * abs(flank) / ahead, 0.33), black)
     for end in (x - half + 0.15, x + half - 0.15):
         paint(street.front(end - 0.12, end + 0.12, 0, 0.25, z), black)
@@ -395,7 +396,7 @@ def _pole(street: _Street, x: float, z: float) -> None:
 
 
 def _person(street: _Street, label: int, x: float, z: float, feet: float) -> None:
-    """One whose feet are so many metres up."""
+    """Paints a person whose feet are `feet` metres above the ground."""
     rng, size = street.rng, _between(street.rng, 0.85, 1.05)
     half, hips, neck = 0.22 * size, feet + 0.8 * size, feet + 1.45 * size
     legs, coat, skin = _any_colour(rng), _any_colour(rng), _rgb(0.85, 0.62, 0.5) * _between(rng, 0.4, 1.1)
@@ -416,17 +417,17 @@ def _bicyclist(street: _Street, x: float, z: float) -> None:
 
 
 _Thing = tuple[float, Callable[[], None]]
-"""How far ahead it is, in metres, the far end of what is long; and what draws it."""
+"""Distance ahead in metres (of the far end, if it is long), and the function that draws it."""
 
 
 def _paint(things: Iterable[_Thing]) -> None:
-    """Draws from far to near, so that the nearer covers the farther."""
+    """Draws from far to near, so that near things cover far ones."""
     for _, draw in sorted(things, key=lambda thing: -thing[0]):
         draw()
 
 
 def _edge(street: _Street, hand: int) -> Iterator[_Thing]:
-    """What lines one side of the street, plot by plot: houses, or gaps with trees behind fences and hedges."""
+    """What lines one side of the street, plot by plot: houses, or trees behind fences and hedges."""
     rng, z1, wall = street.rng, _between(street.rng, 1.5, 8), street.walls[hand]
     z0 = 1.0
     while z0 < FAR_M:
@@ -442,7 +443,7 @@ def _edge(street: _Street, hand: int) -> Iterator[_Thing]:
 
 
 def _traffic(street: _Street, hand: int) -> Iterator[_Thing]:
-    """What stands and moves on one side of the street."""
+    """What stands or moves on one side of the street: cars, poles, pedestrians, bicyclists and trees."""
     rng, curb, wall, out = street.rng, street.curbs[hand], street.walls[hand], 1 if hand else -1
     parked = _one_of(rng, [0.0, 0.3, 0.8])
     for slot in _steps(_between(rng, 4, 14), 45, 7.5):
@@ -468,7 +469,7 @@ def _traffic(street: _Street, hand: int) -> Iterator[_Thing]:
 
 
 def _photograph(street: _Street, pixels: np.random.Generator) -> NDArray[np.uint8]:
-    """Through haze, a lens that is not sharp, a white balance that is not right and a sensor with noise."""
+    """Renders the image with haze, an unsharp lens, a wrong white balance and a noisy sensor."""
     rng, clear_m = street.rng, _between(street.rng, 100, 400)
     through = clear_m / (clear_m + street.depth)
     colour = street.colour * through + _grey(rng, 0.55, 0.95, 0.12) * (1 - through)
@@ -481,7 +482,7 @@ def _photograph(street: _Street, pixels: np.random.Generator) -> NDArray[np.uint
 
 
 def _beside_another(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which pixels have a neighbour, of four, with another label."""
+    """Which pixels have a different label than one of their four neighbours."""
     found = np.zeros(labels.shape, np.bool_)
     for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         differs = labels[here] != labels[there]
@@ -491,7 +492,7 @@ def _beside_another(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _draw(rng: np.random.Generator, pixels: np.random.Generator, height: int, width: int, void: float) -> Pair:
-    """A street of one stream of random numbers, with the noises of another: so the size changes no street."""
+    """Draws a street. `rng` determines the scene and `pixels` the noise, so the scene does not depend on the size."""
     street = _Street(rng, pixels, height, width)
     _sky(street)
     _ground(street)

@@ -1,4 +1,4 @@
-"""The contract of a text source, and what the sources that are files have in common."""
+"""The contract of a text source, and the common parts of sources that consist of files."""
 
 import contextlib
 import glob
@@ -17,7 +17,7 @@ from llmeff.core.dist import cache_folder
 from llmeff.data.splits import Document, Split
 
 REMEMBERED_BYTES = 8 * 2**20
-"""Files that are so large, alone or together, are hashed once and again only when their size or time changes."""
+"""If files have this many bytes in total, their hashes are remembered until a size or a modification time changes."""
 
 
 class SourceConfig(Component, family="source"):
@@ -30,12 +30,12 @@ class SourceConfig(Component, family="source"):
         """The documents, always in the same order.
 
         Raises:
-            ConfigError: the source cannot be read as it is described.
+            ConfigError: the source does not match its description.
         """
         raise NotImplementedError(type(self))
 
     def fingerprint(self) -> str:
-        """A hash of the documents' names and content: equal sources have equal ones, on every machine."""
+        """A hash of the documents' names and contents; equal for equal sources on every machine."""
         raise NotImplementedError(type(self))
 
 
@@ -45,12 +45,12 @@ def fingerprint_of(parts: Iterable[object]) -> str:
 
 
 def digest(path: Path) -> str:
-    """The file's SHA-256, see `digests`."""
+    """SHA-256 of a file, see `digests`."""
     return digests([path])[0]
 
 
 def digests(paths: Sequence[Path]) -> list[str]:
-    """Each file's SHA-256; of files large together it is remembered in the cache folder, with their sizes and times."""
+    """SHA-256 of each file. The hashes of large files are kept in the cache folder, with the files' sizes and times."""
     states = [path.stat() for path in paths]
     if sum(state.st_size for state in states) < REMEMBERED_BYTES:
         return [files.sha256(path) for path in paths]
@@ -62,17 +62,17 @@ def digests(paths: Sequence[Path]) -> list[str]:
         known = {}
     if known.get("stamp") != stamp:
         known = {"stamp": stamp, "sha256": [files.sha256(path) for path in paths]}
-        with contextlib.suppress(OSError):  # without a place for it, it is computed again
+        with contextlib.suppress(OSError):  # if it cannot be saved, it is computed again
             memo.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(memo, json.dumps(known))
     return list(known["sha256"])
 
 
 def decode(content: bytes, where: str) -> str:
-    """UTF-8.
+    """Decodes UTF-8.
 
     Raises:
-        ConfigError: it is not; names the byte.
+        ConfigError: the content is not UTF-8; the error names the first wrong byte.
     """
     try:
         return content.decode("utf-8")
@@ -81,15 +81,15 @@ def decode(content: bytes, where: str) -> str:
 
 
 class FileSource(SourceConfig):
-    """A source that is one or more files."""
+    """A source of one or more files."""
 
     suffixes: ClassVar[tuple[str, ...]]
-    """What the files' names end in; a folder is searched for these."""
+    """Ends of the files' names; folders are searched for these."""
 
     path: tuple[Text, ...] = ()
-    """Files, folders (all below that end as such files do) or globs (`**` crosses folders)."""
+    """Files, folders (all files below with the source's suffixes) or globs (`**` crosses folders)."""
     by_split: dict[Split, tuple[Text, ...]] = Field(default_factory=dict)
-    """Instead of `path`, for a corpus that comes divided: the paths of each split."""
+    """The paths of each split, instead of `path`, for a corpus that is already divided."""
 
     @field_validator("path", mode="before")
     @classmethod
@@ -106,28 +106,30 @@ class FileSource(SourceConfig):
     @model_validator(mode="after")
     def _path_or_splits(self) -> Self:
         if bool(self.path) == bool(self.by_split):
-            raise ValueError("give either path (the splits are made here) or by_split (they are given), not both")
+            raise ValueError(
+                "give either path (data.splits divides the text) or by_split (it is divided already), not both"
+            )
         return self
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """The (unit, text) pairs of one file that the source knows as `unit`.
+        """Yields the (unit, text) pairs of one file; `unit` is the file's name in the source.
 
         Raises:
-            ConfigError: the file is not what the source is described as.
+            ConfigError: the file does not match the source's description.
         """
         raise NotImplementedError(type(self))
 
     def check_suffix(self, path: Path) -> None:
-        """Refuses a file of another kind.
+        """Refuses files of other sources.
 
         Raises:
-            ConfigError: its name does not end as this source's files do.
+            ConfigError: the file's name has none of this source's suffixes.
         """
         if not path.name.endswith(self.suffixes):
             raise ConfigError(f"{path}: the source {self.name!r} reads files that end in {', '.join(self.suffixes)}")
 
     def documents(self) -> Iterator[Document]:
-        """The files' documents, in the order of their names within each split."""
+        """Yields the documents of the files; within each split, files are sorted by name."""
         for split, unit, path in self._files():
             try:
                 for name, text in self.read(path, unit):
@@ -136,7 +138,7 @@ class FileSource(SourceConfig):
                 raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
 
     def fingerprint(self) -> str:
-        """Of the files' names relative to the folder that holds them all, their content, and how they are read."""
+        """Hashes the files' names relative to their common folder, their contents and the settings for reading them."""
         reading = self.model_dump(mode="json", exclude={"path", "by_split"})
         try:
             return fingerprint_of([reading, *([split, unit, digest(path)] for split, unit, path in self._files())])
@@ -144,7 +146,7 @@ class FileSource(SourceConfig):
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
     def _files(self) -> list[tuple[Split | None, str, Path]]:
-        """Each file with its split and its name below the folder that holds them all."""
+        """Each file with its split and its name relative to the common folder of all files."""
         given: list[tuple[Split | None, tuple[str, ...]]] = [*self.by_split.items()] or [(None, self.path)]
         found = [(split, path) for split, paths in given for path in self._expand(paths)]
         root = os.path.commonpath([path.parent for _, path in found])
@@ -156,15 +158,15 @@ class FileSource(SourceConfig):
             path = Path(text).expanduser()
             if path.is_dir():
                 matches = [file for file in path.rglob("*") if file.is_file() and file.name.endswith(self.suffixes)]
-                wanted = f"file that ends in {', '.join(self.suffixes)} below"
+                problem = f"no file below {text} ends in {', '.join(self.suffixes)}"
             elif glob.has_magic(text):
                 matches = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-                wanted = "file matches"
+                problem = f"no file matches {text}"
             else:
                 matches = [path] if path.is_file() else []
-                wanted = "such file:"
+                problem = f"there is no file {text}"
             if not matches:
-                raise ConfigError(f"data.source: there is no {wanted} {text}")
+                raise ConfigError(f"data.source: {problem}")
             found.update(path.absolute() for path in matches)
         for file in sorted(found):
             self.check_suffix(file)

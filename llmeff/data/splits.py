@@ -1,4 +1,4 @@
-"""Which split a document, or a span of one, belongs to."""
+"""Assigns documents, or spans of documents, to splits."""
 
 import fractions
 import hashlib
@@ -12,8 +12,8 @@ from pydantic import model_validator
 from llmeff.core.config import Config, Fraction
 
 Split = Literal["train", "calibration", "search", "validation", "test"]
-"""What a text or an image may be used for: training; calibrating a compressor; choosing settings; reporting; reporting
-once."""
+"""What a text or an image may be used for: to train; to calibrate a compressor; to choose settings; to report results; to
+report results once."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -23,14 +23,14 @@ class Document:
     """One text of a source."""
 
     unit: str
-    """Its name in the source: the same on every machine, unique but for the spans of one document."""
+    """Name in the source: the same on every machine, and unique, except that the spans of a document share it."""
     text: str
     split: Split | None = None
-    """The split that the source itself names; None: the data's settings choose."""
+    """The split that the source assigns. None: the data's settings choose."""
 
 
 class Shares(Config):
-    """How much goes to each split; what the fractions leave is trained on."""
+    """The share of each split; the rest is the training split."""
 
     calibration: Fraction = 0.01
     """Share of the data."""
@@ -48,30 +48,30 @@ class Shares(Config):
         return self
 
     def shares(self) -> dict[Split, fractions.Fraction]:
-        """Each split's share, exact: 0.1 is a tenth, not the nearest binary number."""
+        """The exact share of each split: 0.1 is one tenth, not the nearest binary number."""
         held_out: dict[Split, fractions.Fraction] = {
             split: fractions.Fraction(repr(float(getattr(self, split)))) for split in SPLITS if split != "train"
         }
         return {"train": 1 - sum(held_out.values(), start=fractions.Fraction(0)), **held_out}
 
     def by_hash(self, text: str) -> Split:
-        """A text's split: for many texts, the shares hold on average."""
+        """Chooses a split by a hash of the text; the shares hold on average."""
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        # Test comes last, training takes up what is left before: no other fraction changes what is in the test split.
+        # Test is last and training fills the start, so no other fraction changes the test split.
         ends = accumulate(self.shares().values())
         return next(split for split, end in zip(SPLITS, ends, strict=True) if place < end * 2**64)
 
 
 class SplitConfig(Shares):
-    """How documents are shared out among the splits, by their text; what the fractions leave is trained on."""
+    """How documents are divided among the splits, by their text; the rest is the training split."""
 
     by: Literal["document", "span"] = "document"
-    """document: whole documents, by a hash of their text, so that equal texts fall in one split whatever their names;
-    the fractions hold on average. span: every document is cut in order train, calibration, search, validation, test,
-    by characters; for a corpus of few documents."""
+    """document: each document goes to one split, by a hash of its text. Equal texts share a split whatever their names; the
+    shares hold on average. span: each document is cut by characters, in the order train, calibration, search, validation,
+    test; suits a corpus of few documents."""
 
     def assign(self, document: Document) -> Iterator[tuple[Split, Document]]:
-        """The document's parts that are not empty, with their splits."""
+        """Yields the non-empty parts of the document with their splits."""
         if document.split is not None:
             parts = [(document.split, document)]
         elif self.by == "document":

@@ -18,8 +18,8 @@ from llmeff.data.splits import Document, Split, SplitConfig
 from llmeff.data.tokenizer import Tokenizer, TokenizerConfig
 
 TOKEN_BYTES = 8
-"""For each of `max_tokens`, so many bytes of the source are read to train a tokenizer. No character takes more than half
-of them, and few tokenizers' tokens hold so many on average: it sees all the text that it is to encode."""
+"""To train a tokenizer, this many bytes of the source are read per token of `max_tokens`. A character has at most half as
+many, and tokens of most tokenizers average fewer, so the tokenizer sees all the text that it will encode."""
 
 
 class TextData(DataConfig):
@@ -29,26 +29,26 @@ class TextData(DataConfig):
     source: SourceConfig = Builtin()
     """Where the documents come from."""
     tokenizer: TokenizerConfig = Bytes()
-    """How they become token ids."""
+    """How documents become token ids."""
     splits: SplitConfig = SplitConfig()
-    """What is trained on and what is held out."""
+    """Which documents, or parts of documents, are trained on and which are held out."""
     sequence_length: Count = 256
     """T, tokens of a training window."""
     packing: Packing = "plain"
-    """plain: a window is read as one text. documents: its documents do not see one another."""
+    """plain: a window is one text. documents: the documents of a window do not attend to one another."""
     max_tokens: Count | None = None
-    """Read the source up to the document that reaches so many tokens, in all splits together; to train the tokenizer, up
-    to the one that reaches eight times as many bytes. None: all of it."""
+    """Read the source up to the document that reaches this many tokens, over all splits. To train the tokenizer, read up to
+    the document that reaches eight times as many bytes. None: read all of it."""
 
     def open(self, *, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> "TextCorpus":
-        """The corpus, from the token cache; one process makes the cache where there is none.
+        """Opens the corpus from the token cache; the main process makes the cache if it is missing.
 
         Args:
-            is_main: whether this process looks after the cache.
-            wait: returns when all processes have called it.
+            is_main: whether this process makes and checks the cache.
+            wait: returns once all processes have called it.
 
         Raises:
-            ConfigError: the source or the tokenizer is not what it is described as, or the cache cannot be written.
+            ConfigError: the source or the tokenizer does not match its description, or the cache cannot be written.
         """
         key = fingerprint_of(
             [
@@ -83,29 +83,29 @@ class TextData(DataConfig):
 
 
 class TextCorpus:
-    """A corpus that is ready to be read.
+    """A text corpus, ready to read.
 
     Args:
-        config: what it is.
-        tokens: its cache.
+        config: the config of the corpus.
+        tokens: the cache of the corpus.
     """
 
     def __init__(self, config: TextData, tokens: cache.TokenCache):
         self._config, self._tokens = config, tokens
         self.name = config.source.name
-        """The source's."""
+        """Name of the source."""
         self.fingerprint = tokens.fingerprint
-        """SHA-256 of all that the corpus is: every token of every split, the documents' names, the tokenizer."""
+        """SHA-256 of the whole corpus: every token of every split, the documents' names and the tokenizer."""
         self.vocab_size = tokens.vocab_size
         """V: ids are in range(V)."""
         self.end_id = tokens.end_id
-        """Stands before every document and after the last."""
+        """Id of the token before every document and after the last."""
         self.splits = tokens.splits
-        """What each split holds; a split without documents is not there."""
+        """The size of each split; empty splits are absent."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Text to ids and back."""
+        """The tokenizer of the corpus."""
         return self._config.tokenizer.load(self._tokens.folder)
 
     @cached_property
@@ -113,16 +113,16 @@ class TextCorpus:
         """The training windows.
 
         Raises:
-            ConfigError: there is no training text, or less than a window.
+            ConfigError: there is less training text than one window.
         """
         return TrainWindows(self.stream("train"), self._config.sequence_length, self._config.packing)
 
     def batch(self, seed: int, step: int, rows: range, global_batch: int) -> TokenBatch:
-        """Rows of what a step trains on, see `TrainWindows.batch`."""
+        """Returns rows of a step's batch, see `TrainWindows.batch`."""
         return self.train.batch(seed, step, rows, global_batch)
 
     def eval_windows(self, split: Split, length: int | None = None, max_tokens: int | None = None) -> EvalWindows:
-        """A split's tokens in order, see `EvalWindows`; `length` is the training windows' unless given.
+        """A split's tokens in order, see `EvalWindows`; `length` defaults to that of the training windows.
 
         Raises:
             ConfigError: the split has no document.
@@ -139,8 +139,8 @@ class TextCorpus:
         if split not in self._tokens.splits:
             there = ", ".join(f"{name} {facts.num_documents}" for name, facts in self.splits.items())
             raise ConfigError(
-                f"data.splits: nothing fell in the split {split!r} (documents: {there}): give it a larger share, or "
-                'cut each document of a corpus of few by data.splits.by = "span"'
+                f"data.splits: the split {split!r} is empty (documents: {there}): give it a larger share, or set "
+                'data.splits.by = "span" to cut each document (for a corpus of few documents)'
             )
         return self._tokens.stream(split)
 
@@ -148,10 +148,10 @@ class TextCorpus:
         """Refuses a model with fewer embeddings than the tokenizer has ids.
 
         Raises:
-            ConfigError: a token id lies beyond the vocabulary.
+            ConfigError: the model's vocabulary is too small.
         """
         if vocab_size < self.vocab_size:
             raise ConfigError(
-                f"model.vocab_size: {vocab_size} given, but the tokenizer {self._config.tokenizer.name!r} gives ids "
-                f"up to {self.vocab_size - 1}: at least {self.vocab_size} are needed"
+                f"model.vocab_size: {vocab_size} given, but the tokenizer {self._config.tokenizer.name!r} has ids "
+                f"up to {self.vocab_size - 1}: give at least {self.vocab_size}"
             )

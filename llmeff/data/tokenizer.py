@@ -1,4 +1,4 @@
-"""The contract of a tokenizer, kept as the two files that transformers' AutoTokenizer loads."""
+"""The contract of a tokenizer; it is saved as the two files that transformers' AutoTokenizer loads."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ from llmeff.core.config import Component, ConfigError, Text
 from llmeff.data.source import fingerprint_of
 
 END = "<|endoftext|>"
-"""The token before and after every document, where the tokenizer is ours."""
+"""The token before and after every document, for our own tokenizers."""
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Args:
-        backend: the tokenizer as the `tokenizers` library knows it.
-        settings: the content of tokenizer_config.json.
-        end_token: what stands before and after every document. None: the `eos_token` of the settings.
+        backend: tokenizer of the `tokenizers` library.
+        settings: content of tokenizer_config.json. None: `END` is both `bos_token` and `eos_token`.
+        end_token: the token before and after every document. None: the `eos_token` of the settings.
 
     Raises:
-        ConfigError: there is no end token, or it is not in the vocabulary.
+        ConfigError: there is no end token, or the vocabulary lacks it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Tokenizer:
     ):
         self.backend = backend
         self.settings = dict(settings or {"bos_token": END, "eos_token": END})
-        # The generic class: whatever model lies beside it, the tokenizer is what tokenizer.json says.
+        # The generic class makes tokenizer.json alone define the tokenizer, whatever model lies beside it.
         self.settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
@@ -46,13 +46,13 @@ class Tokenizer:
         token = token["content"] if isinstance(token, Mapping) else token
         if token not in vocabulary:
             raise ConfigError(
-                f"data.tokenizer: the end token is {token!r}, which the vocabulary lacks: set data.tokenizer.end_token"
+                f"data.tokenizer: the end token {token!r} is not in the vocabulary: set data.tokenizer.end_token"
             )
         self.end_id: int = vocabulary[token]
 
     @classmethod
     def load(cls, folder: Path, end_token: str | None = None) -> "Tokenizer":
-        """Reads what `save` wrote."""
+        """Reads a tokenizer that `save` wrote."""
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings, end_token)
 
@@ -62,16 +62,16 @@ class Tokenizer:
         files.write_text(folder / "tokenizer_config.json", json.dumps(self.settings, indent=2))
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the ids."""
+        """A hash of everything that determines the ids."""
         return hashlib.sha256(f"{self.end_id}\n{self.backend.to_str()}".encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
-        """The ids of each text, without an end token."""
+        """Encodes each text, without an end token."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(entry.ids, dtype=np.uint32) for entry in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, end tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Decodes ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
 
@@ -82,28 +82,28 @@ class TokenizerConfig(Component, family="tokenizer"):
     """The tokenizer's name."""
 
     def fingerprint(self) -> str:
-        """A hash of what decides the tokenizer beside the training text."""
+        """A hash of everything but the training text that determines the tokenizer."""
         return fingerprint_of([self.model_dump(mode="json")])
 
     def vocabulary(self) -> int | None:
-        """V, as far as the config tells it; None: only the training text does."""
+        """V, or an upper bound. None: only the training text determines it."""
         return None
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """The tokenizer.
+        """Builds the tokenizer.
 
         Args:
-            texts: gives the texts of the train split, in order, as often as it is called.
+            texts: returns the texts of the train split in order; may be called repeatedly.
         """
         raise NotImplementedError(type(self))
 
     def load(self, folder: Path) -> Tokenizer:
-        """The tokenizer that `build` gave, from the folder where it was saved."""
+        """Reads a tokenizer that `build` made, from the folder where it was saved."""
         return Tokenizer.load(folder)
 
 
 def byte_level(model: Any, *, words: bool) -> tokenizers.Tokenizer:
-    """A backend over UTF-8 bytes; with `words`, text is first cut into words, numbers and spaces as GPT-2 does."""
+    """A backend over UTF-8 bytes; with `words`, text is first cut into words, numbers and spaces, as in GPT-2."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     backend.decoder = tokenizers.decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Caches that are whole or made again: folders of files whose hashes are written down, named by what decides them."""
+"""Verified caches: folders with the hashes of their files, named by a hash of what determines them. Damaged ones are remade."""
 
 import hashlib
 import json
@@ -16,25 +16,25 @@ from llmeff.core.log import logger
 
 SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_BYTES = 256 * 1024
-"""Opening a cache hashes 64 blocks of 256 KiB spread over each file: all of a file of up to 16 MiB."""
+"""Opening a cache hashes 64 blocks of 256 KiB spread over each file, which covers files of up to 16 MiB entirely."""
 ABANDONED_S = 3600.0
-"""A half-written folder whose files have not grown for so long has no writer any more."""
+"""A half-written folder is abandoned if its files have not changed for this many seconds."""
 
 
 def ensure_by_one(
     folder: Path, write: Callable[[Path], None], kind: str, *, is_main: bool, wait: Callable[[], None]
 ) -> None:
-    """`ensure`, by one process of several that will read the cache.
+    """Calls `ensure` in one of several processes that will read the cache.
 
     Args:
         folder: see `ensure`.
         write: see `ensure`.
         kind: see `ensure`.
-        is_main: whether this process looks after the cache.
-        wait: returns when all processes have called it.
+        is_main: whether this process makes and checks the cache.
+        wait: returns once all processes have called it.
 
     Raises:
-        ConfigError: the cache cannot be made; the processes that are not the main one only say so.
+        ConfigError: the cache cannot be made; only the main process gives the reason.
     """
     try:
         if is_main:
@@ -42,16 +42,16 @@ def ensure_by_one(
     finally:
         wait()
     if not folder.exists():
-        raise ConfigError(f"the {kind} was not made: the main process says why")
+        raise ConfigError(f"the {kind} could not be made: see the error of the main process")
 
 
 def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
-    """Makes the cache unless a whole one is there; a damaged one is set aside, with a warning, and made again.
+    """Makes the cache unless it is there and undamaged. A damaged cache is set aside with a warning and remade.
 
     Args:
-        folder: where the cache lies; its name is the hash of what decides its content.
-        write: fills a new folder; among its files is `meta.json`, a table of all else that a reader must know.
-        kind: what to call it in messages, as in "token cache".
+        folder: the cache's folder; its name is a hash of what determines the content.
+        write: fills a new folder, including `meta.json`, a JSON object with everything else that a reader needs.
+        kind: name of the cache in messages, such as "token cache".
 
     Raises:
         ConfigError: the disk is full, or the folder cannot be written.
@@ -62,29 +62,29 @@ def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
             return
         aside = folder.with_name(f"damaged-{folder.name}-{uuid.uuid4().hex[:8]}")
         folder.rename(aside)
-        logger.warning("the %s is damaged (%s): made again; the old one is kept as %s", kind, damage, aside)
+        logger.warning("the %s is damaged (%s): it is remade; the damaged one is kept as %s", kind, damage, aside)
     try:
         _sweep_abandoned(folder.parent)
         with files.new_folder(folder) as part:
             write(part)
             _seal(part)
     except OSError as error:
-        if (folder / "meta.json").exists():  # another process was faster
+        if (folder / "meta.json").exists():  # another process made it first
             return
         raise ConfigError(
             f"the {kind} {folder} cannot be written ({error.strerror or error}): "
-            "make room, or set LLMEFF_CACHE to a folder that has it"
+            "free some space, or set LLMEFF_CACHE to a writable folder with enough"
         ) from None
 
 
 def read_meta(folder: Path) -> tuple[dict[str, Any], str]:
-    """What a whole cache's `meta.json` says, and its SHA-256: since it holds all files' hashes, the whole content's."""
+    """Reads `meta.json` and its SHA-256, which identifies the whole cache, since `meta.json` holds all files' hashes."""
     content = (folder / "meta.json").read_bytes()
     return json.loads(content), hashlib.sha256(content).hexdigest()
 
 
 def _sample(path: Path) -> str:
-    """A hash of the file's size and of blocks spread evenly over it."""
+    """A hash of the file's size and of blocks spread evenly over the file."""
     size = path.stat().st_size
     hasher = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BLOCK_BYTES)
@@ -97,7 +97,7 @@ def _sample(path: Path) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """Writes down each file's hashes: the whole one names the content, the sampled one is checked at every opening."""
+    """Adds each file's hashes to `meta.json`: the full one identifies the content, the sampled one is checked on opening."""
     path = folder / "meta.json"
     meta = json.loads(path.read_text(encoding="utf-8"))
     names = sorted(file.name for file in folder.iterdir() if file != path)
@@ -106,7 +106,7 @@ def _seal(folder: Path) -> None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the cache; None where it is whole."""
+    """What is wrong with the cache. None: it is undamaged."""
     try:
         files.refuse_links(folder, itself=True)
         hashes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
@@ -117,7 +117,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _sweep_abandoned(folder: Path) -> None:
-    """Removes half-written caches whose writer was killed; a living writer's files grow."""
+    """Removes half-written caches whose writer was killed. The files of a live writer keep changing."""
     for part in folder.glob(f"{files.PARTIAL}*"):
         times = [entry.stat().st_mtime for entry in (part, *part.glob("*"))]
         if time.time() - max(times) > ABANDONED_S:

@@ -141,7 +141,9 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(folder):
     documents = [("train", Document(unit=str(i), text="x" * 10_000)) for i in range(20)]
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(ConfigError, match=r"cannot be written \(File too large\): make room, or set LLMEFF_CACHE"):
+        with pytest.raises(
+            ConfigError, match=r"cannot be written \(File too large\): free some space, or set LLMEFF_CACHE"
+        ):
             ensure(folder, writer(documents))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

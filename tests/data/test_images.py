@@ -189,7 +189,7 @@ class TestSplits:
         corpus = config(folder).open()
         corpus.check_split("test")
         for ask in (lambda: corpus.check_split("search"), lambda: corpus.held_out("search", range(1))):
-            with pytest.raises(ConfigError, match=r"nothing fell in the split 'search' \(images: test 3, train 6\)"):
+            with pytest.raises(ConfigError, match=r"the split 'search' is empty \(images: test 3, train 6\)"):
                 ask()
 
 
@@ -272,10 +272,10 @@ class TestCache:
     def test_the_others_are_let_go_when_the_main_process_fails(self, folder, put):
         put(folder / "masks/train/3.png", pair(3)[0])
         waited = []
-        with pytest.raises(ConfigError, match="is an image of mode 'RGB'"):
+        with pytest.raises(ConfigError, match="has the mode 'RGB'"):
             config(folder).open(wait=lambda: waited.append(True))
         assert waited
-        with pytest.raises(ConfigError, match="the image cache was not made: the main process says why"):
+        with pytest.raises(ConfigError, match="the image cache could not be made: see the error of the main process"):
             config(folder).open(is_main=False)
 
     def test_the_heads_of_all_files_are_read_before_anything_is_written(self, folder, put, monkeypatch):
@@ -288,7 +288,7 @@ class TestCache:
         for part in ("images", "masks"):
             (folder / part / "train").rename(folder / part / "val")
         monkeypatch.setattr(image_cache, "write_images", None)
-        with pytest.raises(ConfigError, match=r"nothing fell in the split 'train' \(images: test 3, validation 6\)"):
+        with pytest.raises(ConfigError, match=r"the split 'train' is empty \(images: test 3, validation 6\)"):
             config(folder).open()
 
     def test_a_file_that_turns_out_bad_leaves_nothing(self, folder, put, cache_folder):
@@ -308,12 +308,14 @@ class TestCache:
 
 
 @pytest.mark.parametrize(
-    ("label", "found"), [(1, "only the class 'y', of 3"), (IGNORED_PIXEL, "no class at all, of 3")], ids=["one", "none"]
+    ("label", "found"),
+    [(1, "only the class 'y' of the 3"), (IGNORED_PIXEL, "no class at all of the 3")],
+    ids=["one", "none"],
 )
 def test_a_training_set_in_which_there_is_nothing_to_tell_apart(folder, put, label, found):
     for number in range(6):
         put(folder / "masks/train" / f"{number}.png", np.full((H, W), label, np.uint8))
-    with pytest.raises(ConfigError, match=f"training images of .*masks.* hold {found}: there is nothing to tell apart"):
+    with pytest.raises(ConfigError, match=f"training images of .*masks.* have {found} in their labels: training needs"):
         config(folder).open()
 
 

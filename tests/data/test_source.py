@@ -145,7 +145,7 @@ class TestJsonLines:
             (b'{"txt": "x", "id": 1}', r"line 2: there is no field 'text'. Did you mean 'txt'\? Known: id, txt"),
             (b'{"text": 5}', "line 2: the field 'text' holds int"),
             (b'{"text": null}', "line 2: the field 'text' holds NoneType"),
-            (b'["text"]', "line 2: expected a JSON object, this is list"),
+            (b'["text"]', "line 2: expected a JSON object, found list"),
             (b'{"text": ', "line 2: is not JSON"),
             (b'{"text": "\xff"}', r"line 2: is not UTF-8 \(byte 10\)"),
             (b'{"text": "\\ud800"}', "line 2: .* surrogate"),
@@ -192,16 +192,16 @@ class TestParquet:
 
     def test_another_file(self, tmp_path):
         (tmp_path / "c.parquet").write_text("text")
-        with pytest.raises(ConfigError, match="is no Parquet file"):
+        with pytest.raises(ConfigError, match="is not a Parquet file"):
             read(Parquet(path=(str(tmp_path),)))
 
 
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (lambda folder: TextFiles(path=(f"{folder}/none.txt",)), "there is no such file: .*none.txt"),
-        (lambda folder: TextFiles(path=(f"{folder}/*.rst",)), r"there is no file matches .*\*.rst"),
-        (lambda folder: Parquet(path=(str(folder),)), "there is no file that ends in .parquet below"),
+        (lambda folder: TextFiles(path=(f"{folder}/none.txt",)), "there is no file .*none.txt"),
+        (lambda folder: TextFiles(path=(f"{folder}/*.rst",)), r"no file matches .*\*.rst"),
+        (lambda folder: Parquet(path=(str(folder),)), "no file below .* ends in .parquet"),
         (lambda folder: JsonLines(path=(f"{folder}/a.txt",)), "'jsonl' reads files that end in .jsonl"),
         (lambda folder: TextFiles(path=(f"{folder}/deep/d.jsonl.gz",)), "for this file use 'jsonl'"),
         (lambda folder: TextFiles(path=(f"{folder}/latin.txt",)), r"latin.txt: is not UTF-8 \(byte 2\)"),

@@ -97,7 +97,7 @@ class TestCache:
         with pytest.raises(ConfigError, match="is not JSON"):
             config(tmp_path / "bad.jsonl").open(wait=lambda: waited.append(True))
         assert waited
-        with pytest.raises(ConfigError, match="the main process says why"):
+        with pytest.raises(ConfigError, match="see the error of the main process"):
             config(corpus).open(is_main=False)
 
 
@@ -157,14 +157,14 @@ def test_a_cut_document_counts_the_bytes_of_its_part(corpus):
         (
             {"splits": {"validation": 0.0}},
             lambda c: c.eval_windows("validation"),
-            "nothing fell in the split 'validation'",
+            "the split 'validation' is empty",
         ),
         (
             {"sequence_length": 10_000},
             lambda c: c.batch(0, 0, range(1), 1),
             "sequence_length: 10000 given, but the training",
         ),
-        ({}, lambda c: c.check_vocabulary(256), "256 given, but the tokenizer 'bytes' gives ids up to 256"),
+        ({}, lambda c: c.check_vocabulary(256), "256 given, but the tokenizer 'bytes' has ids up to 256"),
     ],
 )
 def test_what_cannot_be_asked(corpus, settings, use, problem):

@@ -181,8 +181,8 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("files", "problem"),
         [
-            ({}, "holds no tokenizer.json, and no vocab.json with merges.txt"),
-            ({"vocab.json": "{}"}, "holds no tokenizer.json"),
+            ({}, "there is neither a tokenizer.json nor a vocab.json with merges.txt"),
+            ({"vocab.json": "{}"}, "there is neither a tokenizer.json"),
             ({"tokenizer.json": "{"}, "the tokenizer cannot be read"),
             ({"tokenizer_config.json": "{"}, "tokenizer_config.json: is not JSON"),
         ],
@@ -199,7 +199,7 @@ class TestFolder:
 
     def test_no_end_token(self, gpt2_folder):
         (gpt2_folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-        with pytest.raises(ConfigError, match="the end token is '</s>', which the vocabulary lacks"):
+        with pytest.raises(ConfigError, match="the end token '</s>' is not in the vocabulary"):
             HfTokenizer(path=str(gpt2_folder)).build(list)
 
 

@@ -23,7 +23,7 @@ def test_one_process_makes_it_while_the_others_wait(tmp_path):
 
 
 def test_where_it_was_not_made_the_others_say_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"^the token cache was not made: the main process says why$"):
+    with pytest.raises(ConfigError, match=r"^the token cache could not be made: see the error of the main process$"):
         sealed.ensure_by_one(tmp_path / "cache", write, "token cache", is_main=False, wait=lambda: None)
     assert list(tmp_path.iterdir()) == []
 
@@ -34,7 +34,7 @@ def test_where_it_cannot_be_made_the_others_wait_no_longer(tmp_path):
 
     waits = []
     with pytest.raises(
-        ConfigError, match=r"the token cache .* cannot be written \(No space left on device\): make room"
+        ConfigError, match=r"the token cache .* cannot be written \(No space left on device\): free some space"
     ):
         sealed.ensure_by_one(tmp_path / "cache", full, "token cache", is_main=True, wait=lambda: waits.append(True))
     assert waits == [True]

@@ -217,7 +217,7 @@ def test_masks_are_read_as_the_runs_source_reads_them(run, tmp_path):
     changed(run, "config.json", data__source=folder)
     path = picture(tmp_path / "p.png")
     labels = truth(tmp_path / "masks" / "p.png")
-    with pytest.raises(ConfigError, match=r"holds 255 \(3 pixels\), which is no class: allowed are 0 to 10, 77"):
+    with pytest.raises(ConfigError, match=r"holds 255 \(3 pixels\), which is not a class: allowed are 0 to 10, 77"):
         segment(run, [path], tmp_path / "out", masks=tmp_path / "masks")
     Image.fromarray(np.where(labels == IGNORED_PIXEL, 77, labels).astype(np.uint8)).save(tmp_path / "masks" / "p.png")
     segment(run, [path], tmp_path / "out", masks=tmp_path / "masks")
@@ -334,15 +334,15 @@ def a_file(run, given):
         (other_classes, ["other: knows the classes water, building", "but ", "run sky, building"]),
         (twice, ["a run is given twice", "run"]),
         (none_there, ["IMAGES: there is no ", "nowhere.png"]),
-        (no_pictures, ["IMAGES: there is no file below ", "in that ends in .png"]),
-        (no_picture, ["p.png: is no image"]),
+        (no_pictures, ["IMAGES: no file below ", "in ends in .png"]),
+        (no_picture, ["p.png: is not an image"]),
         (truncated, ["p.png: cannot be read as an image"]),
-        (deep, ["p.png: has more than 8 bits a channel"]),
+        (deep, ["p.png: has more than 8 bits per channel"]),
         (two_of_a_name, ["p.jpg: there is also ", "p.png"]),
         (no_masks, ["--masks: there is no folder "]),
         (a_mask_too_few, ["there is no mask with the name of ", "q.png"]),
         (a_mask_of_another_size, ["masks/p.png: is 49 pixels wide and 32 high, but "]),
-        (a_mask_in_colours, ["masks/p.png: is an image of mode 'RGB', but a mask has one channel of class ids"]),
+        (a_mask_in_colours, ["masks/p.png: has the mode 'RGB', but a mask has one channel of class ids"]),
         (occupied, ["out: is there and not empty; nothing is overwritten"]),
         (a_file, ["out: is there and not empty; nothing is overwritten"]),
     ],

@@ -212,7 +212,7 @@ def test_ranks_wait_for_one_another_longer_than_the_watchdog_does_and_one_proces
 
 
 def test_a_split_that_nothing_fell_in_cannot_be_evaluated():
-    with pytest.raises(ConfigError, match="nothing fell in the split 'search'"):
+    with pytest.raises(ConfigError, match="the split 'search' is empty"):
         prepare(small(data={"splits": {"by": "span", "search": 0.0}}, evaluation={"split": "search"}))
 
 

@@ -197,7 +197,7 @@ def test_only_the_main_process_makes_the_cache_and_the_others_wait_for_it(by_han
     def opened(is_main, wait):
         return CausalLM().open(task._data, 0, 2, is_main=is_main, wait=wait)
 
-    with pytest.raises(ConfigError, match="the main process says why"):
+    with pytest.raises(ConfigError, match="see the error of the main process"):
         opened(False, lambda: None)
     assert opened(False, lambda: opened(True, lambda: None)).facts() == task.facts()
 
@@ -210,7 +210,7 @@ def test_facts_of_the_text_are_on_record(by_hand):
     sizes = {split: (own["num_documents"], own["num_bytes"]) for split, own in facts["splits"].items()}
     assert sizes == {"train": (1, 60), "validation": (2, 15)}
     task.check_split("validation")
-    with pytest.raises(ConfigError, match="nothing fell in the split 'search'"):
+    with pytest.raises(ConfigError, match="the split 'search' is empty"):
         task.check_split("search")
 
 

@@ -254,7 +254,7 @@ def test_only_the_main_process_makes_the_cache_and_the_others_wait_for_it(small,
     def open_as(is_main, wait):
         return Segmentation().open(validate(ImageData, {"source": small}), 0, 3, is_main=is_main, wait=wait)
 
-    with pytest.raises(ConfigError, match="the main process says why"):
+    with pytest.raises(ConfigError, match="see the error of the main process"):
         open_as(False, lambda: None)
     assert open_as(False, lambda: open_as(True, lambda: None)).facts() == facts
 
