@@ -15,24 +15,24 @@ from llmeff.optim.optimizer import state_price
 
 
 class AdamW(DecayGroupsConfig):
-    """torch.optim.AdamW in its fused form, which every device that torch trains on has for floating-point parameters."""
+    """torch.optim.AdamW, fused: every device that torch trains on supports this for floating-point parameters."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 
     name: Literal["adamw"] = "adamw"
     beta1: BelowOne = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: BelowOne = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     def build(self, rows: list[ParameterInfo]) -> torch.optim.AdamW:
-        """The groups, with their decay."""
+        """Builds torch's optimizer over groups with and without decay."""
         groups = self.parameter_groups(rows)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Two moments in the format of what is updated, and a float32 step counter a parameter."""
+        """Two moments in the format of the updated parameters, and a float32 step counter per parameter."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: 2 * weight.size * moment_bytes + BYTES["float32"])

@@ -1,4 +1,4 @@
-"""AdamW with its moments in 8 bits, quantized block by block (Dettmers et al. 2022)."""
+"""AdamW with 8-bit moments, quantized block by block (Dettmers et al. 2022)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,13 +15,13 @@ from llmeff.cost.price import Kind, Price
 from llmeff.optim.decay_groups import DecayGroupsConfig
 
 _BLOCK = 256
-"""Numbers that share a scale."""
+"""How many numbers share a scale."""
 _CODES = 256
-"""Values that 8 bits stand for, of each moment, as float32."""
+"""Entries of a moment's table of codes: the float32 values of all 8-bit numbers."""
 
 
 class AdamW8bit(DecayGroupsConfig):
-    """bitsandbytes.optim.AdamW8bit. A block must lie in one parameter, so a slice of many is another optimizer."""
+    """bitsandbytes.optim.AdamW8bit. A block must not cross parameters: slices of many parameters would change the update."""
 
     sharding: ClassVar[Sharding] = "whole_tensor"
     rounds_state: ClassVar[bool] = True
@@ -29,22 +29,26 @@ class AdamW8bit(DecayGroupsConfig):
 
     name: Literal["adamw8bit"] = "adamw8bit"
     beta1: BelowOne = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: BelowOne = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     min_8bit_size: Count = 4096
     """Parameters with fewer numbers keep their moments in float32."""
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """The groups, with their decay."""
+        """Builds bitsandbytes' optimizer over groups with and without decay.
+
+        Raises:
+            ConfigError: bitsandbytes is not installed.
+        """
         try:
             import bitsandbytes.optim
         except ImportError:
             raise ConfigError('optim "adamw8bit" needs bitsandbytes: pip install "llmeff[optim]"') from None
         check_tested("bitsandbytes")
-        kind: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]  # it has no list of what it exports
+        kind: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]  # it does not list its exports
         optimizer: Optimizer = kind(
             self.parameter_groups(rows),
             lr=self.lr,
@@ -55,7 +59,7 @@ class AdamW8bit(DecayGroupsConfig):
         return optimizer
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Two moments of a byte with a float32 scale a block, and one table of codes for each moment."""
+        """Two one-byte moments with a float32 scale per block, and a table of codes per moment."""
         entries: Counter[tuple[Kind, str]] = Counter()
         is_quantized = False
         for weight in weights:

@@ -1,4 +1,4 @@
-"""Several optimizers as one, each with parameters of its own."""
+"""Several optimizers that act as one; each updates its own parameters."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 
 class ChainedOptimizer(Optimizer):
-    """Steps several optimizers that share no parameter; its groups and its state are theirs, not copies.
+    """Steps several optimizers that share no parameter. Its groups and state are theirs, not copies.
 
     Args:
         optimizers: at least one.
@@ -18,10 +18,10 @@ class ChainedOptimizer(Optimizer):
         self.optimizers = tuple(optimizers)
         super().__init__([{"params": list(_parameters(optimizer))} for optimizer in self.optimizers], {})
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.state = _States(self.optimizers)  # type: ignore[assignment]  # a mapping is all that is asked of it
+        self.state = _States(self.optimizers)  # type: ignore[assignment]  # only used as a mapping
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each."""
+        """Steps every optimizer."""
         loss = None if closure is None else closure()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -34,11 +34,11 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """The states of all, each parameter's where its own optimizer looks for it."""
+    """The state of all parameters; each parameter's state lives in its own optimizer."""
 
     def __init__(self, optimizers: Sequence[Optimizer]):
         self._optimizers = optimizers
-        self._owners = {parameter: own for own in optimizers for parameter in _parameters(own)}
+        self._owners = {parameter: optimizer for optimizer in optimizers for parameter in _parameters(optimizer)}
 
     def __getitem__(self, parameter: Tensor) -> Any:
         return self._owners[parameter].state[parameter]

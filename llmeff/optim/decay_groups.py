@@ -1,4 +1,4 @@
-"""What optimizers have in common that decay matrices and embeddings, and leave norms and biases alone."""
+"""Parameter groups for optimizers that decay matrices and embeddings, but not norms and biases."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ class DecayGroupsConfig(OptimizerConfig):
     """Two groups: one with decay and one without."""
 
     weight_decay: NotNegative = 0.1
-    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+    """Decoupled decay of matrices and embeddings, multiplied by the learning rate. Norms and biases do not decay."""
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """One with decay and one without."""
+        """Names of the parameters with decay, then of those without; empty groups are left out."""
         decayed = [name for name, role in roles.items() if role not in UNDECAYED]
         others = [name for name, role in roles.items() if role in UNDECAYED]
         return [names for names in (decayed, others) if names]
 
     def parameter_groups(self, rows: list[ParameterInfo]) -> list[dict[str, Any]]:
-        """The groups, with their decay, as torch's optimizers take them."""
+        """The groups with their `weight_decay`, in the form of torch's optimizers."""
         by_name = {row.name: row for row in rows}
         return [
             {

@@ -15,22 +15,26 @@ from llmeff.optim.optimizer import state_price
 
 
 class Lion(DecayGroupsConfig):
-    """pytorch_optimizer.Lion. Its rate is about a third of AdamW's or less, and its decay as much more."""
+    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and proportionally more decay."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 
     name: Literal["lion"] = "lion"
     lr: Positive = 3e-4
-    """Peak learning rate, which the schedule scales."""
+    """Peak learning rate; the schedule scales it."""
     beta1: BelowOne = 0.9
-    """How much of the momentum is in the update."""
+    """Weight of the momentum in the update; the gradient has the rest."""
     beta2: BelowOne = 0.99
-    """Decay of the momentum."""
+    """Decay rate of the momentum."""
     weight_decay: NotNegative = 0.3
-    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+    """Decoupled decay of matrices and embeddings, multiplied by the learning rate. Norms and biases do not decay."""
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """The groups, with their decay."""
+        """Builds pytorch_optimizer's Lion over groups with and without decay.
+
+        Raises:
+            ConfigError: pytorch_optimizer is not installed.
+        """
         try:
             import pytorch_optimizer
         except ImportError:
@@ -41,6 +45,6 @@ class Lion(DecayGroupsConfig):
         return optimizer
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """One moment in the format of what is updated."""
+        """One moment in the format of the updated parameters."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: weight.size * moment_bytes)

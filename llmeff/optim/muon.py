@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal by Newton-Schulz iterations for matrices (Jordan et al. 2024), AdamW for the rest."""
+"""Muon: orthogonalized momentum for matrices (Newton-Schulz, Jordan et al. 2024), AdamW for all other parameters."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,45 +23,45 @@ _MATRICES: tuple[Role, ...] = ("matrix", "conv")
 class Muon(OptimizerConfig):
     """`OrthogonalMomentum` for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
 
-    A convolution is the matrix of its patches: an output channel a row, all inputs that it reads its columns. Matrices move
-    as far as AdamW would move them (Liu et al. 2025, equation 4), so that both have one learning rate.
+    A convolution counts as a matrix with a row per output channel and a column per input weight. Updates of matrices are
+    scaled to the size of AdamW's (Liu et al. 2025, equation 4), so that both share one learning rate.
     """
 
     sharding: ClassVar[Sharding] = "whole_tensor"
 
     name: Literal["muon"] = "muon"
     momentum: BelowOne = 0.95
-    """Decay of the momentum of matrices."""
+    """Decay rate of the momentum of matrices."""
     nesterov: Flag = True
-    """Look ahead along the momentum."""
+    """Use Nesterov momentum."""
     ns_steps: Count = 5
-    """Newton-Schulz iterations."""
+    """Number of Newton-Schulz iterations."""
     ns_format: IterationFormat | Literal["auto"] = "auto"
-    """What they are made in. auto: bfloat16 where that is faster, on a GPU and on a CPU with AMX, else float32; decided as a
-    run begins, and kept when it is resumed."""
+    """Number format of the iterations. auto: bfloat16 on devices that multiply it faster (GPUs, CPUs with AMX), otherwise
+    float32; chosen when a run starts and kept when it is resumed."""
     weight_decay: NotNegative = 0.1
-    """Decoupled decay of matrices and embeddings, times the learning rate; norms and biases have none."""
+    """Decoupled decay of matrices and embeddings, multiplied by the learning rate. Norms and biases do not decay."""
     beta1: BelowOne = 0.9
-    """Of AdamW: decay of the first moment."""
+    """AdamW's decay rate of the first moment."""
     beta2: BelowOne = 0.95
-    """Of AdamW: decay of the second moment."""
+    """AdamW's decay rate of the second moment."""
 
     def resolve(self, *, is_bfloat16_fast: bool) -> Self:
-        """Decides what the iterations are made in."""
+        """Replaces `ns_format` "auto" by the format of the iterations."""
         if self.ns_format != "auto":
             return self
         return self.model_copy(update={"ns_format": "bfloat16" if is_bfloat16_fast else "float32"})
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """The matrices, then AdamW's groups of the rest."""
+        """The matrices, then AdamW's groups of all other parameters."""
         matrices = [name for name, role in roles.items() if role in _MATRICES]
         rest = {name: role for name, role in roles.items() if role not in _MATRICES}
         return [names for names in (matrices, *self._adamw.groups(rest)) if names]
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """Both as one; the one alone that has parameters, if the other has none.
+        """Chains both optimizers; an optimizer without parameters is left out.
 
-        What is still `auto` is decided by this machine, and where the matrices lie.
+        If `ns_format` is still "auto", this machine and the device of the matrices decide it.
         """
         matrices = [row.parameter for row in rows if row.role in _MATRICES]
         others = [row for row in rows if row.role not in _MATRICES]
@@ -89,7 +89,7 @@ class Muon(OptimizerConfig):
         return AdamW(lr=self.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """One moment of each matrix and the products of its iterations; AdamW's state of the rest."""
+        """One moment and the matrix products of the iterations per matrix; AdamW's state for all other parameters."""
         entries: Counter[tuple[Kind, str]] = Counter()
         rest = []
         for weight in weights:
@@ -100,6 +100,6 @@ class Muon(OptimizerConfig):
             entries["optimizer_bytes", weight.part] += num_bytes
             entries["peak_bytes", "optimizer"] += num_bytes
             short, long = sorted((weight.shape[0], weight.size // weight.shape[0]))
-            # X X', the square of that, and that times X
+            # the products X X', (X X')^2, and the polynomial of X X' times X
             entries["executed_flops", "optimizer"] += self.ns_steps * (4 * short**2 * long + 2 * short**3)
         return Price(entries) + self._adamw.price(rest, precision)

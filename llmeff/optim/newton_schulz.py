@@ -1,4 +1,4 @@
-"""Momentum made orthogonal by Newton-Schulz iterations (Jordan et al. 2024), in a format that the device is good at."""
+"""Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024), in a format that suits the device."""
 
 from collections.abc import Callable, Iterable
 from math import sqrt
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 IterationFormat = Literal["float32", "bfloat16"]
-"""float32: of float64, that. bfloat16 is faster where there are matrix units for it; on a CPU without them it is slow."""
+"""float32: float64 matrices stay in float64. bfloat16 is faster on matrix units; on a CPU without them it is slow."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that pulls singular values to about 1 in five iterations (Jordan et al. 2024)."""
+"""Coefficients of the quintic that brings singular values near 1 in five iterations (Jordan et al. 2024)."""
 _LEAST = 1e-7
-"""A norm below is taken to be this."""
+"""Lower bound of the norm that a matrix is divided by."""
 
 
 def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat) -> Tensor:
-    """The matrix with all singular values near 1 (between about 0.7 and 1.2 after five iterations).
+    """Moves all singular values of a matrix near 1 (between about 0.7 and 1.2 after five iterations).
 
     Args:
         x: (rows, columns), any format.
-        num_iterations: of the quintic.
-        iteration_format: what it is iterated in.
+        num_iterations: iterations of the quintic.
+        iteration_format: number format of the iterations.
 
     Returns:
         (rows, columns), in the format of the iterations.
@@ -41,22 +41,23 @@ def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFor
 
 
 class OrthogonalMomentum(Optimizer):
-    """The update of matrices: momentum, made orthogonal, as long as AdamW's would be.
+    """Updates matrices by their orthogonalized momentum, scaled to the size of AdamW's updates.
 
-    It moves a matrix by lr * 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, equation 4), and decays it by lr times
-    `weight_decay`. `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` does the same, always in bfloat16.
+    The update is the orthogonalized momentum times lr * 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, equation 4). The
+    matrix decays by lr * `weight_decay`. `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` does the same, but
+    always in bfloat16.
 
     Args:
-        parameters: matrices, each whole; one of more dimensions is the matrix of its first against all others.
+        parameters: whole matrices; a parameter with more dimensions is a matrix of its first dimension by all others.
         lr: the learning rate.
-        momentum: decay of the mean of gradients.
-        nesterov: whether to look ahead along it.
-        weight_decay: times the learning rate.
+        momentum: decay rate of the mean of gradients.
+        nesterov: whether to use Nesterov momentum.
+        weight_decay: decay, multiplied by the learning rate.
         num_iterations: see `orthogonalize`.
         iteration_format: see `orthogonalize`.
 
     Raises:
-        ValueError: a parameter has fewer dimensions than a matrix.
+        ValueError: a parameter has fewer than two dimensions.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class OrthogonalMomentum(Optimizer):
         shapes = [tuple(parameter.shape) for group in self.param_groups for parameter in group["params"]]
         wrong = [shape for shape in shapes if len(shape) < 2]
         if wrong:
-            raise ValueError(f"only matrices can be made orthogonal, given a parameter of shape {wrong[0]}")
+            raise ValueError(f"only matrices can be orthogonalized, but a parameter has the shape {wrong[0]}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every matrix that has a gradient."""
+        """Updates every matrix that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

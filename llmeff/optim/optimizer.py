@@ -14,33 +14,33 @@ from llmeff.cost.price import Kind, Price
 
 
 def state_price(weights: Iterable[Weight], num_bytes: Callable[[Weight], int]) -> Price:
-    """The price of a state that each parameter has so many bytes of, at every moment of a step."""
+    """The price of an optimizer state that lives throughout a step, given its bytes per parameter."""
     entries: Counter[tuple[Kind, str]] = Counter()
     for weight in weights:
-        own = num_bytes(weight)
-        entries["optimizer_bytes", weight.part] += own
-        entries["peak_bytes", "optimizer"] += own
+        state_bytes = num_bytes(weight)
+        entries["optimizer_bytes", weight.part] += state_bytes
+        entries["peak_bytes", "optimizer"] += state_bytes
     return Price(entries)
 
 
 class OptimizerConfig(Component, family="optimizer"):
-    """Which optimizer updates the parameters."""
+    """The optimizer that updates the parameters."""
 
     sharding: ClassVar[Sharding] = "none"
-    """What a strategy may split without changing the update; an optimizer that does not say is not split."""
+    """What a strategy may split without changing the update. By default, nothing."""
 
     rounds_state: ClassVar[bool] = False
-    """Whether its state is of a coarser format than what it updates: the last digit of a gradient may move it by a code."""
+    """Whether its state is coarser than the parameters, so that a gradient's last digit may change the state by a code."""
     whatever_size: ClassVar[Mapping[str, object]] = {}
-    """Fields with which it treats small parameters as it does large ones."""
+    """Field values that make it treat small parameters like large ones."""
 
     name: Text
     """The optimizer's name."""
     lr: Positive = 1e-3
-    """Peak learning rate, which the schedule scales."""
+    """Peak learning rate; the schedule scales it."""
 
     def resolve(self, *, is_bfloat16_fast: bool) -> Self:
-        """The same, with every `auto` decided.
+        """Returns the config with every "auto" replaced by its value.
 
         Args:
             is_bfloat16_fast: whether the run's devices multiply bfloat16 faster than float32.
@@ -48,17 +48,17 @@ class OptimizerConfig(Component, family="optimizer"):
         return self
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """The names of the parameters of each of the optimizer's groups, none of them empty.
+        """Names of the parameters in each of the optimizer's groups, none of them empty.
 
         Args:
-            roles: of the parameters, by name, in the model's order.
+            roles: roles of the parameters by name, in the model's order.
         """
         raise NotImplementedError(type(self))
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """The optimizer of these parameters; each group's `lr` is the peak."""
+        """Builds the optimizer of these parameters; the `lr` of each group is the peak rate."""
         raise NotImplementedError(type(self))
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Its state, which lives at every moment of a step."""
+        """The price of the state, which lives throughout a step, and of the update."""
         raise NotImplementedError(type(self))

@@ -15,7 +15,7 @@ from llmeff.optim.optimizer import state_price
 
 
 class SGD(DecayGroupsConfig):
-    """torch.optim.SGD over many tensors at once: its fused form cannot update FSDP2's rows.
+    """torch.optim.SGD in its foreach form, since the fused form cannot update FSDP2's rows.
 
     Its decay is not decoupled: it is added to the gradient.
     """
@@ -24,20 +24,20 @@ class SGD(DecayGroupsConfig):
 
     name: Literal["sgd"] = "sgd"
     lr: Positive = 0.1
-    """Peak learning rate, which the schedule scales."""
+    """Peak learning rate; the schedule scales it."""
     momentum: BelowOne = 0.9
-    """Decay of the sum of gradients; 0: none is kept."""
+    """Decay rate of the sum of gradients; 0: no momentum."""
     nesterov: Flag = False
-    """Look ahead along the momentum."""
+    """Use Nesterov momentum."""
     weight_decay: NotNegative = 0.0
-    """Times the parameter, added to the gradient of matrices and embeddings."""
+    """The gradient of matrices and embeddings gains this times the parameter."""
 
     def build(self, rows: list[ParameterInfo]) -> torch.optim.SGD:
-        """The groups, with their decay."""
+        """Builds torch's optimizer over groups with and without decay."""
         groups = self.parameter_groups(rows)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """One moment in the format of what is updated, where there is momentum."""
+        """One moment in the format of the updated parameters; none without momentum."""
         moment_bytes = BYTES[precision.master or precision.parameters] if self.momentum else 0
         return state_price(weights, lambda weight: weight.size * moment_bytes)

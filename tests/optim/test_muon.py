@@ -95,7 +95,7 @@ def test_what_is_given_is_not_decided_anew():
 
 
 def test_what_is_no_matrix_is_refused():
-    with pytest.raises(ValueError, match=r"given a parameter of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"a parameter has the shape \(3,\)"):
         OrthogonalMomentum([nn.Parameter(torch.zeros(3))], **KINDS, iteration_format="float32")
 
 
