@@ -1,4 +1,4 @@
-"""Mixers against one another: what each remembers, and what it makes of text."""
+"""Compares mixers: what each remembers, and how well it models text."""
 
 from collections.abc import Mapping
 
@@ -14,13 +14,14 @@ from llmeff.tasks import Recall
 
 
 def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
-    """Every mixer, those with a state with one of as many numbers: for each head a square of its width.
+    """Settings of every mixer, with states of equal size: H x H numbers per head.
 
-    Sums beside a kernel's state, and the tokens of short convolutions, are on top.
+    A kernel's column of sums and the tokens kept by short convolutions are extra.
 
     Args:
         head_dim: H.
-        window: of which decoding keeps all tokens but one, with about as many keys and values: H / 2 or one more.
+        window: tokens of the sliding window, H / 2 or one more; decoding keeps one less, so keys and values have about the
+            size of a state.
     """
     return {
         "softmax": {},
@@ -38,16 +39,16 @@ def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
 
 
 _STEP = 8
-"""Widths of MLPs are multiples of it."""
+"""Widths of MLPs are multiples of this."""
 
 
 def _settings(mixer: Text, fields: Mapping[Text, int]) -> tuple[Text, ...]:
-    """As `--set` takes them."""
+    """The mixer and its fields in the form of `--set`."""
     return f"model.mixer={mixer}", *(f"model.mixer.{field}={value}" for field, value in fields.items())
 
 
 def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]]) -> dict[Text, tuple[Text, ...]]:
-    """Models with as many parameters as the base has, as nearly as the width of their MLPs can make them."""
+    """Chooses MLP widths so that all models have nearly as many parameters as the base."""
 
     def num_parameters(own: tuple[Text, ...], width: int) -> int:
         tree = {"model": base.model_dump(mode="json") | {"vocab_size": 1, "mlp_width": width}}
@@ -68,16 +69,16 @@ _SLOW: dict[Text, tuple[Text, ...]] = {
     "gated-deltanet": _SLOW_RATES,
     "kda": _SLOW_RATES,
 }
-"""Mixers that learn how fast to forget, so that untrained ones keep, in the median, 97 % of a state over 64 tokens."""
+"""Slow initial decays for mixers that learn them: before training, the median state keeps 97 % of itself over 64 tokens."""
 
 
 @sweep_recipe
 def recall() -> SweepConfig:
-    """What the state of every mixer remembers: sixteen pairs in 64 tokens (MQAR), equal parameters, three fresh seeds.
+    """What each mixer's state remembers: sixteen pairs in 64 tokens (MQAR), equal parameters, three fresh seeds.
 
-    States are of equal size where there is one, 4 KiB a layer, and a window's keys and values too; what a short convolution
-    keeps, 2.25 KiB, is on top. Mixers that learn how fast to forget are there twice: with the decays that their papers begin
-    with, and with slow ones. The learning rate is chosen on another seed, in a third of the steps.
+    All states have 4 KiB per layer, and so do a window's keys and values; a short convolution keeps 2.25 KiB more. Mixers
+    that learn their decays take part twice: with the initial decays of their papers, and with slow ones. The learning rate
+    is chosen on another seed, with a third of the steps.
     """
     head_dim = 16
     arms = {name: _settings(name, own) for name, own in _mixers(head_dim, window=head_dim // 2 + 1).items()}
@@ -108,9 +109,9 @@ def recall() -> SweepConfig:
 
 @sweep_recipe
 def attention() -> SweepConfig:
-    """Every mixer, and a hybrid, on text: equal parameters and tokens, four learning rates each, three fresh seeds.
+    """Every mixer and a hybrid on text: equal parameters and tokens, four learning rates each, three fresh seeds.
 
-    Less than an epoch of tinyshakespeare, in windows of 128 tokens. `llmeff context` reads the same models in longer ones.
+    Less than an epoch of tinyshakespeare, in windows of 128 tokens. `llmeff context` tests the same models on longer ones.
     """
     head_dim = 32
     model = DecoderConfig(width=3 * head_dim, num_layers=2, num_heads=3, mlp_width=256)

@@ -1,4 +1,4 @@
-"""What each efficiency technique contributes, alone and together with others: fractional factorials over one recipe."""
+"""What each efficiency technique contributes, alone and combined with others: fractional factorials over one recipe."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,15 +16,15 @@ from llmeff.optim import Cosine
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """What a factor may be."""
+    """One level of a factor."""
 
     name: str
     settings: tuple[str, ...]
-    """That make it, as `--set` takes them."""
+    """Settings of this level, in the form of `--set`."""
     search: Mapping[str, Search] = field(default_factory=dict)
-    """What is tuned where a factor is at this level."""
+    """Settings to tune at this level, with their search."""
     tuned_as: str | None = None
-    """Another level of the same factor, whose tuned settings this one takes over."""
+    """Another level of the same factor whose tuned settings this level reuses. None: it reuses none."""
 
     @property
     def tuned_name(self) -> str | None:
@@ -51,11 +51,11 @@ STAGE = _pair("parallel.stage", ("zero 0", "0"), ("zero 3", "3"))
 
 
 def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmConfig]:
-    """Half of all combinations of two-level factors: those in which an even number is at its second level.
+    """Half of all combinations of two-level factors: those with an even number of factors at their second level.
 
-    Of five factors it is of resolution V: no main effect and no pair is mistaken for another (Box, Hunter and Hunter
-    2005, chapter 6). The arm with all factors at their first level is in it, and is the first. What a level has to be
-    tuned is tuned in the first arm that has it; the other arms take it over, so that they differ in nothing else.
+    With five factors the design has resolution V: main effects and pairs are not confounded with one another (Box, Hunter
+    and Hunter 2005, chapter 6). The first arm has all factors at their first level. A level is tuned in the first arm that
+    has it; the other arms reuse the tuned settings, so that they differ in nothing else.
     """
     arms: dict[str, ArmConfig] = {}
     tuners: dict[tuple[str, ...], str] = {}
@@ -91,16 +91,16 @@ def factorial(
     metric: str,
     seeds: tuple[int, ...] = tuple(range(6)),
 ) -> SweepConfig:
-    """Half of the combinations of factors over a run, under DeepSpeed, where all of them are at hand.
+    """Half of the combinations of factors over a run, under DeepSpeed, which supports all of them.
 
-    Without AMX or AVX512_BF16, products in bf16 are slow on a CPU: steps and held-out text are few.
+    On CPUs without AMX or AVX512_BF16, bf16 products are slow, so steps and held-out text are kept few.
 
     Args:
-        name: of the study.
-        factors: each with its two levels.
-        base: what all runs have in common.
-        metric: what decides.
-        seeds: of the final runs. An effect on what is learned is judged by how it varies over them.
+        name: name of the study.
+        factors: each factor with its two levels.
+        base: the common settings of all runs.
+        metric: the metric that decides.
+        seeds: seeds of the final runs. Effects on quality are judged by their variation over seeds.
     """
     arms = half_fraction(factors)
     shared = validate(RunConfig, override(base.model_dump(mode="json"), ["parallel=deepspeed", "parallel.stage=0"]))
@@ -143,15 +143,15 @@ def contribution() -> SweepConfig:
 
 @sweep_recipe
 def contribution_10m() -> SweepConfig:
-    """The same with 10M parameters, for what it takes; in so few steps losses tell of the first of training alone."""
+    """The same with 10M parameters, to measure cost. Losses after so few steps only reflect the start of training."""
     return _study("contribution-10m", FACTORS, "llama-10m", steps=12, num_evaluations=4, seeds=(0, 1))
 
 
 @sweep_recipe
 def contribution_8bit() -> SweepConfig:
-    """8-bit optimizer state, beside precision, recomputation and ranks: 8 of 16 combinations, at stage 0.
+    """8-bit optimizer state, precision, recomputation and ranks: 8 of 16 combinations, at stage 0.
 
-    From stage 1 on DeepSpeed hands an optimizer slices of many parameters, and the blocks of 8 bits would be others.
+    From stage 1 on, DeepSpeed gives optimizers slices of many parameters, which would change the 8-bit blocks.
     """
     factors = {"optimizer": (ADAMW, ADAMW_8BIT), "precision": PRECISION, "recompute": RECOMPUTE, "ranks": RANKS}
     return _study("contribution-8bit", factors, "llama-1m", steps=96)

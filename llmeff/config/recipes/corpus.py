@@ -1,4 +1,4 @@
-"""The corpus that the studies have in common: one text file that the user has, cut in order."""
+"""The common corpus of the studies: one text file of the user's, cut in order."""
 
 from llmeff.data import Characters, SplitConfig, TextData, TextFiles, TokenizerConfig
 
@@ -11,9 +11,9 @@ def one_text(
     tokenizer: TokenizerConfig | None = None,
     sequence_length: int = 64,
 ) -> TextData:
-    """Windows of `input.txt` in the working folder: its first part trains, its last is held out.
+    """Windows of `input.txt` in the working folder; the first part is trained on, the last is held out.
 
-    The studies were made on tinyshakespeare; `--set 'base.data.source.path=["mine.txt"]'` gives another.
+    The studies used tinyshakespeare; `--set 'base.data.source.path=["mine.txt"]'` reads another file.
     """
     return TextData(
         source=TextFiles(path=("input.txt",)),

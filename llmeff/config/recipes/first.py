@@ -9,7 +9,7 @@ from llmeff.optim import AdamW, Cosine
 
 @recipe
 def debug() -> RunConfig:
-    """Every part once, in seconds: a tiny model on a little of the built-in corpus."""
+    """Runs every part once, in seconds: a tiny model on a small part of the built-in corpus."""
     return RunConfig(
         name="debug",
         model=DecoderConfig(width=32, num_layers=2, num_heads=2, mlp_width=64),
@@ -27,7 +27,7 @@ def debug() -> RunConfig:
 def default() -> RunConfig:
     """A small language model of Python source, in under five minutes on two cores.
 
-    So little time is best spent on a small model and many tokens (Hoffmann et al. 2022), in many small steps.
+    With so little time, a small model, many tokens (Hoffmann et al. 2022) and many small steps work best.
     """
     return RunConfig(
         name="default",

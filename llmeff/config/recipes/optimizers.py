@@ -1,4 +1,4 @@
-"""Optimizers against AdamW, each tuned with the same budget."""
+"""Compares optimizers with AdamW; each is tuned with the same budget."""
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.recipe import sweep_recipe
@@ -9,7 +9,7 @@ from llmeff.optim import Cosine
 
 ADAMW_RATES, MUON_RATES = Span(low=5e-4, high=3e-2), Span(low=1e-3, high=6e-2)
 LION_RATES, SGD_RATES = Span(low=1e-4, high=6e-3), Span(low=3e-2, high=3.0)
-"""What is searched of each: spans as wide as one another, but for SGD's, about which less is known beforehand."""
+"""Learning rates to search. All spans are equally wide, except SGD's, since less is known about its best rate."""
 
 OPTIMIZERS = {
     "adamw": ArmConfig(settings=("optim=adamw",), search={"optim.lr": ADAMW_RATES}),
@@ -18,17 +18,17 @@ OPTIMIZERS = {
     "muon": ArmConfig(settings=("optim=muon",), search={"optim.lr": MUON_RATES}),
     "sgd": ArmConfig(settings=("optim=sgd",), search={"optim.lr": SGD_RATES}),
 }
-"""The optimizers that studies compare, with the rates that are tried."""
+"""The optimizers that the studies compare, with their spans of learning rates."""
 
 
 @sweep_recipe
 def optimizers() -> SweepConfig:
     """AdamW, its 8-bit form, Lion, Muon and SGD: five learning rates each, eight fresh seeds, two batch sizes.
 
-    AdamW in 8 bits takes over the rate of AdamW: the two differ in how state is stored alone. AdamW, beside which all
-    are set, has eight further seeds, and eight more as an A/A arm.
+    8-bit AdamW reuses AdamW's rate, since only the storage of state differs. AdamW, the baseline, has eight more seeds, and
+    another eight as an A/A arm.
 
-    Less than an epoch of tinyshakespeare, so that nothing is learned by heart.
+    Training takes less than an epoch of tinyshakespeare, so that nothing can be memorized.
     """
     return SweepConfig(
         name="optimizers",

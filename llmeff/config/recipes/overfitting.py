@@ -1,4 +1,4 @@
-"""How much of a small corpus a run learns by heart, by optimizer and precision."""
+"""How much of a small corpus a run memorizes, by optimizer and precision."""
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.optimizers import OPTIMIZERS
@@ -10,14 +10,14 @@ from llmeff.models import DecoderConfig
 from llmeff.optim import Cosine
 
 EPOCH = 54_839
-"""Tokens of the first tenth of tinyshakespeare, by a vocabulary of 512 that is trained on it."""
+"""Tokens in the first tenth of tinyshakespeare, with a vocabulary of 512 trained on that tenth."""
 
 
 @sweep_recipe
 def overfitting() -> SweepConfig:
     """Eight epochs of a tenth of the text: AdamW, Muon and SGD in fp32 and in bf16, nine seeds.
 
-    Rates are tuned in fp32, for lower held-out loss after all eight epochs, and taken over in bf16.
+    Rates are tuned in fp32, for the lowest held-out loss after all eight epochs, and reused in bf16.
     """
     arms = {}
     for name in ("adamw", "muon", "sgd"):

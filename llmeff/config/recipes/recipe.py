@@ -13,13 +13,13 @@ SWEEPS: Registry[Callable[[], SweepConfig]] = Registry("sweep")
 
 
 def recipe(function: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
-    """Enters a run under its function's name, with dashes for underscores."""
+    """Registers a run under its function's name, with dashes instead of underscores."""
     RECIPES.add(_name(function), function)
     return function
 
 
 def sweep_recipe(function: Callable[[], SweepConfig]) -> Callable[[], SweepConfig]:
-    """Enters a sweep, in the same way."""
+    """Registers a sweep in the same way."""
     SWEEPS.add(_name(function), function)
     return function
 

@@ -1,4 +1,4 @@
-"""Segmentation: a first run on built-in scenes, and studies of what connections and balance bring."""
+"""Segmentation: a first run on built-in scenes, and studies of the effects of connections and class balance."""
 
 import itertools
 
@@ -15,9 +15,9 @@ from llmeff.tasks import Segmentation
 
 FLIPPED = AugmentConfig(flip=0.5)
 RATES = Span(low=1e-3, high=4e-2)
-"""Of AdamW, on small SegNets."""
+"""Learning rates of AdamW to search for small SegNets."""
 CAMVID_STEPS = 736
-"""Eight times through 367 images at batches of four, and a little."""
+"""Slightly more than eight epochs of 367 images in batches of four."""
 
 
 @recipe
@@ -51,7 +51,7 @@ def _base(data: ImageData, steps: int, batch: int) -> RunConfig:
 
 
 def _grid(connections: tuple[Text, ...], balances: tuple[float, ...]) -> dict[str, ArmConfig]:
-    """Every connection with every balance; the rate is tuned once for each balance, without a connection."""
+    """Every connection with every balance. The rate is tuned once per balance, without a connection."""
     arms: dict[str, ArmConfig] = {}
     for connection, balance in itertools.product(connections, balances):
         tuned_as = None if connection == connections[0] else f"{connections[0]}, beta {balance:g}"
@@ -68,7 +68,7 @@ def _grid(connections: tuple[Text, ...], balances: tuple[float, ...]) -> dict[st
 def scenes() -> SweepConfig:
     """Built-in street scenes: SegNet without and with residual connections, beta 0 and 1, five seeds.
 
-    All arms have equal parameters, and are judged by their mean IoU on the test scenes.
+    All arms have equally many parameters and are compared by mean IoU on the test scenes.
     """
     arms = _grid(("none", "add"), (0.0, 1.0))
     return SweepConfig(
@@ -84,10 +84,10 @@ def scenes() -> SweepConfig:
 
 @sweep_recipe
 def camvid() -> SweepConfig:
-    """CamVid at 240 x 180: no connection, addition and concatenation, beta 0, 0.5 and 1, three seeds, judged on test.
+    """CamVid at 240 x 180: no connection, addition and concatenation, beta 0, 0.5 and 1, three seeds, compared on the test.
 
-    It is read from a folder `camvid` in the working folder, as SegNet's tutorial lays it out. Rates are chosen on its
-    validation images, in half the steps.
+    The images are read from a folder `camvid` in the working folder, in the layout of SegNet's tutorial. Rates are chosen
+    on the validation images, with half the steps.
     """
     arms = _grid(("none", "add", "concat"), (0.0, 0.5, 1.0))
     base = _base(ImageData(source=CamVid(path="camvid"), size=(180, 240), augment=FLIPPED), steps=CAMVID_STEPS, batch=4)
@@ -104,7 +104,7 @@ def camvid() -> SweepConfig:
 
 @sweep_recipe
 def scenes_optimizers() -> SweepConfig:
-    """The optimizers that are compared on language, on built-in street scenes: five rates each, eight fresh seeds."""
+    """The optimizers of the language study on built-in street scenes: five rates each, eight fresh seeds."""
     return SweepConfig(
         name="scenes-optimizers",
         base=_base(ImageData(augment=FLIPPED), steps=400, batch=4),
@@ -119,7 +119,7 @@ def scenes_optimizers() -> SweepConfig:
 def scenes_contribution() -> SweepConfig:
     """The factors of `contribution` on small street scenes: 16 of 32 combinations, six seeds.
 
-    Groups of channels are normalized, so that ranks and stages change nothing that is learned.
+    Group normalization keeps ranks and stages from changing what is learned.
     """
     data = ImageData(source=Scenes(height=48, width=64), augment=FLIPPED)
     base = _base(data, steps=96, batch=4)

@@ -1,4 +1,4 @@
-"""The yardstick: characters of Shakespeare, as much model, data and work a step as nanoGPT's documented CPU command."""
+"""The yardstick: characters of Shakespeare, with the model size, data and work per step of nanoGPT's documented CPU command."""
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.recipe import recipe
@@ -9,11 +9,11 @@ from llmeff.optim import AdamW, Cosine
 
 @recipe
 def yardstick() -> RunConfig:
-    """NanoGPT has 804,096 parameters there, reads 12 x 64 characters a step and ends 2,000 steps at 1.8857 nats.
+    """NanoGPT's model has 804,096 parameters, reads 12 x 64 characters per step and reaches 1.8857 nats in 2,000 steps.
 
-    Give the corpus: `--set 'data.source.path=["input.txt"]'` (tinyshakespeare). Its first nine tenths train, its last
-    tenth is held out, as there. Few wide layers spend more of a step in matrix products than many narrow ones; two heads
-    of half the model's width together leave more of the parameters to the MLP, and untied embeddings read for nothing.
+    Give the corpus with `--set 'data.source.path=["input.txt"]'` (tinyshakespeare). As in nanoGPT, the first nine tenths
+    are trained on and the last tenth is held out. Few wide layers spend more of a step in matrix products than many narrow
+    ones. Two heads with half the model's width leave more parameters to the MLP, and reading untied embeddings is free.
     """
     return RunConfig(
         name="yardstick",
