@@ -49,7 +49,7 @@ def fails(capsys, *arguments):
             ["train.batch=6", "train.micro_batch=4"],
             "train.micro_batch 4 does not divide train.batch 6; allowed: 1, 2, 3, 6",
         ),
-        (["model.width=33"], "width 33 is no multiple of num_heads 2"),
+        (["model.width=33"], "width 33 is not a multiple of num_heads 2"),
         (["model.vocab_size=200"], "model.vocab_size: 200 given, but the tokenizer 'bytes' has ids up to 256"),
         (["precision=fp16", "runtime.device=cpu"], "precision 'fp16' needs a GPU"),
         (["schedule.warmup_steps=99"], "schedule.warmup_steps is 99, but the run has train.steps = 2"),

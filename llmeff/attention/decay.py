@@ -1,4 +1,4 @@
-"""How decays of states begin: rates, and steps through which time passes."""
+"""Initial decays of states: rates, and the time steps of tokens."""
 
 from typing import Annotated
 
@@ -12,25 +12,25 @@ from llmeff.cost.tape import Array, Tape
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
-        raise ValueError(f"the least comes first, given: {list(bounds)}")
+        raise ValueError(f"give the lowest rate first, then the highest; given: {list(bounds)}")
     return bounds
 
 
 _Rate = Annotated[float, Field(strict=True, gt=0, le=1e6)]
 Rates = Annotated[tuple[_Rate, _Rate], AfterValidator(_ascending)]
-"""The least and the largest rate of decay, per unit of time, between which untrained heads' are drawn uniformly.
+"""(lowest, highest) rate of decay per unit of time; initial rates of heads are drawn uniformly between them.
 
-A rate times a step, how much time a token takes, is the negative logarithm of what a state keeps at that token.
+At each token a state keeps exp(-rate * step) of itself, where step is the time that the token takes.
 """
 
 
 def initial_decays(rates: tuple[float, float], log_rate: Tensor, step_bias: Tensor) -> dict[str, Tensor]:
-    """How both begin, of any shapes (Gu and Dao 2023; Dao and Gu 2024)."""
+    """Initial values of both parameters, for any shapes (Gu and Dao 2023; Dao and Gu 2024)."""
     return {"log_rate": torch.empty_like(log_rate).uniform_(*rates).log(), "step_bias": _steps(step_bias)}
 
 
 def _steps(like: Tensor) -> Tensor:
-    """Biases whose softplus is spread over 0.001 to 0.1, evenly in its logarithm (Gu and Dao 2023)."""
+    """Biases whose softplus is log-uniform between 0.001 and 0.1 (Gu and Dao 2023)."""
     steps = torch.empty_like(like).uniform_(-6.907755, -2.302585).exp()
     return steps + torch.log(-torch.expm1(-steps))
 

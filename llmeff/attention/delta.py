@@ -1,4 +1,4 @@
-"""What mixers with a delta rule have in common: a state gives up what it held for a key, and takes in another value for it."""
+"""Common parts of mixers with a delta rule: for each key, the state replaces the old value by a new one."""
 
 from abc import abstractmethod
 from functools import partial
@@ -22,19 +22,19 @@ from llmeff.cost.tape import Array, Tape
 
 
 class DeltaConfig(ScanConfig):
-    """Values have `num_heads` heads, queries and keys `num_kv_heads`."""
+    """A mixer with a delta rule. Values have `num_heads` heads; queries and keys have `num_kv_heads`."""
 
     fuses: ClassVar[frozenset[str]] = frozenset({"short_conv", "unit"})
 
     conv: Count = 4
-    """Tokens that the short convolution of queries, keys and values spans."""
+    """Width in tokens of the short convolution over queries, keys and values."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Also narrower keys, for a kernel that takes no wider ones."""
+        """Also reports keys that are too wide for the kernel."""
         found = super().missing_requirements(shape, on_cpu=on_cpu)
         if self.kernel == "fla" and shape.head_dim > fla.LARGEST_KEY:
             found.append(
-                f"mixer {self.name!r}: kernel 'fla' takes a head_dim of at most {fla.LARGEST_KEY}, given: {shape.head_dim}"
+                f"mixer {self.name!r}: kernel 'fla' supports a head_dim of at most {fla.LARGEST_KEY}, given: {shape.head_dim}"
             )
         return found
 
@@ -47,7 +47,7 @@ class DeltaConfig(ScanConfig):
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, convolution and scan; names live as long as in `DeltaMixer.forward`."""
+        """Projections, convolution and scan; variables live as long as in `DeltaMixer.forward`."""
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         given = (("q_proj", num_kv_heads), ("k_proj", num_kv_heads), ("v_proj", num_heads))
         parts = [project(tape, name, x, num, head_dim).view(*x.shape[:2], num * head_dim) for name, num in given]
@@ -67,17 +67,17 @@ class DeltaConfig(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """A state for each head, and the last tokens of the convolution."""
+        """Bytes of a float32 state per head, and of the last tokens of the convolution."""
         channels = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         return 4 * shape.num_heads * shape.head_dim**2 + channels * (self.conv - 1) * number_bytes
 
 
 class DeltaMixer(Mixer):
-    """S_t = (I - beta k k') diag(exp(g)) S_(t-1) + beta k v', read by q; q, k and v convolved, q and k of length 1.
+    """S_t = (I - beta k k') diag(exp(g)) S_(t-1) + beta k v', read by q; q, k, v are convolved, and q, k have length 1.
 
     Args:
-        config: the mixer's.
-        shape: the widths.
+        config: the mixer's config.
+        shape: the widths of the layer.
     """
 
     def __init__(self, config: DeltaConfig, shape: MixerShape):
@@ -95,11 +95,11 @@ class DeltaMixer(Mixer):
 
     @abstractmethod
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor | None:
-        """Of (B, T, D), g: (B, T, N, 1) or (B, T, N, H); None: nothing decays. `fused` as `fla.fuses` has it."""
+        """(B, T, D) to g, (B, T, N, 1) or (B, T, N, H); None: no decay. `fused` is the result of `fla.fuses`."""
 
     @abstractmethod
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """What was read, (B, T, N, H), normalized, and gated by (B, T, D): (B, T, N, H)."""
+        """Normalizes the scan's output, (B, T, N, H), and gates it by x, (B, T, D): (B, T, N, H)."""
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -128,7 +128,7 @@ class DeltaMixer(Mixer):
 
 
 def unit(x: Tensor) -> Tensor:
-    """(..., H) of length 1, with 1e-6 under the root, as the kernels have it."""
+    """Scales (..., H) to length 1, with 1e-6 under the root, as in the kernels."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 

@@ -15,36 +15,36 @@ from llmeff.cost.tape import Array, Tape
 
 
 class DeltaNet(DeltaConfig):
-    """DeltaNet (Schlag et al. 2021, arXiv 2102.11174), with the convolution and norms of Yang et al. 2024 (2406.06484)."""
+    """DeltaNet (Schlag et al. 2021, arXiv 2102.11174) with the convolution and norms of Yang et al. 2024 (2406.06484)."""
 
     fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"rms_norm"}
 
     name: Literal["deltanet"] = "deltanet"
 
     def build(self, shape: MixerShape) -> "DeltaNetMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return DeltaNetMixer(self, shape)
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> None:
-        """Nothing decays."""
+        """Returns None: the state does not decay."""
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """(B, T, N, H)."""
+        """The price of the norm: (B, T, N, H) to (B, T, N, H)."""
         with tape.within("o_norm"):
             return laws.cast(tape, norm.law(tape, out), x.dtype)
 
 
 class DeltaNetMixer(DeltaMixer):
-    """What is read is normalized, without a gate."""
+    """The scan's output is normalized, without a gate."""
 
     def __init__(self, config: DeltaNet, shape: MixerShape):
         super().__init__(config, shape)
         self.o_norm = RMSNorm(shape.head_dim, shape.norm_eps)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> None:
-        """Nothing decays."""
+        """Returns None: the state does not decay."""
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, N, H)."""
+        """Normalizes (B, T, N, H)."""
         normed: Tensor = fla.rms_norm(out, self.o_norm.weight, self.o_norm.eps) if fused else self.o_norm(out)
         return normed.to(x.dtype)

@@ -1,6 +1,6 @@
-"""flash-linear-attention's Triton kernels, where that package is installed: the scan and what stands around it, on GPUs.
+"""flash-linear-attention's Triton kernels for GPUs, if that package is installed: the scan, and the operations around it.
 
-Each gives what this package's own form gives, up to rounding.
+Each computes the same as this package's own form, up to rounding.
 """
 
 import importlib
@@ -21,13 +21,13 @@ from llmeff.core.tested import release
 
 MISSING = 'needs flash-linear-attention 0.6 or newer, with Triton: pip install "llmeff[fla]"'
 LARGEST_KEY = 256
-"""K, the most that its delta rules take."""
+"""Largest K that its delta rules support."""
 FLAW = (
     "refuses decays of heads on Hopper GPUs with Triton 3.4 to 3.7.0, which gets their gradients wrong: "
     "use Triton 3.7.1 or newer"
 )
 _LEAST = (0, 6)
-"""The oldest version that has all kernels as they are called here."""
+"""The oldest version that has all kernels in the form used here."""
 
 
 @cache
@@ -44,7 +44,7 @@ def is_installed() -> bool:
 
 @cache
 def is_flawed() -> bool:
-    """Whether it refuses decays of whole heads that change from token to token, see `FLAW`."""
+    """Whether the package refuses decays per head and token on this machine, see `FLAW`."""
     if torch.version.hip or not is_installed() or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability()[0] != 9:
@@ -54,14 +54,14 @@ def is_flawed() -> bool:
 
 
 def takes(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether it computes in a format, see `ScanConfig.kernel`."""
+    """Whether the package computes in this format on this device, see `ScanConfig.kernel`."""
     if kernel == "torch" or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
     return (kernel == "fla" or dtype in (torch.bfloat16, torch.float16)) and is_installed()
 
 
 def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCache | None) -> bool:
-    """Whether it also computes what stands around the scan: convolution, norms and decays of whole rows."""
+    """Whether the package also computes the operations around the scan: convolution, norms and decays of whole rows."""
     if cache is not None or not takes(kernel, dtype, device):
         return False
     kernels.ran("around the scan: flash-linear-attention", is_counted=False)
@@ -69,7 +69,7 @@ def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCac
 
 
 def can_scan(key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether its kernels take such rows here: no odd widths in half precision, and see `FLAW`."""
+    """Whether the kernels support these inputs here: no odd widths in half precision, and see `FLAW`."""
     is_odd = key.shape[-1] % 2 == 1 or value.shape[-1] % 2 == 1
     if is_odd and dtype != torch.float32:
         return False
@@ -86,20 +86,20 @@ def scan(
     state: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """All tokens; decays, beta and states in float32.
+    """Scans all tokens; decays, beta and states are float32.
 
     Args:
         query: (B, T, N, K).
         key: (B, T, N, K).
         value: (B, T, N, V).
         log_decay: (B, T, N, 1) or (B, T, N, K); None: 0.
-        beta: (B, T, N); None: there is no delta rule.
-        layout: documents have a state each.
-        state: (B, N, K, V) before the first token, where each row is one document; None: 0.
-        dtype: of queries, keys and values.
+        beta: (B, T, N); None: no delta rule.
+        layout: documents of the rows; each document has its own state.
+        state: (B, N, K, V) before the first token, if each row is one document; None: 0.
+        dtype: format of queries, keys and values.
 
     Returns:
-        (B, T, N, V) of that dtype, and the state after the last token, (B, N, K, V); None where rows hold several documents.
+        (B, T, N, V) in `dtype`, and the state after the last token, (B, N, K, V); None if rows hold several documents.
     """
     name = _name(log_decay, beta, dtype)
     given: dict[str, Any] = {"q": query.to(dtype), "k": key.to(dtype), "v": value.to(dtype)}
@@ -126,7 +126,7 @@ _Name = Literal["sum, fixed", "sum, heads", "sum, channels", "delta", "delta, he
 
 
 def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> _Name:
-    """Of its kernels, by what decays: nothing or a head's state by one number for all tokens ("fixed"), heads, or channels."""
+    """Chooses a kernel by what decays: nothing or heads at a constant rate ("fixed"), heads per token, or channels."""
     by_channel = log_decay is not None and log_decay.shape[-1] > 1
     if beta is None:
         if by_channel:
@@ -134,12 +134,12 @@ def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> 
         return "sum, fixed" if log_decay is None or _is_fixed(log_decay) else "sum, heads"
     if by_channel:
         return "delta, channels"
-    # its delta rule without decay takes no float32
+    # the kernel for the delta rule without decay does not support float32
     return "delta" if log_decay is None and dtype != torch.float32 else "delta, heads"
 
 
 def _is_fixed(log_decay: Tensor) -> bool:
-    """Whether all tokens of all rows are one place in memory, of which nobody asks for a gradient."""
+    """Whether all tokens of all rows share memory and need no gradient."""
     if log_decay.requires_grad:
         return False
     strides = zip(log_decay.shape[:2], log_decay.stride()[:2], strict=True)
@@ -162,13 +162,13 @@ def _kernel(name: _Name) -> Any:
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """A causal convolution of each channel, within documents, and silu of it.
+    """A causal convolution per channel, within documents, followed by silu.
 
     Args:
         x: (B, T, C).
-        weight: (C, W), the last tap that of the token itself.
-        bias: (C,).
-        layout: whose documents.
+        weight: (C, W); the last tap belongs to the token itself.
+        bias: (C,); None: 0.
+        layout: documents of the rows.
 
     Returns:
         (B, T, C).
@@ -182,7 +182,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -
 
 
 def unit(x: Tensor) -> Tensor:
-    """(..., K) of length 1, with 1e-6 under the root."""
+    """Scales (..., K) to length 1, with 1e-6 under the root."""
     from fla.modules.norm.l2norm import l2norm
 
     return cast(Tensor, l2norm(x, eps=1e-6))
@@ -198,21 +198,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Literal["silu", "sigmoid"]
 ) -> Tensor:
-    """rmsnorm(x) activation(gate) of (..., V) twice, in x's format."""
+    """rmsnorm(x) activation(gate); both are (..., V), and so is the result, in x's format."""
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
     return cast(Tensor, rms_norm_gated(x, gate, weight, None, activation=activation, eps=eps))
 
 
 def channel_decay(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
-    """-exp(log_rate) softplus(x + bias) of (B, T, N, K), rates of (N,) and biases of (N K): (B, T, N, K) in float32."""
+    """-exp(log_rate) softplus(x + bias); x is (B, T, N, K), log_rate (N,), bias (N K,): (B, T, N, K) in float32."""
     from fla.ops.kda.gate import fused_kda_gate
 
     return cast(Tensor, fused_kda_gate(x, log_rate, bias))
 
 
 def bounds(layout: Layout) -> Tensor:
-    """Where documents begin in all rows one after another, and the end: made once for all layers, since it waits for the GPU."""
+    """Document starts in the concatenated rows, and the end. Made once for all layers, since it waits for the GPU."""
     return layout.tables(("fla",), lambda: _bounds(layout.documents))
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention by torch's FlexAttention: on GPUs no pair is computed that a block mask rules out, and no bias is made."""
+"""Softmax attention by torch's FlexAttention. On GPUs it skips blocks that the mask rules out and needs no bias."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,19 +15,19 @@ from llmeff.core.layout import Layout
 # B batch, T tokens, N heads, K key-value heads, H head width
 
 Sees = Callable[[Tensor, Tensor], Tensor]
-"""Whether a token at one place of its document sees the one at another, both of any shape; a place below 0 is padding."""
+"""(query places, key places) to whether the query sees the key. Places are positions in a document; below 0 is padding."""
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
-    # made when it is needed, since the compiler's import alone takes seconds
+    # on demand, since importing the compiler takes seconds
     return torch.compile(function)
 
 
 def takes(kernel: str, query: Tensor, cache: LayerCache | None) -> bool:
-    """Whether FlexAttention computes it: where it was asked for, over whole rows, on a GPU.
+    """Whether to use FlexAttention: if configured, for whole rows on a GPU.
 
-    Meters cannot look into it: in a step that is counted, sdpa, which gives the same, takes its place.
+    Meters cannot look into it, so in a counted step sdpa takes its place; it computes the same.
     """
     if kernel != "flex" or cache is not None or not query.is_cuda:
         return False
@@ -36,24 +36,24 @@ def takes(kernel: str, query: Tensor, cache: LayerCache | None) -> bool:
 
 
 def block_mask(layout: Layout, name: object, sees: Sees) -> BlockMask:
-    """Which blocks of pairs are seen at all, made once for all layers that have it.
+    """The blocks of pairs that are seen at all; made once for all layers that share the mask.
 
     Args:
         layout: documents and padding.
-        name: of the mask among all of the layout.
-        sees: who sees whom.
+        name: key of the mask in the layout's tables.
+        sees: which queries see which keys.
     """
     return layout.tables(("flex", name), lambda: _make(layout, sees))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """Attention of all tokens of rows to those that they see, of their document.
+    """Attention of all tokens to those tokens of their document that they see.
 
     Args:
         query: (B, N, T, H).
-        key: (B, K, T, H), K divides N.
+        key: (B, K, T, H); K divides N.
         value: (B, K, T, H).
-        mask: of the rows.
+        mask: block mask of the rows.
 
     Returns:
         (B, N, T, H).
@@ -73,6 +73,6 @@ def _make(layout: Layout, sees: Sees) -> BlockMask:
         same: Tensor = documents[row, query] == documents[row, key]
         return same & sees(rows[row, query], rows[row, key])
 
-    make = _compiled(create_block_mask) if rows.is_cuda else create_block_mask  # fused, it makes no T x T mask
+    make = _compiled(create_block_mask) if rows.is_cuda else create_block_mask  # compiled, it makes no T x T mask
     batch = num_rows if num_rows > 1 else None
     return cast(BlockMask, make(seen, batch, None, num_tokens, num_tokens, device=str(rows.device)))

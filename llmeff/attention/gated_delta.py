@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a delta rule whose state decays, head by head."""
+"""Gated DeltaNet: a delta rule whose state decays per head."""
 
 from typing import ClassVar, Literal, cast
 
@@ -27,27 +27,27 @@ class GatedDelta(DeltaConfig):
 
     name: Literal["gated-deltanet"] = "gated-deltanet"
     initial_rates: Rates = (0.01, 16)
-    """Of decay, least and largest (`decay.Rates`); those of Qwen3-Next."""
+    """(lowest, highest) initial rate of decay, see `decay.Rates`; the default is Qwen3-Next's."""
 
     def build(self, shape: MixerShape) -> "GatedDeltaMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return GatedDeltaMixer(self, shape)
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array:
-        """(B, T, N, 1)."""
+        """The price of `GatedDeltaMixer.log_decay`: (B, T, D) to (B, T, N, 1)."""
         own = laws.linear(tape, x, tape.weight("a_proj.weight", shape.num_heads, shape.width))
         steps = steps_law(tape, own, tape.weight("step_bias", shape.num_heads))
         return laws.times(tape, steps, rates_law(tape, shape.num_heads)).view(*x.shape[:2], shape.num_heads, 1)
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """(B, T, N, H)."""
+        """The price of `GatedDeltaMixer.finish`: (B, T, N, H) to (B, T, N, H)."""
         gate = project(tape, "g_proj", x, shape.num_heads, shape.head_dim)
         with tape.within("o_norm"):
             return gated_norm.law(tape, out, gate)
 
 
 class GatedDeltaMixer(DeltaMixer):
-    """g = -exp(A) softplus(a x + dt) of each head; what is read is normalized and gated by silu."""
+    """g = -exp(A) softplus(a x + dt) per head; the scan's output is normalized and gated by silu."""
 
     def __init__(self, config: GatedDelta, shape: MixerShape):
         super().__init__(config, shape)
@@ -59,14 +59,14 @@ class GatedDeltaMixer(DeltaMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
-        """Of its decays."""
+        """Initial values of the decays' parameters."""
         return initial_decays(self.initial_rates, self.log_rate, self.step_bias)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, N, 1)."""
+        """(B, T, D) to g, (B, T, N, 1)."""
         steps = F.softplus(at_least_float32(self.a_proj(x)) + self.step_bias)
         return (-self.log_rate.exp() * steps)[..., None]
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, N, H)."""
+        """Normalizes and gates (B, T, N, H)."""
         return cast(Tensor, self.o_norm(out, split(self.g_proj(x), self.shape.num_heads), fused=fused))

@@ -1,4 +1,4 @@
-"""Normalization of each head's output, with a gate: how mixers with a state end."""
+"""Gated normalization of each head's output, the last step of mixers with a state."""
 
 from functools import partial
 from typing import Literal
@@ -18,9 +18,9 @@ class GatedRMSNorm(nn.Module):
     """rmsnorm(x) * activation(gate), in float32 (Sun et al. 2023; Yang et al. 2024).
 
     Args:
-        width: of the last dimension.
+        width: size of the last dimension.
         eps: added under the root.
-        activation: of the gate.
+        activation: applied to the gate.
     """
 
     def __init__(self, width: int, eps: float, activation: Literal["silu", "sigmoid"] = "silu"):
@@ -29,7 +29,7 @@ class GatedRMSNorm(nn.Module):
         self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor, *, fused: bool = False) -> Tensor:
-        """(..., W) twice to (..., W), in the gate's format; `fused` as `fla.fuses` has it."""
+        """Maps x and gate, (..., W) each, to (..., W) in the gate's format; `fused` is the result of `fla.fuses`."""
         if fused:
             return fla.gated_rms_norm(x, gate, self.norm.weight, self.norm.eps, self.activation).to(gate.dtype)
         gated: Tensor = self.norm(x) * (F.silu if self.activation == "silu" else torch.sigmoid)(at_least_float32(gate))
@@ -40,8 +40,8 @@ class GroupedRMSNorm(Initialized):
     """rmsnorm(x * silu(gate)) over groups of channels, in float32: the gate comes first (Dao and Gu 2024).
 
     Args:
-        width: of the last dimension.
-        num_groups: divides it.
+        width: size of the last dimension.
+        num_groups: number of groups; divides `width`.
         eps: added under the root.
     """
 
@@ -51,18 +51,18 @@ class GroupedRMSNorm(Initialized):
         self.num_groups, self.eps = num_groups, eps
 
     def initial(self) -> dict[str, Tensor]:
-        """A weight of 1."""
+        """A weight of ones."""
         return {"weight": torch.ones_like(self.weight)}
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """(..., W) twice to (..., W), in the gate's format."""
+        """Maps x and gate, (..., W) each, to (..., W) in the gate's format."""
         gated = (at_least_float32(x) * F.silu(at_least_float32(gate))).unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight).to(gate.dtype)
 
 
 def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "input") -> Array:
-    """The price of a `GatedRMSNorm`, within it on the tape; `keeps` is what its activation keeps."""
+    """The price of a `GatedRMSNorm`, inside its scope on the tape; `keeps` is what the activation saves for backward."""
     with tape.within("norm"):
         normed = norm.law(tape, x)
     opened = laws.function(tape, laws.cast(tape, gate, "float32"), keeps)
@@ -70,7 +70,7 @@ def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "
 
 
 def grouped_law(tape: Tape, x: Array, gate: Array, num_groups: int) -> Array:
-    """The price of a `GroupedRMSNorm`, within it on the tape."""
+    """The price of a `GroupedRMSNorm`, inside its scope on the tape."""
     weight = tape.weight("weight", x.shape[-1])
     opened = laws.silu(tape, laws.cast(tape, gate, "float32"))
     gated = laws.multiply(tape, x, opened)

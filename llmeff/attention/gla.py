@@ -1,4 +1,4 @@
-"""Gated linear attention: a state that decays channel by channel, as each token says."""
+"""Gated linear attention: a state that decays per channel, by an amount that each token chooses."""
 
 from functools import partial
 from typing import ClassVar, Literal, cast
@@ -21,7 +21,7 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, W key width
 
 _TEMPERATURE = 16.0
-"""By which the logarithm of a decay is divided, so that states begin to live for many tokens (section 4.4)."""
+"""Divides the logarithm of the decay, so that untrained states last for many tokens (section 4.4)."""
 
 
 class GLA(ScanConfig):
@@ -31,22 +31,22 @@ class GLA(ScanConfig):
 
     name: Literal["gla"] = "gla"
     key_width: Count | Literal["auto"] = "auto"
-    """W, of a head's queries and keys. auto: H / 2."""
+    """W, width of a head's queries and keys. auto: H / 2."""
     rank: Count = 16
-    """Of the projection to the decays."""
+    """Rank of the projection to the decays."""
     initial_bias: Finite = 0.0
-    """b, of untrained decays: at x = 0 a state keeps sigmoid(b)^(1/16) of itself from one token to the next."""
+    """b, initial bias of the decays: at x = 0 a state keeps sigmoid(b)^(1/16) of itself from one token to the next."""
 
     def width(self, shape: MixerShape) -> int:
-        """W as a number."""
+        """W, with "auto" resolved."""
         return shape.head_dim // 2 if self.key_width == "auto" else self.key_width
 
     def build(self, shape: MixerShape) -> "GLAMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return GLAMixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections and scan; names live as long as in `GLAMixer.forward`."""
+        """Projections and scan; variables live as long as in `GLAMixer.forward`."""
         num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
         head_dim, width = shape.head_dim, self.width(shape)
         query, gate = project(tape, "q_proj", x, num_heads, width), project(tape, "g_proj", x, num_heads, head_dim)
@@ -66,14 +66,14 @@ class GLA(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """A state for each head."""
+        """Bytes of a float32 state per head."""
         return 4 * shape.num_heads * self.width(shape) * shape.head_dim
 
 
 class GLAMixer(ProjectedMixer):
     """S_t = diag(exp(g)) S_(t-1) + k v' with g = log(sigmoid(f x + b)) / 16, read by q, normalized and gated (section 4.4).
 
-    A channel keeps at least exp(`scan.LEAST`) of its state, 0.7 %, from one token to the next.
+    From one token to the next, a channel keeps at least exp(`scan.LEAST`), 0.7 %, of its state.
     """
 
     def __init__(self, config: GLA, shape: MixerShape):
@@ -88,7 +88,7 @@ class GLAMixer(ProjectedMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
-        """Of its decays."""
+        """Initial values of the decays' bias."""
         return {"decay_bias": torch.full_like(self.decay_bias, self.initial_bias)}
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class GLAMixer(ProjectedMixer):
 
 
 def _logsigmoid_law(tape: Tape, x: Array) -> Array:
-    """On a CPU it keeps an exponential beside its input."""
+    """The price of logsigmoid. On a CPU it saves an exponential besides its input."""
     node = tape.save((x,), (x,), partial(_logsigmoid_back, tape))
     y = tape.elementwise(x.shape, x.dtype, node)
     if tape.workload.on_cpu:

@@ -1,4 +1,4 @@
-"""Heads of queries, keys and values: their projections, how they are shared and turned, and mixers that are a function of them."""
+"""Heads of queries, keys and values: projections, sharing, rotation, and the mixers that are a function of them."""
 
 from abc import abstractmethod
 from functools import partial
@@ -24,24 +24,24 @@ def split(x: Tensor, num_heads: int) -> Tensor:
 
 
 def repeated(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, K, .) to (B, T, N, .): each head for N / K of the others, as in grouped-query attention."""
+    """(B, T, K, .) to (B, T, N, .): repeats each head N / K times, as in grouped-query attention."""
     groups = num_heads // x.shape[2]
     return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns (B, N, T, H) queries or keys by their rotary angles (Su et al. 2021), in x's precision."""
+    """Rotates (B, N, T, H) queries or keys by their rotary angles (Su et al. 2021), in x's format."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 class ProjectedMixer(Mixer):
-    """Queries of N heads, keys and values of K, and what is written into the stream. Names are those of transformers' Llama.
+    """Projections of N query heads, K key and value heads, and the output. Names are those of transformers' Llama.
 
     Args:
-        shape: the widths.
-        key_width: of a head's queries and keys; None: H.
-        value_width: of a head's values; None: H.
+        shape: the widths of the layer.
+        key_width: width of a head's queries and keys; None: H.
+        value_width: width of a head's values; None: H.
     """
 
     def __init__(self, shape: MixerShape, *, key_width: int | None = None, value_width: int | None = None):
@@ -55,21 +55,21 @@ class ProjectedMixer(Mixer):
 
 
 class HeadsConfig(MixerConfig):
-    """A mixer of (B, N, T, H) queries and (B, K, T, H) keys and values that were turned by rotary angles."""
+    """A mixer of (B, N, T, H) queries and (B, K, T, H) keys and values; queries and keys are rotated by position."""
 
     qk_norm: Flag = False
-    """Normalize queries and keys per head before they are turned (Dehghani et al. 2023; as in Qwen3)."""
+    """Normalize queries and keys per head before the rotation (Dehghani et al. 2023; as in Qwen3)."""
     kernel: Literal["sdpa", "flex"] = "sdpa"
-    """What computes it where a mask is more than causal. sdpa: torch's scaled_dot_product_attention, with a bias; flex: its
-    FlexAttention over whole rows on GPUs, and sdpa elsewhere. Prices are sdpa's."""
+    """Implementation for masks that are more than causal. sdpa: torch's scaled_dot_product_attention with a bias. flex:
+    torch's FlexAttention for whole rows on GPUs, sdpa elsewhere. Prices are those of sdpa."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """A GPU, for FlexAttention."""
-        no_gpu = f"mixer {self.name!r}: kernel 'flex' trains on GPUs alone, and this run is on the CPU; use 'sdpa'"
+        """Reports a missing GPU for FlexAttention."""
+        no_gpu = f"mixer {self.name!r}: kernel 'flex' trains only on GPUs, but this run is on the CPU; use 'sdpa'"
         return [no_gpu] if self.kernel == "flex" and on_cpu else []
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, turns and what mixes the heads; names live as long as in `HeadsMixer.forward`."""
+        """Projections, rotation and the price of `mix`; variables live as long as in `HeadsMixer.forward`."""
         query, key, value = self._heads_law(shape, tape, x, batch)
         mixed = self.mix_law(tape, query, key, value, batch)
         weight = tape.weight("o_proj.weight", shape.width, shape.num_heads * shape.head_dim)
@@ -103,18 +103,18 @@ class HeadsMixer(ProjectedMixer):
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if config.qk_norm else None
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """The rotary tables."""
+        """Makes the rotary tables."""
         layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     @abstractmethod
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """(B, N, T, H) queries, (B, K, T, H) keys and values of the new tokens to (B, T, N H)."""
+        """(B, N, T, H) queries and (B, K, T, H) keys and values of the new tokens to (B, T, N H)."""
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         query, key, value = self._heads(x, layout)
         if cache is not None:
-            key = key.to(value.dtype)  # autocast leaves normed ones in float32
+            key = key.to(value.dtype)  # autocast leaves normalized keys in float32
         mixed = self.mix(query, key, value, layout, cache)
         return cast(Tensor, self.o_proj(mixed))
 
@@ -130,13 +130,13 @@ class HeadsMixer(ProjectedMixer):
 
 
 def project(tape: Tape, name: str, x: Array, num_heads: int, head_dim: int) -> Array:
-    """The price of a projection of (B, T, D) and its `split`: (B, T, N, H)."""
+    """The price of projecting (B, T, D) and of `split`: (B, T, N, H)."""
     weight = tape.weight(f"{name}.weight", num_heads * head_dim, x.shape[-1])
     return laws.linear(tape, x, weight).view(*x.shape[:-1], num_heads, head_dim)
 
 
 def heads_first_law(tape: Tape, name: str, x: Array, num_heads: int, head_dim: int) -> Array:
-    """The same seen as (B, N, T, H); in memory it stays (B, T, N, H)."""
+    """The same as `project`, viewed as (B, N, T, H); in memory it stays (B, T, N, H)."""
     return project(tape, name, x, num_heads, head_dim).view(x.shape[0], num_heads, x.shape[1], head_dim)
 
 

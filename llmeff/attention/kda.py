@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: a delta rule whose state decays, channel by channel."""
+"""Kimi Delta Attention: a delta rule whose state decays per channel."""
 
 from typing import ClassVar, Literal, cast
 
@@ -23,35 +23,35 @@ from llmeff.cost.tape import Array, Tape
 class KDA(DeltaConfig):
     """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692), as in Kimi Linear.
 
-    A channel keeps at least exp(`scan.LEAST`) of its state, 0.7 %, from one token to the next; Kimi's has no bound.
+    From one token to the next, a channel keeps at least exp(`scan.LEAST`), 0.7 %, of its state; Kimi Linear has no bound.
     """
 
     fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"gated_rms_norm", "channel_decay"}
 
     name: Literal["kda"] = "kda"
     initial_rates: Rates = (1, 16)
-    """Of decay, least and largest (`decay.Rates`); those of Kimi Linear."""
+    """(lowest, highest) initial rate of decay, see `decay.Rates`; the default is Kimi Linear's."""
 
     def build(self, shape: MixerShape) -> "KDAMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return KDAMixer(self, shape)
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array:
-        """(B, T, N, H)."""
+        """The price of `KDAMixer.log_decay`: (B, T, D) to (B, T, N, H)."""
         own = low_rank_law(tape, "f", x, shape).view(*x.shape[:2], shape.num_heads * shape.head_dim)
         steps = steps_law(tape, own, tape.weight("step_bias", own.shape[-1]))
         steps = steps.view(*x.shape[:2], shape.num_heads, shape.head_dim)
         return laws.function(tape, laws.times(tape, steps, rates_law(tape, shape.num_heads)), "input")
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """(B, T, N, H)."""
+        """The price of `KDAMixer.finish`: (B, T, N, H) to (B, T, N, H)."""
         gate = low_rank_law(tape, "g", x, shape)
         with tape.within("o_norm"):
             return gated_norm.law(tape, out, gate, "output")
 
 
 class KDAMixer(DeltaMixer):
-    """g = -exp(A) softplus(f x + dt) of each channel; what is read is normalized and gated by a sigmoid.
+    """g = -exp(A) softplus(f x + dt) per channel; the scan's output is normalized and gated by a sigmoid.
 
     f and the gate's projection have rank H.
     """
@@ -68,11 +68,11 @@ class KDAMixer(DeltaMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, "sigmoid")
 
     def initial(self) -> dict[str, Tensor]:
-        """Of its decays."""
+        """Initial values of the decays' parameters."""
         return initial_decays(self.initial_rates, self.log_rate, self.step_bias)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, N, H)."""
+        """(B, T, D) to g, (B, T, N, H), at least `LEAST`."""
         if fused:
             own = split(self.f_b_proj(self.f_a_proj(x)), self.shape.num_heads)
             return fla.channel_decay(own, self.log_rate, self.step_bias).clamp(min=LEAST)
@@ -80,12 +80,12 @@ class KDAMixer(DeltaMixer):
         return (-self.log_rate.exp()[:, None] * split(steps, self.shape.num_heads)).clamp(min=LEAST)
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, N, H)."""
+        """Normalizes and gates (B, T, N, H)."""
         gate = split(self.g_b_proj(self.g_a_proj(x)), self.shape.num_heads)
         return cast(Tensor, self.o_norm(out, gate, fused=fused))
 
 
 def low_rank_law(tape: Tape, name: str, x: Array, shape: MixerShape) -> Array:
-    """The price of a projection of rank H, to (B, T, N, H)."""
+    """The price of a projection of rank H: (B, T, D) to (B, T, N, H)."""
     low = project(tape, f"{name}_a_proj", x, 1, shape.head_dim).view(*x.shape[:2], shape.head_dim)
     return project(tape, f"{name}_b_proj", low, shape.num_heads, shape.head_dim)

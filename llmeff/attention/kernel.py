@@ -1,4 +1,4 @@
-"""What mixers with a kernel in place of softmax's exponential have in common: features of queries and of keys."""
+"""Common parts of mixers that replace softmax's exponential by a kernel, a product of features of queries and keys."""
 
 from abc import abstractmethod
 from functools import partial
@@ -19,11 +19,11 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, M features
 
 _SMALLEST = 1e-30
-"""The least sum of weights that is divided by: what padding reads is 0, and no number over nothing."""
+"""Lower bound of the sum of weights, so that padding reads 0 instead of dividing by 0."""
 
 
 class KernelConfig(ScanConfig):
-    """Features of queries and keys take the place of softmax."""
+    """A mixer with features of queries and keys instead of softmax."""
 
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
@@ -32,7 +32,7 @@ class KernelConfig(ScanConfig):
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, features, scan and quotient; names live as long as in `KernelMixer.forward`."""
+        """Projections, features, scan and quotient; variables live as long as in `KernelMixer.forward`."""
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         value = project(tape, "v_proj", x, num_kv_heads, head_dim)
         query = project(tape, "q_proj", x, num_heads, head_dim)
@@ -46,9 +46,9 @@ class KernelConfig(ScanConfig):
 
 
 class KernelMixer(ProjectedMixer):
-    """o_t = (sum over s <= t of phi(q_t)' psi(k_s) v_s) / (sum over s <= t of phi(q_t)' psi(k_s)) (Katharopoulos et al. 2020, eq. 9).
+    """o_t = (sum over s <= t of phi(q_t)' psi(k_s) v_s) / (sum over s <= t of phi(q_t)' psi(k_s)).
 
-    The sums of weights are one more column of the values, of ones.
+    See Katharopoulos et al. 2020, equation 9. An extra value column of ones yields the sums of weights.
     """
 
     def __init__(self, config: KernelConfig, shape: MixerShape):
@@ -59,17 +59,17 @@ class KernelMixer(ProjectedMixer):
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What is above 0 of queries and keys, in float32 or wider.
+        """Positive features of queries and keys, in float32 or wider.
 
         Args:
             query: (B, T, N, H).
             key: (B, T, K, H).
-            layout: who sees whom.
-            cache: keeps what features of keys depend on beside the keys themselves.
+            layout: which tokens see which.
+            cache: keeps what the features of keys depend on besides the keys.
 
         Returns:
-            phi(q), (B, T, N, M), psi(k), (B, T, K, M), and by how much what was summed before a token is scaled for it,
-            as a logarithm, (B, T, K, 1); None: by nothing.
+            phi(q), (B, T, N, M), psi(k), (B, T, K, M), and the logarithm of the factor that scales the earlier sums at
+            each token, (B, T, K, 1); None: sums are not scaled.
         """
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
@@ -91,16 +91,16 @@ def weighed(
     cache: LayerCache | None,
     kernel: str = "torch",
 ) -> Tensor:
-    """Means of values, weighed by products of features.
+    """Means of values, weighted by products of features.
 
     Args:
         query: features, (B, T, N, M).
         key: features, (B, T, K, M).
         value: (B, T, K, H).
-        log_decay: as of `KernelMixer.features`, (B, T, K, 1).
-        layout: who sees whom.
+        log_decay: (B, T, K, 1), see `KernelMixer.features`.
+        layout: which tokens see which.
         cache: keeps the sums.
-        kernel: of `ScanConfig`.
+        kernel: see `ScanConfig.kernel`.
 
     Returns:
         (B, T, N, H).
@@ -114,12 +114,12 @@ def weighed(
 
 
 def counted(value: Tensor) -> Tensor:
-    """(B, T, K, H) to (B, T, K, H + 1) in float32 or wider: with a column of ones, whose sums are those of the weights."""
+    """(B, T, K, H) to (B, T, K, H + 1), float32 or wider: appends a column of ones, which sums to the sum of weights."""
     return F.pad(at_least_float32(value), (0, 1), value=1.0)
 
 
 def _count_law(tape: Tape, value: Array) -> Array:
-    """Values with their column of ones."""
+    """The price of `counted`."""
     value = laws.cast(tape, value, "float32")
     node = tape.save((value,), (), partial(_count_back, tape, value.shape))
     return tape.elementwise((*value.shape[:-1], value.shape[-1] + 1), value.dtype, node)
@@ -130,7 +130,7 @@ def _count_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Ar
 
 
 def _quotient_law(tape: Tape, out: Array) -> Array:
-    """Sums over the sums of weights, which both are kept."""
+    """The price of sums divided by the sums of weights; both are saved for backward."""
     node = tape.save((out,), (out, out), partial(_quotient_back, tape))
     sums = tape.elementwise((*out.shape[:-1], 1), out.dtype)
     tape.save_output(node, sums)

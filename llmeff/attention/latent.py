@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads from one small vector a token, which is all that is cached."""
+"""Multi-head latent attention: keys and values of all heads come from one small vector per token, and only it is cached."""
 
 from typing import Literal, cast
 
@@ -24,35 +24,35 @@ class Latent(MixerConfig):
 
     name: Literal["mla"] = "mla"
     latent: Count | Literal["auto"] = "auto"
-    """L, numbers a token from which keys and values are made. auto: 4 H, as in DeepSeek-V2."""
+    """L, width of the vector from which a token's keys and values are made. auto: 4 H, as in DeepSeek-V2."""
     rotary: Count | Literal["auto"] = "auto"
-    """R, numbers of a key that tell its position, one for all heads. auto: H / 2, as in DeepSeek-V2, made even."""
+    """R, width of the rotary part of a key, shared by all heads. auto: H / 2, as in DeepSeek-V2, rounded up to be even."""
     query_latent: Count | None = None
-    """Numbers a token from which queries are made. None: from the token itself, as in DeepSeek-V2-Lite."""
+    """Width of the vector from which a token's queries are made. None: made from the token itself, as in DeepSeek-V2-Lite."""
 
     def widths(self, shape: MixerShape) -> tuple[int, int]:
-        """L and R."""
+        """L and R, with "auto" resolved."""
         latent = 4 * shape.head_dim if self.latent == "auto" else self.latent
         return latent, 2 * -(-shape.head_dim // 4) if self.rotary == "auto" else self.rotary
 
     def problems(self, shape: MixerShape) -> list[str]:
-        """Heads that are shared already, and angles without a pair."""
+        """Reports shared key-value heads and an odd rotary width."""
         found = []
         if shape.num_kv_heads != shape.num_heads:
             found.append(
-                f"num_kv_heads {shape.num_kv_heads} is not num_heads {shape.num_heads}: mla makes keys and values of every "
+                f"num_kv_heads {shape.num_kv_heads} is not num_heads {shape.num_heads}: mla makes keys and values for every "
                 "head from its latent; leave num_kv_heads at 'auto'"
             )
         if self.widths(shape)[1] % 2:
-            found.append(f"mla.rotary {self.rotary} is odd: rotary positions turn pairs")
+            found.append(f"mla.rotary {self.rotary} is odd: rotary positions rotate pairs; give an even number")
         return found
 
     def build(self, shape: MixerShape) -> "LatentMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return LatentMixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """The expanded form; names live as long as in `LatentMixer.forward`."""
+        """The price of the expanded form; variables live as long as in `LatentMixer.forward`."""
         _, rotary = self.widths(shape)
         tables = batch.rotary(rotary, shape.rope_theta)
         query = self._query_law(shape, tape, x, tables)
@@ -89,19 +89,19 @@ class Latent(MixerConfig):
         del up
         value = heads_first_law(tape, "v_up_proj", latent, num_heads, shape.head_dim)
         value = laws.padded(tape, value, query.shape)
-        # values need no zeros: that is how it is computed
+        # without the zeros that pad the values: the model does not need them
         model_flops = num_rows * num_heads * num_tokens * (num_tokens + 1) * (width + shape.head_dim)
         mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype), model_flops)
         part = laws.view(tape, mixed, (num_rows, num_heads, num_tokens, shape.head_dim))
         return laws.copy(tape, part).view(num_rows, num_tokens, num_heads * shape.head_dim)
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """The latent and the rotary key of every token."""
+        """Bytes of the latent and the rotary key of every token."""
         return sum(self.widths(shape)) * num_tokens * number_bytes
 
 
 class LatentMixer(Mixer):
-    """Equations 37 to 47 of DeepSeek-V2, each of whose matrices is one here; half-split rotary pairs, as everywhere."""
+    """Equations 37 to 47 of DeepSeek-V2, with one module per matrix. Rotary pairs are half-split, as in all mixers here."""
 
     def __init__(self, config: Latent, shape: MixerShape):
         super().__init__()
@@ -121,7 +121,7 @@ class LatentMixer(Mixer):
         self.o_proj = nn.Linear(heads, shape.width, bias=False)
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """The rotary tables, and the bias of documents and padding."""
+        """Makes the rotary tables, and the bias for documents and padding."""
         layout.rotary(self.rotary, self.shape.rope_theta)
         layout.bias(layout.positions.shape[-1], dtype)
 
@@ -140,7 +140,7 @@ class LatentMixer(Mixer):
             mixed = self._expanded(query, latent, turned, layout)
         elif type(self.k_up_proj) is type(self.v_up_proj) is nn.Linear:
             mixed = self._absorbed(query, whole, layout)
-        else:  # what stands beside or in place of a plain matrix (LoRA, a quantized one) cannot be taken into the query
+        else:  # only plain matrices can be absorbed into the query, not LoRA or quantized ones
             mixed = self._expanded(query, whole[..., : self.latent], whole[:, None, :, self.latent :], layout)
         return cast(Tensor, self.o_proj(mixed))
 
@@ -160,16 +160,16 @@ class LatentMixer(Mixer):
         return split(x, self.shape.num_heads).transpose(1, 2)
 
     def _expanded(self, query: Tensor, latent: Tensor, turned: Tensor, layout: Layout) -> Tensor:
-        """Keys and values of every head. Values are as wide as keys, by zeros: fast kernels know one width."""
+        """Attends with keys and values of every head. Values are zero-padded to the keys' width, as fast kernels need."""
         turned = turned.expand(-1, self.shape.num_heads, -1, -1)
         key = torch.cat((self._heads(self.k_up_proj(latent)), turned), dim=-1)
         value = F.pad(self._heads(self.v_up_proj(latent)), (0, self.rotary))
         mixed = attend(query, key, value, layout)
-        # transposed first: so the gradient lies as the kernel wants it
+        # transpose first, so that the gradient has the memory layout that the kernel needs
         return mixed.transpose(1, 2)[..., : self.shape.head_dim].flatten(-2)
 
     def _absorbed(self, query: Tensor, kept: Tensor, layout: Layout) -> Tensor:
-        """The same by one head of keys, which are the values too, (B, S, L + R): k_up goes into queries, v_up comes after."""
+        """The same with one key head, (B, S, L + R), that also serves as values: k_up moves into queries, v_up to the end."""
         shape = self.shape
         keys = self.k_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)
         values = self.v_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)
@@ -181,5 +181,5 @@ class LatentMixer(Mixer):
 
 
 def _beside(tape: Tape, left: Array, right: Array) -> Array:
-    """(B, N, T, .) twice in one row. Gradients come as parts of another, of which a projection makes its own dense."""
+    """Concatenates two (B, N, T, .). Their gradients are views of one array; a projection makes its own dense copy."""
     return laws.concat(tape, *(laws.view(tape, x, x.shape) for x in (left, right)))

@@ -16,25 +16,25 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Linear(KernelConfig):
-    """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236); only causality tells it of positions."""
+    """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236). It knows positions only through causality."""
 
     name: Literal["linear"] = "linear"
 
     def build(self, shape: MixerShape) -> "LinearMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return LinearMixer(self, shape)
 
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, None]:
-        """What elu is given is kept; 1 is added in another array."""
+        """The price of `positive`: elu saves its input, and adding 1 makes another array."""
         query, key = (
             laws.shift(tape, laws.function(tape, laws.cast(tape, x, "float32"), "input")) for x in (query, key)
         )
         return query, key, None
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """A state for each head, with a column of sums."""
+        """Bytes of a float32 state per head, including a column of sums."""
         return 4 * shape.num_heads * shape.head_dim * (shape.head_dim + 1)
 
 
@@ -44,7 +44,7 @@ class LinearMixer(KernelMixer):
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, None]:
-        """(B, T, N, H), (B, T, K, H) and nothing."""
+        """Features (B, T, N, H) and (B, T, K, H); sums are not scaled."""
         return positive(query), positive(key), None
 
 

@@ -1,4 +1,4 @@
-"""Mamba-2: a state space whose state decays, head by head, as each token says how much time passes."""
+"""Mamba-2: a state space model whose state decays per head, by the time step that each token chooses."""
 
 from typing import ClassVar, Literal, cast
 
@@ -23,35 +23,35 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Mamba2(ScanConfig):
-    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). Its groups, which have B and C in common, are the `num_kv_heads`."""
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). `num_kv_heads` is its number of groups, whose heads share B and C."""
 
     gates_heads = True
     fuses: ClassVar[frozenset[str]] = frozenset({"short_conv"})
 
     name: Literal["mamba2"] = "mamba2"
     state_width: Count = 128
-    """W, numbers of state for each channel."""
+    """W, numbers of state per channel."""
     expand: Count = 2
-    """Heads for each of `num_heads`."""
+    """Factor on `num_heads` that gives the number of heads."""
     conv: Count = 4
-    """Tokens that the short convolution spans."""
+    """Width in tokens of the short convolution."""
     initial_rates: Rates = (1, 16)
-    """Of decay, least and largest (`decay.Rates`); those of Mamba-2."""
+    """(lowest, highest) initial rate of decay, see `decay.Rates`; the default is Mamba-2's."""
 
     def num_heads(self, shape: MixerShape) -> int:
-        """N."""
+        """N, the number of heads after expansion."""
         return self.expand * shape.num_heads
 
     def channels(self, shape: MixerShape) -> int:
-        """Of the short convolution."""
+        """Number of channels of the short convolution."""
         return self.num_heads(shape) * shape.head_dim + 2 * shape.num_kv_heads * self.state_width
 
     def build(self, shape: MixerShape) -> "Mamba2Mixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return Mamba2Mixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, convolution and scan; names live as long as in `Mamba2Mixer.forward`."""
+        """Projections, convolution and scan; variables live as long as in `Mamba2Mixer.forward`."""
         num_heads, num_groups = self.num_heads(shape), shape.num_kv_heads
         widths = ((num_groups, self.state_width), (num_groups, self.state_width), (num_heads, shape.head_dim))
         parts = [
@@ -82,7 +82,7 @@ class Mamba2(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, out.shape[-1]))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """A state for each head, and the last tokens of the convolution."""
+        """Bytes of a float32 state per head, and of the last tokens of the convolution."""
         state = 4 * self.num_heads(shape) * shape.head_dim * self.state_width
         return state + self.channels(shape) * (self.conv - 1) * number_bytes
 
@@ -90,7 +90,7 @@ class Mamba2(ScanConfig):
 class Mamba2Mixer(Mixer):
     """S_t = exp(-exp(A) dt) S_(t-1) + b (dt x)', y = S' c + D x, gated and normalized, with dt = softplus(a x + bias).
 
-    As linear attention has it: c is the query, b the key, x the value (section 7.2).
+    In terms of linear attention, c is the query, b the key and x the value (section 7.2).
     """
 
     def __init__(self, config: Mamba2, shape: MixerShape):
@@ -113,7 +113,7 @@ class Mamba2Mixer(Mixer):
         self.o_proj = nn.Linear(inner, shape.width, bias=False)
 
     def initial(self) -> dict[str, Tensor]:
-        """Of its decays; what is skipped counts once."""
+        """Initial values of the decays' parameters, and skip weights of 1."""
         decays = initial_decays(self.initial_rates, self.log_rate, self.step_bias)
         return decays | {"skip": torch.ones_like(self.skip)}
 

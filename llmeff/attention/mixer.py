@@ -1,4 +1,4 @@
-"""The contract of a sequence mixer: what mixes information between the tokens of a sequence."""
+"""The contract of a sequence mixer, which mixes information between the tokens of a sequence."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -21,13 +21,13 @@ class MixerShape:
     """The widths of one layer's mixer."""
 
     width: int
-    """D, of the residual stream."""
+    """D, width of the residual stream."""
     num_heads: int
-    """N, query heads."""
+    """N, number of query heads."""
     num_kv_heads: int
-    """K, key and value heads; divides N."""
+    """K, number of key and value heads; divides N."""
     head_dim: int
-    """H."""
+    """H, width of a head."""
     rope_theta: float
     """Base of the rotary angles."""
     norm_eps: float
@@ -35,101 +35,102 @@ class MixerShape:
 
 
 class LayerCache(Protocol):
-    """What a layer keeps of the tokens that it has seen: their keys and values, or states by name."""
+    """What a layer keeps of the tokens that it has seen: keys and values, or states by name."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (B, K, T, H) keys and values; returns all of them, (B, K, S, H)."""
         ...
 
     def recall(self, name: str) -> Tensor | None:
-        """What was kept under a name; None before the first token. Its first dimension is B."""
+        """The state kept under a name; its first dimension is B. None: before the first token."""
         ...
 
     def keep(self, name: str, state: Tensor) -> None:
-        """Puts a state in the place of the one of that name."""
+        """Keeps a state under a name, replacing the previous one."""
         ...
 
 
 class Initialized(nn.Module, ABC):
-    """A module with parameters of its own that begin neither as the model's matrices nor at 1."""
+    """A module with parameters that are initialized neither like the model's matrices nor to 1."""
 
     def initial(self) -> dict[str, Tensor]:
-        """Their first values, by name, drawn from torch's default generator."""
+        """Initial values of these parameters by name, drawn from torch's default generator."""
         return {}
 
 
 class Mixer(Initialized):
-    """Mixes a sequence. Without a cache, the form for training; with one, the form for decoding: the two agree.
+    """Mixes a sequence: without a cache in its form for training, with one in its form for decoding. Both agree.
 
-    What writes into the residual stream is called `o_proj`: by that name a model lets it begin smaller in deep stacks.
+    The projection that writes into the residual stream is called `o_proj`. By that name a model gives it smaller initial
+    weights in deep stacks.
     """
 
     @abstractmethod
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); token t sees only tokens of its document that are not after it, and no padding."""
+        """(B, T, D) to (B, T, D). A token sees only itself and earlier tokens of its document, and no padding."""
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the layout's tables that layers share: torch.compile lets no layer that runs twice write them.
+        """Makes the tables of the layout that layers share, since torch.compile lets no layer that runs twice write them.
 
         Args:
-            layout: of the batch.
+            layout: layout of the batch.
             num_rows: B.
-            dtype: in which queries, keys and values are mixed.
+            dtype: format in which queries, keys and values are mixed.
         """
 
 
 class MixerConfig(Component, family="mixer"):
-    """Which mixer a layer has."""
+    """The mixer of a layer."""
 
     extends: ClassVar[bool] = False
-    """Whether decoding keeps keys and values by `LayerCache.extend` alone, for which any of transformers' caches will do."""
+    """Whether decoding only uses `LayerCache.extend`, so that every cache of transformers works."""
 
     name: Text
     """The mixer's name."""
 
     def problems(self, shape: MixerShape) -> list[str]:
-        """What of the widths does not fit it."""
+        """The widths that the mixer does not support, as messages."""
         return []
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """What it asks of this machine that is not there.
+        """What the mixer needs and this machine lacks, as messages.
 
         Args:
-            shape: the widths.
-            on_cpu: whether it is trained on the CPU.
+            shape: the widths of the layer.
+            on_cpu: whether the mixer is trained on the CPU.
         """
         return []
 
     def build(self, shape: MixerShape) -> Mixer:
-        """The module, with uninitialized weights but for `Initialized.initial`."""
+        """Builds the module. The model initializes its weights, by `Initialized.initial` if that names them."""
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: Batch) -> Array:
-        """The price of the module's forward in training, within it on the tape: (B, T, D) to (B, T, D)."""
+        """The price of the module's training forward, inside its scope on the tape: (B, T, D) to (B, T, D)."""
         raise NotImplementedError(type(self))
 
     def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
-        """What the module keeps beside its parameters, at every moment.
+        """Bytes of the module's buffers, which live all the time.
 
         Args:
-            shape: the widths.
-            number_bytes: of a number of the parameters' format, which buffers have too.
+            shape: the widths of the layer.
+            number_bytes: bytes per number in the format of the parameters, which is also that of buffers.
         """
         return 0
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """What decoding keeps of one sequence.
+        """Bytes that decoding keeps of one sequence.
 
         Args:
-            shape: the widths.
-            num_tokens: S, tokens that the sequence has.
-            number_bytes: of a number of keys and values; states of sums are float32.
+            shape: the widths of the layer.
+            num_tokens: S, tokens of the sequence.
+            number_bytes: bytes per number of keys and values; states of sums are float32.
         """
         raise NotImplementedError(type(self))
 
 
 @functools.cache
 def parameter_order(config: MixerConfig, shape: MixerShape) -> dict[str, int]:
-    """Places of the module's parameters, by name; a law uses them in another order."""
+    """Index of each of the module's parameters, by name; a law uses them in another order."""
     with torch.device("meta"):
         return {name: place for place, (name, _) in enumerate(config.build(shape).named_parameters())}

@@ -1,4 +1,4 @@
-"""Root-mean-square normalization that keeps only its input and one number a row for backward."""
+"""Root-mean-square normalization that saves only its input and one number per row for backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +12,18 @@ from llmeff.cost.tape import Array, Tape
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Converts half precision to float32; leaves other formats unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The format of products with what a layer is given."""
+    """The format of products with a layer's input: autocast's, or the input's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * w. Autograd would keep x / rms(x) as well; here it is made again from x."""
+    """y = x / rms(x) * w. Autograd would also save x / rms(x); here backward recomputes it from x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # inverse_rms would count as a constant
-            raise RuntimeError("RMSNorm is differentiated once, not twice (create_graph=True)")
+            raise RuntimeError("RMSNorm can be differentiated only once, not twice (create_graph=True)")
         x, weight, inverse_rms = ctx.saved_tensors
         normed = at_least_float32(x) * inverse_rms
         above = at_least_float32(grad)
@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
 
 
 def law(tape: Tape, x: Array) -> Array:
-    """The price of an `RMSNorm`, within its module on the tape."""
+    """The price of an `RMSNorm`, inside its scope on the tape."""
     weight = tape.weight("weight", x.shape[-1])
     node = tape.save((x, weight), (x,), partial(_law_back, tape))
     wide = x if x.dtype == "float32" else tape.elementwise(x.shape, "float32")

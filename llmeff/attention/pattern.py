@@ -1,4 +1,4 @@
-"""Which mixer each layer has, said in a line: `sliding*3+softmax`."""
+"""Patterns that give each layer its mixer, such as `sliding*3+softmax`."""
 
 from collections.abc import Iterator, Mapping
 from itertools import cycle
@@ -8,7 +8,7 @@ from llmeff.core.registry import nearest
 
 
 def _runs(pattern: str) -> list[tuple[str, int | None]]:
-    """Names with how many layers in a row have them; None where that is no number above 0."""
+    """The names in a pattern, each with its number of consecutive layers. None: not a positive number."""
     found: list[tuple[str, int | None]] = []
     for run in pattern.split("+"):
         name, times, count = (part.strip() for part in run.partition("*"))
@@ -18,7 +18,7 @@ def _runs(pattern: str) -> list[tuple[str, int | None]]:
 
 
 def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int) -> list[str]:
-    """What of a pattern cannot be."""
+    """What is wrong with a pattern, as messages."""
     runs, found = _runs(pattern), []
     for name, count in runs:
         if name not in settings and name not in MixerConfig.registry:
@@ -26,19 +26,21 @@ def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int)
             found.append(f"pattern {pattern!r}: there is no mixer {name!r}.{nearest(name, known)}")
         if count is None:
             found.append(
-                f"pattern {pattern!r}: {name!r} is taken times no number above 0; write it as in 'sliding*3+softmax'"
+                f"pattern {pattern!r}: give a positive number after '*' for {name!r}, as in 'sliding*3+softmax'"
             )
     length = sum(count or 0 for _, count in runs)
     if not found and num_layers % length:
-        found.append(f"pattern {pattern!r} is {length} layers long, which does not divide num_layers {num_layers}")
+        found.append(f"pattern {pattern!r} has {length} layers, which does not divide num_layers {num_layers}")
     found += [
-        f"mixers.{name}: the pattern {pattern!r} names no such mixer" for name in settings if name not in dict(runs)
+        f"mixers.{name}: the pattern {pattern!r} does not name this mixer"
+        for name in settings
+        if name not in dict(runs)
     ]
     return found
 
 
 def mixers(pattern: str, settings: Mapping[str, MixerConfig]) -> Iterator[MixerConfig]:
-    """The mixers of a pattern that has no problems, from the first layer on, without end.
+    """Yields the mixers of a valid pattern from the first layer on, endlessly.
 
     >>> from itertools import islice
     >>> from llmeff.attention import Softmax

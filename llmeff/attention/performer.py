@@ -1,4 +1,4 @@
-"""Performer: softmax attention estimated by positive orthogonal random features (FAVOR+)."""
+"""Performer: estimates softmax attention by positive orthogonal random features (FAVOR+)."""
 
 import math
 from functools import partial
@@ -21,26 +21,26 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Performer(KernelConfig):
-    """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): an estimate of `Softmax` with the same weights, rotary too."""
+    """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): estimates `Softmax` with the same weights and rotary positions."""
 
     gates_heads = True
     name: Literal["performer"] = "performer"
     num_features: Count | Literal["auto"] = "auto"
-    """M. auto: H ln H, rounded up (Theorem 4's order)."""
+    """M, number of random features. auto: H ln H, rounded up (the order in Theorem 4)."""
 
     def width(self, head_dim: int) -> int:
-        """M as a number."""
+        """M, with "auto" resolved."""
         auto = math.ceil(head_dim * math.log(head_dim))
         return auto if self.num_features == "auto" else self.num_features
 
     def build(self, shape: MixerShape) -> "PerformerMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return PerformerMixer(self, shape)
 
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, Array]:
-        """Exponentials are kept, and the keys for their lengths; the directions are there anyway."""
+        """Saves the exponentials, and the keys for their lengths; the directions are a buffer."""
         width = self.width(shape.head_dim)
         cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
         query, key = (
@@ -53,20 +53,20 @@ class Performer(KernelConfig):
         return laws.function(tape, query, "output"), laws.function(tape, key, "output"), largest
 
     def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
-        """The directions."""
+        """Bytes of the directions."""
         return self.width(shape.head_dim) * shape.head_dim * number_bytes
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """A state for each head, with a column of sums, and for each head of keys what its features are relative to."""
+        """Bytes of a float32 state per head, including a column of sums, and of the largest exponent per key head."""
         return 4 * (shape.num_heads * self.width(shape.head_dim) * (shape.head_dim + 1) + shape.num_kv_heads)
 
 
 class PerformerMixer(KernelMixer):
-    """exp(w_i' x - |x|^2 / 2) for random w_i, with x a query or key over H^(1/4) (equation 7).
+    """exp(w_i' x - |x|^2 / 2) for random w_i, where x is a query or key divided by H^(1/4) (equation 7).
 
-    The exponentials would overflow, or vanish. Those of a query are taken relative to its own largest, those of keys relative
-    to the largest of its document's so far: as either falls out of the quotient, that is exact, and no token depends on a
-    later one.
+    The plain exponentials would overflow or vanish. Exponents of a query are taken relative to its own largest, exponents
+    of keys relative to the largest so far in the document. Both cancel in the quotient, so this is exact, and no token
+    depends on a later one.
     """
 
     directions: Tensor
@@ -76,17 +76,17 @@ class PerformerMixer(KernelMixer):
         self.register_buffer("directions", torch.empty(config.width(shape.head_dim), shape.head_dim))
 
     def initial(self) -> dict[str, Tensor]:
-        """The random directions: drawn once, in the checkpoint, not trained."""
+        """The random directions. They are drawn once, saved in checkpoints and not trained."""
         return {"directions": orthogonal(self.directions)}
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """The rotary tables."""
+        """Makes the rotary tables."""
         layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, N, M), (B, T, K, M) and (B, T, K, 1)."""
+        """Features (B, T, N, M) and (B, T, K, M), and the log factor on earlier sums, (B, T, K, 1)."""
         head_dim = self.shape.head_dim
         cos, sin = (table.transpose(1, 2) for table in layout.rotary(head_dim, self.shape.rope_theta))
         with torch.autocast(query.device.type, enabled=False):
@@ -100,25 +100,25 @@ class PerformerMixer(KernelMixer):
 
 
 def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Tensor:
-    """(..., H) to (..., M): w_i' x, of keys (`has_lengths`) less |x|^2 / 2, which falls out of the quotient for queries."""
+    """(..., H) to (..., M): w_i' x; keys (`has_lengths`) also subtract |x|^2 / 2, which cancels for queries."""
     if not has_lengths:
         return x @ directions.mT
     return x @ directions.mT - x.square().sum(-1, keepdim=True) / 2
 
 
 def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-    """Exponents of keys less the largest of their document up to each, and what that makes of all sums before: its fall.
+    """Makes exponents of keys relative to the largest so far in their document.
 
-    Before a document's first key the largest is that key's own, and not 0: exponents are at most |w|^2 / 2, but as low as
-    keys are long.
+    Whenever the largest rises, all earlier sums must be scaled down; the second result is that factor. Before a document's
+    first key the largest is that key's own rather than 0, since exponents are at most |w|^2 / 2 but have no lower bound.
 
     Args:
-        key: (B, T, K, M).
-        layout: who sees whom; padding does not count.
-        cache: keeps the largest.
+        key: exponents, (B, T, K, M).
+        layout: which tokens see which; padding does not count.
+        cache: keeps the largest exponent.
 
     Returns:
-        (B, T, K, M), at most 0, and a logarithm, (B, T, K, 1), at most 0.
+        Relative exponents, (B, T, K, M), and the logarithm of the factor on earlier sums, (B, T, K, 1); both at most 0.
     """
     largest = key.detach().amax(-1)
     is_padding = layout.is_padding
@@ -139,15 +139,15 @@ def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Ten
 
 
 def _begun(largest: Tensor) -> Tensor:
-    """(B, T, K), not falling, with the first number in place of each -inf before it; 0 where none is."""
+    """Replaces leading -inf in non-decreasing (B, T, K) by the first number after them, or by 0 if there is none."""
     first = largest.masked_fill(largest == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
     return largest.maximum(first.masked_fill(first == torch.inf, 0))
 
 
 def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, K) of single tokens to those so far in each document, and how they fall within it.
+    """Running maxima of (B, T, K) within each document, and the log factors on earlier sums, both (B, T, K).
 
-    Each document is lifted above the one before, so that one maximum goes over all.
+    Each document is lifted above the one before, so that one cumulative maximum covers all documents.
     """
     begins = begins_in(documents)[..., None]
     own = largest.double()  # a lift is far larger than what it lifts
@@ -160,23 +160,23 @@ def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Rows as those of a Gaussian matrix, but in blocks of H at right angles to one another (section 2.4).
+    """Rows of a Gaussian matrix, made orthogonal to one another in blocks of H (section 2.4).
 
     Args:
-        like: (M, H).
-        generator: what draws them; None: torch's default.
+        like: (M, H), gives shape, format and device.
+        generator: random generator; None: torch's default.
     """
     num_rows, width = like.shape
     count = -(-num_rows // width)
     found = torch.linalg.qr(like.new_empty(count, width, width).normal_(generator=generator))
-    # LAPACK's signs are not random: without R's they point to one side, and the estimate is biased (Mezzadri 2007)
+    # LAPACK's signs are not random: without the signs of R's diagonal the estimate would be biased (Mezzadri 2007)
     blocks: Tensor = found.Q * found.R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
     lengths: Tensor = torch.empty_like(like).normal_(generator=generator).norm(dim=1, keepdim=True)
     return blocks.flatten(0, 1)[:num_rows] * lengths
 
 
 def _exponents_law(tape: Tape, x: Array, width: int, *, has_lengths: bool = False) -> Array:
-    """The product with the directions, which have no gradient; for keys, less half of their squared lengths."""
+    """The price of `exponents`; the directions need no gradient."""
     flops = 2 * x.size * width
     node = tape.save((x,), (x,) if has_lengths else (), partial(_exponents_back, tape, flops, x.shape))
     tape.contract(flops)

@@ -1,4 +1,4 @@
-"""Retention: a state that decays at a rate of its own for each head."""
+"""Retention: a state that decays at a fixed rate per head."""
 
 from typing import ClassVar, Literal, cast
 
@@ -26,18 +26,18 @@ class Retention(ScanConfig):
 
     name: Literal["retention"] = "retention"
     value_width: Count | Literal["auto"] = "auto"
-    """V, of a head's values. auto: 2 H."""
+    """V, width of a head's values. auto: 2 H."""
 
     def width(self, shape: MixerShape) -> int:
-        """V as a number."""
+        """V, with "auto" resolved."""
         return 2 * shape.head_dim if self.value_width == "auto" else self.value_width
 
     def build(self, shape: MixerShape) -> "RetentionMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return RetentionMixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, turns and scan; names live as long as in `RetentionMixer.forward`."""
+        """Projections, rotation and scan; variables live as long as in `RetentionMixer.forward`."""
         num_heads, num_kv_heads, width = shape.num_heads, shape.num_kv_heads, self.width(shape)
         query, gate = (
             project(tape, "q_proj", x, num_heads, shape.head_dim),
@@ -49,7 +49,7 @@ class Retention(ScanConfig):
         turned = laws.function(tape, rotate_law(tape, query, cos, sin), "nothing")
         query, key = turned, rotate_law(tape, key, cos, sin)
         key, value = repeated_law(tape, key, num_heads), repeated_law(tape, value, num_heads)
-        # one number a head, for every token
+        # one number per head, shared by all tokens
         log_decay = Array((*x.shape[:2], num_heads, 1), "float32", tape.elementwise((num_heads,), "float32").storage)
         out = scan_law.law(tape, query, key, value, log_decay, None)
         with tape.within("o_norm"):
@@ -57,12 +57,12 @@ class Retention(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * width))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """A state for each head."""
+        """Bytes of a float32 state per head."""
         return 4 * shape.num_heads * shape.head_dim * self.width(shape)
 
 
 class RetentionMixer(ProjectedMixer):
-    """S_t = (1 - 2^(-5 - n)) S_(t-1) + k v' in head n, read by q, normalized and gated; q and k turned (equations 5 to 8)."""
+    """S_t = (1 - 2^(-5 - n)) S_(t-1) + k v' in head n, read by q, normalized and gated; q, k are rotated (eqs. 5 to 8)."""
 
     def __init__(self, config: Retention, shape: MixerShape):
         width = config.width(shape)
@@ -72,7 +72,7 @@ class RetentionMixer(ProjectedMixer):
         self.o_norm = GatedRMSNorm(width, shape.norm_eps)
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """The rotary tables."""
+        """Makes the rotary tables."""
         layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
@@ -91,6 +91,6 @@ class RetentionMixer(ProjectedMixer):
 
 
 def log_decays(query: Tensor) -> Tensor:
-    """(N, 1) of (B, T, N, H)."""
+    """Log decays per head, (N, 1), for (B, T, N, H) queries."""
     heads = torch.arange(query.shape[2], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     return torch.log1p(-torch.exp2(-5 - heads))[:, None]

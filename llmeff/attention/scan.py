@@ -1,13 +1,13 @@
-"""The recurrence that all mixers with a state have in common, step by step for decoding and in chunks for training.
+"""The recurrence of all mixers with a state, step by step for decoding and in chunks for training.
 
-A state S of (K, V) is carried from token to token. It decays, gives up what it held for a key (the delta rule), takes in a
-key and its value, and is read by a query:
+A state S of (K, V) passes from token to token. At each token it decays, drops its old value for the key (the delta rule),
+adds the key with its new value, and is read by a query:
 
     S_t = (I - beta_t k_t k_t') diag(exp(g_t)) S_(t-1) + beta_t k_t v_t',    o_t = S_t' q_t
 
-Without beta nothing is given up and values are taken in whole: S_t = diag(exp(g_t)) S_(t-1) + k_t v_t'. In a chunk of C
-tokens, with c_t the sum of g from its start to t, all that depends on no earlier chunk is matrix products (Yang et al.
-2024, arXiv 2312.06635 and 2406.06484; 2412.06464 with decay); between chunks only the state is handed on.
+Without beta nothing is dropped and values are added whole: S_t = diag(exp(g_t)) S_(t-1) + k_t v_t'. Within a chunk of C
+tokens, where c_t is the sum of g from its start to t, everything that does not depend on earlier chunks is a matrix product
+(Yang et al. 2024, arXiv 2312.06635 and 2406.06484; 2412.06464 with decay). Between chunks only the state is passed on.
 """
 
 from collections.abc import Callable
@@ -27,37 +27,35 @@ from llmeff.core.layout import Layout
 # B batch, N heads, T tokens, K key width, V value width, M chunks, C tokens of a chunk, S tokens of a block of a chunk
 
 CHUNK = 64
-"""C, tokens that are taken together."""
+"""C, tokens of a chunk."""
 SEGMENT = 1024
-"""Tokens whose chunks are computed at once, and again in backward: between segments only states are kept."""
+"""Tokens whose chunks are computed at once, and recomputed in backward. Only the states between segments are saved."""
 BLOCK = 16
-"""S, tokens over which decays of single channels are put into their keys. A larger block could overflow."""
+"""S, tokens over which per-channel decays are folded into the keys. A larger block could overflow."""
 LEAST = -5.0
-"""The least g of a channel that has its own: exp(-LEAST * BLOCK) is still a float32. It leaves 0.7 % of the state."""
+"""Lower bound of a per-channel g, so that exp(-LEAST * BLOCK) fits in float32. It leaves 0.7 % of the state."""
 
 
 class ScanConfig(MixerConfig):
-    """A mixer whose tokens go through the recurrence."""
+    """A mixer that uses the recurrence."""
 
     kernel: Literal["auto", "torch", "fla"] = "auto"
-    """What computes it. torch: this package's own form, anywhere. fla: flash-linear-attention's, for whole sequences on GPUs;
-    torch's on a CPU, under `runtime.deterministic`, since Triton chooses its kernels by timing, and for odd widths and decays
-    that it refuses. auto: fla where it is installed and products are in half precision; a mixer whose sums are float32 takes
-    it only where asked. Prices are torch's."""
+    """Implementation of the recurrence. torch: this package's own, anywhere. fla: flash-linear-attention for whole sequences
+    on GPUs; torch on CPUs, with `runtime.deterministic` (Triton chooses its kernels by timing), and for odd widths and decays
+    that fla refuses. auto: fla if it is installed and products are in half precision, otherwise torch; a mixer with float32
+    sums uses fla only if `kernel` is fla. Prices are those of torch."""
     gates_heads: ClassVar[bool] = False
-    """Whether heads have a decay each that changes from token to token."""
+    """Whether each head has a decay that changes from token to token."""
     fuses: ClassVar[frozenset[str]] = frozenset()
-    """What flash-linear-attention computes of it beside the scan, by the names of `llmeff.attention.fla`."""
+    """Operations besides the scan that flash-linear-attention computes, by their names in `llmeff.attention.fla`."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """The package, or a GPU for it."""
+        """Reports a missing package, or a missing GPU for it."""
         if self.kernel != "fla":
             return []
         found = [] if fla.is_installed() else [f"mixer {self.name!r}: kernel 'fla' {fla.MISSING}"]
         if on_cpu:
-            found.append(
-                f"mixer {self.name!r}: kernel 'fla' runs on GPUs alone, and this run is on the CPU; use 'auto'"
-            )
+            found.append(f"mixer {self.name!r}: kernel 'fla' runs only on GPUs, but this run is on the CPU; use 'auto'")
         elif self.gates_heads and fla.is_flawed():
             found.append(f"mixer {self.name!r}: kernel 'fla' {fla.FLAW}; or use 'auto'")
         return found
@@ -134,18 +132,18 @@ def _mix_by_torch(*given: Tensor | None, documents: Tensor | None, state: Tensor
 def step(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token.
+    """Advances by one token.
 
     Args:
         query: (B, N, K).
         key: (B, N, K).
         value: (B, N, V).
-        log_decay: g, (B, N, K), or (B, N, 1) where a head's channels have one in common; None: 0.
-        beta: (B, N); None: there is no delta rule.
-        state: (B, N, K, V), of the token before; left as it is.
+        log_decay: g, (B, N, K), or (B, N, 1) if a head's channels share one; None: 0.
+        beta: (B, N); None: no delta rule.
+        state: (B, N, K, V), after the previous token; not modified.
 
     Returns:
-        (B, N, V) and the state.
+        (B, N, V), and the state after the token, (B, N, K, V).
     """
     if log_decay is not None:
         state = state * log_decay.exp()[..., None]
@@ -167,22 +165,22 @@ def scan(
     chunk: int = CHUNK,
     segment: int = SEGMENT,
 ) -> tuple[Tensor, Tensor]:
-    """All tokens, in chunks; for backward the arguments alone are kept, and a state for each segment.
+    """Scans all tokens in chunks. For backward only the arguments and one state per segment are saved.
 
     Args:
         query: (B, N, T, K).
         key: (B, N, T, K).
         value: (B, N, T, V).
-        log_decay: g, at most 0. (B, N, T, 1) where a head's channels have one in common, or (B, N, T, K), and then at
-            least `LEAST`; None: 0.
-        beta: (B, N, T); None: there is no delta rule.
-        documents: (B, T); a document's tokens are neighbours, and where a new one begins, the state is 0. None: one a row.
-        state: (B, N, K, V), before the first token; it belongs to the first document. None: 0.
-        chunk: C; with decays of single channels a multiple of `BLOCK`.
-        segment: tokens that are computed at once; a multiple of C.
+        log_decay: g, at most 0. (B, N, T, 1) if a head's channels share one, or (B, N, T, K), then at least `LEAST`;
+            None: 0.
+        beta: (B, N, T); None: no delta rule.
+        documents: (B, T); each document is contiguous, and the state starts at 0 in each. None: one document per row.
+        state: (B, N, K, V) before the first token, part of the first document. None: 0.
+        chunk: C; a multiple of `BLOCK` if decays are per channel.
+        segment: tokens computed at once; a multiple of C.
 
     Returns:
-        (B, N, T, V), and the state after the last token, of its document.
+        (B, N, T, V), and the state of the last document after the last token, (B, N, K, V).
     """
     if state is None:
         state = value.new_zeros((*value.shape[:2], key.shape[-1], value.shape[-1]))
@@ -192,7 +190,7 @@ def scan(
 
 
 def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_scan` as a compiler can follow it, which decides by itself what is kept and what is computed again."""
+    """`_scan` in a form that torch.compile can trace; the compiler decides what is saved and what is recomputed."""
     *rows, state = given
     assert rows[2] is not None
     assert state is not None
@@ -205,7 +203,7 @@ def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor |
 
 
 class _Scan(torch.autograd.Function):
-    """Segments one after another, each from the state that the one before left."""
+    """Computes segments one after another; each starts from the final state of the one before."""
 
     @staticmethod
     def forward(
@@ -216,7 +214,10 @@ class _Scan(torch.autograd.Function):
         assert value is not None
         assert state is not None
         batch, heads, length, width = value.shape
-        out, states = value.new_empty(batch, length, heads, width).transpose(1, 2), []  # lies as mixers go on with it
+        out, states = (
+            value.new_empty(batch, length, heads, width).transpose(1, 2),
+            [],
+        )  # memory layout that mixers use next
         for index, part in enumerate(_segments(value.shape[2], sizes[1])):
             states.append(state)
             own: list[Any] = [*(None if x is None else x[:, :, part] for x in rows), state]
@@ -227,8 +228,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: Tensor, above_state: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what is computed again below would count as a constant
-            raise RuntimeError("the scan is differentiated once, not twice (create_graph=True)")
+        if torch.is_grad_enabled():  # recomputed values would count as constants
+            raise RuntimeError("the scan can be differentiated only once, not twice (create_graph=True)")
         documents, *saved = ctx.saved_tensors
         rows, states = saved[:5], saved[5:]
         needed = [x is not None and need for x, need in zip(rows, ctx.needs_input_grad[2:], strict=False)]
@@ -238,7 +239,7 @@ class _Scan(torch.autograd.Function):
             own.append(states[index].detach())
             leaves = [x.requires_grad_() for x, need in zip(own, (*needed, True), strict=True) if need]
             with torch.enable_grad():
-                # what was mixed is not needed again, only how to go back from it
+                # the output is not needed again, only its graph
                 ends = list(map(get_gradient_edge, _segment(ctx.sizes[0], _part(documents, part, index), *own)))
             # one copy here saves one in each product
             *found, above_state = torch.autograd.grad(ends, leaves, (above[:, :, part].contiguous(), above_state))
@@ -257,7 +258,7 @@ def _segments(length: int, segment: int) -> list[slice]:
 
 
 def _part(documents: Tensor | None, part: slice, index: int) -> Tensor | None:
-    """A segment's documents, after that of the token before it."""
+    """The documents of a segment, preceded by that of the token before it."""
     if documents is None:
         return None
     first = part.start - 1 if index else 0
@@ -274,7 +275,7 @@ def _segment(
     beta: Tensor | None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`scan` of one segment, as autograd can follow it; `documents` begins with that of the state."""
+    """`scan` of one segment in a form that autograd can trace; `documents` begins with the state's document."""
     length = key.shape[2]
     missing = -length % chunk
     query, key, value = (_chunks(x, missing, chunk) for x in (query, key, value))
@@ -309,20 +310,20 @@ def _segment(
 
 
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
-    """(B, N, T, .) to (B, N, M, C, .), with zeros in the last chunk's free places: they neither decay nor add."""
+    """(B, N, T, .) to (B, N, M, C, .), padded with zeros, which neither decay nor add."""
     # one copy here saves one in each product
     x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
     return cast(Tensor, x.unflatten(2, (-1, chunk)))
 
 
 def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
-    """(B, 1 + T) to (B, M, C); free places belong to the last document."""
+    """(B, 1 + T) documents to (B, M, C); padding belongs to the last document."""
     own = documents[:, 1:]
     return cast(Tensor, torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk)))
 
 
 def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.device) -> Tensor:
-    """Which tokens of its chunk each sees: (C, C), or (B, 1, M, C, C)."""
+    """Which tokens of its chunk each token sees: (C, C), or (B, 1, M, C, C) with documents."""
     sees = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
     if documents is None:
         return sees
@@ -331,11 +332,11 @@ def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.de
 
 
 def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What ends with a document, in chunks.
+    """What crosses document borders in each chunk.
 
     Returns:
-        whether the state before a chunk reaches each token, whether each token stays in the state after it, (B, 1, M, C, 1),
-        and whether the first state goes on into the second, (B, 1, M, 1, 1).
+        Whether the state before the chunk reaches each token, and whether each token stays in the state after the chunk,
+        both (B, 1, M, C, 1), and whether the state before continues into the state after, (B, 1, M, 1, 1).
     """
     parts = _parts(documents, missing, chunk)
     last = parts[..., -1]
@@ -346,7 +347,7 @@ def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tenso
 
 
 def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Tensor:
-    """Sum over channels of rows_t exp(c_t - c_s) keys_s where t sees s: (B, N, M, C, C)."""
+    """(B, N, M, C, C): sum over channels of rows_t exp(c_t - c_s) keys_s if t sees s, else 0."""
     if decay is None:
         return (rows @ keys.mT).masked_fill(~sees, 0)
     if decay.shape[-1] == 1:
@@ -365,8 +366,8 @@ def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Te
 class _HandOn(torch.autograd.Function):
     """States from chunk to chunk: U_i = u_i - w_i S_i, S_(i+1) = a_i S_i + k_i' U_i.
 
-    Autograd would take down every step of the loop; here backward is a loop of as many products, the gradients of all chunks'
-    inputs are one product each.
+    Autograd would record every step of the loop. Here backward is a loop with as many products, and the gradient of each
+    input takes a single product over all chunks.
     """
 
     @staticmethod
@@ -389,7 +390,7 @@ class _HandOn(torch.autograd.Function):
         ctx.save_for_backward(keys, taken, carry, erased, states)
         if erased is None:
             ctx.mark_non_differentiable(taken)
-            ctx.set_materialize_grads(False)  # its gradient would be zeros, as large as all values
+            ctx.set_materialize_grads(False)  # its gradient would be zeros of the size of all values
         return states, state, taken
 
     @staticmethod
@@ -422,6 +423,6 @@ _apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HandOn.apply
 def _hand_on(
     keys: Tensor, values: Tensor, carry: Tensor | None, erased: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The states before each chunk (B, N, M, K, V), the one after the last, and what each chunk takes in (B, N, M, C, V)."""
+    """States before each chunk, (B, N, M, K, V), the state after the last, and the values that chunks add, (B, N, M, C, V)."""
     states, end, taken = _apply(keys, values, carry, erased, state)
     return states, end, values if erased is None else taken

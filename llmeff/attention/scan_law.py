@@ -1,4 +1,4 @@
-"""The price of `scan.mix` in training: its products, what it keeps, and what lives while segments are computed again."""
+"""The price of `scan.mix` in training: its products, what it saves, and what lives while segments are recomputed."""
 
 from functools import partial
 from typing import Any
@@ -23,9 +23,9 @@ def law(
     *,
     is_convolved: bool = False,
 ) -> Array:
-    """(B, T, N, .) as `mix` is given them, to (B, T, N, V); names live as long as in `_Scan.forward`.
+    """Inputs of `mix`, (B, T, N, .), to (B, T, N, V); variables live as long as in `_Scan.forward`.
 
-    Queries, keys and values that a convolution made lie with their channels before tokens.
+    Queries, keys and values that come from a convolution have channels before tokens in memory.
     """
     rows: _Rows = [None if x is None else laws.cast(tape, x, "float32") for x in (query, key, value, log_decay, beta)]
     del query, key, value, log_decay, beta
@@ -47,13 +47,13 @@ def law(
 
 
 def _dense(shape: tuple[int, ...], is_convolved: bool) -> tuple[bool, bool]:
-    """Whether parts of (B, T, N, .) lie as (B, N, L, .) already: those that may come of a convolution, and the others."""
+    """Whether parts of (B, T, N, .) already have the memory layout of (B, N, L, .): after a convolution, and otherwise."""
     is_dense = shape[2] == 1 and (shape[0] == 1 or shape[1] <= SEGMENT)
     return is_dense and not is_convolved, is_dense
 
 
 def _part(rows: _Rows, start: int) -> _Rows:
-    """A segment's (B, N, L, .) of (B, T, N, .)."""
+    """(B, T, N, .) to the (B, N, L, .) of one segment."""
     return [
         None
         if x is None
@@ -84,7 +84,7 @@ def _back(
 
 
 def _given(tape: Tape, part: Array, above: list[Array], is_dense: bool) -> list[Array]:
-    """Gradients of a segment's results: the part of one that lies (B, T, N, .), dense, and that of the state."""
+    """Gradients of a segment's results: a dense part of the output's gradient, stored as (B, T, N, .), and the state's."""
     return [part if is_dense else tape.new(part.shape, part.dtype), *above]
 
 
@@ -99,7 +99,7 @@ def _segment(
     beta: Array | None,
     state: Array,
 ) -> tuple[Array, Array]:
-    """Names live as long as in `scan._segment`."""
+    """The price of `scan._segment`; variables live as long as there."""
     length, width = key.shape[2], value.shape[-1]
     query, key, value = (_chunks(tape, x, are_dense) for x in (query, key, value))
     decay = None if log_decay is None else _function(tape, _chunks(tape, log_decay, is_dense))
@@ -132,12 +132,12 @@ def _segment(
 
 
 def _node(tape: Tape, inputs: tuple[Array, ...], backward: Backward) -> Node | None:
-    """Of an operation that keeps nothing; None where no gradient is wanted: of decays that are constants."""
+    """Node of an operation that saves nothing. None: no gradient is needed, as for constant decays."""
     return None if all(x.node is None for x in inputs) else tape.save(inputs, (), backward)
 
 
 def _function(tape: Tape, x: Array) -> Array:
-    """Any function of single numbers: what its backward needs of them is kept by the product that takes them."""
+    """An elementwise function; the product that uses its result already saves what backward needs."""
     return tape.elementwise(x.shape, x.dtype) if x.node is None else laws.function(tape, x, "nothing")
 
 
@@ -164,7 +164,7 @@ def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Arra
 
 
 def _cut(tape: Tape, x: Array, length: int) -> Array:
-    """The first tokens of (B, N, M, C, V)."""
+    """(B, N, M, C, V) to its first `length` tokens, (B, N, T, V)."""
     if x.shape[2] * CHUNK == length:
         return Array((*x.shape[:2], length, x.shape[-1]), x.dtype, x.storage, x.node)
     return laws.view(tape, x, (*x.shape[:2], length, x.shape[-1]))
@@ -176,7 +176,7 @@ def _last(tape: Tape, decay: Array) -> Array:
 
 
 def _less(tape: Tape, left: Array, right: Array, shape: tuple[int, ...] | None = None) -> Array:
-    """The difference."""
+    """The price of left - right."""
     back = partial(_less_back, tape, left.shape, right.shape)
     return tape.elementwise(shape or right.shape, "float32", _node(tape, (left, right), back))
 
@@ -245,7 +245,7 @@ def _blocks_back(shapes: list[tuple[int, ...]], gradient: Array) -> tuple[Array,
 
 
 def _solve(tape: Tape, overlap: Array, right: Array) -> Array:
-    """A triangular system: as many multiply-adds as half a product has."""
+    """The price of a triangular solve, which has half the multiply-adds of a product."""
     flops = right.size * CHUNK
     node = tape.save((overlap, right), (overlap,), partial(_solve_back, tape, flops))
     tape.contract(flops)
@@ -255,7 +255,7 @@ def _solve(tape: Tape, overlap: Array, right: Array) -> Array:
 
 
 def _solve_back(tape: Tape, flops: int, gradient: Array, overlap: Array, solved: Array) -> tuple[Array, Array]:
-    """The transposed system for the right side, and a whole product for the matrix."""
+    """Backward: the transposed system for the right side, and a full product for the matrix."""
     tape.execute(3 * flops)
     grad_right = tape.new(solved.shape, solved.dtype)
     grad_overlap = tape.new(overlap.shape, overlap.dtype)
@@ -266,7 +266,7 @@ def _solve_back(tape: Tape, flops: int, gradient: Array, overlap: Array, solved:
 def _hand_on(
     tape: Tape, keys: Array, values: Array, carry: Array | None, erased: Array | None, state: Array
 ) -> tuple[Array, Array, Array]:
-    """`scan._HandOn`."""
+    """The price of `scan._HandOn`."""
     num_rows, num_heads, num_chunks, _, width = keys.shape
     flops = 2 * keys.size * values.shape[-1] * (1 if erased is None else 2)
     tape.contract(flops)
@@ -309,7 +309,7 @@ def _hand_on_back(
     gradient: Array,
     *_: Array,
 ) -> tuple[Array | None, ...]:
-    """`learns`: decays are no constants."""
+    """Backward of `_hand_on`; `learns` tells whether decays need gradients."""
     tape.execute(2 * flops)
     keys, values, carry, erased = shapes
     assert keys is not None

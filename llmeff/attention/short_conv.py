@@ -18,9 +18,9 @@ from llmeff.cost.workspace import depthwise_room
 
 
 class ShortConv(Initialized):
-    """silu(sum over i < W of w_i x_(t - i)), each channel by itself, as in Mamba (Gu and Dao 2023).
+    """silu(sum over i < W of w_i x_(t - i)) per channel, as in Mamba (Gu and Dao 2023).
 
-    Tokens of another document and padding count as 0.
+    Tokens of other documents and padding count as 0.
 
     Args:
         num_channels: C.
@@ -35,7 +35,7 @@ class ShortConv(Initialized):
         self.bias = torch.nn.Parameter(torch.empty(num_channels)) if has_bias else None
 
     def initial(self) -> dict[str, Tensor]:
-        """Uniform, as torch's own convolutions begin; a bias of 0."""
+        """Uniform weights, as in torch's convolutions, and a bias of 0."""
         bound = 1 / math.sqrt(self.taps)
         found = {"weight": torch.empty_like(self.weight).uniform_(-bound, bound)}
         return found if self.bias is None else found | {"bias": torch.zeros_like(self.bias)}
@@ -43,7 +43,7 @@ class ShortConv(Initialized):
     def forward(
         self, x: Tensor, layout: Layout, cache: LayerCache | None = None, name: str = "conv", *, fused: bool = False
     ) -> Tensor:
-        """(B, T, C) to the same; the cache keeps the last W - 1 tokens under `name`; `fused` as `fla.fuses` has it."""
+        """(B, T, C) to (B, T, C). The cache keeps the last W - 1 tokens under `name`; `fused` is the result of `fla.fuses`."""
         length = x.shape[1]
         x = layout.cleared(x)
         if fused:
@@ -53,7 +53,7 @@ class ShortConv(Initialized):
             before = x.new_zeros((x.shape[0], self.taps - 1, x.shape[2]))
         whole = torch.cat((before.to(x.dtype), x), dim=1)
         if cache is not None:
-            # a copy: a view would keep all tokens
+            # a copy, since a view would keep all tokens alive
             cache.keep(name, whole[:, whole.shape[1] - self.taps + 1 :].detach().clone())
         if layout.documents is None:
             mixed = F.conv1d(whole.mT, self.weight, self.bias, groups=x.shape[2]).mT
@@ -69,7 +69,7 @@ class ShortConv(Initialized):
 
 
 def law(tape: Tape, x: Array, taps: int, *, has_bias: bool = False) -> Array:
-    """The price of a `ShortConv` without a cache, within it on the tape; names live as long as in its forward."""
+    """The price of a `ShortConv` without a cache, inside its scope; variables live as long as in its forward."""
     num_rows, length, channels = x.shape
     weight = tape.weight("weight", channels, 1, taps)
     bias = tape.weight("bias", channels) if has_bias else None
@@ -83,7 +83,7 @@ def law(tape: Tape, x: Array, taps: int, *, has_bias: bool = False) -> Array:
 
 
 def _convolution_law(tape: Tape, whole: Array, weight: Array, bias: Array | None) -> Array:
-    """(B, C, W - 1 + T) to (B, C, T)."""
+    """The price of the convolution, (B, C, W - 1 + T) to (B, C, T)."""
     whole, weight = laws.autocast(tape, whole), laws.autocast_weight(tape, weight)
     bias = None if bias is None else laws.autocast_weight(tape, bias)
     num_rows, channels, length = whole.shape
@@ -111,12 +111,12 @@ def _convolution_back(
 
 
 def _packed_law(tape: Tape, x: Array, whole: Array, weight: Array, bias: Array | None, taps: int) -> Array:
-    """A product for each tap, where documents end within a row."""
+    """The price with packed documents: a product per tap."""
     num_rows, length, channels = x.shape
     weights = laws.cast(tape, weight, x.dtype)
 
     def tap(own: Array) -> Array:
-        # of views, each with a gradient of its own as wide as what it is a view of
+        # each view has its own gradient, as large as the array that it views
         view = Array((channels,), weights.dtype, weights.storage, weights.node)
         return laws.times(tape, own, view)
 

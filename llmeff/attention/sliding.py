@@ -1,4 +1,4 @@
-"""Softmax attention over the last few tokens, with sinks and global tokens that are seen from afar."""
+"""Softmax attention over the last tokens, with sinks and global tokens that all later tokens see."""
 
 from functools import cache as memoized
 from functools import partial
@@ -19,50 +19,51 @@ from llmeff.core.layout import Layout
 from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 
-# B batch, T queries, S keys, N heads, K key-value heads, H head width; M blocks of C queries, G keys that a block is given
+# B batch, T queries, S keys, N heads, K key-value heads, H head width; M blocks of C queries, G keys per block
 
 LEAST_BLOCK = 16
-"""The fewest tokens of a block: so many of a tiny window's are taken at once, although few of its pairs are seen."""
+"""Smallest block in tokens. Tiny windows use it too, although few of its pairs are seen."""
 
 
 class Sliding(HeadsConfig):
-    """Softmax attention over the last `window` tokens, itself among them (Beltagy et al. 2020; as in Mistral)."""
+    """Softmax attention of each token to the last `window` tokens, itself included (Beltagy et al. 2020; as in Mistral)."""
 
     name: Literal["sliding"] = "sliding"
     window: Count = 256
-    """Tokens back to which a token sees, itself among them."""
+    """How many tokens a token sees, itself included."""
     sinks: CountOrZero = 0
-    """The first tokens of a document, which all of its tokens see (Xiao et al. 2023, arXiv 2309.17453)."""
+    """How many first tokens of a document are seen by all its tokens (Xiao et al. 2023, arXiv 2309.17453)."""
     global_every: Count | None = None
-    """The last of every so many tokens of a document is seen by all after it: the `fixed` pattern of Child et al. 2019, the
-    causal case of the global tokens of Longformer and BigBird. The cache then grows by one key so often. None: none is."""
+    """Every this many tokens of a document, the last one is seen by all later tokens: the `fixed` pattern of Child et al.
+    2019, the causal case of global tokens in Longformer and BigBird. The cache then grows by a key as often. None: no global
+    tokens."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Sliding":
         if self.sinks > self.window:
-            raise ValueError(f"sinks {self.sinks} are more than the window of {self.window} tokens: give fewer")
+            raise ValueError(f"sinks {self.sinks} is more than the window of {self.window} tokens: give fewer")
         if self.global_every == 1:
-            raise ValueError("global_every 1 lets all tokens see all before them: take the mixer 'softmax'")
+            raise ValueError("global_every 1 lets every token see all earlier ones: use the mixer 'softmax'")
         return self
 
     def build(self, shape: MixerShape) -> "SlidingMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return SlidingMixer(self, shape)
 
     @property
     def block(self) -> int:
-        """C: a query sees no further back than into the block before its own, but for sinks and global tokens."""
+        """C. Except for sinks and global tokens, a query sees at most back into the block before its own."""
         return max(self.window, LEAST_BLOCK)
 
     def num_kept(self, num_tokens: int) -> int:
-        """How many of a document's first tokens the one after them still sees."""
+        """How many of a document's first `num_tokens` tokens the next token still sees."""
         far = max(0, num_tokens - self.window + 1)
         sinks = min(self.sinks, far)
         every = self.global_every
         return num_tokens - far + sinks + (0 if every is None else far // every - sinks // every)
 
     def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
-        """Blocks of queries, each with the keys that it is given; names live as long as in `slide`."""
+        """The price of attention in blocks of queries with their keys; variables live as long as in `slide`."""
         num_rows, num_heads, num_tokens, head_dim = query.shape
         if num_tokens <= self.window:
             mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
@@ -84,7 +85,7 @@ class Sliding(HeadsConfig):
         return laws.cut(tape, joined, (num_rows, num_tokens, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Keys, values and places of what is still seen."""
+        """Bytes of the keys, values and positions that are still seen."""
         return self.num_kept(num_tokens) * (2 * shape.num_kv_heads * shape.head_dim * number_bytes + 8)
 
 
@@ -96,7 +97,7 @@ class SlidingMixer(HeadsMixer):
         self.config = config
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """The rotary tables, and those of the blocks."""
+        """Makes the rotary tables and those of the blocks."""
         super().prepare(layout, num_rows, dtype)
         num_tokens = layout.positions.shape[-1]
         if num_tokens <= self.config.window:
@@ -110,7 +111,7 @@ class SlidingMixer(HeadsMixer):
         return flex.block_mask(layout, self.config, partial(_sees, self.config))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """In blocks over the whole row, or piece by piece after what is kept."""
+        """Attends in blocks over the whole row or, with a cache, piece by piece after the kept tokens."""
         if query.shape[2] > self.config.window and flex.takes(self.config.kernel, query, cache):
             mixed = flex.attend(query, key, value, self._block_mask(layout))
             return mixed.transpose(1, 2).flatten(-2)
@@ -138,15 +139,15 @@ class SlidingMixer(HeadsMixer):
 def slide(
     config: Sliding, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale q k') v over what the window, sinks and global tokens let each query see; without a T x T matrix.
+    """softmax(scale q k') v over the keys in each query's window, sinks and global tokens, without a T x T matrix.
 
     Args:
-        config: who sees whom, beside the layout.
+        config: window, sinks and global tokens.
         query: (B, N, T, H).
         key: (B, K, S, H) of the layout's past and new tokens; K divides N.
         value: (B, K, S, H).
         layout: documents and padding.
-        scale: of the scores; None: 1 / sqrt(H).
+        scale: factor on the scores; None: 1 / sqrt(H).
 
     Returns:
         (B, T, N H).
@@ -175,14 +176,14 @@ def slide(
 
 
 def _sees(config: Sliding, query: Tensor, key: Tensor) -> Tensor:
-    """Whether a token at one place of a document sees the one at another; below 0 there is none."""
-    # only booleans are as large as all pairs
+    """Whether a query at one position of a document sees a key at another; positions below 0 are empty."""
+    # only booleans have the size of all pairs
     seen = (key > query - config.window) | _is_far_seen(config, key)
     return seen & (key >= 0) & (key <= query)
 
 
 def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
-    """Whether tokens are sinks or global."""
+    """Whether the tokens at these positions are sinks or global tokens."""
     is_sink = places < config.sinks
     if config.global_every is None:
         return is_sink
@@ -190,7 +191,7 @@ def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
 
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores. A query that sees nothing is padding, and is let see all: nobody uses what it gets."""
+    """The bias on the scores. A query that sees nothing is padding; it may see all keys, since its result is unused."""
     sees = sees | ~sees.any(dim=-1, keepdim=True)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
 
@@ -204,7 +205,7 @@ def _attend_places(
     key_places: Tensor,
     scale: float | None = None,
 ) -> Tensor:
-    """The same over keys that may lie in any order: (B, N, T, H) by places (B or 1, T) and (B or 1, S)."""
+    """Attention to keys in any order, (B, N, T, H), given positions of queries, (B or 1, T), and keys, (B or 1, S)."""
     sees = _sees(config, query_places[:, None, :, None], key_places[:, None, None, :])
     return attend_biased(query, key, value, _bias(sees, value.dtype), scale)
 
@@ -216,9 +217,9 @@ def _after(kept: Tensor | None, new: Tensor) -> Tensor:
 def _still_seen(
     config: Sliding, key: Tensor, value: Tensor, places: Tensor, num_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What later tokens will see of keys and values (B, K, S, H) and their places (B, S, 1), `num_tokens` into the row.
+    """The keys and values, (B, K, S, H), and positions, (B, S, 1), that tokens after the first `num_tokens` still see.
 
-    A row with padding has fewer than the others; its places beyond are -1.
+    A row with padding has fewer than the others; its remaining positions are -1.
     """
     num_kept = config.num_kept(num_tokens)
     if num_kept == places.shape[1]:
@@ -231,23 +232,23 @@ def _still_seen(
 
 
 def _num_blocks(config: Sliding, num_tokens: int) -> int:
-    """M."""
+    """M, the number of blocks."""
     return -(-num_tokens // config.block)
 
 
 def _num_given(config: Sliding, num_blocks: int) -> int:
-    """G: a block's own keys and those before, sinks, and as many global ones as there may be."""
+    """G: keys of the block and the block before, sinks, and the most global tokens that a row can have."""
     num_far = 0 if num_blocks < 3 else config.sinks + _num_globals(config, num_blocks)
     return min(num_blocks, 2) * config.block + num_far
 
 
 def _num_globals(config: Sliding, num_blocks: int) -> int:
-    """The most global tokens that a row has before what the last block sees of the block before it."""
+    """The most global tokens that a row can have before the last two blocks."""
     return 0 if config.global_every is None else (num_blocks - 2) * config.block // config.global_every
 
 
 def _blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which keys each block is given, (B M G) of all rows' tokens in a line, and their bias, (B M, 1, C, G)."""
+    """Indices of each block's keys in the concatenated rows, (B M G,), and their bias, (B M, 1, C, G)."""
     key = ("sliding", config.window, config.sinks, config.global_every, num_rows, dtype)
     return layout.tables(key, partial(_make_blocks, config, layout, num_rows, dtype))
 
@@ -261,7 +262,7 @@ def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dt
     index, is_given = near[None], (near >= 0) & (near < num_tokens)
     if num_blocks > 2:
         far = _far(config, places, starts)
-        # what lies in the block before is given already
+        # keys in the block before are included already
         is_given = torch.cat((is_given.expand(len(far), -1, -1), (far >= 0) & (far < starts - size)), dim=-1)
         index = torch.cat((index.expand(len(far), -1, -1), far), dim=-1)
     index = index.clamp(0, num_tokens - 1)
@@ -282,9 +283,9 @@ def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dt
 
 
 def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
-    """(B or 1, M, .): the sinks and global tokens that each block, from `starts` (M, 1) on, may be given beside near ones.
+    """(B or 1, M, .): the sinks and global tokens for the blocks that begin at `starts`, (M, 1), besides the near keys.
 
-    Where a document began before the block before, it is that of the block's first token.
+    Only the document of a block's first token can begin before the previous block.
     """
     first = places[:, starts[:, 0]]
     begins = torch.where(first < 0, places.shape[1], starts[:, 0] - first)
@@ -301,7 +302,7 @@ def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
 
 @memoized
 def _num_pairs(config: Sliding, num_tokens: int) -> int:
-    """How many pairs of query and key a document's tokens make."""
+    """Number of (query, key) pairs in a document that see each other."""
     return sum(config.num_kept(before) + 1 for before in range(num_tokens))
 
 

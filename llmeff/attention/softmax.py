@@ -22,10 +22,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 
     Args:
         query: (B, N, T, H).
-        key: (B, K, S, H), K divides N.
+        key: (B, K, S, H); K divides N.
         value: (B, K, S, H).
-        layout: who sees whom.
-        scale: of the scores; None: 1 / sqrt(H).
+        layout: which tokens see which.
+        scale: factor on the scores; None: 1 / sqrt(H).
 
     Returns:
         (B, N, T, H).
@@ -35,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 
 
 def attend_biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
-    """The same with a summand of the scores, (B or 1, 1, T, S); None: plain causal attention over as many keys."""
+    """The same with a bias on the scores, (B or 1, 1, T, S); None: plain causal attention, with as many keys as queries."""
     grouped = query.shape[1] != key.shape[1]
     kernels.ran(kernels.SDPA)
     return F.scaled_dot_product_attention(
@@ -51,16 +51,16 @@ class Softmax(HeadsConfig):
     name: Literal["softmax"] = "softmax"
 
     def build(self, shape: MixerShape) -> "SoftmaxMixer":
-        """The module."""
+        """Builds a layer's mixer."""
         return SoftmaxMixer(self, shape)
 
     def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
-        """Attention over the whole row."""
+        """The price of attention over the whole row."""
         mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
         return laws.joined_heads(tape, mixed)
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Every key and value."""
+        """Bytes of all keys and values."""
         return 2 * shape.num_kv_heads * shape.head_dim * num_tokens * number_bytes
 
 
@@ -72,7 +72,7 @@ class SoftmaxMixer(HeadsMixer):
         self.kernel = config.kernel
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """The rotary tables, and the bias of documents and padding."""
+        """Makes the rotary tables, and the bias or block mask for documents and padding."""
         super().prepare(layout, num_rows, dtype)
         if self.kernel != "flex" or not layout.positions.is_cuda:
             layout.bias(layout.positions.shape[-1], dtype)
@@ -80,7 +80,7 @@ class SoftmaxMixer(HeadsMixer):
             flex.block_mask(layout, "softmax", _sees)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """Over all tokens of the document."""
+        """Attends to all earlier tokens of the document."""
         if not layout.is_plain and flex.takes(self.kernel, query, cache):
             mixed = flex.attend(query, key, value, flex.block_mask(layout, "softmax", _sees))
             return mixed.transpose(1, 2).flatten(-2)

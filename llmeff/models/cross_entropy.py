@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without the whole logits in memory."""
+"""Cross-entropy over a vocabulary without all logits in memory at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from llmeff.cost.tape import Array, Tape
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Makes the gradients during forward, a chunk of tokens at a time: only one chunk's logits live."""
+    """Computes the gradients during forward, one chunk of tokens at a time, so that only one chunk's logits live."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -52,8 +52,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        if torch.is_grad_enabled():  # the gradients saved would count as constants
-            raise RuntimeError("the chunked cross-entropy is differentiated once, not twice (create_graph=True)")
+        if torch.is_grad_enabled():  # the saved gradients would count as constants
+            raise RuntimeError(
+                "the chunked cross-entropy can be differentiated only once, not twice (create_graph=True)"
+            )
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             # in the loss's format: one over the token count, rounded to bf16, would scale all gradients by up to 0.4 %
@@ -80,26 +82,26 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: in
     Args:
         hidden: (..., D).
         weight: (V, D), the output embedding.
-        targets: (...) int64, `IGNORED_TOKEN` where a token does not count.
-        chunk: tokens whose logits live at once; None for all of them.
+        targets: (...) int64; `IGNORED_TOKEN` if a token does not count.
+        chunk: tokens whose logits live at once; None: all.
 
     Returns:
-        a scalar, float32 (float64 where hidden is).
+        A scalar in float32 (float64 if `hidden` is float64).
     """
     if chunk is None:
         return cross_entropy_of_logits(F.linear(hidden, weight), targets)
     if not torch.is_grad_enabled():
-        # a Function is told that a leaf needs its gradient even where none is recorded
+        # a Function sees leaves as needing gradients even if gradients are disabled
         hidden, weight = hidden.detach(), weight.detach()
     if torch.is_autocast_enabled(hidden.device.type):
-        # autocast does not reach inside a Function: its casts are made here, where autograd sees them
+        # autocast does not reach into a Function, so cast here, where autograd sees it
         compute = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(compute), weight.to(compute)
     return _chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), chunk)
 
 
 def law(tape: Tape, hidden: Array, weight: Array, batch: laws.Batch) -> Array:
-    """The price of `cross_entropy_sum`, by the workload's chunk."""
+    """The price of `cross_entropy_sum` with the workload's chunk."""
     num_tokens, vocabulary = hidden.size // hidden.shape[-1], weight.shape[0]
     if tape.workload.loss_chunk is None:
         logits = laws.linear(tape, hidden.view(num_tokens, hidden.shape[-1]), weight)

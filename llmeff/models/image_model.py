@@ -1,4 +1,4 @@
-"""A trained model of images as files: its config with what prepares a picture for it, and safetensors."""
+"""A trained image model as files: its config with the preparation of pictures, and safetensors."""
 
 from pathlib import Path
 
@@ -14,32 +14,32 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 class Preparation(Config):
-    """What a picture is to a model, and what the model says of it."""
+    """How a picture becomes the model's input, and what the model's classes are called."""
 
     classes: tuple[Text, ...]
-    """K names, in the order of the logits."""
+    """Names of the K classes, in the order of the logits."""
     mean: tuple[Fraction, Fraction, Fraction]
-    """Of red, green and blue in 0..1: taken away."""
+    """Subtracted from red, green and blue in 0..1."""
     std: tuple[Positive, Positive, Positive]
-    """What the rest is divided by."""
+    """Divides the difference."""
     size: tuple[Count, Count]
-    """(H, W) that it was trained on: other pictures are brought to it."""
+    """(H, W) of the training images; other pictures are resized to it."""
 
 
 class _Saved(Config):
-    """`config.json`."""
+    """The content of `config.json`."""
 
     model: ModelConfig
     preparation: Preparation
 
 
 def save_image_model(model: nn.Module, folder: Path, preparation: Preparation) -> None:
-    """Writes a model that its config built.
+    """Writes a model that was built from a config.
 
     Args:
-        model: with its `config`.
-        folder: made if absent.
-        preparation: what pictures are to it.
+        model: the model, with its `config`.
+        folder: folder to write to; made if it does not exist.
+        preparation: how pictures are prepared for the model.
     """
     assert isinstance(model.config, ModelConfig)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ def save_image_model(model: nn.Module, folder: Path, preparation: Preparation) -
 
 
 def load_image_model(folder: Path) -> tuple[nn.Module, Preparation]:
-    """The model in evaluation mode, on the CPU.
+    """Loads a model in evaluation mode on the CPU, and its preparation.
 
     Raises:
-        ConfigError: the folder holds none, or what it holds does not fit together.
+        ConfigError: the folder holds no model, or its config and weights do not match.
     """
     about = validate(_Saved, read(folder / _CONFIG))
     model = about.model.build()

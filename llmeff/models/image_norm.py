@@ -1,4 +1,4 @@
-"""Normalisation of feature maps: by the batch, by the batch of all ranks, by groups of channels, or by frozen statistics."""
+"""Normalization of feature maps: over the batch, the batches of all ranks or channel groups, or with frozen statistics."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,22 +15,22 @@ from llmeff.cost.tape import Array, Tape
 # B batch, C channels, H height, W width
 
 ImageNorm = Literal["batch", "batch_sync", "group", "frozen"]
-"""batch: by the mean and variance of a rank's micro-batch (Ioffe and Szegedy 2015). batch_sync: of the micro-batches of all
-ranks together. group: of each image's groups of channels (Wu and He 2018). frozen: by running statistics that never move,
-which leaves a scale and a shift of each channel."""
+"""batch: with the mean and variance of a rank's micro-batch (Ioffe and Szegedy 2015). batch_sync: with those of the
+micro-batches of all ranks together. group: with those of each image's channel groups (Wu and He 2018). frozen: with running
+statistics that never change, which leaves a scale and a shift per channel."""
 
 EPS = 1e-5
-"""Added under the root."""
+"""Added to the variance."""
 _MOMENTUM = 0.1
 """Weight of the newest batch in running statistics."""
 
 _is_replayed = False
-"""Whether what runs now has run before. No ContextVar, which torch.compile cannot read."""
+"""Whether the current forward pass is a rerun. Not a ContextVar, which torch.compile cannot read."""
 
 
 @contextlib.contextmanager
 def replayed() -> Iterator[None]:
-    """A block in which a forward pass is run again: its batch was seen, and moves no running statistics."""
+    """A block in which a forward pass is rerun. Its batch was seen before, so it does not update running statistics."""
     global _is_replayed
     before, _is_replayed = _is_replayed, True
     try:
@@ -40,15 +40,15 @@ def replayed() -> Iterator[None]:
 
 
 class _SyncedNorm(torch.autograd.Function):
-    """Batch normalization over all ranks: they add up sums, sums of squares and counts, and in backward their gradients."""
+    """Batch normalization over all ranks. Ranks add up sums, sums of squares and counts, and in backward their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # statistics of half precision come in the format of those that they would move
+        # for half precision, statistics come in the format of the running statistics
         unmoved = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, variance = (part.double() for part in torch.batch_norm_update_stats(x, *unmoved, 0.0))
         count = x.numel() // x.shape[1]
-        # in double precision: a mean and a variance of floats lose nothing on the way through sums of squares
+        # in double precision, sums of squares lose nothing of a float32 mean and variance
         sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
         sums = group.total(sums)
         num_channels, total = x.shape[1], sums[-1]
@@ -64,7 +64,7 @@ class _SyncedNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, mean, variance = ctx.saved_tensors
         gradient = gradient.contiguous()
-        # with given statistics: gradient * weight / root, and the sums of gradient * normalized x and of gradient
+        # with given statistics: gradient * weight / std, the sum of gradient * normalized x, and the sum of gradient
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, variance, None, None, False, EPS, [True, True, True]
         )
@@ -82,11 +82,11 @@ _synced_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, T
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization of (B, C, H, W), by running statistics where it does not learn.
+    """Batch normalization of (B, C, H, W); outside training, and if frozen, it uses running statistics.
 
     Args:
         num_channels: C.
-        kind: whose statistics.
+        kind: which statistics to use, see `ImageNorm`.
     """
 
     running_mean: Tensor
@@ -102,7 +102,7 @@ class BatchNorm(nn.Module):
         self.is_synced = kind == "batch_sync"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """(B, C, H, W) to (B, C, H, W)."""
         by_batch = self.training and self.kind != "frozen"
         if not (by_batch and self.is_synced and group.is_shared()):
             mean, variance = self.running_mean, self.running_var
@@ -118,12 +118,12 @@ class BatchNorm(nn.Module):
 
 
 def build(kind: ImageNorm, num_channels: int, num_groups: int) -> nn.Module:
-    """The module for C channels."""
+    """Builds the normalization of `num_channels` channels."""
     return nn.GroupNorm(num_groups, num_channels, EPS) if kind == "group" else BatchNorm(num_channels, kind)
 
 
 def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
-    """The price of the module `build` gives, within its name on the tape."""
+    """The price of the module that `build` makes, inside its scope on the tape."""
     num_channels = x.shape[1]
     weight, bias = tape.weight("weight", num_channels), tape.weight("bias", num_channels)
     synced = kind == "batch_sync" and tape.strategy_law.is_shared
@@ -131,14 +131,14 @@ def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
     if synced:
         tape.strategy_law.send("all_reduce", (2 * num_channels + 1) * _DOUBLE)
     y = tape.elementwise(x.shape, x.dtype, node)
-    # means and inverse deviations; frozen ones are kept anyway
+    # means and inverse standard deviations; frozen ones are buffers
     shape = {"group": (x.shape[0], num_groups), "frozen": (0,)}.get(kind, (num_channels,))
     tape.save_output(node, *(tape.new(shape, "float32") for _ in range(2)))
     return y
 
 
 _DOUBLE = 8
-"""Bytes of a sum that ranks add up."""
+"""Bytes of a number in the sums over ranks."""
 
 
 def _law_back(
@@ -151,10 +151,10 @@ def _law_back(
 
 @torch.no_grad()
 def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Puts the mean over batches, by their images, in the place of the running statistics of every BatchNorm.
+    """Replaces the running statistics of every BatchNorm by their mean over batches, weighted by the number of images.
 
     Args:
-        model: left in the mode that it is in.
+        model: its training mode stays unchanged.
         batches: (B, 3, H, W) each, the same on all ranks.
     """
     norms: list[Any] = [module for module in model.modules() if _moves(module)]
@@ -177,5 +177,5 @@ def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def _moves(module: nn.Module) -> bool:
-    """Whether it has running statistics that a batch moves, ours or torch's own."""
+    """Whether a module, ours or torch's, has running statistics that batches update."""
     return isinstance(module, nn.BatchNorm2d) or (isinstance(module, BatchNorm) and module.kind != "frozen")

@@ -1,9 +1,9 @@
-"""Our attention in transformers' own models: importing this registers every mixer that is a function of queries, keys and values.
+"""llmeff's attention in transformers' own models. Importing this registers the mixers that only use queries, keys and values.
 
-`attn_implementation="llmeff_sliding"` then works wherever a model asks transformers' AttentionInterface, and so do
-`llmeff_softmax`, `llmeff_linear` and `llmeff_performer`. The window is the model's own (`sliding_window`, as Mistral has), or
-what `use` wrote into its config. Models keep keys and values as they always do: `linear` and `performer` make their state of
-these anew for every call. A model that needs what is not done here is an error, and never something else without a word.
+`attn_implementation="llmeff_sliding"` then works in every model that uses transformers' AttentionInterface, and so do
+`llmeff_softmax`, `llmeff_linear` and `llmeff_performer`. The window is the model's own (`sliding_window`, as in Mistral), or
+the one that `use` wrote into its config. Models cache keys and values as usual; `linear` and `performer` recompute their
+state from them in every call. A model that needs an unsupported feature gets an error, never a silently different result.
 """
 
 from collections.abc import Callable
@@ -32,29 +32,29 @@ from llmeff.core.tested import check_tested
 # B batch, T queries, S cached and new tokens, N heads, K key-value heads, H head width, M features
 
 SETTINGS = "llmeff_sliding"
-"""The field of a model's config that holds the settings of its sliding attention; it is saved with the model."""
+"""The field of a model's config with the settings of its sliding attention; it is saved with the model."""
 FEATURES = "llmeff_performer"
-"""The same of Performer's; its random directions are not saved, but follow from a layer's number and its widths."""
+"""The same field for Performer. Its random directions are not saved; they follow from the layer's index and widths."""
 
 _REFUSED = ("softcap", "s_aux")
-"""What some models hand to attention beside the mask, and would compute something else with."""
+"""Arguments of attention in some models that change the result and are not supported here."""
 
 _layouts = WeakTensorKeyDictionary()
-"""The layout of each mask that is in use, with the tables that a model's layers share."""
+"""The layout of each mask in use, with the tables that a model's layers share."""
 
 _directions: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-"""Performer's of each layer, (M, H)."""
+"""Performer's random directions of each layer, (M, H)."""
 
 
 def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
-    """Makes a built transformers model attend by a mixer of queries, keys and values, in all its layers.
+    """Replaces the attention in all layers of a built transformers model by a mixer.
 
     Args:
-        model: any whose attention goes through transformers' AttentionInterface.
+        model: any model whose attention uses transformers' AttentionInterface.
         mixer: `Softmax()`, `Sliding(...)`, `Linear()` or `Performer(...)`; projections and norms stay the model's.
 
     Raises:
-        ConfigError: the model or the mixer is of another kind, or the model has a sliding window of its own.
+        ConfigError: the model or the mixer is not supported, or the model has its own sliding window.
     """
     check_tested("transformers")
     if isinstance(mixer, Softmax | Sliding):
@@ -63,13 +63,13 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
         is_taken = isinstance(mixer, KernelConfig) and mixer.kernel != "fla"
     if not is_taken:
         raise ConfigError(
-            f"mixer is {mixer}: a transformers model takes Softmax(), Sliding(...), Linear() or Performer(...), without "
-            "qk_norm and with the kernel that they have by default"
+            f"mixer is {mixer}: a transformers model supports Softmax(), Sliding(...), Linear() or Performer(...), without "
+            "qk_norm and with the default kernel"
         )
-    # the former is a guess by the source alone, and takes Mamba, which has no attention, for such a model
+    # the first test only guesses from the source code: it accepts Mamba, which has no attention
     if not (model._can_set_attn_implementation() and model._supports_attention_backend):
         raise ConfigError(
-            f"{type(model).__name__} does not ask transformers' AttentionInterface: its attention is its own"
+            f"{type(model).__name__} does not use transformers' AttentionInterface, so its attention cannot be replaced"
         )
     if isinstance(mixer, Sliding):
         fields = mixer.model_dump(exclude={"name", "qk_norm", "kernel"})
@@ -86,7 +86,7 @@ def _check_window(config: Any, fields: dict[str, Any]) -> None:
     own = getattr(config, "sliding_window", None)
     if own is not None:
         raise ConfigError(
-            f"{SETTINGS} is {fields}, and the model has a sliding_window of its own, {own}: set config.sliding_window to None "
+            f"{SETTINGS} is {fields}, but the model has its own sliding_window, {own}: set config.sliding_window to None "
             f"before the model is built, or leave {SETTINGS} out"
         )
 
@@ -103,7 +103,7 @@ def _softmax(
 def _sliding(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same over the window, in those layers that the model has slide."""
+    """The same over the window, in the layers that slide."""
     layout = _checked(module, query, attention_mask, kwargs)
     settings = _settings(module.config, kwargs.get("sliding_window"))
     key, value = _filled(layout, key), _filled(layout, value)
@@ -116,7 +116,7 @@ def _sliding(
 def _linear(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same by the mixer `Linear`; products of its features have no scale."""
+    """The same with the mixer `Linear`, whose products of features have no scale."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_linear")
     query, key, value = _tokens_first(layout, query, key, value)
     query, key, past = positive(query), positive(key), layout.past
@@ -127,7 +127,7 @@ def _linear(
 def _performer(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same by the mixer `Performer`, which estimates `_softmax`."""
+    """The same with the mixer `Performer`, which estimates `_softmax`."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_performer")
     query, key, value = _tokens_first(layout, query, key, value)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -148,25 +148,25 @@ def _performer(
 
 
 def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
-    """(M, H) of a layer."""
+    """The random directions of a layer, (M, H)."""
     found = _directions.get(module)
     if found is None or found.device != query.device:
         mixer = validate(Performer, getattr(module.config, FEATURES, {}))
         width, layer = query.shape[-1], getattr(module, "layer_idx", None) or 0
         like = torch.empty(mixer.width(width), width, dtype=torch.float32, device="cpu")
-        with torch.inference_mode(False):  # a step may use them later
+        with torch.inference_mode(False):  # a training step may use them later
             found = orthogonal(like, torch.Generator().manual_seed(derive(0, FEATURES, layer))).to(query.device)
         _directions[module] = found
     return found
 
 
 def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """(B, N, T, H) queries and (B, K, S, H) keys and values with tokens before heads."""
+    """(B, N, T, H) queries and (B, K, S, H) keys and values, transposed to tokens before heads."""
     return tuple(x.transpose(1, 2) for x in (query, _filled(layout, key), _filled(layout, value)))
 
 
 class _Before:
-    """What the tokens before come to, as a cache that is asked once: the model keeps their keys and values itself."""
+    """The states after the past tokens, as a cache for one call; the model itself keeps their keys and values."""
 
     def __init__(self, **states: Tensor):
         self._states = states
@@ -175,14 +175,14 @@ class _Before:
         return self._states.get(name)
 
     def keep(self, name: str, state: Tensor) -> None:
-        """Nothing is."""
+        """Keeps nothing: the next call recomputes the states."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
 def _sums(key: Tensor, value: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    """The state of `kernel.weighed` after the layout's past, one product: (B, N, M, H + 1) of (B, S, K, M) and (B, S, K, H)."""
+    """The state of `kernel.weighed` after past tokens, (B, N, M, H + 1), from (B, S, K, M) keys and (B, S, K, H) values."""
     if layout.padding is not None:
         key = key.masked_fill(~layout.padding[:, : layout.past, None, None], 0)
     with torch.autocast(key.device.type, enabled=False):
@@ -191,14 +191,14 @@ def _sums(key: Tensor, value: Tensor, layout: Layout, num_heads: int) -> Tensor:
 
 
 def _settings(config: Any, layer_window: int | None) -> Sliding | None:
-    """Who sees whom in a layer; None: everybody, in a model of which only some layers slide."""
+    """The window of a layer. None: the layer sees all tokens, in a model where only some layers slide."""
     fields = getattr(config, SETTINGS, None)
     if fields is not None:
         _check_window(config, fields)
         return validate(Sliding, fields)
     if getattr(config, "sliding_window", None) is None:
         raise ConfigError(
-            f"llmeff_sliding needs a window, and {type(config).__name__} has neither sliding_window nor {SETTINGS}: call "
+            f"llmeff_sliding needs a window, but {type(config).__name__} has neither sliding_window nor {SETTINGS}: call "
             "llmeff.models.interface.use(model, Sliding(window=...))"
         )
     return None if layer_window is None else validate(Sliding, {"window": layer_window})
@@ -207,28 +207,28 @@ def _settings(config: Any, layer_window: int | None) -> Sliding | None:
 def _checked(
     module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], sees_all: str | None = None
 ) -> Layout:
-    """The layout that the mask stands for; `sees_all` is the attention's name, where it has no window.
+    """The layout that the mask encodes; `sees_all` is the name of an attention without a window.
 
     Raises:
-        ConfigError: the model asks for what is not done here.
+        ConfigError: the model needs an unsupported feature.
     """
     model = type(module).__name__
     window = kwargs.get("sliding_window")
     if sees_all is not None and window is not None:
-        raise ConfigError(f"sliding_window is {window}: {sees_all} sees all tokens; take llmeff_sliding")
+        raise ConfigError(f"sliding_window is {window}, but {sees_all} sees all tokens; use llmeff_sliding")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise ConfigError(f"{model} is not causal, and llmeff's attention is")
+        raise ConfigError(f"{model} is not causal, but llmeff's attention is")
     if kwargs.get("dropout"):
         raise ConfigError(
-            f"{model} drops {kwargs['dropout']} of its weights; llmeff's attention drops none: set it to 0"
+            f"{model} has an attention dropout of {kwargs['dropout']}, which llmeff's attention does not support: set it to 0"
         )
     for name in _REFUSED:
         if kwargs.get(name) is not None:
-            raise ConfigError(f"{model} asks for {name}, which llmeff's attention does not have")
+            raise ConfigError(f"{model} uses {name}, which llmeff's attention does not support")
     if mask is None or mask.dim() != 2:
         given = "none" if mask is None else f"one of shape {tuple(mask.shape)}"
         raise ConfigError(
-            f"{model} hands on a mask that is not llmeff's ({given}): give attention_mask as (batch, tokens)"
+            f"{model} passes a mask that is not llmeff's ({given}): give attention_mask as (batch, tokens)"
         )
     if mask not in _layouts:
         _layouts[mask] = _checked_packing(_layout(mask, query.shape[2]), kwargs)
@@ -237,42 +237,48 @@ def _checked(
 
 
 def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
-    """The layout, where it has all documents that the model was told of."""
+    """Returns the layout.
+
+    Raises:
+        ConfigError: the arguments pack documents that the layout does not have.
+    """
     if layout.documents is not None or layout.past:
         return layout
     positions = kwargs.get("position_ids")
     borders = kwargs.get("cu_seq_lens_q")
     told = "cu_seq_lens_q" if borders is not None and len(borders) > 2 else None
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        falls = positions.diff(dim=-1) <= 0  # those that only jump ahead may be meant so
+        falls = positions.diff(dim=-1) <= 0  # jumps ahead may be intended
         if layout.padding is not None:
             falls = falls & layout.padding[:, 1:] & layout.padding[:, :-1]
         if bool(falls.any()):
             told = "position_ids"
     if told is not None:
         raise ConfigError(
-            f"{told} has documents begin within a row, but the model's mask does not keep them apart: transformers looks for "
-            "them in position_ids alone, without attention_mask and with use_cache=False"
+            f"by {told}, documents begin within a row, but the model's mask does not keep them apart: transformers finds them "
+            "only in position_ids, without attention_mask and with use_cache=False"
         )
     return layout
 
 
 def _filled(layout: Layout, x: Tensor) -> Tensor:
-    """Keys or values without what a cache of fixed size has room for."""
+    """Keys or values without the unused room of a cache of fixed size."""
     num_tokens = layout.past + layout.positions.shape[-1]
     return x if x.shape[2] == num_tokens else x[:, :, :num_tokens]
 
 
 def _layout(documents: Tensor, num_queries: int) -> Layout:
-    """What `_documents` says, for T queries."""
+    """The layout that a mask of `_documents` encodes, for T queries."""
     past = documents.shape[1] - num_queries
     padding = None if bool(documents.all()) else documents > 0
     places = torch.arange(documents.shape[1], device=documents.device)[None]
     if bool((documents <= 1).all()):
         return Layout(positions=places[:, past:], padding=padding, past=past)
     if past:
-        raise ConfigError("rows of several documents, or chunks, are for training: decode them one by one")
-    # a copy: what holds the mask itself would never let it go
+        raise ConfigError(
+            "rows with several documents, or in chunks, are only for training: decode documents one by one"
+        )
+    # a copy, since a layout that holds the mask itself would never free it
     return Layout(positions=places_in(documents), documents=documents.clone(), padding=padding)
 
 
@@ -288,17 +294,17 @@ def _documents(
     device: torch.device,
     **kwargs: Any,
 ) -> Tensor:
-    """The mask that our functions are handed: (B, S) int64, the number of each token's document, 0 where it is padding.
+    """The mask for our functions: (B, S) int64, the number of each token's document; 0: padding.
 
-    Arguments are those of transformers' mask interface. Documents are told by which tokens see the one before them.
+    The arguments are those of transformers' mask interface. A token that does not see the one before begins a document.
     """
     if use_vmap:
-        raise ConfigError("the model adds to its mask by functions of its own, which llmeff's attention does not take")
+        raise ConfigError("the model has its own mask functions, which llmeff's attention does not support")
     rows = torch.arange(batch_size, device=device)[:, None]
     places = torch.arange(kv_offset, int(q_offset) + q_length, device=device)[None]
     earlier, later = places[:, :-1], places[:, 1:]
     if bool(mask_function(rows, 0, earlier, later).any()):
-        raise ConfigError("the model lets tokens see later ones, and llmeff's attention is causal")
+        raise ConfigError("the model lets tokens see later ones, but llmeff's attention is causal")
     follows = mask_function(rows, 0, later, earlier).expand(batch_size, -1)
     documents = F.pad(follows.logical_not().cumsum(-1), (1, 0)) + 1
     if attention_mask is None:
@@ -309,4 +315,4 @@ def _documents(
 for _mixer, _function in ((Softmax, _softmax), (Sliding, _sliding), (Linear, _linear), (Performer, _performer)):
     _name = f"llmeff_{_mixer.model_fields['name'].default}"
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, _documents)  # without it the mask would be None, and padding be seen
+    AttentionMaskInterface.register(_name, _documents)  # without it the mask would be None, and padding visible

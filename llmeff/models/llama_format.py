@@ -1,4 +1,4 @@
-"""Decoders as folders of safetensors and JSON that transformers loads: stock Llama or Qwen3 wherever the model is one."""
+"""Decoders as folders of safetensors and JSON that transformers loads, as stock Llama or Qwen3 if the model is one."""
 
 import json
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from llmeff.models.model import save_model
 from llmeff.models.transformer import Decoder, DecoderConfig
 
 HEAD = "lm_head.weight"
-"""The output embedding: under one name here and in transformers, and in no file where the embeddings are tied."""
+"""The output embedding. It has the same name here and in transformers, and is not saved if the embeddings are tied."""
 
 _STOCK = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
 
 
 def is_stock(config: DecoderConfig) -> bool:
-    """Whether transformers has the model: one kind of softmax attention, and the same widths in every layer."""
+    """Whether transformers has the model: one kind of softmax attention and the same widths in every layer."""
     shapes = {
         (
             config.layer_mixer(index).model_dump_json(),
@@ -40,20 +40,20 @@ def is_stock(config: DecoderConfig) -> bool:
 
 
 def shared_name(name: str) -> str:
-    """A `Decoder` parameter's name in transformers' models and files."""
+    """The name of a `Decoder` parameter in transformers' models and files."""
     return name if name == HEAD else f"model.{name}"
 
 
 def own_fields(config: DecoderConfig) -> dict[str, Any]:
-    """What llmeff's own format keeps of a config beside the vocabulary and the tying, which are transformers' fields."""
+    """The fields that llmeff's own format saves; the vocabulary and the tying are saved in transformers' fields."""
     return config.model_dump(mode="json", exclude={"name", "vocab_size", "tied_embeddings"})
 
 
 def from_own_fields(fields: Mapping[str, Any], vocab_size: int, tied_embeddings: bool) -> DecoderConfig:
-    """The reverse of `own_fields`.
+    """The inverse of `own_fields`.
 
     Raises:
-        ConfigError: the fields make no decoder.
+        ConfigError: the fields are not a valid decoder's.
     """
     return validate(DecoderConfig, {**fields, "vocab_size": vocab_size, "tied_embeddings": tied_embeddings})
 
@@ -82,7 +82,7 @@ def _architecture(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where readers older than transformers 5 look for it
+        "rope_theta": config.rope_theta,  # for readers older than transformers 5
         "initializer_range": config.initial_std("embed_tokens.weight"),
     }
 
@@ -96,17 +96,17 @@ def save(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and model.safetensors, each whole or not at all, the config last.
+    """Writes config.json, generation_config.json and model.safetensors atomically, the config last.
 
-    A model that `is_stock` is read by plain transformers; any other one needs `import llmeff.models.pretrained` first.
+    Plain transformers reads a model that `is_stock`; other models need `import llmeff.models.pretrained` first.
 
     Args:
-        decoder: the model, in the precision that the file shall have.
-        folder: made if absent.
-        max_position_embeddings: the longest sequence, in tokens, that the model is meant for.
-        bos_token_id: begins a text; None: the tokenizer has none, as for the next two.
-        eos_token_id: ends a text.
-        pad_token_id: fills up the rows of a batch.
+        decoder: the model, in the format that the file will have.
+        folder: folder to write to; made if it does not exist.
+        max_position_embeddings: longest sequence, in tokens, that the model is meant for.
+        bos_token_id: token that begins a text; None: the tokenizer has none.
+        eos_token_id: token that ends a text; None: the tokenizer has none.
+        pad_token_id: token that pads the rows of a batch; None: the tokenizer has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -145,9 +145,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: is no JSON ({error})") from None
+        raise ConfigError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a model's config is a table, this is {type(content).__name__}")
+        raise ConfigError(f"{path}: a model's config is a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -160,7 +160,7 @@ def _stock_fields(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     if kind != "default":
         problems.append(f"rotary positions are {kind!r}, not 'default'")
     if problems:
-        raise ConfigError(f"no decoder of llmeff's: {'; '.join(problems)}")
+        raise ConfigError(f"not supported by llmeff's decoder: {'; '.join(problems)}")
     num_heads, width = raw["num_attention_heads"], raw["hidden_size"]
     head_dim = raw.get("head_dim") or (width // num_heads if model_type == "llama" else 128)
     return {
@@ -178,10 +178,10 @@ def _stock_fields(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """The decoder that a folder's config.json describes.
+    """Reads the decoder's config from a folder's config.json.
 
     Raises:
-        ConfigError: it cannot be read, or describes a model that `Decoder` is not.
+        ConfigError: the file cannot be read, or describes a model that `Decoder` does not support.
     """
     path = folder / "config.json"
     raw = _read_json(path)
@@ -193,7 +193,7 @@ def read_config(folder: Path) -> DecoderConfig:
             fields = _stock_fields(raw, model_type)
         else:
             known = ", ".join([*_STOCK, "llmeff"])
-            raise ConfigError(f"model_type is {model_type!r}; a decoder is read from {known}")
+            raise ConfigError(f"model_type is {model_type!r}, but a decoder is read only from {known}")
         return from_own_fields(fields, raw["vocab_size"], raw.get("tie_word_embeddings", False))
     except KeyError as error:
         raise ConfigError(f"{path}: lacks {error.args[0]}") from None
@@ -217,13 +217,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    """Reads a decoder saved by `save`, or by transformers as a Llama or Qwen3 that `Decoder` can be.
+    """Reads a decoder that `save` wrote, or a Llama or Qwen3 that transformers wrote and `Decoder` supports.
 
     Returns:
-        its config, and its tensors as `core.tensors.copy_tensors` takes them: a tied output embedding is left out.
+        Its config, and its tensors in the form of `core.tensors.copy_tensors`, without a tied output embedding.
 
     Raises:
-        ConfigError: something is absent or damaged, or the tensors are not those of the config.
+        ConfigError: a file is missing or damaged, or the tensors do not match the config.
     """
     config = read_config(folder)
     tensors = _read_tensors(folder)
@@ -237,9 +237,9 @@ def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
         if found is None:
             problems.append(f"lacks {shared_name(name)}")
         elif found.shape != tensor.shape:
-            problems.append(f"{shared_name(name)} is {tuple(found.shape)}, its config says {tuple(tensor.shape)}")
+            problems.append(f"{shared_name(name)} is {tuple(found.shape)}, but by the config {tuple(tensor.shape)}")
     problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - set(map(shared_name, expected)))]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ConfigError(f"{folder}: the weights do not fit: {'; '.join(problems[:3])}{more}")
+        raise ConfigError(f"{folder}: the weights do not match the config: {'; '.join(problems[:3])}{more}")
     return config, {name: tensors[shared_name(name)] for name in expected}

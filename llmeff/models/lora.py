@@ -1,4 +1,4 @@
-"""LoRA: frozen weights with trained updates of low rank beside them (Hu et al. 2022), by the peft library."""
+"""LoRA: frozen weights plus trained low-rank updates (Hu et al. 2022), by the peft library."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,20 +11,24 @@ from llmeff.models.transform import TransformConfig
 
 
 class LoRA(TransformConfig):
-    """W x + alpha / rank B A x: only A and B are trained; the model that is kept has their product added to W."""
+    """W x + alpha / rank B A x. Only A and B are trained; the saved model has their product added to W."""
 
     name: Literal["lora"] = "lora"
     rank: Count = 8
-    """Of the update."""
+    """Rank of the update."""
     alpha: Positive = 16.0
-    """The update is scaled by alpha / rank."""
+    """Scales the update: by alpha / rank."""
     targets: tuple[Text, ...] = ()
-    """Ends of the names of linear layers that are updated (`q_proj`). None: all but the output embedding."""
+    """Linear layers to update, by the ends of their names (`q_proj`). Empty: all except the output embedding."""
     rank_stabilized: Flag = False
-    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    """Scale the update by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freezes the model and puts the updates beside its layers."""
+        """Freezes the model and adds updates to its layers.
+
+        Raises:
+            ConfigError: peft is not installed, or no linear layer has a target's name.
+        """
         try:
             import peft
         except ImportError:
@@ -53,7 +57,7 @@ class LoRA(TransformConfig):
                 yield name
 
     def fold(self, model: nn.Module) -> nn.Module:
-        """Adds the updates to the weights, and takes the layers beside them away."""
+        """Adds the updates to the weights and removes the update layers."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers: list[tuple[str, Any]] = [

@@ -23,21 +23,21 @@ from llmeff.models.pixel_loss import weighted_loss
 
 
 class ModelConfig(Component, family="model"):
-    """Which model a run trains."""
+    """The model that a run trains."""
 
     name: Text
     """The model's name."""
 
     def build(self) -> nn.Module:
-        """The module, initialized from torch's default generator."""
+        """Builds the module, initialized from torch's default generator."""
         raise NotImplementedError(type(self))
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """What a step asks for that the model cannot do. What is merely unwise is a warning.
+        """What a step needs and the model does not support, as messages. Unwise settings only warn.
 
         Args:
             workload: the step.
-            built: what `build` gave; None: nothing is built yet, and asked for is what the config alone tells.
+            built: the module from `build`. None: report what the config alone tells.
         """
         yield from ()
 
@@ -50,51 +50,51 @@ class ModelConfig(Component, family="model"):
         return "nothing"
 
     def batch(self, tape: Tape) -> Any:
-        """A micro-batch as the law sees it."""
+        """A micro-batch in the form that the law takes."""
         return Batch(tape)
 
     def law(self, tape: Tape, batch: Any) -> Array:
-        """The price of a micro-batch's forward in training, to its summed loss."""
+        """The price of a micro-batch's training forward, up to its summed loss."""
         raise NotImplementedError(type(self))
 
     def example(self, workload: Workload) -> dict[str, Any]:
-        """A micro-batch without content, for a model whose step is priced by running it."""
+        """A micro-batch without content, for models that are priced by running a step."""
         raise NotImplementedError(type(self))
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The summed loss of such a micro-batch, as the step makes it.
+        """The summed loss of a micro-batch from `example`, as in a training step.
 
         Args:
-            model: what `build` gave, whatever was changed in it since.
-            batch: of `example`.
+            model: the module from `build`, possibly transformed.
+            batch: the micro-batch from `example`.
         """
         raise NotImplementedError(type(self))
 
     def weights(self) -> list[Weight]:
-        """The trained parameters, by their names in the module."""
+        """The trained parameters, with their names in the module."""
         return weights(self.law, self.batch)
 
     def buffer_bytes(self, number_bytes: int) -> int:
-        """What a rank keeps beside the parameters, at every moment.
+        """Bytes of a rank's buffers, which live all the time.
 
         Args:
-            number_bytes: of a number of the parameters' format, which buffers have too.
+            number_bytes: bytes per number in the format of the parameters, which is also that of buffers.
         """
         return 0
 
     def roles(self) -> dict[str, Role]:
-        """What each trained parameter is, by its name in the module."""
+        """The role of each trained parameter, by its name in the module."""
         with torch.device("meta"):
             module = self.build()
         roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
         return {name: roles[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
     def price(self, workload: Workload, strategy_law: StrategyLaw | None = None) -> Price:
-        """What an optimizer step costs, without the optimizer.
+        """The price of an optimizer step, without the optimizer.
 
         Args:
-            workload: what the step does.
-            strategy_law: what is kept and sent of weights and gradients; None: one process keeps all.
+            workload: the step.
+            strategy_law: the law of how weights and gradients are kept. None: one process keeps them all.
         """
         kept = self.buffer_bytes(NUM_BYTES[workload.precision.parameters])
         buffers = Price({("frozen_bytes", "buffers"): kept, ("peak_bytes", "buffers"): kept})
@@ -102,27 +102,27 @@ class ModelConfig(Component, family="model"):
 
 
 class ImageModelConfig(ModelConfig):
-    """A model that gives every pixel of an image a class."""
+    """A model that assigns a class to every pixel of an image."""
 
     num_classes: Count | Literal["auto"] = "auto"
-    """K. auto: the data's."""
+    """K, number of classes. auto: the data's."""
 
     def classes(self) -> int:
-        """K as a number.
+        """Returns K.
 
         Raises:
-            ValueError: it is still to be resolved from the data.
+            ValueError: `num_classes` is still "auto".
         """
         if self.num_classes == "auto":
             raise ValueError("num_classes is auto: it must be resolved from the data before the model is built")
         return self.num_classes
 
     def batch(self, tape: Tape) -> Images:
-        """Images with their labels."""
+        """Images with their labels, in the form that the law takes."""
         return Images(tape)
 
     def example(self, workload: Workload) -> dict[str, Any]:
-        """Images, labels and the classes' weights."""
+        """Images (B, 3, H, W), labels (B, H, W) and class weights (K,)."""
         assert workload.image_size is not None, "a model of images needs a workload of images"
         num, size = workload.num_sequences, workload.image_size
         return {
@@ -132,24 +132,24 @@ class ImageModelConfig(ModelConfig):
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Of the pixels' logits."""
+        """The weighted loss of the pixels' logits."""
         return weighted_loss(model(batch["images"]), batch["labels"], batch["weights"])
 
     def least_size(self) -> int:
-        """Pixels that each side of an image must have at least."""
+        """Smallest side of an image, in pixels."""
         return 1
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Images that are too small, and weights in another format than theirs."""
+        """Reports images that are too small, and weights in another format than the images."""
         size, least = workload.image_size, self.least_size()
         if built is None and workload.precision.master is not None:
             yield (
-                f"precision {workload.precision_name!r} is not for model {self.name!r}: images and running statistics would "
-                "have to be in the format of its weights; use 'bf16'"
+                f"precision {workload.precision_name!r} is not supported by model {self.name!r}: images and running statistics "
+                "would need the format of its weights; use 'bf16'"
             )
         if built is None and size is not None and min(size) < least:
             yield (
-                f"model {self.name!r} needs images of at least {least} pixels a side, and these have {size[0]} x {size[1]}: "
+                f"model {self.name!r} needs images of at least {least} pixels a side, but these have {size[0]} x {size[1]}: "
                 "give data.size or a larger data.augment.crop"
             )
 
@@ -158,20 +158,20 @@ class LanguageModelConfig(ModelConfig):
     """A model of token sequences."""
 
     vocab_size: Count | Literal["auto"] = "auto"
-    """V. auto: the tokenizer's."""
+    """V, size of the vocabulary. auto: the tokenizer's."""
 
     def vocabulary(self) -> int:
-        """V as a number.
+        """Returns V.
 
         Raises:
-            ValueError: it is still to be resolved from a tokenizer.
+            ValueError: `vocab_size` is still "auto".
         """
         if self.vocab_size == "auto":
             raise ValueError("vocab_size is auto: it must be resolved from the tokenizer before the model is built")
         return self.vocab_size
 
     def example(self, workload: Workload) -> dict[str, Any]:
-        """Tokens and targets, with their layout where documents are kept apart."""
+        """Tokens and targets, (B, T) each, with their layout if documents are kept apart."""
         tokens = torch.zeros(workload.num_sequences, workload.num_tokens, dtype=torch.int64)
         layout = None
         if workload.packed:
@@ -184,27 +184,27 @@ class LanguageModelConfig(ModelConfig):
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """What the model makes of all of it."""
+        """The summed loss that the model returns."""
         loss: Tensor = model(**batch)
         return loss
 
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer that the model's weights were trained with; None: weights are new, or it is not there."""
+        """Folder of the tokenizer that the weights were trained with. None: the weights are new, or it is missing."""
         return None
 
     def chunks_logits(self) -> bool:
-        """Whether the loss can be made of a few tokens' logits at a time."""
+        """Whether the loss can be computed from the logits of a few tokens at a time."""
         return True
 
 
 @singledispatch
 def save_model(model: nn.Module, folder: Path, *, max_length: int, end_id: int) -> None:
-    """Writes a model as config.json and safetensors; each kind of model registers how.
+    """Writes a model as config.json and safetensors; each kind of model registers its own writer.
 
     Args:
         model: the trained model.
-        folder: made if absent.
-        max_length: the longest sequence, in tokens, that it was trained on.
-        end_id: the token that begins and ends a document.
+        folder: folder to write to; made if it does not exist.
+        max_length: longest sequence, in tokens, that the model was trained on.
+        end_id: id of the token that begins and ends a document.
     """
     raise NotImplementedError(type(model))

@@ -8,7 +8,7 @@ from llmeff.core.ignored import IGNORED_PIXEL
 
 
 def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each pixel in nats, (B, H, W); 0 where a pixel does not count.
+    """Cross-entropy of each pixel in nats, (B, H, W); 0 for pixels that do not count.
 
     Args:
         logits: (B, K, H, W).
@@ -16,7 +16,7 @@ def pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if not torch.are_deterministic_algorithms_enabled():
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_PIXEL, reduction="none")
-    # of images, torch's own has no form for a GPU that it counts as repeatable
+    # torch has no deterministic form of its own for images on a GPU
     known = labels.masked_fill(labels == IGNORED_PIXEL, 0)
     losses = -logits.log_softmax(1).gather(1, known[:, None])[:, 0]
     return losses.masked_fill(labels == IGNORED_PIXEL, 0)

@@ -1,4 +1,4 @@
-"""The Hugging Face face of the decoder: its layers as a transformers model, with cache, `generate` and the Auto classes."""
+"""The decoder for Hugging Face: its layers as a transformers model, with cache, `generate` and the Auto classes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,33 +33,33 @@ from llmeff.models.transformer import Decoder, DecoderConfig, Layer
 
 _CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
-"""What this release of transformers calls a cache, in a model's arguments and in its output: `cache` from 5.24 on."""
+"""This release's name of the cache in a model's arguments and output: `cache` from transformers 5.24 on."""
 _PASSED = {"output_hidden_states", "output_attentions", "num_items_in_batch", "ignore_index", "shift_labels"}
-"""What a model takes beside the arguments of its own: for transformers' decorators and for its loss."""
+"""Arguments that a model accepts besides its own, for transformers' decorators and its loss."""
 
 
 class LlmeffConfig(PreTrainedConfig):
-    """A `DecoderConfig` as transformers keeps it: `decoder_config` beside the fields that transformers knows."""
+    """A `DecoderConfig` in transformers' form: `decoder_config`, and the fields that transformers knows."""
 
     model_type = "llmeff"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     decoder_config: dict[str, Any] | None = None
-    """`DecoderConfig`'s fields, less the vocabulary and the tying; those left out have its defaults."""
+    """Fields of `DecoderConfig` without the vocabulary and the tying; missing fields have its defaults. None: all have."""
     vocab_size: int = 256
-    """V."""
+    """V, size of the vocabulary."""
     tie_word_embeddings: bool = True
-    """One matrix embeds the tokens and gives the logits."""
+    """Use one matrix to embed the tokens and to compute the logits."""
     max_position_embeddings: int = 1024
-    """The longest sequence, in tokens, that the model is meant for."""
+    """Longest sequence, in tokens, that the model is meant for."""
     use_cache: bool = True
-    """Keep keys and values for decoding unless a call says otherwise."""
+    """Keep keys and values for decoding, unless a call says otherwise."""
     bos_token_id: int | None = None
-    """Begins a text."""
+    """Token that begins a text. None: there is none."""
     eos_token_id: int | list[int] | None = None
-    """Ends a text."""
+    """Token that ends a text. None: there is none."""
     pad_token_id: int | None = None
-    """Fills up the rows of a batch."""
+    """Token that pads the rows of a batch. None: there is none."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.decoder_config = own_fields(self._read(self.decoder_config or {}))
@@ -70,7 +70,7 @@ class LlmeffConfig(PreTrainedConfig):
 
     @classmethod
     def wrap(cls, config: DecoderConfig, **kwargs: Any) -> "LlmeffConfig":
-        """The decoder's config with transformers' further fields."""
+        """Wraps a decoder's config; `kwargs` are further fields of transformers."""
         return cls(
             decoder_config=own_fields(config),
             vocab_size=config.vocabulary(),
@@ -79,18 +79,18 @@ class LlmeffConfig(PreTrainedConfig):
         )
 
     def unwrap(self) -> DecoderConfig:
-        """The decoder's config, with the vocabulary as it now is."""
+        """The decoder's config, with the current vocabulary."""
         assert self.decoder_config is not None
         return self._read(self.decoder_config)
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """D, width of the residual stream."""
         return self.unwrap().width
 
     @property
     def num_hidden_layers(self) -> int:
-        """How many layers."""
+        """Number of layers."""
         return self.unwrap().num_layers
 
     @property
@@ -105,12 +105,12 @@ class LlmeffConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """H."""
+        """H, width of a head."""
         return self.unwrap().head_width
 
 
 class StateLayer(CacheLayerMixin):
-    """What a mixer keeps by name, as a layer of a transformers cache: it is reordered, repeated and selected with the batch."""
+    """A mixer's states by name as a layer of a transformers cache; rows are reordered, repeated and selected with the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,57 +119,57 @@ class StateLayer(CacheLayerMixin):
         """Tokens that the states have seen, padding included."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """States come with the first token."""
+        """Does nothing: states are created with the first token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values go elsewhere."""
-        raise NotImplementedError("this layer keeps states by name, no keys and values")
+        """Not supported: this layer has no keys and values."""
+        raise NotImplementedError("this layer keeps states by name, not keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens that a mask is over, from the first."""
+        """Number of tokens that a mask covers, and the index of the first, 0."""
         return self.num_tokens + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens that were seen."""
+        """Number of tokens seen so far."""
         return self.num_tokens
 
     def get_max_length(self) -> int:
-        """No end."""
+        """Returns -1: there is no maximum."""
         return -1
 
     def reset(self) -> None:
-        """As before the first token."""
+        """Restores the state before the first token."""
         self.states.clear()
         self.num_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """States have forgotten what was before."""
+        """Not supported: states cannot be rolled back."""
         raise ValueError(
             "a mixer with a state cannot go back to an earlier token: decode without assisted or prompt-lookup generation"
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows of these numbers."""
+        """Selects rows by index."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The rows of these numbers."""
+        """Selects rows by index."""
         self.states = {name: state.index_select(0, indices.to(state.device)) for name, state in self.states.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so often."""
+        """Repeats every row `repeats` times."""
         self.states = {name: state.repeat_interleave(repeats, dim=0) for name, state in self.states.items()}
 
     def offload(self) -> None:
-        """States are small and stay."""
+        """Does nothing: states are small and stay on the device."""
 
     def prefetch(self) -> None:
-        """They are there."""
+        """Does nothing: states are never offloaded."""
 
 
 @dataclass(frozen=True)
 class _LayerCache:
-    """One layer's part of a transformers cache, as a mixer takes it."""
+    """One layer's part of a transformers cache, in the form that mixers use."""
 
     cache: Cache
     index: int
@@ -189,35 +189,37 @@ class _LayerCache:
         layer = layers[self.index] if self.index < len(layers) else None
         if not isinstance(layer, StateLayer):
             raise ValueError(
-                f"layer {self.index} of the cache is {type(layer).__name__}, and its mixer keeps states: give no cache, or "
-                "the one that the model makes"
+                f"layer {self.index} of the cache is {type(layer).__name__}, but its mixer keeps states: give no cache, or "
+                "one from the model's make_cache()"
             )
         return layer
 
 
 def _cache_of(given: Mapping[str, Any]) -> Cache | None:
-    """The cache among what a model is given beside the tokens, by the one name or the other.
+    """Finds the cache among a model's further arguments, by either name.
 
-    Nothing else that could matter is passed over, or a cache by a third name would be, and other text be written.
+    Unknown arguments are refused. Otherwise a cache with a third name would be ignored, which would change generated text.
 
     Raises:
-        TypeError: two caches, or an argument that no model here has.
+        TypeError: there are two caches, or an unknown argument.
     """
     told = {name: value for name, value in given.items() if value is not None and value is not False}
     unknown = sorted(told.keys() - _PASSED - set(_CACHE_NAMES))
     if unknown:
         raise TypeError(
-            f"forward() is given {unknown[0]}, which llmeff's models do not have (documents are told by position_ids)."
+            f"forward() got {unknown[0]}, which llmeff's models do not support (position_ids separate documents)."
             + nearest(unknown[0], {*_PASSED, CACHE})
         )
     caches = [told[name] for name in _CACHE_NAMES if name in told]
     if len(caches) > 1:
-        raise TypeError(f"forward() is given {' and '.join(_CACHE_NAMES)}, two names of one thing: give {CACHE} alone")
+        raise TypeError(
+            f"forward() got {' and '.join(_CACHE_NAMES)}, two names for the same argument: give only {CACHE}"
+        )
     return caches[0] if caches else None
 
 
 def _documents(positions: Tensor) -> Tensor | None:
-    """Numbers the documents packed in each row, by where positions do not go on by one; None if each row is one."""
+    """Numbers the documents in each row; one begins where positions do not rise by one. None: each row is one document."""
     follows = positions.diff(dim=-1) == 1
     if bool(follows.all()):
         return None
@@ -231,26 +233,26 @@ def _layout(
     cache: Cache | None,
     device: torch.device,
 ) -> Layout:
-    """What transformers says of a batch, as the mixers take it.
+    """Converts transformers' description of a batch to a layout.
 
-    Documents are told apart by their positions, as transformers does, where there is neither a cache nor a mask.
+    Without a cache and a mask, positions separate documents, as in transformers.
     """
     if padding is not None and padding.dim() != 2:
-        raise ValueError(f"attention_mask has shape {tuple(padding.shape)}; give (batch, tokens), True for real ones")
+        raise ValueError(f"attention_mask has shape {tuple(padding.shape)}; give (batch, tokens), True for real tokens")
     past = 0 if cache is None else int(cache.get_seq_length())
     documents = None
     if positions is None:
         positions = torch.arange(past, past + length, device=device)[None]
     elif cache is None and padding is None:
         documents = _documents(positions)
-        positions = positions if documents is None else places_in(documents)  # they may begin at any
+        positions = positions if documents is None else places_in(documents)  # they may start at any number
     if padding is not None:
         padding = None if bool(padding.all()) else padding.bool()
     return Layout(positions=positions, documents=documents, padding=padding, past=past)
 
 
 class LlmeffPreTrainedModel(PreTrainedModel):
-    """What the two models below have in common."""
+    """Base class of the two models below."""
 
     config_class = LlmeffConfig
     base_model_prefix = "model"
@@ -265,9 +267,9 @@ class LlmeffPreTrainedModel(PreTrainedModel):
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for each module that holds parameters; leaves alone what came from a file."""
+        """Initializes a module with parameters. transformers calls it, and keeps it from changing loaded weights."""
         if isinstance(module, nn.Linear | nn.Embedding):
-            # transformers tells no name here, so the layers' projections carry their scale
+            # transformers passes no name here, so the layers' projections store their scale
             std = getattr(module, "initial_std", self.config.unwrap().initial_std(""))
             initialization.normal_(module.weight, 0.0, std)
         elif isinstance(module, RMSNorm):
@@ -277,7 +279,7 @@ class LlmeffPreTrainedModel(PreTrainedModel):
                 initialization.copy_(getattr(module, name), values)
 
     def make_cache(self) -> Cache:
-        """An empty cache that every mixer can decode with."""
+        """Makes an empty cache that all mixers of the model can decode with."""
         config = self.config.unwrap()
         layers = [index for index in range(config.num_layers) if config.layer(index).has_mixer]
         if all(config.layer_mixer(index).extends for index in layers):
@@ -285,12 +287,12 @@ class LlmeffPreTrainedModel(PreTrainedModel):
         return Cache(layers=[DynamicLayer() if config.layer_mixer(index).extends else StateLayer() for index in layers])
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Asked by `generate` for a cache of fixed size: the layout makes the mask from the padding itself."""
+        """Returns the padding; `generate` calls this for caches of fixed size, and the layout makes the mask."""
         return attention_mask
 
 
 class LlmeffModel(LlmeffPreTrainedModel):
-    """Tokens to the states before the output embedding."""
+    """Maps tokens to the states before the output embedding."""
 
     def __init__(self, config: LlmeffConfig):
         super().__init__(config)
@@ -298,7 +300,7 @@ class LlmeffModel(LlmeffPreTrainedModel):
         self.embed_tokens = nn.Embedding(plain.vocabulary(), plain.width)
         self.layers = nn.ModuleList(Layer(plain, index) for index in range(plain.num_layers))
         self.norm = RMSNorm(plain.width, plain.norm_eps)
-        # the first cached layer's length is the cache's, so layers without a mixer are not counted
+        # a cache takes its length from its first layer, so layers without a mixer get no index
         mixers = [plain.layer(index).has_mixer for index in range(plain.num_layers)]
         self._cache_indices = [sum(mixers[:index]) for index in range(plain.num_layers)]
         for name, module in self.layers.named_modules():
@@ -320,12 +322,16 @@ class LlmeffModel(LlmeffPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """(B, T) tokens or (B, T, D) embeddings to (B, T, D) states; arguments as transformers' Llama has them.
+        """(B, T) tokens or (B, T, D) embeddings to (B, T, D) states, with the arguments of transformers' Llama.
 
-        The cache may go by either name, under any release of transformers.
+        The cache may have either name under any release of transformers.
+
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds is given, or the mask is not (B, S).
+            TypeError: an argument is unknown, or both names of the cache are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
         cache = _cache_of({**kwargs, "cache": cache, "past_key_values": past_key_values})
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(x.shape[1], position_ids, attention_mask, cache, x.device)
@@ -343,7 +349,7 @@ class LlmeffModel(LlmeffPreTrainedModel):
 
 
 class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
-    """Tokens to logits, with parameter names as in transformers' Llama."""
+    """Maps tokens to logits; parameter names are those of transformers' Llama."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -357,7 +363,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Asked by `generate`: transformers' own caches hold keys and values only."""
+        """Gives `generate` a cache with states, since transformers' own caches hold only keys and values."""
         plain = self.config.unwrap()
         extends = all(plain.layer_mixer(index).extends for index in range(plain.num_layers))
         for name in set(_CACHE_NAMES) - {CACHE}:
@@ -368,8 +374,8 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}: mixers with a state have a cache of "
-                "their own; leave it out"
+                f"cache_implementation is {generation_config.cache_implementation!r}, but mixers with a state have their own "
+                "cache; leave it out"
             )
         model_kwargs[CACHE] = self.make_cache()
 
@@ -387,23 +393,23 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the mean loss where labels are given.
+        """Returns the logits, and the mean loss if labels are given.
 
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, S), nonzero for real tokens, zero for padding.
-            position_ids: (B, T); without mask and cache, documents packed in a row are told by where it starts anew.
-            past_key_values: what was kept of earlier tokens; extended in place.
-            inputs_embeds: (B, T, D), in place of input_ids.
-            labels: (B, T), the input tokens themselves, -100 where one does not count; shifted here.
+            position_ids: (B, T); without mask and cache, a document begins wherever positions restart.
+            past_key_values: cache of earlier tokens; extended in place.
+            inputs_embeds: (B, T, D), instead of input_ids.
+            labels: (B, T), the input tokens; -100 if a token does not count; shifted here.
             use_cache: make a cache and return it.
-            logits_to_keep: only the last so many positions' logits, or those at these positions; 0: all.
-            cache: `past_key_values` by its name from transformers 5.24 on; either does under any release.
-            kwargs: `output_hidden_states`, `num_items_in_batch` and what else the decorators and the loss take.
+            logits_to_keep: number of last positions, or indices of positions, whose logits are returned; 0: all.
+            cache: the name of `past_key_values` from transformers 5.24 on; both work under any release.
+            kwargs: `output_hidden_states`, `num_items_in_batch` and other arguments of the decorators and the loss.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or a mask that is not (B, S).
-            TypeError: an argument that is not one of these, or a cache by each name.
+            ValueError: not exactly one of input_ids and inputs_embeds is given, or the mask is not (B, S).
+            TypeError: an argument is unknown, or both names of the cache are given.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -429,10 +435,10 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, **kwargs: Any) -> "LlmeffForCausalLM":
-        """The same model as transformers sees it: the parameters are shared, not copied.
+        """Wraps a decoder as a transformers model; the parameters are shared, not copied.
 
         Args:
-            decoder: a built model.
+            decoder: a built decoder.
             kwargs: further fields of `LlmeffConfig` (`max_position_embeddings`, `eos_token_id`).
         """
         with torch.device("meta"):
@@ -443,7 +449,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         return model
 
     def to_decoder(self) -> Decoder:
-        """The reverse of `from_decoder`, sharing the parameters too."""
+        """The inverse of `from_decoder`; the parameters are shared too."""
         with torch.device("meta"):
             decoder = Decoder(self.config.unwrap())
         tensors = self.state_dict(keep_vars=True)

@@ -1,10 +1,10 @@
-"""SegNet (Badrinarayanan, Kendall and Cipolla 2017) with connections that keep detail, and the price of it all.
+"""SegNet (Badrinarayanan, Kendall and Cipolla 2017) with connections that preserve detail, and its price.
 
-What pooling threw away is put back by its indices, and, where asked for, by connections from encoder to decoder and around
-the convolutions of a stage. The connections are an implementation of two ideas of "An Enhanced Encoder-Decoder Network
+Pooling indices restore positions that pooling lost. Optional connections from encoder to decoder, and around the
+convolutions of a stage, restore more. The connections implement two ideas of "An Enhanced Encoder-Decoder Network
 Architecture for Reducing Information Loss in Image Semantic Segmentation" (arXiv 2406.01605; with almost the same abstract,
-Computer Measurement and Control 2024, 32(1)), of which the full text was not at hand: where they go, and how they join, is
-our reading.
+Computer Measurement and Control 2024, 32(1)). Its full text was not available, so where they go and how they join is our
+interpretation.
 """
 
 from contextlib import nullcontext
@@ -29,9 +29,9 @@ from llmeff.models.model import ImageModelConfig
 # B batch, C channels, H height, W width, K classes
 
 Connection = Literal["none", "add", "concat", "concat1x1"]
-"""What joins an encoder stage's map, as it was before pooling, to the decoder's unpooled one. none: nothing, as in the
-original. add: their sum, without a parameter. concat: both, so that the decoder's first convolution reads twice the
-channels. concat1x1: both, brought back to the decoder's channels by a 1x1 convolution."""
+"""How an encoder stage's map, before pooling, joins the decoder's unpooled map. none: not at all, as in the original. add:
+by their sum, without parameters. concat: side by side, so that the decoder's first convolution reads twice the channels.
+concat1x1: side by side, then reduced to the decoder's channels by a 1x1 convolution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +39,30 @@ class Architecture:
     """The widths of a SegNet."""
 
     encoder: tuple[tuple[int, ...], ...]
-    """By stage, outermost first: the output channels of each convolution. Pooling follows every stage."""
+    """Output channels of each convolution, by stage, outermost first. Pooling follows every stage."""
     decoder: tuple[tuple[int, ...], ...]
-    """The same of the stages after unpooling, innermost first."""
+    """Output channels of each convolution, by stage, innermost first. Unpooling precedes every stage."""
     kernel: int
-    """Of all these convolutions."""
+    """Kernel size of all these convolutions, in pixels."""
     head_kernel: int
-    """Of the one that gives the classes."""
+    """Kernel size of the convolution that computes the classes, in pixels."""
     decoder_relu: bool
-    """Whether the decoder's convolutions are followed by ReLU."""
+    """Whether ReLU follows the decoder's convolutions."""
 
 
 class SegNetConfig(ImageModelConfig):
-    """What SegNets have in common."""
+    """Common fields of SegNets."""
 
     width: Count = 64
-    """Channels of the outermost stage, of which the others are multiples."""
+    """Channels of the outermost stage; the other stages have multiples of it."""
     connection: Connection = "none"
-    """What joins the encoder to the decoder beside the indices."""
+    """How encoder maps join the decoder, besides the pooling indices."""
     residual_blocks: Flag = False
-    """Add the input of the convolutions of a stage that keep its channels to their output."""
+    """In each stage, add the input of the convolutions that keep the number of channels to their output."""
     norm: ImageNorm = "batch"
-    """Of every convolution but the last."""
+    """Normalization after every convolution except the last."""
     norm_groups: Count = 8
-    """Groups of channels, where `norm` is `group`."""
+    """Number of channel groups, if `norm` is `group`."""
 
     @model_validator(mode="after")
     def _fits(self) -> "SegNetConfig":
@@ -71,16 +71,16 @@ class SegNetConfig(ImageModelConfig):
         odd = sorted(own for own in channels if own % self.norm_groups)
         if self.norm == "group" and odd:
             raise ValueError(
-                f"norm_groups is {self.norm_groups}, but there are {odd[0]} channels: give a divisor of {odd[0]}"
+                f"norm_groups is {self.norm_groups}, but a convolution has {odd[0]} channels: give a divisor of {odd[0]}"
             )
         return self
 
     def architecture(self) -> Architecture:
-        """Its widths."""
+        """The widths of the model."""
         raise NotImplementedError(type(self))
 
     def build(self) -> "SegNet":
-        """The module, initialized from torch's default generator."""
+        """Builds the module, initialized from torch's default generator."""
         return SegNet(self)
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
@@ -89,26 +89,26 @@ class SegNetConfig(ImageModelConfig):
         return kinds.get(self.norm, "nothing")
 
     def roles(self) -> dict[str, Role]:
-        """By the names that the law has in common with the module."""
+        """The role of each trained parameter, by its name, which the law and the module share."""
         return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights() if weight.is_trained}
 
     def weights(self) -> list[Weight]:
-        """In the module's order: a stage has its normalizations after all its convolutions."""
+        """The parameters in the module's order: a stage's normalizations follow all its convolutions."""
         used = super().weights()
         stages = [_stage(weight.name) for weight in used]
         return sorted(used, key=lambda weight: (stages.index(_stage(weight.name)), ".norms." in weight.name))
 
     def buffer_bytes(self, number_bytes: int) -> int:
-        """Running means and variances."""
+        """Bytes of the running means and variances."""
         shape = self.architecture()
         return 0 if self.norm == "group" else 2 * number_bytes * sum(map(sum, (*shape.encoder, *shape.decoder)))
 
     def least_size(self) -> int:
-        """Every pooling must leave a pixel."""
+        """Smallest side of an image in pixels: every pooling must leave a pixel."""
         return int(2 ** len(self.architecture().encoder))
 
     def law(self, tape: Tape, batch: Any) -> Array:
-        """The price of `SegNet.forward` to its logits and the loss of these; names live as long as there."""
+        """The price of `SegNet.forward` and its loss; variables live as long as there."""
         shape = self.architecture()
         x, kept = batch.images, []
         for index, channels in enumerate(shape.encoder):
@@ -173,12 +173,12 @@ class SegNetConfig(ImageModelConfig):
 
 
 class SegNetVGG(SegNetConfig):
-    """SegNet on the thirteen convolutions of VGG16, and their mirror image. 29,449,355 parameters at 11 classes."""
+    """SegNet with the thirteen convolutions of VGG16 and their mirror image. 29,449,355 parameters with 11 classes."""
 
     name: Literal["segnet"] = "segnet"
 
     def architecture(self) -> Architecture:
-        """Stages of 2, 2, 3, 3 and 3 convolutions of 1, 2, 4, 8 and 8 times the width; back to it in the decoder."""
+        """Stages of 2, 2, 3, 3 and 3 convolutions with 1, 2, 4, 8 and 8 times the width, mirrored in the decoder."""
         w = self.width
         return Architecture(
             encoder=((w,) * 2, (2 * w,) * 2, (4 * w,) * 3, (8 * w,) * 3, (8 * w,) * 3),
@@ -190,21 +190,21 @@ class SegNetVGG(SegNetConfig):
 
 
 class SegNetBasic(SegNetConfig):
-    """The small SegNet: four stages of one 7x7 convolution each way. 1,416,587 parameters at 11 classes.
+    """The small SegNet: four stages of one 7x7 convolution in encoder and decoder. 1,416,587 parameters with 11 classes.
 
-    Its local response normalization of raw pixels is left out, since images come here with mean 0 and variance 1.
+    The original's local response normalization of raw pixels is omitted, since images here have mean 0 and variance 1.
     """
 
     name: Literal["segnet-basic"] = "segnet-basic"
 
     def architecture(self) -> Architecture:
-        """All of one width; the decoder has no ReLU."""
+        """All stages have the same width; the decoder has no ReLU."""
         stages = ((self.width,),) * 4
         return Architecture(encoder=stages, decoder=stages, kernel=7, head_kernel=1, decoder_relu=False)
 
 
 def shortcut(channels: tuple[int, ...]) -> tuple[int, int] | None:
-    """The longest run of convolutions that keep their channels, from and up to which; None where there is none.
+    """The longest run (start, end) of convolutions that keep the number of channels. None: there is none.
 
     >>> shortcut((3, 64, 64)), shortcut((512, 512, 512, 256)), shortcut((128, 64))
     ((1, 2), (0, 2), None)
@@ -218,14 +218,14 @@ def shortcut(channels: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 class Stage(nn.Module):
-    """Convolutions of one scale, each with its normalization and, where the half has it, ReLU.
+    """Convolutions at one scale, each followed by its normalization and, optionally, ReLU.
 
     Args:
-        config: the model's.
-        before: channels of its input.
+        config: the model's config.
+        before: channels of the input.
         channels: output channels of each convolution.
-        has_relu: whether ReLU follows.
-        skipped: channels of the encoder's map that joins the input; 0: none does.
+        has_relu: whether ReLU follows each convolution.
+        skipped: channels of the encoder's map that joins the input; 0: none joins.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class Stage(nn.Module):
         self.place = shortcut(widths) if config.residual_blocks else None
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) and the encoder's map of that size to (B, C', H, W)."""
+        """(B, C, H, W), and an encoder map of the same height and width, to (B, C', H, W)."""
         if skipped is not None:
             x = x + skipped if self.connection == "add" else torch.cat([x, skipped], dim=1)
             if self.connection == "concat1x1":
@@ -264,36 +264,36 @@ class Stage(nn.Module):
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima of windows of 2 x 2, (B, C, H // 2, W // 2), and their places in a map, int64."""
+    """Maxima of 2 x 2 windows, (B, C, H // 2, W // 2), and their flat indices in the H x W map, int64."""
     if not torch.are_deterministic_algorithms_enabled():
         pooled, indices = F.max_pool2d(x, 2, return_indices=True)
         return pooled, indices
-    # torch refuses the gradient of max_pool2d on a GPU, where windows may overlap, and allows that of gather
+    # torch refuses max_pool2d's gradient on a GPU, since windows may overlap in general, but allows gather's
     indices = F.max_pool2d(x.detach(), 2, return_indices=True)[1]
     return x.flatten(2).gather(2, indices.flatten(2)).view_as(indices), indices
 
 
 def unpool(x: Tensor, indices: Tensor, size: list[int]) -> Tensor:
-    """Puts the maxima of `pool` back to their places.
+    """Moves values back to the positions of the maxima that `pool` found.
 
     Args:
         x: (B, C, h, w).
-        indices: (B, C, h, w) int64, places in a map of `size`.
-        size: (B, C, H, W)'s last two.
+        indices: (B, C, h, w) int64, flat indices in the H x W map.
+        size: [H, W].
 
     Returns:
-        (B, C, H, W), zeros where no maximum was.
+        (B, C, H, W), 0 at all other positions.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return F.max_unpool2d(x, indices, (2, 2), output_size=size)
-    # torch has no word for it that places of 2x2 windows are never the same, and refuses max_unpool2d
+    # torch refuses max_unpool2d, since it does not know that indices of 2x2 windows are distinct
     flat = x.new_zeros(*x.shape[:2], size[0] * size[1])
     placed: Tensor = flat.scatter(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)
     return placed
 
 
 class SegNet(nn.Module):
-    """Images to logits of each pixel."""
+    """Maps images to logits of each pixel."""
 
     def __init__(self, config: SegNetConfig):
         super().__init__()
@@ -311,12 +311,12 @@ class SegNet(nn.Module):
         )
         self.head = nn.Conv2d(befores[-1], config.classes(), shape.head_kernel, padding=shape.head_kernel // 2)
         self.recompute = False
-        """Keep only each stage's input for backward and run the stage again (Chen et al. 2016)."""
+        """Save only each stage's input for backward, and recompute the stage (Chen et al. 2016)."""
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights that keep the variance through ReLU (He et al. 2015), biases of 0."""
+        """Sets normal weights that preserve the variance through ReLU (He et al. 2015), and biases of 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -325,16 +325,16 @@ class SegNet(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The stages, which may be compiled one by one."""
+        """The stages, which can be compiled separately."""
         return [*self.encoder, *self.decoder]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, K, H, W); H and W at least 2^stages, odd ones too."""
+        """(B, 3, H, W) to (B, K, H, W). H and W are at least 2^stages, and may be odd."""
         recompute = self.recompute and self.training and torch.is_grad_enabled()
 
         def run(stage: nn.Module, x: Tensor, skipped: Tensor | None = None) -> Tensor:
             if recompute:
-                # a compiled graph runs no module again, but single operations of it
+                # a compiled graph does not rerun modules, only single operations
                 around: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _once_moved}
                 again = checkpoint(stage, x, skipped, use_reentrant=False, preserve_rng_state=False, **around)
                 return cast(Tensor, again)
@@ -358,7 +358,7 @@ class SegNet(nn.Module):
         return cast(Tensor, self.head(x))
 
     def roles(self) -> dict[str, Role]:
-        """What each parameter is, by name."""
+        """The role of each parameter by name."""
         return {name: _role(name, parameter.dim()) for name, parameter in self.named_parameters()}
 
 
@@ -367,7 +367,7 @@ def _stage(name: str) -> str:
 
 
 def _once_moved() -> tuple[Any, Any]:
-    """Around a stage's first run and its second: the second must not move running statistics again."""
+    """Contexts of a stage's first run and of its rerun, which must not update running statistics again."""
     return nullcontext(), replayed()
 
 

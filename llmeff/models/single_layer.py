@@ -1,6 +1,6 @@
-"""A decoder of one layer that has a mixer and no MLP, over a vocabulary of a few tokens.
+"""A decoder with one layer that has a mixer and no MLP, over a vocabulary of a few tokens.
 
-What is measured of it is measured of a mixer, norms and the residual stream, as they are in training.
+Measuring it measures a mixer, norms and the residual stream as in training.
 """
 
 from collections.abc import Sequence
@@ -19,28 +19,28 @@ from llmeff.cost.workload import Workload
 from llmeff.models.transformer import DecoderConfig, LayerConfig
 
 VOCABULARY = 8
-"""So few tokens that embedding and logits are nothing beside a mixer."""
+"""Few enough tokens that the cost of embedding and logits is negligible beside a mixer."""
 _CHUNKS = 256
-"""How many products of a scan's chunks are made at once."""
+"""Number of chunk products in a batch."""
 
 
 def mixer_names() -> tuple[str, ...]:
-    """The names of all mixers that are registered, first that of a decoder's default."""
+    """Names of all registered mixers; the decoder's default comes first."""
     first = DecoderConfig().mixer.name
     return (first, *(name for name in MixerConfig.registry.names() if name != first))
 
 
 def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_heads: int) -> DecoderConfig:
-    """The model around a mixer.
+    """The config of a one-layer model with a mixer.
 
     Args:
-        name: the mixer's.
-        settings: its own, as in `window=64`.
+        name: name of the mixer.
+        settings: settings of the mixer, such as `window=64`.
         width: D.
-        num_heads: N; a head is D / N wide.
+        num_heads: N; the head width is D / N.
 
     Raises:
-        ConfigError: there is no such mixer, or it cannot be so.
+        ConfigError: there is no such mixer, or its settings are invalid.
     """
     if name not in MixerConfig.registry:
         raise ConfigError(MixerConfig.registry.unknown(name))
@@ -54,13 +54,13 @@ class LayerStep:
     """A forward and backward pass over one sequence, on this machine."""
 
     num_tokens: int
-    """T."""
+    """T, tokens of the sequence."""
     precision_name: PrecisionName
-    """Number formats."""
+    """Name of the number formats."""
     num_threads: int
-    """Of a CPU."""
+    """Threads of the CPU."""
     on_cpu: bool
-    """Whether a CPU computes."""
+    """Whether the step runs on the CPU."""
 
     @property
     def _workload(self) -> Workload:
@@ -70,19 +70,19 @@ class LayerStep:
         )  # fmt: skip
 
     def problems(self, model: DecoderConfig) -> list[str]:
-        """Why a model cannot make the step."""
+        """Why a model does not support the step, as messages."""
         return list(model.problems(self._workload))
 
     def price(self, model: DecoderConfig) -> Price:
-        """What the step costs a model."""
+        """The price of the step for a model."""
         return model.price(self._workload)
 
 
 def chunk_products(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Two factors of the batched products that a scan makes of its chunks, and the FLOPs of multiplying them.
+    """Factors of the batched products that a scan computes for its chunks, and the FLOPs of their product.
 
     Returns:
-        (256, 64, H) and (256, H, 64), random, and 2 * 256 * 64 * 64 * H.
+        Random (256, 64, H) and (256, H, 64), and 2 * 256 * 64 * 64 * H.
     """
     left = torch.randn(_CHUNKS, CHUNK, head_dim, device=device, dtype=dtype)
     right = torch.randn(_CHUNKS, head_dim, CHUNK, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The contract of a transform: what is changed in a built model before it is trained, and undone in what is kept of it."""
+"""The contract of a transform, which changes a built model before training and is folded back before the model is saved."""
 
 from torch import nn
 
@@ -6,19 +6,19 @@ from llmeff.core.config import Component, Text
 
 
 class TransformConfig(Component, family="transform"):
-    """A change of a model of any kind, between building it and sharing it out over processes."""
+    """A change of a model, made after building it and before distributing it over processes."""
 
     name: Text
     """The transform's name."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """The changed model; what must not be trained is frozen. It may be changed in place.
+        """Changes the model, possibly in place, and freezes what is not trained.
 
         Raises:
-            ConfigError: it does not fit the model.
+            ConfigError: the transform does not fit the model.
         """
         raise NotImplementedError(type(self))
 
     def fold(self, model: nn.Module) -> nn.Module:
-        """The model as it was before, with what was learned in it."""
+        """Restores the model's original structure, with what was learned in its weights."""
         raise NotImplementedError(type(self))

@@ -1,4 +1,4 @@
-"""A Llama-style decoder of plain modules: RMSNorm, a mixer and SwiGLU in each layer, and the price of it all."""
+"""A Llama-style decoder of plain modules, with RMSNorm, a mixer and SwiGLU in each layer, and its price."""
 
 import math
 from collections.abc import Iterator
@@ -31,20 +31,20 @@ from llmeff.models.model import LanguageModelConfig
 
 
 class LayerConfig(Config):
-    """One layer where it differs from the others; a field left out is the model's."""
+    """One layer's differences from the model's fields. A field that is None has the model's value."""
 
     num_heads: Count | None = None
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: Count | None = None
-    """Key and value heads."""
+    """Number of key and value heads."""
     mlp_width: Count | None = None
-    """F."""
+    """F, width of the MLP."""
     mixer: MixerConfig | None = None
-    """What mixes the sequence."""
+    """The mixer of the layer."""
     has_mixer: Flag = True
-    """False: the layer has no mixer (a pruned model)."""
+    """Whether the layer has a mixer; false in pruned models."""
     has_mlp: Flag = True
-    """False: the layer has no MLP (a pruned model)."""
+    """Whether the layer has an MLP; false in pruned models."""
 
 
 class DecoderConfig(LanguageModelConfig):
@@ -52,51 +52,54 @@ class DecoderConfig(LanguageModelConfig):
 
     name: Literal["decoder"] = "decoder"
     width: Count = 256
-    """D, of the residual stream."""
+    """D, width of the residual stream."""
     num_layers: Count = 6
-    """How many layers."""
+    """Number of layers."""
     num_heads: Count = 4
-    """Query heads."""
+    """N, number of query heads."""
     num_kv_heads: Count | Literal["auto"] = "auto"
-    """Key and value heads; fewer than `num_heads` is grouped-query, 1 is multi-query attention. auto: `num_heads`."""
+    """Number of key and value heads: fewer than `num_heads` is grouped-query, 1 multi-query attention. auto: `num_heads`."""
     head_dim: Count | Literal["auto"] = "auto"
-    """H. auto: width / num_heads."""
+    """H, width of a head. auto: width / num_heads."""
     mlp_width: Count | Literal["auto"] = "auto"
-    """F. auto: 8/3 width, rounded up to a multiple of 32, so that SwiGLU has the parameters of a 4-fold MLP."""
+    """F, width of the MLP. auto: 8/3 width, rounded up to a multiple of 32; SwiGLU then has the parameters of an MLP with
+    4 times the width."""
     mixer: MixerConfig = Softmax()
-    """What mixes the sequence in every layer that says nothing else."""
+    """The mixer of all layers that do not name another."""
     pattern: Text | None = None
-    """Mixers of the layers by name, from the first on and again and again to the last: "sliding*3+softmax". None: all
-    have `mixer`."""
+    """Names of the layers' mixers, repeated from the first layer to the last: "sliding*3+softmax". None: all layers have
+    `mixer`."""
     mixers: dict[Text, MixerConfig] = Field(default_factory=dict)
-    """Settings of mixers that the pattern names, by any name; those that stand here under none have their defaults."""
+    """Named mixers with settings, for use in the pattern. Mixers that are not defined here have their default settings."""
     tied_embeddings: Flag = True
-    """One matrix embeds the tokens and gives the logits."""
+    """Use one matrix to embed the tokens and to compute the logits."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary angles."""
     norm_eps: Positive = 1e-5
     """Added under the root of every normalization."""
     init_std: Positive | Literal["auto"] = "auto"
-    """Of the initial weights. auto: sqrt(2 / (5 width)) (Nguyen and Salazar 2019)."""
+    """Standard deviation of the initial weights. auto: sqrt(2 / (5 width)) (Nguyen and Salazar 2019)."""
     layers: tuple[LayerConfig, ...] | None = None
-    """Where layers differ: one entry for each. None: all are alike."""
+    """One entry per layer, if layers differ. None: all layers are alike."""
 
     @model_validator(mode="after")
     def _fits(self) -> "DecoderConfig":
         problems = []
         if self.head_dim == "auto" and self.width % self.num_heads:
-            problems.append(f"width {self.width} is no multiple of num_heads {self.num_heads}: give one, or head_dim")
+            problems.append(
+                f"width {self.width} is not a multiple of num_heads {self.num_heads}: give one, or head_dim"
+            )
         elif self.head_width % 2:
-            problems.append(f"head_dim {self.head_width} is odd: rotary positions turn pairs")
+            problems.append(f"head_dim {self.head_width} is odd: rotary positions rotate pairs; give an even number")
         if self.layers is not None and len(self.layers) != self.num_layers:
-            problems.append(f"layers has {len(self.layers)} entries for num_layers {self.num_layers}")
+            problems.append(f"layers has {len(self.layers)} entries, but num_layers is {self.num_layers}")
         elif wrong := self._pattern_problems():
             problems += wrong
         else:
             for index in range(self.num_layers):
                 heads, kv_heads = self.layer_heads(index)
                 if heads % kv_heads:
-                    problems.append(f"layer {index}: num_heads {heads} is no multiple of num_kv_heads {kv_heads}")
+                    problems.append(f"layer {index}: num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
                     break
                 if wrong := self.layer_mixer(index).problems(self.mixer_shape(index)):
                     problems += [f"layer {index}: {problem}" for problem in wrong]
@@ -106,29 +109,29 @@ class DecoderConfig(LanguageModelConfig):
         return self
 
     def _pattern_problems(self) -> list[str]:
-        """What of the fields that say which layer has which mixer cannot be."""
+        """What is wrong with the fields that assign mixers to layers, as messages."""
         if self.pattern is not None:
             found = pattern.problems(self.pattern, self.mixers, self.num_layers)
             if self.mixer != Softmax():
                 found.append(
-                    f"mixer {self.mixer.name!r}: no layer takes it where pattern {self.pattern!r} names that of each; "
-                    "leave it out, and give settings of mixers in mixers"
+                    f"mixer {self.mixer.name!r}: no layer uses it, since pattern {self.pattern!r} names all mixers; leave it "
+                    "out, and define named mixers in mixers"
                 )
             return found
         unused = ", ".join(map(repr, self.mixers))
-        return [f"mixers has settings of {unused}, and no pattern names a mixer: give pattern"] if unused else []
+        return [f"mixers defines {unused}, but there is no pattern to use it: give pattern"] if unused else []
 
     @property
     def head_width(self) -> int:
-        """H as a number."""
+        """H, with "auto" resolved."""
         return self.width // self.num_heads if self.head_dim == "auto" else self.head_dim
 
     def layer(self, index: int) -> LayerConfig:
-        """The layer's own entry, empty where layers are alike."""
+        """The layer's entry in `layers`; an empty one if layers are alike."""
         return LayerConfig() if self.layers is None else self.layers[index]
 
     def layer_heads(self, index: int) -> tuple[int, int]:
-        """Query heads and key-value heads of a layer."""
+        """Numbers of query heads and of key-value heads of a layer."""
         own = self.layer(index)
         heads = own.num_heads or self.num_heads
         shared = heads if self.num_kv_heads == "auto" else self.num_kv_heads
@@ -144,7 +147,7 @@ class DecoderConfig(LanguageModelConfig):
         return next(islice(pattern.mixers(self.pattern, self.mixers), index, None))
 
     def layer_mlp_width(self, index: int) -> int:
-        """F of a layer."""
+        """F, the MLP width of a layer."""
         own = self.layer(index).mlp_width
         if own is not None:
             return own
@@ -163,7 +166,7 @@ class DecoderConfig(LanguageModelConfig):
         )
 
     def _mixers(self) -> Iterator[tuple[MixerConfig, MixerShape]]:
-        """Those of the layers that have one, with their widths."""
+        """Mixers of the layers that have one, with their widths."""
         for index in range(self.num_layers):
             if self.layer(index).has_mixer:
                 yield self.layer_mixer(index), self.mixer_shape(index)
@@ -175,11 +178,11 @@ class DecoderConfig(LanguageModelConfig):
         return std / math.sqrt(2 * self.num_layers) if written else std
 
     def build(self) -> "Decoder":
-        """The module, initialized from torch's default generator."""
+        """Builds the module, initialized from torch's default generator."""
         return Decoder(self)
 
     def weights(self) -> list[Weight]:
-        """In the module's order, by which strategies deal them out; a mixer's law uses its own in another."""
+        """The parameters in the module's order, in which strategies distribute them; mixers' laws use another order."""
         found: list[Weight] = []
         for layer, used in groupby(super().weights(), lambda weight: weight.name.rpartition(".self_attn.")[0]):
             own = list(used)
@@ -191,26 +194,26 @@ class DecoderConfig(LanguageModelConfig):
         return found
 
     def roles(self) -> dict[str, Role]:
-        """By the names that the law has in common with the module."""
+        """The role of each parameter by its name, which the law and the module share."""
         return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights()}
 
     def buffer_bytes(self, number_bytes: int) -> int:
-        """Those of its mixers."""
+        """Bytes of the mixers' buffers."""
         return sum(mixer.buffer_bytes(shape, number_bytes) for mixer, shape in self._mixers())
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Kernels that are not at hand."""
+        """Also reports missing kernels."""
         yield from super().problems(workload, built)
         if built is None:
             lacking = [mixer.missing_requirements(shape, on_cpu=workload.on_cpu) for mixer, shape in self._mixers()]
             yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:
-        """What decoding keeps of one sequence of so many tokens, see `MixerConfig.cache_bytes`."""
+        """Bytes that decoding keeps of one sequence of `num_tokens` tokens, see `MixerConfig.cache_bytes`."""
         return sum(mixer.cache_bytes(shape, num_tokens, number_bytes) for mixer, shape in self._mixers())
 
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
-        """The price of `Decoder.forward` with targets; names live as long as there."""
+        """The price of `Decoder.forward` with targets; variables live as long as there."""
         with tape.within("embed_tokens", "embedding"):
             embedding = tape.weight("weight", self.vocabulary(), self.width)
             x = laws.embedding(tape, batch, embedding)
@@ -268,7 +271,7 @@ def _mlp_law(tape: Tape, x: Array, mlp_width: int) -> Array:
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); a part that the config leaves out is absent."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), without the parts that the config leaves out."""
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -296,17 +299,17 @@ class Layer(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output embedding with the loss: a module of its own, so that a strategy gathers its weight when it runs."""
+    """The output embedding and the loss, in one module, so that strategies gather its weight when it runs."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None, loss_chunk: int | None = None) -> Tensor:
-        """(B, T, D) states to (B, T, V) logits, or to the summed loss, see `Decoder.forward`."""
+        """(B, T, D) states to (B, T, V) logits or the summed loss, see `Decoder.forward`."""
         if targets is None:
             return F.linear(x, self.weight)
         return cross_entropy_sum(x, self.weight, targets, loss_chunk)
 
 
 class Decoder(nn.Module):
-    """Tokens to logits, or to a summed loss. Parameter names are those of transformers' Llama, less its `model.`."""
+    """Maps tokens to logits, or to a summed loss. Parameter names are those of transformers' Llama without `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -319,12 +322,12 @@ class Decoder(nn.Module):
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False
-        """Keep only each layer's input for backward and run the layer again (Chen et al. 2016)."""
+        """Save only each layer's input for backward, and recompute the layer (Chen et al. 2016)."""
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights; projections that write into the residual stream are smaller by sqrt(2 layers) (GPT-2)."""
+        """Sets normal weights; projections into the residual stream are smaller by sqrt(2 layers), as in GPT-2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0.0, self.config.initial_std(name))
@@ -341,7 +344,7 @@ class Decoder(nn.Module):
             layout = Layout.plain(tokens.shape[1], tokens.device)
         x = self.embed_tokens(tokens)
         recompute = self.recompute and self.training and torch.is_grad_enabled()
-        if recompute:  # the tables that layers share are made before: torch.compile lets no part that runs twice write
+        if recompute:  # make shared tables first, since torch.compile lets no part that runs twice write them
             device = tokens.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             for layer in self.layers:
@@ -360,13 +363,13 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         loss_chunk: int | None = None,
     ) -> Tensor:
-        """Logits, or the summed loss where targets are given.
+        """Returns the logits, or the summed loss if targets are given.
 
         Args:
             tokens: (B, T) int64.
-            layout: positions and documents; None: one document a row.
-            targets: (B, T) int64, the token that follows each, `IGNORED_TOKEN` where it does not count.
-            loss_chunk: tokens whose logits live at once; None for all.
+            layout: positions and documents; None: one document per row.
+            targets: (B, T) int64, the token after each; `IGNORED_TOKEN` if it does not count.
+            loss_chunk: tokens whose logits live at once; None: all.
 
         Returns:
             (B, T, V) logits, or the cross-entropy in nats summed over the counted targets, a float32 scalar.
@@ -374,7 +377,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.lm_head(self.hidden(tokens, layout), targets, loss_chunk))
 
     def roles(self) -> dict[str, Role]:
-        """What each parameter is, by name; the optimizer's groups follow it."""
+        """The role of each parameter by name; the optimizer's groups follow from it."""
         return {name: _role(name, parameter.dim()) for name, parameter in self.named_parameters()}
 
 
@@ -386,8 +389,8 @@ def _role(name: str, num_dims: int) -> Role:
     return "matrix" if num_dims == 2 else "norm"
 
 
-# name: width, layers, heads, key-value heads, MLP width, tied. The parameters that a name states are counted with the
-# vocabulary in the comment.
+# name: width, layers, heads, key-value heads, MLP width, tied. Comments give the parameters as a function of V, or at the V
+# for which the name states them.
 _PRESETS: dict[str, tuple[int, int, int, int, int, bool]] = {
     "llama-1m": (128, 4, 4, 4, 352, True),  # 0.8 M + 128 V
     "llama-10m": (384, 6, 6, 6, 1024, True),  # 10.6 M + 384 V
@@ -415,4 +418,4 @@ def _preset(name: str) -> type[DecoderConfig]:
 
 
 PRESETS = {name: _preset(name) for name in _PRESETS}
-"""Decoders of known shapes, each chosen as `model = "<name>"`."""
+"""Decoders of known shapes, selected by `model = "<name>"`."""

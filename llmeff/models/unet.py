@@ -1,4 +1,4 @@
-"""The yardstick that everyone knows: U-Net on a classifier's encoder, as segmentation-models-pytorch builds it."""
+"""A well-known yardstick: U-Net with a classifier's encoder, built by segmentation-models-pytorch."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,29 +17,29 @@ from llmeff.models.model import ImageModelConfig
 
 
 class UNet(ImageModelConfig):
-    """U-Net (Ronneberger, Fischer and Brox 2015) with random weights; nothing is downloaded. Its price is traced."""
+    """U-Net (Ronneberger, Fischer and Brox 2015) with random weights, without downloads. Its price is traced."""
 
     name: Literal["unet"] = "unet"
     encoder: Text = "resnet18"
-    """What halves the image again and again, by its name in segmentation-models-pytorch."""
+    """Name of the encoder in segmentation-models-pytorch."""
     channels: tuple[Count, Count, Count, Count, Count] = (256, 128, 64, 32, 16)
-    """Of the decoder's stages, innermost first."""
+    """Channels of the decoder's stages, innermost first."""
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
         """Scope of the batch statistics: a rank's micro-batch, since the model has batch normalization."""
         return "micro-batch"
 
     def build(self) -> "UNetModel":
-        """The module, initialized from torch's default generator.
+        """Builds the module, initialized from torch's default generator.
 
         Raises:
-            ConfigError: segmentation-models-pytorch is not there, or knows no such encoder.
+            ConfigError: segmentation-models-pytorch is not installed, or has no such encoder.
         """
         library = _library()
         known = library.encoders.get_encoder_names()
         if self.encoder not in known:
             raise ConfigError(
-                f"model.encoder: segmentation-models-pytorch {library.__version__} knows no {self.encoder!r}."
+                f"model.encoder: segmentation-models-pytorch {library.__version__} has no encoder {self.encoder!r}."
                 f"{nearest(self.encoder, known)}"
             )
         network = library.Unet(
@@ -51,14 +51,14 @@ class UNet(ImageModelConfig):
         return UNetModel(self, network)
 
     def least_size(self) -> int:
-        """Every halving must leave a pixel."""
+        """Smallest side of an image in pixels: every halving must leave a pixel."""
         return int(2 ** len(self.channels))
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """It cannot run its stages again."""
+        """Also reports recomputation, which the model does not support."""
         yield from super().problems(workload, built)
         if built is None and workload.recompute:
-            yield f"runtime.recompute is true, but model {self.name!r} cannot: use false"
+            yield f"runtime.recompute is true, but model {self.name!r} does not support it: use false"
 
 
 def _library() -> ModuleType:
@@ -69,21 +69,21 @@ def _library() -> ModuleType:
             'model "unet" needs segmentation-models-pytorch: pip install "llmeff[segment]", with the torchvision that '
             "was built for your torch"
         ) from None
-    except RuntimeError as error:  # of torchvision, whose operators are not there
+    except RuntimeError as error:  # from torchvision, if its operators are missing
         raise ConfigError(
             f'model "unet" needs segmentation-models-pytorch, which cannot be imported ({error}): install the '
-            "torchvision that was built for your torch, from where you have torch"
+            "torchvision that was built for your torch, from the same index as torch"
         ) from None
     module: ModuleType = segmentation_models_pytorch
     return module
 
 
 class UNetModel(nn.Module):
-    """Images to logits of each pixel.
+    """Maps images to logits of each pixel.
 
     Args:
-        config: the model's.
-        network: of segmentation-models-pytorch.
+        config: the model's config.
+        network: the module of segmentation-models-pytorch.
     """
 
     def __init__(self, config: UNet, network: nn.Module):
@@ -91,14 +91,14 @@ class UNetModel(nn.Module):
         self.config, self.network = config, network
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, K, H, W), of any size: zeros are set at the right and below until all halvings go through."""
+        """(B, 3, H, W) to (B, K, H, W). Images of any size are zero-padded at the right and bottom for the halvings."""
         height, width = images.shape[-2:]
         whole = self.config.least_size()
         logits: Tensor = self.network(F.pad(images, (0, -width % whole, 0, -height % whole)))
         return logits[..., :height, :width]
 
     def roles(self) -> dict[str, Role]:
-        """What each parameter is, by name, told by the module that holds it."""
+        """The role of each parameter by name, derived from the module that holds it."""
         head = set(self.network.segmentation_head.modules())  # type: ignore[union-attr]  # a module
         return {
             f"{prefix}.{name}": _role(module, name, parameter, is_head=module in head)

@@ -385,7 +385,7 @@ def test_a_kernel_that_is_not_installed_is_an_error_before_anything_is_written(n
 def test_keys_too_wide_for_a_kernel_are_refused_or_left_to_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: True)
     shape = replace(SHAPE, head_dim=512)
-    words = "mixer 'kda': kernel 'fla' takes a head_dim of at most 256, given: 512"
+    words = "mixer 'kda': kernel 'fla' supports a head_dim of at most 256, given: 512"
     assert MixerConfig.registry["kda"](kernel="fla").missing_requirements(shape, on_cpu=False) == [words]
     assert not MixerConfig.registry["gla"](kernel="fla").missing_requirements(shape, on_cpu=False)
     with torch.device("meta"):
@@ -397,7 +397,7 @@ def test_keys_too_wide_for_a_kernel_are_refused_or_left_to_torch(tmp_path, monke
 def test_a_kernel_of_gpus_is_refused_on_the_cpu(name, kernel, other, tmp_path, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: True)
     config = validate(RunConfig, override(TINY, [f"model.mixer={name}", f"model.mixer.kernel={kernel}"]))
-    with pytest.raises(ConfigError, match=f"kernel '{kernel}' .* on GPUs alone.*use '{other}'"):
+    with pytest.raises(ConfigError, match=f"kernel '{kernel}' .* only on GPUs.*use '{other}'"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

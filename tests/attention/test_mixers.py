@@ -380,7 +380,11 @@ def test_a_name_that_is_none_is_answered_with_the_nearest():
 
 @pytest.mark.parametrize(
     ("given", "problem"),
-    [([3.0, 1.0], r"the least comes first, given: \[3.0, 1.0\]"), ([0.0, 1.0], "greater than 0"), ([1.0], "required")],
+    [
+        ([3.0, 1.0], r"give the lowest rate first, then the highest; given: \[3.0, 1.0\]"),
+        ([0.0, 1.0], "greater than 0"),
+        ([1.0], "required"),
+    ],
 )
 def test_rates_of_decay_that_are_none(given, problem):
     for name in NAMES:

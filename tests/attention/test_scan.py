@@ -162,7 +162,7 @@ def test_the_other_kernel_is_asked_for_more_tokens_than_one(
     [
         (True, False, False, []),
         (False, False, False, [f"kernel 'fla' {fla.MISSING}"]),
-        (True, True, True, ["kernel 'fla' runs on GPUs alone, and this run is on the CPU; use 'auto'"]),
+        (True, True, True, ["kernel 'fla' runs only on GPUs, but this run is on the CPU; use 'auto'"]),
         (True, False, True, [f"kernel 'fla' {fla.FLAW}; or use 'auto'"]),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_delta_rule_by_a_kernel_of_gpus_has_narrow_keys(monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: True)
     for name in ("deltanet", "gated-deltanet", "kda"):
         asked, usual = (MixerConfig.registry[name](kernel=kernel) for kernel in ("fla", "auto"))
-        said = f"mixer {name!r}: kernel 'fla' takes a head_dim of at most 256, given: 257"
+        said = f"mixer {name!r}: kernel 'fla' supports a head_dim of at most 256, given: 257"
         assert asked.missing_requirements(replace(SHAPE, head_dim=257), on_cpu=False) == [said]
         assert asked.missing_requirements(replace(SHAPE, head_dim=256), on_cpu=False) == []
         assert usual.missing_requirements(replace(SHAPE, head_dim=257), on_cpu=False) == []

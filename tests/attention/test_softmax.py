@@ -137,7 +137,7 @@ def test_on_a_gpu_flex_attention_has_its_mask_before_the_first_layer(
 
 def test_flex_attention_lacks_a_gpu_on_the_cpu() -> None:
     shape = MixerShape(width=16, num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, norm_eps=1e-5)
-    said = "mixer 'softmax': kernel 'flex' trains on GPUs alone, and this run is on the CPU; use 'sdpa'"
+    said = "mixer 'softmax': kernel 'flex' trains only on GPUs, but this run is on the CPU; use 'sdpa'"
     assert Softmax(kernel="flex").missing_requirements(shape, on_cpu=True) == [said]
     assert Softmax(kernel="flex").missing_requirements(shape, on_cpu=False) == Softmax().lacks(shape, on_cpu=True) == []
 

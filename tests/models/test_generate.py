@@ -190,9 +190,9 @@ def test_nothing_that_a_call_hands_over_is_passed_over():
     cache = model.make_cache()
     for network in (model, model.model):
         for unknown in ("cache_params", "kv_cache", "cachee", "cu_seq_lens_q", "seq_idx"):
-            with pytest.raises(TypeError, match=f"is given {unknown}, which llmeff's models do not have"):
+            with pytest.raises(TypeError, match=f"got {unknown}, which llmeff's models do not support"):
                 network(row, **{unknown: cache})
-        with pytest.raises(TypeError, match=r"cache and past_key_values, two names of one thing"):
+        with pytest.raises(TypeError, match=r"cache and past_key_values, two names for the same argument"):
             network(row, cache=cache, past_key_values=cache)
     with pytest.raises(TypeError, match=f"Did you mean '{CACHE}'"):
         model(row, **{f"{CACHE}_": cache})

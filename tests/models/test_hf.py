@@ -126,19 +126,19 @@ def test_a_mixer_attends_in_place_of_the_models_own_attention(mixer: Any, tmp_pa
         (
             "qwen2",
             {"name": "gla"},
-            r"model\.mixer: mixer is .* takes Softmax\(\), Sliding\(\.\.\.\), Linear\(\) or Perf",
+            r"model\.mixer: mixer is .* supports Softmax\(\), Sliding\(\.\.\.\), Linear\(\) or Perf",
         ),
         (
             "mistral",
             {"name": "sliding", "window": 9},
-            r"model\.mixer: .* the model has a sliding_window of its own, 64",
+            r"model\.mixer: .* the model has its own sliding_window, 64",
         ),
         (
             "recurrent",
             {"name": "linear"},
-            r"model\.mixer: MambaForCausalLM does not ask transformers' AttentionInterface",
+            r"model\.mixer: MambaForCausalLM does not use transformers' AttentionInterface",
         ),
-        ("gpt2", {"name": "linear"}, r"GPT2Attention drops 0\.1 of its weights"),
+        ("gpt2", {"name": "linear"}, r"GPT2Attention has an attention dropout of 0\.1"),
     ],
 )
 def test_a_mixer_that_a_model_cannot_take_is_told_before_its_step(
@@ -210,7 +210,7 @@ def test_a_recurrent_model_is_kept_from_packed_documents(tmp_path: Path) -> None
     config.save_pretrained(tmp_path)
     model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
     assert model(tokens, targets=targets).isfinite()
-    with pytest.raises(ConfigError, match="would see one another in MambaForCausalLM"):
+    with pytest.raises(ConfigError, match="MambaForCausalLM cannot keep documents in one row apart"):
         model(tokens, packed(7, 5), targets)
 
 
@@ -219,7 +219,9 @@ def test_a_model_with_logits_of_its_own_kind_is_kept_from_chunks(tmp_path: Path)
     config.save_pretrained(tmp_path)
     model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
     assert model(tokens, targets=targets).isfinite()
-    with pytest.raises(ConfigError, match="Gemma2ForCausalLM computes its logits in a way of its own; give null"):
+    with pytest.raises(
+        ConfigError, match="Gemma2ForCausalLM computes its logits in its own way, all at once; give null"
+    ):
         model(tokens, targets=targets, loss_chunk=5)
 
 
@@ -275,8 +277,8 @@ def test_whether_logits_come_in_chunks_is_known_before_the_weights(kind: str, do
         ("gpt2", replace(WORK, loss_chunk=5, recompute=True), None),
         ("capped", replace(WORK, loss_chunk=5), "task.loss_chunk is 5, but Gemma2ForCausalLM computes"),
         ("old", replace(WORK, num_tokens=32, recompute=True), "runtime.recompute is true, but OpenAIGPTLMHeadModel"),
-        ("learned", WORK, "data.sequence_length is 64, but .* learns a vector for each of 32 positions"),
-        ("half a body", WORK, "data.sequence_length is 64, but .* learns a vector for each of 32 positions"),
+        ("learned", WORK, "data.sequence_length is 64, but .* has learned positions for only 32 tokens"),
+        ("half a body", WORK, "data.sequence_length is 64, but .* has learned positions for only 32 tokens"),
         ("learned", replace(WORK, num_tokens=32), None),
     ],
 )
@@ -296,7 +298,11 @@ def test_all_that_a_model_cannot_is_told_at_once(tmp_path: Path) -> None:
     [
         ("gpt2", replace(WORK, packed=True), None),
         ("recurrent", WORK, None),
-        ("recurrent", replace(WORK, packed=True), "would see one another in MambaForCausalLM: use 'plain'"),
+        (
+            "recurrent",
+            replace(WORK, packed=True),
+            "MambaForCausalLM cannot keep documents in one row apart: use 'plain'",
+        ),
         ("tabulated", WORK, "data.sequence_length is 64, but .* has 32 positions"),
         ("tabulated", replace(WORK, num_tokens=32), None),
         ("rotary", WORK, None),
@@ -425,7 +431,7 @@ def _pickled(path: Path) -> None:
         (_pickled, "is neither a folder with a causal language model in safetensors"),
         (_of_no_known_type, "is neither a folder with a causal language model in safetensors"),
         (_at_odds, r"`num_hidden_layers` \(3\) must be equal"),
-        (_with_a_layer_more, "lacks weights: model.layers.2.* and 9 more"),
+        (_with_a_layer_more, "lacks the weights model.layers.2.* and 9 more"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_error(damage: Any, said: str, tmp_path: Path) -> None:
@@ -441,7 +447,7 @@ def test_no_folder_is_one_clear_error(given: str) -> None:
 
 
 def test_more_tokens_than_embeddings_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.vocab_size is 62, but .* embeds 61 tokens"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size is 62, but .* embeds only 61 tokens"):
         build(folder("qwen2", tmp_path), vocab_size=62)
 
 

@@ -328,7 +328,7 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path):
     ("fields", "said"),
     [
         ({"width": 0}, "width: Input should be greater than or equal to 1"),
-        ({"width": 12, "norm": "group", "norm_groups": 8}, "norm_groups is 8, but there are 12 channels"),
+        ({"width": 12, "norm": "group", "norm_groups": 8}, "norm_groups is 8, but a convolution has 12 channels"),
         ({"norm_groups": 0}, "norm_groups: Input should be greater than or equal to 1"),
         ({"connection": "sum"}, "connection: Input should be 'none', 'add', 'concat' or 'concat1x1'"),
         ({"norm": "layer"}, "norm: Input should be 'batch', 'batch_sync', 'group' or 'frozen'"),
@@ -352,7 +352,7 @@ def test_images_that_are_too_small(kind, least):
 
     assert not problems(least, least)
     (small,) = problems(least, least - 1)
-    assert f"at least {least} pixels a side, and these have {least} x {least - 1}" in small
+    assert f"at least {least} pixels a side, but these have {least} x {least - 1}" in small
     build(kind, width=2, norm_groups=1)(pictures(1, 3, least, least))
     (wrong,) = problems(least, least, precision_name="bf16_master")
     assert "use 'bf16'" in wrong

@@ -193,10 +193,10 @@ def test_presets_have_the_size_that_they_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"width": 30}, "width 30 is no multiple of num_heads 4: give one, or head_dim"),
+        ({"width": 30}, "width 30 is not a multiple of num_heads 4: give one, or head_dim"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"num_kv_heads": 3}, "num_heads 4 is no multiple of num_kv_heads 3"),
-        ({"layers": [{}]}, "layers has 1 entries for num_layers 2"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"layers": [{}]}, "layers has 1 entries, but num_layers is 2"),
         ({"mixer": "softmaxx"}, "Did you mean 'softmax'"),
         ({"widht": 3}, "Did you mean 'width'"),
     ],

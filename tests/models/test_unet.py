@@ -177,11 +177,13 @@ def test_no_peak_is_predicted_where_the_instruction_set_was_not_measured(monkeyp
 
 
 def test_what_it_cannot_is_an_error(library, tmp_path):
-    with pytest.raises(ConfigError, match=r"runtime\.recompute is true, but model 'unet' cannot: use false"):
+    with pytest.raises(
+        ConfigError, match=r"runtime\.recompute is true, but model 'unet' does not support it: use false"
+    ):
         plan(config("runtime.recompute=true"))
-    with pytest.raises(ConfigError, match="needs images of at least 32 pixels a side, and these have 16 x 128"):
+    with pytest.raises(ConfigError, match="needs images of at least 32 pixels a side, but these have 16 x 128"):
         plan(config("data.source.height=16"))
-    with pytest.raises(ConfigError, match=r"knows no 'resnet-18'\. Did you mean 'resnet18'\?"):
+    with pytest.raises(ConfigError, match=r"has no encoder 'resnet-18'\. Did you mean 'resnet18'\?"):
         train(config("model.encoder=resnet-18"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -62,7 +62,7 @@ def config(tmp_path):
         (
             "recurrent",
             ["data.packing=documents", "data.sequence_length=8"],
-            "would see one another in MambaForCausalLM",
+            "MambaForCausalLM cannot keep documents in one row apart",
         ),
     ],
 )

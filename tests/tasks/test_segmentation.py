@@ -562,7 +562,7 @@ def test_classes_are_the_datas():
 def test_images_that_a_model_cannot_pool_are_refused_before_anything_is_written(tmp_path):
     config = street("model.name=segnet", "model.width=2")
     assert isinstance(config.model, SegNetVGG)
-    with pytest.raises(ConfigError, match=r"at least 32 pixels a side, and these have 16 x 20"):
+    with pytest.raises(ConfigError, match=r"at least 32 pixels a side, but these have 16 x 20"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
