@@ -257,10 +257,10 @@ class ImageCorpus:
         there = [name for name, num_pixels in zip(self.classes, self.pixels, strict=True) if num_pixels]
         if len(there) < 2:
             source = self._config.source.model_dump_json(exclude_defaults=True)
-            found = f"only the class {there[0]!r}" if there else "no class at all"
+            found = f"only the class {there[0]!r}" if there else "none"
             raise ConfigError(
-                f"data.source: the training images of {source} have {found} of the {len(self.classes)} in their labels: "
-                "training needs at least two"
+                f"data.source: the labels of the training images of {source} contain {found} of the {len(self.classes)} "
+                "classes: training needs at least two"
             )
 
     def _normalised(self, images: Colours) -> NDArray[np.float32]:

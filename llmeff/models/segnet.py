@@ -204,7 +204,7 @@ class SegNetBasic(SegNetConfig):
 
 
 def shortcut(channels: tuple[int, ...]) -> tuple[int, int] | None:
-    """The longest run (start, end) of convolutions that keep the number of channels. None: there is none.
+    """(start, end) of the longest run of convolutions that keep the number of channels; end excluded. None: there is none.
 
     >>> shortcut((3, 64, 64)), shortcut((512, 512, 512, 256)), shortcut((128, 64))
     ((1, 2), (0, 2), None)

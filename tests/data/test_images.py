@@ -309,13 +309,13 @@ class TestCache:
 
 @pytest.mark.parametrize(
     ("label", "found"),
-    [(1, "only the class 'y' of the 3"), (IGNORED_PIXEL, "no class at all of the 3")],
+    [(1, "only the class 'y' of the 3"), (IGNORED_PIXEL, "none of the 3")],
     ids=["one", "none"],
 )
 def test_a_training_set_in_which_there_is_nothing_to_tell_apart(folder, put, label, found):
     for number in range(6):
         put(folder / "masks/train" / f"{number}.png", np.full((H, W), label, np.uint8))
-    with pytest.raises(ConfigError, match=f"training images of .*masks.* have {found} in their labels: training needs"):
+    with pytest.raises(ConfigError, match=f"training images of .*masks.* contain {found} classes: training needs"):
         config(folder).open()
 
 
