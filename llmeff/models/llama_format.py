@@ -237,7 +237,7 @@ def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
         if found is None:
             problems.append(f"lacks {shared_name(name)}")
         elif found.shape != tensor.shape:
-            problems.append(f"{shared_name(name)} is {tuple(found.shape)}, but by the config {tuple(tensor.shape)}")
+            problems.append(f"{shared_name(name)} is {tuple(found.shape)}, but the config says {tuple(tensor.shape)}")
     problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - set(map(shared_name, expected)))]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

@@ -145,7 +145,7 @@ def _rewrite(folder: Path, **fields: Any) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": "absent"}, "lacks hidden_size"),
         ({"num_hidden_layers": 3}, r"lacks model.layers.2.input_layernorm.weight; .* \(and \d+ more\)"),
-        ({"intermediate_size": 7}, r"gate_proj.weight is \(96, 32\), but by the config \(7, 32\)"),
+        ({"intermediate_size": 7}, r"gate_proj.weight is \(96, 32\), but the config says \(7, 32\)"),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is unexpected"),
     ],
 )
