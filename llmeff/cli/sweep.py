@@ -84,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
     from llmeff.compare.study import read_study
     from llmeff.compare.verdict_table import render_comparison
     from llmeff.core.dist import usable_cores
-    from llmeff.lab.sweep import Sweep, check_cores, plan_text, write_slurm, write_timing
+    from llmeff.lab.slurm import write_slurm
+    from llmeff.lab.sweep import Sweep, check_cores, plan_text
+    from llmeff.lab.timing import write_timing
 
     sweep = _sweep_config(options)
     cores = usable_cores() if options.cores is None else options.cores
