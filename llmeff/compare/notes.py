@@ -35,12 +35,12 @@ def notes_on(groups: Sequence[Group], metrics: Sequence[Metric], step_times: Ste
 
 def _on_timing(groups: Sequence[Group], step_times: StepTimes | None) -> Iterator[str]:
     if step_times is None:
-        yield "no timing lane was given: times are not compared (runs side by side slow one another)"
+        yield "no timing run was given: times are not compared (runs side by side slow one another)"
         return
     names = {timing_name(timed_as(arm, runs), group.cell) for group in groups for arm, runs in group.arms.items()}
     missing = sorted(names - step_times.keys())
     if missing:
-        yield f"the timing lane has no {', '.join(map(repr, missing))}: their times are not compared"
+        yield f"the timing run has no {', '.join(map(repr, missing))}: their times are not compared"
 
 
 def _on_runs(group: Group) -> Iterator[str]:

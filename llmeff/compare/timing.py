@@ -53,7 +53,7 @@ def read_timing(path: Path) -> dict[str, Any]:
         races = found["races"]
         rounds, dropped = (sum(race[key] for race in races) for key in ("rounds", "noisy_rounds_dropped"))
         busy = sum(len(race["busy_generations"]) for race in races)
-        note = f"the timing lane had {rounds} rounds, of which {dropped} were dropped since others used the cores"
+        note = f"the timing run had {rounds} rounds, of which {dropped} were dropped since others used the cores"
         note += f"; in {busy} generations all were noisy, and kept" if busy else ""
         return {"step_s": {name: list(map(float, values)) for name, values in found["step_s"].items()}, "note": note}
     except OSError as error:

@@ -98,7 +98,7 @@ def test_dropped_rounds_are_said_and_step_times_come_from_those_that_were_kept(s
     found = json.loads(capsys.readouterr().out)
     times = {row["arm"]: row for row in found["table"] if row["quantity"] == "step_s"}
     assert times["fast"]["ratio"] == pytest.approx(0.5)
-    (note,) = (note for note in found["notes"] if "timing lane" in note)
+    (note,) = (note for note in found["notes"] if "timing run" in note)
     assert "60 rounds, of which 8 were dropped" in note
     assert "in 1 generations all were noisy" in note
     assert main(["compare", LEDGER, "--timing=timing.json", "--format=csv"]) == 0
@@ -161,7 +161,7 @@ def test_a_sweeps_folder_says_what_it_is_judged_by_and_has_its_own_step_times(sw
     (group,) = found.groups
     assert (group.baseline, group.metric.name, group.target) == ("second", "accuracy", 0.3)
     assert group.table["step_s"]["first"].difference.ratio.value == pytest.approx(2.0)
-    assert found.notes[0] == "the timing lane had 30 rounds, of which 4 were dropped since others used the cores"
+    assert found.notes[0] == "the timing run had 30 rounds, of which 4 were dropped since others used the cores"
     assert found.command == f"llmeff compare {sweep}"
     other = read_study([sweep], metric="loss", baseline="first")
     assert (other.groups[0].metric.name, other.groups[0].baseline) == ("loss", "first")

@@ -100,7 +100,7 @@ def test_the_order_of_axes_makes_no_other_cell(study):
 def test_times_are_compared_by_the_lane_alone(study):
     comparison = judge(study)
     assert "step_s" not in comparison.groups[0].table
-    assert any("no timing lane" in note for note in comparison.notes)
+    assert any("no timing run" in note for note in comparison.notes)
     lane = {"base": [1.0, 1.01, 0.99], "fast": [1.5, 1.52, 1.49], "same": [1.0, 1.0, 1.0]}
     (group,) = judge(study, step_times=lane).groups
     assert group.table["step_s"]["fast"].difference.ratio.value == pytest.approx(1.5, rel=0.01)
@@ -608,7 +608,7 @@ def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(en
     assert (without.noise["loss"].ratio, without.noise["loss"].num_runs) == (None, 6)
     assert "peak_bytes" not in group.noise
     assert group.table["step_s"]["base (A/A)"].difference is None
-    assert not any("timing lane has no" in note for note in comparison.notes)
+    assert not any("timing run has no" in note for note in comparison.notes)
     seconds = judge(runs, step_times=lane, baseline="one").groups[0].table["seconds_to_target"]
     assert len(seconds["base (A/A)"].values) > 0  # which takes as long a step as what it repeats
     different = settled(entry, "base (A/A)", [1.2, 1.21, 1.22], first_seed=20_000, repeats="base")

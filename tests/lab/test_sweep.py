@@ -279,7 +279,7 @@ def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path,
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     given = ["sweep", "--config=small.json", "--out=out"]
     assert main([*given, "--rounds=3"]) == 2
-    assert "--rounds is for the timing lane: give --timing too" in capsys.readouterr().err
+    assert "--rounds is for a timing run: give --timing too" in capsys.readouterr().err
     assert main([*given, "--slurm", "--sbatch=time=2"]) == 2
     assert "as in --sbatch=--time=2:00:00" in capsys.readouterr().err
     assert main([*given, "--slurm", "--sbatch=--time=2:00:00", "--sbatch=--cpus-per-task=7"]) == 0
@@ -538,7 +538,7 @@ def test_the_arms_of_a_sweep_are_timed_and_compared(tmp_path, monkeypatch, capsy
     assert main([*given, "--timing"]) == 2
     assert "there is no sweep to time" in capsys.readouterr().err
     assert main([*given, "--quiet"]) == 0
-    assert "no timing lane was given" in capsys.readouterr().out
+    assert "no timing run was given" in capsys.readouterr().out
     assert main([*given, "--timing", "--processes=3", "--rounds=3", "--steps=1"]) == 0
     assert "time of a step" in capsys.readouterr().out
     assert main(["compare", "out", "--html=page.html", "--plot=curves.png"]) == 0

@@ -355,8 +355,14 @@ def test_a_mask_of_four_dimensions_is_an_error():
     ("more", "said"),
     [
         ({"use_cache": True}, "by position_ids, documents begin within a row"),
-        ({"use_cache": False, "attention_mask": torch.ones(2, 10, dtype=torch.long)}, "position_ids has documents"),
-        ({"use_cache": True, "position_ids": None, "cu_seq_lens_q": torch.tensor([0, 4, 10])}, "cu_seq_lens_q has doc"),
+        (
+            {"use_cache": False, "attention_mask": torch.ones(2, 10, dtype=torch.long)},
+            "by position_ids, documents begin within a row",
+        ),
+        (
+            {"use_cache": True, "position_ids": None, "cu_seq_lens_q": torch.tensor([0, 4, 10])},
+            "by cu_seq_lens_q, documents begin within a row",
+        ),
     ],
 )
 def test_documents_that_the_mask_does_not_keep_apart_are_an_error(mixer, more, said):

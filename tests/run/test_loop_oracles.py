@@ -12,7 +12,8 @@ from llmeff.core.config import override, validate
 from llmeff.core.heartbeat import HEARTBEAT
 from llmeff.core.seed import derive
 from llmeff.data.packing import MASKED, TrainWindows
-from llmeff.record import clocks, meters, schema
+from llmeff.core import meters
+from llmeff.record import clocks, schema
 from llmeff.record.devices import DEVICES, Device
 from llmeff.record.progress import Silent
 from llmeff.record.reader import read_run

@@ -56,7 +56,7 @@ def config(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        ("learned", [], "data.sequence_length is 40, but .* 32 positions"),
+        ("learned", [], "data.sequence_length is 40, but .* positions for only 32 tokens"),
         ("old", ["runtime.recompute=true"], "runtime.recompute is true, but OpenAIGPTLMHeadModel"),
         ("capped", ["task.loss_chunk=8"], "task.loss_chunk is 8, but Gemma2ForCausalLM"),
         (
