@@ -23,7 +23,9 @@ def blocks(language):
     """Of all pages: the page, and what a block in a language holds."""
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        yield from ((page, block) for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+        yield from (
+            (page, block) for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        )
 
 
 COMMANDS = [

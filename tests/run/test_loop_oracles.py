@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from llmeff.config.run import RunConfig
+from llmeff.core import meters
 from llmeff.core.config import override, validate
 from llmeff.core.heartbeat import HEARTBEAT
 from llmeff.core.seed import derive
 from llmeff.data.packing import MASKED, TrainWindows
-from llmeff.core import meters
 from llmeff.record import clocks, schema
 from llmeff.record.devices import DEVICES, Device
 from llmeff.record.progress import Silent
