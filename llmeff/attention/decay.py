@@ -1,4 +1,4 @@
-"""Initial decays of states: rates, and the time steps of tokens."""
+"""How the decay of a state is initialized: rates per unit of time, and the time that each token takes."""
 
 from typing import Annotated
 

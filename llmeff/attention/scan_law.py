@@ -132,7 +132,7 @@ def _segment(
 
 
 def _node(tape: Tape, inputs: tuple[Array, ...], backward: Backward) -> Node | None:
-    """Node of an operation that saves nothing. None: no gradient is needed, as for constant decays."""
+    """The graph node of an operation that saves nothing; None if no input needs a gradient (constant decays, say)."""
     return None if all(x.node is None for x in inputs) else tape.save(inputs, (), backward)
 
 

@@ -63,7 +63,7 @@ class Sliding(HeadsConfig):
         return num_tokens - far + sinks + (0 if every is None else far // every - sinks // every)
 
     def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
-        """The price of attention in blocks of queries with their keys; variables live as long as in `slide`."""
+        """The price of `slide`, which attends block by block. Variables here live as long as those of `slide`."""
         num_rows, num_heads, num_tokens, head_dim = query.shape
         if num_tokens <= self.window:
             mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))

@@ -40,7 +40,7 @@ class Metric:
 
     @property
     def sign(self) -> int:
-        """The factor that turns a value into one of which less is better."""
+        """1, or -1 if higher values are better: a value times it is better if lower."""
         return 1 if self.better == "lower" else -1
 
     def cost(self, value: float | None) -> float:

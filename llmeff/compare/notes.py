@@ -24,7 +24,7 @@ def notes_on(groups: Sequence[Group], metrics: Sequence[Metric], step_times: Ste
     """
     higher = [metric.label for metric in metrics if metric.better == "higher"]
     if higher:
-        yield f"of {', '.join(higher)} more is better, of all else less"
+        yield f"higher is better for {', '.join(higher)}, lower for everything else"
     for group in groups:
         yield from _on_runs(group)
         yield from _on_spread(group)
@@ -35,7 +35,7 @@ def notes_on(groups: Sequence[Group], metrics: Sequence[Metric], step_times: Ste
 
 def _on_timing(groups: Sequence[Group], step_times: StepTimes | None) -> Iterator[str]:
     if step_times is None:
-        yield "no timing run was given: times are not compared (runs side by side slow one another)"
+        yield "no timing run was given: times are not compared (runs that share a machine slow each other down)"
         return
     names = {timing_name(timed_as(arm, runs), group.cell) for group in groups for arm, runs in group.arms.items()}
     missing = sorted(names - step_times.keys())

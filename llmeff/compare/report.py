@@ -87,7 +87,7 @@ def _verdict_parts(group: Group, arm: str) -> Iterator[str]:
             if cell.difference is not None:
                 yield f"{quantity.label} {show_ratio(cell)}"
             elif len(cell.values) < cell.num_seeds:
-                yield f"{quantity.label}: {len(cell.values)} of {cell.num_seeds} runs came to it"
+                yield f"{quantity.label}: {len(cell.values)} of {cell.num_seeds} runs have a value"
 
 
 def _verdict(comparison: Comparison) -> str:

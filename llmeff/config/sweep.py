@@ -153,7 +153,7 @@ class SweepConfig(Config):
     def _seed_problems(self) -> Iterator[str]:
         """Seeds that are given twice, or that trials have."""
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            yield f"seeds must be different and at least one, given: {list(self.seeds)}"
+            yield f"give at least one seed, and none twice; given seeds: {list(self.seeds)}"
         if self.aa_name in self.arms:
             yield f"arms has a {self.aa_name!r}, which is what the arm of aa_seeds is called"
         baseline_seeds, aa_seeds = _counted(self.baseline_seeds, BASELINE_SEED), _counted(self.aa_seeds, AA_SEED)

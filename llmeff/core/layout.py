@@ -76,7 +76,7 @@ class Layout:
         return places if self.padding is None else places.masked_fill(~self.padding[:, :num_tokens], -1)
 
     def tables(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
-        """What a mixer makes from the layout, shared by all its layers. A key begins with the mixer's name."""
+        """Tables that a mixer derives from the layout. All layers with that mixer share them; keys start with its name."""
         if key not in self._tables:
             self._tables[key] = make()
         return cast(Tables, self._tables[key])

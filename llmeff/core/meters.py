@@ -446,7 +446,7 @@ class EnergyMeter:
         return None if self._read is None else self._read() - self._start_j
 
     def total_j(self) -> float | None:
-        """Joules of all ranks' GPUs, earlier ones included; None if any part is unknown. All ranks must call it."""
+        """Joules of all ranks' GPUs since the run began, before a resume too; None if a part is unknown. All ranks must call it."""
         known = [math.nan if part is None else part for part in (self.energy_j(), self._before_j)]
         total = float(group.total(torch.tensor(known[0], dtype=torch.float64))) + known[1]
         return None if math.isnan(total) else total

@@ -176,7 +176,7 @@ def _multiply_back(tape: Tape, gradient: Array, left: Array, right: Array) -> tu
 
 
 def scale(tape: Tape, x: Array, constant: Array) -> Array:
-    """The product with a constant that broadcasts, which is saved."""
+    """Multiplies by a constant that broadcasts. The constant is saved for backward."""
     node = tape.save((x,), (constant,), partial(_scale_back, tape))
     return tape.elementwise(x.shape, x.dtype, node)
 

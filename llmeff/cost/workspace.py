@@ -185,7 +185,7 @@ def _filled(number: int, block: int) -> int:
 
 
 def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
-    """Copies with channels padded to whole blocks; an image with fewer channels than a block is not copied."""
+    """Memory of copies whose channels are padded to whole blocks. Images with fewer channels than a block are not copied."""
     num_bytes, (images, inputs, *sides), (_, outputs, *made) = BYTES[convolution.dtype], convolution.x, convolution.y
     kernel = prod(convolution.weight[2:]) * num_bytes
     filled_in, filled_out = _filled(inputs, block), _filled(outputs, block)

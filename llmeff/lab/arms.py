@@ -139,7 +139,9 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
 
     config, task = prepare(config)
     if not isinstance(config.model, DecoderConfig):
-        raise ConfigError(f"arm 'hf-trainer' trains decoders of llmeff's own: model is {config.model.name!r}")
+        raise ConfigError(
+            f"arm 'hf-trainer' can train only llmeff's own decoders, but the model is {config.model.name!r}"
+        )
     _refuse_unlike("hf-trainer", config, recompute=False)
     device = prepare_device(config)
     batch_size = config.train.batch
@@ -436,7 +438,7 @@ def _is_busy(rounds: list[dict[str, Turn]]) -> bool:
 def _values(
     generations: Sequence[Sequence[dict[str, Turn]]], names: Sequence[str], value: Callable[[Turn], float]
 ) -> dict[str, list[list[float]]]:
-    """A value of every turn, by name, generation and round."""
+    """One number per turn: by arm, a list for each generation, with a number for each round."""
     return {name: [[value(turns[name]) for turns in rounds] for rounds in generations] for name in names}
 
 

@@ -190,7 +190,7 @@ def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
     run = read_run(folder)
     config = validate(RunConfig, run.config)
     if not isinstance(config.data, TextData):
-        raise ConfigError(f"{folder}: is a run of data {config.data.name!r}, and what is asked is of text")
+        raise ConfigError(f"{folder}: this run trained on data {config.data.name!r}; give a run on text")
     model_config, tensors = llama_format.load(model_folder(run))
     model, corpus, length = model_config.build(), config.data.open(), config.data.sequence_length
     copy_tensors(model, tensors)

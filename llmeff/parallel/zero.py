@@ -133,8 +133,8 @@ class DeepSpeed(StrategyConfig):
         """Stage 0 cannot keep a master copy that other stages can load; stage 3 cannot be compiled."""
         if precision == "bf16_master" and self.stage == 0:
             yield (
-                "precision 'bf16_master' is not for parallel.stage 0: there DeepSpeed has another engine, with a state "
-                "that cannot go on at other stages or ranks; use stage 1, which splits the master copy, or 'bf16'"
+                "precision 'bf16_master' is not for parallel.stage 0: use stage 1, which splits the master copy, or 'bf16'. At "
+                "stage 0 DeepSpeed uses another engine, whose state cannot be resumed at other stages or ranks"
             )
         if compiled != "off" and self.stage == 3:
             yield f"runtime.compile {compiled!r} is not for parallel.stage 3: gathering parameters breaks the graph"

@@ -109,7 +109,7 @@ def test_the_verdict_speaks_of_the_metric(study, with_gain):
     text = page(comparison, "a study")
     assert 'alt="held-out gain"' in text
     assert "<td>final loss</td>" in text
-    assert "of gain more is better, of all else less" in text
+    assert "higher is better for gain, lower for everything else" in text
 
 
 def test_each_arm_has_a_sentence(comparison):
@@ -494,7 +494,7 @@ def test_a_sentence_says_how_many_came_to_what_is_spoken_of(study):
     fast, same = verdicts(group)
     assert fast.startswith("fast against base: final loss x ")
     assert f"; steps to loss {group.target:.4f} x 0." in fast
-    assert f"; steps to loss {group.target:.4f}: 0 of 3 runs came to it" in same
+    assert f"; steps to loss {group.target:.4f}: 0 of 3 runs have a value" in same
     lost = [replace(run, arm="lost", phase="tuning", name=f"lost/{run.seed}") for run in study if run.arm == "fast"]
     assert verdicts(judge([*study, *lost]).groups[0])[-1] == "lost against base: nothing to compare"
 

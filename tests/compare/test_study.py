@@ -45,7 +45,7 @@ def test_a_study_is_judged_by_its_own_metric_or_by_the_one_that_is_asked_for(
     assert (own["metric"], own["targets"]) == ("gain", {"": 0.4})
     assert own["metric_directions"] == {"gain": "higher", "loss": "lower"}
     assert own["command"] == "llmeff sweep --recipe it"
-    assert "of gain more is better, of all else less" in own["notes"]
+    assert "higher is better for gain, lower for everything else" in own["notes"]
     assert "steps to gain 0.4000" in (tmp_path / "it.html").read_text()
     other = compared("--metric=loss")
     assert other["metric"] == "loss"

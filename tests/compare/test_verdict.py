@@ -269,8 +269,8 @@ def test_every_goal_can_decide_and_all_are_shown(segmented, metric, better, labe
     assert shown["steps_to_target"] == f"steps to {label} {group.target:.4f}"
     assert group.table[metric]["fast"].call == call
     assert group.table["mean_iou"]["fast"].difference.ratio.value == pytest.approx(1.1, rel=0.01)
-    (note,) = [note for note in comparison.notes if note.endswith(" more is better, of all else less")]
-    assert set(note.removeprefix("of ").split(" more is")[0].split(", ")) == {
+    (note,) = [note for note in comparison.notes if note.startswith("higher is better for ")]
+    assert set(note.removeprefix("higher is better for ").removesuffix(", lower for everything else").split(", ")) == {
         "mean IoU",
         "boundary F1",
         "class accuracy",

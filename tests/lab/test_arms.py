@@ -240,7 +240,9 @@ def test_a_file_without_the_function_is_refused(tmp_path):
 def test_an_arm_refuses_a_model_that_it_cannot_train(tmp_path):
     images = {"name": "images", "source": {"name": "scenes", "height": 32, "width": 32, "num_train": 4}}
     given = {"task": "segmentation", "model": {"name": "segnet", "width": 8}, "data": images}
-    with pytest.raises(ConfigError, match="'hf-trainer' trains decoders of llmeff's own: model is 'segnet'"):
+    with pytest.raises(
+        ConfigError, match="'hf-trainer' can train only llmeff's own decoders, but the model is 'segnet'"
+    ):
         ARMS["hf-trainer"](validate(RunConfig, given | {"train": {"batch": 2}}), lambda: None)
 
 
