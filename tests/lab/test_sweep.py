@@ -127,7 +127,7 @@ def test_trials_may_be_judged_on_the_validation_split_where_the_test_judges_fina
     ("changes", "words"),
     [
         ({"baseline": "sgd"}, "baseline is 'sgd', the arms are: adamw, muon"),
-        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"seeds": [1, 1]}, "give at least one seed, and none twice"),
         ({"seeds": [1000]}, r"tuning.seed 1000 is among the seeds"),
         ({"tuning": {"trials": 3}}, "arms.muon.search has 2 combinations, but every arm has tuning.trials = 3"),
         ({"arms": {"one": {}}, "baseline": "one"}, "a sweep compares arms, given: one"),
