@@ -416,6 +416,8 @@ def fill(folder: Path) -> None:
 # -- what is left out, and what is text
 
 LEFT_OUT = "<left out>"
+TEMPORARY = "tmp"
+"""The folder of temporary files in the working folder."""
 TIMED = {"timings", "mfu", "energy_j", "seconds", "exponent", "overtakes"}
 """Keys of times, and of what follows from them, beside those that end in `_s`."""
 SETTINGS = {"timeout_s"}
@@ -461,7 +463,7 @@ class Cleaner:
         """A text in which folders have names that stay."""
         for path, name in sorted(self._paths.items(), key=lambda pair: -len(pair[0])):
             text = text.replace(path, name)
-        return re.sub(r"<work>/tmp/[\w.-]+", "<temporary>", text)
+        return re.sub(rf"<work>/{TEMPORARY}/[\w.-]+", "<temporary>", text)
 
     def text(self, text: str) -> str:
         """A text without paths, times, dates, speeds, memory readings, and with one space or line for many."""
@@ -672,7 +674,7 @@ def environment(tree: Path, folder: Path) -> dict[str, str]:
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours) and name not in ranks}
     return kept | {
-        "PYTHONPATH": str(tree), "LLMEFF_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp"), "COLUMNS": "240",
+        "PYTHONPATH": str(tree), "LLMEFF_CACHE": str(folder / "cache"), "TMPDIR": str(folder / TEMPORARY), "COLUMNS": "240",
         "TERM": "dumb", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
@@ -737,7 +739,7 @@ def record(tree: Path, out: Path, only: Sequence[str]) -> None:
     about["script"] = sha256(Path(__file__).read_bytes())
     with tempfile.TemporaryDirectory(prefix="behaviour-") as place:
         folder = Path(place).resolve()
-        (folder / "tmp").mkdir()
+        (folder / TEMPORARY).mkdir()
         check(tree, folder)
         fill(folder)
         for command in commands():
