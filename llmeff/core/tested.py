@@ -8,7 +8,7 @@ from llmeff.core.log import logger
 TESTED = {
     "accelerate": ("1.10", "1.15.0"),
     "bitsandbytes": ("0.50", "0.50.2"),
-    "deepspeed": ("0.19", "0.19.8"),
+    "deepspeed": ("0.19.8", "0.19.8"),
     "torch": ("2.13", "2.14.1"),
     "transformers": ("5.23", "5.24.0"),
 }
