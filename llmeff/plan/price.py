@@ -33,7 +33,7 @@ from llmeff.cost.price import KINDS, Kind, Price
 from llmeff.cost.step import price_state
 from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
-from llmeff.cost.workspace import Product, Room, room
+from llmeff.cost.workspace import Product, Room, matrix_bytes, room
 
 USABLE = 0.8
 """The part of the free memory that a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
@@ -429,8 +429,11 @@ def _counts(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
+_MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
 class _Rooms(TorchDispatchMode):
-    """Makes and frees, around convolutions, the workspace that libraries take on a CPU (`cost.workspace`).
+    """Makes and frees the workspace that libraries take on a CPU for convolutions and matrix products (`cost.workspace`).
 
     Args:
         work: what the step does.
@@ -452,7 +455,10 @@ class _Rooms(TorchDispatchMode):
             return self._forward(func, args)
         if func is torch.ops.aten.convolution_backward.default:
             return self._backward(func, args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _MATRIX_PRODUCTS:
+            self._make(matrix_bytes(self._work, result.numel(), _format_of(result)))
+        return result
 
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Tensor:
         result = self._enter("output", args[0], args[1], func(*args).shape, is_transposed=args[6])
@@ -474,14 +480,21 @@ class _Rooms(TorchDispatchMode):
 
     def _enter(self, product: Product, x: Tensor, weight: Tensor, y: torch.Size, *, is_transposed: bool) -> Tensor:
         """What lives until the product's tensor is made. The room for the computation itself is made and freed here."""
-        dtype = str(x.dtype).removeprefix("torch.")
-        found = None if is_transposed else room(self._work, product, x.shape, weight.shape, y, dtype)
+        found = None if is_transposed else room(self._work, product, x.shape, weight.shape, y, _format_of(x))
         self.is_unknown |= found is None
         found = found or Room()
-        self.most_bytes = max(self.most_bytes, found.result + found.during)
-        result = torch.empty(found.result, dtype=torch.uint8)
-        torch.empty(found.during, dtype=torch.uint8)
+        result = self._make(found.result)
+        self._make(found.during, beside=found.result)
         return result
+
+    def _make(self, num_bytes: int, beside: int = 0) -> Tensor:
+        """Bytes that live as long as the tensor; `beside` are those that live already."""
+        self.most_bytes = max(self.most_bytes, num_bytes + beside)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _format_of(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 class _Attention(TorchDispatchMode):

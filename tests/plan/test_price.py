@@ -195,6 +195,7 @@ def test_the_law_deals_out_parameters_in_the_models_order():
         {"recompute": True, "loss_chunk": 40},
         {"packed": True, "num_micro_batches": 3},
         {"precision_name": "bf16"},
+        {"precision_name": "bf16", "instruction_set": "AVX512_CORE"},
     ],
 )
 def test_a_trace_counts_what_the_law_says(change):
@@ -203,6 +204,8 @@ def test_a_trace_counts_what_the_law_says(change):
     assert (traced.source, law.source) == ("traced", "law")
     for kind in ("parameters", "optimizer_bytes", "gradient_bytes", "model_flops", "executed_flops", "saved_bytes"):
         assert traced.total(kind) == law.total(kind), kind
+    assert traced.total("workspace_bytes") == law.total("workspace_bytes")
+    assert (law.total("workspace_bytes") > 0) == ("instruction_set" in change)
     assert traced.total("peak_bytes") == pytest.approx(law.total("peak_bytes"), rel=PEAK_TOLERANCE)
 
 
