@@ -1,4 +1,4 @@
-"""The table of parameters: one row each, with what an optimizer must know to treat it."""
+"""Parameters with their roles, by which an optimizer decides how to treat them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ParameterInfo:
 
 
 def parameter_infos(model: nn.Module, roles: Mapping[str, Role]) -> list[ParameterInfo]:
-    """One row for each trained parameter, in the model's order; a shared parameter has one row.
+    """Describes each trained parameter, in the model's order. A shared parameter occurs once.
 
     Raises:
         ValueError: a parameter has no role.
