@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llmeff.core.config import ConfigError
 from llmeff.core.heartbeat import beat
-from llmeff.data import verified_cache as sealed
+from llmeff.data import verified_cache
 from llmeff.data.baseline import Gzip
 from llmeff.data.splits import Document, Split
 from llmeff.data.tokenizer import Tokenizer
@@ -77,12 +77,12 @@ class TokenCache:
     """A complete cache.
 
     Args:
-        folder: a folder that `sealed.ensure` made.
+        folder: a folder that `verified_cache.ensure` made.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        meta, self.fingerprint = sealed.read_meta(folder)
+        meta, self.fingerprint = verified_cache.read_meta(folder)
         self.vocab_size: int = meta["vocab_size"]
         self.end_id: int = meta["end_id"]
         self.dtype = np.dtype(meta["dtype"])

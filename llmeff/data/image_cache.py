@@ -15,7 +15,7 @@ from PIL import Image
 from llmeff.core.config import ConfigError
 from llmeff.core.heartbeat import beat
 from llmeff.core.ignored import IGNORED_PIXEL
-from llmeff.data import verified_cache as sealed
+from llmeff.data import verified_cache
 from llmeff.data.image_files import LISTED, raise_all
 from llmeff.data.image_source import LabelledImage, Pair
 from llmeff.data.splits import Split
@@ -53,11 +53,11 @@ class ImageCache:
     """A complete cache.
 
     Args:
-        folder: a folder that `sealed.ensure` made.
+        folder: a folder that `verified_cache.ensure` made.
     """
 
     def __init__(self, folder: Path):
-        meta, self.fingerprint = sealed.read_meta(folder)
+        meta, self.fingerprint = verified_cache.read_meta(folder)
         self.classes: tuple[str, ...] = tuple(meta["classes"])
         self.size: Size = (meta["size"][0], meta["size"][1])
         self.splits: dict[Split, StoredImages] = {split: self._read(folder, split) for split in meta["splits"]}

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from llmeff.core.config import ConfigError, Count, Fraction
 from llmeff.core.dist import cache_folder
 from llmeff.core.ignored import IGNORED_PIXEL
-from llmeff.data import image_cache
-from llmeff.data import verified_cache as sealed
+from llmeff.data import image_cache, verified_cache
 from llmeff.data.augment import AugmentConfig, Colours
 from llmeff.data.data import DataConfig
 from llmeff.data.image_cache import ImageCache, Size, StoredImages
@@ -80,7 +79,7 @@ class ImageData(DataConfig):
         splits = self.splits.model_dump(mode="json")
         key = fingerprint_of([image_cache.FORMAT, self.source.fingerprint(), self.size, splits])
         folder = cache_folder() / "images" / key[:32]
-        sealed.ensure_by_one(folder, self._write, image_cache.KIND, is_main=is_main, wait=wait)
+        verified_cache.ensure_by_one(folder, self._write, image_cache.KIND, is_main=is_main, wait=wait)
         return ImageCorpus(self, ImageCache(folder))
 
     def _write(self, folder: Path) -> None:

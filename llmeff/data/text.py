@@ -7,8 +7,7 @@ from typing import Literal
 
 from llmeff.core.config import ConfigError, Count
 from llmeff.core.dist import cache_folder
-from llmeff.data import cache
-from llmeff.data import verified_cache as sealed
+from llmeff.data import cache, verified_cache
 from llmeff.data.builtin import Builtin
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.data import DataConfig
@@ -60,7 +59,7 @@ class TextData(DataConfig):
             ]
         )
         folder = cache_folder() / "tokens" / key[:32]
-        sealed.ensure_by_one(folder, self._write, cache.KIND, is_main=is_main, wait=wait)
+        verified_cache.ensure_by_one(folder, self._write, cache.KIND, is_main=is_main, wait=wait)
         return TextCorpus(self, cache.TokenCache(folder))
 
     def _documents(self) -> Iterator[tuple[Split, Document]]:

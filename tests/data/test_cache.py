@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from llmeff.core.config import ConfigError
-from llmeff.data import cache
-from llmeff.data import verified_cache as sealed
+from llmeff.data import cache, verified_cache
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.splits import Document
 
-ensure = partial(sealed.ensure, kind=cache.KIND)
+ensure = partial(verified_cache.ensure, kind=cache.KIND)
 TOKENIZER = Bytes().build(list)
 DOCUMENTS = [
     ("train", Document(unit="a", text="one")),
@@ -172,7 +171,7 @@ def test_another_process_that_was_faster_wins(folder):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llmeff.data import cache, verified_cache as sealed
+from llmeff.data import cache, verified_cache
 from llmeff.data.byte_tokenizer import Bytes
 from llmeff.data.splits import Document
 
@@ -183,7 +182,7 @@ def documents():
             os.kill(os.getpid(), signal.SIGKILL)
 
 write = lambda folder: cache.write_corpus(folder, documents(), Bytes().build(list), None)
-sealed.ensure(Path(sys.argv[1]), write, cache.KIND)
+verified_cache.ensure(Path(sys.argv[1]), write, cache.KIND)
 """
 
 
@@ -195,7 +194,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(folder):
     ensure(folder, writer())
     assert cache.TokenCache(folder).stream("train").units == ["a", "b"]
     assert part.exists()  # its writer might live
-    old = time.time() - sealed.ABANDONED_S - 1
+    old = time.time() - verified_cache.ABANDONED_S - 1
     for entry in (*part.iterdir(), part):
         os.utime(entry, (old, old))
     shutil.rmtree(folder)
