@@ -22,13 +22,15 @@ from llmeff.compare.text_table import TextTable
 from llmeff.core import meters
 from llmeff.core.components import load_components
 from llmeff.core.config import ConfigError
+from llmeff.core.cpu import instruction_set
 from llmeff.core.layout import Layout
 from llmeff.core.memory import keep_freed_memory
 from llmeff.core.precision import PrecisionName, precision
 from llmeff.core.units import show_bytes
+from llmeff.cost.workload import Workload
 from llmeff.lab.race import Generation, ratio, run_generations, take_turns
 from llmeff.models import DecoderConfig
-from llmeff.models.single_layer import VOCABULARY, LayerStep, chunk_products, mixer_names, single_layer
+from llmeff.models.single_layer import VOCABULARY, chunk_products, mixer_names, single_layer
 from llmeff.models.transformer import Decoder
 from llmeff.record.environment import environment
 
@@ -82,8 +84,10 @@ class MixerRace:
         if problems:
             raise ConfigError(problems)
         configs = {mixer: self._config(mixer) for mixer in self.mixers or mixer_names()}
-        step = self.step(self.lengths[-1])
-        lacking = [f"--mixer {mixer!r}: {lack}" for mixer, config in configs.items() for lack in step.problems(config)]
+        longest = self.workload(self.lengths[-1])
+        lacking = [
+            f"--mixer {mixer!r}: {lack}" for mixer, config in configs.items() for lack in config.problems(longest)
+        ]
         if lacking:
             raise ConfigError(lacking)
         return configs
@@ -110,12 +114,14 @@ class MixerRace:
             problems.append("--device cuda: torch sees no CUDA device; allowed here: cpu")
         return problems
 
-    def step(self, length: int) -> LayerStep:
+    def workload(self, length: int) -> Workload:
         """A forward and backward pass over `length` tokens."""
-        return LayerStep(
+        return Workload(
+            num_sequences=1,
             num_tokens=length,
             precision_name=self.precision,
             num_threads=self.threads,
+            instruction_set=instruction_set(),
             on_cpu=self.device == "cpu",
         )
 
@@ -322,7 +328,7 @@ def matmul_rate(race: MixerRace, device: torch.device) -> float:
 
 
 def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str, float]:
-    price = race.step(length).price(config)
+    price = config.price(race.workload(length))
     number_bytes = torch.finfo(getattr(torch, precision(race.precision).compute)).bits // 8
     peak_bytes = price.known("peak_bytes")
     return {

@@ -4,7 +4,6 @@ Measuring it measures a mixer, norms and the residual stream as in training.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +11,6 @@ from torch import Tensor
 from llmeff.attention.mixer import MixerConfig
 from llmeff.attention.scan import CHUNK
 from llmeff.core.config import ConfigError, override, validate
-from llmeff.core.cpu import instruction_set
-from llmeff.core.precision import PrecisionName
-from llmeff.cost.price import Price
-from llmeff.cost.workload import Workload
 from llmeff.models.transformer import DecoderConfig, LayerConfig
 
 VOCABULARY = 8
@@ -47,35 +42,6 @@ def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_hea
     layer = LayerConfig(has_mlp=False).model_dump(mode="json")
     given = {"width": width, "num_layers": 1, "num_heads": num_heads, "vocab_size": VOCABULARY}
     return validate(DecoderConfig, given | {"layers": [layer], "mixer": override({"name": name}, settings)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStep:
-    """A forward and backward pass over one sequence, on this machine."""
-
-    num_tokens: int
-    """T, tokens of the sequence."""
-    precision_name: PrecisionName
-    """Name of the number formats."""
-    num_threads: int
-    """Threads of the CPU."""
-    on_cpu: bool
-    """Whether the step runs on the CPU."""
-
-    @property
-    def _workload(self) -> Workload:
-        return Workload(
-            num_sequences=1, num_tokens=self.num_tokens, precision_name=self.precision_name,
-            num_threads=self.num_threads, instruction_set=instruction_set(), on_cpu=self.on_cpu,
-        )  # fmt: skip
-
-    def problems(self, model: DecoderConfig) -> list[str]:
-        """Why a model does not support the step, as messages."""
-        return list(model.problems(self._workload))
-
-    def price(self, model: DecoderConfig) -> Price:
-        """The price of the step for a model."""
-        return model.price(self._workload)
 
 
 def chunk_products(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
