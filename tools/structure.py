@@ -10,6 +10,8 @@ from pathlib import Path
 import grimp
 from radon.complexity import cc_visit
 from radon.visitors import Function
+from scipy.sparse import lil_array
+from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "llmeff"
@@ -47,31 +49,16 @@ def room_imports(graph: grimp.ImportGraph) -> set[tuple[str, str]]:
 
 
 def cycles(graph: grimp.ImportGraph) -> list[list[str]]:
-    """Modules that import one another, by way of others too, in groups (Tarjan 1972)."""
-    index: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(module: str) -> None:
-        index[module] = lowest[module] = len(index)
-        stack.append(module)
+    """Groups of modules that import one another, directly or through others."""
+    modules = sorted(graph.modules)
+    imports = lil_array((len(modules), len(modules)), dtype=bool)
+    for number, module in enumerate(modules):
         for imported in graph.find_modules_directly_imported_by(module):
-            if imported not in index:
-                visit(imported)
-                lowest[module] = min(lowest[module], lowest[imported])
-            elif imported in stack:
-                lowest[module] = min(lowest[module], index[imported])
-        if lowest[module] == index[module]:
-            group = stack[stack.index(module) :]
-            del stack[stack.index(module) :]
-            if len(group) > 1:
-                found.append(sorted(group))
-
-    for module in sorted(graph.modules):
-        if module not in index:
-            visit(module)
-    return found
+            imports[number, modules.index(imported)] = True
+    num_groups, group_of = connected_components(imports, connection="strong")
+    groups = [[module for module, group in zip(modules, group_of, strict=True) if group == number]
+              for number in range(num_groups)]  # fmt: skip
+    return [group for group in groups if len(group) > 1]
 
 
 def complexities() -> Iterator[tuple[str, str, int]]:
