@@ -1,21 +1,16 @@
 """The statistics keep their promises on studies whose truth is known, as `analysis/coverage.py` draws them."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from llmeff.compare.intervals import many_to_one
+from tests.scripts import ROOT, load_script
 
-ANALYSIS = Path(__file__).resolve().parent.parent / "analysis"
-_SPEC = importlib.util.spec_from_file_location("analysis.coverage", ANALYSIS / "coverage.py")
-coverage = importlib.util.module_from_spec(_SPEC)
-sys.modules[coverage.__name__] = coverage  # where its own processes look for it
-_SPEC.loader.exec_module(coverage)
+ANALYSIS = ROOT / "analysis"
+coverage = load_script("analysis/coverage.py")
 
 
 def is_likely(share, count, rate):

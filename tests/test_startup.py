@@ -1,17 +1,12 @@
 """The measurement of start-up tells what is ours from the imports of other packages."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-_PATH = Path(__file__).parents[1] / "analysis" / "startup.py"
-_SPEC = importlib.util.spec_from_file_location("startup", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-startup = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(startup)
+from tests.scripts import load_script
+
+startup = load_script("analysis/startup.py")
 
 
 @pytest.mark.slow

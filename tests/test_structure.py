@@ -1,19 +1,13 @@
 """`tools/structure.py` sees what it is there to see."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+
+from tests.scripts import load_script
 
 grimp = pytest.importorskip("grimp")
 pytest.importorskip("radon")
 
-_PATH = Path(__file__).parents[1] / "tools" / "structure.py"
-_SPEC = importlib.util.spec_from_file_location("structure", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-structure = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(structure)
+structure = load_script("tools/structure.py")
 
 
 def graph_of(*imports):

@@ -1,6 +1,5 @@
 """The price gate: what is predicted is what a step takes, over random models and steps."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -37,13 +36,9 @@ from llmeff.plan.price import (
     usable_bytes,
 )
 from tests.prices import assert_peak, run_of
+from tests.scripts import ROOT, load_script
 
-_PATH = Path(__file__).parents[2] / "analysis" / "price_gate.py"
-_SPEC = importlib.util.spec_from_file_location("price_gate", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-gate = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(gate)
+gate = load_script("analysis/price_gate.py")
 
 PEAK_TOLERANCE = 0.02
 MODEL = DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=2)
@@ -149,7 +144,7 @@ def test_price_gates_under_every_instruction_set_of_this_cpu(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *gates],
         env=os.environ | {"ONEDNN_MAX_CPU_ISA": name, **aten},
-        cwd=_PATH.parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """The price of a rank: what is predicted for a strategy is what a step of it takes, on every rank."""
 
-import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,9 @@ from llmeff.plan.price import fit_micro_batch, predict, price_step, show, trace
 from llmeff.run.loop import train
 from tests.prices import assert_peak
 from tests.ranks import ranks
+from tests.scripts import load_script
 
-_PATH = Path(__file__).parents[2] / "analysis" / "rank_price_gate.py"
-_SPEC = importlib.util.spec_from_file_location("analysis.rank_price_gate", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-gate = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(gate)
+gate = load_script("analysis/rank_price_gate.py")
 
 PEAK_TOLERANCE = 0.05
 TRACED_PEAK_TOLERANCE = 0.25
