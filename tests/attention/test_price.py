@@ -135,7 +135,8 @@ def of_law(own, shape, work):
     def noted(label, num_bytes):
         change(label, num_bytes)
         changes.append(num_bytes)
-        if num_bytes > 0 and label[0] == "temporaries":  # when they are kept, they are made already
+        # what is kept was made before, and a single number (the loss below) is no array of the mixer
+        if num_bytes > 4 and label[0] == "temporaries":
             made.append(num_bytes)
 
     tape.live.change = noted
