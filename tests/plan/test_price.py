@@ -20,11 +20,13 @@ from llmeff.core.meters import count_flops, peak_bytes, saved_bytes
 from llmeff.core.parameters import parameter_infos
 from llmeff.cost.price import Price
 from llmeff.cost.workload import Workload
+from llmeff.cost.workspace import matrix_bytes, room
 from llmeff.data import Bpe, HfTokenizer, ImageData, TextData
 from llmeff.models import DecoderConfig, SegNetBasic, SegNetVGG
 from llmeff.models.transformer import LayerConfig
 from llmeff.optim import AdamW
 from llmeff.plan.price import (
+    _Rooms,
     fit_micro_batch,
     plan,
     predict,
@@ -542,3 +544,22 @@ def test_the_price_is_shown():
     assert "parameters" in shown
     assert "MiB" in shown
     assert "traced" not in shown
+
+
+@pytest.mark.parametrize("product", ["mm", "addmm"])
+def test_a_trace_makes_room_for_a_bf16_product_as_the_law_does(product):
+    work = Workload(num_sequences=1, num_tokens=1, precision_name="bf16", instruction_set="AVX512_CORE")
+    given = [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((7,), (5, 3), (3, 7))]
+    with _Rooms(work) as rooms:
+        getattr(torch, product)(*given[1 if product == "mm" else 0 :])
+    assert rooms.most_bytes == matrix_bytes(work, 5 * 7, "bfloat16") > 0
+
+
+def test_a_trace_adds_up_what_a_convolution_has_beside_its_result():
+    work = Workload(num_sequences=2, num_tokens=1, instruction_set="AVX2")
+    x, weight = torch.zeros(2, 5, 24, 24), torch.zeros(7, 5, 3, 3)
+    with _Rooms(work) as rooms:
+        y = torch.nn.functional.conv2d(x, weight, padding=1)
+    found = room(work, "output", x.shape, weight.shape, y.shape, "float32")
+    assert min(found.during, found.result) > 0
+    assert rooms.most_bytes == found.during + found.result
