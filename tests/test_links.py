@@ -130,7 +130,7 @@ def test_the_command_line_names_the_link_and_starts_nothing(begun, outside, flag
     (begun / FOLDER).symlink_to(outside)
     mine, theirs = state(begun), state(outside)
     assert main(["train", *flags, f"--out={begun}"]) == 2
-    assert f"{begun / FOLDER}: is a symbolic link to {outside}; llmeff follows no links" in capsys.readouterr().err
+    assert f"{begun / FOLDER}: is a symbolic link to {outside}. llmeff follows no links" in capsys.readouterr().err
     assert (state(begun), state(outside)) == (mine, theirs)
 
 

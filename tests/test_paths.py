@@ -226,5 +226,5 @@ def test_without_import_nothing_is_found_here(here):
 
 
 def test_a_module_that_is_not_here_is_one_error(here):
-    with pytest.raises(ConfigError, match="--import own_party: there is no such module here"):
+    with pytest.raises(ConfigError, match="--import own_party: no such module in the working folder"):
         load_components(["own_party"])

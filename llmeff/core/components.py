@@ -1,4 +1,4 @@
-"""Users' own components: modules that register themselves on import."""
+"""Loads users' own components: modules that register components when they are imported."""
 
 import importlib
 import importlib.metadata
@@ -13,10 +13,10 @@ from llmeff.core.config import ConfigError
 
 
 class _Here(MetaPathFinder):
-    """Finds modules in the working folder: those that the user named, and those that they import, at any time.
+    """Finds modules in the working folder: the modules that the user named, and the modules that those import.
 
-    It comes after all other finders, so nothing there hides an installed package. Libraries do not find there what they
-    try to import and can do without (a tabulate.py).
+    It comes after all other finders on `sys.meta_path`, so a file in the working folder never hides an installed
+    package. If a library tries an optional import, such as `tabulate`, it does not find a user's tabulate.py.
     """
 
     def __init__(self, folder: str):
@@ -26,7 +26,7 @@ class _Here(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A module's spec; None if it is not in the folder or was not asked for from here."""
+        """Returns a module's spec, or None if it is not in the folder or is not for this finder (see the class)."""
         if path is not None or not (fullname in self.names or self._is_asked_from_here()):
             return None
         spec = PathFinder.find_spec(fullname, [self.folder], target)
@@ -35,7 +35,7 @@ class _Here(MetaPathFinder):
         return spec
 
     def _is_asked_from_here(self) -> bool:
-        """Whether the import statement is in a module that was found here."""
+        """Returns whether the import statement is in a module that this finder found."""
         frame = sys._getframe(2)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:
             frame = frame.f_back
@@ -43,16 +43,20 @@ class _Here(MetaPathFinder):
 
 
 _MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external")
-"""Modules whose frames lie between an import and its finder."""
+"""Modules of the import system. Their stack frames are between an import statement and the finder."""
 
 
 def load_components(modules: Sequence[str]) -> None:
-    """Imports installed packages by their `llmeff` entry points, and modules by name, also from the working folder.
+    """Loads the `llmeff` entry points of installed packages, then imports the given modules.
 
-    Every process that reads a config must call it first.
+    Modules that are not installed are also searched for in the working folder. Every process that reads a config must
+    call this first.
+
+    Args:
+        modules: dotted names of modules.
 
     Raises:
-        ConfigError: there is no such module.
+        ConfigError: if a module does not exist.
     """
     for entry in importlib.metadata.entry_points(group="llmeff"):
         entry.load()
@@ -64,11 +68,11 @@ def load_components(modules: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name != name.split(".")[0] and error.name != name:
                 raise
-            raise ConfigError(f"--import {name}: there is no such module here or on the Python path") from None
+            raise ConfigError(f"--import {name}: no such module in the working folder or on the Python path") from None
 
 
 def _search_here(names: set[str]) -> None:
-    """Makes modules of these names importable from the working folder."""
+    """Makes modules with these top-level names importable from the working folder."""
     here = str(Path.cwd())
     known = next((finder for finder in sys.meta_path if isinstance(finder, _Here) and finder.folder == here), None)
     if known is None:

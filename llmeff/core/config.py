@@ -1,4 +1,4 @@
-"""Frozen configs, components chosen by name, overrides, and errors that say what was given and what is allowed."""
+"""Frozen configs, components chosen by name, `--set` overrides, config files, and the error for wrong input."""
 
 import json
 import tomllib
@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from llmeff.core.registry import Registry, nearest
 
-# Scalars are strict: "7", 7.0 and True are not counts. A float field takes an integer, never a bool.
+# Scalars are strict: a count cannot be given as "7", 7.0 or True. A float field also accepts an integer, but no bool.
 Integer = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -27,10 +27,10 @@ Text = Annotated[str, Field(strict=True)]
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with what the user asked for, in one error.
+    """Error for wrong user input. It lists all problems at once.
 
     Args:
-        problems: one line each: where, what was given, what is allowed.
+        problems: one line per problem. Each says where it is, what was given and what is allowed.
     """
 
     def __init__(self, problems: str | Iterable[str]):
@@ -39,7 +39,9 @@ class ConfigError(ValueError):
 
 
 def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """A table's content under today's names. If a field is also given by its old name, that value wins.
+    """Returns a copy of the data in which renamed fields have their new names.
+
+    If a field is given by both names, the value of the old name wins.
 
     >>> with_new_names({"items": 5, "budget": None}, {"items": "budget"})
     {'budget': 5}
@@ -49,7 +51,7 @@ def with_new_names(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, no unknown fields, each field described by its docstring."""
+    """Base class of all configs. Instances are frozen, unknown fields are errors, and each field has a docstring."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -59,7 +61,7 @@ class Config(BaseModel):
     )
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Old names of fields, which are still read, with their new names."""
+    """Maps old field names, which are still accepted, to the new names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +71,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_components(cls, data: Any) -> Any:
-        """Where a component is expected, a table without a name takes the name of the field's default."""
+        """Adds the name of the field's default component to each component table that has no name."""
         if not isinstance(data, Mapping):
             return data
         named = {
@@ -81,12 +83,14 @@ class Config(BaseModel):
 
 
 class Component(Config):
-    """A config chosen by its `name` within a family (`optim.name = "adamw"`).
+    """A config that is chosen by its `name` from a family (`optim.name = "adamw"`).
 
-    A direct subclass that gives `family=` opens a registry. Classes below it that set a default `name` enter it.
+    A subclass declared with `family=` creates a registry. Its own subclasses register themselves if they annotate
+    `name` with a single literal.
     """
 
     registry: ClassVar[Registry[Any]]
+    """The members of the family, by name."""
 
     name: str
     """The component's name."""
@@ -96,13 +100,13 @@ class Component(Config):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """A field typed by the family accepts any member: validated by its name, dumped in full."""
+        """Lets a field typed by the family accept any member, chosen by name, and dump all fields of that member."""
         if "registry" not in cls.__dict__:
             return handler(source)
         dump = core_schema.plain_serializer_function_ser_schema(
             lambda value, info: value.model_dump(mode=info.mode), info_arg=True
         )
-        # not the family's own model: from the second field of this type on, pydantic would recognize it and use it alone
+        # Not `handler(source)`: from the second field of this type on, pydantic would use that schema and skip ours.
         instance = core_schema.is_instance_schema(cls)
         return core_schema.no_info_before_validator_function(cls._by_name, instance, serialization=dump)
 
@@ -115,7 +119,7 @@ class Component(Config):
         if not isinstance(value, Mapping):
             raise PydanticCustomError(
                 "component",
-                "give a name or a table with a name, one of {known}",
+                "expected a name, or a table with a name. Known: {known}.",
                 {"known": ", ".join(cls.registry.names())},
             )
         name = value.get("name")
@@ -136,15 +140,17 @@ class Component(Config):
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Splits `a.b=value`. The value is TOML (`3e-4`, `true`, `[1, 2]`, `"x"`), `null`, or else a plain string.
+    """Splits `a.b=value` into the key's parts and the value.
+
+    The value is read as TOML (`3e-4`, `true`, `[1, 2]`, `"x"`). `null` and `None` give None. Other text is a string.
 
     Raises:
-        ConfigError: there is no `=` or no key.
+        ConfigError: if there is no `=`, or a part of the key is empty.
     """
     key, equals, raw = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise ConfigError(f"--set {text!r}: expected KEY=VALUE with a dotted key, as in optim.lr=3e-4")
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE with a dotted key, such as optim.lr=3e-4")
     raw = raw.strip()
     if raw in ("null", "None"):
         return path, None
@@ -155,13 +161,14 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Applies `--set` settings to a config's raw data.
+    """Applies `--set` settings to a copy of a config's raw data and returns the copy.
 
-    A setting that names a component (`optim=muon`, `optim.name=muon`) replaces it by that component's defaults, before
-    any setting of its fields, whatever their order on the command line. If a key is set twice, the later value wins.
+    A setting that names a component (`optim=muon` or `optim.name=muon`) selects that component with its default fields.
+    It applies before any setting of the component's fields, in whatever order the settings are given. If a key is set
+    twice, the later value wins.
 
     Raises:
-        ConfigError: a setting does not parse, or its key leads through a value that is not a table.
+        ConfigError: if a setting does not parse, or a parent in its key is not a table.
     """
     result: dict[str, Any] = json.loads(json.dumps(data))
     parsed = []
@@ -183,7 +190,7 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
 
 
 def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The field names allowed in the place of an unknown field."""
+    """Returns the field names of the config at a location, or an empty list if there is no config there."""
     annotation: Any = model
     for part in location:
         annotation = _below(annotation, part)
@@ -200,7 +207,10 @@ def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...
 
 
 def _below(annotation: Any, part: int | str) -> Any:
-    """The type of a field, of a table's values or of a list's items; for an optional type, the type without None."""
+    """Returns the type one level below: of a model's field, a dict's values or a list's items.
+
+    A union is reduced to its first member other than None.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
         found: Any = None if field is None else field.annotation
@@ -231,10 +241,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], data: Mapping[str, Any]) -> M:
-    """Validates raw data.
+    """Builds a config from raw data.
 
     Raises:
-        ConfigError: lists every problem, with the value given and the nearest right name.
+        ConfigError: if the data is wrong. It lists every problem, with the given value or the nearest known name.
     """
     try:
         return model.model_validate(dict(data))
@@ -244,10 +254,10 @@ def validate(model: type[M], data: Mapping[str, Any]) -> M:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a TOML or JSON config.
+    """Reads a config's raw data from a TOML or JSON file.
 
     Raises:
-        ConfigError: the file is absent, not TOML or JSON, or does not parse.
+        ConfigError: if the file cannot be read, is not .toml or .json, does not parse, or contains no table.
     """
     if path.suffix not in (".toml", ".json"):
         raise ConfigError(f"{path}: a config must be a .toml or .json file")
@@ -257,7 +267,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 (byte {error.start})") from None
+        raise ConfigError(f"{path}: is not valid UTF-8 (at byte {error.start})") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: does not parse ({error})") from None
     if not isinstance(data, dict):

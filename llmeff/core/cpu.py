@@ -20,7 +20,10 @@ InstructionSet = Literal[
     "AVX512_CORE_AMX",
     "AVX512_CORE_AMX_FP16",
 ]
-"""oneDNN's names, oldest first. It uses the last one that the CPU has and `ONEDNN_MAX_CPU_ISA` allows."""
+"""oneDNN's names of its x86 instruction sets, oldest first.
+
+oneDNN uses the newest set that the CPU supports and `ONEDNN_MAX_CPU_ISA` allows.
+"""
 
 _NEEDS: dict[InstructionSet, tuple[tuple[InstructionSet, ...], frozenset[str]]] = {
     "SSE41": ((), frozenset({"sse4_1"})),
@@ -35,28 +38,29 @@ _NEEDS: dict[InstructionSet, tuple[tuple[InstructionSet, ...], frozenset[str]]] 
     "AVX512_CORE_AMX": (("AVX512_CORE_FP16",), frozenset({"amx_tile", "amx_int8", "amx_bf16"})),
     "AVX512_CORE_AMX_FP16": (("AVX512_CORE_AMX",), frozenset({"amx_fp16"})),
 }
-"""For each set: the sets that it includes, and the flags in /proc/cpuinfo that it needs beyond theirs."""
+"""For each set: the sets that it includes directly, and the flags in /proc/cpuinfo that it needs besides theirs."""
 _ALIASES: dict[str, InstructionSet] = {
     "AVX10_1_512": "AVX512_CORE_FP16",
     "AVX10_1_512_AMX": "AVX512_CORE_AMX",
     "AVX10_1_512_AMX_FP16": "AVX512_CORE_AMX_FP16",
 }
+"""Other names that oneDNN accepts for some of its sets."""
 INSTRUCTION_SETS: tuple[InstructionSet, ...] = tuple(_NEEDS)
-"""Oldest first."""
+"""All instruction sets, oldest first."""
 
 
 def contained(name: InstructionSet) -> list[InstructionSet]:
-    """The sets that a set includes, and itself."""
+    """Returns an instruction set and all sets that it includes, oldest first."""
     inner = [part for held in _NEEDS[name][0] for part in contained(held)]
     return [part for part in INSTRUCTION_SETS if part in (*inner, name)]
 
 
 def effective(flags: Collection[str], limit: str = "") -> InstructionSet | None:
-    """The set that oneDNN uses on a CPU; None if it uses none of its x86 sets.
+    """Returns the instruction set that oneDNN uses on a CPU, or None if the CPU supports none of them.
 
     Args:
         flags: the CPU's flags, as /proc/cpuinfo names them.
-        limit: the value of `ONEDNN_MAX_CPU_ISA`, in any case; a value that oneDNN does not know sets no limit.
+        limit: the value of `ONEDNN_MAX_CPU_ISA`, in upper or lower case. An unknown value sets no limit, as in oneDNN.
     """
     named = limit.upper()
     highest = _ALIASES.get(named, named)
@@ -66,7 +70,7 @@ def effective(flags: Collection[str], limit: str = "") -> InstructionSet | None:
 
 
 def instruction_set() -> InstructionSet | None:
-    """The set that oneDNN uses in this process; None if unknown."""
+    """Returns the instruction set that oneDNN uses in this process, or None if unknown."""
     return effective(_flags(), onednn_limit())
 
 
@@ -80,12 +84,12 @@ def _flags() -> frozenset[str]:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether bfloat16 products are faster than float32 ones: true on a GPU, and on a CPU with AMX.
+    """Returns whether matrix products are faster in bfloat16 than in float32: True on a GPU, and on a CPU with AMX.
 
-    A CPU with neither AMX nor AVX512_BF16 is slow at them: with AVX2, many times slower than in float32.
+    On a CPU with neither AMX nor AVX512_BF16, bfloat16 products are slow: with AVX2, many times slower than in float32.
 
     Args:
-        device: `cpu`, or a kind of accelerator.
+        device: `cpu`, or a type of accelerator such as `cuda`.
     """
     found = instruction_set()
     return device != "cpu" or (found is not None and "AVX512_CORE_AMX" in contained(found))

@@ -1,4 +1,4 @@
-"""The only place that reads the process environment: this process's rank, where caches are, what it may use."""
+"""All access to environment variables, except that of the script train.py: ranks, launcher settings, paths, caches."""
 
 import contextlib
 import os
@@ -11,23 +11,23 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place among those that train together."""
+    """The rank of this process, and the number of processes that train together."""
 
     rank: int
-    """0 to ranks - 1."""
+    """Rank of this process, from 0 to ranks - 1."""
     local_rank: int
-    """The rank on this machine, from 0."""
+    """Rank among the processes on this machine, from 0."""
     ranks: int
-    """How many processes train together."""
+    """Number of processes that train together."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes records, caches and the terminal."""
+        """Whether this process is rank 0, which writes records and caches and prints to the terminal."""
         return self.rank == 0
 
 
 def world() -> World:
-    """What the launcher set in RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, one process alone."""
+    """Returns the world that the launcher set in RANK, LOCAL_RANK and WORLD_SIZE, or else a world of one process."""
     return World(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
@@ -36,7 +36,7 @@ def world() -> World:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Returns the number of a free TCP port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -44,7 +44,15 @@ def free_port() -> int:
 
 
 def become_rank(rank: int, ranks: int, port: int) -> None:
-    """Makes this process one of several on this machine, as a launcher would. Call it before any of them connects."""
+    """Sets the variables that a launcher would set, so that this process is one of several ranks on this machine.
+
+    Call this before any rank connects.
+
+    Args:
+        rank: rank of this process.
+        ranks: number of ranks.
+        port: port on which rank 0 listens.
+    """
     told = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -53,27 +61,27 @@ def become_rank(rank: int, ranks: int, port: int) -> None:
 
 
 def onednn_limit() -> str:
-    """The highest instruction set that oneDNN may use, as the user named it; empty if there is no limit.
+    """Returns the highest instruction set that oneDNN may use, as the user gave it. Empty if there is no limit.
 
-    oneDNN reads it once, at its first computation. Set it before then.
+    oneDNN reads the variable (ONEDNN_MAX_CPU_ISA or DNNL_MAX_CPU_ISA) only once, at its first computation.
     """
     return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalSetting:
-    """A value of the run that is also stated outside its config."""
+    """A setting of the run that is also given outside its config, for example to the launcher."""
 
     key: str
-    """The config's field ("train.clip_norm"); `accumulation` stands for batch / (ranks x micro-batch)."""
+    """Field of the config ("train.clip_norm"), or `accumulation` for batch / (ranks x micro-batch)."""
     value: Any
-    """The value in the config's form."""
+    """The value, in the form that the config uses."""
     source: str
-    """What states it, as errors name it."""
+    """Where the value was given, as errors name it ("accelerate launch --mixed_precision")."""
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, alone or among others."""
+    """Returns whether a launcher started this process, alone or with others."""
     return "WORLD_SIZE" in os.environ
 
 
@@ -91,17 +99,20 @@ _FLAGS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "ACCELERATE_USE_CPU": ("runtime.device", "--cpu", lambda _: "cpu"),
     "ACCELERATE_DYNAMO_BACKEND": ("runtime.compile", "--dynamo_backend", str),
 }  # fmt: skip
-"""What `accelerate launch` passes on of its flags and its config file: the field, the flag, how to read the value."""
+"""Variables by which `accelerate launch` passes on its flags and config file.
+
+Each has the field of our config, the flag, and a function that parses the value.
+"""
 _UNSAID = {
     ("ACCELERATE_MIXED_PRECISION", "no"),
     ("ACCELERATE_DYNAMO_BACKEND", "NO"),
     ("ACCELERATE_USE_CPU", "False"),
 }
-"""What it sets unasked. (It also sets all of FSDP_* unasked, so those are not read.)"""
+"""Values that `accelerate launch` sets by default. It also sets all FSDP_* by default, so llmeff never reads those."""
 
 
 def launcher_settings() -> list[ExternalSetting]:
-    """What the launcher was told about the run: the number of ranks, and the flags that somebody gave."""
+    """Returns the settings that the launcher was given: the number of ranks, and flags that are not its defaults."""
     found = [ExternalSetting(key="parallel.ranks", value=world().ranks, source="the launcher (WORLD_SIZE)")]
     for name, (key, flag, read) in _FLAGS.items():
         given = os.environ.get(name, "auto")
@@ -111,7 +122,7 @@ def launcher_settings() -> list[ExternalSetting]:
 
 
 def _as_given(read: Callable[[str], Any], given: str) -> Any:
-    """The value as read, or the text itself if it cannot be read; that text equals no value of a config."""
+    """Parses the value. Returns the text unchanged if it does not parse, so that it equals no value of a config."""
     try:
         return read(given)
     except ValueError:
@@ -119,7 +130,7 @@ def _as_given(read: Callable[[str], Any], given: str) -> Any:
 
 
 def launcher_engine() -> str | None:
-    """The flag of `accelerate launch` that asked for an engine; None if none did."""
+    """Returns the flag of `accelerate launch` that chose an engine, such as `--use_deepspeed`, or None."""
     for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm"):
         if os.environ.get(f"ACCELERATE_{name.upper()}", "false") == "true":
             return f"--{name}"
@@ -127,36 +138,45 @@ def launcher_engine() -> str | None:
 
 
 def is_cut_short() -> bool:
-    """Whether `accelerate launch` was asked for several processes but started one: it then sets a port but no ranks."""
+    """Returns whether `accelerate launch` was asked for several processes but started only this one.
+
+    In this case it sets a port, but no number of ranks.
+    """
     return "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and not is_launched()
 
 
 def launcher_file() -> str | None:
-    """The file given to `accelerate launch --deepspeed_config_file`; None if none was."""
+    """Returns the path given to `accelerate launch --deepspeed_config_file`, or None."""
     return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
 
 
 def ending_file() -> Path | None:
-    """Where this process leaves its last words for the `llmeff train` that started it; None if none did."""
+    """Returns the file in which this process reports its end to the `llmeff train` that started it, or None."""
     named = os.environ.get("LLMEFF_ENDING")
     return Path(named) if named else None
 
 
 _SAFE_PATH = "PYTHONSAFEPATH"
-"""If set, Python puts neither the working folder nor a script's folder on sys.path: a random.py there is not imported."""
+"""If set, Python adds neither the working folder nor the script's folder to sys.path.
+
+Then a file there, such as random.py, hides no module of the standard library.
+"""
 
 
 def keep_folder_off_paths() -> None:
-    """Keeps the working folder off the path of every Python process that this one starts from now on.
+    """Keeps the working folder off `sys.path` in all Python processes that this process starts from now on.
 
-    Libraries start some: multiprocessing, torch's compile workers. A value that the user set stays.
+    Libraries start such processes too: multiprocessing, torch's compile workers. A value set by the user is kept.
     """
     os.environ.setdefault(_SAFE_PATH, "1")
 
 
 @contextlib.contextmanager
 def folder_off_paths() -> Iterator[None]:
-    """Like `keep_folder_off_paths`, but for one block: the old value is restored after it."""
+    """Context manager that keeps the working folder off `sys.path` in Python processes started inside the block.
+
+    The old setting is restored at the end.
+    """
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
     try:
@@ -169,36 +189,41 @@ def folder_off_paths() -> Iterator[None]:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment for a run that this process starts: the working folder is on no path."""
+    """Returns the environment for a run that this process starts, with the working folder kept off `sys.path`."""
     return dict(os.environ) | {_SAFE_PATH: "1"}
 
 
 def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
-    """The environment of processes that `llmeff train` starts. They start in a folder of ours; the script returns to this one.
+    """Returns the environment for the launcher that `llmeff train` starts.
 
-    `accelerate launch` puts the folder that it starts in on its children's PYTHONPATH, before the standard library.
-    Python would import some files there as it starts (sitecustomize.py).
+    The launcher runs in a temporary folder, and `llmeff/train.py` returns to the user's folder (LLMEFF_FOLDER). This is
+    because `accelerate launch` puts its working folder on the PYTHONPATH of the ranks, before the standard library, and
+    Python would import files such as sitecustomize.py from there.
+
+    Args:
+        ending: file in which a rank reports how the run ended.
+        on_gpu: whether the machine has a GPU.
     """
-    # torchrun warns if it sets the number of threads itself; every rank sets its own from the config
+    # torchrun warns if OMP_NUM_THREADS is not set. Each rank later sets its number of threads from the config.
     added = {"LLMEFF_ENDING": str(ending), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if not on_gpu:
-        # otherwise DeepSpeed warns on standard output
+        # without this, DeepSpeed prints a warning to standard output
         added["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
     if paths := os.environ.get("PYTHONPATH"):
-        # relative entries are relative to this folder, and empty ones name none
+        # relative entries refer to the current folder, which the launcher leaves; empty entries are dropped
         added["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep) if path)
     return child_environment() | added | {"LLMEFF_FOLDER": os.getcwd()}
 
 
 @contextlib.contextmanager
 def in_a_world() -> Iterator[None]:
-    """A block in which this process is a rank. Without a launcher, it is the only rank of a world of its own.
+    """Context manager in which the environment declares this process a rank: the only rank if there is no launcher.
 
-    Process groups and engines need this, and set variables of their own. The environment is restored after the block:
-    otherwise later runs, and processes that this one starts, would take themselves for ranks.
+    Process groups and engines need these variables, and set more. At the end of the block the old environment is
+    restored. Otherwise, later runs in this process, and processes that it starts, would believe that they are ranks.
     """
     before = dict(os.environ)
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what `accelerate config` wrote was compared earlier
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # `check_world` compares these settings with the config instead
     if not is_launched():
         become_rank(0, 1, free_port())
     try:
@@ -210,7 +235,10 @@ def in_a_world() -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_rank_stated() -> Iterator[None]:
-    """A block in which LOCAL_RANK is set, by the launcher or here. DeepSpeed's stage 3 reads it in its first forward pass."""
+    """Context manager in which LOCAL_RANK is set, by the launcher or by this function.
+
+    DeepSpeed's ZeRO stage 3 reads it in its first forward pass.
+    """
     is_ours = "LOCAL_RANK" not in os.environ
     if is_ours:
         os.environ["LOCAL_RANK"] = str(world().local_rank)
@@ -222,7 +250,7 @@ def local_rank_stated() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """The folder of caches: `LLMEFF_CACHE`, else `llmeff` in the user's cache folder."""
+    """Returns the folder of llmeff's caches: `LLMEFF_CACHE` if set, else `llmeff` in the user's cache folder."""
     given = os.environ.get("LLMEFF_CACHE")
     if given:
         return Path(given)
@@ -231,20 +259,20 @@ def cache_folder() -> Path:
 
 
 def usable_cores() -> int:
-    """The number of cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_cublas_repeatable() -> None:
-    """Makes cuBLAS give the same bits every time. Call it before CUDA starts."""
+    """Makes cuBLAS deterministic. Call this before CUDA is initialized. A value set by the user is kept."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def keep_deepspeed_on_cpu() -> None:
-    """Makes DeepSpeed compute on the CPU even if there is a GPU. Call it before DeepSpeed is imported."""
+    """Makes DeepSpeed compute on the CPU even if there is a GPU. Call this before DeepSpeed is imported."""
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def silence_profiler() -> None:
-    """Keeps torch's profiler from writing its stages to standard error."""
+    """Stops torch's profiler from printing progress messages to standard error."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

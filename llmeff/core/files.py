@@ -1,7 +1,9 @@
-"""Files that are whole or absent: written next to their place, flushed to disk, then renamed. Their folders hold no links.
+"""Writes files atomically, and refuses links in the folders that llmeff writes.
 
-A folder of ours (a run's, a sweep's, a cache entry's) may itself be reached through links that its user made. Nothing in
-it may be a link: otherwise, whoever can write there could make us read, overwrite or delete files elsewhere.
+An atomic write goes to a temporary file in the same folder, which is flushed to disk and then renamed.
+
+The folder of a run, a sweep or a cache entry may be reached through symbolic links, but may not contain any. Otherwise,
+anyone who can write there could make llmeff read, overwrite or delete files elsewhere.
 """
 
 import contextlib
@@ -20,10 +22,10 @@ from llmeff.core.config import ConfigError
 from llmeff.core.heartbeat import beat
 
 PARTIAL = ".partial-"
-"""Prefix of what a killed process left behind. Nothing reads it."""
+"""Prefix of temporary files and folders. A killed process may leave some behind. Nothing reads them."""
 
 DISCARDED = "discarded-"
-"""Prefix of folders that hold what was recorded before a run began anew. Nothing reads or removes them."""
+"""Prefix of folders with the earlier records of a run that was begun anew. Nothing reads or removes them."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -32,7 +34,10 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9.+=-]+")
 
 
 def safe_name(text: str) -> str:
-    """A name for a file: the text itself or, if it holds anything unusual, the rest of it and a digest."""
+    """Returns a file name for a text: the text itself, if it is a safe name.
+
+    Otherwise, unusual characters become dashes, and a short digest of the text is appended.
+    """
     kept = _UNUSUAL.sub("-", text).strip("-.")
     return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
 
@@ -42,7 +47,7 @@ def _beside(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to disk."""
+    """Flushes a file to disk, or the list of entries of a folder."""
     beat()
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -53,7 +58,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write. It replaces `path` if the block ends well; otherwise nothing is left of it."""
+    """Context manager that yields a temporary path to write. At the end of the block, that file replaces `path`.
+
+    If the block raises an exception, the temporary file is deleted and `path` is unchanged.
+    """
     part = _beside(path)
     try:
         yield part
@@ -66,22 +74,24 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces the file in one step: a reader sees the old content or the new, never a part."""
+    """Writes a file atomically: a reader sees either the old content or the new content, never a mixture."""
     with new_file(path) as part:
         part.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Like `write_bytes`, for text in UTF-8."""
+    """Writes a UTF-8 text file atomically."""
     write_bytes(path, content.encode("utf-8"))
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill. It appears at `path` if the block ends well; otherwise nothing is left of it.
+    """Context manager that yields a temporary folder to fill. At the end of the block, it is moved to `path`.
+
+    If the block raises an exception, the temporary folder is deleted.
 
     Raises:
-        FileExistsError: something that is not empty is at `path` when the block ends.
+        OSError: if `path` exists at the end of the block and is not an empty folder.
     """
     part = _beside(path)
     part.mkdir(parents=True)
@@ -94,10 +104,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def settle(part: Path, path: Path) -> None:
-    """Moves a filled folder to its place once everything in it is on disk.
+    """Flushes a folder and its contents to disk, then renames it.
+
+    Args:
+        part: the folder.
+        path: its new path.
 
     Raises:
-        FileExistsError: something that is not empty is already there.
+        OSError: if `path` exists and is not an empty folder.
     """
     for file in sorted(part.rglob("*")):
         sync(file)
@@ -108,10 +122,13 @@ def settle(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Turns errors in a block that writes a file or folder into the one error that a user sees.
+    """Context manager for a block that writes a file or folder. Converts errors of the system to a ConfigError.
+
+    Args:
+        path: the file or folder that the error names.
 
     Raises:
-        ConfigError: names the path and the reason and, if the disk is full, says what to do.
+        ConfigError: if the block could not write. The message gives the reason and, if the disk is full, advice.
     """
     try:
         yield
@@ -119,7 +136,7 @@ def reported(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
-        advice = " Free some space and try again; continue a run with --resume." if number in _FULL else ""
+        advice = " Free some space and try again. To continue a run, use --resume." if number in _FULL else ""
         raise ConfigError(f"{path}: cannot be written ({os.strerror(number)}).{advice}") from error
 
 
@@ -131,7 +148,10 @@ def _error_number(error: Exception) -> int | None:
 
 
 def sweep_partial(folder: Path) -> None:
-    """Removes what killed processes left half-written anywhere under the folder. A link is removed, not its target."""
+    """Deletes the temporary files and folders that killed processes left anywhere under a folder.
+
+    If one of them is a symbolic link, only the link is deleted, not its target.
+    """
     for place, folders, names in os.walk(folder):
         for name in [name for name in folders if name.startswith(PARTIAL)]:
             folders.remove(name)
@@ -146,15 +166,17 @@ def sweep_partial(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, *, itself: bool = False) -> None:
-    """Refuses a folder of ours in which something leads elsewhere. Call it before anything in it is touched.
+    """Raises an error if a folder that llmeff writes contains a symbolic link or a special file, at any depth.
+
+    Call this before anything in the folder is read or written. Subfolders that cannot be listed are skipped.
 
     Args:
-        folder: may be reached through links, and need not exist. Parts that cannot be listed are skipped.
-        itself: whether the folder is inside one of ours, so that it may not be a link either.
+        folder: the folder. It may be absent, and its path may contain links.
+        itself: True if the folder itself must not be a link either, because it is inside a folder that llmeff writes.
 
     Raises:
-        ConfigError: the folder (with `itself`) or anything at any depth in it is a symbolic link (even a broken one), or is
-            neither a file nor a folder (a pipe, a socket, a device).
+        ConfigError: if the folder contains a symbolic link (even a broken link), a pipe, a socket or a device, or is a
+            link although `itself` is set.
     """
     top = [folder] if itself and folder.is_symlink() else []
     found = top or list(_strangers(folder))
@@ -164,17 +186,17 @@ def refuse_links(folder: Path, *, itself: bool = False) -> None:
     what = f"is a symbolic link to {os.readlink(first)}" if first.is_symlink() else "is neither a file nor a folder"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise ConfigError(
-        f"{first}: {what}{more}; llmeff follows no links inside the folders that it writes, and nothing was touched: "
-        "put what it leads to in its place, or remove it (the folder itself may be a link)"
+        f"{first}: {what}{more}. llmeff follows no links inside the folders that it writes, and nothing was changed. "
+        "Remove it, or replace the link by a copy of its target (the top folder itself may be a link)"
     )
 
 
 def _strangers(folder: Path) -> Iterator[Path]:
-    """Everything that is neither a file nor a folder, sorted by name."""
+    """Yields everything at any depth in a folder that is neither a file nor a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             lying = sorted(entries, key=lambda entry: entry.name)
-    except OSError:  # absent, just removed, or not to be listed: whoever needs it will say so
+    except OSError:  # absent or unreadable: code that needs the folder reports that
         return
     for entry in lying:
         if entry.is_dir(follow_symlinks=False):
@@ -184,12 +206,12 @@ def _strangers(folder: Path) -> Iterator[Path]:
 
 
 def open_to_append(path: Path) -> int:
-    """A handle that writes at the end of a file, which is created if absent.
+    """Opens a file to append to, and creates it if absent. Returns the file descriptor.
 
-    If the file has another name elsewhere (a hard link), a copy replaces it first, so that only this one grows.
+    If the file has other hard links, a copy replaces it first, so that the content of the other links does not change.
 
     Raises:
-        OSError: the file cannot be written, or is a symbolic link.
+        OSError: if the file cannot be written or is a symbolic link.
     """
     if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
         write_bytes(path, path.read_bytes())
@@ -197,23 +219,27 @@ def open_to_append(path: Path) -> int:
 
 
 def open_anew(path: Path) -> int:
-    """A handle to a new file, which replaces whatever has its name. It writes through no link, hard or symbolic."""
+    """Creates a new file and returns its file descriptor.
+
+    A file or link of the same name is removed first, so that nothing is written through a hard or symbolic link.
+    """
     path.unlink(missing_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
 
 
 def set_aside(folder: Path, names: Iterable[str], copied: Iterable[str]) -> Path | None:
-    """Moves parts of a folder into `discarded-N` inside it; N is the first number whose folder holds none of them.
+    """Moves entries of a folder into its subfolder `discarded-N`, in the order of `names`.
 
-    If it is interrupted and called again, it continues with the same N. Parts move in the order of `names`.
+    N is the lowest number from 1 for which `discarded-N` contains none of the entries to move. So if a call was
+    interrupted, the next call continues in the same subfolder.
 
     Args:
-        folder: the folder whose parts are moved.
-        names: the parts to move; absent ones are skipped.
-        copied: files to copy next to them.
+        folder: the folder.
+        names: names of the entries to move. Absent entries are skipped.
+        copied: names of files to copy there too. Absent files are skipped.
 
     Returns:
-        where they are now; None if there was nothing to move.
+        The path of `discarded-N`, or None if there was nothing to move.
     """
     names = list(names)
     lying = [name for name in names if os.path.lexists(folder / name)]
@@ -235,7 +261,7 @@ def set_aside(folder: Path, names: Iterable[str], copied: Iterable[str]) -> Path
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
+    """Returns the SHA-256 digest of a file, in hexadecimal."""
     beat()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What the processes of a run exchange: sums, errors and barriers."""
+"""Collectives of the processes of a run: sums, broadcasts, barriers, and errors that all ranks raise together."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 def connect(device: torch.device, timeout_s: float) -> None:
-    """Joins the launcher's process group, or makes one of this process alone.
+    """Joins the launcher's process group, or creates one of this process alone. Does nothing if already joined.
 
     Args:
-        device: where this process computes; NCCL connects GPUs, gloo CPUs.
-        timeout_s: how long a collective waits for other ranks before it fails.
+        device: this process's device. GPUs use NCCL, CPUs use gloo.
+        timeout_s: seconds that a collective waits for other ranks before it fails.
     """
     if torch.distributed.is_initialized():
         return
     is_gpu = device.type == "cuda"
-    if is_gpu:  # objects are gathered there, too
+    if is_gpu:  # NCCL also gathers objects on the current device
         torch.cuda.set_device(device)
     with in_a_world():
         torch.distributed.init_process_group(
@@ -34,35 +34,35 @@ def connect(device: torch.device, timeout_s: float) -> None:
 
 
 def disconnect() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if this process has joined one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error says that another rank is gone or did not come in time."""
+    """Returns whether an error means that another rank ended or did not respond in time."""
     lost = (torch.distributed.DistError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
     return isinstance(error, lost) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def is_joined() -> bool:
-    """Whether this process has joined a process group."""
+    """Returns whether this process has joined a process group."""
     return torch.distributed.is_initialized()
 
 
 def is_shared() -> bool:
-    """Whether there are other processes to talk to."""
+    """Returns whether this process has joined a process group of more than one rank."""
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def barrier() -> None:
-    """Returns when every rank has called it."""
+    """Waits until every rank has called it."""
     if is_shared():
         torch.distributed.barrier()
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all ranks, on the value's device; the value itself if there is only one rank."""
+    """Returns the sum over all ranks, on the value's device. With one rank, returns the value itself."""
     return _reduced(value, torch.distributed.ReduceOp.SUM)
 
 
@@ -76,24 +76,27 @@ def _reduced(value: Tensor, by: torch.distributed.ReduceOp.RedOpType) -> Tensor:
 
 
 def least(value: int) -> int:
-    """The smallest number of all ranks."""
+    """Returns the smallest value of all ranks."""
     return -int(_reduced(torch.tensor(-value), torch.distributed.ReduceOp.MAX))
 
 
 def totals(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sums by name over micro-batches and ranks, with 1 in place of 0. Named sums of losses are divided by these, once.
+    """Sums counts by name over micro-batches and ranks. A step's summed losses are divided by these totals.
 
-    So a step in which every target is masked has zero loss and zero gradient.
+    A total of 0 is replaced by 1, so that a step in which every target is masked has zero loss and zero gradient.
+
+    Args:
+        counts: the counts of each micro-batch on this rank, by name.
     """
     summed = {name: sum(count[name] for count in counts) for name in counts[0]}
     if is_shared():
-        values = total(torch.tensor([*summed.values()], dtype=torch.float64)).tolist()  # whole numbers stay exact
+        values = total(torch.tensor([*summed.values()], dtype=torch.float64)).tolist()  # exact for integers
         summed = dict(zip(summed, values, strict=True))
     return {name: number or 1 for name, number in summed.items()}
 
 
 def from_main(value: T) -> T:
-    """The main rank's value, on all ranks."""
+    """Broadcasts the main rank's value and returns it on every rank."""
     if not is_shared():
         return value
     given = [value]
@@ -103,10 +106,12 @@ def from_main(value: T) -> T:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """A block in which one rank's ConfigError becomes every rank's, so that no rank waits for another.
+    """Context manager in which a ConfigError on any rank is raised on all ranks, so that no rank waits forever.
+
+    All ranks must enter the block, and they wait for each other at its end.
 
     Raises:
-        ConfigError: with the problems of the first rank that has any.
+        ConfigError: if the block raised one on any rank. It has the problems of the lowest such rank.
     """
     raised: ConfigError | None = None
     try:

@@ -1,6 +1,6 @@
-"""Labels that do not count in a loss."""
+"""Labels that a loss ignores."""
 
 IGNORED_TOKEN = -100
-"""Label of an ignored token, as in torch's cross-entropy and transformers."""
+"""Label of ignored tokens, as in torch's cross-entropy and transformers."""
 IGNORED_PIXEL = 255
-"""Label of a pixel that nobody labelled, as in Cityscapes."""
+"""Label of pixels without a class, as in Cityscapes."""

@@ -1,20 +1,20 @@
-"""Which kernels ran, for the record: operations that have several kernels note here which one ran."""
+"""Notes which kernels ran, for the run's record. Operations that can use several kernels report the one they use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SDPA = "attention: torch sdpa"
-"""What softmax attention calls. torch picks a fused kernel, whose name is appended, or plain products."""
+"""Softmax attention by torch's `scaled_dot_product_attention`. If torch picks a fused kernel, its name is appended."""
 
 _noted: dict[str, bool] | None = None
 
 
 def ran(kernel: str, *, is_counted: bool = True) -> None:
-    """Notes a kernel that runs, if somebody is recording.
+    """Notes that a kernel runs. Does nothing outside a `noted` block.
 
     Args:
-        kernel: what it computes and whose it is ("scan: torch").
-        is_counted: whether its FLOPs can be counted while it runs.
+        kernel: the operation and the library ("scan: torch").
+        is_counted: whether `count_flops` can count its FLOPs.
     """
     if _noted is not None:
         _noted[kernel] = is_counted
@@ -22,7 +22,10 @@ def ran(kernel: str, *, is_counted: bool = True) -> None:
 
 @contextmanager
 def noted() -> Iterator[dict[str, bool]]:
-    """A block that yields the kernels that run in it, and whether their FLOPs are counted."""
+    """Context manager that yields a dict, to which each kernel that runs in the block is added.
+
+    The values say whether the kernel's FLOPs can be counted.
+    """
     global _noted
     before, _noted = _noted, {}
     try:

@@ -1,4 +1,4 @@
-"""Where each token of a batch is: its position, its document, and whether it is padding."""
+"""The layout of a batch: each token's position, its document, and whether it is padding."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -7,37 +7,37 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-# B batch, T queries, S keys, R rotary angles (half a head)
+# B batch, T queries, S keys, R rotary angles (half of head_dim)
 
 Tables = TypeVar("Tables")
 
 
 def begins_in(documents: Tensor) -> Tensor:
-    """(B, T) bool: whether each token is the first of its document in the row. A document's tokens must be adjacent."""
+    """Returns a (B, T) bool tensor: True at the first token of each document. A document's tokens must be adjacent."""
     return torch.nn.functional.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
 
 
 def places_in(documents: Tensor) -> Tensor:
-    """(B, T): each token's place in its document, from 0. A document's tokens must be adjacent."""
+    """Returns a (B, T) tensor: each token's index in its document, from 0. A document's tokens must be adjacent."""
     places = torch.arange(documents.shape[-1], device=documents.device)[None]
     return places - torch.where(begins_in(documents), places, 0).cummax(dim=-1).values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a mixer must know about a batch besides its activations.
+    """Positions, documents and padding of a batch, for the mixers.
 
-    Built once per forward pass and shared by all layers. Tables that layers have in common are made once and kept.
+    Built once per forward pass and shared by all layers, as are the rotary tables and masks that are computed from it.
     """
 
     positions: Tensor
-    """(B, T) or (1, T) int64: each token's place in its document, from 0."""
+    """(B, T) or (1, T) int64: each token's index in its document, from 0."""
     documents: Tensor | None = None
-    """(B, T) int64: tokens see each other only if these are equal. None: one document per row."""
+    """(B, T) int64: document ids. Only tokens of equal id see each other. None if each row is one document."""
     padding: Tensor | None = None
-    """(B, S) bool over cached and new tokens, False for padding. None: no padding."""
+    """(B, S) bool over cached and new tokens: False at padding, True at real tokens. None if there is no padding."""
     past: int = 0
-    """How many tokens the cache holds before this batch's first."""
+    """Number of cached tokens before the first token of this batch."""
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
     _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
@@ -45,7 +45,7 @@ class Layout:
 
     @staticmethod
     def plain(length: int, device: torch.device, past: int = 0) -> "Layout":
-        """One unpadded document per row: `length` tokens after `past` cached ones."""
+        """Returns a layout with one unpadded document per row: `length` new tokens after `past` cached tokens."""
         positions = torch.arange(past, past + length, device=device)[None]
         return Layout(positions=positions, past=past)
 
@@ -56,16 +56,16 @@ class Layout:
 
     @property
     def is_padding(self) -> Tensor | None:
-        """(B, T) bool of the new tokens, True for padding; None if there is none."""
+        """(B, T) bool over the new tokens: True at padding, unlike `padding`. None if there is no padding."""
         return None if self.padding is None else ~self.padding[:, self.past : self.past + self.positions.shape[-1]]
 
     def cleared(self, x: Tensor) -> Tensor:
-        """(B, T, .) with zeros at padding."""
+        """Returns x, of shape (B, T, .), with zeros at padding tokens."""
         is_padding = self.is_padding
         return x if is_padding is None else x.masked_fill(is_padding[..., None], 0)
 
     def places(self) -> Tensor:
-        """(B or 1, past + T): each token's place among the real tokens of its document; -1 for padding."""
+        """Returns each token's index among the real tokens of its document, -1 at padding: (B or 1, past + T)."""
         num_tokens = self.past + self.positions.shape[-1]
         if self.documents is not None:
             places = self.positions
@@ -76,16 +76,21 @@ class Layout:
         return places if self.padding is None else places.masked_fill(~self.padding[:, :num_tokens], -1)
 
     def tables(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
-        """Tables that a mixer derives from the layout. All layers with that mixer share them; keys start with its name."""
+        """Returns tables that a mixer computes from the layout, once per key for all layers.
+
+        Args:
+            key: key of the tables. It starts with the mixer's name.
+            make: computes the tables.
+        """
         if key not in self._tables:
             self._tables[key] = make()
         return cast(Tables, self._tables[key])
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary angles, float32, each (B or 1, 1, T, head_dim).
+        """Returns the cosines and the sines of the rotary angles, float32, each (B or 1, 1, T, head_dim).
 
-        Position p turns dimension pair i by p * theta^(-2i / head_dim) (RoFormer, Su et al. 2021, equation 15); the
-        pairs are (i, i + head_dim / 2), the layout of transformers' Llama.
+        Position p rotates the pair i of dimensions by the angle p * theta^(-2i / head_dim) (RoFormer, Su et al. 2021,
+        equation 15). Pair i is the dimensions i and i + head_dim / 2, as in transformers' Llama.
         """
         key = (head_dim, theta)
         if key not in self._rotary:
@@ -96,19 +101,20 @@ class Layout:
         return self._rotary[key]
 
     def mask(self, num_keys: int) -> Tensor | None:
-        """Which keys each query sees, (B or 1, 1, T, num_keys) bool; None means plain causal attention.
+        """Returns a (B or 1, 1, T, num_keys) bool mask: True where a query sees a key. None stands for a causal mask.
 
-        A padding query sees nothing, so it is allowed to see every key: nobody uses its output, and a softmax over nothing
-        would be NaN.
+        A query without any visible key, such as left padding, sees all keys instead: its output is not used, and a
+        softmax over no keys would be NaN.
         """
         if num_keys not in self._masks:
             self._masks[num_keys] = self._make_mask(num_keys)
         return self._masks[num_keys]
 
     def bias(self, num_keys: int, dtype: torch.dtype) -> Tensor | None:
-        """`mask` as a term to add to the scores: 0 where a query sees a key, else minus infinity.
+        """Returns `mask` as a bias to add to the scores: 0 where a query sees a key, minus infinity elsewhere.
 
-        Given a boolean mask, attention would make this term in every layer and keep each for backward. Here it is made once.
+        Like `mask`, it is None for a causal mask. Given a boolean mask, torch's attention would compute this bias in
+        every layer and save each copy for backward. Here it is computed once.
         """
         mask = self.mask(num_keys)
         if mask is not None and (num_keys, dtype) not in self._biases:
@@ -128,7 +134,7 @@ class Layout:
         if self.padding is not None:
             known = self.padding[:, None, None, :num_keys]
             missing = num_keys - known.shape[-1]
-            if missing > 0:  # a cache of fixed size has room that no token fills yet
+            if missing > 0:  # a cache of fixed size has slots that are not filled yet
                 known = torch.nn.functional.pad(known, (0, missing))
             sees = sees & known
             sees = sees | ~sees.any(dim=-1, keepdim=True)

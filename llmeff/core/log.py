@@ -1,6 +1,6 @@
-"""Warnings, errors and last words, and a separate file for what engines print.
+"""llmeff's warnings and errors, the final message of a process, and a separate file for the output of libraries.
 
-The progress display prints what people see while a run goes well.
+The progress display is in `record/progress.py`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ logger = logging.getLogger("llmeff")
 
 
 def configure(*, quiet: bool) -> None:
-    """Sends llmeff's messages to standard error: warnings and errors, and notices too unless `quiet`."""
+    """Sends llmeff's log messages to standard error: warnings and errors, and also info messages unless `quiet`."""
     handler = logging.StreamHandler(err())
     handler.setFormatter(logging.Formatter("llmeff: %(levelname)s: %(message)s"))
     logger.handlers[:] = [handler]
@@ -32,26 +32,30 @@ def configure(*, quiet: bool) -> None:
 
 
 def out() -> TextIO:
-    """Standard output for llmeff's own lines."""
+    """Returns the stream for llmeff's own output, which is standard output even if that of libraries is redirected."""
     return sys.stdout if _apart is None else _apart.out
 
 
 def err() -> TextIO:
-    """Standard error for llmeff's own lines."""
+    """Returns the stream for llmeff's own messages, which is standard error even if that of libraries is redirected."""
     return sys.stderr if _apart is None else _apart.err
 
 
 def complaint(problems: Sequence[str]) -> str:
-    """The problems as the terminal shows them."""
+    """Formats an error message with one or more problems for the terminal."""
     if len(problems) == 1:
         return f"llmeff: error: {problems[0]}\n"
     return "llmeff: error:\n" + "".join(f"  {problem}\n" for problem in problems)
 
 
 def say_last(text: str, code: int) -> None:
-    """Says why this process ends: to the `llmeff train` that started it, or else at the terminal.
+    """Reports why this process ends: to the `llmeff train` that started it or, if there is none, on standard error.
 
-    If several processes say something, only the first is heard.
+    If several processes of a run report to the same `llmeff train`, only the first report is kept.
+
+    Args:
+        text: the message.
+        code: the exit code.
     """
     ending = ending_file()
     if ending is None:
@@ -63,7 +67,7 @@ def say_last(text: str, code: int) -> None:
 
 
 class _Apart:
-    """Keeps the process's standard output and error for llmeff, and puts a file in their place."""
+    """Redirects the process's standard output and error to a file. Only llmeff still writes to the original streams."""
 
     def __init__(self) -> None:
         handle, name = tempfile.mkstemp(prefix="llmeff-engine-", suffix=".log")
@@ -80,7 +84,7 @@ class _Apart:
         os.close(handle)
 
     def settle(self, path: Path) -> None:
-        """Continues in another file, after a copy of what was printed so far."""
+        """Appends the output so far to another file, and redirects later output there."""
         _flush()
         handle = files.open_to_append(path)
         os.write(handle, self.path.read_bytes())
@@ -105,9 +109,10 @@ _apart: _Apart | None = None
 
 @contextlib.contextmanager
 def engines_apart() -> Iterator[None]:
-    """A block in which what libraries print goes to a file instead of the terminal.
+    """Context manager that redirects the output of libraries, such as DeepSpeed, from the terminal to a file.
 
-    If it ends before `settle` was called, in an error that is not the user's, what they printed is shown.
+    The file is temporary until `settle` names a lasting one. If an exception other than ConfigError ends the block
+    before that, the output is shown on the terminal.
     """
     global _apart
     _apart = _Apart()
@@ -131,9 +136,9 @@ def engines_apart() -> Iterator[None]:
 
 
 def settle(path: Path) -> None:
-    """Keeps what engines print in this file from now on, and what they printed before. Outside `engines_apart` it does nothing.
+    """Keeps the output of libraries in this file: the output so far and all later output.
 
-    If the file exists, it is added to.
+    Appends if the file exists. Does nothing outside an `engines_apart` block.
     """
     if _apart is not None:
         _apart.settle(path)

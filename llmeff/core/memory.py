@@ -1,21 +1,21 @@
-"""How the C library handles freed memory."""
+"""Sets how the C library treats freed memory."""
 
 import ctypes
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MOST_TRIM_BYTES = 2**31 - 1
-"""The highest value that it can be set to."""
+"""The largest trim threshold that mallopt accepts."""
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next allocation, up to 2 GiB, whatever the size of a block.
+    """Makes glibc keep up to 2 GiB of freed memory for later allocations, in blocks of any size.
 
-    By default it returns memory at the top of its heap to the system, and blocks above 32 MiB always. A step that frees
-    its activations and gradients then faults their pages in again in the next step, and the system clears each.
+    By default, glibc returns free memory at the top of its heap to the system, and always returns blocks above 32 MiB.
+    Each step would then fault the pages of its activations and gradients in again, and the system would zero each page.
 
     Returns:
-        whether this C library took the settings; others than glibc are left as they are.
+        True if glibc accepted the settings. False if it did not, or if the C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""What a step really takes: bytes live at once, bytes kept for backward, FLOPs executed, energy drawn."""
+"""Measures the real cost of a step: peak live bytes, bytes saved for backward, executed FLOPs, wire bytes, energy."""
 
 import contextlib
 import math
@@ -29,16 +29,19 @@ from llmeff.core.dist import silence_profiler
 from llmeff.core.log import logger
 
 Kind = Literal["parameters", "gradients", "optimizer", "other"]
-"""Kinds of live bytes; `other` is activations, batches and temporaries."""
+"""Kinds of live bytes. `other` covers activations, batches and temporaries."""
 
 
 def peak_allocated_bytes(device: torch.device) -> int | None:
-    """The most bytes that CUDA's allocator held at once since `peak_bytes` last reset the count; None on a CPU."""
+    """Returns CUDA's peak allocated bytes since `peak_bytes` last reset the count, or None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def resident_bytes() -> int:
-    """Bytes of the machine's memory that the process holds now, with libraries and freed memory not yet returned."""
+    """Returns the process's resident memory in bytes, or its peak if not on Linux.
+
+    This includes libraries, and freed memory that was not yet returned to the system.
+    """
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -47,28 +50,28 @@ def resident_bytes() -> int:
 
 
 def bytes_now(device: torch.device) -> int:
-    """Memory in use now, in bytes: by CUDA's allocator on a GPU, by the whole process on a CPU."""
+    """Returns the bytes in use now: on a GPU those allocated by CUDA, on a CPU the resident memory of the process."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most bytes of the machine's memory that the process has held since it began."""
+    """Returns the process's peak resident memory in bytes since it started."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveBytes:
-    """Bytes of tensors that were live at the same time."""
+    """Peak bytes of live tensors."""
 
     total: int
-    """All kinds together."""
+    """The highest total of all kinds."""
     by_kind: dict[Kind, int]
-    """By kind, at the moment when the total was highest."""
+    """Bytes of each kind at the moment when the total was highest."""
 
 
 class _Watch(TorchDispatchMode):
-    """Hands every tensor that an operation returns to `see`."""
+    """Calls `see` with every tensor that an operation returns."""
 
     see: Callable[[Tensor], None]
 
@@ -87,19 +90,20 @@ class _Watch(TorchDispatchMode):
 
 
 class PeakLiveBytes:
-    """Meters the bytes of live tensors while it is entered; afterwards `peak` describes the moment of the highest total.
+    """Context manager that meters the peak bytes of live tensors. Read the result from `peak` after the block.
 
-    Each storage counts once, whole, from the operation that returns it until it is freed. It does not see what a kernel
-    allocates and frees inside itself, nor a storage that is resized in place. A step takes about twice as long under it,
-    and compiled code runs eagerly: meter one step, and time others.
+    Each storage counts once, with its full size, from the operation that returns it until it is freed. The meter misses
+    memory that a kernel allocates and frees internally, and storages that are resized in place. It makes a step about
+    twice as slow and runs compiled code eagerly, so do not time a metered step.
 
     Args:
-        parameters: live from the start, as are the gradients that they hold.
-        optimizer: its state counts as a kind of its own, even if the metered step creates it.
-        held: more tensors that are live from the start: buffers, the batch.
+        parameters: the parameters. They and the gradients that they already have are live from the start.
+        optimizer: its state counts as the kind `optimizer`, even if the metered step creates that state.
+        held: other tensors that are live from the start, such as buffers and the batch.
     """
 
     peak: LiveBytes
+    """The moment of the highest total. Set when the block ends."""
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class PeakLiveBytes:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._live:
-            # The serial number tells apart storages that have the same address one after the other.
+            # The serial number distinguishes storages that have the same address at different times.
             self._live[key] = len(self._events), weakref.finalize(storage, self._free, key, size)
             self._events.append((self._live[key][0], size))
         if kind is not None:
@@ -162,7 +166,7 @@ class PeakLiveBytes:
                     self._see(leaf, "optimizer")
 
     def _replay(self) -> LiveBytes:
-        # At the end, since it may show only later what a storage is (a gradient, a moment).
+        # Events are replayed at the end, because a storage's kind (gradient, optimizer) may be known only later.
         live: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
         total, best = 0, LiveBytes(total=0, by_kind=dict(live))
         for serial, size in self._events:
@@ -191,15 +195,15 @@ _NO_PAYLOAD = {"barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_aut
 
 
 class WireMeter(TorchDispatchMode):
-    """Counts the bytes that the ranks send one another while it is entered, as this rank sees it.
+    """Context manager that counts the payload bytes of all collectives that this rank takes part in.
 
-    Each collective counts with its full payload, the larger of what it reads and writes: for a gather or a scatter the
-    whole, of which a rank has a part. How much of it a backend moves depends on its algorithm. Compiled code runs
-    eagerly meanwhile.
+    The payload of a collective is its input or its output, whichever is larger. For an all-gather or a reduce-scatter
+    this is the full tensor, not this rank's part. How many bytes a backend moves for it depends on the backend's
+    algorithm. Compiled code runs eagerly inside the block.
     """
 
     num_bytes: Counter[str]
-    """Bytes by collective: all_reduce, all_gather, reduce_scatter, broadcast, reduce."""
+    """Payload bytes of each collective: all_reduce, all_gather, reduce_scatter, broadcast, reduce."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -213,7 +217,7 @@ class WireMeter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if DTensor in types:
-            return NotImplemented  # it calls collectives of its own, which come here again
+            return NotImplemented  # DTensor then calls collectives on plain tensors, which are counted here
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name not in _NO_PAYLOAD:
@@ -225,11 +229,14 @@ class WireMeter(TorchDispatchMode):
 
 
 _SETTLED_S = 0.002
-"""Seconds after which gloo's thread has usually released a collective's tensors; nothing tells when."""
+"""Seconds after which gloo's thread has usually released a collective's tensors. Gloo does not report when it has."""
 
 
 class _Settled(TorchDispatchMode):
-    """Waits after each collective until gloo's thread has released its tensors: a profiler does not see that thread."""
+    """Waits after each collective until gloo's thread should have released its tensors.
+
+    The profiler does not see what that thread frees.
+    """
 
     def __torch_dispatch__(
         self,
@@ -250,17 +257,19 @@ class _Settled(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
-    """The most bytes live at once during a call, by the allocator's own account.
+    """Returns the peak bytes live during a call, as the device's allocator reports them.
 
-    On a GPU the allocator keeps its peak. On a CPU it tells the profiler of every allocation, but does not know what was
-    live before the call: pass that as `held`. Only the speed of a call on a CPU changes. With one process, compiled code
-    stays compiled. With more, each collective is waited for, since the profiler does not see what gloo's own thread frees.
-    What is still not seen to be freed counts as freed at the end of its collective.
+    On a GPU, this is the peak of CUDA's allocator. On a CPU, torch's profiler records every allocation and free during
+    the call, which slows the call but does not change its results, and `held` adds what was live before.
+
+    With one process, compiled code stays compiled. With several, the call waits after each collective, because the
+    profiler does not see what gloo's thread frees. If it still misses a free, the memory counts as freed when a
+    collective first ends after the allocation.
 
     Args:
-        run: the call.
-        held: the tensors that are live before it.
-        device: the device that it runs on.
+        run: the call to measure.
+        held: the tensors that are live before the call. Only used on a CPU.
+        device: the device that the call runs on.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -282,7 +291,11 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
 
 
 def _with_unseen(roots: list[Any]) -> list[int]:
-    """Bytes allocated (above zero) and freed (below), in order. What gloo's thread freed goes when the next collective ends."""
+    """Returns the changes of allocated bytes in order of time: positive for an allocation, negative for a free.
+
+    If a free was not recorded, because gloo's thread made it, the memory counts as freed when a collective first ends
+    after the allocation.
+    """
     events = list(_flattened(roots))
     ends = sorted(event.end_time_ns for event in events if event.name.startswith("c10d::"))
     changes: list[tuple[int, int]] = []
@@ -300,7 +313,7 @@ def _with_unseen(roots: list[Any]) -> list[int]:
         before = there.pop(place, None)
         if change[1] > 0:
             there[place] = change
-            if before is not None:  # something else has its address by now
+            if before is not None:  # its address was reused, so it was freed unseen
                 go_unseen(*before)
         changes.append(change)
     for left in there.values():
@@ -315,18 +328,18 @@ def _flattened(events: list[Any]) -> Iterator[Any]:
 
 
 _FIRST_METERED = 3
-"""By this step, strategies have built all that they build as they run."""
+"""First step that may be metered. By then, strategies have allocated all the buffers that they create lazily."""
 
 
 def metered_steps(num_steps: int, interval: int) -> tuple[int, int]:
-    """The step whose operations and traffic are counted, and the later one whose memory is metered.
+    """Returns two step numbers: one to count FLOPs and wire bytes in, and a later one to meter memory in.
 
-    Neither comes right after an evaluation, unless every step does: strategies may then still hold what other steps gather
-    again.
+    Neither step directly follows an evaluation, because parameters that a strategy gathered for the evaluation may
+    still be present then. If the run has fewer than two other steps from step 3 on, returns 3 and 4.
 
     Args:
-        num_steps: steps in the run.
-        interval: steps between its evaluations; 0: none before the end.
+        num_steps: number of steps in the run.
+        interval: number of steps between evaluations. 0 if the only evaluation is at the end.
     """
     steps = range(_FIRST_METERED, num_steps + 1)
     quiet = [step for step in steps if interval == 0 or (step - 1) % interval][:2]
@@ -335,17 +348,17 @@ def metered_steps(num_steps: int, interval: int) -> tuple[int, int]:
 
 
 def saved_bytes(run: Callable[[], object], excluded: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward during a call: a forward pass with its loss.
+    """Returns the bytes that autograd saves for backward during a call, usually a forward pass with its loss.
 
-    Each storage counts once, whole, however many operations keep it or views of it. Parameters do not count, not even
-    gathered ones.
+    Each storage counts once, with its full size, even if several operations save it or views of it. Parameters do not
+    count, nor do gathered parameters.
 
     Args:
-        run: the call.
-        excluded: tensors that are live anyway: buffers, the batch.
+        run: the call to measure.
+        excluded: tensors that are live anyway and do not count, such as buffers and the batch.
     """
     known = {tensor.untyped_storage()._cdata for tensor in excluded}
-    # Held, not only counted: if a storage were freed meanwhile, the next could take its address.
+    # Storages are kept alive until the end: if one were freed, a later storage could get its address.
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -364,13 +377,13 @@ _Shape = tuple[int, ...]
 
 
 def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values: 2 products of 2 B N T S H. Masked pairs are computed too."""
+    """Returns the FLOPs of the scores, and of their product with the values. Masked pairs count too."""
     B, N, T, H = query
     return 2 * B * N * T * key[2] * (H + value[3])
 
 
 def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """The scores again, and one product for each gradient: of scores, query, key and value."""
+    """Returns the FLOPs of recomputing the scores and of the gradients of scores, query, key and value."""
     B, N, T, H = query
     return 2 * B * N * T * key[2] * (3 * H + 2 * value[3])
 
@@ -378,18 +391,21 @@ def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, valu
 def _convolution_backward_flops(
     grad_out: _Shape, x: _Shape, weight: _Shape, *rest: Any, output_mask: Any = None, **__: Any
 ) -> int:
-    """As much as forward for each gradient asked for; torch's own formula ignores that channels are in groups."""
+    """Returns as many FLOPs as a forward pass for each requested gradient (of the input, of the weight).
+
+    Torch's own formula is wrong for grouped convolutions: it ignores the groups.
+    """
     transposed, mask = rest[4], rest[7] if output_mask is None else output_mask
     sites = math.prod((x if transposed else grad_out)[2:])
     return 2 * x[0] * sites * math.prod(weight) * (bool(mask[0]) + bool(mask[1]))
 
 
 def _solve_flops(matrix: _Shape, right: _Shape, *_: Any, left: bool = True, **__: Any) -> int:
-    """Half a product with a whole matrix: one multiply-add for each number of a triangle and each column."""
+    """Returns half the FLOPs of a product with a full matrix, because only one triangle is used."""
     return math.prod(right) * matrix[-1]
 
 
-# torch has no formulas for its CPU kernel of scaled dot product attention and for triangular systems: it would count nothing.
+# Torch has no formulas for its CPU attention kernel and for triangular solves, so it would count them as 0 FLOPs.
 _FORMULAS = {
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.aten.linalg_solve_triangular: _solve_flops,
@@ -399,10 +415,11 @@ _FORMULAS = {
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs that a call executes. A multiply-add is 2, recomputation counts, and causal attention counts in full.
+    """Returns the FLOPs that a call executes. Also notes (`kernels.ran`) the attention kernels that ran.
 
-    Convolutions, matrix products and attention count. Elementwise work, norms, embeddings, matrix-vector products and
-    custom operations without a formula do not. Compiled code runs eagerly meanwhile. Attention kernels are noted.
+    Convolutions, matrix products and attention count, as does recomputation. A multiply-add is 2 FLOPs, and causal
+    attention counts as if it had no mask. Elementwise operations, norms, embeddings, matrix-vector products and custom
+    operations without a formula do not count. Compiled code runs eagerly during the call.
     """
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         run()
@@ -414,11 +431,11 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Counts what a step does.
+    """Counts a step's FLOPs and wire bytes, and notes its kernels.
 
     Returns:
-        `executed_flops` if the FLOPs of all kernels can be counted, and `wire_bytes` if ranks sent any; and which kernels
-        ran, for operations that have several.
+        Two values. The first is a dict with `executed_flops`, if the FLOPs of all kernels can be counted, and
+        `wire_bytes`, if ranks sent any. The second names the kernels that ran, for operations with several kernels.
     """
     with WireMeter() as wire, kernels.noted() as ran:
         flops = count_flops(run)
@@ -429,11 +446,11 @@ def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, 
 
 
 class EnergyMeter:
-    """The energy that GPUs have drawn, from NVML's counter (Volta and newer).
+    """Energy used by the GPUs, from NVML's counter (Volta and newer).
 
     Args:
-        device: this rank's.
-        before_j: joules that all ranks' GPUs drew for the run before this was made; None: unknown.
+        device: this rank's device.
+        before_j: joules that the GPUs of all ranks used for the run before a resume. None if unknown.
     """
 
     def __init__(self, device: torch.device, before_j: float | None = 0.0):
@@ -442,11 +459,17 @@ class EnergyMeter:
         self._before_j = before_j
 
     def energy_j(self) -> float | None:
-        """Joules that this rank's whole GPU drew since this was made, whoever used it; None if nothing counts them."""
+        """Returns the joules that this rank's GPU used since the meter was created, or None if there is no counter.
+
+        This includes other processes on the same GPU.
+        """
         return None if self._read is None else self._read() - self._start_j
 
     def total_j(self) -> float | None:
-        """Joules of all ranks' GPUs since the run began, before a resume too; None if a part is unknown. All ranks must call it."""
+        """Returns the joules that the GPUs of all ranks used since the run began, including the time before a resume.
+
+        Returns None if any part is unknown. All ranks must call this.
+        """
         known = [math.nan if part is None else part for part in (self.energy_j(), self._before_j)]
         total = float(group.total(torch.tensor(known[0], dtype=torch.float64))) + known[1]
         return None if math.isnan(total) else total
@@ -456,11 +479,11 @@ def _energy_counter(device: torch.device) -> Callable[[], float] | None:
     try:
         import pynvml
     except ImportError:
-        logger.info('energy is not measured: to measure it, run pip install "llmeff[gpu]"')
+        logger.info('energy is not measured, because pynvml is not installed: run pip install "llmeff[gpu]"')
         return None
     try:
         pynvml.nvmlInit()
-        # By UUID: NVML numbers all devices of the machine, torch only those visible to it.
+        # By UUID, because indices differ: NVML counts all GPUs of the machine, torch only the visible ones.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError as error:

@@ -1,6 +1,6 @@
-"""Whether a metric is better when it is lower or higher."""
+"""The direction in which a metric improves."""
 
 from typing import Literal
 
 Direction = Literal["lower", "higher"]
-"""Which values of a metric are better."""
+"""Whether lower or higher values of a metric are better."""

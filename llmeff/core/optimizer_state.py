@@ -1,4 +1,4 @@
-"""What can be read from and set in any optimizer: its learning rate, and the bytes of its state."""
+"""Sets the learning rate of any optimizer, and counts the bytes of its state."""
 
 import torch
 from torch.optim import Optimizer
@@ -7,7 +7,10 @@ from llmeff.core.tensors import local
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Sets every group's rate to `factor` times its peak, kept in `peak_lr`; returns the first group's new rate."""
+    """Sets each parameter group's learning rate to `factor` times its peak. Returns the new rate of the first group.
+
+    The peak is stored in the group as `peak_lr`. If there is none yet, the group's current rate becomes the peak.
+    """
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
         group["lr"] = group["peak_lr"] * factor
@@ -16,7 +19,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of this process's part of all tensors in the state; each storage counts once."""
+    """Returns the bytes of the tensors in the optimizer's state on this rank. Each storage counts once."""
     storages = (
         local(value).untyped_storage()
         for state in optimizer.state.values()

@@ -1,4 +1,4 @@
-"""Parameters with their roles, by which an optimizer decides how to treat them."""
+"""Parameters with their roles. Optimizers choose the treatment of a parameter by its role."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,39 +7,52 @@ from typing import Literal
 from torch import nn
 
 Role = Literal["embedding", "head", "norm", "bias", "matrix", "conv", "fused_heads"]
-"""What a parameter is. The model says so, since a shape does not tell (an embedding is a matrix too)."""
+"""Kind of a parameter. The model declares it, because the shape alone does not determine it.
+
+For example, an embedding is a matrix too.
+"""
 
 Sharding = Literal["elementwise", "whole_tensor", "none"]
-"""What an optimizer lets ranks split without changing the update: any slice, only whole tensors, or nothing."""
+"""How ranks may divide parameters and optimizer state without changing the update.
+
+`elementwise`: at any element. `whole_tensor`: only between tensors. `none`: not at all.
+"""
 
 UNDECAYED: frozenset[Role] = frozenset(("norm", "bias"))
-"""Roles that weight decay leaves alone."""
+"""Roles without weight decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterInfo:
-    """One parameter."""
+    """A parameter to train, with its name and role."""
 
     name: str
+    """The parameter's name in the model."""
     parameter: nn.Parameter
+    """The parameter itself."""
     role: Role
+    """The parameter's role, which the model declares."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's shape."""
+        """Shape of the parameter."""
         return tuple(self.parameter.shape)
 
     @property
     def decayed(self) -> bool:
-        """Whether weight decay applies."""
+        """Whether weight decay applies to the parameter."""
         return self.role not in UNDECAYED
 
 
 def parameter_infos(model: nn.Module, roles: Mapping[str, Role]) -> list[ParameterInfo]:
-    """Describes each trained parameter, in the model's order. A shared parameter occurs once.
+    """Describes each parameter that requires a gradient, in the model's order. A shared parameter is listed once.
+
+    Args:
+        model: the model.
+        roles: the role of each parameter, by name. Frozen parameters need a role too.
 
     Raises:
-        ValueError: a parameter has no role.
+        ValueError: if a parameter has no role.
     """
     missing = [name for name, _ in model.named_parameters() if name not in roles]
     if missing:

@@ -1,32 +1,37 @@
-"""The number formats of a run, as one record."""
+"""The number formats that each precision uses for parameters, compute, gradients and communication."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 PrecisionName = Literal["fp32", "bf16", "fp16", "bf16_master"]
-"""`fp32`; `bf16`, `fp16`: fp32 parameters computed under autocast; `bf16_master`: bf16 parameters, fp32 master copy."""
+"""Names of precisions.
+
+`fp32`: everything in fp32. `bf16`, `fp16`: fp32 parameters, and a forward pass under autocast. `bf16_master`: bf16
+parameters and an fp32 master copy.
+"""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes per number of each format."""
+"""Bytes per number, by format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The format of each kind of number, by torch's name ("float32")."""
+    """The number formats of a run, by torch's names ("float32")."""
 
     name: PrecisionName
+    """Name of the precision."""
     parameters: str
-    """The weights that the forward pass reads."""
+    """Format of the model's weights."""
     compute: str
-    """Matrix products, and what autocast runs in the same format."""
+    """Format of matrix products, and of other operations that autocast runs in the same format."""
     gradients: str
-    """What backward accumulates gradients in."""
+    """Format in which backward accumulates gradients."""
     communication: str
-    """What travels between ranks."""
+    """Format of gradients sent between ranks."""
     master: str | None
-    """The copy that the optimizer updates; None if it updates the parameters themselves."""
+    """Format of the master copy that the optimizer updates. None if the optimizer updates the parameters themselves."""
     logits: str
-    """What the cross-entropy is computed in."""
+    """Format in which the cross-entropy is computed."""
 
     @property
     def autocast(self) -> bool:
@@ -44,7 +49,7 @@ assert set(_TABLE) == set(get_args(PrecisionName))
 
 
 def precision(name: PrecisionName) -> Precision:
-    """The formats of a precision, by its name."""
+    """Returns the number formats of a precision."""
     parameters, compute, gradients, master = _TABLE[name]
     return Precision(
         name=name,

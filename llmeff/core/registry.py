@@ -1,4 +1,4 @@
-"""Things by name; errors give the nearest right name."""
+"""Registries of objects by name. Errors suggest the nearest known name."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """A sentence that offers the nearest known name, and lists all of them."""
+    """Returns the end of an error message: a suggestion if a known name is similar, then all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -16,10 +16,10 @@ def nearest(given: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A table of things of one kind by their names.
+    """Entries of one kind, by name.
 
     Args:
-        kind: what the things are, as errors name them ("optimizer").
+        kind: what errors call an entry ("optimizer").
     """
 
     def __init__(self, kind: str):
@@ -27,23 +27,23 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> None:
-        """Adds a thing.
+        """Adds an entry.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: if the name is already registered.
         """
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}")
         self._entries[name] = entry
 
     def unknown(self, name: object) -> str:
-        """The message for an unknown name."""
+        """Returns the error message for an unknown name, or for a value that is not a string."""
         if not isinstance(name, str):
             return f"a {self.kind} needs a name. Known: {', '.join(self.names())}."
         return f"unknown {self.kind} {name!r}.{nearest(name, self._entries)}"
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Returns all names, sorted."""
         return sorted(self._entries)
 
     def __contains__(self, name: str) -> bool:

@@ -1,10 +1,10 @@
-"""Independent seeds for the parts of a run, all functions of the one seed in its config."""
+"""Derives independent seeds for the parts of a run from the single seed in its config."""
 
 import hashlib
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed in [0, 2^63) for the part that the names describe; other names give an unrelated seed.
+    """Returns the seed of one part of a run, in [0, 2^63). Different names give independent seeds.
 
     >>> derive(0, "init") != derive(0, "data") != derive(1, "data")
     True

@@ -1,4 +1,4 @@
-"""Which rank owns which part of which parameter: what it updates, keeps moments of, and writes to disk."""
+"""Divides parameters among ranks. Each rank updates, keeps optimizer state for, and saves the parts that it owns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,37 +7,39 @@ from itertools import accumulate
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Consecutive numbers of one parameter, in its flattened form."""
+    """A range of elements of one flattened parameter."""
 
     name: str
     """The parameter's name."""
     start: int
-    """Index of the first number."""
+    """Index of the first element."""
     stop: int
-    """Index after the last number."""
+    """Index after the last element."""
 
     @property
     def size(self) -> int:
-        """How many numbers the slice has."""
+        """Number of elements in the slice."""
         return self.stop - self.start
 
 
 Shard = tuple[Slice, ...]
-"""What one rank owns."""
+"""The slices that one rank owns."""
 
 
 def replicated(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
-    """Every rank owns everything.
+    """Returns shards in which every rank owns all parameters.
 
     Args:
-        sizes: how many numbers each parameter has, in the model's order.
-        ranks: how many ranks there are.
+        sizes: number of elements of each parameter, in the model's order.
+        ranks: number of ranks.
     """
     return [tuple(Slice(name=name, start=0, stop=size) for name, size in sizes.items())] * ranks
 
 
 def whole_tensors(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
-    """Every parameter has one owner. The largest are dealt first, each to the rank that has least so far.
+    """Returns shards in which one rank owns each parameter as a whole.
+
+    Parameters are assigned from the largest to the smallest, each to the rank with the fewest elements so far.
 
     >>> [[part.name for part in shard] for shard in whole_tensors({"a": 5, "b": 9, "c": 3}, 2)]
     [['b'], ['a', 'c']]
@@ -54,7 +56,9 @@ def whole_tensors(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
 
 
 def split_group(sizes: Mapping[str, int], ranks: int, alignment: int = 1) -> list[Shard]:
-    """Joins the parameters, pads them to a multiple of `alignment`, and cuts the result into one equal part per rank.
+    """Concatenates the parameters, pads the result as `part_length` describes, and gives each rank one equal part.
+
+    The padding belongs to no slice.
 
     >>> split_group({"a": 5, "b": 2}, 2)[1]
     (Slice(name='a', start=4, stop=5), Slice(name='b', start=0, stop=2))
@@ -76,16 +80,17 @@ def split_group(sizes: Mapping[str, int], ranks: int, alignment: int = 1) -> lis
 
 
 def part_length(size: int, ranks: int, alignment: int = 1) -> int:
-    """Numbers in one rank's part, padding included: `size` rounded up to a multiple of the alignment, over the ranks.
+    """Returns the number of elements in one rank's part, with padding.
 
-    `alignment` is a multiple of the number of ranks; 1 means the number of ranks itself.
+    `size` is rounded up to a multiple of `alignment` and divided by the number of ranks. `alignment` must be a multiple
+    of the number of ranks. 1 stands for the number of ranks.
     """
     step = max(alignment, ranks)
     return -(-size // step) * step // ranks
 
 
 def split_each(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
-    """Splits each parameter by itself into equal parts. The last ranks' parts may be shorter, or empty."""
+    """Splits each flattened parameter into one part per rank. Parts are equal, but the last may be shorter or empty."""
     return [
         tuple(
             Slice(name=name, start=min(size, rank * length), stop=min(size, (rank + 1) * length))
@@ -97,7 +102,10 @@ def split_each(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
 
 
 def split_rows(shapes: Mapping[str, Sequence[int]], ranks: int) -> list[Shard]:
-    """Splits each parameter by itself along its first dimension, into equal numbers of rows, as FSDP2 does."""
+    """Splits each parameter along its first dimension into equal numbers of rows, as FSDP2 does.
+
+    The last ranks may own fewer rows, or none.
+    """
     shards = []
     for rank in range(ranks):
         shard = []

@@ -1,4 +1,4 @@
-"""A module's stored tensors by name: each parameter once, and the buffers that are saved."""
+"""Reads and replaces the tensors of a module: its parameters, each once, and its buffers."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: a DTensor's local share, else the tensor itself."""
+    """Returns a DTensor's local shard on this rank. Returns any other tensor unchanged."""
     share: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return share
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a shared parameter only by its first name."""
+    """Returns parameters and persistent buffers by name. A shared parameter is listed only under its first name."""
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     state = module.state_dict(keep_vars=True)
     tensors |= {name: buffer for name, buffer in module.named_buffers() if name in state}
@@ -24,10 +24,10 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies values into the module's tensors, in place.
+    """Copies values in place into the tensors that `stored_tensors` lists.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: if names or shapes differ.
     """
     stored = stored_tensors(module)
     if stored.keys() != tensors.keys():
@@ -35,17 +35,19 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
     for name, tensor in stored.items():
         if tensor.shape != tensors[name].shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}, but the model needs {tuple(tensor.shape)}"
+            )
         tensor.copy_(tensors[name])
 
 
 def empty_on(module: nn.Module, device: str, dtype: torch.dtype | None = None) -> None:
-    """Replaces all parameters and buffers by empty tensors on a device; shared ones stay shared.
+    """Replaces all parameters and buffers by uninitialized tensors on a device. Shared tensors stay shared.
 
     Args:
         module: the module to change.
         device: the new device.
-        dtype: the new format of floating-point tensors; None: unchanged.
+        dtype: the new dtype of floating-point tensors. None leaves it unchanged.
     """
     moved: dict[Tensor, Any] = {}
     for part in module.modules():
@@ -61,7 +63,10 @@ def empty_on(module: nn.Module, device: str, dtype: torch.dtype | None = None) -
 
 @contextlib.contextmanager
 def unmoved_buffers(module: nn.Module) -> Iterator[None]:
-    """A block that leaves the module's buffers as they were: running statistics, when a batch is seen once more."""
+    """Context manager that restores the module's buffers at the end of the block.
+
+    For example, a second forward pass over a batch then does not change running statistics.
+    """
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     yield
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Libraries whose internals llmeff mirrors, and their tested versions. llmeff warns about newer ones."""
+"""Libraries whose internals llmeff mirrors, and their tested versions. llmeff warns about newer versions."""
 
 import functools
 import importlib.metadata
@@ -12,15 +12,15 @@ TESTED = {
     "torch": ("2.13", "2.14.1"),
     "transformers": ("5.23", "5.24.0"),
 }
-"""The lowest tested version, which is the lowest that pyproject.toml allows, and the highest.
+"""The lowest and the highest tested version of each library. The lowest is also the lowest that pyproject.toml allows.
 
 llmeff mirrors accelerate's process state, bitsandbytes's layout of 8-bit moments, the order in which DeepSpeed fills
-and frees its buckets, what torch's DDP and FSDP2 keep, and how transformers passes caches and masks to a model.
+and frees its buckets, the buffers of torch's DDP and FSDP2, and how transformers passes caches and masks to a model.
 """
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what follows them (`+cu130`, `.dev0`)."""
+    """Returns the numbers of a version, without suffixes such as `+cu130` and `.dev0`."""
     return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
 
 
@@ -34,7 +34,7 @@ def check_tested(library: str) -> None:
         return
     if release(version) > release(highest):
         logger.warning(
-            "%s %s is newer than the versions that llmeff was tested with (%s to %s), and llmeff mirrors its internals: if "
+            "%s %s is newer than the versions that llmeff was tested with (%s to %s). llmeff mirrors its internals. If "
             "results or prices look wrong, install %s==%s",
             library, version, lowest, highest, library, highest,
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Numbers with their units, for people. Records keep plain numbers."""
+"""Formats numbers with their units for display. Recorded files keep plain numbers."""
 
 from collections.abc import Sequence
 
 
 def show_bytes(count: float) -> str:
-    """Bytes in binary units: 1 KiB = 1024 B.
+    """Formats a number of bytes in binary units: 1 KiB is 1024 B.
 
     >>> show_bytes(1536), show_bytes(3 * 2**30)
     ('1.50 KiB', '3.00 GiB')
@@ -17,7 +17,7 @@ def show_bytes(count: float) -> str:
 
 
 def show_count(count: float, unit: str = "") -> str:
-    """A number with a decimal prefix.
+    """Formats a number with a decimal prefix.
 
     >>> show_count(804096), show_count(9.1e10, "FLOP/s")
     ('804.1k', '91.0 GFLOP/s')
@@ -32,7 +32,7 @@ def show_count(count: float, unit: str = "") -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """A duration in milliseconds, seconds, minutes or hours.
+    """Formats a duration in milliseconds, seconds, minutes or hours.
 
     >>> show_seconds(0.0123), show_seconds(75), show_seconds(7265)
     ('12.3 ms', '1m 15s', '2h 01m')
@@ -49,7 +49,7 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_quantity(name: str, value: float) -> str:
-    """A value in the unit that ends its name (`_bytes`, `_s`, `_j`, `_flops`), else a plain number.
+    """Formats a value in the unit that its name ends with: `_bytes`, `_s`, `_j` or `_flops`. Otherwise, a plain number.
 
     >>> show_quantity("peak_bytes", 2**20), show_quantity("executed_flops", 2e9), show_quantity("parameters", 804096)
     ('1.00 MiB', '2.0 GFLOP', '804,096')
@@ -66,7 +66,7 @@ def show_quantity(name: str, value: float) -> str:
 
 
 def show_names(names: Sequence[str], most: int = 8) -> str:
-    """The first names, and how many more there are.
+    """Lists the first names, and the number of names left out.
 
     >>> show_names(["a", "b", "c"], most=2)
     'a, b and 1 more'

@@ -180,7 +180,7 @@ def test_a_name_is_registered_once():
         ("c.toml", b"a = ", "does not parse"),
         ("c.json", b"{", "does not parse"),
         ("c.json", b"[1]", "a config must be a table, not list"),
-        ("c.toml", b"a = '\xff'", "is not UTF-8"),
+        ("c.toml", b"a = '\xff'", "is not valid UTF-8"),
     ],
 )
 def test_config_files_that_cannot_be_read(tmp_path, name, content, message):

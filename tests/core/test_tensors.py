@@ -48,5 +48,5 @@ def test_missing_and_unexpected_names_are_told():
 
 def test_another_shape_is_told_and_broadcasts_into_nothing():
     tensors = dict(stored_tensors(Module())) | {"norm.bias": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"norm\.bias is \(1,\), the model has \(3,\)"):
+    with pytest.raises(ValueError, match=r"norm\.bias has shape \(1,\), but the model needs \(3,\)"):
         copy_tensors(Module(), tensors)

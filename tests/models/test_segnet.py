@@ -316,7 +316,7 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path):
     save_image_model(build(width=6), tmp_path / "other", about)
     (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
     with pytest.raises(
-        ConfigError, match=r"encoder\.0\.convs\.0\.weight is \(6, 3, 7, 7\), the model has \(4, 3, 7, 7\)"
+        ConfigError, match=r"encoder\.0\.convs\.0\.weight has shape \(6, 3, 7, 7\), but the model needs \(4, 3, 7, 7\)"
     ):
         load_image_model(tmp_path)
 
