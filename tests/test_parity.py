@@ -271,7 +271,9 @@ def test_every_optimizer_is_itself_under_a_strategy_or_refused(tmp_path, name, s
     settings = (*itself(name), "train.steps=4")
     declared = OptimizerConfig.registry[name].sharding
     if ORDER.index(declared) > ORDER.index(SPLIT.get(strategy, "elementwise")):
-        with pytest.raises(ConfigError, match=f"optim '{name}' is not for parallel '.*': it must see whole parameters"):
+        with pytest.raises(
+            ConfigError, match=f"optim '{name}' does not work with parallel '.*': it must see whole parameters"
+        ):
             config(*settings, *STRATEGIES[strategy], num_ranks=2)
         return
     expected, found = (

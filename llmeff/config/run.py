@@ -1,4 +1,4 @@
-"""RunConfig: all that a run is, and the pairs in it that cannot work."""
+"""RunConfig: the complete config of a run, and the checks that its parts work together."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -25,91 +25,93 @@ from llmeff.tasks import CausalLM, TaskConfig
 
 
 class TrainConfig(Config):
-    """How long a run is and what a step holds."""
+    """The number of steps, the batch sizes and gradient clipping."""
 
     steps: Count = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: Count = 16
-    """Sequences (or images) a step, over all ranks and micro-batches."""
+    """Sequences (or images) per step, summed over all ranks and micro-batches."""
     micro_batch: Count | Literal["auto"] = "auto"
-    """Sequences a forward pass on one rank; divides batch / ranks. auto: the most whose predicted peak fits."""
+    """Sequences (or images) in one forward pass on one rank. Must divide batch / ranks. auto: the largest size whose
+    predicted peak memory fits."""
     clip_norm: Positive | None = 1.0
-    """Gradients are scaled down to this norm where they exceed it. null: never."""
+    """Largest norm of the gradients. A larger norm is scaled down to it. null: no clipping."""
 
 
 class EvalConfig(Config):
-    """When held-out loss is measured, and on what."""
+    """When and on which held-out data the model is evaluated."""
 
     split: Literal["validation", "search", "test"] = "validation"
-    """What is held out: `search` to choose settings by, which a final run is then not judged on."""
+    """Split to evaluate on. `search` is for choosing settings; final runs are then judged on another split."""
 
     every: CountOrZero | Share = 250
-    """Steps between evaluations, or below 1 the share of the run that they are apart; 0: only at the end."""
+    """Steps between evaluations, or, if below 1, a fraction of the run's steps. 0: only evaluate at the end."""
     max_units: Count | None = 64
-    """Documents (or images) of the validation split while training; null: all. At the end it is always all."""
+    """Number of documents (or images) of the split to evaluate during training. null: all. The evaluation at the end
+    always uses all."""
     sample_tokens: CountOrZero = 64
-    """Tokens of sample text at the end, where the model writes text; 0: no sample of any kind."""
+    """Tokens of the sample text that the model writes at the end. 0: no sample, and no sample picture for images."""
 
     def interval(self, steps: int) -> int:
-        """Steps between the evaluations of a run of so many; 0: only at the end."""
+        """Returns the number of steps between evaluations in a run of `steps` steps. 0: only evaluate at the end."""
         return self.every if isinstance(self.every, int) else max(1, round(self.every * steps))
 
 
 class CheckpointConfig(Config):
-    """When the state is saved."""
+    """When checkpoints are saved, and how many are kept."""
 
     every: CountOrZero = 500
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints. 0: only save at the end."""
     keep: Count = 2
-    """How many of the newest are kept."""
+    """Number of checkpoints to keep. Older checkpoints are deleted."""
 
 
 class RuntimeConfig(Config):
-    """How the machine is used; nothing here changes what is computed, beyond rounding."""
+    """How the run uses the machine. These settings change results only by rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA device where there is one."""
+    """Device to train on. auto: CUDA if there is a CUDA device, else the CPU."""
     threads: Count | Literal["auto"] = "auto"
-    """CPU threads of one process. auto: the cores that this process may use, shared among the ranks."""
+    """CPU threads per process. auto: the cores that this process may use, divided by the number of ranks."""
     compile: Literal["off", "layers", "model"] = "off"
-    """torch.compile of nothing, of each layer (a short start), or of the model as a whole."""
+    """What torch.compile compiles. off: nothing. layers: each layer, which starts faster. model: the whole model."""
     recompute: Flag = False
-    """Keep only each layer's input for backward and run the layer again (activation checkpointing)."""
+    """Save only each layer's input for backward and recompute the layer there (activation checkpointing)."""
     deterministic: Flag = False
-    """Have CUDA use deterministic kernels only; CPU runs always are."""
+    """Use only deterministic CUDA kernels. Runs on a CPU are always deterministic."""
 
 
 class RunConfig(Config):
-    """A run: what is trained, on what, how, and what is recorded."""
+    """The config of a run: task, model, data, optimizer, strategy and machine."""
 
     name: Text = "run"
-    """Names the run in tables, and its folder where none is given."""
+    """Name of the run in tables, and of its folder if no folder is given."""
     seed: Integer = 0
-    """Of initialization and data order."""
+    """Seed of initialization and data order."""
     task: TaskConfig = CausalLM()
-    """What is trained towards what."""
+    """The task: the loss to train on, and the metrics."""
     model: ModelConfig = DecoderConfig()
-    """The model."""
+    """The model to train."""
     transforms: tuple[TransformConfig, ...] = ()
-    """What is changed in the built model before it is trained, in order."""
+    """Changes to the built model before training, such as LoRA. Applied in this order."""
     data: DataConfig = TextData()
-    """What it reads."""
+    """The training and evaluation data."""
     optim: OptimizerConfig = AdamW()
-    """What updates it."""
+    """The optimizer."""
     schedule: ScheduleConfig = Cosine(warmup_steps=100)
-    """How the learning rate moves."""
+    """The learning-rate schedule."""
     precision: PrecisionName = "fp32"
-    """The number formats."""
+    """The number formats of parameters, compute and gradients."""
     parallel: StrategyConfig = Single()
-    """Processes, and what each holds."""
+    """The strategy by which the processes of the run share a step."""
     train: TrainConfig = TrainConfig()
-    """Length and batch."""
+    """Number of steps, batch sizes and gradient clipping."""
     evaluation: EvalConfig = EvalConfig()
-    """Held-out loss."""
+    """Evaluation on held-out data."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saved states."""
+    """When checkpoints are saved."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """The machine."""
+    """Device, threads, compilation and recomputation."""
 
     @model_validator(mode="after")
     def _works(self) -> "RunConfig":
@@ -119,40 +121,46 @@ class RunConfig(Config):
         return self
 
     def optimizer_as_begun(self) -> OptimizerConfig:
-        """The optimizer of a begun run whose config this is: older ones left open what the kind of device decided."""
+        """Returns the optimizer of a run that was begun with this config.
+
+        Older versions of llmeff saved `auto` for settings that depend on the device. This resolves them as those did.
+        """
         return self.optim.resolve(is_bfloat16_fast=self.runtime.device == "cuda")
 
     def _problems(self) -> Iterator[str]:
         yield from self._length_problems()
         yield from self._strategy_problems()
         if self.precision == "fp16" and self.runtime.device == "cpu":
-            yield "precision 'fp16' needs a GPU: on a CPU use 'fp32' or 'bf16'"
+            yield "precision 'fp16' needs a GPU. On a CPU, use 'fp32' or 'bf16'"
         yield from self.task.problems(self.model, self.data)
 
     def _length_problems(self) -> Iterator[str]:
-        """A warmup that is too long, and a batch that cannot be divided among ranks and micro-batches."""
+        """Yields errors about a warm-up longer than the run, or a batch that ranks or micro-batches do not divide."""
         train, ranks = self.train, self.parallel.ranks
         if self.schedule.warmup_steps > train.steps:
             yield (
-                f"schedule.warmup_steps is {self.schedule.warmup_steps}, but the run has train.steps = {train.steps}: "
-                "the peak rate would never be reached"
+                f"schedule.warmup_steps is {self.schedule.warmup_steps}, but train.steps is only {train.steps}: "
+                "the learning rate would never reach its peak"
             )
         if train.batch % ranks:
-            yield f"train.batch {train.batch} is not divisible by parallel.ranks {ranks}"
+            yield f"train.batch is {train.batch}, which is not divisible by parallel.ranks {ranks}"
         elif train.micro_batch != "auto" and (train.batch // ranks) % train.micro_batch:
             share = f"train.batch {train.batch}" + (f" / parallel.ranks {ranks}" if ranks > 1 else "")
             allowed = [n for n in range(1, train.batch // ranks + 1) if (train.batch // ranks) % n == 0]
             yield (
-                f"train.micro_batch {train.micro_batch} does not divide {share}; "
-                f"allowed: {', '.join(map(str, allowed))}"
+                f"train.micro_batch is {train.micro_batch}, which does not divide {share}. "
+                f"Allowed: {', '.join(map(str, allowed))}"
             )
 
     def _strategy_problems(self) -> Iterator[str]:
-        """A strategy that does not work with the precision, the optimizer or the compiler."""
+        """Yields errors about a strategy that does not work with the precision, the optimizer or the compiler."""
         if self.precision not in self.parallel.precisions:
             allowed_names = ", ".join(map(repr, self.parallel.precisions))
-            yield f"precision {self.precision!r} is not for parallel {self.parallel.name!r}; allowed: {allowed_names}"
+            yield (
+                f"precision {self.precision!r} does not work with parallel {self.parallel.name!r}. "
+                f"Allowed: {allowed_names}"
+            )
         refusal = self.parallel.refusal(self.optim.sharding)
         if refusal is not None:
-            yield f"optim {self.optim.name!r} is not for parallel {self.parallel.name!r}: {refusal}"
+            yield f"optim {self.optim.name!r} does not work with parallel {self.parallel.name!r}: {refusal}"
         yield from self.parallel.clashes(self.precision, self.runtime.compile)

@@ -1,4 +1,4 @@
-"""SweepConfig: what is compared, over what, with how much tuning; and the runs that it comes to."""
+"""SweepConfig: the arms, axes, tuning budget and seeds of a study, and the configs of its runs."""
 
 import itertools
 import json
@@ -15,28 +15,30 @@ from llmeff.core.files import safe_name
 from llmeff.core.registry import nearest
 
 _OWN = {
-    "seed": "`seeds` gives",
-    "name": "the arm gives",
-    "evaluation.split": "is what trials and final runs differ in",
+    "seed": "the sweep takes it from `seeds`",
+    "name": "the sweep uses the arm's name",
+    "evaluation.split": "trials use tuning.split, and final runs use base.evaluation.split",
 }
-"""Fields that a sweep sets itself."""
+"""Fields that a sweep sets itself, and how."""
 BASELINE_SEED, AA_SEED = 10_000, 20_000
-"""The first of the baseline's further seeds, and of the A/A arm's, where their number alone is given: far from all that
-studies count from, so that a study can grow."""
+"""First seed of the baseline's extra runs, and of the A/A arm, if only the number of their seeds is given.
+
+Both are far above the seeds that studies usually count from, so that seeds can be added to a study later.
+"""
 
 
 class Span(Config):
-    """Numbers between two, spread evenly over their logarithms."""
+    """A range of positive numbers to search, on a logarithmic scale."""
 
     low: Positive
-    """The least."""
+    """The lowest number."""
     high: Positive
-    """The most."""
+    """The highest number."""
 
     @model_validator(mode="after")
     def _rises(self) -> "Span":
         if self.low >= self.high:
-            raise ValueError(f"low is {self.low}, and high {self.high}: give the smaller first")
+            raise ValueError(f"low is {self.low} and high is {self.high}, but low must be smaller than high")
         return self
 
 
@@ -45,66 +47,68 @@ def _kind(value: Any) -> str:
 
 
 Search = Annotated[Annotated[Span, Tag("span")] | Annotated[tuple[Any, ...], Tag("values")], Discriminator(_kind)]
-"""What is tried of a field: a span, or a list of values."""
+"""The values to try for a field: a span or a list."""
 
 
 class ArmConfig(Config):
-    """One of the things that are compared."""
+    """One arm of a study: its settings, and how they are tuned."""
 
     settings: tuple[Text, ...] = ()
-    """What sets it apart from the base, as `--set` takes it."""
+    """Settings in which the arm differs from `base`, in the form of `--set` ("optim=muon")."""
     search: dict[Text, Search] = Field(default_factory=dict)
-    """What is tuned of it: fields, and what is tried of each."""
+    """Fields to tune, with the values to try for each."""
     tuned_as: Text | None = None
-    """Another arm, whose trials choose for this one too: for arms that differ in what leaves the best settings alone."""
+    """Name of another arm, whose tuned settings this arm reuses. Use it if the arms differ only in something that does
+    not change the best settings, such as precision. None if the arm reuses none."""
     factors: dict[Text, Text] = Field(default_factory=dict)
-    """The levels that make it, where arms are combinations of factors."""
+    """The level of each factor, by factor, in a factorial study. Empty in other studies."""
 
 
 class TuningConfig(Config):
-    """The budget that every arm has to be tuned with."""
+    """The tuning budget, the same for every arm."""
 
     trials: Count = 5
-    """Runs of each arm and cell."""
+    """Number of trials of each arm in each cell."""
     seed: Integer = 1000
-    """Of all of them; final runs have others."""
+    """Seed of all trials. Final runs must have other seeds."""
     steps: Count | None = None
-    """Of a trial; None: as many as a final run. Shorter trials are cheaper, and may choose what is best early."""
+    """Steps of a trial. None: as many as a final run. Shorter trials are cheaper, but may choose settings that are best
+    only early in training."""
     split: Literal["search", "validation"] = "search"
-    """What trials are judged on, which final runs are not."""
+    """Split that trials are judged on. Final runs must be judged on another split."""
 
 
 class SweepConfig(Config):
-    """A study: arms that are tuned with one budget, and then run with fresh seeds."""
+    """A study that compares arms: each is tuned with the same budget, and then run with fresh seeds."""
 
     renamed: ClassVar[Mapping[str, str]] = {"items": "budget"}
 
     name: Text = "sweep"
-    """Names the study, and its folder where none is given."""
+    """Name of the study, and of its folder if no folder is given."""
     base: RunConfig = RunConfig()
-    """What all runs have in common."""
+    """Config that all runs start from."""
     arms: dict[Text, ArmConfig]
-    """By name."""
+    """The arms to compare, by name."""
     baseline: Text
-    """The arm that the others are set beside."""
+    """Name of the arm that the others are compared with."""
     axes: dict[Text, tuple[Any, ...]] = Field(default_factory=dict)
-    """Fields whose values are gone through, all with all; arms are compared, and tuned, under the same values."""
+    """Fields with lists of values. Each combination of values is a cell. Arms are tuned and compared in each cell."""
     budget: Count | None = None
-    """Tokens (or pixels) that each run trains on, from which its steps follow; None: `train.steps` of its config."""
+    """Tokens (or pixels) that each run trains on. They determine its number of steps. None: `train.steps` applies."""
     tuning: TuningConfig = TuningConfig()
-    """The same for all arms."""
+    """The tuning budget, the same for all arms."""
     seeds: tuple[Integer, ...] = (0, 1, 2)
-    """Of the final runs: each arm is run with each."""
+    """Seeds of the final runs. Each arm is run once with each seed."""
     baseline_seeds: Count | tuple[Integer, ...] = ()
-    """Further seeds of the baseline alone, or how many: all arms are set beside it, so that its runs tell the most."""
+    """Extra seeds of the baseline, or their number. They improve every comparison, since all are with the baseline."""
     aa_seeds: Count | tuple[Integer, ...] = ()
-    """Seeds of an A/A arm, or how many: the baseline's settings once more, as an arm of its own with seeds that no other
-    run has. It shows how far two arms differ that are the same."""
+    """Seeds of an A/A arm, or their number. This arm repeats the baseline's settings with seeds that no other run has.
+    It shows how far two equal arms differ by chance."""
     metric: Text = "loss"
-    """What decides, of the metrics that the task names: which trial is chosen, and what the arms are compared by."""
+    """The metric of the task that chooses trials and compares arms."""
     target: Positive | None = None
-    """The value of the metric to which steps, items, FLOPs and time are counted; None: the best that every run of the
-    baseline reaches."""
+    """Value of the metric for "steps to target", "time to target" and similar quantities. None: the best value that
+    every run of the baseline reaches."""
 
     @model_validator(mode="after")
     def _works(self) -> "SweepConfig":
@@ -118,8 +122,8 @@ class SweepConfig(Config):
         yield from self._seed_problems()
         if self.tuning.split == self.base.evaluation.split and self._is_tuned:
             yield (
-                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}: what settings were chosen on "
-                "cannot judge them"
+                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}, but settings cannot be judged "
+                "on the split that chose them"
             )
         yield from self._axis_problems()
         yield from self._field_problems()
@@ -133,38 +137,44 @@ class SweepConfig(Config):
         return any(arm.search for arm in self.arms.values())
 
     def _choice_problems(self) -> Iterator[str]:
-        """Too few arms, and a baseline or a metric that is not there."""
+        """Yields errors about too few arms, or a baseline or a metric that does not exist."""
         if len(self.arms) < 2:
-            yield f"a sweep compares arms, given: {', '.join(self.arms) or 'none'}"
+            yield f"a sweep needs at least two arms. Given: {', '.join(self.arms) or 'none'}"
         if self.baseline not in self.arms:
-            yield f"baseline is {self.baseline!r}, the arms are: {', '.join(self.arms)}"
+            yield f"baseline is {self.baseline!r}, which is not an arm. Arms: {', '.join(self.arms)}"
         task = self.base.task
         if self.metric not in task.metric_directions:
-            yield f"metric is {self.metric!r}: task {task.name!r} is not judged by it.{nearest(self.metric, task.metric_directions)}"
+            yield (
+                f"metric is {self.metric!r}: task {task.name!r} has no such metric."
+                f"{nearest(self.metric, task.metric_directions)}"
+            )
 
     def _axis_problems(self) -> Iterator[str]:
-        """Axes without values, or with a value twice."""
+        """Yields errors about axes that have no value, or that list a value twice."""
         for key, values in self.axes.items():
             if not values:
-                yield "an axis has no value"
+                yield "axes: each axis needs at least one value"
             if len({_toml(value) for value in values}) < len(values):
-                yield f"axes.{key} has a value twice: {', '.join(map(_toml, values))}"
+                yield f"axes.{key} lists a value twice: {', '.join(map(_toml, values))}"
 
     def _seed_problems(self) -> Iterator[str]:
-        """Seeds that are given twice, or that trials have."""
+        """Yields errors about missing or repeated seeds, and about an arm with the name of the A/A arm."""
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            yield f"give at least one seed, and none twice; given seeds: {list(self.seeds)}"
+            yield f"seeds must list at least one seed, and no seed twice. Given: {list(self.seeds)}"
         if self.aa_name in self.arms:
-            yield f"arms has a {self.aa_name!r}, which is what the arm of aa_seeds is called"
+            yield f"arms contains {self.aa_name!r}, but this name is reserved for the A/A arm (see aa_seeds)"
         baseline_seeds, aa_seeds = _counted(self.baseline_seeds, BASELINE_SEED), _counted(self.aa_seeds, AA_SEED)
         yield from _repeated_seeds("baseline_seeds", baseline_seeds, self.seeds)
         yield from _repeated_seeds("aa_seeds", aa_seeds, (*self.seeds, *baseline_seeds))
         every = [*self.seeds, *baseline_seeds, *aa_seeds]
         if self.tuning.seed in every and self._is_tuned:
-            yield f"tuning.seed {self.tuning.seed} is among the seeds {every}: final runs need fresh ones"
+            yield (
+                f"tuning.seed is {self.tuning.seed}, which is also a seed of a final run: {every}. "
+                "Trials and final runs need different seeds"
+            )
 
     def _budget_problems(self) -> Iterator[str]:
-        """Shorter trials that are not equally short."""
+        """Yields an error if `tuning.steps` makes the trials of different arms train on different numbers of items."""
         steps = self.tuning.steps
         for cell in self.cells() if steps is not None else ():
             items = {
@@ -173,53 +183,56 @@ class SweepConfig(Config):
             }  # fmt: skip
             if len(set(items.values())) > 1:
                 shown = ", ".join(f"{name} {count}" for name, count in items.items())
-                yield f"tuning.steps = {steps} gives trials of other numbers of items: {shown}"
+                yield f"tuning.steps is {steps}, so that arms have trials with different numbers of items: {shown}"
                 return
 
     def _field_problems(self) -> Iterator[str]:
-        """Fields that are the sweep's own to set, or that two parts of it would set."""
+        """Yields errors about fields that only the sweep may set, or that are set twice."""
         tables: dict[str, Mapping[str, Any]] = {"axes": self.axes}
         tables |= {f"arms.{name}.search": arm.search for name, arm in self.arms.items()}
         for where, fields in tables.items():
             for key in fields:
                 if key in _OWN:
-                    yield f"{where} sets {key}, which {_OWN[key]}"
+                    yield f"{where} sets {key}, which is not allowed: {_OWN[key]}"
                 if key == "train.steps" and self.budget is not None:
-                    yield f"{where} sets train.steps, which follow from budget: leave one of them out"
+                    yield f"{where} sets train.steps, but budget also determines the steps: remove one of them"
                 if where != "axes" and key in self.axes:
-                    yield f"{where} tries {key}, which is an axis"
+                    yield f"{where} sets {key}, which is also an axis: remove one of them"
 
     def _search_problems(self) -> Iterator[str]:
-        """Searches that try nothing, that are another arm's too, or whose size differs from the budget."""
+        """Yields errors about an empty search, a wrong `tuned_as`, or a search whose size is not `tuning.trials`."""
         for name, arm in self.arms.items():
             for key, tried in arm.search.items():
                 if tried == ():
-                    yield f"arms.{name}.search.{key}: there is nothing to try"
+                    yield f"arms.{name}.search.{key} is empty: give at least one value"
             if arm.tuned_as is not None:
                 yield from self._borrowed_problems(name, arm)
             num_combinations = _num_combinations(arm.search)
             if num_combinations not in (None, self.tuning.trials):
                 yield (
-                    f"arms.{name}.search has {num_combinations} combinations, but every arm has tuning.trials = "
-                    f"{self.tuning.trials}: an equal budget is what makes them comparable"
+                    f"arms.{name}.search has {num_combinations} combinations, but tuning.trials is "
+                    f"{self.tuning.trials}. They must be equal, because all arms must have the same tuning budget"
                 )
 
     def _borrowed_problems(self, name: str, arm: ArmConfig) -> Iterator[str]:
         if arm.search:
-            yield f"arms.{name} has a search of its own and is tuned as {arm.tuned_as!r}: give one of them"
+            yield f"arms.{name} has both search and tuned_as = {arm.tuned_as!r}: remove one of them"
         elif arm.tuned_as not in self.arms:
-            yield f"arms.{name}.tuned_as is {arm.tuned_as!r}.{nearest(arm.tuned_as or '', self.arms)}"
+            yield (
+                f"arms.{name}.tuned_as is {arm.tuned_as!r}, which is not an arm."
+                f"{nearest(arm.tuned_as or '', self.arms)}"
+            )
         elif not self.arms[arm.tuned_as].search:
-            yield f"arms.{name} is tuned as {arm.tuned_as!r}, which has no search"
+            yield f"arms.{name}.tuned_as is {arm.tuned_as!r}, but that arm has no search"
 
     @property
     def aa_name(self) -> str:
-        """What the A/A arm is called, where there is one."""
+        """Name of the A/A arm, if there is one."""
         return f"{self.baseline} (A/A)"
 
     @property
     def every_arm(self) -> dict[str, ArmConfig]:
-        """The arms that are run: those that are given, and the A/A arm where it has seeds."""
+        """All arms by name, including the A/A arm if `aa_seeds` is given."""
         if not self.aa_seeds or self.baseline not in self.arms:
             return self.arms
         same = self.arms[self.baseline]
@@ -227,35 +240,36 @@ class SweepConfig(Config):
         return self.arms | {self.aa_name: same.model_copy(update={"search": {}, "tuned_as": tuned_as})}
 
     def repeats(self, arm: str) -> str | None:
-        """The arm whose settings an arm repeats with seeds of its own; None of all but the A/A arm."""
+        """Returns the baseline's name if `arm` is the A/A arm, which repeats the baseline. Otherwise, returns None."""
         return self.baseline if arm not in self.arms else None
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
-        """The seeds of an arm's final runs."""
+        """Returns the seeds of an arm's final runs."""
         if self.repeats(arm):
             return _counted(self.aa_seeds, AA_SEED)
         further = _counted(self.baseline_seeds, BASELINE_SEED) if arm == self.baseline else ()
         return (*self.seeds, *further)
 
     def has_all_runs_of(self, other: "SweepConfig") -> bool:
-        """Whether every arm of another sweep is here, with all of its seeds."""
+        """Returns whether this sweep has every arm of another sweep, with all of that arm's seeds."""
         return all(
             arm in self.every_arm and set(other.seeds_of(arm)) <= set(self.seeds_of(arm)) for arm in other.every_arm
         )
 
     def tuned_by(self, arm: str) -> str:
-        """The arm whose trials choose an arm's settings: mostly its own."""
+        """Returns the name of the arm whose trials choose an arm's settings: its `tuned_as`, or else the arm itself."""
         return self.every_arm[arm].tuned_as or arm
 
     def cells(self) -> list[dict[str, Any]]:
-        """All values of the axes, with one another."""
+        """Returns all combinations of the axes' values. Without axes, there is one empty cell."""
         return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
 
     def trials(self, arm: str) -> list[dict[str, Any]]:
-        """What tuning tries of an arm; nothing where it has no search.
+        """Returns the settings of each trial of an arm. The list is empty if the arm has no search.
 
-        Lists are gone through, all with all. Spans are tried at the points of a lattice: one span at the middles of
-        `trials` equal parts of its logarithm, several by the additive recurrence of Roberts (2018).
+        If all searched fields have lists, the trials are all combinations of their values. If any field has a span, the
+        trials are `tuning.trials` points of a lattice. In the first field, these are the middles of equal parts of the
+        span, on a logarithmic scale. Further fields follow the additive recurrence of Roberts (2018).
         """
         search = self.every_arm[arm].search
         if not search:
@@ -273,7 +287,7 @@ class SweepConfig(Config):
         ]
 
     def first_trial(self, arm: str) -> dict[str, Any]:
-        """What is tried first of an arm: stands for what will be chosen."""
+        """Returns the first trial's settings, as an example of what tuning may choose. Empty if nothing is tuned."""
         tuner = self.tuned_by(arm)
         trials = self.trials(tuner) if tuner in self.arms else []
         return trials[0] if trials else {}
@@ -281,10 +295,17 @@ class SweepConfig(Config):
     def run_config(
         self, arm: str, cell: Mapping[str, Any], trial: Mapping[str, Any], seed: int, **more: Any
     ) -> RunConfig:
-        """The config of one run.
+        """Returns the config of one run.
+
+        Args:
+            arm: name of the arm.
+            cell: value of each axis.
+            trial: tuned settings of the arm.
+            seed: seed of the run.
+            **more: further fields to set. If `train.steps` is among them, it applies instead of `budget`.
 
         Raises:
-            ConfigError: it cannot work.
+            ConfigError: if the config is not valid.
         """
         settings = [
             *self.every_arm[arm].settings,
@@ -300,25 +321,25 @@ class SweepConfig(Config):
 
 
 def _counted(seeds: int | tuple[int, ...], first: int) -> tuple[int, ...]:
-    """Seeds that are given, or so many from the first on."""
+    """Returns the given seeds or, if only their number is given, consecutive seeds from `first` on."""
     return seeds if isinstance(seeds, tuple) else tuple(range(first, first + seeds))
 
 
 def _repeated_seeds(key: str, seeds: tuple[int, ...], others: tuple[int, ...]) -> Iterator[str]:
-    """The problem of seeds that are given twice, or that other runs have."""
+    """Yields an error about seeds that are given twice or are among `others`."""
     repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1 or seed in others})
     if repeated:
-        yield f"{key} must be seeds that no other run of the baseline's settings has, given again: {repeated}"
+        yield f"{key} must be seeds that no other run of the baseline's settings has. Repeated: {repeated}"
 
 
 def _num_combinations(search: Mapping[str, Search]) -> int | None:
-    """How many settings the lists of a search make; None if there is a span among them, or no search."""
+    """Returns the number of combinations of a search's lists, or None if it includes a span or is empty."""
     sizes = [len(tried) for tried in search.values() if isinstance(tried, tuple)]
     return math.prod(sizes) if sizes and len(sizes) == len(search) else None
 
 
 def _errors_of(sweep: SweepConfig) -> Iterator[str]:
-    """Why configs of the arms cannot work; each reason is given once an arm, by its first config."""
+    """Yields the errors in the configs of the arms. Each error is given once per arm, for the first config with it."""
     reported = set()
     for name in sweep.arms:
         for job in itertools.chain.from_iterable(_typical_jobs(sweep, name, cell) for cell in sweep.cells()):
@@ -333,7 +354,10 @@ def _errors_of(sweep: SweepConfig) -> Iterator[str]:
 
 
 def _typical_jobs(sweep: SweepConfig, arm: str, cell: dict[str, Any]) -> Iterator["Job"]:
-    """All trials of an arm in a cell; a final run if the arm has no trials, or another arm's choose for it."""
+    """Yields jobs whose configs represent all those of an arm in a cell.
+
+    These are the arm's trials, and a final run if the arm has no trials of its own.
+    """
     trials = sweep.trials(arm)
     for trial in trials:
         yield Job(arm=arm, cell=cell, phase="tuning", number=sweep.tuning.seed, trial=trial, order=0)
@@ -342,10 +366,10 @@ def _typical_jobs(sweep: SweepConfig, arm: str, cell: dict[str, Any]) -> Iterato
 
 
 def job_config(sweep: SweepConfig, job: "Job") -> RunConfig:
-    """The run's config. Trials are judged on a split of their own, and keep no samples.
+    """Returns the config of a job's run. Trials are evaluated on `tuning.split` and write no sample.
 
     Raises:
-        ConfigError: it cannot work.
+        ConfigError: if the config is not valid.
     """
     more: dict[str, Any] = {}
     if job.phase == "tuning":
@@ -357,7 +381,7 @@ def job_config(sweep: SweepConfig, job: "Job") -> RunConfig:
 
 
 def items_per_step(config: RunConfig) -> int:
-    """Tokens (or pixels) that an optimizer step trains on."""
+    """Returns the number of tokens (or pixels) that an optimizer step trains on."""
     return config.task.items(config.data) * config.train.batch
 
 
@@ -378,7 +402,7 @@ def _at(tried: Span | tuple[Any, ...], place: float) -> Any:
 
 
 def _toml(value: Any) -> str:
-    """A value as `--set` reads it."""
+    """Formats a value as text that `--set` parses back to the value."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
@@ -392,27 +416,29 @@ def _toml(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of a sweep."""
+    """One run of a sweep: a trial or a final run."""
 
     arm: str
+    """Name of the arm."""
     cell: dict[str, Any]
+    """Value of each axis."""
     phase: str
-    """`tuning` or `final`."""
+    """`tuning` for a trial, `final` for a final run."""
     number: int
-    """Of the trial, or the seed."""
+    """Number of the trial, or seed of the final run."""
     trial: dict[str, Any]
-    """The settings tried; of a final run, those chosen."""
+    """Tuned settings: those that the trial tries, or those that were chosen for the final run."""
     order: int
-    """Its place in the sweep."""
+    """Position of the run in the sweep."""
 
     @property
     def path(self) -> str:
-        """Of its folder, within the sweep's."""
+        """Path of the run's folder, relative to the folder of all runs."""
         what = f"trial-{self.number:02d}" if self.phase == "tuning" else f"seed-{self.number}"
         return f"{arm_path(self.arm, self.cell)}/{what}"
 
 
 def arm_path(arm: str, cell: Mapping[str, Any]) -> str:
-    """Of the folder with an arm's runs in a cell, within that of all runs."""
+    """Returns the path of the folder with an arm's runs in a cell, relative to the folder of all runs."""
     where = [safe_name(",".join(f"{key}={value}" for key, value in cell.items()))] if cell else []
     return "/".join([*where, safe_name(arm)])

@@ -223,7 +223,7 @@ def in_a_world() -> Iterator[None]:
     restored. Otherwise, later runs in this process, and processes that it starts, would believe that they are ranks.
     """
     before = dict(os.environ)
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # `check_world` compares these settings with the config instead
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # `check_world` has compared these settings with the config
     if not is_launched():
         become_rank(0, 1, free_port())
     try:

@@ -122,7 +122,7 @@ def settle(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Context manager for a block that writes a file or folder. Converts errors of the system to a ConfigError.
+    """Context manager for a block that writes a file or folder. Converts file-system errors to a ConfigError.
 
     Args:
         path: the file or folder that the error names.
@@ -175,8 +175,8 @@ def refuse_links(folder: Path, *, itself: bool = False) -> None:
         itself: True if the folder itself must not be a link either, because it is inside a folder that llmeff writes.
 
     Raises:
-        ConfigError: if the folder contains a symbolic link (even a broken link), a pipe, a socket or a device, or is a
-            link although `itself` is set.
+        ConfigError: if the folder contains a symbolic link (even a broken link), a pipe, a socket or a device. With
+            `itself`, also if the folder is a symbolic link.
     """
     top = [folder] if itself and folder.is_symlink() else []
     found = top or list(_strangers(folder))

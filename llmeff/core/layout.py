@@ -101,7 +101,9 @@ class Layout:
         return self._rotary[key]
 
     def mask(self, num_keys: int) -> Tensor | None:
-        """Returns a (B or 1, 1, T, num_keys) bool mask: True where a query sees a key. None stands for a causal mask.
+        """Returns a (B or 1, 1, T, num_keys) bool mask: True where a query sees a key.
+
+        Returns None for a plain causal mask, without documents, padding or cached tokens.
 
         A query without any visible key, such as left padding, sees all keys instead: its output is not used, and a
         softmax over no keys would be NaN.
@@ -113,7 +115,7 @@ class Layout:
     def bias(self, num_keys: int, dtype: torch.dtype) -> Tensor | None:
         """Returns `mask` as a bias to add to the scores: 0 where a query sees a key, minus infinity elsewhere.
 
-        Like `mask`, it is None for a causal mask. Given a boolean mask, torch's attention would compute this bias in
+        Like `mask`, it is None for a plain causal mask. Given a boolean mask, torch's attention would compute this bias in
         every layer and save each copy for backward. Here it is computed once.
         """
         mask = self.mask(num_keys)

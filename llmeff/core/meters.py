@@ -103,7 +103,7 @@ class PeakLiveBytes:
     """
 
     peak: LiveBytes
-    """The moment of the highest total. Set when the block ends."""
+    """Live bytes at the moment of the highest total. Set when the block ends."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ def metered_steps(num_steps: int, interval: int) -> tuple[int, int]:
     """Returns two step numbers: one to count FLOPs and wire bytes in, and a later one to meter memory in.
 
     Neither step directly follows an evaluation, because parameters that a strategy gathered for the evaluation may
-    still be present then. If the run has fewer than two other steps from step 3 on, returns 3 and 4.
+    still be present then. If fewer than two such steps exist from step 3 on, returns 3 and 4.
 
     Args:
         num_steps: number of steps in the run.
@@ -461,7 +461,7 @@ class EnergyMeter:
     def energy_j(self) -> float | None:
         """Returns the joules that this rank's GPU used since the meter was created, or None if there is no counter.
 
-        This includes other processes on the same GPU.
+        Energy that other processes use on the same GPU counts too.
         """
         return None if self._read is None else self._read() - self._start_j
 

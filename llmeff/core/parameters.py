@@ -13,7 +13,7 @@ For example, an embedding is a matrix too.
 """
 
 Sharding = Literal["elementwise", "whole_tensor", "none"]
-"""How ranks may divide parameters and optimizer state without changing the update.
+"""How ranks may divide an optimizer's parameters and state without changing its update.
 
 `elementwise`: at any element. `whole_tensor`: only between tensors. `none`: not at all.
 """

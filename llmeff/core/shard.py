@@ -90,7 +90,7 @@ def part_length(size: int, ranks: int, alignment: int = 1) -> int:
 
 
 def split_each(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
-    """Splits each flattened parameter into one part per rank. Parts are equal, but the last may be shorter or empty."""
+    """Splits each flattened parameter into one equal part per rank. The last ranks' parts may be shorter or empty."""
     return [
         tuple(
             Slice(name=name, start=min(size, rank * length), stop=min(size, (rank + 1) * length))

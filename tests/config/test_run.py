@@ -41,7 +41,7 @@ def problems(*settings, **fields):
 )
 def test_an_optimizer_that_a_strategy_would_silently_change_is_refused(optimizer, strategy, reason):
     (problem,) = problems(*strategy, optim=optimizer)
-    assert problem.startswith("optim 'mine' is not for parallel")
+    assert problem.startswith("optim 'mine' does not work with parallel")
     assert reason in problem
 
 

@@ -168,7 +168,10 @@ def test_the_state_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "bf16_master"}, "precision 'bf16_master' is not for parallel 'single'; allowed: 'fp32', 'bf16'"),
+        (
+            {"precision": "bf16_master"},
+            "precision 'bf16_master' does not work with parallel 'single'. Allowed: 'fp32', 'bf16'",
+        ),
         ({"parallel": {"name": "single", "ranks": 2}}, "ranks is 2, but the strategy 'single' is one process"),
     ],
 )

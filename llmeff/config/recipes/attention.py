@@ -1,4 +1,4 @@
-"""Compares mixers: what each remembers, and how well it models text."""
+"""Sweeps that compare mixers: how much their states remember, and how well they model text."""
 
 from collections.abc import Mapping
 
@@ -14,14 +14,14 @@ from llmeff.tasks import Recall
 
 
 def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
-    """Settings of every mixer, with states of equal size: H x H numbers per head.
+    """Returns fields for each mixer such that all states have the same size: H x H numbers per head.
 
-    A kernel's column of sums and the tokens kept by short convolutions are extra.
+    The sums that normalize a kernel, and the tokens that short convolutions keep, come in addition.
 
     Args:
         head_dim: H.
-        window: tokens of the sliding window, H / 2 or one more; decoding keeps one less, so keys and values have about the
-            size of a state.
+        window: tokens in the sliding window, H / 2 or H / 2 + 1. Decoding caches one token fewer, so that its keys and
+            values are about as large as a state.
     """
     return {
         "softmax": {},
@@ -39,16 +39,21 @@ def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
 
 
 _STEP = 8
-"""Widths of MLPs are multiples of this."""
+"""MLP widths are multiples of this."""
 
 
 def _settings(mixer: Text, fields: Mapping[Text, int]) -> tuple[Text, ...]:
-    """The mixer and its fields in the form of `--set`."""
+    """Returns the settings for a mixer and its fields, in the form of `--set`."""
     return f"model.mixer={mixer}", *(f"model.mixer.{field}={value}" for field, value in fields.items())
 
 
 def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]]) -> dict[Text, tuple[Text, ...]]:
-    """Chooses MLP widths so that all models have nearly as many parameters as the base."""
+    """Adds an MLP width to the settings of each arm, so that all models have nearly as many parameters as the base.
+
+    Args:
+        base: the model that all arms start from.
+        settings: the settings of each arm, by its name.
+    """
 
     def num_parameters(own: tuple[Text, ...], width: int) -> int:
         tree = {"model": base.model_dump(mode="json") | {"vocab_size": 1, "mlp_width": width}}
@@ -69,16 +74,20 @@ _SLOW: dict[Text, tuple[Text, ...]] = {
     "gated-deltanet": _SLOW_RATES,
     "kda": _SLOW_RATES,
 }
-"""Slow initial decays for mixers that learn them: before training, the median state keeps 97 % of itself over 64 tokens."""
+"""Settings of mixers that learn their decay, for a slow decay at the start of training.
+
+Before training, the median state then keeps 97 % of its values over 64 tokens.
+"""
 
 
 @sweep_recipe
 def recall() -> SweepConfig:
-    """What each mixer's state remembers: sixteen pairs in 64 tokens (MQAR), equal parameters, three fresh seeds.
+    """Compares how much each mixer's state remembers: associative recall (MQAR) of sixteen pairs in 64 tokens.
 
-    All states have 4 KiB per layer, and so do a window's keys and values; a short convolution keeps 2.25 KiB more. Mixers
-    that learn their decays take part twice: with the initial decays of their papers, and with slow ones. The learning rate
-    is chosen on another seed, with a third of the steps.
+    All models have nearly equal numbers of parameters. A state has 4 KiB per layer, as do the keys and values in the
+    sliding window. A short convolution keeps 2.25 KiB more. Mixers that learn their decay have two arms: one starts
+    from the decay of its paper, the other from a slow decay. Learning rates are tuned on a separate seed, with a third
+    of the steps. Final runs use three fresh seeds.
     """
     head_dim = 16
     arms = {name: _settings(name, own) for name, own in _mixers(head_dim, window=head_dim // 2 + 1).items()}
@@ -109,9 +118,10 @@ def recall() -> SweepConfig:
 
 @sweep_recipe
 def attention() -> SweepConfig:
-    """Every mixer and a hybrid on text: equal parameters and tokens, four learning rates each, three fresh seeds.
+    """Compares all mixers and a hybrid on text, with nearly equal parameters, four learning rates each and three seeds.
 
-    Less than an epoch of tinyshakespeare, in windows of 128 tokens. `llmeff context` tests the same models on longer ones.
+    All arms train on the same number of tokens: less than an epoch of tinyshakespeare, in windows of 128 tokens. The
+    command `llmeff context` tests the trained models on longer windows.
     """
     head_dim = 32
     model = DecoderConfig(width=3 * head_dim, num_layers=2, num_heads=3, mlp_width=256)

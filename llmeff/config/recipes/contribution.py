@@ -1,4 +1,4 @@
-"""What each efficiency technique contributes, alone and combined with others: fractional factorials over one recipe."""
+"""Sweeps that measure the effect of each efficiency technique and of pairs of them: fractional factorial designs."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,16 +19,17 @@ class Level:
     """One level of a factor."""
 
     name: str
+    """Name of the level."""
     settings: tuple[str, ...]
     """Settings of this level, in the form of `--set`."""
     search: Mapping[str, Search] = field(default_factory=dict)
-    """Settings to tune at this level, with their search."""
+    """Fields to tune at this level, with the values to try for each."""
     tuned_as: str | None = None
-    """Another level of the same factor whose tuned settings this level reuses. None: it reuses none."""
+    """Another level of the same factor, whose tuned settings this level reuses. None if it reuses none."""
 
     @property
     def tuned_name(self) -> str | None:
-        """The level whose tuning this one uses: its own, or another's; None if nothing is tuned."""
+        """Name of the level whose tuned settings this level uses, which may be itself. None if nothing is tuned."""
         return self.tuned_as or (self.name if self.search else None)
 
 
@@ -51,11 +52,13 @@ STAGE = _pair("parallel.stage", ("zero 0", "0"), ("zero 3", "3"))
 
 
 def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmConfig]:
-    """Half of all combinations of two-level factors: those with an even number of factors at their second level.
+    """Returns arms for half of all combinations of two-level factors, a half-fraction factorial design.
 
-    With five factors the design has resolution V: main effects and pairs are not confounded with one another (Box, Hunter
-    and Hunter 2005, chapter 6). The first arm has all factors at their first level. A level is tuned in the first arm that
-    has it; the other arms reuse the tuned settings, so that they differ in nothing else.
+    These are the combinations with an even number of factors at their second level. With five factors, the design has
+    resolution V: main effects and pairs are not confounded with one another (Box, Hunter and Hunter 2005, chapter 6).
+
+    The first arm has all factors at their first level. Each level with a search is tuned in the first arm that has it.
+    The other arms with this level reuse the tuned settings, so that they differ only in their factors.
     """
     arms: dict[str, ArmConfig] = {}
     tuners: dict[tuple[str, ...], str] = {}
@@ -74,7 +77,7 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
 
 
 def _half_of_combinations(factors: Mapping[str, tuple[Level, Level]]) -> Iterator[dict[str, Level]]:
-    """Each factor's level, in the combinations with an even number of second levels."""
+    """Yields the combinations with an even number of factors at their second level: the level of each factor."""
     for places in itertools.product((0, 1), repeat=len(factors)):
         if sum(places) % 2 == 0:
             yield {factor: levels[place] for (factor, levels), place in zip(factors.items(), places, strict=True)}
@@ -91,16 +94,15 @@ def factorial(
     metric: str,
     seeds: tuple[int, ...] = tuple(range(6)),
 ) -> SweepConfig:
-    """Half of the combinations of factors over a run, under DeepSpeed, which supports all of them.
-
-    On CPUs without AMX or AVX512_BF16, bf16 products are slow, so steps and held-out text are kept few.
+    """Returns a sweep over half of the combinations of factors. All runs use DeepSpeed, which supports every level.
 
     Args:
         name: name of the study.
-        factors: each factor with its two levels.
-        base: the common settings of all runs.
-        metric: the metric that decides.
-        seeds: seeds of the final runs. Effects on quality are judged by their variation over seeds.
+        factors: the two levels of each factor, by its name.
+        base: the config that all runs start from. Few steps and little held-out text keep a study short on CPUs without
+            AMX or AVX512_BF16, where bf16 products are slow.
+        metric: the metric that chooses trials and compares arms.
+        seeds: seeds of the final runs. The variation over seeds shows whether an effect on quality is real.
     """
     arms = half_fraction(factors)
     shared = validate(RunConfig, override(base.model_dump(mode="json"), ["parallel=deepspeed", "parallel.stage=0"]))
@@ -134,24 +136,29 @@ FACTORS = {
 
 @sweep_recipe
 def contribution() -> SweepConfig:
-    """Adaptive optimization, mixed precision, recomputation, ranks and ZeRO stages: 16 of 32 combinations, six seeds.
+    """Measures the effects of optimizer, precision, recomputation, ranks and ZeRO stage on a model of 1M parameters.
 
-    A model of 1M parameters. On a faster machine: `--set base.train.steps=2000 --set base.model=llama-125m`.
+    Runs 16 of the 32 combinations, with six seeds each. On a faster machine, use more steps and a larger model: `--set
+    base.train.steps=2000 --set base.model=llama-125m`.
     """
     return _study("contribution", FACTORS, "llama-1m", steps=96)
 
 
 @sweep_recipe
 def contribution_10m() -> SweepConfig:
-    """The same with 10M parameters, to measure cost. Losses after so few steps only reflect the start of training."""
+    """Measures the effects of the same factors as `contribution` on the cost of a model of 10M parameters.
+
+    Do not compare losses: with 12 steps, they only reflect the start of training.
+    """
     return _study("contribution-10m", FACTORS, "llama-10m", steps=12, num_evaluations=4, seeds=(0, 1))
 
 
 @sweep_recipe
 def contribution_8bit() -> SweepConfig:
-    """8-bit optimizer state, precision, recomputation and ranks: 8 of 16 combinations, at stage 0.
+    """Measures the effects of 8-bit optimizer state, precision, recomputation and ranks: 8 of 16 combinations.
 
-    From stage 1 on, DeepSpeed gives optimizers slices of many parameters, which would change the 8-bit blocks.
+    All runs use ZeRO stage 0. From stage 1 on, DeepSpeed gives the optimizer slices that contain several parameters,
+    which would change the blocks of 8-bit state.
     """
     factors = {"optimizer": (ADAMW, ADAMW_8BIT), "precision": PRECISION, "recompute": RECOMPUTE, "ranks": RANKS}
     return _study("contribution-8bit", factors, "llama-1m", steps=96)

@@ -1,4 +1,4 @@
-"""The common corpus of the studies: one text file of the user's, cut in order."""
+"""The corpus that the studies share: one text file of the user, cut into splits in order."""
 
 from llmeff.data import Characters, SplitConfig, TextData, TextFiles, TokenizerConfig
 
@@ -11,9 +11,17 @@ def one_text(
     tokenizer: TokenizerConfig | None = None,
     sequence_length: int = 64,
 ) -> TextData:
-    """Windows of `input.txt` in the working folder; the first part is trained on, the last is held out.
+    """Returns the config of `input.txt` in the working folder, read in windows.
 
-    The studies used tinyshakespeare; `--set 'base.data.source.path=["mine.txt"]'` reads another file.
+    The first part of the file is for training, and the last part is held out. Our studies used tinyshakespeare. To read
+    another file in a sweep, use `--set 'base.data.source.path=["mine.txt"]'`.
+
+    Args:
+        validation: share of the validation split.
+        search: share of the search split.
+        test: share of the test split.
+        tokenizer: the tokenizer. None: characters.
+        sequence_length: tokens in a window.
     """
     return TextData(
         source=TextFiles(path=("input.txt",)),

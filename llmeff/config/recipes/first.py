@@ -1,4 +1,4 @@
-"""The first runs: one that takes seconds, and one that trains a small model on real text in minutes."""
+"""Recipes for a first run: `debug` takes seconds, and `default` trains a small language model in minutes."""
 
 from llmeff.config.recipes.recipe import recipe
 from llmeff.config.run import CheckpointConfig, EvalConfig, RunConfig, RuntimeConfig, TrainConfig
@@ -9,7 +9,7 @@ from llmeff.optim import AdamW, Cosine
 
 @recipe
 def debug() -> RunConfig:
-    """Runs every part once, in seconds: a tiny model on a small part of the built-in corpus."""
+    """Runs each part of the training loop within seconds: a tiny model on a small part of the built-in corpus."""
     return RunConfig(
         name="debug",
         model=DecoderConfig(width=32, num_layers=2, num_heads=2, mlp_width=64),
@@ -25,9 +25,9 @@ def debug() -> RunConfig:
 
 @recipe
 def default() -> RunConfig:
-    """A small language model of Python source, in under five minutes on two cores.
+    """Trains a small language model of Python source code in under five minutes on two cores.
 
-    With so little time, a small model, many tokens (Hoffmann et al. 2022) and many small steps work best.
+    In so little time, a small model with many tokens (Hoffmann et al. 2022) and many small steps works best.
     """
     return RunConfig(
         name="default",

@@ -1,4 +1,4 @@
-"""Compares optimizers with AdamW; each is tuned with the same budget."""
+"""A sweep that compares optimizers with AdamW. Each is tuned with the same budget."""
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.recipe import sweep_recipe
@@ -9,7 +9,7 @@ from llmeff.optim import Cosine
 
 ADAMW_RATES, MUON_RATES = Span(low=5e-4, high=3e-2), Span(low=1e-3, high=6e-2)
 LION_RATES, SGD_RATES = Span(low=1e-4, high=6e-3), Span(low=3e-2, high=3.0)
-"""Learning rates to search. All spans are equally wide, except SGD's, since less is known about its best rate."""
+"""Learning rates to search. High is 60 times low, except for SGD (100 times), whose best rate is less known."""
 
 OPTIMIZERS = {
     "adamw": ArmConfig(settings=("optim=adamw",), search={"optim.lr": ADAMW_RATES}),
@@ -18,17 +18,17 @@ OPTIMIZERS = {
     "muon": ArmConfig(settings=("optim=muon",), search={"optim.lr": MUON_RATES}),
     "sgd": ArmConfig(settings=("optim=sgd",), search={"optim.lr": SGD_RATES}),
 }
-"""The optimizers that the studies compare, with their spans of learning rates."""
+"""The optimizers that the studies compare, as arms that tune the learning rate."""
 
 
 @sweep_recipe
 def optimizers() -> SweepConfig:
-    """AdamW, its 8-bit form, Lion, Muon and SGD: five learning rates each, eight fresh seeds, two batch sizes.
+    """Compares AdamW, 8-bit AdamW, Lion, Muon and SGD at two batch sizes: five learning rates each, eight fresh seeds.
 
-    8-bit AdamW reuses AdamW's rate, since only the storage of state differs. AdamW, the baseline, has eight more seeds, and
-    another eight as an A/A arm.
+    8-bit AdamW reuses AdamW's learning rate, because only the storage of the state differs. AdamW, the baseline, has
+    eight more seeds, and another eight in an A/A arm.
 
-    Training takes less than an epoch of tinyshakespeare, so that nothing can be memorized.
+    Each run trains on less than one epoch of tinyshakespeare, so that no model can memorize the text.
     """
     return SweepConfig(
         name="optimizers",

@@ -1,4 +1,4 @@
-"""How much of a small corpus a run memorizes, by optimizer and precision."""
+"""A sweep that measures how much optimizers memorize of a small corpus, in fp32 and bf16."""
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.optimizers import OPTIMIZERS
@@ -10,14 +10,14 @@ from llmeff.models import DecoderConfig
 from llmeff.optim import Cosine
 
 EPOCH = 54_839
-"""Tokens in the first tenth of tinyshakespeare, with a vocabulary of 512 trained on that tenth."""
+"""Tokens in the first tenth of tinyshakespeare, with a BPE vocabulary of 512 that was trained on this tenth."""
 
 
 @sweep_recipe
 def overfitting() -> SweepConfig:
-    """Eight epochs of a tenth of the text: AdamW, Muon and SGD in fp32 and in bf16, nine seeds.
+    """Trains for eight epochs on a tenth of the text, with AdamW, Muon and SGD in fp32 and in bf16, on nine seeds.
 
-    Rates are tuned in fp32, for the lowest held-out loss after all eight epochs, and reused in bf16.
+    Learning rates are tuned in fp32, for the lowest held-out loss after all eight epochs, and reused in bf16.
     """
     arms = {}
     for name in ("adamw", "muon", "sgd"):

@@ -1,4 +1,4 @@
-"""Named runs and sweeps: functions that return a RunConfig or a SweepConfig."""
+"""Registries of named runs and sweeps. A recipe is a function that returns a RunConfig or a SweepConfig."""
 
 from collections.abc import Callable
 
@@ -7,19 +7,19 @@ from llmeff.config.sweep import SweepConfig
 from llmeff.core.registry import Registry
 
 RECIPES: Registry[Callable[[], RunConfig]] = Registry("recipe")
-"""All runs by name."""
+"""Recipes of single runs, by name."""
 SWEEPS: Registry[Callable[[], SweepConfig]] = Registry("sweep")
-"""All sweeps by name."""
+"""Recipes of sweeps, by name."""
 
 
 def recipe(function: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
-    """Registers a run under its function's name, with dashes instead of underscores."""
+    """Registers a recipe of a run under the function's name, with dashes instead of underscores."""
     RECIPES.add(_name(function), function)
     return function
 
 
 def sweep_recipe(function: Callable[[], SweepConfig]) -> Callable[[], SweepConfig]:
-    """Registers a sweep in the same way."""
+    """Registers a recipe of a sweep under the function's name, with dashes instead of underscores."""
     SWEEPS.add(_name(function), function)
     return function
 

@@ -1,4 +1,4 @@
-"""Segmentation: a first run on built-in scenes, and studies of the effects of connections and class balance."""
+"""Segmentation: a first run on built-in street scenes, and studies of connections, class balance and optimizers."""
 
 import itertools
 
@@ -15,14 +15,14 @@ from llmeff.tasks import Segmentation
 
 FLIPPED = AugmentConfig(flip=0.5)
 RATES = Span(low=1e-3, high=4e-2)
-"""Learning rates of AdamW to search for small SegNets."""
+"""AdamW's learning rates to search for small SegNets."""
 CAMVID_STEPS = 736
 """Slightly more than eight epochs of 367 images in batches of four."""
 
 
 @recipe
 def segmentation() -> RunConfig:
-    """A residual SegNet on built-in street scenes, in under five minutes on two cores."""
+    """Trains a SegNet with residual connections on built-in street scenes, in under five minutes on two cores."""
     return RunConfig(
         name="segmentation",
         task=Segmentation(balance=0.5),
@@ -51,7 +51,14 @@ def _base(data: ImageData, steps: int, batch: int) -> RunConfig:
 
 
 def _grid(connections: tuple[Text, ...], balances: tuple[float, ...]) -> dict[str, ArmConfig]:
-    """Every connection with every balance. The rate is tuned once per balance, without a connection."""
+    """Returns an arm for each combination of connection and class balance.
+
+    The learning rate is tuned once per balance, with the first connection. The other connections reuse it.
+
+    Args:
+        connections: values of `model.connection`.
+        balances: values of `task.balance` (beta).
+    """
     arms: dict[str, ArmConfig] = {}
     for connection, balance in itertools.product(connections, balances):
         tuned_as = None if connection == connections[0] else f"{connections[0]}, beta {balance:g}"
@@ -66,9 +73,9 @@ def _grid(connections: tuple[Text, ...], balances: tuple[float, ...]) -> dict[st
 
 @sweep_recipe
 def scenes() -> SweepConfig:
-    """Built-in street scenes: SegNet without and with residual connections, beta 0 and 1, five seeds.
+    """Compares SegNets with and without residual connections on built-in street scenes, at class balance beta 0 and 1.
 
-    All arms have equally many parameters and are compared by mean IoU on the test scenes.
+    All arms have the same number of parameters. They are compared by mean IoU on the test scenes, over five seeds.
     """
     arms = _grid(("none", "add"), (0.0, 1.0))
     return SweepConfig(
@@ -84,10 +91,11 @@ def scenes() -> SweepConfig:
 
 @sweep_recipe
 def camvid() -> SweepConfig:
-    """CamVid at 240 x 180: no connection, addition and concatenation, beta 0, 0.5 and 1, three seeds, compared on the test.
+    """Compares SegNets with no connection, addition and concatenation on CamVid, with class balance beta 0, 0.5 and 1.
 
-    The images are read from a folder `camvid` in the working folder, in the layout of SegNet's tutorial. Rates are chosen
-    on the validation images, with half the steps.
+    The images have 240 x 180 pixels. They are read from the folder `camvid` in the working folder, which has the layout
+    of SegNet's tutorial. Learning rates are chosen on the validation images, with half the steps. Arms are compared on
+    the test images, over three seeds.
     """
     arms = _grid(("none", "add", "concat"), (0.0, 0.5, 1.0))
     base = _base(ImageData(source=CamVid(path="camvid"), size=(180, 240), augment=FLIPPED), steps=CAMVID_STEPS, batch=4)
@@ -104,7 +112,7 @@ def camvid() -> SweepConfig:
 
 @sweep_recipe
 def scenes_optimizers() -> SweepConfig:
-    """The optimizers of the language study on built-in street scenes: five rates each, eight fresh seeds."""
+    """Compares the optimizers of the recipe `optimizers` on built-in street scenes: five rates each, eight seeds."""
     return SweepConfig(
         name="scenes-optimizers",
         base=_base(ImageData(augment=FLIPPED), steps=400, batch=4),
@@ -117,9 +125,9 @@ def scenes_optimizers() -> SweepConfig:
 
 @sweep_recipe
 def scenes_contribution() -> SweepConfig:
-    """The factors of `contribution` on small street scenes: 16 of 32 combinations, six seeds.
+    """Measures the effects of the factors of `contribution` on small street scenes: 16 of 32 combinations, six seeds.
 
-    Group normalization keeps ranks and stages from changing what is learned.
+    The SegNet has group normalization, so that the number of ranks and the ZeRO stage do not change what it learns.
     """
     data = ImageData(source=Scenes(height=48, width=64), augment=FLIPPED)
     base = _base(data, steps=96, batch=4)
