@@ -100,7 +100,8 @@ class SweepConfig(Config):
     seeds: tuple[Integer, ...] = (0, 1, 2)
     """Seeds of the final runs. Each arm is run once with each seed."""
     baseline_seeds: Count | tuple[Integer, ...] = ()
-    """Extra seeds of the baseline, or their number. They improve every comparison, since all are with the baseline."""
+    """Extra seeds of the baseline, or their number. Every arm is compared with the baseline, so these runs improve all
+    comparisons."""
     aa_seeds: Count | tuple[Integer, ...] = ()
     """Seeds of an A/A arm, or their number. This arm repeats the baseline's settings with seeds that no other run has.
     It shows how far two equal arms differ by chance."""
@@ -183,7 +184,7 @@ class SweepConfig(Config):
             }  # fmt: skip
             if len(set(items.values())) > 1:
                 shown = ", ".join(f"{name} {count}" for name, count in items.items())
-                yield f"tuning.steps is {steps}, so that arms have trials with different numbers of items: {shown}"
+                yield f"tuning.steps is {steps}, but then the arms' trials have different numbers of items: {shown}"
                 return
 
     def _field_problems(self) -> Iterator[str]:

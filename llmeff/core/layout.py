@@ -115,8 +115,8 @@ class Layout:
     def bias(self, num_keys: int, dtype: torch.dtype) -> Tensor | None:
         """Returns `mask` as a bias to add to the scores: 0 where a query sees a key, minus infinity elsewhere.
 
-        Like `mask`, it is None for a plain causal mask. Given a boolean mask, torch's attention would compute this bias in
-        every layer and save each copy for backward. Here it is computed once.
+        Like `mask`, it is None for a plain causal mask. Given a boolean mask, torch's attention would compute this bias
+        in every layer and save each copy for backward. Here it is computed once.
         """
         mask = self.mask(num_keys)
         if mask is not None and (num_keys, dtype) not in self._biases:

@@ -91,7 +91,7 @@ def scenes() -> SweepConfig:
 
 @sweep_recipe
 def camvid() -> SweepConfig:
-    """Compares SegNets with no connection, addition and concatenation on CamVid, with class balance beta 0, 0.5 and 1.
+    """Compares a SegNet's connections (none, addition, concatenation) on CamVid, with class balance beta 0, 0.5 and 1.
 
     The images have 240 x 180 pixels. They are read from the folder `camvid` in the working folder, which has the layout
     of SegNet's tutorial. Learning rates are chosen on the validation images, with half the steps. Arms are compared on

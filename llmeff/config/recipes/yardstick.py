@@ -1,4 +1,4 @@
-"""The yardstick: a run on Shakespeare's characters that compares with nanoGPT's documented run on a CPU."""
+"""The yardstick: a run on the characters of Shakespeare, to compare with nanoGPT's documented run on a CPU."""
 
 from llmeff.config.recipes.corpus import one_text
 from llmeff.config.recipes.recipe import recipe
@@ -9,7 +9,7 @@ from llmeff.optim import AdamW, Cosine
 
 @recipe
 def yardstick() -> RunConfig:
-    """Trains on the data of nanoGPT's CPU run, with about as many parameters and the same characters and steps.
+    """Trains on the data of nanoGPT's CPU run, with the same steps and batch and about the same number of parameters.
 
     NanoGPT's model has 804,096 parameters, reads 12 x 64 characters per step and reaches 1.8857 nats in 2,000 steps.
 
