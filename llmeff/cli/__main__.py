@@ -1,4 +1,4 @@
-"""`python -m llmeff.cli`."""
+"""Entry point of `python -m llmeff.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`llmeff bench`: step times of arms that take turns. `llmeff bench mixers`: times of mixers over sequence length."""
+"""`llmeff bench` compares step times of training loops; `llmeff bench mixers` measures mixers by sequence length."""
 
 import argparse
 import json
@@ -10,25 +10,27 @@ from llmeff.cli.options import add_config, add_imports, check_json, run_config, 
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
-    parser = commands.add_parser("bench", help="compare step times of arms that take turns: ratios with intervals")
+    """Adds this command to the subcommands of the main parser."""
+    parser = commands.add_parser("bench", help="compare the step times of arms that take turns")
     add_config(parser)
     parser.add_argument(
         "--arm", action="append", default=[], dest="arms", metavar="ARM",
-        help="ours, bare, hf-trainer, or FILE.py:FUNCTION, with its own settings, as in 'ours runtime.compile=model' "
-        "(repeatable; the others are compared with the first)",
+        help="a training loop to time: ours, bare, hf-trainer or FILE.py:FUNCTION; settings for this arm may follow, as in "
+        "'ours runtime.compile=model' (repeatable; each arm is compared with the first; default: ours and bare)",
     )  # fmt: skip
     parser.add_argument(
         "--processes", type=int, default=5, metavar="N",
-        help="fresh processes per arm, one after another; intervals are computed over them",
+        help="fresh processes per arm, started one after another; confidence intervals are over processes (5)",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns per arm, over all its processes")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per turn")
-    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps in a process before its first round")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all turns to FILE as JSON")
+    parser.add_argument(
+        "--rounds", type=int, default=30, metavar="N", help="turns per arm, divided over its processes (30)"
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps per turn (10)")
+    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="warm-up steps of each process (10)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result and all turns to FILE as JSON")
     parser.set_defaults(command=run)
-    subjects = parser.add_subparsers(metavar="mixers", title="instead of arms")
-    mixers = subjects.add_parser("mixers", help="measure the time and memory of mixers as sequences grow")
+    subjects = parser.add_subparsers(metavar="mixers", title="benchmark mixers instead of arms")
+    mixers = subjects.add_parser("mixers", help="measure the time and memory of mixers by sequence length")
     _add_mixers(mixers)
     mixers.set_defaults(command=run_mixers)
 
@@ -36,8 +38,8 @@ def add(commands: Any) -> None:
 def _add_mixers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixer", action="append", default=[], dest="mixers", metavar="MIXER",
-        help="a mixer, with its own settings, as in 'sliding window=64' (repeatable; the others are compared with the first; "
-        "default: softmax and all others)",
+        help="a mixer; its settings may follow, as in 'sliding window=64' (repeatable; each mixer is compared with the first; "
+        "default: all mixers, softmax first)",
     )  # fmt: skip
     parser.add_argument(
         "--length", action="append", type=int, default=[], dest="lengths", metavar="T",
@@ -53,17 +55,17 @@ def _add_mixers(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="processes, one after another; intervals are computed over them (3)",
+        help="fresh processes, started one after another; confidence intervals are over processes (3)",
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each mixer per process (3)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write all times to FILE as JSON, and a picture next to it as .png"
+        "--out", type=Path, metavar="FILE", help="write all results to FILE as JSON, and a plot next to it as .png"
     )
     add_imports(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     from llmeff.core.files import reported, write_text
     from llmeff.lab.arms import bench, show
 
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_mixers(options: argparse.Namespace) -> int:
-    """Runs the command for mixers."""
+    """Runs `llmeff bench mixers`. Returns the exit code."""
     from llmeff.compare.verdict_table import terminal
     from llmeff.core.components import load_components
     from llmeff.lab.mixers import MixerRace, bench_mixers, picture, tables

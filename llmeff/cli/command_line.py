@@ -1,6 +1,6 @@
-"""Reads the arguments, runs the command that they name, and turns its errors into one message and an exit code.
+"""Entry point of `llmeff`: parses the arguments, runs the command, and turns errors into one message and an exit code.
 
-Commands import what they need only when they run, so that `--help` is quick.
+Commands import their dependencies only when they run, so that `--help` is fast.
 """
 
 import argparse
@@ -18,13 +18,14 @@ _COMMANDS = (train, plan, sweep, compare, segment, context, bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Runs the command that the arguments name.
 
     Args:
-        arguments: everything after the program's name; None: what the process was started with.
+        arguments: the command-line arguments without the program name. None to read `sys.argv`.
 
     Returns:
-        0; 1 if a run failed; 2 if the input is wrong (one error, nothing touched); 130 on Ctrl-C.
+        The exit code: 0 on success, 1 if a run failed, 2 if the input is wrong (one error, and no file is touched), or 130
+        on Ctrl-C.
     """
     if arguments is None:
         keep_folder_off_paths()

@@ -1,4 +1,4 @@
-"""`llmeff compare`: runs side by side, or arms against a baseline."""
+"""`llmeff compare`: lists runs side by side, or compares arms with a baseline."""
 
 import argparse
 import sys
@@ -9,31 +9,39 @@ from llmeff.core import log
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
-    parser = commands.add_parser("compare", help="compare runs side by side, or arms with a baseline, with intervals")
+    """Adds this command to the subcommands of the main parser."""
+    parser = commands.add_parser("compare", help="list runs side by side, or compare arms with a baseline")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, sweep folders, or ledger files")
-    parser.add_argument("--baseline", metavar="ARM", help="arm to compare with (default: the sweep's, or the first)")
     parser.add_argument(
-        "--metric", metavar="NAME", help="metric that decides, as in bits_per_byte (default: the sweep's, or the loss)"
+        "--baseline", metavar="ARM", help="arm to compare with (default: the sweep's, or the first arm)"
     )
     parser.add_argument(
-        "--target", type=float, metavar="VALUE", help="count steps, FLOPs and time until the metric reaches this value"
+        "--metric", metavar="NAME", help="main metric, such as bits_per_byte (default: the sweep's, or the loss)"
     )
-    parser.add_argument("--timing", type=Path, metavar="FILE", help="step times from `llmeff sweep --timing`")
-    parser.add_argument("--mixed", action="store_true", help="compare runs with different data or budgets, and say so")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything to one HTML page")
+    parser.add_argument(
+        "--target",
+        type=float,
+        metavar="VALUE",
+        help="report the steps, FLOPs and time until the metric reaches this value (default: the sweep's, or the best value "
+        "that every finished baseline run reaches)",
+    )
+    parser.add_argument("--timing", type=Path, metavar="FILE", help="file of step times from `llmeff sweep --timing`")
+    parser.add_argument(
+        "--mixed", action="store_true", help="compare runs even if their data or budgets differ, with a note"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the whole comparison to one HTML page")
     parser.add_argument(
         "--format",
         choices=("terminal", "markdown", "csv", "json"),
         default="terminal",
-        help="format of the table",
+        help="output format (terminal)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of the metric as a PNG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the metric over training as a PNG")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     from llmeff.compare.ledger import read_entries
     from llmeff.compare.report import write_report
     from llmeff.compare.study import is_list, name_of, read_study, write_pictures
@@ -46,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         from llmeff.compare.alike import differences
         from llmeff.compare.table import compare, draw, render
 
-        notes = [f"these runs are not of one kind: {text}" for text in differences(entries)]
+        notes = [f"these runs are not comparable: {text}" for text in differences(entries)]
         if options.format == "csv":
             for note in notes:
                 log.logger.warning(note)

@@ -1,4 +1,4 @@
-"""`llmeff context`: language models on longer windows than they were trained on."""
+"""`llmeff context`: evaluates trained language models on windows longer than their training length."""
 
 import argparse
 import sys
@@ -9,27 +9,39 @@ from llmeff.cli.options import add_imports, check_json, write_with_picture
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
+    """Adds this command to the subcommands of the main parser."""
     parser = commands.add_parser(
         "context",
-        help="test language models on longer windows than their own: loss by position, loss on repeats, speed",
+        help="test language models on windows longer than in training: loss by position, loss on repeats, speed",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs that have ended")
-    parser.add_argument("--times", type=int, default=4, metavar="N", help="longest window, in training lengths (4)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs")
     parser.add_argument(
-        "--gram", type=int, default=2, metavar="N", help="tokens in a row that count as a repeat (2: bigrams)"
+        "--times", type=int, default=4, metavar="N", help="longest window, as a multiple of the training length (4)"
     )
-    parser.add_argument("--split", default="validation", help="split whose text is read (validation)")
-    parser.add_argument("--max-tokens", type=int, default=2**17, metavar="N", help="read the split's first N (131072)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write everything to FILE as JSON, and a picture next to it as .png"
+        "--gram",
+        type=int,
+        default=2,
+        metavar="N",
+        help="length of the repeated n-grams that are scored apart (2: bigrams)",
+    )
+    parser.add_argument("--split", default="validation", help="split to evaluate (validation)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=2**17,
+        metavar="N",
+        help="number of tokens to read from the start of the split (131072)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write all results to FILE as JSON, and a plot next to it as .png"
     )
     add_imports(parser)
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     from llmeff.compare.verdict_table import terminal
     from llmeff.core.components import load_components
     from llmeff.lab.long_range import as_json, long_range, picture, tables

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and one message that says what is wrong."""
+"""Exit codes of the commands, and the report of an error that ends a command."""
 
 import time
 from collections.abc import Sequence
@@ -11,11 +11,19 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 _MAIN_SPEAKS_S = 30.0
-"""Seconds after which a rank that is still alive is the only one with its error, and reports it itself."""
+"""Seconds that a rank other than rank 0 waits before it reports its error. If several ranks fail, rank 0 reports first, and the
+launcher ends the waiting ranks. A rank that is still alive after the wait is the only one that failed."""
 
 
 def fail(problems: Sequence[str], code: int) -> int:
-    """Reports what is wrong, once: all ranks come here, and the launcher ends the others after the main one.
+    """Reports problems once, even if every rank calls this function.
+
+    Ranks other than rank 0 wait first. If rank 0 has failed too, it reports and exits, and the launcher then ends the waiting
+    ranks.
+
+    Args:
+        problems: the lines of the error.
+        code: the exit code of the process.
 
     Returns:
         `code`.

@@ -1,4 +1,4 @@
-"""Options that several commands share: the config of a run or a sweep, the user's components, files to write."""
+"""Options that several commands share: the config of a run or a sweep, the user's own components, and output files."""
 
 import argparse
 import json
@@ -16,15 +16,15 @@ def add_config(parser: argparse.ArgumentParser, kind: str = "run") -> None:
     """Adds `--recipe`, `--config`, `--set` and `--import`.
 
     Args:
-        parser: the command's.
-        kind: what is configured, `run` or `sweep`.
+        parser: the parser of the command.
+        kind: `run` or `sweep`: what the config describes.
     """
     source = parser.add_mutually_exclusive_group()
-    default = "; `default` if nothing is given" if kind == "run" else ""
-    source.add_argument("--recipe", metavar="NAME", help=f"a named {kind}{default}")
-    source.add_argument("--config", type=Path, metavar="FILE", help=f"a {kind}'s config, TOML or JSON")
+    default = " (default: `default`)" if kind == "run" else ""
+    source.add_argument("--recipe", metavar="NAME", help=f"name of a built-in {kind} recipe{default}")
+    source.add_argument("--config", type=Path, metavar="FILE", help=f"config file of the {kind}, TOML or JSON")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="change one value of the config (repeatable)"
+        "--set", action="append", default=[], metavar="A.B=C", help="set one field of the config (repeatable)"
     )
     add_imports(parser)
 
@@ -33,15 +33,15 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
     """Adds `--import`."""
     parser.add_argument(
         "--import", action="append", default=[], dest="imports", metavar="MODULE",
-        help="import a module that registers components of your own (repeatable)",
+        help="import MODULE, which registers your own components (repeatable)",
     )  # fmt: skip
 
 
 def run_config(options: argparse.Namespace) -> "RunConfig":
-    """The run that the options of `add_config` describe.
+    """Returns the validated config of the run that the options of `add_config` describe.
 
     Raises:
-        ConfigError: there is no such run, or it cannot work.
+        ConfigError: the recipe is unknown, the config file cannot be read, or the config is invalid.
     """
     from llmeff.config.recipes import RECIPES
     from llmeff.config.run import RunConfig
@@ -61,17 +61,23 @@ def run_config(options: argparse.Namespace) -> "RunConfig":
 
 
 def check_json(out: Path | None) -> None:
-    """Refuses an output file whose name does not end in .json.
+    """Checks that the name of an output file ends in .json. None, for no output file, passes.
 
     Raises:
-        ConfigError: the name does not.
+        ConfigError: the name has another ending.
     """
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: the file is written as JSON, so its name must end in .json")
 
 
 def write_with_picture(out: Path, command_line: str, result: Mapping[str, Any], png: bytes) -> None:
-    """Writes a result with the command that made it, and its picture next to it.
+    """Writes a result and the command that made it as JSON, and its plot next to it as .png.
+
+    Args:
+        out: the JSON file. The plot has the same name with the ending .png.
+        command_line: the command that made the result.
+        result: the result.
+        png: the plot.
 
     Raises:
         ConfigError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""`llmeff plan`: the price of a run, without starting it."""
+"""`llmeff plan`: predicts the price of a run without starting the run."""
 
 import argparse
 import json
@@ -9,15 +9,15 @@ from llmeff.cli.options import add_config, run_config
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
-    parser = commands.add_parser("plan", help="predict what a run will cost: parameters, memory by kind, FLOPs")
+    """Adds this command to the subcommands of the main parser."""
+    parser = commands.add_parser("plan", help="predict the cost of a run: parameters, memory by kind, FLOPs")
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print the price as one JSON object")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     from llmeff.plan.price import plan, show_plan
 
     planned = plan(run_config(options))

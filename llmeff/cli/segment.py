@@ -1,4 +1,4 @@
-"""`llmeff segment`: applies a trained model to pictures."""
+"""`llmeff segment`: segments pictures with a trained model."""
 
 import argparse
 import sys
@@ -9,22 +9,26 @@ from llmeff.cli.options import add_imports
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
-    parser = commands.add_parser("segment", help="apply a trained model to pictures: masks, overlays, scores")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has ended")
+    """Adds this command to the subcommands of the main parser."""
+    parser = commands.add_parser("segment", help="segment pictures with a trained model: masks, overlays, scores")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="pictures, or folders of pictures")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a new folder for the output")
-    parser.add_argument("--masks", type=Path, metavar="MASKS", help="folder of true masks, named like the pictures")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="DIR", help="output folder; must be new or empty"
+    )
+    parser.add_argument(
+        "--masks", type=Path, metavar="MASKS", help="folder of true masks with the names of the pictures"
+    )
     parser.add_argument(
         "--beside", type=Path, nargs="+", action="extend", default=[], metavar="RUN",
-        help="other runs to show next to it",
+        help="other runs to show and score next to RUN",
     )  # fmt: skip
     add_imports(parser)
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     from llmeff.core.components import load_components
     from llmeff.lab.pictures import segment
 

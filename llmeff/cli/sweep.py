@@ -1,4 +1,4 @@
-"""`llmeff sweep`: runs a sweep, one run of it, or its timing, or writes the scripts that submit it to Slurm."""
+"""`llmeff sweep`: runs a sweep, a single run of it, or its timing run, or writes the scripts that submit it to Slurm."""
 
 import argparse
 import shlex
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
+    """Adds this command to the subcommands of the main parser."""
     parser = commands.add_parser(
-        "sweep", help="tune arms with equal budgets, then run them with fresh seeds; continues where it stopped"
+        "sweep", help="tune arms with equal budgets, then run them with fresh seeds; continues an unfinished sweep"
     )
     add_config(parser, kind="sweep")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: sweeps/NAME)")
-    parser.add_argument("--cores", type=int, metavar="N", help="cores to use at a time (default: all)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the sweep (default: sweeps/NAME)")
+    parser.add_argument("--cores", type=int, metavar="N", help="CPU cores that concurrent runs share (default: all)")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--plan", action="store_true", help="print what will be run, and stop")
+    instead.add_argument("--plan", action="store_true", help="print the numbers of runs, items and FLOPs, then exit")
     instead.add_argument(
         "--timing", action="store_true",
-        help="measure the step times of the arms' final configs, in turns, on a quiet machine",
+        help="measure the step times of all arms with their final configs; arms take turns; needs an idle machine",
     )  # fmt: skip
     instead.add_argument(
-        "--slurm", action="store_true", help="write the scripts that submit the sweep to Slurm as job arrays, and stop"
+        "--slurm", action="store_true", help="write the scripts that submit the sweep to Slurm as job arrays, then exit"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
-        help="with --slurm: an option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
+        help="with --slurm: sbatch option for every job, as in --sbatch=--time=2:00:00 (repeatable)",
     )  # fmt: skip
-    instead.add_argument("--only", metavar="PHASE:N", help="do one run of the sweep, as in tuning:3 or final:0")
+    instead.add_argument("--only", metavar="PHASE:N", help="execute one run of the sweep, as in tuning:3 or final:0")
     parser.add_argument("--processes", type=int, metavar="N", help="with --timing: fresh processes per arm (5)")
     parser.add_argument("--rounds", type=int, metavar="N", help="with --timing: turns per arm (30)")
     parser.add_argument("--steps", type=int, metavar="N", help="with --timing: steps per turn (10)")
@@ -57,7 +57,7 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
     else:
         raise ConfigError(
             SWEEPS.unknown(options.recipe) if options.recipe else
-            f"give a sweep by --recipe or --config. Known: {', '.join(SWEEPS.names())}."
+            f"no sweep was given. Give --recipe NAME or --config FILE. Known recipes: {', '.join(SWEEPS.names())}."
         )  # fmt: skip
     return validate(SweepConfig, override(data, options.set))
 
@@ -65,22 +65,26 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
 def _phase_and_number(text: str) -> tuple[str, int]:
     phase, _, number = text.partition(":")
     if phase not in ("tuning", "final") or not number.isdecimal():
-        raise ConfigError(f"--only {text!r}: give tuning:N or final:N, N counted from 0")
+        raise ConfigError(f"--only {text!r} is not valid: give tuning:N or final:N, where N counts from 0")
     return phase, int(number)
 
 
 def _timing_options(options: argparse.Namespace) -> dict[str, int]:
-    """The options of a timing run that were given. Options of a mode that is not asked for are refused."""
+    """Returns the options for a timing run that the user gave.
+
+    Raises:
+        ConfigError: options for a timing run lack `--timing`, or `--sbatch` lacks `--slurm`.
+    """
     given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
     if given and not options.timing:
-        raise ConfigError(f"--{next(iter(given))} is for a timing run: give --timing too")
+        raise ConfigError(f"--{next(iter(given))} applies only to a timing run: give --timing too")
     if options.sbatch and not options.slurm:
-        raise ConfigError("--sbatch is for the jobs that --slurm writes: give both")
+        raise ConfigError("--sbatch applies only to the jobs that --slurm writes: give --slurm too")
     return given
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     from llmeff.compare.study import read_study
     from llmeff.compare.verdict_table import render_comparison
     from llmeff.core.dist import usable_cores
@@ -92,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     cores = usable_cores() if options.cores is None else options.cores
     timing = _timing_options(options)
     if cores < 1:
-        raise ConfigError(f"--cores {cores}: at least 1")
+        raise ConfigError(f"--cores is {cores}, but it must be at least 1")
     if options.cores is not None:
         check_cores(sweep, cores)
     folder = options.out or Path("sweeps") / sweep.name

@@ -1,4 +1,4 @@
-"""`llmeff train`: trains a model in this process, or starts the processes that do."""
+"""`llmeff train`: trains a model, either in this process or in processes that it starts."""
 
 import argparse
 import contextlib
@@ -20,49 +20,49 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Adds the command to a parser's commands."""
-    parser = commands.add_parser("train", help="train a model; record what it cost next to what was predicted")
+    """Adds this command to the subcommands of the main parser."""
+    parser = commands.add_parser("train", help="train a model, and record its measured cost next to the predicted cost")
     add_config(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     parser.add_argument(
         "--restart-from-scratch", action="store_true", dest="anew",
-        help="start the unfinished run in --out over, and keep what it recorded in DIR/discarded-N; with --resume, only "
-        "if there is no whole checkpoint",
+        help="start the unfinished run in --out again from step 0, and move its records to DIR/discarded-N; with --resume, "
+        "only if there is no complete checkpoint",
     )  # fmt: skip
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N",
-        help="restart up to N times if the run ends abnormally",
+        help="restart the run up to N times if it ends abnormally (0)",
     )  # fmt: skip
-    parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the config as JSON, then exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(command=run)
 
 
 def _go_on_from(options: argparse.Namespace) -> None:
-    """If a run is resumed or begun anew and no config is named, uses the run's own.
+    """Sets the options of a run that is resumed or restarted. If no recipe or config file is named, uses the run's own config.
 
     Raises:
-        ConfigError: there is no run, or something in its folder leads out of it.
+        ConfigError: `--out` is missing or names no run, or the run's folder contains a symbolic link.
     """
     flag = "--resume" if options.resume else "--restart-from-scratch"
     if options.out is None:
-        raise ConfigError(f"{flag} needs --out DIR, the folder of the run to continue")
+        raise ConfigError(f"{flag} needs --out DIR, where DIR is the folder of the run to continue")
     saved = options.out / "config.json"
     if not saved.is_file():
-        raise ConfigError(f"{flag}: {options.out} holds no config.json, so there is no run to continue")
+        raise ConfigError(f"{flag}: {options.out} contains no config.json, so there is no run to continue")
     refuse_links(options.out)
     if options.recipe or options.config:
         return
     options.config = saved
     if any(setting.split("=")[0].split(".")[0].strip() == "parallel" for setting in options.set):
-        # these were resolved for the old ranks; the user's settings come after them and win
+        # The saved values were resolved for the old number of ranks. The user's own settings come later and override these.
         options.set = ["train.micro_batch=auto", "runtime.threads=auto", *options.set]
 
 
 def _free_folder(name: str) -> Path:
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3, ... that does not exist yet."""
+    """Returns runs/NAME, or if it exists the first of runs/NAME-2, runs/NAME-3, ... that does not exist yet."""
     folder, number = Path("runs") / name, 1
     while folder.exists():
         number += 1
@@ -71,9 +71,9 @@ def _free_folder(name: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+    """Runs this command. Returns the exit code."""
     if options.restarts < 0:
-        raise ConfigError(f"--restarts {options.restarts}: must be 0 or more")
+        raise ConfigError(f"--restarts is {options.restarts}, but it must be 0 or more")
     given = _arguments(options)
     if options.resume or options.anew:
         _go_on_from(options)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     folder = options.out or _free_folder(config.name)
     if options.restarts and is_launched():
         raise ConfigError(
-            "--restarts works only without a launcher: a launcher that starts llmeff train does the restarts"
+            "--restarts works only without a launcher: if a launcher starts llmeff train, the launcher must restart it"
         )
     if not is_launched() and (config.parallel.ranks > 1 or options.restarts):
         return _start(options, config, folder, given)
@@ -93,14 +93,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """The given options, for the processes that train: without the folder and the flags that continue a run."""
+    """Returns the user's options for the training processes, except `--out` and the flags that resume or restart a run."""
     given = [f"--{name}={value}" for name in ("recipe", "config") if (value := getattr(options, name)) is not None]
     given += [f"--set={setting}" for setting in options.set] + [f"--import={module}" for module in options.imports]
     return given + [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]
 
 
 def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given: list[str]) -> int:
-    """Trains in processes that it starts."""
+    """Starts the training processes and waits for them. Returns the exit code."""
     from llmeff.run import launch
     from llmeff.run.prepare import check_world
 
@@ -118,7 +118,7 @@ def _start(options: argparse.Namespace, config: "RunConfig", folder: Path, given
 
 
 def _train_here(options: argparse.Namespace, config: "RunConfig", folder: Path) -> int:
-    """Trains in this process: the only one of the run, or one that a launcher started."""
+    """Trains in this process, which is the only one of the run or was started by a launcher. Returns the exit code."""
     from llmeff.core import group
     from llmeff.run.loop import DivergedError, train
 

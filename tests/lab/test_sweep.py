@@ -282,7 +282,7 @@ def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path,
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     given = ["sweep", "--config=small.json", "--out=out"]
     assert main([*given, "--rounds=3"]) == 2
-    assert "--rounds is for a timing run: give --timing too" in capsys.readouterr().err
+    assert "--rounds applies only to a timing run: give --timing too" in capsys.readouterr().err
     assert main([*given, "--slurm", "--sbatch=time=2"]) == 2
     assert "as in --sbatch=--time=2:00:00" in capsys.readouterr().err
     assert main([*given, "--slurm", "--sbatch=--time=2:00:00", "--sbatch=--cpus-per-task=7"]) == 0

@@ -189,7 +189,7 @@ def test_there_must_be_a_run(tmp_path, capsys, flag):
     assert main(["train", flag]) == 2
     assert f"{flag} needs --out DIR" in capsys.readouterr().err
     assert main(["train", flag, f"--out={tmp_path}"]) == 2
-    assert f"{flag}: {tmp_path} holds no config.json" in capsys.readouterr().err
+    assert f"{flag}: {tmp_path} contains no config.json" in capsys.readouterr().err
 
 
 # -- who goes on by itself
