@@ -1,4 +1,4 @@
-"""Which runs belong together: runs of one cell, runs that may be compared, and arms whose runs of one seed are alike."""
+"""Groups runs: runs of one cell, runs that may be compared, and kin: arms whose runs with the same seed are alike."""
 
 import itertools
 import json
@@ -11,38 +11,46 @@ from llmeff.compare.intervals import ARITHMETIC
 from llmeff.compare.ledger import Entry
 
 LABELLED = 0.02
-"""The share by which the labelled pixels of equally many images may differ."""
+"""Budgets in labelled pixels count as equal if they differ by at most this fraction. Runs on the same number of images differ in
+their labelled pixels, because every seed draws other images."""
 
 
 def show_cell(cell: Mapping[str, Any]) -> str:
-    """The values of the axes for people: `train.batch = 16`."""
+    """Returns the values of the axes as text: `train.batch = 16`."""
     return ", ".join(f"{name} = {value}" for name, value in cell.items())
 
 
 def in_cell(cell: Mapping[str, Any]) -> str:
-    """The cell in brackets, to follow a name; empty if the study has no axes."""
+    """Returns the cell in parentheses, to be appended to a name. Empty if the study has no axes."""
     return f" ({show_cell(cell)})" if cell else ""
 
 
 def by_cell(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """Entries by the key of their cell, in the order of their first entry. The order of the axes does not matter."""
+    """Groups entries by cell, in the order in which the cells first appear. Ignores the order of the axes within a cell.
+
+    Returns:
+        The entries of each cell. The key is the cell as JSON with sorted keys.
+    """
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         found.setdefault(json.dumps(entry.cell, sort_keys=True), []).append(entry)
     return found
 
 
-# -- what keeps runs from being compared
+# -- differences that make runs incomparable
 
 
 def differences(entries: Sequence[Entry]) -> list[str]:
-    """What keeps runs from being compared: other data, items, splits or budgets. Failed and unfinished runs do not count."""
+    """Returns the reasons why runs cannot be compared: different data, items, splits or budgets, one sentence per reason.
+
+    Empty if the runs can be compared. Ignores failed and unfinished runs.
+    """
     done = [entry for entry in entries if entry.status in ("finished", "diverged")]
     traits = {
-        "read other data (SHA-256, of texts with their tokenizer)": _names_by(done, _data),
-        "count other items": _names_by(done, lambda entry: entry.item),
-        "are evaluated on other splits": _names_by(done, lambda entry: entry.split),
-        "were to train on other numbers of items": _names_by_budget(done),
+        "read different data (SHA-256 of the data and, for text, of the tokenizer)": _names_by(done, _data),
+        "count different items": _names_by(done, lambda entry: entry.item),
+        "are evaluated on different splits": _names_by(done, lambda entry: entry.split),
+        "have different budgets, in items": _names_by_budget(done),
     }
     return [f"they {text}: {_listed(names)}" for text, names in traits.items() if len(names) > 1]
 
@@ -59,17 +67,17 @@ def _data(entry: Entry) -> str:
 
 
 def _names_by_budget(entries: Sequence[Entry]) -> dict[int | None, list[str]]:
-    """The names of runs by the number of items that they were to train on.
+    """Groups the names of runs by budget: the number of items that a run was planned to train on.
 
-    The budget of a run that diverged before its first step is not known. If the items are labelled pixels, budgets that equally
-    many images may have are one: another seed draws other images.
+    Leaves out runs without a completed step, because their budget is unknown. If the items are labelled pixels, budgets that
+    differ by at most `LABELLED` count as equal.
     """
     names = _names_by((entry for entry in entries if entry.steps), _budget)
     return _merged(names) if {entry.item for entry in entries} == {"pixel"} else names
 
 
 def _budget(entry: Entry) -> int | None:
-    """Items that the run was to train on, to the step."""
+    """Returns the items of all planned steps. If the plan is unknown, returns the items that the run trained on."""
     planned: int | None = entry.config.get("train", {}).get("steps")
     if planned is None or entry.items_per_step is None:
         return entry.items
@@ -77,7 +85,7 @@ def _budget(entry: Entry) -> int | None:
 
 
 def _merged(names_by_budget: Mapping[int, list[str]]) -> dict[int | None, list[str]]:
-    """Budgets within `LABELLED` of the lowest of them as one."""
+    """Merges budgets that exceed the lowest budget of their group by at most `LABELLED`."""
     found: dict[int | None, list[str]] = {}
     first = None
     for budget, names in sorted(names_by_budget.items()):
@@ -93,27 +101,30 @@ def _listed(names_by_value: Mapping[Any, list[str]]) -> str:
     )
 
 
-# -- arms whose runs of one seed are alike
+# -- kin: arms whose runs with the same seed are alike
 
 
 def kin_of(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
-    """A key for each arm. Arms of one key are kin: their runs of one seed are alike, so that pairing them by seed helps.
+    """Returns a key for each arm. Arms with equal keys are kin: their runs with the same seed are alike, so pairing by seed helps.
 
-    Two arms are kin if the study says so by `tuned_as`: they differ in something that leaves the best settings alone. They are
-    also kin if they hold the same runs under two names. Correlations between runs are not used: with so few runs they are mostly
-    chance.
+    Two arms are kin if one takes its settings from the other (`tuned_as`). The study declares in this way that the arms differ
+    in something that does not change the best settings. Two arms are also kin if they contain the same runs under two names.
+    Kinship is transitive. Measured correlations between runs are not used: with so few runs they are mostly chance.
     """
     pairs = [pair for pair in itertools.combinations(arms, 2) if hold_the_same_runs(arms[pair[0]], arms[pair[1]])]
     pairs += [(run.tuned_as, name) for name, runs in arms.items() for run in runs if run.tuned_as]
     keys: dict[str, Hashable] = {name: name for pair in [*pairs, *zip(arms, arms, strict=True)] for name in pair}
-    for one, other in pairs:  # merges all that are kin to either, so that the order of arms does not matter
+    for one, other in pairs:  # merges the two groups, so that the order of arms does not matter
         old, new = keys[other], keys[one]
         keys = {name: new if key == old else key for name, key in keys.items()}
     return keys
 
 
 def hold_the_same_runs(runs: Sequence[Entry], others: Sequence[Entry]) -> bool:
-    """Whether two arms read the same data and have the same curve, up to rounding, for every seed that both have, at least one."""
+    """Whether two arms read the same data and have equal loss curves, up to rounding, for every seed that both finished.
+
+    False if no seed is finished in both arms.
+    """
     curves = {run.seed: run.curve_losses for run in others if run.is_done}
     pairs = [(run.curve_losses, curves[run.seed]) for run in runs if run.is_done and run.seed in curves]
     data = {run.data_sha256 for run in [*runs, *others]}

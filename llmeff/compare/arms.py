@@ -1,4 +1,4 @@
-"""The arms of one cell of a study, ready to be judged: runs by seed, the baseline, what is kin, and step times."""
+"""The arms of one cell of a study, ready for comparison: runs by seed, the baseline, kinship between arms, and step times."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,19 @@ from llmeff.core.config import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Arms:
-    """All arms under the same values of the axes."""
+    """All arms of one cell."""
 
     cell: dict[str, Any]
-    """The values."""
+    """The value of each axis."""
     runs: dict[str, list[Entry]]
-    """The final runs of each arm, by seed; the baseline's come first. Empty if none of the arm's trials finished."""
+    """The final runs of each arm, sorted by seed. The baseline is the first arm. An arm has no runs if none of its trials
+    finished."""
     baseline: str
-    """The arm that the others are compared with."""
+    """The arm that the other arms are compared with."""
     kin: Mapping[str, Hashable]
-    """The key of each arm's kin (`kin_of`)."""
+    """A key for each arm, equal for arms that are kin (see `kin_of`)."""
     times: Mapping[str, Sequence[float]]
-    """Seconds per step of the arms that were timed."""
+    """Seconds per step, by arm, one value per generation of the timing run. Arms that were not timed are absent."""
 
     @classmethod
     def of(
@@ -33,12 +34,12 @@ class Arms:
 
         Args:
             finals: the final runs of the cell, at least one.
-            trials: its tuning trials.
-            baseline: the arm that the others are compared with.
-            step_times: of the timing run; None if there was none.
+            trials: the tuning trials of the cell.
+            baseline: the arm that the other arms are compared with.
+            step_times: the step times of the timing run. None if there was no timing run.
 
         Raises:
-            ConfigError: the baseline has no run, or an arm has a seed twice.
+            ConfigError: the baseline has no run in this cell, or an arm has two runs with the same seed.
         """
         cell = finals[0].cell
         names = dict.fromkeys(entry.arm for entry in [*finals, *trials])
@@ -48,14 +49,14 @@ class Arms:
         for entry in sorted(finals, key=lambda entry: entry.seed):
             if any(run.seed == entry.seed for run in runs[entry.arm]):
                 twice = ", ".join(run.name for run in finals if (run.arm, run.seed) == (entry.arm, entry.seed))
-                raise ConfigError(f"{entry.arm}{in_cell(entry.cell)} has the seed {entry.seed} twice: {twice}")
+                raise ConfigError(f"{entry.arm}{in_cell(entry.cell)} has two runs with seed {entry.seed}: {twice}")
             runs[entry.arm].append(entry)
         times = times_by_arm(step_times, runs, cell)
         return cls(cell=cell, runs=runs, baseline=baseline, kin=kin_of(runs), times=times)
 
     @property
     def aa_arm(self) -> str | None:
-        """The A/A arm, which repeats the baseline with other seeds; None if there is none."""
+        """The A/A arm, which repeats the baseline with other seeds. None if the cell has no A/A arm."""
         repeating = (name for name, runs in self.runs.items() if any(run.repeats == self.baseline for run in runs))
         return next(repeating, None)
 
@@ -65,5 +66,5 @@ class Arms:
         return self.runs.keys() <= self.times.keys()
 
     def is_kin(self, name: str) -> bool:
-        """Whether an arm is kin to the baseline, so that their runs are paired by seed."""
+        """Whether an arm is kin to the baseline, so that its runs are paired with the baseline's by seed."""
         return self.kin[name] == self.kin[self.baseline]

@@ -1,4 +1,4 @@
-"""How good predictions were: each predicted quantity against what was measured, over all runs."""
+"""Accuracy of predictions: compares each predicted quantity with its measured value, over all runs."""
 
 import math
 import statistics
@@ -10,20 +10,20 @@ from llmeff.compare.ledger import Entry
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How good the predictions of one quantity were."""
+    """Accuracy of the predictions of one quantity."""
 
     n: int
-    """Runs for which it was predicted and measured."""
+    """Number of runs with both a predicted and a measured value."""
     median: float
-    """The median of |predicted / measured - 1|."""
+    """Median over runs of |predicted / measured - 1|."""
     worst: float
-    """The largest of predicted / measured - 1 by size, with its sign."""
+    """The value of predicted / measured - 1 with the largest absolute value, signed."""
     worst_run: str
-    """The run that had it."""
+    """Name of the run with the worst prediction."""
 
 
 def calibrate(entries: Sequence[Entry]) -> dict[str, Calibration]:
-    """The calibration of every quantity that was both predicted and measured."""
+    """Returns the calibration of each quantity that at least one run both predicted and measured."""
     errors: dict[str, list[tuple[float, str]]] = {}
     for entry in entries:
         for quantity, predicted in entry.predicted.items():

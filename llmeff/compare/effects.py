@@ -1,4 +1,4 @@
-"""What each factor of a factorial study contributes, alone and together with others (Box, Hunter and Hunter 2005)."""
+"""Main effects and pairwise interactions of the factors of a factorial study (Box, Hunter and Hunter 2005)."""
 
 import itertools
 import math
@@ -12,31 +12,33 @@ from llmeff.compare.ledger import Entry
 from llmeff.core.config import ConfigError
 
 _ROUNDING = 1e-9
-"""For a quantity without chance: an effect below this is none."""
+"""Bound for quantities that do not depend on the seed: with zero residual, an effect on the logarithm below this is no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """What going from one level to another does to a quantity, averaged over all other factors."""
+    """The effect of one factor, or of the interaction of two, on a quantity, averaged over all other factors."""
 
     factors: tuple[str, ...]
-    """One name: a main effect. Two: the factor by which the ratio of each grows if the other is at its second level."""
+    """One factor for a main effect, two factors for an interaction."""
     levels: str
-    """`fp32 -> bf16`; for two factors both, joined by `x`."""
+    """The levels compared, such as `fp32 -> bf16`. For two factors, the levels of both, joined by ` x `."""
     ratio: Estimate
-    """The quantity at the second level over the first. The interval is NaN if there are too few seeds or runs."""
+    """For a main effect: the quantity at the second level over the quantity at the first. For an interaction: the ratio of one
+    factor at the second level of the other, over its ratio at the first level. The bounds are NaN if there are too few seeds or
+    runs."""
     p_adjusted: float
-    """The p value of no effect, adjusted over all effects of the study that are not none (Holm); NaN if nothing is left to judge
-    by."""
+    """The p value of the null hypothesis of no effect, adjusted by Holm's procedure over all effects on the quantity that are
+    not `is_none`. 1 for those that are. NaN if there are too few seeds or runs to estimate an error."""
     smallest_visible: float
-    """A true ratio of this size, or its inverse, would have been found in 80 of 100 such studies, among as many effects as Holm's
-    procedure judges; NaN as above."""
+    """A true ratio of this size, or its inverse, would have been detected in 80 of 100 such studies under Holm's procedure. NaN if
+    there are too few seeds or runs to estimate an error."""
     is_none: bool
-    """Whether it is below the noise of arithmetic."""
+    """Whether the effect is within the rounding error of the arithmetic. Such an effect counts as no effect."""
     by_seed: dict[int, float]
-    """The ratio for each seed; empty if the quantity does not depend on the seed."""
+    """The ratio for each seed. Empty if the quantity does not depend on the seed."""
     predicted: float | None
-    """The ratio by the prices' predictions; None if the quantity is not predicted."""
+    """The ratio according to the predictions of the prices. None if some run has no prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +46,18 @@ class Effects:
     """All effects on one quantity."""
 
     effects: list[Effect]
-    """Main effects, then pairs, in the order of the factors."""
+    """Main effects, then interactions, in the order of the factors."""
     aliased: list[str]
-    """Effects that these runs cannot separate from earlier ones. They are left out."""
+    """Effects that are left out because these runs cannot separate them from earlier effects."""
     num_runs: int
-    """Runs that were used."""
+    """Number of runs in the fit."""
     seeds: tuple[int, ...]
-    """The seeds that were used. All combinations that are kept have the quantity for each of them. Empty if the quantity does not
-    depend on the seed."""
+    """The seeds in the fit. Every combination in the fit has a value for each of them. Empty if the quantity does not depend on the
+    seed."""
     dropped_seeds: tuple[int, ...]
-    """Seeds that are left out because some combination has no value, so that factors are not balanced."""
+    """Seeds that are left out because some combination has no value for them, so the design would be unbalanced."""
     dropped_combinations: tuple[dict[str, str], ...]
-    """Combinations, as the level of each factor, that are left out because some seeds lack them and keeping them would cost more
-    runs."""
+    """Combinations, as the level of each factor, that are left out because some seeds have no value for them."""
 
 
 def effects(
@@ -66,23 +67,24 @@ def effects(
     *,
     depends_on_seed: bool = True,
 ) -> Effects:
-    """Fits the logarithm of a quantity by the levels of all factors and pairs of factors.
+    """Fits the logarithm of a quantity to the levels of all factors and pairs of factors.
 
-    If the quantity depends on the seed, runs of one seed are no replicates: the effect of a factor differs from seed to seed, and
-    by how much differs from factor to factor. So each seed is fitted alone, and each effect is judged by Student's t over its own
-    values by seed, with one degree of freedom fewer than seeds. This is the stratum of seed by factor in a split-plot design (Box,
-    Hunter and Hunter 2005, chapter 9), for one factor at a time. It needs seeds with the same combinations: if some lack some,
-    seeds and combinations are left out until none does (`_unbalanced`). If the quantity does not depend on the seed, all runs are
-    fitted at once, with seeds as blocks, and the residual is the error.
+    If the quantity depends on the seed, runs with the same seed are not replicates: the effect of a factor varies from seed to
+    seed, and this variation differs between factors. So each seed is fitted separately. Each effect then has one value per seed,
+    and is judged by Student's t over these values. This corresponds to the seed-by-factor stratum of a split-plot design (Box,
+    Hunter and Hunter 2005, chapter 9), one factor at a time. All seeds must have the same combinations of levels. If runs are
+    missing, seeds and combinations are left out until this holds (`_unbalanced`).
+
+    If the quantity does not depend on the seed, all runs are fitted together, with seeds as blocks. The residual is the error.
 
     Args:
-        entries: final runs, whose `factors` have two levels each.
-        value: the quantity, positive; a run without it (None) is left out.
-        predicted: the prediction of the same quantity.
+        entries: final runs. Each of their `factors` has two levels.
+        value: returns the quantity of a run. Runs for which it is None or not positive are left out.
+        predicted: returns the predicted quantity of a run. None if the quantity is not predicted.
         depends_on_seed: see `Quantity`.
 
     Raises:
-        ConfigError: there are no factors, or one has more or fewer than two levels.
+        ConfigError: there are no factors, the arms name different factors, or a factor does not have exactly two levels.
     """
     runs = [entry for entry in entries if _is_positive(value(entry))]
     levels = _levels(runs)
@@ -105,13 +107,13 @@ def _is_positive(number: float | None) -> bool:
 
 
 def _logs(runs: Sequence[Entry], value: Callable[[Entry], float | None]) -> Floats:
-    """The logarithms of a value that all runs have."""
+    """Returns the logarithm of a value for each run. Every run must have the value."""
     logs: Floats = np.log(np.array([value(run) for run in runs], dtype=np.float64))
     return logs
 
 
 def is_factorial(entries: Sequence[Entry]) -> bool:
-    """Whether these runs are combinations of at least two factors, with two levels each."""
+    """Whether the runs form a factorial study: all name the same two or more factors, each with exactly two levels."""
     levels = _found_levels(entries)
     is_whole = all(entry.factors.keys() == levels.keys() for entry in entries)
     return len(levels) > 1 and is_whole and all(len(names) == 2 for names in levels.values())
@@ -121,9 +123,13 @@ def _levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
     levels = _found_levels(entries)
     wrong = [f"{factor} ({', '.join(names)})" for factor, names in levels.items() if len(names) != 2]
     if wrong:
-        raise ConfigError(f"a factor of a factorial study has two levels: {'; '.join(wrong)}")
+        raise ConfigError(
+            f"a factorial study needs two levels of every factor. These do not have two levels: {'; '.join(wrong)}"
+        )
     if not levels or any(entry.factors.keys() != levels.keys() for entry in entries):
-        raise ConfigError("these runs are no factorial study: their arms name no factors, or not all the same")
+        raise ConfigError(
+            "these runs are not a factorial study: their arms must name factors, and all the same factors"
+        )
     return levels
 
 
@@ -136,7 +142,7 @@ def _found_levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
     return levels
 
 
-# -- balance
+# -- balancing the design
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +157,16 @@ class _Lacking:
 
 
 def _combination(run: Entry, levels: Iterable[str]) -> tuple[str, ...]:
-    """The run's levels in the order of the study's factors, whatever the order in the run."""
+    """Returns the levels of a run, in the order of `levels`: the study's factors."""
     return tuple(run.factors[name] for name in levels)
 
 
 def _unbalanced(runs: Sequence[Entry], levels: dict[str, list[str]]) -> _Lacking:
-    """What to leave out, so that each seed that is left has each combination that is left.
+    """Chooses the seeds and combinations to leave out, so that each remaining seed has a run of each remaining combination.
 
-    The largest such set is hard to find, so a greedy rule approaches it. At each step it drops the seed or combination that lacks
-    the largest share of its runs, and so has the fewest to lose. Between a seed and a combination that lack as much, the seed goes,
-    since combinations separate the effects. Between two seeds or two combinations, the later one goes.
+    Keeping as many runs as possible is a hard problem, so the choice is greedy. Each step drops the seed or combination with the
+    largest fraction of missing runs. In a tie between a seed and a combination it drops the seed, because combinations are what
+    separates the effects. In a tie between two seeds, or between two combinations, it drops the later of the two.
     """
     had = {(run.seed, _combination(run, levels)) for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -192,17 +198,17 @@ class _Design:
     """The design matrix of a factorial study."""
 
     runs: Sequence[Entry]
-    """One for each row."""
+    """The runs. Each is a row of the matrix."""
     levels: dict[str, list[str]]
     """The two levels of each factor."""
     seeds: tuple[int, ...]
-    """One for each of the first columns, which is 1 for runs of that seed."""
+    """The seeds. Each has one of the first columns, which is 1 for runs with that seed and 0 for other runs."""
     terms: list[tuple[str, ...]]
-    """One for each of the other columns, which is 1 or -1: a factor, or two."""
+    """The factors and pairs of factors. Each has one of the remaining columns, with values 1 and -1."""
     matrix: Floats
-    """(runs, seeds and terms)."""
+    """(runs, seeds + terms)."""
     aliased: list[str]
-    """Terms that are left out because these runs cannot separate them from earlier ones."""
+    """Terms that are left out because these runs cannot separate them from earlier terms."""
 
     @classmethod
     def of(cls, runs: Sequence[Entry], levels: dict[str, list[str]]) -> "_Design":
@@ -227,7 +233,10 @@ class _Design:
 
     @property
     def scales(self) -> list[int]:
-        """The factor from each term's coefficient to its effect: from -1 to 1, and for a pair twice that."""
+        """For each term, the factor that converts its coefficient to its effect: 2 for a factor, 4 for a pair.
+
+        A factor goes from -1 to 1, which doubles the coefficient. An interaction is a difference of two such effects.
+        """
         return [2 ** len(term) for term in self.terms]
 
 
@@ -259,7 +268,7 @@ def _described(
 
 
 def _predicted_ratios(design: _Design, predicted: Callable[[Entry], float | None] | None) -> Sequence[float | None]:
-    """The effects on the predictions; None unless every run has one."""
+    """Returns the predicted ratio of each term. All are None unless every run has a positive prediction."""
     if predicted is None or not all(_is_positive(predicted(run)) for run in design.runs):
         return [None] * len(design.terms)
     coefficients = _fit(design, _logs(design.runs, predicted))[0][-len(design.terms) :]
@@ -269,7 +278,7 @@ def _predicted_ratios(design: _Design, predicted: Callable[[Entry], float | None
 
 
 def _by_seed(design: _Design, logs: Floats) -> list[_Judged]:
-    """Judges each effect by its own values, one for each seed."""
+    """Judges each effect by its values for the individual seeds."""
     codes = design.matrix[:, len(design.seeds) :]
     of_run = np.array([run.seed for run in design.runs])
     each = []
@@ -279,7 +288,7 @@ def _by_seed(design: _Design, logs: Floats) -> list[_Judged]:
         each.append(np.linalg.lstsq(columns, logs[rows], rcond=None)[0][1:] * design.scales)
     of_term = np.array(each).T
     nones = [bool((abs(values) < ARITHMETIC).all()) for values in of_term]
-    family, n = nones.count(False), len(design.seeds)  # Holm's procedure does not test what is none
+    family, n = nones.count(False), len(design.seeds)  # Holm's procedure leaves out effects that are none
     found = []
     for values, is_none in zip(of_term, nones, strict=True):
         error = float(values.std(ddof=1)) / math.sqrt(n) if n >= FEWEST_SEEDS else math.nan
@@ -290,7 +299,7 @@ def _by_seed(design: _Design, logs: Floats) -> list[_Judged]:
 
 
 def _by_run(design: _Design, logs: Floats) -> list[_Judged]:
-    """Judges each effect by the residual of all of them."""
+    """Judges each effect by the residual of one fit to all runs."""
     coefficients, errors, freedom = _fit(design, logs)
     first = len(design.seeds)
     found = []
@@ -303,13 +312,13 @@ def _by_run(design: _Design, logs: Floats) -> list[_Judged]:
 
 
 def _fit(design: _Design, logs: Floats) -> tuple[Floats, Floats, int]:
-    """Least squares: coefficients, their standard errors, and the degrees of freedom that are left."""
+    """Fits by least squares. Returns the coefficients, their standard errors, and the residual degrees of freedom."""
     matrix = design.matrix
     coefficients = np.asarray(np.linalg.lstsq(matrix, logs, rcond=None)[0], dtype=np.float64)
     freedom = len(logs) - matrix.shape[1]
     residual = logs - matrix @ coefficients
     scale = math.nan if freedom == 0 else float(residual @ residual) / freedom
-    if scale < 1e-24:  # without chance, values agree up to the rounding of doubles
+    if scale < 1e-24:  # a residual this small is rounding of doubles: the quantity is deterministic
         scale = 0.0
     errors: Floats = np.sqrt(scale * np.diag(np.linalg.inv(matrix.T @ matrix)))
     return coefficients, errors, freedom

@@ -1,4 +1,4 @@
-"""All arms of one cell of a study: their quantities side by side, tuning, effects of factors, and noise."""
+"""Comparison of all arms of one cell of a study: quantities by arm, tuning, effects of factors, and noise."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,54 +18,55 @@ from llmeff.compare.tuning import Tuning, tuning_of
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """What seeds alone do to a quantity of the baseline."""
+    """Variation of a quantity of the baseline between seeds."""
 
     sd: float
-    """The standard deviation of the log ratio of two runs that differ by their seed only."""
+    """Standard deviation of the log ratio of two runs that differ only in their seed."""
     num_runs: int
-    """Runs that it was estimated from: the baseline's, and those of an A/A arm."""
+    """Number of runs for this estimate: those of the baseline and of the A/A arm."""
     ratio: Estimate | None
-    """The A/A arm's ratio to the baseline, whose interval has 1 in it in 95 of 100 studies; None if there is no such arm."""
+    """Ratio of the A/A arm to the baseline. Its interval contains 1 in 95 of 100 studies. None if the ratio cannot be computed, for
+    example because the study has no A/A arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All arms under the same values of the axes."""
+    """The comparison of all arms of one cell."""
 
     cell: dict[str, Any]
-    """The values."""
+    """The value of each axis."""
     arms: dict[str, list[Entry]]
-    """The final runs of each arm, by seed."""
+    """The final runs of each arm, sorted by seed."""
     baseline: str
-    """The arm that the others are compared with."""
+    """The arm that the other arms are compared with."""
     kin: Mapping[str, Hashable]
-    """The key of each arm's kin (`kin_of`)."""
+    """A key for each arm, equal for arms that are kin (see `kin_of`)."""
     quantities: list[Quantity]
-    """The quantities that some run has."""
+    """The quantities for which at least one run has a value."""
     table: dict[str, dict[str, Cell]]
-    """By quantity, then by arm."""
+    """The cells of the table, by key of the quantity, then by arm."""
     tuning: dict[str, Tuning]
-    """By arm; arms without trials are absent."""
+    """Tuning results by arm. Arms without trials are absent."""
     effects: dict[str, Effects]
-    """By quantity; empty unless the arms are combinations of factors of two levels."""
+    """Effects of the factors, by key of the quantity. Empty unless the arms are combinations of factors with two levels each."""
     noise: dict[str, Noise]
-    """By quantity that depends on the seed."""
+    """Noise by key of the quantity, for quantities that depend on the seed. A quantity is absent if too few runs have it."""
     metric: Metric
-    """The metric that decides."""
+    """The main metric."""
     target: float | None
-    """The value of the metric that `..._to_target` count to."""
+    """The value of the main metric at which the `..._to_target` quantities stop counting. None if there is no target."""
     budgets: dict[str, float]
-    """The budgets that the metric is read at, for `..._at_flops` and `..._at_seconds`."""
+    """The budgets at which `..._at_flops` and `..._at_seconds` read the main metric (see `budgets_of`)."""
 
 
 def group_of(arms: Arms, trials: Sequence[Entry], metrics: Sequence[Metric], target: float | None) -> Group:
-    """Judges the arms of one cell.
+    """Compares the arms of one cell with the baseline.
 
     Args:
         arms: the arms.
         trials: the tuning trials of the cell.
-        metrics: what runs are judged by; the first one decides.
-        target: a value of the first; None: the best that every run of the baseline reaches.
+        metrics: the metrics that runs are judged by. The first is the main metric.
+        target: a value of the main metric. None for the best value that every finished run of the baseline reaches.
     """
     metric = metrics[0]
     if target is None:
@@ -99,7 +100,10 @@ def _tunings(arms: Arms, trials: Sequence[Entry], metric: Metric) -> dict[str, T
 
 
 def _effects(arms: Arms, quantities: Sequence[Quantity]) -> dict[str, Effects]:
-    """The effects of factors, by quantity. There are none on a quantity that only one level of some factor has."""
+    """Returns the effects of the factors by quantity.
+
+    Leaves out a quantity if it has values at only one level of some factor. Empty if the runs form no factorial study.
+    """
     runs = [run for runs in arms.runs.values() for run in runs if run.repeats is None]
     if not is_factorial(runs):
         return {}
@@ -118,7 +122,7 @@ def _with_positive(quantity: Quantity, runs: Sequence[Entry]) -> list[Entry]:
 
 
 def _effects_on_step_time(arms: Arms) -> Effects:
-    """Takes each generation of the timing run as a run, with its number in place of the seed."""
+    """Returns the effects on the step time. Each generation of the timing run counts as a run, with its number as the seed."""
     laps = [
         replace(runs[0], seed=generation)
         for name, runs in arms.runs.items()
@@ -134,7 +138,10 @@ def _noises(arms: Arms, quantities: Sequence[Quantity], table: Mapping[str, Mapp
 
 
 def _noise(arms: Arms, cells: Mapping[str, Cell]) -> Noise | None:
-    """From the baseline and its A/A arm, if all their runs have the quantity; None if the runs are too few."""
+    """Estimates the noise of a quantity from the baseline and its A/A arm.
+
+    Ignores the A/A arm if some of its runs have no value. Returns None if the baseline is incomplete or there are too few runs.
+    """
     repeat = None if arms.aa_arm is None else cells[arms.aa_arm]
     complete = [cell for cell in (cells[arms.baseline], repeat) if cell is not None and cell.mean is not None]
     values = [[*cell.values.values()] for cell in complete]

@@ -1,9 +1,10 @@
-"""What a few runs say of a difference, and how certain it is; all of it on logarithms, so that differences are ratios.
+"""Differences between arms with few runs: estimates, confidence intervals and p values.
 
-Runs of one seed that differ by something small (precision, the format of state) are alike. Their paired ratios are judged by
-Student's t, and several of them together by Holm's procedure. Methods that were tuned apart share the data order of a seed and
-little else. They are judged as independent, all against one baseline at once (`many_to_one`). Units of one run (documents, images)
-are resampled only if there are many.
+All statistics are computed on logarithms, so differences are ratios. Runs with the same seed that differ in something small, such
+as precision or the format of the optimizer state, are alike. They are paired: Student's t judges their ratios, and Holm's procedure
+adjusts several p values. Arms that were tuned separately share little but the data order of a seed. They count as independent, and
+all are compared with one baseline at once (`many_to_one`). The units of a single run (documents or images) are resampled only if
+there are many.
 """
 
 import math
@@ -18,72 +19,75 @@ import numpy.typing as npt
 LEVEL = 0.95
 """The confidence level of every interval."""
 POWER = 0.8
-"""The probability with which the smallest visible difference would have been found."""
+"""The probability of detecting a true difference of the size `smallest_visible`."""
 FEW_UNITS = 100
-"""With fewer units nothing is resampled: the interval would be too narrow."""
+"""The fewest units that are resampled. With fewer units, the interval would be too narrow."""
 FEWEST_SEEDS = 3
-"""With fewer seeds, what depends on the seed is shown by seed, without an interval: one from two seeds is mostly chance."""
+"""The fewest seeds for an interval of a quantity that depends on the seed. With fewer seeds, the values are shown by seed, because
+an interval from two seeds is mostly chance."""
 ARITHMETIC = 1e-6
-"""What is learned is equal if it differs by less than this for every seed: summation in another order does as much. With one
-optimizer and seed, fp32 runs on other numbers of ranks, at other ZeRO stages, with and without recomputation end within 2e-7 of
-one another (`analysis/results/contribution.parquet`)."""
+"""Relative differences below this, for every seed, count as equal, because summation in another order causes as much. fp32 runs
+with the same optimizer and seed end within 2e-7 of one another for all numbers of ranks and ZeRO stages, with and without
+recomputation (`analysis/results/contribution.parquet`)."""
 
 OWN_SPREAD = 0.012
-"""An arm is judged by its own spread, not the pooled one, if an F test of its variance against all others has a p below this."""
+"""Bound on the p value of an F test of an arm's variance against the variance of all other arms. An arm below this is judged by its
+own spread instead of the pooled spread."""
 REFUTED = 0.01
-"""Nothing is pooled if some spread has a p below this over all arms (Bonferroni)."""
+"""If the smallest p value of these F tests, multiplied by the number of arms (Bonferroni), is below this, nothing is pooled."""
 
 Floats = npt.NDArray[np.float64]
 
 Method = Literal["paired t", "Dunnett", "own spread", "Welch", "A/A"]
-"""How a difference is judged; see `paired`, `many_to_one` and `same_settings`."""
+"""The method that judges a difference; see `paired`, `many_to_one`, `same_settings` and `product`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean with its interval."""
+    """A mean with its confidence interval."""
 
     value: float
-    """The mean; for ratios, the geometric mean."""
+    """The mean. For ratios, the geometric mean."""
     lower: float
-    """The lower end of the 95 % interval; NaN for a single value."""
+    """The lower bound of the 95 % interval. NaN if there are too few values."""
     upper: float
-    """The upper end; NaN for a single value."""
+    """The upper bound of the 95 % interval. NaN if there are too few values."""
     n: int
     """The number of independent values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A method against a baseline."""
+    """The difference between a method and a baseline."""
 
     ratio: Estimate
-    """The method's quantity over the baseline's. The interval is simultaneous over the family if that is judged at once
-    (`many_to_one`); otherwise it is for this comparison alone."""
+    """The method's quantity over the baseline's. The interval holds simultaneously for the family if the family was judged at once
+    (`many_to_one`). Otherwise it holds for this comparison alone."""
     p: float
-    """The two-sided p value of no difference, by Student's t, for this comparison alone; NaN if there are too few runs."""
+    """The two-sided p value of the null hypothesis of no difference, by Student's t, for this comparison alone. NaN if there are
+    too few runs."""
     smallest_visible: float
-    """A true ratio of this size, or its inverse, would have been found in 80 of 100 such comparisons, by the bound that holds for
-    the whole family (the first of Holm's steps, which is the strictest); NaN if there are too few runs."""
+    """A true ratio of this size, or its inverse, would have been detected in 80 of 100 such comparisons. The bound for detection is
+    the one for the whole family; under Holm's procedure, that of its first and strictest step. NaN if there are too few runs."""
     method: Method = "paired t"
-    """How it was judged."""
+    """The method that judged this difference."""
     p_family: float = math.nan
-    """The p value over a family that is judged at once; NaN if Holm's procedure has to adjust it."""
+    """The p value adjusted for the whole family, if the family was judged at once. NaN if Holm's procedure must still adjust `p`."""
 
 
 def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate:
-    """The mean of independent values, with Student's interval (Student 1908).
+    """Returns the mean of independent values, with the interval of Student's t (Student 1908).
 
     Args:
-        values: at least one.
-        fewest: with fewer values there is no interval.
+        values: at least one value.
+        fewest: the smallest number of values that gives an interval. With fewer, the bounds are NaN and `n` is 1.
 
     Raises:
         ValueError: there is no value.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
-        raise ValueError("a mean of no values")
+        raise ValueError("there are no values to average")
     mean, n = float(numbers.mean()), len(numbers)
     if n < fewest:
         return Estimate(value=mean, lower=math.nan, upper=math.nan, n=1)
@@ -92,27 +96,31 @@ def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate
 
 
 def ratio_interval(logs: Sequence[float] | Floats) -> Estimate:
-    """The geometric mean of ratios, which are given as logarithms."""
+    """Returns the geometric mean of ratios, with its interval.
+
+    Args:
+        logs: the logarithms of the ratios.
+    """
     found = mean_interval(logs)
     return Estimate(value=math.exp(found.value), lower=math.exp(found.lower), upper=math.exp(found.upper), n=found.n)
 
 
 def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats, family: int = 1) -> Difference:
-    """Compares values of the same seeds, in the same order.
+    """Compares a method with the baseline by pairs of values, one pair for each seed.
 
     Args:
-        method: positive values.
-        baseline: as many.
-        family: how many such comparisons are judged together.
+        method: the values of the method; all positive.
+        baseline: the values of the baseline, with the same seeds in the same order; all positive.
+        family: the number of comparisons that are judged together.
 
     Raises:
         ValueError: the numbers of values differ, or a value is not positive.
     """
     ours, theirs = (np.asarray(values, dtype=np.float64) for values in (method, baseline))
     if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} values are paired with {len(theirs)}")
+        raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)} values: the numbers must be equal")
     if not ((ours > 0).all() and (theirs > 0).all()):
-        raise ValueError("ratios are of positive values")
+        raise ValueError("ratios need positive values")
     logs = np.log(ours / theirs)
     n = len(logs)
     error = float(logs.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
@@ -120,14 +128,14 @@ def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats,
 
 
 def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -> Difference:
-    """Judges a mean logarithm by Student's t.
+    """Judges a mean logarithm of ratios by Student's t.
 
     Args:
-        mean: the mean of logarithms of ratios.
-        error: its standard error; NaN if nothing is left to estimate it from.
-        freedom: degrees of freedom of the error.
+        mean: the mean logarithm.
+        error: the standard error of the mean. NaN if there are too few values to estimate it.
+        freedom: the degrees of freedom of the error.
         n: the number of values.
-        family: how many comparisons are judged together.
+        family: the number of comparisons that are judged together.
     """
     from scipy.special import stdtr
 
@@ -136,7 +144,7 @@ def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -
         return Difference(ratio=ratio, p=math.nan, smallest_visible=math.nan)
     half = _t(0.5 + LEVEL / 2, freedom) * error
     ratio = Estimate(value=math.exp(mean), lower=math.exp(mean - half), upper=math.exp(mean + half), n=n)
-    if error == 0:  # all pairs differ by the same amount: certain, of a difference or of none
+    if error == 0:  # all values are equal, so the difference, or its absence, is certain
         return Difference(ratio=ratio, p=1.0 if mean == 0 else 0.0, smallest_visible=1.0)
     p = float(2 * stdtr(freedom, -abs(mean) / error))
     bound = _t(1 - (1 - LEVEL) / 2 / max(1, family), freedom)
@@ -146,24 +154,26 @@ def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -
 def many_to_one(
     baseline: Floats, arms: Sequence[Floats], *, family: int | None = None, kin: Sequence[Hashable] | None = None
 ) -> list[Difference]:
-    """Compares independent arms with one baseline, all at once: intervals and p values are simultaneous, and agree.
+    """Compares independent arms with one baseline, all at once. Intervals and p values are simultaneous and agree with each other.
 
-    If spreads are alike, all runs together estimate the spread (Dunnett 1955, for any numbers of runs). An arm whose variance
-    stands out from that of all others (F test, p below `OWN_SPREAD`) is judged by its own variance beside that of the others, with
-    its own degrees of freedom, which is conservative (Mickey and Brown 1966), and Šidák's correction. If one stands out by
-    `REFUTED` over all arms, nothing is pooled, and all are judged in this way. A single arm is judged by Welch's t (1947).
+    If the arms have similar spreads, all runs together estimate one pooled spread (Dunnett 1955, for any numbers of runs). If the
+    variance of an arm is larger than that of all others (F test, p below `OWN_SPREAD`), the arm is judged by its own variance,
+    and the baseline by the pooled variance of the rest. The degrees of freedom are then the arm's own, which is conservative
+    (Mickey and Brown 1966), and Šidák's correction accounts for the family. If the variance of the baseline stands out, or if some
+    variance stands out by the stricter `REFUTED`, nothing is pooled: every arm is judged by its own variance and the baseline's. If
+    only one comparison is judged, Welch's t (1947) is used.
 
-    A rule that looks at spreads first has errors of its own, so both bounds were chosen by simulation. The pooled procedure alone
-    calls an arm with three times the others' spread different far too often. A bound that detects every such arm costs the power
-    to detect anything else. The results are in `analysis/results/coverage.json`. Six arms with 1.5 times the spread of six others
-    are seldom detected: then 7.6 % of families err.
+    A rule that inspects spreads first has errors of its own, so both bounds were chosen by simulation. The pooled procedure alone
+    too often calls an arm different if its spread is three times that of the others. A bound that detects every such arm leaves
+    little power to detect anything else. The results are in `analysis/results/coverage.json`. Six arms with 1.5 times the spread of
+    six others are seldom detected: then 7.6 % of families contain an error.
 
     Args:
         baseline: (n,) logarithms of the baseline's values.
-        arms: (n_i,) logarithms for each other arm.
-        family: how many comparisons are judged together, if there are more than these.
-        kin: a key for each arm. Arms of one key have noise in common, and count as one in the estimate of the spread. None: no two
-            arms are kin.
+        arms: for each arm, (n_i,) logarithms of its values.
+        family: the number of comparisons that are judged together, if it exceeds the number of arms here.
+        kin: a key for each arm. Arms with equal keys have noise in common, and count as one arm in the estimate of the spread. None
+            if no two arms are kin.
 
     Returns:
         One difference for each arm. It has no interval if the arm or the baseline has fewer than two runs.
@@ -186,10 +196,19 @@ def _without_interval(values: Floats, baseline: Floats, method: Method) -> Diffe
 
 
 def _by_spreads(baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashable], count: int) -> list[Difference]:
-    """Compares arms of at least two runs each, as so many of a family, by the pooled spread or by their own."""
+    """Compares arms with the baseline, each by the pooled spread or by its own spread.
+
+    Args:
+        baseline: the logarithms of the baseline's values.
+        arms: the logarithms of each arm's values, at least two per arm.
+        keys: a key for each arm, equal for arms that are kin.
+        count: the number of comparisons in the family.
+    """
     spreads = _Spreads.of(baseline, arms, keys)
     shares = tuple(len(values) / (len(values) + len(baseline)) for values in arms)
-    shares += (min(shares),) * (count - len(arms))  # for comparisons made elsewhere: less correlation is stricter
+    shares += (min(shares),) * (
+        count - len(arms)
+    )  # stands for comparisons made elsewhere: a lower correlation is stricter
     found = []
     for values, key in zip(arms, keys, strict=True):
         if spreads.is_refuted or spreads.is_baseline_apart:
@@ -203,11 +222,11 @@ def _by_spreads(baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashabl
 
 
 def same_settings(again: Floats, baseline: Floats) -> Difference:
-    """Compares two arms with the same settings (A/A) by Student's t with one variance, outside of any family.
+    """Compares the A/A arm with the baseline by Student's t with one common variance. The comparison belongs to no family.
 
     Args:
-        again: (n,) logarithms.
-        baseline: (m,) logarithms.
+        again: (n,) logarithms of the values of the A/A arm.
+        baseline: (m,) logarithms of the values of the baseline.
     """
     freedom = len(again) + len(baseline) - 2
     mean = float(again.mean() - baseline.mean())
@@ -221,18 +240,18 @@ def same_settings(again: Floats, baseline: Floats) -> Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class _Spreads:
-    """What the runs of all arms say of the variance of a logarithm."""
+    """Variances of the logarithms of all arms, and the tests that decide whether they may be pooled."""
 
     variance: float
-    """The pooled variance. An arm has no part in it if it is judged by its own and stands out over the whole family too."""
+    """The pooled variance. It leaves out an arm whose variance stands out both by itself and after Bonferroni's correction."""
     freedom: float
-    """Its degrees of freedom."""
+    """The degrees of freedom of the pooled variance."""
     apart: frozenset[Hashable]
-    """The keys of arms whose own variance stands out."""
+    """The keys of arms whose variance stands out, so that they are judged by their own variance."""
     is_baseline_apart: bool
-    """Whether the baseline's variance stands out."""
+    """Whether the variance of the baseline stands out."""
     is_refuted: bool
-    """Whether spreads are so unlike that nothing should be pooled."""
+    """Whether the variances differ so much that nothing should be pooled."""
 
     @classmethod
     def of(cls, baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashable]) -> "_Spreads":
@@ -244,7 +263,7 @@ class _Spreads:
         variances = [float(np.mean([values.var(ddof=1) for values in group])) for group in groups]
         squares = [variance * freedom for variance, freedom in zip(variances, freedoms, strict=True)]
         p_values = [_stands_out(place, squares, freedoms, variances[place]) for place in range(len(groups))]
-        # what is judged by the pooled variance has a part in it, even if few arms make the bound over all arms the looser one
+        # An arm that is judged by the pooled variance always contributes to it, even if few arms make the second bound looser.
         kept = [place for place, p in enumerate(p_values) if p >= OWN_SPREAD or p * len(groups) >= 1 - LEVEL]
         freedom = sum(freedoms[place] for place in kept)
         return cls(
@@ -257,7 +276,14 @@ class _Spreads:
 
 
 def _stands_out(place: int, squares: Sequence[float], freedoms: Sequence[float], variance: float) -> float:
-    """The p value of one group's variance against that of all others (F test, one-sided)."""
+    """Returns the p value of a one-sided F test: the variance of one group against the variance of all other groups.
+
+    Args:
+        place: the index of the group.
+        squares: the sum of squares of each group.
+        freedoms: the degrees of freedom of each group.
+        variance: the variance of the group.
+    """
     from scipy.special import fdtrc
 
     rest, left = sum(squares) - squares[place], sum(freedoms) - freedoms[place]
@@ -267,21 +293,21 @@ def _stands_out(place: int, squares: Sequence[float], freedoms: Sequence[float],
 
 
 _NOTHING = 1e-12
-"""Rounding leaves up to this share of all squares when the others have none."""
+"""A sum of squares below this fraction of the total is rounding error, and counts as zero."""
 
 
 def _apart(
     arm: Floats, baseline: Floats, count: int, safe: int | None, method: Method, baseline_variance: float | None = None
 ) -> Difference:
-    """Compares two arms by their own spreads, as one of so many comparisons (Šidák 1967).
+    """Compares an arm with the baseline by their own variances, with Šidák's correction for the family (Šidák 1967).
 
     Args:
-        arm: its logarithms.
-        baseline: the baseline's.
-        count: comparisons in the family.
-        safe: degrees of freedom; None: Satterthwaite's.
-        method: the name of this way of judging.
-        baseline_variance: if a better estimate is known than the variance of the baseline's runs.
+        arm: the logarithms of the arm's values.
+        baseline: the logarithms of the baseline's values.
+        count: the number of comparisons in the family.
+        safe: the degrees of freedom. None for Satterthwaite's.
+        method: the method to record in the result.
+        baseline_variance: the variance of the baseline. None for the sample variance of its runs.
     """
     theirs = float(baseline.var(ddof=1)) if baseline_variance is None else baseline_variance
     squares = [float(arm.var(ddof=1)) / len(arm), theirs / len(baseline)]
@@ -297,7 +323,15 @@ def _apart(
 
 
 def _pooled(arm: Floats, baseline: Floats, variance: float, freedom: float, shares: tuple[float, ...]) -> Difference:
-    """Compares two arms by the pooled variance, as one of the comparisons that `shares` describes (Dunnett 1955)."""
+    """Compares an arm with the baseline by the pooled variance, as part of a family (Dunnett 1955).
+
+    Args:
+        arm: the logarithms of the arm's values.
+        baseline: the logarithms of the baseline's values.
+        variance: the pooled variance.
+        freedom: the degrees of freedom of the pooled variance.
+        shares: see `largest_of`, for every comparison of the family.
+    """
     mean, error = float(arm.mean() - baseline.mean()), math.sqrt(variance * (1 / len(arm) + 1 / len(baseline)))
     alone = judged(mean, error, freedom, len(arm))
     p_family = alone.p if error == 0 else max(alone.p, 1 - largest_of(abs(mean) / error, shares, freedom))
@@ -307,7 +341,17 @@ def _pooled(arm: Floats, baseline: Floats, variance: float, freedom: float, shar
 def _at_once(
     alone: Difference, mean: float, error: float, freedom: float, bound: float, p_family: float, method: Method
 ) -> Difference:
-    """A comparison with the interval and the smallest visible difference that hold for its whole family."""
+    """Returns a comparison with the interval and the smallest visible difference that hold for its whole family.
+
+    Args:
+        alone: the comparison by itself.
+        mean: the mean logarithm of the ratio.
+        error: the standard error of the mean.
+        freedom: the degrees of freedom of the error.
+        bound: the critical |t| of the family.
+        p_family: the p value adjusted for the family.
+        method: the method to record in the result.
+    """
     low, high = (math.exp(mean + side * bound * error) for side in (-1, 1))
     return Difference(
         ratio=replace(alone.ratio, lower=low, upper=high),
@@ -320,14 +364,14 @@ def _at_once(
 
 @lru_cache
 def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float:
-    """The probability that no |t| of several comparisons with one baseline is above a value (Dunnett 1955).
+    """Returns the probability that the largest |t| of several comparisons with one baseline is at most `value` (Dunnett 1955).
 
-    The t values of arms i and j, which have a variance in common, correlate by sqrt(share_i share_j). Given the baseline's mean and
-    the variance they are independent. That leaves two integrals, which are done by quadrature.
+    The t values of arms i and j share one variance and correlate by sqrt(share_i share_j). Conditional on the baseline's mean and
+    on the variance, they are independent. This leaves two integrals, which are computed by quadrature.
 
     Args:
-        value: at least 0.
-        shares: n_i / (n_i + n) for each arm with n_i runs, if the baseline has n.
+        value: a bound on |t|, at least 0.
+        shares: for each arm, n_i / (n_i + n), where n_i is the number of its runs and n the number of the baseline's.
         freedom: the degrees of freedom of the pooled variance.
     """
     from scipy.special import chdtri, ndtr
@@ -345,7 +389,10 @@ def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float
 
 @cache
 def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
-    """Points and weights for a normal density, of which one half stands for both, and for -1 to 1. Weights sum to 1."""
+    """Returns quadrature points and weights for the normal density, then for the interval -1 to 1.
+
+    The points for the normal density are the positive half only: the integrand is symmetric. The weights of each rule sum to 1.
+    """
     points, weights = np.polynomial.hermite_e.hermegauss(48)
     levels, level_weights = np.polynomial.legendre.leggauss(64)
     half = points > 0
@@ -354,10 +401,10 @@ def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
 
 @lru_cache
 def _bound_of_largest(shares: tuple[float, ...], freedom: float) -> float:
-    """The |t| that the largest of a family exceeds in 5 % of cases if there is no difference."""
+    """Returns the |t| that the largest |t| of the family exceeds in 5 % of cases under the null hypothesis."""
     from scipy.optimize import brentq
 
-    high = _t(1 - (1 - LEVEL) / 4 / len(shares), freedom) + 1  # above Bonferroni's
+    high = _t(1 - (1 - LEVEL) / 4 / len(shares), freedom) + 1  # exceeds Bonferroni's bound, so it brackets the root
     return float(brentq(lambda value: largest_of(value, shares, freedom) - LEVEL, 0.5, high, xtol=1e-6))
 
 
@@ -368,13 +415,14 @@ def _t(quantile: float, degrees: float) -> float:
 
 
 def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
-    """Adjusts p values so that, in at most 5 % of families, one of a true null is below 0.05 (Holm 1979).
+    """Adjusts p values for multiple tests by Holm's procedure (Holm 1979).
 
-    A NaN tested nothing: it stays NaN and does not count.
+    In at most 5 % of families, some true null hypothesis gets an adjusted p value below 0.05. NaN means that there was no test: it
+    stays NaN and does not count in the family.
 
     Args:
-        p_values: to adjust.
-        family: how many are judged together, if there are more than these.
+        p_values: the p values to adjust.
+        family: the number of tests that are judged together, if it exceeds the number of p values here.
     """
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
     adjusted, least = [math.nan] * len(p_values), 0.0
@@ -388,25 +436,25 @@ def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
 def resampled_ratio(
     method: tuple[Floats, Floats], baseline: tuple[Floats, Floats], *, seed: int = 0, resamples: int = 2000
 ) -> Estimate:
-    """The ratio of two runs' mean losses over the same units, with a percentile interval (Efron 1979).
+    """Returns the ratio of two runs' mean losses over the same units, with a bootstrap percentile interval (Efron 1979).
 
-    The interval says how much the choice of units matters. It says nothing of other seeds.
+    The interval accounts for the choice of units. It does not account for the variation between seeds.
 
     Args:
-        method: (units,) sums of losses, and (units,) counts.
-        baseline: the same for the other run, of the same units in the same order.
+        method: of one run, (units,) sums of losses and (units,) counts of items.
+        baseline: the same of the baseline run, with the same units in the same order.
         seed: the seed of the resampling.
-        resamples: how many resamples are drawn.
+        resamples: the number of resamples.
 
     Raises:
-        ValueError: there are fewer than 100 units, or the runs have different numbers of them.
+        ValueError: there are fewer than 100 units, or the numbers of units differ.
     """
     tables = [np.stack([np.asarray(part, dtype=np.float64) for part in run]) for run in (method, baseline)]
     num_units = tables[0].shape[1]
     if tables[1].shape[1] != num_units:
-        raise ValueError(f"{num_units} units are set beside {tables[1].shape[1]}")
+        raise ValueError(f"the runs have {num_units} and {tables[1].shape[1]} units: the numbers must be equal")
     if num_units < FEW_UNITS:
-        raise ValueError(f"{num_units} units are too few to be resampled: at least {FEW_UNITS}")
+        raise ValueError(f"{num_units} units are too few to resample: at least {FEW_UNITS} are needed")
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(num_units, np.full(num_units, 1 / num_units), size=resamples)
     ours, theirs = ((table[0] @ weights.T) / (table[1] @ weights.T) for table in tables)
@@ -416,26 +464,28 @@ def resampled_ratio(
 
 
 def best_of(losses: Sequence[float]) -> list[float]:
-    """The expected lowest loss after 1, 2, ... of these trials in random order (Dodge et al. 2019, without replacement).
+    """Returns the expected lowest loss of 1, 2, ... of these trials, drawn at random without replacement (after Dodge et al. 2019).
 
-    The loss of a trial that diverged is infinite. So is an expectation over choices that may hold no other trial.
+    Args:
+        losses: the loss of each trial. NaN and infinity mark a trial that diverged. An expectation is infinite if all of its drawn
+            trials may have diverged.
     """
     ordered = sorted(math.inf if math.isnan(loss) else loss for loss in losses)
     n = len(ordered)
     expected = []
     for spent in range(1, n + 1):
-        # the lowest of `spent` trials is the one at `place` if all the others lie above it
+        # the trial at `place` is the lowest of `spent` trials if all other drawn trials come after it
         ways = [math.comb(n - place - 1, spent - 1) / math.comb(n, spent) for place in range(n)]
         expected.append(sum(way * loss for way, loss in zip(ways, ordered, strict=True) if way))
     return expected
 
 
 def product(parts: Sequence[Sequence[float] | Floats], family: int = 1) -> Difference:
-    """The product of independent mean ratios, such as numbers of steps and step times (Welch 1947).
+    """Judges a product of independent mean ratios, such as the ratio of step counts times the ratio of step times (Welch 1947).
 
     Args:
-        parts: the logarithms of the values of each. `n` of the result is the number of values of the first.
-        family: how many such comparisons are judged together.
+        parts: for each factor of the product, the logarithms of its values. The result's `n` is the number of values of the first.
+        family: the number of comparisons that are judged together.
     """
     means, squares, degrees = [], [], []
     for values in parts:

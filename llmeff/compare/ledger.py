@@ -1,4 +1,4 @@
-"""The ledger: one entry for each run, read from run folders, from a sweep's folder, or from a Parquet file of a study."""
+"""The ledger: one entry per run, read from run folders, from a sweep's folder, or from the Parquet file of a study."""
 
 import io
 import json
@@ -22,53 +22,56 @@ from llmeff.record.loss_curve import held_out_curves
 from llmeff.record.reader import Run, progress, read_run
 
 LEDGER_VERSION = 1
-"""The version of the Parquet file."""
+"""The format version of the Parquet file."""
 SWEEP, RUNS, LEDGER = "sweep.json", "runs", "ledger.parquet"
-"""The names of a sweep's description, runs and ledger in its folder."""
+"""Names in a sweep's folder: the sweep's config, the folder of its runs, and its ledger."""
 JOB_FILE = ".place.json"
-"""Ends the name of a file beside a run's folder, which gives the run's arm, cell, phase and trial in the sweep."""
+"""Suffix of the file next to the folder of each run of a sweep. The file gives the run's arm, cell, phase and trial."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Something that evaluations measure, and by which runs can be judged."""
+    """A metric that evaluations measure and that runs can be compared by."""
 
     name: str
-    """Its key in the records."""
+    """The key of the metric in the records."""
     better: Direction
     """Whether a lower or a higher value is better."""
 
     @property
     def sign(self) -> int:
-        """1, or -1 if higher values are better: a value times it is better if lower."""
+        """1 if lower values are better, -1 if higher values are better. The product of sign and value is better if lower."""
         return 1 if self.better == "lower" else -1
 
     def cost(self, value: float | None) -> float:
-        """A value as a number of which less is better; infinite if there is no value."""
+        """Returns a value times `sign`, so that lower is better. Infinite if the value is None, NaN or infinite."""
         return math.inf if value is None or not math.isfinite(value) else self.sign * value
 
     @property
     def label(self) -> str:
-        """The name that people read."""
+        """The display name."""
         return spelled(self.name)
 
 
 def spelled(name: str) -> str:
-    """The name that people read: `mean IoU` for `mean_iou`."""
+    """Returns the display name of a metric: `mean IoU` for `mean_iou`."""
     return " ".join(_SPELLED.get(word, word) for word in name.split("_"))
 
 
 _SPELLED = {"iou": "IoU", "f1": "F1"}
-"""Words of metric names that are not written in lower case."""
+"""Words of metric names whose display form is not in lower case."""
 
 LOSS = Metric("loss", "lower")
 """The metric that every run has."""
 
 
 def known_metrics(metric_directions: Iterable[Mapping[str, Direction]]) -> dict[str, Metric]:
-    """The metrics that runs can be judged by, by name: the loss, and those that their tasks name.
+    """Returns the metrics that runs can be compared by, by name: the loss, and all metrics that the runs' tasks declare.
 
-    If no run names any, as in older records, `bits_per_byte` is added, which runs on text had.
+    If no run declares a metric, as in older records, adds `bits_per_byte`, which older runs on text have.
+
+    Args:
+        metric_directions: the declared metrics of each run.
     """
     named = {name: better for of_run in metric_directions for name, better in of_run.items()}
     others = named or {"bits_per_byte": "lower"}
@@ -76,83 +79,84 @@ def known_metrics(metric_directions: Iterable[Mapping[str, Direction]]) -> dict[
 
 
 def find_metric(name: str, known: Mapping[str, Metric]) -> Metric:
-    """Looks a metric up by its name.
+    """Returns the metric with this name.
 
     Raises:
-        ConfigError: the runs are not judged by this metric.
+        ConfigError: the runs do not have this metric.
     """
     if name not in known:
-        raise ConfigError(f"metric {name!r}: these runs are not judged by it.{nearest(name, known)}")
+        raise ConfigError(f"metric {name!r}: these runs do not have this metric.{nearest(name, known)}")
     return known[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One run. A field is None if the run has not got that far, or if the value cannot be known."""
+    """One run. A field is None if the run did not get far enough to have a value, or if the value is unknown."""
 
     name: str
-    """The name of its folder, or its path in the sweep."""
+    """The name of the run's folder. For a run of a sweep, its path in the sweep."""
     arm: str
-    """What is compared. Runs of one arm and cell differ by their seed only."""
+    """The arm. Final runs of one arm and cell differ only in their seed."""
     cell: dict[str, Any] = field(default_factory=dict)
-    """The values of the sweep's axes. Arms are compared within a cell."""
+    """The value of each axis of the sweep. Arms are compared within a cell."""
     factors: dict[str, str] = field(default_factory=dict)
-    """The levels that make the arm, if arms are combinations of factors."""
+    """The level of each factor, if arms are combinations of factors."""
     phase: str = "final"
-    """`tuning`: one of the trials that chose the arm's settings; `final`: a run that is compared."""
+    """`tuning` for a trial that tunes an arm, `final` for a run that is compared."""
     trial: dict[str, Any] = field(default_factory=dict)
-    """The settings that tuning tried or chose, by field."""
+    """The settings that tuning tried (trials) or chose (final runs), by config field."""
     tuned_as: str | None = None
-    """The arm whose trials chose the settings; None if it was this arm."""
+    """The arm whose trials chose the settings. None if it is this arm."""
     repeats: str | None = None
-    """The arm whose settings this run repeats with other seeds (A/A); None for all other runs."""
+    """For a run of an A/A arm, the arm whose settings it repeats with another seed. None for other runs."""
     status: str
     """`finished`, `diverged`, `failed`, or `unfinished`."""
     diagnosis: str | None = None
-    """Why it diverged or failed."""
+    """Why the run diverged or failed."""
     seed: int
-    """The seed of initialization and data order."""
+    """The seed of the initialization and the data order."""
     steps: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     items: int
     """Items trained on."""
     item: str | None = None
-    """What an item is (`token`)."""
+    """The unit of the item counts, such as `token`."""
     parameters: int | None = None
     """The number of parameters."""
     data_sha256: str | None = None
-    """The hash of all data that was read: texts, splits and tokenizer."""
+    """A hash of all data that the run reads. For text, it includes the tokenizer."""
     split: str | None = None
     """The split on which the loss and the curves were measured."""
     train_loss: float | None = None
-    """The mean of the last steps, in nats per item."""
+    """The mean training loss of the last steps, in nats per item."""
     loss: float | None = None
     """The held-out loss at the end, in nats per item."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """All metrics of the last evaluation."""
+    """All metrics of the last evaluation, by name."""
     curve_steps: tuple[int, ...] = ()
     """The steps at which the run was evaluated."""
     curve_losses: tuple[float, ...] = ()
-    """The loss at each of them, in nats per item."""
+    """The held-out loss at each of `curve_steps`, in nats per item."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """The other metrics at each of them, by name: those of `metric_directions`, or, for a run without a result, all that every
-    evaluation has."""
+    """The other metrics at each of `curve_steps`, by name: the metrics in `metric_directions`. For a run without a result, all
+    metrics that every evaluation has."""
     metric_directions: dict[str, Direction] = field(default_factory=dict)
-    """The metrics that the task names, and which way each is better. Empty for older runs, and for runs without a result."""
+    """For each metric that the task declares, whether lower or higher is better. Empty for older runs, and for runs without a
+    result."""
     items_per_s: float | None = None
-    """The speed of the median step after warm-up. The run may have shared the machine with others."""
+    """The median throughput over steps after warm-up. The run may have shared the machine with other runs."""
     train_s: float | None = None
-    """Wall time spent in steps."""
+    """The wall time of all training steps, including the time to make their batches, in seconds."""
     energy_j: float | None = None
-    """The energy of the GPUs of all ranks."""
+    """The energy that the GPUs of all ranks used, in joules."""
     peak_bytes: float | None = None
-    """The most memory in use at one time, on the main rank."""
+    """The peak memory of the main rank, in bytes."""
     predicted: dict[str, float] = field(default_factory=dict)
     """Predicted values, by quantity."""
     measured: dict[str, float] = field(default_factory=dict)
     """Measured values, by quantity."""
     device: str
-    """The device that computed."""
+    """The name of the GPU, or the model name of the CPU if the run used no GPU. `none` if the run did not start."""
     commit: str | None = None
     """The commit of the code."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -164,27 +168,30 @@ class Entry:
         return self.status == "finished" and self.loss is not None
 
     def final(self, metric: str) -> float | None:
-        """The metric at the end."""
+        """Returns the value of a metric at the end of the run. None if there is none."""
         return self.loss if metric == LOSS.name else self.metrics.get(metric)
 
     def curve(self, metric: str) -> tuple[float, ...]:
-        """The metric at `curve_steps`; empty if some evaluation lacks it."""
+        """Returns the values of a metric at `curve_steps`. Empty if some evaluation lacks the metric."""
         return self.curve_losses if metric == LOSS.name else self.curves.get(metric, ())
 
     @property
     def step_flops(self) -> float | None:
-        """FLOPs executed in one optimizer step on all ranks. Only the main rank's are counted; the others do as many."""
+        """FLOPs executed in one optimizer step on all ranks: those of the main rank times the number of ranks. None if unknown.
+
+        The main rank's FLOPs are measured or, without a measurement, predicted. The other ranks execute as many.
+        """
         on_one = self.measured.get("executed_flops", self.predicted.get("executed_flops"))
         return None if on_one is None else on_one * self.config.get("parallel", {}).get("ranks", 1)
 
     @property
     def items_per_step(self) -> float | None:
-        """Items of one optimizer step."""
+        """Mean number of items per optimizer step. None if no step is completed."""
         return self.items / self.steps if self.steps else None
 
 
 def flat_config(entry: Entry) -> dict[str, Any]:
-    """The run's config by dotted field, without the run's name and seed."""
+    """Returns the run's config as a flat dict with dotted field names, without the run's name and seed."""
     return _flat({name: value for name, value in entry.config.items() if name not in ("name", "seed")})
 
 
@@ -201,11 +208,12 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def entry_of(run: Run, **place: Any) -> Entry:
-    """The entry of a run folder.
+    """Returns the ledger entry of a run folder.
 
     Args:
         run: the run.
-        place: fields that the folder does not hold: `name`, `arm`, `cell`, `factors`, `phase`, `trial`.
+        place: fields that the folder does not contain, because the sweep assigns them: `name`, `arm`, `cell`, `factors`, `phase`,
+            `trial`, `tuned_as`, `repeats`.
     """
     done, result = progress(run), run.result
     split = run.config.get("evaluation", {}).get("split", "validation")
@@ -233,7 +241,7 @@ def entry_of(run: Run, **place: Any) -> Entry:
 
 
 def _of_result(result: schema.Result, split: str) -> dict[str, Any]:
-    """The fields that only a run with a result has."""
+    """Returns the fields of an entry that come from the result of a run."""
     held_out = result.metrics.get(split, {})
     return {
         "status": result.status,
@@ -253,10 +261,10 @@ def _of_result(result: schema.Result, split: str) -> dict[str, Any]:
 
 
 def read_entries(paths: Iterable[Path]) -> list[Entry]:
-    """Reads run folders, sweeps' folders and ledgers, in the given order.
+    """Reads the entries of run folders, sweep folders and ledger files, in the given order.
 
     Raises:
-        ConfigError: some paths are none of these, or hold no run; the error names them all.
+        ConfigError: some paths are none of these or contain no run. The error lists all of them.
     """
     entries: list[Entry] = []
     plain: list[int] = []
@@ -280,10 +288,10 @@ def read_entries(paths: Iterable[Path]) -> list[Entry]:
 
 
 def label_arms(entries: Sequence[Entry]) -> list[Entry]:
-    """Sorts plain runs, which no sweep assigned to arms, into arms: runs of one arm have the same config but for seed and name.
+    """Groups runs that belong to no sweep into arms. Runs whose configs differ only in the seed and the name are one arm.
 
-    The label of an arm is the name of its runs, if they share one and no other arm has it. Otherwise it is the fields in which
-    its config differs from others.
+    The label of an arm is the name of its runs (without a seed suffix such as `-s3`), if all its runs have that name and no other
+    arm does. Otherwise the label lists the config fields in which the arm differs from other arms.
     """
     configs: dict[str, dict[str, Any]] = {}
     names: dict[str, set[str]] = {}
@@ -306,7 +314,7 @@ def label_arms(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _differing_fields(config: Mapping[str, Any], configs: Iterable[Mapping[str, Any]]) -> str:
-    """The fields in which some other config differs, with their values."""
+    """Returns the fields of a config in which some other config differs, with their values, as text."""
     others = list(configs)
     differing = {name: value for name, value in config.items() if any(other.get(name) != value for other in others)}
     return ", ".join(f"{name}={_short(value)}" for name, value in sorted(differing.items()))
@@ -317,21 +325,29 @@ def _short(value: Any) -> str:
 
 
 def read_sweep(folder: Path) -> list[Entry]:
-    """The entries of all runs that a sweep has begun, in the sweep's own order."""
+    """Returns the entries of all runs that a sweep has started, in the order of the sweep.
+
+    Raises:
+        ConfigError: the sweep has started no run, or a file cannot be read.
+    """
     places = sorted(folder.glob(f"{RUNS}/**/*{JOB_FILE}"))
     if not places:
-        raise ConfigError(f"{folder}: this sweep has begun no run yet")
+        raise ConfigError(f"{folder}: this sweep has not started any run yet")
     found = [_read_job(path) for path in places]
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
 
 def _read_job(path: Path) -> tuple[Any, Entry]:
-    """The order and the entry of one run of a sweep, by the file beside its folder."""
+    """Returns the position of a run in its sweep, and the run's entry.
+
+    Args:
+        path: the file next to the run's folder (see `JOB_FILE`).
+    """
     try:
         place = json.loads(path.read_text(encoding="utf-8"))
         order, failure, seed = place.pop("order"), place.pop("failure", None), place.pop("seed", 0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: cannot be read; remove it, and start the sweep again to write it anew") from None
+        raise ConfigError(f"{path}: cannot be read; remove it and start the sweep again, which rewrites it") from None
     folder = path.with_name(path.name.removesuffix(JOB_FILE))
     if not ((folder / schema.CONFIG).is_file() and (folder / schema.ENVIRONMENT).is_file()):
         status = "unfinished" if failure is None else "failed"
@@ -346,7 +362,7 @@ def _read_job(path: Path) -> tuple[Any, Entry]:
 
 _JSON = ("cell", "factors", "trial", "metrics", "curves", "metric_directions", "predicted", "measured", "config")
 _RENAMED = {"goals": "metric_directions"}
-"""New names of columns, by the names that older files have."""
+"""Maps the column names of older files to the current names."""
 _KINDS: dict[str, Any] = {
     "seed": pa.int64(),
     "steps": pa.int64(),
@@ -358,15 +374,16 @@ _KINDS: dict[str, Any] = {
 
 
 def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | None = None) -> None:
-    """Writes a study into one compact file.
+    """Writes a study to one compact Parquet file.
 
     Args:
         path: the Parquet file.
         entries: the runs.
-        facts: what to keep about the study: the command that reproduces it, the sweep's description, the environment.
+        facts: facts about the study as a whole: the sweep's config (`sweep`), the command that reproduces the study (`command`),
+            and the step times (`timing`).
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     columns = {}
     for column in fields(Entry):
@@ -382,10 +399,10 @@ def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | N
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """The entries of a ledger file. A field that the file lacks has its default.
+    """Returns the entries of a ledger file. A field that the file lacks gets its default.
 
     Raises:
-        ConfigError: the file is no ledger, or has another version.
+        ConfigError: the file is not a ledger, or has an unsupported version.
     """
     table = _open(path)
     rows = [with_new_names(row, _RENAMED) for row in table.to_pylist()]
@@ -397,10 +414,10 @@ def read_ledger(path: Path) -> list[Entry]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a ledger file holds about its study as a whole.
+    """Returns the facts about the study as a whole that a ledger file contains (see `write_ledger`).
 
     Raises:
-        ConfigError: the file is no ledger, or has another version.
+        ConfigError: the file is not a ledger, or has an unsupported version.
     """
     return dict(json.loads(_open(path).schema.metadata[b"facts"]))
 
@@ -409,8 +426,10 @@ def _open(path: Path) -> Any:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{path}: is no ledger, and no run folder either ({error})") from None
+        raise ConfigError(f"{path}: is neither a ledger file nor a run folder ({error})") from None
     version = (table.schema.metadata or {}).get(b"ledger_version", b"none").decode()
     if version != str(LEDGER_VERSION):
-        raise ConfigError(f"{path}: its ledger_version is {version}, this llmeff reads {LEDGER_VERSION}")
+        raise ConfigError(
+            f"{path}: its ledger_version is {version}, but this version of llmeff reads only {LEDGER_VERSION}"
+        )
     return table

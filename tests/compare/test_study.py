@@ -128,9 +128,9 @@ def test_plain_runs_that_read_other_data_are_noted(make_run, capsys):
     (runs[1] / "result.json").write_text(json.dumps(result | {"data": {"sha256": "1" * 64}}))
     for form in ("terminal", "markdown", "json"):
         assert main(["compare", *map(str, runs), f"--format={form}"]) == 0
-        assert "read other data" in " ".join(capsys.readouterr().out.split())
+        assert "read different data" in " ".join(capsys.readouterr().out.split())
     assert main(["compare", *map(str, runs), "--format=csv"]) == 0
-    assert "read other data" in capsys.readouterr().err
+    assert "read different data" in capsys.readouterr().err
 
 
 def test_a_config_that_was_cut_off_is_one_error(make_run, capsys):

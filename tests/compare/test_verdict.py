@@ -70,10 +70,10 @@ def test_a_missing_seed_is_said_and_the_others_are_compared(study):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data_sha256": "b" * 64}, "read other data"),
-        ({"split": "test"}, "evaluated on other splits"),
-        ({"item": "pixel"}, "count other items"),
-        ({"config": {"train": {"steps": 50}}}, "other numbers of items"),
+        ({"data_sha256": "b" * 64}, "read different data"),
+        ({"split": "test"}, "evaluated on different splits"),
+        ({"item": "pixel"}, "count different items"),
+        ({"config": {"train": {"steps": 50}}}, "have different budgets, in items"),
     ],
 )
 def test_runs_of_another_kind_are_not_compared_silently(study, change, words):
@@ -159,7 +159,7 @@ def test_tuning_says_what_was_chosen_and_how_sure_that_is(study, entry):
     assert tunings["base"].near_factor == {"optim.lr": pytest.approx(1e-2 / 3e-3)}
     assert tunings["base"].expected_best == pytest.approx([(1.7 + 1.5 + 1.51) / 3, (1.5 + 1.5 + 1.51) / 3, 1.5])
     assert tunings["fast"].expected_best[0] == math.inf
-    assert any("same 0" in note and "other numbers of trials" in note for note in comparison.notes)
+    assert any("same 0" in note and "different numbers of trials" in note for note in comparison.notes)
 
 
 # -- by other metrics
@@ -347,7 +347,7 @@ def test_bits_per_byte_have_effects_where_they_decide(entry):
 
 def test_a_best_at_the_edge_is_said(study, entry):
     comparison = judge(study + tuning(entry, "base", [1e-3, 3e-3], [1.4, 1.5]))
-    assert any("base: the best optim.lr of 2 trials lies at the edge" in note for note in comparison.notes)
+    assert any("base: the best optim.lr of 2 trials is at the edge" in note for note in comparison.notes)
 
 
 def test_predictions_are_set_beside_measurements_over_all_runs(study):
@@ -420,7 +420,7 @@ def test_a_run_that_diverged_at_once_is_of_the_same_kind(study):
 
 
 def test_a_seed_that_is_there_twice_is_refused(study):
-    with pytest.raises(ConfigError, match="fast has the seed 1 twice: fast/seed-1, fast/seed-1"):
+    with pytest.raises(ConfigError, match="fast has two runs with seed 1: fast/seed-1, fast/seed-1"):
         judge([*study, next(run for run in study if run.name == "fast/seed-1")])
 
 
@@ -433,7 +433,7 @@ def test_a_target_must_be_a_loss(study):
 def test_arms_that_are_tuned_as_another_had_its_trials(study, entry):
     shared = [replace(run, tuned_as="base") if run.arm != "base" else run for run in study]
     comparison = judge([*tuning(entry, "base", [0.1, 0.2, 0.3], [2.0, 1.9, 2.1]), *shared])
-    assert not any("other numbers of trials" in note for note in comparison.notes)
+    assert not any("different numbers of trials" in note for note in comparison.notes)
 
 
 def test_what_was_foreseen_of_nothing_is_infinitely_wrong(study):
@@ -472,7 +472,7 @@ def test_an_arm_that_differs_by_rounding_reaches_the_baselines_target(study):
 def test_images_of_other_seeds_may_have_labels_for_other_numbers_of_pixels(entry, item, items, is_one_budget):
     runs = [entry(arm, seed, item=item, items=items[seed]) for arm in ("a", "b") for seed in (0, 1)]
     found = differences(runs)
-    assert found == [] if is_one_budget else "were to train on other numbers of items" in found[0]
+    assert found == [] if is_one_budget else "have different budgets, in items" in found[0]
 
 
 # -- which arms are pairs, which are independent, and which are the same
@@ -533,8 +533,8 @@ def test_which_arms_are_akin_does_not_hang_on_their_order(entry):
         cells = comparison.groups[0].table["loss"]
         assert {name: own.difference and own.difference.method for name, own in cells.items()} == expected
         assert cells["other"].difference.p == pytest.approx(pooled.pvalue)
-        assert [note for note in comparison.notes if "tell as one" in note] == [
-            "the runs of twin are those of base, but for rounding: of chance they tell as one"
+        assert [note for note in comparison.notes if "are not independent" in note] == [
+            "the runs of twin equal those of base up to rounding, so the two are not independent"
         ]
 
 
@@ -552,9 +552,9 @@ def test_the_same_runs_under_another_name_count_once(entry):
     assert cells["other"].difference.p == pytest.approx(pooled.pvalue)
     assert cells["other"].difference.ratio.upper > alone.ratio.upper  # of three comparisons, not of one
     assert (cells["base on ranks"].call, cells["base on ranks"].difference.method) == ("equal", "paired t")
-    assert [note for note in judge(twice).notes if "tell as one" in note] == [
-        "the runs of ranks are those of other, but for rounding: of chance they tell as one",
-        "the runs of base on ranks are those of base, but for rounding: of chance they tell as one",
+    assert [note for note in judge(twice).notes if "are not independent" in note] == [
+        "the runs of ranks equal those of other up to rounding, so the two are not independent",
+        "the runs of base on ranks equal those of base up to rounding, so the two are not independent",
     ]
     other_data = [replace(run, data_sha256="b" * 64) if run.arm == "base on ranks" else run for run in twice]
     found = judge(other_data, mixed=True).groups[0].table["loss"]["base on ranks"].difference
@@ -582,10 +582,10 @@ def test_few_runs_are_said_to_tell_little_of_spreads(entry, count, is_said):
         *settled(entry, "one", BASE[1:count]),
         *settled(entry, "two", BASE[:count][::-1]),
     ]
-    said = f"arms of {count - 1} runs tell little of their spread"
+    said = f"an arm with only {count - 1} runs has an uncertain spread"
     assert any(note.startswith(said) for note in judge(runs).notes) == is_said
     kin = [replace(run, tuned_as="base") if run.arm != "base" else run for run in runs]
-    assert not any("of their spread" in note for note in judge(kin).notes)
+    assert not any("uncertain spread" in note for note in judge(kin).notes)
 
 
 def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(entry, tmp_path):
@@ -608,7 +608,7 @@ def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(en
     assert (without.noise["loss"].ratio, without.noise["loss"].num_runs) == (None, 6)
     assert "peak_bytes" not in group.noise
     assert group.table["step_s"]["base (A/A)"].difference is None
-    assert not any("timing run has no" in note for note in comparison.notes)
+    assert not any("timing run does not include" in note for note in comparison.notes)
     seconds = judge(runs, step_times=lane, baseline="one").groups[0].table["seconds_to_target"]
     assert len(seconds["base (A/A)"].values) > 0  # which takes as long a step as what it repeats
     different = settled(entry, "base (A/A)", [1.2, 1.21, 1.22], first_seed=20_000, repeats="base")
@@ -657,10 +657,10 @@ def formatted(entry, arm, rate, **config):
 )
 def test_arms_that_differ_in_format_and_were_tuned_to_other_settings_are_said(entry, one, two, rates, is_said):
     runs = [*formatted(entry, "one", rates[0], **one), *formatted(entry, "two", rates[1], **two)]
-    said = "one and two differ in precision or the format of state alone, and were tuned apart"
+    said = "one and two differ only in precision or in the format of the optimizer state, but were tuned separately"
     assert any(said in note for note in judge(runs).notes) == is_said
     shared = [replace(run, tuned_as="one") if run.arm == "two" else run for run in runs]
-    assert not any("tuned apart" in note for note in judge(shared).notes)
+    assert not any("tuned separately" in note for note in judge(shared).notes)
 
 
 # -- means, targets and what a lane has to do with them
@@ -757,7 +757,7 @@ def test_what_runs_differ_in_is_said_with_the_first_of_them(study):
     runs = [replace(run, data_sha256=None) if run.arm == "fast" else run for run in study]
     (said,) = differences(runs)
     assert said == (
-        "they read other data (SHA-256, of texts with their tokenizer): aaaaaaaaaaaa: base/seed-0, same/seed-0, "
+        "they read different data (SHA-256 of the data and, for text, of the tokenizer): aaaaaaaaaaaa: base/seed-0, same/seed-0, "
         "base/seed-1, ...; unknown: fast/seed-0, fast/seed-1, fast/seed-2"
     )
 
@@ -765,7 +765,7 @@ def test_what_runs_differ_in_is_said_with_the_first_of_them(study):
 def test_single_runs_that_were_tuned_apart_are_said_too(entry):
     runs = [run for run in formatted(entry, "one", 1e-3, precision="fp32") if run.seed == 0]
     runs += [run for run in formatted(entry, "two", 2e-3, precision="bf16") if run.seed == 0]
-    (note,) = [note for note in judge(runs).notes if "tuned apart" in note]
+    (note,) = [note for note in judge(runs).notes if "tuned separately" in note]
     assert "(optim.lr = 0.001; optim.lr = 0.002)" in note
 
 
@@ -781,9 +781,9 @@ def test_a_cell_is_named_in_all_that_is_said_of_it(study, entry):
     for said in (
         f"fast {where}: 1 of 3 runs failed",
         f"same {where} reached the loss",
-        f"base {where}: the best optim.lr of 2 trials lies at the edge of its search (0.001): a wider search may do better",
-        f"lost {where}: none of 1 trials finished, so nothing was chosen, and no final run made",
-        f"the arms had other numbers of trials {where}: base 2, fast 0, same 0, lost 1",
+        f"base {where}: the best optim.lr of 2 trials is at the edge of the searched range (0.001): a wider search may find a better value",
+        f"lost {where}: none of 1 trials finished, so this arm has no final runs",
+        f"the arms had different numbers of trials {where}: base 2, fast 0, same 0, lost 1",
     ):
         assert [note for note in notes if note.startswith(said)], said
     assert "compared although" not in " ".join(notes)
