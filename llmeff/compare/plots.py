@@ -1,4 +1,4 @@
-"""Curves of arms, of tuning and of measurements, and bars by class, as PNGs."""
+"""Plots as PNGs: training curves of arms, tuning curves, panels of measurements, and bars by class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from llmeff.compare.ledger import LOSS, Entry, Metric
 from llmeff.record.figure import COLOURS, as_png, dress_axes, legend_name, new_figure
 
 _FEW = 6
-"""So many names fit into the picture; with more, the legend stands beside it."""
+"""The most names that fit into the plot. With more names, the legend is placed beside it."""
 
 
 def arm_curves(group: Group) -> bytes | None:
-    """The held-out metric over items by arm, as a PNG: the mean over seeds, and a band from the lowest to the highest.
+    """Plots the held-out metric of each arm over items trained on, as a PNG: the mean over seeds, and a band of their range.
 
-    None if no arm was evaluated twice.
+    Returns None if no arm has a finished run that was evaluated at least twice.
     """
     metric = group.metric
     curves = {name: _band(runs, metric) for name, runs in group.arms.items()}
@@ -40,7 +40,7 @@ def arm_curves(group: Group) -> bytes | None:
         axes.fill_between(items, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
         best.append((metric.sign * values).min())
         early.append(metric.sign * mean[len(mean) // 4])
-    # The start, which all arms have in common, would leave little height for the ends.
+    # All arms start alike. Showing the start in full would leave little height for the differences at the end.
     _limit(axes, metric, min(best), max(early), room=1e-6)
     if group.target is not None:
         axes.axhline(group.target, color="#888888", linewidth=0.8, linestyle=":", label=f"target {group.target:.4f}")
@@ -55,7 +55,10 @@ def arm_curves(group: Group) -> bytes | None:
 
 
 def tuning_curves(group: Group) -> bytes | None:
-    """What every trial reached over the one number that was searched, by arm, as a PNG; None if no arm searched one number."""
+    """Plots the metric of every trial over the searched number, by arm, as a PNG.
+
+    Returns None if no arm has a finished trial in a search over exactly one number.
+    """
     figure, axes = new_figure()
     metric = group.metric
     names: set[str] = set()
@@ -88,9 +91,9 @@ def tuning_curves(group: Group) -> bytes | None:
 
 
 def trials_curves(group: Group) -> bytes | None:
-    """The expected best of 1, 2, ... trials by arm, as a PNG; None if no arm has several trials.
+    """Plots the expected best value of 1, 2, ... trials by arm, as a PNG. Returns None if no arm has several trials.
 
-    The trials are taken in random order. So each point is what a smaller budget would have found on average.
+    Trials are drawn in random order, so each point is the mean result of a smaller tuning budget.
     """
     tuned = {arm: tuning for arm, tuning in group.tuning.items() if len(tuning.expected_best) > 1}
     if not any(np.isfinite(tuning.expected_best).any() for tuning in tuned.values()):
@@ -115,13 +118,13 @@ def trials_curves(group: Group) -> bytes | None:
 
 
 def class_bars(values: Mapping[str, Sequence[float]], classes: Sequence[str], label: str, title: str) -> bytes:
-    """A bar for each class and run, one below the other, as a PNG.
+    """Plots one horizontal bar per class and run, as a PNG.
 
     Args:
-        values: by run, the share of each class; NaN if a class is absent.
+        values: for each run, one value between 0 and 1 per class. NaN if the class is absent.
         classes: the names of the classes.
-        label: the label of the axis of the values.
-        title: the title of the picture.
+        label: the label of the value axis.
+        title: the title of the plot.
     """
     thick = 0.8 / len(values)
     figure, axes = new_figure(height=1.5 + len(classes) * (0.14 + 0.16 * len(values)))
@@ -133,7 +136,7 @@ def class_bars(values: Mapping[str, Sequence[float]], classes: Sequence[str], la
         mean = f"{name} (mean {shares[known].mean():.3f})" if known.any() else name
         axes.barh(places, np.where(known, shares, 0), height=0.9 * thick, color=colour, label=legend_name(mean))
         for place, share in zip(places, shares, strict=True):
-            text = f"{share:.3f}" if np.isfinite(share) else "not there"
+            text = f"{share:.3f}" if np.isfinite(share) else "class absent"
             axes.text(np.nan_to_num(share) + 0.006, place, text, va="center", fontsize=7, color="#444444")
     dress_axes(axes, label, "", title)
     axes.set_yticks(range(len(classes)), classes, parse_math=False)
@@ -150,25 +153,25 @@ def class_bars(values: Mapping[str, Sequence[float]], classes: Sequence[str], la
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """A panel of `curves`."""
+    """One panel of the plot that `curves` makes."""
 
     label: str
-    """The label of its axis."""
+    """The label of the value axis."""
     values: Mapping[str, Sequence[float]]
-    """By name; positive."""
+    """For each curve, by name, its values. They must be positive on a logarithmic axis."""
 
 
 def curves(
     places: Sequence[float], panels: Sequence[Curves], label: str, title: str, *, until: float | None = None
 ) -> bytes:
-    """Panels side by side, as a PNG. Both axes are logarithmic, unless `until` is given.
+    """Plots panels of curves side by side, as a PNG. Both axes are logarithmic, or linear if `until` is given.
 
     Args:
-        places: the places of the values of every curve.
-        panels: the panels, with curves of the same names.
-        label: the label of the axis of the places.
-        title: the title of the picture.
-        until: a place at which a line is drawn, between what was known before and what was not.
+        places: the x values, common to all curves.
+        panels: the panels. Their curves have the same names.
+        label: the label of the x axis.
+        title: the title of the plot.
+        until: an x value to mark with a vertical line, such as the training length. None for no line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -204,23 +207,33 @@ def curves(
 
 
 _FAR = 1.5
-"""Trials that are worse than the best by more than this factor may lie outside of the picture."""
+"""Trials that are worse than the best by more than this factor may lie outside the plot."""
 _STYLES = ("-", "--", ":")
 
 
 def _named(metric: Metric, unit: str, of: str = "") -> str:
-    """The label of an axis. Only the loss has a unit."""
+    """Returns an axis label. Only the loss has a unit.
+
+    Args:
+        metric: the metric.
+        unit: the unit of the loss.
+        of: words that follow the metric's name.
+    """
     return f"{metric.label}{of} ({unit})" if metric == LOSS else f"{metric.label}{of}"
 
 
 def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) -> None:
-    """Limits the axis of values to those between two costs, and a twentieth more on both sides."""
+    """Limits the value axis to the range between two costs, plus margins of a twentieth of the range and `room` on both sides."""
     more = 0.05 * (worst - best)
     axes.set_ylim(sorted((metric.sign * (best - more - room), metric.sign * (worst + more + room))))
 
 
 def _band(runs: Sequence[Entry], metric: Metric) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Items, and (runs, evaluations) values, of the finished runs that were evaluated at the same steps, at least twice."""
+    """Returns the items at each evaluation, and the values of the metric, (runs, evaluations).
+
+    Uses the finished runs that were evaluated at least twice and at the same steps as the first such run. Returns None if there
+    are none.
+    """
     known = [run for run in runs if run.is_done and run.items_per_step and _is_curve(run.curve(metric.name))]
     known = [run for run in known if run.curve_steps == known[0].curve_steps]
     if not known:

@@ -1,4 +1,4 @@
-"""What a run costs or reaches: the quantities that arms are compared by, each with the function that reads it from a run."""
+"""The quantities that arms are compared by: what a run costs or reaches, and how to read it from a ledger entry."""
 
 import math
 import statistics
@@ -12,51 +12,55 @@ from llmeff.compare.ledger import LOSS, Entry, Metric
 from llmeff.core.metric import Direction
 
 Value = Callable[[Entry], float | None]
-"""A number of a run; None if the run does not have it."""
+"""Returns a value of a run, or None if the run does not have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """Something that a run costs or reaches."""
+    """A quantity that a run costs or reaches, such as the final loss or the peak memory."""
 
     key: str
-    """The name that machines read."""
+    """The identifier, used in JSON and CSV."""
     label: str
-    """The name that people read."""
+    """The display name."""
     show: str
-    """How a value is shown: `number`, `count`, `memory`, `duration`, `energy`."""
+    """How a value is formatted: `number`, `count`, `memory`, `duration` or `energy`."""
     value: Value = field(compare=False, repr=False)
-    """The quantity of a run."""
+    """Returns the value of a run."""
     predicted: Value | None = field(default=None, compare=False, repr=False)
-    """The prediction of a run's price; None if prices do not predict it."""
+    """Returns the value that the price of a run predicts. None if prices do not predict this quantity."""
     better: Direction = "lower"
     """Whether a lower or a higher value is better."""
     depends_on_seed: bool = True
-    """Whether the seed brings chance into it. If so, seeds are the independent values. If not, as for time and memory, every run
-    is one."""
+    """Whether the value varies at random with the seed. If so, the seeds are the replicates. If not, as for time and memory, every
+    run is a replicate."""
     timed: Literal["step", "steps"] | None = None
-    """Whether it comes from the timing run: `step` if it is the time of one step, `steps` if it is that times a number of steps;
-    None if it needs no timing run."""
+    """How the value uses the timing run: `step` if it is the time of one step, `steps` if it is a number of steps times the step
+    time. None if it needs no timing run."""
     has_effects: bool = True
-    """Whether the effects of factors on it are estimated by runs. False for times, and for what repeats another quantity."""
+    """Whether the effects of factors on this quantity are estimated from the runs. False for times, and for a quantity whose ratios
+    repeat those of another quantity."""
 
 
 def by_seed(quantity: Quantity, runs: Sequence[Entry]) -> dict[int, float]:
-    """The values of an arm's runs. The seed of a run without a value is absent."""
+    """Returns the value of each run of an arm, by seed. Runs without a finite value are absent."""
     found = ((run.seed, quantity.value(run)) for run in runs)
     return {seed: value for seed, value in found if value is not None and math.isfinite(value)}
 
 
-# -- readings of a run's curve
+# -- reading a run's curve
 
 
 def value_at(entry: Entry, steps: float, metric: Metric = LOSS) -> float | None:
-    """The metric after a number of steps, by linear interpolation between evaluations; None outside of them."""
+    """Returns the metric after a number of steps, interpolated linearly between evaluations.
+
+    Returns None before the first and after the last evaluation, and if some evaluation lacks the metric.
+    """
     values = entry.curve(metric.name)
     if not values:
         return None
     last = entry.curve_steps[-1]
-    if steps <= last * (1 + 1e-9):  # rounding must not carry it past the last evaluation
+    if steps <= last * (1 + 1e-9):  # rounding must not move it past the last evaluation
         steps = min(steps, last)
     if not entry.curve_steps[0] <= steps <= last:
         return None
@@ -64,7 +68,10 @@ def value_at(entry: Entry, steps: float, metric: Metric = LOSS) -> float | None:
 
 
 def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None:
-    """The number of steps after which the metric first reaches the target, by linear interpolation; None if it never does."""
+    """Returns the number of steps after which the metric first reaches the target, interpolated linearly between evaluations.
+
+    Returns None if no evaluation reaches the target.
+    """
     before: tuple[float, float] | None = None
     values = entry.curve(metric.name)
     for step, value in zip(entry.curve_steps if values else (), values, strict=True):
@@ -82,7 +89,10 @@ def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None
 
 
 def target_of(runs: Sequence[Entry], metric: Metric) -> float | None:
-    """The best value that every finished run reaches, rounded to five digits so that runs that differ by rounding reach it too."""
+    """Returns the best value of the metric that every finished run reaches. None if there is no such value.
+
+    The value is rounded to five significant digits in the worse direction, so that runs that differ only by rounding reach it too.
+    """
     curves = [run.curve(metric.name) for run in runs if run.is_done and run.curve(metric.name)]
     value = metric.sign * max((min(map(metric.cost, curve)) for curve in curves), default=math.inf)
     if not math.isfinite(value):
@@ -92,11 +102,14 @@ def target_of(runs: Sequence[Entry], metric: Metric) -> float | None:
 
 
 def budgets_of(arms: Mapping[str, Sequence[Entry]], times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The most FLOPs (`flops`) and the most time (`seconds`) that every finished run has spent.
+    """Returns the FLOPs (`flops`) and the time (`seconds`) that every finished run spent at least: the minimum over the runs.
 
     Args:
         arms: the runs of each arm.
-        times: seconds per step of the arms that were timed. If some arm was not, there is no budget of time.
+        times: seconds per step of the arms that were timed.
+
+    Returns:
+        The budgets. `flops` is absent if no run has FLOPs. `seconds` is absent if some arm was not timed.
     """
     done = [run for runs in arms.values() for run in runs if run.is_done]
     flops = [run.step_flops * run.steps for run in done if run.step_flops]
@@ -109,7 +122,7 @@ def budgets_of(arms: Mapping[str, Sequence[Entry]], times: Mapping[str, Sequence
 # -- the quantities
 
 _FINAL_LABELS = {"bits_per_byte": "bits per byte"}
-"""Labels of final values that are not `final` and the metric."""
+"""Display names of final values, for metrics whose display name is not `final` followed by the metric."""
 
 
 def quantities_of(
@@ -118,12 +131,12 @@ def quantities_of(
     budgets: Mapping[str, float],
     times: Mapping[str, Sequence[float]],
 ) -> list[Quantity]:
-    """All quantities, in the order in which they are shown.
+    """Returns all quantities in display order.
 
     Args:
-        metrics: what runs are judged by; the first one decides.
-        target: the value of the first that `..._to_target` count to; None if there is none.
-        budgets: of `budgets_of`.
+        metrics: the metrics that runs are judged by. The first is the main metric.
+        target: the value of the main metric at which the `..._to_target` quantities stop counting. None if there is no target.
+        budgets: the budgets from `budgets_of`.
         times: seconds per step of the arms that were timed.
     """
     deciding = metrics[0]
@@ -140,13 +153,13 @@ def quantities_of(
             has_effects=False,
         ),
         *_MEMORY,
-        # if a task is judged by something else, its training loss may be weighted, and is no measure of overfitting
+        # If the main metric is another one, the training loss may be weighted, so the gap would not measure overfitting.
         *([_GAP] if deciding.name in ("loss", *_FINAL_LABELS) else []),
     ]  # fmt: skip
 
 
 def _of_done(value: Value) -> Value:
-    """The value of finished runs only."""
+    """Returns a reader that is None for runs that did not finish."""
     return lambda entry: value(entry) if entry.is_done else None
 
 
@@ -157,13 +170,13 @@ def _final(metric: Metric, *, is_deciding: bool) -> Quantity:
         show="number",
         better=metric.better,
         value=_of_done(lambda entry: entry.final(metric.name)),
-        # for runs that read the same data, ratios of bits per byte are those of the loss
+        # For runs on the same data, ratios of bits per byte equal ratios of the loss.
         has_effects=is_deciding or metric.name != "bits_per_byte",
     )
 
 
 def _at_equal_budgets(metric: Metric, budgets: Mapping[str, float], step_s: Value) -> Iterator[Quantity]:
-    """The metric once a run has spent as much as every run has."""
+    """Yields the metric at the moment when a run has spent the budget: once for FLOPs and once for time."""
 
     def after(budget: str, cost_of_step: Value) -> Value:
         def value(entry: Entry) -> float | None:
@@ -183,7 +196,7 @@ def _at_equal_budgets(metric: Metric, budgets: Mapping[str, float], step_s: Valu
 
 
 def _to_target(metric: Metric, target: float | None, step_s: Value) -> Iterator[Quantity]:
-    """What a run spends until the metric reaches the target."""
+    """Yields what a run spends until the metric reaches the target: steps, items, FLOPs, time and energy."""
     goal = "" if target is None else f" to {metric.label} {target:.4f}"
 
     def steps(entry: Entry) -> float | None:
@@ -197,7 +210,7 @@ def _to_target(metric: Metric, target: float | None, step_s: Value) -> Iterator[
         return value
 
     yield Quantity(key="steps_to_target", label=f"steps{goal}", show="count", value=steps)
-    # for runs of one batch size, ratios of items are those of steps
+    # For runs with the same batch size, ratios of items equal ratios of steps.
     yield Quantity(
         key="items_to_target", label=f"items{goal}", show="count", value=spent(_items_per_step), has_effects=False
     )
@@ -221,7 +234,7 @@ def _step_joules(entry: Entry) -> float | None:
 
 
 def _gap(entry: Entry) -> float | None:
-    # a ratio, since ratios are compared: how much more held-out text costs than the text that was trained on
+    # The gap is a ratio and not a difference, because comparisons are of ratios.
     return None if entry.loss is None or not entry.train_loss else entry.loss / entry.train_loss
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page: the verdict first, then curves, tables and configs."""
+"""Renders a comparison as one self-contained HTML page: the verdict first, then curves, tables and configs."""
 
 import base64
 import html
@@ -30,21 +30,26 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; background: white; border-radius: .4rem; } code { font-size: .92em; }
 """
 _BESIDE_METRIC = ("steps_to_target", "seconds_to_target", "peak_bytes", "optimizer_bytes")
-"""Quantities that the verdict names besides the metric, if the runs have them."""
+"""Quantities in the verdict besides the main metric. A quantity that no run has is left out."""
 
 
 def write_report(comparison: Comparison, path: Path, title: str) -> None:
-    """Writes the page.
+    """Writes the comparison as an HTML page.
+
+    Args:
+        comparison: the comparison.
+        path: the file to write.
+        title: the title of the page.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     with files.reported(path):
         files.write_text(path, page(comparison, title))
 
 
 def page(comparison: Comparison, title: str) -> str:
-    """The page as text. Everything that comes from runs is escaped."""
+    """Returns the page as HTML text. Escapes everything that comes from runs."""
     name = html.escape(title)
     body = [f"<h1>{name}</h1>", _verdict(comparison)]
     for group in comparison.groups:
@@ -58,9 +63,14 @@ def page(comparison: Comparison, title: str) -> str:
         if shown:
             body += [f"<h2>Curves{where}</h2>", *shown]
     body += ["<h2>Tables</h2>", *map(_table, tables(comparison)), f'<p class="small">{html.escape(FOOTNOTE)}</p>']
-    body += ["<h2>What sets the arms apart</h2>", *(_table(_configs(group)) for group in comparison.groups)]
+    body += [
+        "<h2>Differences between the configs of the arms</h2>",
+        *(_table(_configs(group)) for group in comparison.groups),
+    ]
     if comparison.command:
-        body.append(f"<h2>Again</h2><p><code>{html.escape(comparison.command)}</code></p>")
+        body.append(
+            f"<h2>Command to reproduce this comparison</h2><p><code>{html.escape(comparison.command)}</code></p>"
+        )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -69,7 +79,7 @@ def page(comparison: Comparison, title: str) -> str:
 
 
 def verdicts(group: Group) -> list[str]:
-    """The result for each arm, in one sentence."""
+    """Returns one sentence for each arm except the baseline, with the arm's results against the baseline."""
     sentences = []
     for name in group.arms:
         if name != group.baseline:
@@ -79,7 +89,7 @@ def verdicts(group: Group) -> list[str]:
 
 
 def _verdict_parts(group: Group, arm: str) -> Iterator[str]:
-    """The result for an arm, by each quantity that the verdict names."""
+    """Yields the result of an arm for each quantity in the verdict."""
     keys = (group.metric.name, f"{group.metric.name}_at_seconds", *_BESIDE_METRIC)
     for quantity in group.quantities:
         if quantity.key in keys:
@@ -117,7 +127,7 @@ def _table(shown: TextTable) -> str:
 
 
 def _configs(group: Group) -> TextTable:
-    """The fields in which the first runs of the arms differ."""
+    """Returns a table of the config fields in which the first runs of the arms differ."""
     configs = {name: flat_config(runs[0]) for name, runs in group.arms.items() if runs}
     rows = []
     for key in sorted({key for config in configs.values() for key in config}):
@@ -134,6 +144,6 @@ def _short(value: Any) -> str:
 
 
 def title_of(entries: Iterable[Entry]) -> str:
-    """A title for a study that has none."""
+    """Returns a title for a study without a name: the names of its arms, at most six."""
     names = list(dict.fromkeys(entry.arm for entry in entries))
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

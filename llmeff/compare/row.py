@@ -1,4 +1,4 @@
-"""One row of the table: one quantity of every arm, judged against the baseline."""
+"""One row of the comparison table: one quantity of all arms, each compared with the baseline."""
 
 import math
 import statistics
@@ -25,10 +25,11 @@ from llmeff.compare.intervals import (
 from llmeff.compare.quantities import Quantity
 
 ALPHA = 0.05
-"""An adjusted p value below this is called a difference."""
+"""The significance level: an arm is called better or worse if its adjusted p value is below this."""
 
 Call = Literal["better", "worse", "not told apart", "equal", "one run", "two seeds", ""]
-"""The result for an arm against the baseline; `not told apart`: no detectable difference."""
+"""The result of an arm against the baseline. `not told apart` means no detectable difference; `one run` and `two seeds` mean too few
+runs to judge; empty means no comparison."""
 
 _Logs = Mapping[str, Mapping[int, float]]
 """The logarithms of values, by arm and seed."""
@@ -36,32 +37,33 @@ _Logs = Mapping[str, Mapping[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One arm's quantity beside the baseline's."""
+    """One quantity of one arm, compared with the baseline."""
 
     values: dict[int, float]
-    """By seed. The seed of a run without a value is absent."""
+    """The value of each run, by seed. Runs without a value are absent."""
     num_seeds: int
-    """Seeds that were run."""
+    """The number of seeds that were run."""
     mean: Estimate | None
-    """The mean over seeds. None if a value is absent: the mean of the other runs would flatter."""
+    """The mean over seeds. None if some run has no value: the mean of the other runs would make the arm look too good."""
     difference: Difference | None
-    """The difference to the baseline. None for the baseline itself, and if a value is absent."""
+    """The difference from the baseline. None for the baseline, and if the two cannot be compared because a value is missing or
+    not positive."""
     p_adjusted: float
-    """The p value among all arms; for an A/A arm its own; NaN if there is none."""
+    """The p value adjusted for all arms. For an A/A arm, the unadjusted p value. NaN if there is no p value."""
     call: Call
     """The result in words."""
 
 
 def row(quantity: Quantity, values: Mapping[str, dict[int, float]], arms: Arms) -> dict[str, Cell]:
-    """Judges one quantity of all arms.
+    """Compares one quantity of all arms with the baseline.
 
     Args:
-        quantity: what is compared.
-        values: by arm and seed.
+        quantity: the quantity.
+        values: its values by arm and seed.
         arms: the arms.
 
     Returns:
-        A cell for each arm.
+        A table cell for each arm.
     """
     logs = _logs(values, arms)
     rivals = [name for name in logs if arms.baseline in logs and name not in (arms.baseline, arms.aa_arm)]
@@ -83,9 +85,10 @@ def row(quantity: Quantity, values: Mapping[str, dict[int, float]], arms: Arms) 
 
 
 def _logs(values: Mapping[str, Mapping[int, float]], arms: Arms) -> _Logs:
-    """Logarithms of the values of the arms that can be compared.
+    """Returns the logarithms of the values of all arms that can be compared.
 
-    A value of zero has no ratio. An arm of which some run has no value is left out: its other runs would flatter it.
+    Leaves out an arm if some value is not positive, because ratios need positive values. Also leaves out an arm if some run has no
+    value, because the other runs would make the arm look too good.
     """
     return {
         name: {seed: math.log(value) for seed, value in values[name].items()}
@@ -95,7 +98,20 @@ def _logs(values: Mapping[str, Mapping[int, float]], arms: Arms) -> _Logs:
 
 
 def _by_seeds(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms) -> dict[str, Difference | None]:
-    """Judges kin of the baseline by pairs of one seed, all other arms at once as independent ones, and the A/A arm alone."""
+    """Compares arms with the baseline by their runs.
+
+    Kin of the baseline are paired with it by seed, as are all arms if the quantity does not depend on the seed. All other arms are
+    compared at once as independent arms. The A/A arm is judged alone.
+
+    Args:
+        quantity: the quantity.
+        logs: the logarithms of its values.
+        rivals: the arms to compare with the baseline, without the A/A arm.
+        arms: all arms of the cell.
+
+    Returns:
+        The difference of each arm from the baseline. None if an arm shares no seed with the baseline.
+    """
     independent = [name for name in rivals if quantity.depends_on_seed and not arms.is_kin(name)]
     found = {
         name: _by_pairs(logs[name], logs[arms.baseline], len(rivals), depends_on_seed=quantity.depends_on_seed)
@@ -120,7 +136,20 @@ def _by_seeds(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms
 def _by_pairs(
     ours: Mapping[int, float], theirs: Mapping[int, float], family: int, *, depends_on_seed: bool
 ) -> Difference | None:
-    """Judges two arms by the seeds that both have. Two seeds give a mean without an interval, unless the arms are equal."""
+    """Compares two arms over the seeds that both have.
+
+    If the quantity depends on the seed and there are fewer than `FEWEST_SEEDS` seeds, the result has no interval, unless the arms
+    are equal.
+
+    Args:
+        ours: the logarithms of the arm's values, by seed.
+        theirs: the logarithms of the baseline's values, by seed.
+        family: the number of comparisons that are judged together.
+        depends_on_seed: see `Quantity`.
+
+    Returns:
+        The difference. None if the arms have no seed in common.
+    """
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
@@ -132,14 +161,20 @@ def _by_pairs(
 
 
 def _by_timing(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms) -> dict[str, Difference | None]:
-    """Judges by the timing run. Its generations are pairs, since arms take turns in each."""
+    """Compares arms with the baseline by the timing run.
+
+    Step times are paired by generation, because the arms take turns within each generation. See `_by_seeds` for the arguments.
+    """
     if quantity.timed == "steps":
         return {name: _time_to_target(name, logs, len(rivals), arms) for name in rivals}
     return {name: paired(arms.times[name], arms.times[arms.baseline], len(rivals)) for name in rivals}
 
 
 def _time_to_target(name: str, logs: _Logs, family: int, arms: Arms) -> Difference | None:
-    """Judges an arm's time to the target, whose ratio is that of step times multiplied by that of numbers of steps."""
+    """Compares an arm's time to the target with the baseline's: the ratio of step counts times the ratio of step times.
+
+    Returns None if the two are kin, and thus paired by seed, but have no seed in common.
+    """
     ours, theirs = logs[name], logs[arms.baseline]
     our_times, their_times = arms.times[name], arms.times[arms.baseline]
     ratios = np.log(np.divide(our_times, their_times))
@@ -155,7 +190,14 @@ def _time_to_target(name: str, logs: _Logs, family: int, arms: Arms) -> Differen
 
 
 def _adjusted(found: Mapping[str, Difference], family: int) -> dict[str, float]:
-    """P values among all arms: those of arms that were judged at once as they are, the others by Holm's procedure."""
+    """Returns p values adjusted for all arms.
+
+    The p values of arms that were judged at once are already adjusted. Holm's procedure adjusts all others.
+
+    Args:
+        found: the difference of each arm.
+        family: the number of comparisons that are judged together.
+    """
     alone = {name: difference.p for name, difference in found.items() if math.isnan(difference.p_family)}
     at_once = {name: difference.p_family for name, difference in found.items() if name not in alone}
     return dict(zip(alone, holm([*alone.values()], family), strict=True)) | at_once
@@ -164,7 +206,10 @@ def _adjusted(found: Mapping[str, Difference], family: int) -> dict[str, float]:
 def _mean(
     quantity: Quantity, values: Mapping[int, float], num_runs: int, times: Sequence[float] | None
 ) -> Estimate | None:
-    """The mean over seeds, with an interval from `FEWEST_SEEDS` on; the mean step time over generations."""
+    """Returns the mean over seeds or, for the step time, over the generations of the timing run. None if some run has no value.
+
+    A quantity that depends on the seed has an interval only from `FEWEST_SEEDS` seeds on.
+    """
     if not num_runs or len(values) < num_runs:
         return None
     known = [*values.values()] if times is None or quantity.timed != "step" else times

@@ -1,4 +1,4 @@
-"""A study as a whole: reads its runs and what its sweep or ledger holds about it, judges it, and draws its curves."""
+"""Reads a study (its runs, and the facts that its sweep or ledger records), compares its arms, and plots its curves."""
 
 import json
 import shlex
@@ -17,7 +17,11 @@ from llmeff.core.config import ConfigError
 
 
 def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
-    """Whether these are plain runs of one arm, or each of an arm of its own. They are listed: without seeds nothing can be judged."""
+    """Whether to list these runs side by side instead of comparing arms.
+
+    True for run folders (not sweeps or ledgers) if all runs belong to one arm, or if every run is an arm of its own. Without another
+    arm, or without several seeds per arm, there is nothing to judge.
+    """
     if any(path.is_file() or (path / SWEEP).is_file() for path in paths):
         return False
     arms = [entry.arm for entry in entries]
@@ -34,19 +38,19 @@ def read_study(
     timing: Path | None = None,
     mixed: bool = False,
 ) -> Comparison:
-    """Reads and judges a study.
+    """Reads a study and compares its arms.
 
     Args:
-        paths: run folders, sweeps' folders, or ledgers.
-        entries: the runs in them, if they were read before.
-        baseline: see `judge`; None: the sweep's own, if it has one.
-        target: see `judge`; None: the sweep's own, if it has one for this metric.
-        metric: see `judge`; None: the sweep's own, or the loss.
-        timing: a file of step times; None: the sweep's or the ledger's own, if there are any.
+        paths: run folders, sweep folders, or ledger files.
+        entries: the entries of these paths. None to read them.
+        baseline: see `judge`. None for the baseline of the sweep, if there is one.
+        target: see `judge`. None for the target of the sweep, if it has one for this metric.
+        metric: see `judge`. None for the metric of the sweep, or else the loss.
+        timing: a file of step times. None for the step times of the sweep or the ledger, if there are any.
         mixed: see `judge`.
 
     Raises:
-        ConfigError: see `judge` and `read_entries`; or the step times cannot be read.
+        ConfigError: see `judge` and `read_entries`. Or the step times cannot be read.
     """
     facts = _facts(paths)
     sweep = facts.get("sweep", {})
@@ -68,7 +72,11 @@ def _command(
     paths: Sequence[Path], facts: dict[str, Any], *, baseline: str | None, target: float | None, metric: str | None,
     timing: Path | None, mixed: bool,
 ) -> str:  # fmt: skip
-    """The command that makes the study, if it is known, and the one for this view of it, if it differs from the study's own."""
+    """Returns a command line that reproduces this comparison.
+
+    It is the command that made the study, followed by `llmeff compare` if options were given. If the command of the study is
+    unknown, it is `llmeff compare` alone.
+    """
     options = {"--baseline": baseline, "--target": target, "--metric": metric, "--timing": timing}
     asked = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     asked += ["--mixed"] if mixed else []
@@ -80,15 +88,19 @@ def _command(
 
 
 def write_pictures(comparison: Comparison, path: Path) -> None:
-    """Draws the curves. If there are several cells, each has a file of its own.
+    """Plots the training curves of the arms as PNG.
+
+    Args:
+        comparison: the comparison.
+        path: the file to write. If there are several cells, one file is written per cell, and the cell is added to its name.
 
     Raises:
-        ConfigError: there is nothing to draw, or a file cannot be written.
+        ConfigError: there is nothing to plot, or a file cannot be written.
     """
     for group in comparison.groups:
         picture = arm_curves(group)
         if picture is None:
-            raise ConfigError(f"{path}: there is nothing to draw, no run was evaluated twice")
+            raise ConfigError(f"{path}: there is nothing to plot, because no finished run was evaluated twice")
         file = path
         if len(comparison.groups) > 1:
             file = path.with_name(f"{path.stem}-{files.safe_name(show_cell(group.cell).replace(' ', ''))}{path.suffix}")
@@ -97,12 +109,12 @@ def write_pictures(comparison: Comparison, path: Path) -> None:
 
 
 def name_of(paths: Sequence[Path], entries: Sequence[Entry]) -> str:
-    """The name of the study, or those of its arms."""
+    """Returns the name of the study's sweep, or else the names of its arms."""
     return _facts(paths).get("sweep", {}).get("name") or title_of(entries)
 
 
 def _facts(paths: Sequence[Path]) -> dict[str, Any]:
-    """What a single sweep or ledger holds about its study; empty for anything else."""
+    """Returns the facts about the study that a single sweep or ledger records. Empty for run folders and for several paths."""
     if len(paths) != 1:
         return {}
     if paths[0].is_file():
@@ -114,7 +126,7 @@ def _facts(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _timing(paths: Sequence[Path], facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The step times of a single sweep or ledger."""
+    """Returns the timing run of a single sweep or ledger (see `read_timing`). None if there is none."""
     if len(paths) == 1 and (paths[0] / TIMING).is_file():
         return read_timing(paths[0] / TIMING)
     return facts.get("timing")

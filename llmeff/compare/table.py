@@ -1,4 +1,4 @@
-"""Run folders side by side, as a table for the terminal, Markdown, CSV or JSON."""
+"""Lists run folders side by side, as a table for the terminal, in Markdown, CSV or JSON."""
 
 import dataclasses
 import io
@@ -26,61 +26,61 @@ from llmeff.record.reader import Run, progress, read_run
 from llmeff.record.schema import LAST_STEPS, Result
 
 Format = Literal["terminal", "markdown", "csv", "json"]
-"""How a table is written. CSV and JSON hold plain numbers, the other formats numbers with units."""
+"""The output format of a table. CSV and JSON contain plain numbers, the other formats numbers with units."""
 
-CAVEAT = "One run each: a difference here has no interval over seeds, and may be chance."
+CAVEAT = "These are single runs: a difference between them has no interval over seeds, and may be chance."
 FOOTNOTE = (
-    f"Training loss: mean of the last {LAST_STEPS} steps, nats. Speed: median step after warm-up. "
-    "Error: predicted / measured - 1. Loss over the first run's: 95 % interval over which units are held out, not over seeds."
+    f"Training loss: mean of the last {LAST_STEPS} steps, in nats per item. Speed: median over steps after warm-up. "
+    "Error: predicted / measured - 1. Loss / first run's: the 95 % interval covers the choice of held-out units, not of seeds."
 )
 
 _CELL = 26
-"""The width of a run in a table at the terminal, in characters: `unfinished at step 12345` and its frame."""
+"""The width of a run's column at the terminal, in characters: `unfinished at step 12345` and its frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One row: what a run cost and reached. A field is None if the run has not got that far, or if the value cannot be known."""
+    """The cost and the results of one run. A field is None if the run did not get far enough, or if the value is unknown."""
 
     name: str
-    """The name of its folder."""
+    """The name of the run's folder."""
     status: str
     """`finished`, `diverged`, or `unfinished at step N`."""
     device: str
-    """The device that computed."""
+    """The GPU's name, or `cpu`."""
     steps: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     items: int
-    """Items trained on: tokens, or what `item` says."""
+    """Items trained on; `item` names their unit."""
     item: str | None
-    """What an item is; None while unfinished."""
+    """The unit of the item counts, such as `token`. None for an unfinished run."""
     parameters: int | None
     """The number of parameters."""
     train_loss: float | None
-    """In nats per item."""
+    """The mean training loss of the last steps, in nats per item."""
     validation_loss: float | None
-    """In nats per item, at the last evaluation of an ended run."""
+    """The validation loss at the last evaluation, in nats per item. None for an unfinished run."""
     bits_per_byte: float | None
-    """On the validation split, at the end."""
+    """Bits per byte on the validation split, at the last evaluation."""
     metrics: dict[str, float]
-    """The other metrics that the task names in its metric_directions, from the same evaluation."""
+    """The other metrics that the task declares in `metric_directions`, from the same evaluation."""
     items_per_s: float | None
-    """The median over steps after warm-up."""
+    """The median throughput over steps after warm-up."""
     peak_bytes: float | None
-    """The most memory in use at one time."""
+    """The measured peak memory, in bytes."""
     errors: dict[str, float]
-    """predicted / measured - 1, by quantity."""
+    """The prediction error, predicted / measured - 1, by quantity."""
     loss_ratio: Estimate | None = None
-    """The held-out loss at the end over the first run's, with an interval over the choice of held-out units (`resampled_ratio`).
-    None if there are few units, or if the two runs have different ones."""
+    """The final held-out loss over the first run's, with an interval over the choice of held-out units (`resampled_ratio`). None
+    if there are too few units, or if the two runs were evaluated on different units."""
 
 
 _WITH_FIELD = ("loss", "bits_per_byte")
-"""Metrics with a field of their own."""
+"""Metrics that have their own field in `RunSummary`."""
 
 
 def summarise(run: Run) -> RunSummary:
-    """A run's row."""
+    """Returns the summary of a run, without `loss_ratio`."""
     done = progress(run)
     held_out = {} if run.result is None else run.result.metrics.get("validation", {})
     return RunSummary(
@@ -106,10 +106,10 @@ def _other_metrics(result: Result, held_out: Mapping[str, float]) -> dict[str, f
 
 
 def compare(folders: Iterable[Path]) -> list[RunSummary]:
-    """A row for each run folder, in the order given.
+    """Returns a summary of each run folder, in the given order.
 
     Raises:
-        ConfigError: some are no run folders; the error names them all.
+        ConfigError: some paths are not run folders. The error lists all of them.
     """
     runs, problems = [], []
     for folder in folders:
@@ -125,18 +125,18 @@ def compare(folders: Iterable[Path]) -> list[RunSummary]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Units:
-    """The units on which a finished run was evaluated at the end."""
+    """The units (documents or images) on which a finished run was evaluated at the end."""
 
     data: str
-    """The hash of all data that was read."""
+    """The hash of all data that the run read."""
     split: str
-    """The split that they are of."""
+    """The split that contains the units."""
     rows: pa.Table
-    """One for each unit."""
+    """One row per unit, with its losses."""
 
 
 def _units(run: Run) -> _Units | None:
-    """The units of a run; None if it has not finished, or was evaluated on several splits or on none."""
+    """Returns the units of a run. None if the run did not finish, or was not evaluated on exactly one split."""
     if run.result is None or run.evals is None or run.result.status != "finished":
         return None
     rows = run.evals.filter(pc.field("step") == run.result.steps)
@@ -147,7 +147,10 @@ def _units(run: Run) -> _Units | None:
 
 
 def _ratio(run: Run, first: _Units | None) -> Estimate | None:
-    """The ratio of held-out losses to the first run's, if both were evaluated on the same units, and these are many."""
+    """Returns the ratio of a run's held-out loss to the first run's.
+
+    Returns None if the two runs were not evaluated on the same units, or if there are fewer than `FEW_UNITS`.
+    """
     units = _units(run)
     if units is None or first is None or (units.data, units.split) != (first.data, first.split):
         return None
@@ -160,25 +163,29 @@ def _ratio(run: Run, first: _Units | None) -> Estimate | None:
 
 
 def draw(folders: Iterable[Path], path: Path) -> None:
-    """Draws the losses of runs over their steps into a PNG.
+    """Plots the losses of runs over their steps as a PNG.
+
+    Args:
+        folders: the run folders.
+        path: the file to write.
 
     Raises:
-        ConfigError: a folder is no run folder, there is nothing to draw, or the file cannot be written.
+        ConfigError: a path is not a run folder, there is nothing to plot, or the file cannot be written.
     """
     loss_curve([read_run(folder) for folder in folders], path)
 
 
 def render(rows: Sequence[RunSummary], kind: str, width: int | None = None, notes: Sequence[str] = ()) -> str:
-    """The table as text.
+    """Renders summaries of runs as a table.
 
     Args:
-        rows: from `compare`.
-        kind: a `Format`.
-        width: the width of the terminal, in characters; None: the terminal is asked.
-        notes: what a reader must know; CSV has no place for them.
+        rows: the summaries, from `compare`.
+        kind: the output format, a `Format`.
+        width: the width of the terminal, in characters. None to detect it.
+        notes: notes to print below the table. CSV leaves them out.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: the format is unknown.
     """
     closing = "\n".join([*(f"Note: {note}." for note in notes), CAVEAT, FOOTNOTE])
     if kind == "terminal":
@@ -193,11 +200,11 @@ def render(rows: Sequence[RunSummary], kind: str, width: int | None = None, note
 
 
 _Column = tuple[str, Callable[[RunSummary], Any], Callable[[Any], str]]
-"""A header, the value of a run, and how a value is shown."""
+"""A header, a function that returns the value of a run, and a function that formats a value."""
 
 
 def _columns(rows: Sequence[RunSummary]) -> list[_Column]:
-    """All columns for people."""
+    """Returns all columns of the terminal and Markdown tables."""
     items = {row.item for row in rows if row.item is not None}
     item = items.pop() if len(items) == 1 else "item"
     loss = "{:.4f}".format
@@ -235,7 +242,7 @@ def _show_ratio(ratio: Estimate) -> str:
 
 
 def _shown(rows: Sequence[RunSummary]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells for people. A column in which no run has a value is left out."""
+    """Returns the headers and, for each run, the formatted cells. Leaves out columns in which no run has a value."""
     headers: list[str] = []
     columns: list[list[str]] = []
     for header, value_of, show in _columns(rows):
@@ -255,7 +262,7 @@ def _quantities(rows: Sequence[RunSummary]) -> list[str]:
 
 
 def _terminal(rows: Sequence[RunSummary], width: int | None, closing: str) -> str:
-    """Runs side by side, quantities below one another. Runs that do not fit go into another table."""
+    """Renders a table with one column per run and one row per quantity. Runs that do not fit go into further tables."""
     headers, cells = _shown(rows)
     buffer = io.StringIO()
     console = Console(file=buffer, width=width or Console().width)
@@ -276,11 +283,11 @@ def _markdown(rows: Sequence[RunSummary]) -> str:
 
 
 _ESTIMATED = {"": "value", "_lower": "lower", "_upper": "upper"}
-"""Ends of the names of columns, and the field of an `Estimate` that each holds."""
+"""Maps the suffix of a column name to the field of the `Estimate` that the column contains."""
 
 
 def _plain(rows: Sequence[RunSummary]) -> list[dict[str, Any]]:
-    """A flat dict for each run, with plain numbers."""
+    """Returns a flat dict of plain numbers for each run."""
     flat = []
     for row in rows:
         values = dataclasses.asdict(row)
@@ -299,5 +306,5 @@ def _json(rows: Sequence[RunSummary], notes: Sequence[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value, or None for NaN and infinities, which JSON does not have."""
+    """Returns the value, or None if it is NaN or infinite, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

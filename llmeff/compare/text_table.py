@@ -1,4 +1,4 @@
-"""Tables as text that other tools read: Markdown and CSV."""
+"""Renders tables as Markdown and CSV."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TextTable:
-    """A table to show: a title, headers, and rows of cells. The first cell names the row."""
+    """A table of text: a title, headers, and rows of cells. The first cell of each row is its label."""
 
     title: str
     headers: list[str]
@@ -17,7 +17,12 @@ class TextTable:
 
 
 def markdown(table: TextTable, num_left: int = 1) -> str:
-    """The table as Markdown, below its title if it has one. Columns after the first `num_left` are right-aligned."""
+    """Renders a table as Markdown, below its title if it has one.
+
+    Args:
+        table: the table.
+        num_left: the number of left-aligned columns. All columns after them are right-aligned.
+    """
     lines = [[_escaped(cell) for cell in row] for row in [table.headers, *table.rows]]
     lines.insert(1, ["---" if n < num_left else "---:" for n in range(len(table.headers))])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -29,12 +34,12 @@ def _escaped(cell: str) -> str:
 
 
 def render_tables(tables: Sequence[TextTable]) -> str:
-    """Tables one below the other, as Markdown."""
+    """Renders tables as Markdown, one below the other."""
     return "\n".join(map(markdown, tables))
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as CSV, with the keys as its first line."""
+    """Renders rows as CSV. All rows have the same keys, which become the header line."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

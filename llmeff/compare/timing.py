@@ -1,4 +1,4 @@
-"""Step times from a timing run, in which arms take turns: the file, the names in it, and which arm has which."""
+"""Step times from a timing run: reads the file, and assigns the step times to arms by name."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,31 +10,32 @@ from llmeff.compare.ledger import Entry
 from llmeff.core.config import ConfigError
 
 TIMING = "timing.json"
-"""The name of the file of step times in a sweep's folder."""
+"""The name of the file of step times, in a sweep's folder."""
 
 StepTimes = Mapping[str, Sequence[float]]
-"""Seconds per step, one value for each generation of processes. Values of one generation are paired over arms."""
+"""Seconds per step by `timing_name`, one value per generation of processes. The values of one generation are paired across arms,
+because the arms took turns in it."""
 
 
 def timing_name(arm: str, cell: Mapping[str, Any]) -> str:
-    """The name of an arm in a timing run."""
+    """Returns the name of an arm of a cell in a timing run."""
     return f"{arm} @ {show_cell(dict(sorted(cell.items())))}" if cell else arm
 
 
 def timed_as(arm: str, runs: Sequence[Entry]) -> str:
-    """The arm whose step times an arm has. An A/A arm has those of the arm that it repeats, and is not timed twice."""
+    """Returns the arm whose step times apply to an arm: for an A/A arm the arm that it repeats, otherwise the arm itself."""
     return next((run.repeats for run in runs if run.repeats is not None), arm)
 
 
 def times_by_arm(
     step_times: StepTimes | None, arms: Mapping[str, Sequence[Entry]], cell: Mapping[str, Any]
 ) -> dict[str, Sequence[float]]:
-    """The step times of each arm of a cell. An arm that was not timed is absent.
+    """Returns the step times of each arm of a cell. Arms that were not timed are absent.
 
     Args:
-        step_times: by `timing_name`; None if there was no timing run.
+        step_times: the step times by `timing_name`. None if there was no timing run.
         arms: the runs of each arm.
-        cell: the values of the axes.
+        cell: the value of each axis.
     """
     if step_times is None:
         return {}
@@ -43,20 +44,25 @@ def times_by_arm(
 
 
 def read_timing(path: Path) -> dict[str, Any]:
-    """Reads what a timing run found: `step_s` by `timing_name`, a value for each generation of processes, and `note`, how.
+    """Reads the result of a timing run.
+
+    Returns:
+        `step_s`: a `StepTimes`. `note`: a sentence on how many rounds were used.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no step times.
+        ConfigError: the file cannot be read, or is not a file of step times.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         races = found["races"]
         rounds, dropped = (sum(race[key] for race in races) for key in ("rounds", "noisy_rounds_dropped"))
         busy = sum(len(race["busy_generations"]) for race in races)
-        note = f"the timing run had {rounds} rounds, of which {dropped} were dropped since others used the cores"
-        note += f"; in {busy} generations all were noisy, and kept" if busy else ""
+        note = (
+            f"the timing run had {rounds} rounds, of which {dropped} were dropped because other processes used the CPU"
+        )
+        note += f"; {busy} generations had too few quiet rounds, so their noisy rounds were kept" if busy else ""
         return {"step_s": {name: list(map(float, values)) for name, values in found["step_s"].items()}, "note": note}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: is no file of step times, which `llmeff sweep --timing` writes") from None
+        raise ConfigError(f"{path}: is not a file of step times as `llmeff sweep --timing` writes it") from None

@@ -1,4 +1,4 @@
-"""What an arm's trials showed: the best settings, and whether the search was wide enough."""
+"""Evaluation of an arm's tuning trials: the best settings, and signs that the search range was too narrow."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,28 @@ from llmeff.compare.intervals import best_of
 from llmeff.compare.ledger import Entry, Metric
 
 NEAR = 1.01
-"""A trial is near the best one if it is worse by no more than this factor."""
+"""A trial is near the best trial if its value is worse by at most this factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What an arm's trials showed."""
+    """Results of an arm's tuning trials."""
 
     trials: list[tuple[dict[str, Any], float]]
-    """The settings of each trial and the value of the metric; infinitely bad if the trial diverged or failed."""
+    """For each trial, its settings and the value of the main metric. The value is infinitely bad if the trial did not finish."""
     best: dict[str, Any] | None
-    """The settings of the best trial; None if all failed."""
+    """The settings of the best trial. None if no trial finished."""
     expected_best: list[float]
-    """The expected best value after 1, 2, ... trials."""
+    """The expected best value after 1, 2, ... trials in random order."""
     at_edge: list[str]
-    """Fields whose best value is the lowest or highest that was tried. A wider search may find better."""
+    """Fields whose best value is the lowest or the highest value tried. A wider search may find a better value."""
     near_factor: dict[str, float]
-    """If one number was searched: the factor between its lowest and highest value within 1 % of the best."""
+    """If exactly one number was searched, by its field: the highest over the lowest value among the trials within 1 % of the best.
+    Empty otherwise."""
 
 
 def tuning_of(trials: Sequence[Entry], metric: Metric) -> Tuning | None:
-    """What the trials of one arm showed; None if there are none."""
+    """Evaluates the trials of one arm. Returns None if there are no trials."""
     if not trials:
         return None
     settings = [entry.trial for entry in trials]
@@ -46,7 +47,7 @@ def tuning_of(trials: Sequence[Entry], metric: Metric) -> Tuning | None:
 
 
 def _searched(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The values that were tried of each field that is a number in all trials, in ascending order."""
+    """Returns the distinct values tried, in ascending order, for each field that is a number in all trials."""
     return {
         name: sorted({tried[name] for tried in settings})
         for name in settings[0]
@@ -63,7 +64,7 @@ def _at_edge(best: Mapping[str, Any], searched: Mapping[str, Sequence[float]]) -
 
 
 def _near_factor(settings: Sequence[Mapping[str, Any]], costs: Sequence[float], metric: Metric) -> dict[str, float]:
-    """By field; empty unless one number alone was searched."""
+    """Returns `Tuning.near_factor`. Empty unless exactly one number was searched."""
     if len(settings[0]) != 1:
         return {}
     limit = NEAR**metric.sign * min(costs)

@@ -1,4 +1,4 @@
-"""The verdict on a study: arms against a baseline, cell by cell, with what a reader must know."""
+"""The verdict on a study: compares arms with a baseline in each cell, and collects notes for the reader."""
 
 import math
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from llmeff.core.registry import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A study, judged."""
+    """The result of comparing the arms of a study."""
 
     groups: list[Group]
-    """One for each cell, that is for each combination of values of the axes."""
+    """The comparison of each cell, that is of each combination of values of the axes."""
     calibration: dict[str, Calibration]
-    """By quantity: predictions against measurements, over all runs."""
+    """The accuracy of the predictions over all runs, by quantity."""
     notes: list[str]
-    """What a reader must know."""
+    """Notes on the limits of the comparison, as sentences."""
     metrics: list[Metric]
-    """What runs are judged by; the first one decides."""
+    """The metrics that runs are judged by. The first is the main metric."""
     command: str | None = None
-    """The command that reproduces it."""
+    """The command that reproduces the comparison. None if unknown."""
 
 
 def judge(
@@ -42,26 +42,29 @@ def judge(
     mixed: bool = False,
     command: str | None = None,
 ) -> Comparison:
-    """Compares arms, cell by cell.
+    """Compares the arms of a study with the baseline, cell by cell.
 
     Args:
-        entries: the runs of a study.
-        baseline: the arm that others are compared with; None: the first.
-        target: a value of the metric; None: in each cell the best that every run of the baseline reaches.
-        metric: the metric that decides: targets, budgets and tuning go by it. All statistics are of ratios, which need positive
-            values: if some value is not positive, nothing is compared.
-        step_times: of the timing run, by `timing_name`; without it no times are compared.
-        notes: what else a reader must know.
-        mixed: compare runs that read other data or had another budget all the same.
+        entries: the runs of the study.
+        baseline: the arm that the other arms are compared with. None for the first arm with a final run.
+        target: a value of the metric, to which steps, FLOPs and time are counted. None for the best value that every finished run
+            of the baseline reaches, in each cell.
+        metric: the main metric. Targets, values at equal budgets, and tuning use it. All statistics are of ratios, which need
+            positive values, so an arm with a value that is not positive is not compared.
+        step_times: the step times of the timing run, by `timing_name`. None if there was no timing run: then no times are
+            compared.
+        notes: further notes for the reader, to be put first.
+        mixed: compare the runs of a cell even if their data, items, splits or budgets differ, and add a note.
         command: the command that reproduces the study.
 
     Raises:
-        ConfigError: there is nothing to compare, no such baseline or metric, or the runs are not of one kind.
+        ConfigError: there is nothing to compare, the baseline or the metric is unknown, or the runs of a cell differ in their data,
+            items, splits or budgets.
     """
     first = _first_arm(entries, baseline)
     metrics = _metrics(entries, metric)
     if target is not None and not 0 < target < math.inf:
-        raise ConfigError(f"the target {metrics[0].label} is {target}: it must be a positive number")
+        raise ConfigError(f"the target {metrics[0].label} is {target}, but it must be a positive number")
     trials = by_cell(entry for entry in entries if entry.phase == "tuning")
     groups, all_notes = [], list(notes)
     for key, finals in by_cell(entry for entry in entries if entry.phase == "final").items():
@@ -73,29 +76,47 @@ def judge(
 
 
 def _first_arm(entries: Sequence[Entry], baseline: str | None) -> str:
-    """The first arm with a final run, once there are arms to compare, the baseline among them."""
+    """Returns the first arm with a final run.
+
+    Raises:
+        ConfigError: there is no final run, there are fewer than two arms, or the baseline is unknown.
+    """
     if not any(entry.phase == "final" for entry in entries):
-        raise ConfigError("no final run was begun yet: nothing to compare")
+        raise ConfigError("there is nothing to compare, because no final run has started yet")
     arms = list(dict.fromkeys(entry.arm for entry in sorted(entries, key=lambda entry: entry.phase != "final")))
     if len(arms) < 2:
-        raise ConfigError(f"there is one arm ({', '.join(arms) or 'none'}): nothing to compare it with")
+        raise ConfigError(
+            f"there is only one arm ({', '.join(arms) or 'none'}), so there is nothing to compare it with"
+        )
     if baseline is not None and baseline not in arms:
-        raise ConfigError(f"--baseline {baseline!r}: there is no such arm.{nearest(baseline, arms)}")
+        raise ConfigError(f"--baseline {baseline!r}: no arm has this name.{nearest(baseline, arms)}")
     return arms[0]
 
 
 def _metrics(entries: Sequence[Entry], deciding: str) -> list[Metric]:
-    """All metrics of these runs, the one that decides first."""
+    """Returns all metrics of these runs, with the main metric first.
+
+    Args:
+        entries: the runs.
+        deciding: the name of the main metric.
+
+    Raises:
+        ConfigError: the runs do not have the main metric.
+    """
     known = known_metrics(entry.metric_directions for entry in entries)
     first = find_metric(deciding, known)
     return [first, *(other for other in known.values() if other != first)]
 
 
 def _mixed_notes(finals: Sequence[Entry], *, mixed: bool) -> list[str]:
-    """What the runs of a cell differ in that they should have in common; an error unless that is asked for."""
+    """Returns notes on the data, items, splits or budgets in which the runs of a cell differ.
+
+    Raises:
+        ConfigError: the runs differ, and `mixed` is false.
+    """
     where, unlike = in_cell(finals[0].cell), differences(finals)
     if unlike and not mixed:
         raise ConfigError([
-            f"these runs are not of one kind{where}:", *unlike, "--mixed compares them all the same, and says so",
+            f"these runs are not comparable{where}:", *unlike, "use --mixed to compare them anyway, with a note",
         ])  # fmt: skip
-    return [f"compared although{where} {text}" for text in unlike]
+    return [f"the runs{where} are compared although {text}" for text in unlike]

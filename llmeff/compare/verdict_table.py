@@ -1,4 +1,4 @@
-"""A comparison as text: for the terminal, as Markdown, CSV or JSON."""
+"""Renders a comparison as text: for the terminal, or as Markdown, CSV or JSON."""
 
 import dataclasses
 import io
@@ -23,17 +23,19 @@ from llmeff.compare.verdict import Comparison
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
 FOOTNOTE = (
-    "Means over seeds with 95 % intervals (Student's t); ratios to the baseline are of geometric means. Arms that are tuned "
-    "as the baseline, memory, and step times of one generation are paired: intervals are of each pair alone, p values by Holm's "
-    "procedure. Arms that were tuned apart are independent: intervals and p values are of all arms at once, by Dunnett's "
-    "procedure with one spread, or by an arm's own spread where that stands out. An A/A arm is the baseline with other seeds, "
-    "judged alone. Better or worse: p below 0.05 over all arms. Smallest visible: a true ratio of so much in one arm would "
-    "have been found in four of five such studies. All of it holds given this tuning."
+    "Means are over seeds, with 95 % intervals (Student's t). Ratios are of an arm's geometric mean to the baseline's. Arms with "
+    "the baseline's tuning are paired with it by seed. Memory is paired by seed too, and step times by generation of the timing "
+    "run. The intervals of paired comparisons hold for each comparison alone, and their p values are adjusted by Holm's "
+    "procedure. Arms that were tuned separately are independent: their intervals and p values hold for all arms at once, by "
+    "Dunnett's procedure with a pooled spread, or with an arm's own spread if it stands out. An A/A arm is the baseline with "
+    "other seeds, and is judged alone. Better or worse: the adjusted p value is below 0.05. Not told apart: no detectable "
+    "difference. Smallest visible: a true ratio of this size in one arm would have been detected in four of five such studies. "
+    "All results are conditional on this tuning."
 )
 
 
 def show_value(quantity: Quantity, value: float) -> str:
-    """A value of the quantity, with its unit."""
+    """Formats a value of a quantity, with its unit."""
     if quantity.show == "memory":
         return show_bytes(value)
     if quantity.show == "duration":
@@ -44,7 +46,10 @@ def show_value(quantity: Quantity, value: float) -> str:
 
 
 def show_mean(quantity: Quantity, cell: Cell) -> str:
-    """The mean with its interval; for two seeds their values; if a value is absent, how many runs have one."""
+    """Formats the mean of an arm with its interval.
+
+    If there are too few seeds for an interval, shows the value of each seed. If some run has no value, shows how many runs have one.
+    """
     if not cell.num_seeds:
         return "no trial finished"
     if cell.mean is None:
@@ -59,14 +64,14 @@ def show_mean(quantity: Quantity, cell: Cell) -> str:
 
 
 def show_ratio(cell: Cell) -> str:
-    """The ratio to the baseline with its interval, and the result; empty for the baseline."""
+    """Formats the ratio to the baseline with its interval and the result in words. Empty if there is no ratio."""
     if cell.difference is None:
         return ""
     return f"{show_interval(cell.difference.ratio)} {cell.call}".rstrip()
 
 
 def show_interval(ratio: Estimate) -> str:
-    """A ratio, with its interval if it has one."""
+    """Formats a ratio, with its interval if it has one."""
     text = f"x {ratio.value:.4g}"
     if math.isnan(ratio.lower) or ratio.lower == ratio.upper:
         return text
@@ -74,7 +79,10 @@ def show_interval(ratio: Estimate) -> str:
 
 
 def show_effect(effect: Effect) -> str:
-    """What a factor does: a ratio with its interval; `none` below the noise of arithmetic; for few seeds the ratio of each."""
+    """Formats an effect as a ratio with its interval.
+
+    Shows `none` for an effect within rounding error, and the ratio of each seed if there are too few seeds for an interval.
+    """
     if effect.is_none:
         return "none"
     if math.isnan(effect.ratio.lower) and effect.by_seed:
@@ -83,12 +91,12 @@ def show_effect(effect: Effect) -> str:
 
 
 def _in_cell(group: Group) -> str:
-    """Ends the title of a table: the values of the axes, if there are axes."""
+    """Returns the values of the axes as the end of a table's title. Empty if the study has no axes."""
     return f", {show_cell(group.cell)}" if group.cell else ""
 
 
 def group_tables(group: Group) -> list[TextTable]:
-    """What a cell of the study shows: quantities by arm, noise, tuning, and effects."""
+    """Returns the tables of one cell of the study: quantities by arm, noise, tuning, and effects."""
     found = [_quantities_table(group)]
     if group.noise:
         found.append(_noise_table(group))
@@ -108,7 +116,7 @@ def _quantities_table(group: Group) -> TextTable:
 
 
 def _quantity_rows(group: Group, quantity: Quantity) -> Iterator[list[str]]:
-    """The means of all arms; below them the ratios, what would have been visible, and the methods, if some arm has any."""
+    """Yields the rows of a quantity: the means and, if some arm has them, the ratios, smallest visible ratios and methods."""
     cells = [group.table[quantity.key][name] for name in group.arms]
     yield [quantity.label, *(show_mean(quantity, cell) for cell in cells)]
     ratios = [show_ratio(cell) for cell in cells]
@@ -122,7 +130,7 @@ def _quantity_rows(group: Group, quantity: Quantity) -> Iterator[list[str]]:
 
 
 def effects_tables(group: Group) -> list[TextTable]:
-    """What each factor does to each quantity, if the arms are combinations of factors."""
+    """Returns a table of the effects of all factors for each quantity. Empty if the arms are not combinations of factors."""
     return [
         TextTable(
             title=_effects_title(group, quantity, group.effects[quantity.key]),
@@ -135,12 +143,12 @@ def effects_tables(group: Group) -> list[TextTable]:
 
 
 def _effects_title(group: Group, quantity: Quantity, found: Effects) -> str:
-    by = f" by {len(found.seeds)} seeds" if found.seeds else ""
+    by = f" over {len(found.seeds)} seeds" if found.seeds else ""
     lacking = [f"seeds {', '.join(map(str, found.dropped_seeds))}"] if found.dropped_seeds else []
     if found.dropped_combinations:
         lacking.append(f"combinations {'; '.join(f'({show_cell(levels)})' for levels in found.dropped_combinations)}")
-    left_out = f"; {' and '.join(lacking)} lack runs and are left out" if lacking else ""
-    aliased = f"; not told apart from these: {', '.join(found.aliased)}" if found.aliased else ""
+    left_out = f"; left out because runs are missing: {' and '.join(lacking)}" if lacking else ""
+    aliased = f"; left out because aliased with these effects: {', '.join(found.aliased)}" if found.aliased else ""
     return f"Effects on {quantity.label}{_in_cell(group)}, {found.num_runs} runs{by}{left_out}{aliased}"
 
 
@@ -158,11 +166,11 @@ def _visible(smallest: float) -> str:
 
 
 _MANIFOLD = 3.0
-"""From this ratio on, a ratio is shown as a factor and not as a percentage."""
+"""Ratios from this value on are shown as a factor instead of a percentage."""
 
 
 def _noise_table(group: Group) -> TextTable:
-    """How much runs differ that differ by their seed only."""
+    """Returns a table of how much runs of the baseline differ if only their seed differs."""
     has_ratio = any(noise.ratio is not None for noise in group.noise.values())
     rows = []
     for quantity in group.quantities:
@@ -197,7 +205,7 @@ def _short(value: Any) -> str:
 
 
 def calibration_table(comparison: Comparison) -> TextTable:
-    """Predictions against measurements, over all runs."""
+    """Returns a table of prediction errors, over all runs."""
     rows = [
         [name.replace("_", " "), str(found.n), f"{found.median:.3%}", f"{found.worst:+.3%}", found.worst_run]
         for name, found in comparison.calibration.items()
@@ -207,18 +215,18 @@ def calibration_table(comparison: Comparison) -> TextTable:
 
 
 def tables(comparison: Comparison) -> list[TextTable]:
-    """All tables of a comparison."""
+    """Returns all tables of a comparison."""
     found = [table for group in comparison.groups for table in group_tables(group)]
     return [*found, calibration_table(comparison)] if comparison.calibration else found
 
 
 def render_comparison(comparison: Comparison, kind: str, width: int | None = None) -> str:
-    """The comparison as text.
+    """Renders a comparison as text.
 
     Args:
-        comparison: from `judge`.
+        comparison: the comparison, from `judge`.
         kind: `terminal`, `markdown`, `csv` or `json`.
-        width: the width of the terminal, in characters; None: the terminal is asked.
+        width: the width of the terminal, in characters. None to detect it.
     """
     if kind == "json":
         return json.dumps(as_dict(comparison), indent=1) + "\n"
@@ -230,17 +238,17 @@ def render_comparison(comparison: Comparison, kind: str, width: int | None = Non
 
 
 def _closing(comparison: Comparison) -> list[str]:
-    command = [f"Made again by: {comparison.command}"] if comparison.command else []
+    command = [f"Command to reproduce this: {comparison.command}"] if comparison.command else []
     return [*(f"Note: {note}." for note in comparison.notes), FOOTNOTE, *command]
 
 
 def terminal(shown_tables: Sequence[TextTable], width: int | None = None, closing: str = "") -> str:
-    """Tables for the terminal. A table that is too wide is split.
+    """Renders tables for the terminal. A table that is too wide is split into parts.
 
     Args:
         shown_tables: the tables.
-        width: the width of the terminal, in characters; None: the terminal is asked.
-        closing: a text below them.
+        width: the width of the terminal, in characters. None to detect it.
+        closing: text to print below the tables.
     """
     buffer = io.StringIO()
     console = Console(file=buffer, width=width or Console().width)
@@ -259,11 +267,11 @@ def terminal(shown_tables: Sequence[TextTable], width: int | None = None, closin
 
 
 _FRAME = 3
-"""Characters between two columns."""
+"""The width that borders and padding add to a column, in characters."""
 
 
 def _beside(table: TextTable, width: int) -> Iterator[TextTable]:
-    """The table, in parts whose columns fit side by side. Each part begins with the first column."""
+    """Yields the table in parts that fit into the width. Each part begins with the first column."""
     widths = [max(len(row[n]) for row in [table.headers, *table.rows]) + _FRAME for n in range(len(table.headers))]
     first = 1
     while first < len(widths) or first == 1:
@@ -281,7 +289,7 @@ def _markdown(comparison: Comparison) -> str:
 
 
 def flat(comparison: Comparison) -> list[dict[str, Any]]:
-    """One row for each cell of the axes, quantity and arm, with plain numbers. What is absent is None."""
+    """Returns one flat row of plain numbers for each cell, quantity and arm. Missing values are None."""
     return [
         {
             "cell": show_cell(group.cell),
@@ -324,7 +332,7 @@ def _plain(value: float) -> float | None:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """The whole comparison for JSON, without NaN and infinity."""
+    """Returns the whole comparison as a dict for JSON. None replaces NaN and infinity."""
     groups = comparison.groups
     return {
         "metric": comparison.metrics[0].name,

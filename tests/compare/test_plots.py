@@ -96,7 +96,7 @@ def test_bars_are_as_long_as_shares_and_a_class_that_is_nowhere_has_none(drawn):
     (axes,) = drawn
     assert [bar.get_width() for bar in axes.patches] == [0.5, 0, 1, 0.25, 0.75, 0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == classes
-    assert [text.get_text() for text in axes.texts] == ["0.500", "not there", "1.000", "0.250", "0.750", "0.000"]
+    assert [text.get_text() for text in axes.texts] == ["0.500", "class absent", "1.000", "0.250", "0.750", "0.000"]
     above, below = (axes.patches[number].get_y() for number in (0, 3))
     assert above < below  # the first run is above, on an axis that runs downwards
     assert axes.get_ylim()[0] > axes.get_ylim()[1]

@@ -35,7 +35,13 @@ def comparison(study):
 @pytest.mark.parametrize("kind", ["terminal", "markdown"])
 def test_people_read_means_ratios_calls_and_the_command(comparison, kind):
     text = render_comparison(comparison, kind, width=200)
-    for part in ("Against base", "steps to loss", "better", "not told apart", "Made again by: llmeff compare this"):
+    for part in (
+        "Against base",
+        "steps to loss",
+        "better",
+        "not told apart",
+        "Command to reproduce this: llmeff compare this",
+    ):
         assert part in text
     assert FOOTNOTE.split(";")[0] in text.replace("\n", " ")
 
@@ -149,8 +155,8 @@ def test_seeds_and_combinations_that_are_left_out_of_effects_are_named(entry):
     ]  # fmt: skip
     comparison = judge(runs)
     text = " ".join(render_comparison(comparison, "text").split())
-    left_out = "seeds 3 and combinations (one = b, other = d) lack runs and are left out"
-    assert f"Effects on final loss, 12 runs by 4 seeds; {left_out}" in text
+    left_out = "left out because runs are missing: seeds 3 and combinations (one = b, other = d)"
+    assert f"Effects on final loss, 12 runs over 4 seeds; {left_out}" in text
     (found,) = {json.dumps([own["dropped_seeds"], own["dropped_combinations"]])
                 for own in json.loads(render_comparison(comparison, "json"))["effects"] if own["quantity"] == "loss"}  # fmt: skip
     assert json.loads(found) == [[3], [{"one": "b", "other": "d"}]]
@@ -162,7 +168,7 @@ def test_effects_of_few_seeds_are_shown_by_seed_and_what_is_nothing_as_none(entr
         for seed, ratio in enumerate((0.918, 0.946)) for one in "ab" for other in "cd"
     ]  # fmt: skip
     shown = next(table for table in tables(judge(runs)) if table.title.startswith("Effects on final loss"))
-    assert shown.title == "Effects on final loss, 8 runs by 2 seeds"
+    assert shown.title == "Effects on final loss, 8 runs over 2 seeds"
     assert [row[:3] for row in shown.rows] == [
         ["one", "a -> b", "x 0.918, 0.946 (by seed)"],
         ["other", "c -> d", "none"],
@@ -322,7 +328,7 @@ def test_the_table_of_effects_has_ratios_predictions_and_what_would_have_been_se
         ["other", "c -> d", "none", "x 1", "-", "-"],
         ["one x other", "a -> b x c -> d", "none", "x 1", "-", "-"],
     ]
-    loss = shown["Effects on final loss, train.batch = 8, 12 runs by 3 seeds"]
+    loss = shown["Effects on final loss, train.batch = 8, 12 runs over 3 seeds"]
     effect = group.effects["loss"].effects[0]
     assert loss.rows[0] == [
         "one", "a -> b", f"x 1.22 ({effect.ratio.lower:.4g} to {effect.ratio.upper:.4g})", "-", f"{effect.p_adjusted:.2g}",
@@ -333,7 +339,9 @@ def test_the_table_of_effects_has_ratios_predictions_and_what_would_have_been_se
     (aliased,) = (
         own.title for own in effects_tables(judge(half).groups[0]) if own.title.startswith("Effects on final loss")
     )
-    assert aliased.endswith("4 runs by 1 seeds; not told apart from these: one x other, one x third, other x third")
+    assert aliased.endswith(
+        "4 runs over 1 seeds; left out because aliased with these effects: one x other, one x third, other x third"
+    )
 
 
 KEYS = {
@@ -449,7 +457,8 @@ def test_a_page_has_headings_lists_tables_and_pictures_and_nothing_beside_them(e
     assert found.outside == ""
     assert found.found["title"] == found.found["h1"] == ["A & B"]
     assert found.found["h2"] == [
-        "Curves: train.batch = 8", "Curves: train.batch = 16", "Tables", "What sets the arms apart", "Again",
+        "Curves: train.batch = 8", "Curves: train.batch = 16", "Tables", "Differences between the configs of the arms",
+        "Command to reproduce this comparison",
     ]  # fmt: skip
     assert found.found["strong"] == ["train.batch = 8", "train.batch = 16"]
     assert found.found["code"] == ["llmeff compare it"]

@@ -81,7 +81,7 @@ def test_plain_runs_of_different_kinds_stay_a_list(make_run, capsys):
 )
 def test_a_file_that_holds_no_step_times_is_refused(tmp_path, content):
     (tmp_path / "times.json").write_text(content)
-    with pytest.raises(ConfigError, match="is no file of step times"):
+    with pytest.raises(ConfigError, match="is not a file of step times"):
         read_timing(tmp_path / "times.json")
 
 
@@ -100,7 +100,7 @@ def test_dropped_rounds_are_said_and_step_times_come_from_those_that_were_kept(s
     assert times["fast"]["ratio"] == pytest.approx(0.5)
     (note,) = (note for note in found["notes"] if "timing run" in note)
     assert "60 rounds, of which 8 were dropped" in note
-    assert "in 1 generations all were noisy" in note
+    assert "1 generations had too few quiet rounds" in note
     assert main(["compare", LEDGER, "--timing=timing.json", "--format=csv"]) == 0
     assert "8 were dropped" in capsys.readouterr().err
 
@@ -161,7 +161,9 @@ def test_a_sweeps_folder_says_what_it_is_judged_by_and_has_its_own_step_times(sw
     (group,) = found.groups
     assert (group.baseline, group.metric.name, group.target) == ("second", "accuracy", 0.3)
     assert group.table["step_s"]["first"].difference.ratio.value == pytest.approx(2.0)
-    assert found.notes[0] == "the timing run had 30 rounds, of which 4 were dropped since others used the cores"
+    assert (
+        found.notes[0] == "the timing run had 30 rounds, of which 4 were dropped because other processes used the CPU"
+    )
     assert found.command == f"llmeff compare {sweep}"
     other = read_study([sweep], metric="loss", baseline="first")
     assert (other.groups[0].metric.name, other.groups[0].baseline) == ("loss", "first")
@@ -189,10 +191,10 @@ def test_a_sweeps_name_is_that_of_its_study_or_of_its_ledgers_or_of_its_arms(swe
 
 def test_runs_of_other_data_are_compared_where_that_is_asked_for(study):
     runs = [replace(run, data_sha256="b" * 64) if run.arm == "fast" else run for run in study]
-    with pytest.raises(ConfigError, match="not of one kind"):
+    with pytest.raises(ConfigError, match="not comparable"):
         read_study([], runs)
     found = read_study([], runs, mixed=True)
-    assert any(note.startswith("compared although they read other data") for note in found.notes)
+    assert any(note.startswith("the runs are compared although they read different data") for note in found.notes)
     assert found.command == "llmeff compare --mixed"
 
 
@@ -215,7 +217,7 @@ def test_each_cell_has_a_picture_of_its_own(study, entry, tmp_path):
         "it.png", "many-train.batch=16.png", "many-train.batch=8.png",
     ]  # fmt: skip
     once = [replace(run, curve_steps=(0,), curve_losses=(1.0,)) for run in study]
-    with pytest.raises(ConfigError, match="nothing to draw, no run was evaluated twice"):
+    with pytest.raises(ConfigError, match="nothing to plot, because no finished run was evaluated twice"):
         write_pictures(judge(once), tmp_path / "none.png")
 
 

@@ -786,7 +786,7 @@ def test_a_cell_is_named_in_all_that_is_said_of_it(study, entry):
         f"the arms had different numbers of trials {where}: base 2, fast 0, same 0, lost 1",
     ):
         assert [note for note in notes if note.startswith(said)], said
-    assert "compared although" not in " ".join(notes)
+    assert "are compared although" not in " ".join(notes)
     (group,) = judge(runs, step_times={timing_name(name, cell): own for name, own in LANE.items()}).groups
     assert timing_name("base", cell) == "base @ model = tiny, train.batch = 8"
     assert "step_s" in group.table
