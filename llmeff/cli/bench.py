@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
     add_config(parser)
     parser.add_argument(
         "--arm", action="append", default=[], dest="arms", metavar="ARM",
-        help="a training loop to time: ours, bare, hf-trainer or FILE.py:FUNCTION; settings for this arm may follow, as in "
-        "'ours runtime.compile=model' (repeatable; each arm is compared with the first; default: ours and bare)",
+        help="a training loop to time: ours, bare, hf-trainer or FILE.py:FUNCTION; settings for this arm may follow, "
+        "as in 'ours runtime.compile=model' (repeatable; each arm is compared with the first; default: ours and bare)",
     )  # fmt: skip
     parser.add_argument(
         "--processes", type=int, default=5, metavar="N",
@@ -38,8 +38,8 @@ def add(commands: Any) -> None:
 def _add_mixers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixer", action="append", default=[], dest="mixers", metavar="MIXER",
-        help="a mixer; its settings may follow, as in 'sliding window=64' (repeatable; each mixer is compared with the first; "
-        "default: all mixers, softmax first)",
+        help="a mixer; its settings may follow, as in 'sliding window=64' (repeatable; each mixer is compared with the "
+        "first; default: all mixers, softmax first)",
     )  # fmt: skip
     parser.add_argument(
         "--length", action="append", type=int, default=[], dest="lengths", metavar="T",

@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command-line arguments without the program name. None to read `sys.argv`.
 
     Returns:
-        The exit code: 0 on success, 1 if a run failed, 2 if the input is wrong (one error, and no file is touched), or 130
-        on Ctrl-C.
+        The exit code: 0 on success, 1 if a run failed, 2 if the input is wrong (one error, and no file is touched), or
+        130 on Ctrl-C.
     """
     if arguments is None:
         keep_folder_off_paths()

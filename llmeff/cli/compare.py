@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
         "--target",
         type=float,
         metavar="VALUE",
-        help="report the steps, FLOPs and time until the metric reaches this value (default: the sweep's, or the best value "
-        "that every finished baseline run reaches)",
+        help="report the steps, FLOPs and time until the metric reaches this value (default: the sweep's, or the "
+        "best value that every finished baseline run reaches)",
     )
     parser.add_argument("--timing", type=Path, metavar="FILE", help="file of step times from `llmeff sweep --timing`")
     parser.add_argument(

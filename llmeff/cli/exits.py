@@ -11,15 +11,15 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 _MAIN_SPEAKS_S = 30.0
-"""Seconds that a rank other than rank 0 waits before it reports its error. If several ranks fail, rank 0 reports first, and the
-launcher ends the waiting ranks. A rank that is still alive after the wait is the only one that failed."""
+"""Seconds that a rank other than rank 0 waits before it reports its error. If several ranks fail, rank 0 reports first,
+and the launcher ends the waiting ranks. A rank that is still alive after the wait is the only one that failed."""
 
 
 def fail(problems: Sequence[str], code: int) -> int:
     """Reports problems once, even if every rank calls this function.
 
-    Ranks other than rank 0 wait first. If rank 0 has failed too, it reports and exits, and the launcher then ends the waiting
-    ranks.
+    Ranks other than rank 0 wait first. If rank 0 has failed too, it reports and exits, and the launcher then ends the
+    waiting ranks.
 
     Args:
         problems: the lines of the error.

@@ -1,4 +1,4 @@
-"""`llmeff sweep`: runs a sweep, a single run of it, or its timing run, or writes the scripts that submit it to Slurm."""
+"""`llmeff sweep`: runs a sweep, one of its runs, or its timing run, or writes the scripts that submit it to Slurm."""
 
 import argparse
 import shlex

@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     parser.add_argument(
         "--restart-from-scratch", action="store_true", dest="anew",
-        help="start the unfinished run in --out again from step 0, and move its records to DIR/discarded-N; with --resume, "
-        "only if there is no complete checkpoint",
+        help="start the unfinished run in --out again from step 0, and move its records to DIR/discarded-N; "
+        "with --resume, only if there is no complete checkpoint",
     )  # fmt: skip
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N",
@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
 
 
 def _go_on_from(options: argparse.Namespace) -> None:
-    """Sets the options of a run that is resumed or restarted. If no recipe or config file is named, uses the run's own config.
+    """Sets the options of a run that is resumed or restarted.
+
+    If no recipe or config file is named, uses the run's own config.
 
     Raises:
         ConfigError: `--out` is missing or names no run, or the run's folder contains a symbolic link.
@@ -57,7 +59,7 @@ def _go_on_from(options: argparse.Namespace) -> None:
         return
     options.config = saved
     if any(setting.split("=")[0].split(".")[0].strip() == "parallel" for setting in options.set):
-        # The saved values were resolved for the old number of ranks. The user's own settings come later and override these.
+        # The saved values were resolved for the old number of ranks. The user's own settings come later and win.
         options.set = ["train.micro_batch=auto", "runtime.threads=auto", *options.set]
 
 
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """Returns the user's options for the training processes, except `--out` and the flags that resume or restart a run."""
+    """Returns the user's options for the training processes, without `--out` and flags that resume a run."""
     given = [f"--{name}={value}" for name in ("recipe", "config") if (value := getattr(options, name)) is not None]
     given += [f"--set={setting}" for setting in options.set] + [f"--import={module}" for module in options.imports]
     return given + [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]

@@ -11,8 +11,8 @@ from llmeff.compare.intervals import ARITHMETIC
 from llmeff.compare.ledger import Entry
 
 LABELLED = 0.02
-"""Budgets in labelled pixels count as equal if they differ by at most this fraction. Runs on the same number of images differ in
-their labelled pixels, because every seed draws other images."""
+"""Budgets in labelled pixels count as equal if they differ by at most this fraction. Runs on the same number of images
+differ in their labelled pixels, because every seed draws other images."""
 
 
 def show_cell(cell: Mapping[str, Any]) -> str:
@@ -26,7 +26,9 @@ def in_cell(cell: Mapping[str, Any]) -> str:
 
 
 def by_cell(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """Groups entries by cell, in the order in which the cells first appear. Ignores the order of the axes within a cell.
+    """Groups entries by cell, in the order in which the cells first appear.
+
+    Ignores the order of the axes within a cell.
 
     Returns:
         The entries of each cell. The key is the cell as JSON with sorted keys.
@@ -41,7 +43,7 @@ def by_cell(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
 
 
 def differences(entries: Sequence[Entry]) -> list[str]:
-    """Returns the reasons why runs cannot be compared: different data, items, splits or budgets, one sentence per reason.
+    """Returns why runs cannot be compared, one sentence per reason: different data, items, splits or budgets.
 
     Empty if the runs can be compared. Ignores failed and unfinished runs.
     """
@@ -69,8 +71,8 @@ def _data(entry: Entry) -> str:
 def _names_by_budget(entries: Sequence[Entry]) -> dict[int | None, list[str]]:
     """Groups the names of runs by budget: the number of items that a run was planned to train on.
 
-    Leaves out runs without a completed step, because their budget is unknown. If the items are labelled pixels, budgets that
-    differ by at most `LABELLED` count as equal.
+    Leaves out runs without a completed step, because their budget is unknown. If the items are labelled pixels, budgets
+    that differ by at most `LABELLED` count as equal.
     """
     names = _names_by((entry for entry in entries if entry.steps), _budget)
     return _merged(names) if {entry.item for entry in entries} == {"pixel"} else names
@@ -105,11 +107,14 @@ def _listed(names_by_value: Mapping[Any, list[str]]) -> str:
 
 
 def kin_of(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
-    """Returns a key for each arm. Arms with equal keys are kin: their runs with the same seed are alike, so pairing by seed helps.
+    """Returns a key for each arm.
 
-    Two arms are kin if one takes its settings from the other (`tuned_as`). The study declares in this way that the arms differ
-    in something that does not change the best settings. Two arms are also kin if they contain the same runs under two names.
-    Kinship is transitive. Measured correlations between runs are not used: with so few runs they are mostly chance.
+    Arms with equal keys are kin: their runs with the same seed are alike, so pairing by seed helps.
+
+    Two arms are kin if one takes its settings from the other (`tuned_as`). The study declares in this way that the arms
+    differ in something that does not change the best settings. Two arms are also kin if they contain the same runs
+    under two names. Kinship is transitive. Measured correlations between runs are not used: with so few runs they are
+    mostly chance.
     """
     pairs = [pair for pair in itertools.combinations(arms, 2) if hold_the_same_runs(arms[pair[0]], arms[pair[1]])]
     pairs += [(run.tuned_as, name) for name, runs in arms.items() for run in runs if run.tuned_as]
@@ -121,7 +126,7 @@ def kin_of(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
 
 
 def hold_the_same_runs(runs: Sequence[Entry], others: Sequence[Entry]) -> bool:
-    """Whether two arms read the same data and have equal loss curves, up to rounding, for every seed that both finished.
+    """Whether two arms read the same data and have equal loss curves, up to rounding, for all seeds that both finished.
 
     False if no seed is finished in both arms.
     """

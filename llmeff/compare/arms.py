@@ -1,4 +1,4 @@
-"""The arms of one cell of a study, ready for comparison: runs by seed, the baseline, kinship between arms, and step times."""
+"""The arms of one cell of a study, ready for comparison: runs by seed, baseline, kinship and step times."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Arms:
     cell: dict[str, Any]
     """The value of each axis."""
     runs: dict[str, list[Entry]]
-    """The final runs of each arm, sorted by seed. The baseline is the first arm. An arm has no runs if none of its trials
-    finished."""
+    """The final runs of each arm, sorted by seed. The baseline is the first arm. An arm has no runs if none of its
+    trials finished."""
     baseline: str
     """The arm that the other arms are compared with."""
     kin: Mapping[str, Hashable]

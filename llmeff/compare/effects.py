@@ -12,7 +12,8 @@ from llmeff.compare.ledger import Entry
 from llmeff.core.config import ConfigError
 
 _ROUNDING = 1e-9
-"""Bound for quantities that do not depend on the seed: with zero residual, an effect on the logarithm below this is no effect."""
+"""Bound for quantities that do not depend on the seed: with zero residual, an effect on the logarithm below this is no
+effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +25,15 @@ class Effect:
     levels: str
     """The levels compared, such as `fp32 -> bf16`. For two factors, the levels of both, joined by ` x `."""
     ratio: Estimate
-    """For a main effect: the quantity at the second level over the quantity at the first. For an interaction: the ratio of one
-    factor at the second level of the other, over its ratio at the first level. The bounds are NaN if there are too few seeds or
-    runs."""
+    """For a main effect: the quantity at the second level over the quantity at the first. For an interaction: the ratio
+    of one factor at the second level of the other, over its ratio at the first level. The bounds are NaN if there are
+    too few seeds or runs."""
     p_adjusted: float
-    """The p value of the null hypothesis of no effect, adjusted by Holm's procedure over all effects on the quantity that are
-    not `is_none`. 1 for those that are. NaN if there are too few seeds or runs to estimate an error."""
+    """The p value of the null hypothesis of no effect, adjusted by Holm's procedure over all effects on the quantity
+    that are not `is_none`. 1 for those that are. NaN if there are too few seeds or runs to estimate an error."""
     smallest_visible: float
-    """A true ratio of this size, or its inverse, would have been detected in 80 of 100 such studies under Holm's procedure. NaN if
-    there are too few seeds or runs to estimate an error."""
+    """A true ratio of this size, or its inverse, would have been detected in 80 of 100 such studies under Holm's
+    procedure. NaN if there are too few seeds or runs to estimate an error."""
     is_none: bool
     """Whether the effect is within the rounding error of the arithmetic. Such an effect counts as no effect."""
     by_seed: dict[int, float]
@@ -52,8 +53,8 @@ class Effects:
     num_runs: int
     """Number of runs in the fit."""
     seeds: tuple[int, ...]
-    """The seeds in the fit. Every combination in the fit has a value for each of them. Empty if the quantity does not depend on the
-    seed."""
+    """The seeds in the fit. Every combination in the fit has a value for each of them. Empty if the quantity does not
+    depend on the seed."""
     dropped_seeds: tuple[int, ...]
     """Seeds that are left out because some combination has no value for them, so the design would be unbalanced."""
     dropped_combinations: tuple[dict[str, str], ...]
@@ -69,13 +70,14 @@ def effects(
 ) -> Effects:
     """Fits the logarithm of a quantity to the levels of all factors and pairs of factors.
 
-    If the quantity depends on the seed, runs with the same seed are not replicates: the effect of a factor varies from seed to
-    seed, and this variation differs between factors. So each seed is fitted separately. Each effect then has one value per seed,
-    and is judged by Student's t over these values. This corresponds to the seed-by-factor stratum of a split-plot design (Box,
-    Hunter and Hunter 2005, chapter 9), one factor at a time. All seeds must have the same combinations of levels. If runs are
-    missing, seeds and combinations are left out until this holds (`_unbalanced`).
+    If the quantity depends on the seed, runs with the same seed are not replicates: the effect of a factor varies from
+    seed to seed, and this variation differs between factors. So each seed is fitted separately. Each effect then has
+    one value per seed, and is judged by Student's t over these values. This corresponds to the seed-by-factor stratum
+    of a split-plot design (Box, Hunter and Hunter 2005, chapter 9), one factor at a time. All seeds must have the same
+    combinations of levels. If runs are missing, seeds and combinations are left out until this holds (`_unbalanced`).
 
-    If the quantity does not depend on the seed, all runs are fitted together, with seeds as blocks. The residual is the error.
+    If the quantity does not depend on the seed, all runs are fitted together, with seeds as blocks. The residual is the
+    error.
 
     Args:
         entries: final runs. Each of their `factors` has two levels.
@@ -84,7 +86,8 @@ def effects(
         depends_on_seed: see `Quantity`.
 
     Raises:
-        ConfigError: there are no factors, the arms name different factors, or a factor does not have exactly two levels.
+        ConfigError: there are no factors, the arms name different factors, or a factor does not have exactly two
+            levels.
     """
     runs = [entry for entry in entries if _is_positive(value(entry))]
     levels = _levels(runs)
@@ -128,7 +131,7 @@ def _levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
         )
     if not levels or any(entry.factors.keys() != levels.keys() for entry in entries):
         raise ConfigError(
-            "these runs are not a factorial study: their arms must name factors, and all the same factors"
+            "these runs are not a factorial study: every arm must name factors, and all arms the same factors"
         )
     return levels
 
@@ -162,11 +165,12 @@ def _combination(run: Entry, levels: Iterable[str]) -> tuple[str, ...]:
 
 
 def _unbalanced(runs: Sequence[Entry], levels: dict[str, list[str]]) -> _Lacking:
-    """Chooses the seeds and combinations to leave out, so that each remaining seed has a run of each remaining combination.
+    """Chooses the seeds and combinations to leave out, so that each remaining seed has all remaining combinations.
 
-    Keeping as many runs as possible is a hard problem, so the choice is greedy. Each step drops the seed or combination with the
-    largest fraction of missing runs. In a tie between a seed and a combination it drops the seed, because combinations are what
-    separates the effects. In a tie between two seeds, or between two combinations, it drops the later of the two.
+    Keeping as many runs as possible is a hard problem, so the choice is greedy. Each step drops the seed or combination
+    with the largest fraction of missing runs. In a tie between a seed and a combination it drops the seed, because
+    combinations are what separates the effects. In a tie between two seeds, or between two combinations, it drops the
+    later of the two.
     """
     had = {(run.seed, _combination(run, levels)) for run in runs}
     seeds = sorted({run.seed for run in runs})

@@ -25,8 +25,8 @@ class Noise:
     num_runs: int
     """Number of runs for this estimate: those of the baseline and of the A/A arm."""
     ratio: Estimate | None
-    """Ratio of the A/A arm to the baseline. Its interval contains 1 in 95 of 100 studies. None if the ratio cannot be computed, for
-    example because the study has no A/A arm."""
+    """Ratio of the A/A arm to the baseline. Its interval contains 1 in 95 of 100 studies. None if the ratio cannot be
+    computed, for example because the study has no A/A arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,16 @@ class Group:
     tuning: dict[str, Tuning]
     """Tuning results by arm. Arms without trials are absent."""
     effects: dict[str, Effects]
-    """Effects of the factors, by key of the quantity. Empty unless the arms are combinations of factors with two levels each."""
+    """Effects of the factors, by key of the quantity. Empty unless the arms are combinations of factors with two levels
+    each."""
     noise: dict[str, Noise]
-    """Noise by key of the quantity, for quantities that depend on the seed. A quantity is absent if too few runs have it."""
+    """Noise by key of the quantity, for quantities that depend on the seed. A quantity is absent if too few runs have
+    it."""
     metric: Metric
     """The main metric."""
     target: float | None
-    """The value of the main metric at which the `..._to_target` quantities stop counting. None if there is no target."""
+    """The value of the main metric at which the `..._to_target` quantities stop counting. None if there is no
+    target."""
     budgets: dict[str, float]
     """The budgets at which `..._at_flops` and `..._at_seconds` read the main metric (see `budgets_of`)."""
 
@@ -122,7 +125,10 @@ def _with_positive(quantity: Quantity, runs: Sequence[Entry]) -> list[Entry]:
 
 
 def _effects_on_step_time(arms: Arms) -> Effects:
-    """Returns the effects on the step time. Each generation of the timing run counts as a run, with its number as the seed."""
+    """Returns the effects on the step time.
+
+    Each generation of the timing run counts as a run, with its number as the seed.
+    """
     laps = [
         replace(runs[0], seed=generation)
         for name, runs in arms.runs.items()
@@ -140,7 +146,8 @@ def _noises(arms: Arms, quantities: Sequence[Quantity], table: Mapping[str, Mapp
 def _noise(arms: Arms, cells: Mapping[str, Cell]) -> Noise | None:
     """Estimates the noise of a quantity from the baseline and its A/A arm.
 
-    Ignores the A/A arm if some of its runs have no value. Returns None if the baseline is incomplete or there are too few runs.
+    Ignores the A/A arm if some of its runs have no value. Returns None if the baseline is incomplete or there are too
+    few runs.
     """
     repeat = None if arms.aa_arm is None else cells[arms.aa_arm]
     complete = [cell for cell in (cells[arms.baseline], repeat) if cell is not None and cell.mean is not None]

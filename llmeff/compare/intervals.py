@@ -1,10 +1,10 @@
 """Differences between arms with few runs: estimates, confidence intervals and p values.
 
-All statistics are computed on logarithms, so differences are ratios. Runs with the same seed that differ in something small, such
-as precision or the format of the optimizer state, are alike. They are paired: Student's t judges their ratios, and Holm's procedure
-adjusts several p values. Arms that were tuned separately share little but the data order of a seed. They count as independent, and
-all are compared with one baseline at once (`many_to_one`). The units of a single run (documents or images) are resampled only if
-there are many.
+All statistics are computed on logarithms, so differences are ratios. Runs with the same seed that differ in something
+small, such as precision or the format of the optimizer state, are alike. They are paired: Student's t judges their
+ratios, and Holm's procedure adjusts several p values. Arms that were tuned separately share little but the data order
+of a seed. They count as independent, and all are compared with one baseline at once (`many_to_one`). The units of a
+single run (documents or images) are resampled only if there are many.
 """
 
 import math
@@ -23,18 +23,19 @@ POWER = 0.8
 FEW_UNITS = 100
 """The fewest units that are resampled. With fewer units, the interval would be too narrow."""
 FEWEST_SEEDS = 3
-"""The fewest seeds for an interval of a quantity that depends on the seed. With fewer seeds, the values are shown by seed, because
-an interval from two seeds is mostly chance."""
+"""The fewest seeds for an interval of a quantity that depends on the seed. With fewer seeds, the values are shown by
+seed, because an interval from two seeds is mostly chance."""
 ARITHMETIC = 1e-6
-"""Relative differences below this, for every seed, count as equal, because summation in another order causes as much. fp32 runs
-with the same optimizer and seed end within 2e-7 of one another for all numbers of ranks and ZeRO stages, with and without
-recomputation (`analysis/results/contribution.parquet`)."""
+"""Relative differences below this, for every seed, count as equal, because summation in another order causes as much.
+fp32 runs with the same optimizer and seed end within 2e-7 of one another for all numbers of ranks and ZeRO stages, with
+and without recomputation (`analysis/results/contribution.parquet`)."""
 
 OWN_SPREAD = 0.012
-"""Bound on the p value of an F test of an arm's variance against the variance of all other arms. An arm below this is judged by its
-own spread instead of the pooled spread."""
+"""Bound on the p value of an F test of an arm's variance against the variance of all other arms. An arm below this is
+judged by its own spread instead of the pooled spread."""
 REFUTED = 0.01
-"""If the smallest p value of these F tests, multiplied by the number of arms (Bonferroni), is below this, nothing is pooled."""
+"""If the smallest p value of these F tests, multiplied by the number of arms (Bonferroni), is below this, nothing is
+pooled."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,18 +62,20 @@ class Difference:
     """The difference between a method and a baseline."""
 
     ratio: Estimate
-    """The method's quantity over the baseline's. The interval holds simultaneously for the family if the family was judged at once
-    (`many_to_one`). Otherwise it holds for this comparison alone."""
+    """The method's quantity over the baseline's. The interval holds simultaneously for the family if the family was
+    judged at once (`many_to_one`). Otherwise it holds for this comparison alone."""
     p: float
-    """The two-sided p value of the null hypothesis of no difference, by Student's t, for this comparison alone. NaN if there are
-    too few runs."""
+    """The two-sided p value of the null hypothesis of no difference, by Student's t, for this comparison alone. NaN if
+    there are too few runs."""
     smallest_visible: float
-    """A true ratio of this size, or its inverse, would have been detected in 80 of 100 such comparisons. The bound for detection is
-    the one for the whole family; under Holm's procedure, that of its first and strictest step. NaN if there are too few runs."""
+    """A true ratio of this size, or its inverse, would have been detected in 80 of 100 such comparisons. The bound for
+    detection is the one for the whole family; under Holm's procedure, that of its first and strictest step. NaN if
+    there are too few runs."""
     method: Method = "paired t"
     """The method that judged this difference."""
     p_family: float = math.nan
-    """The p value adjusted for the whole family, if the family was judged at once. NaN if Holm's procedure must still adjust `p`."""
+    """The p value adjusted for the whole family, if the family was judged at once. NaN if Holm's procedure must still
+    adjust `p`."""
 
 
 def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate:
@@ -154,26 +157,29 @@ def judged(mean: float, error: float, freedom: float, n: int, family: int = 1) -
 def many_to_one(
     baseline: Floats, arms: Sequence[Floats], *, family: int | None = None, kin: Sequence[Hashable] | None = None
 ) -> list[Difference]:
-    """Compares independent arms with one baseline, all at once. Intervals and p values are simultaneous and agree with each other.
+    """Compares independent arms with one baseline, all at once.
 
-    If the arms have similar spreads, all runs together estimate one pooled spread (Dunnett 1955, for any numbers of runs). If the
-    variance of an arm is larger than that of all others (F test, p below `OWN_SPREAD`), the arm is judged by its own variance,
-    and the baseline by the pooled variance of the rest. The degrees of freedom are then the arm's own, which is conservative
-    (Mickey and Brown 1966), and Šidák's correction accounts for the family. If the variance of the baseline stands out, or if some
-    variance stands out by the stricter `REFUTED`, nothing is pooled: every arm is judged by its own variance and the baseline's. If
-    only one comparison is judged, Welch's t (1947) is used.
+    Intervals and p values are simultaneous and agree with each other.
 
-    A rule that inspects spreads first has errors of its own, so both bounds were chosen by simulation. The pooled procedure alone
-    too often calls an arm different if its spread is three times that of the others. A bound that detects every such arm leaves
-    little power to detect anything else. The results are in `analysis/results/coverage.json`. Six arms with 1.5 times the spread of
-    six others are seldom detected: then 7.6 % of families contain an error.
+    If the arms have similar spreads, all runs together estimate one pooled spread (Dunnett 1955, for any numbers of
+    runs). If the variance of an arm is larger than that of all others (F test, p below `OWN_SPREAD`), the arm is judged
+    by its own variance, and the baseline by the pooled variance of the rest. The degrees of freedom are then the arm's
+    own, which is conservative (Mickey and Brown 1966), and Šidák's correction accounts for the family. If the variance
+    of the baseline stands out, or if some variance stands out by the stricter `REFUTED`, nothing is pooled: every arm
+    is judged by its own variance and the baseline's. If only one comparison is judged, Welch's t (1947) is used.
+
+    A rule that inspects spreads first has errors of its own, so both bounds were chosen by simulation. The pooled
+    procedure alone too often calls an arm different if its spread is three times that of the others. A bound that
+    detects every such arm leaves little power to detect anything else. The results are in
+    `analysis/results/coverage.json`. Six arms with 1.5 times the spread of six others are seldom detected: then 7.6 %
+    of families contain an error.
 
     Args:
         baseline: (n,) logarithms of the baseline's values.
         arms: for each arm, (n_i,) logarithms of its values.
         family: the number of comparisons that are judged together, if it exceeds the number of arms here.
-        kin: a key for each arm. Arms with equal keys have noise in common, and count as one arm in the estimate of the spread. None
-            if no two arms are kin.
+        kin: a key for each arm. Arms with equal keys have noise in common, and count as one arm in the estimate of the
+            spread. None if no two arms are kin.
 
     Returns:
         One difference for each arm. It has no interval if the arm or the baseline has fewer than two runs.
@@ -222,7 +228,9 @@ def _by_spreads(baseline: Floats, arms: Sequence[Floats], keys: Sequence[Hashabl
 
 
 def same_settings(again: Floats, baseline: Floats) -> Difference:
-    """Compares the A/A arm with the baseline by Student's t with one common variance. The comparison belongs to no family.
+    """Compares the A/A arm with the baseline by Student's t with one common variance.
+
+    The comparison belongs to no family.
 
     Args:
         again: (n,) logarithms of the values of the A/A arm.
@@ -243,7 +251,8 @@ class _Spreads:
     """Variances of the logarithms of all arms, and the tests that decide whether they may be pooled."""
 
     variance: float
-    """The pooled variance. It leaves out an arm whose variance stands out both by itself and after Bonferroni's correction."""
+    """The pooled variance. It leaves out an arm whose variance stands out both by itself and after Bonferroni's
+    correction."""
     freedom: float
     """The degrees of freedom of the pooled variance."""
     apart: frozenset[Hashable]
@@ -263,7 +272,8 @@ class _Spreads:
         variances = [float(np.mean([values.var(ddof=1) for values in group])) for group in groups]
         squares = [variance * freedom for variance, freedom in zip(variances, freedoms, strict=True)]
         p_values = [_stands_out(place, squares, freedoms, variances[place]) for place in range(len(groups))]
-        # An arm that is judged by the pooled variance always contributes to it, even if few arms make the second bound looser.
+        # An arm that is judged by the pooled variance always contributes to it, even if the second bound is the looser
+        # one, as it is for few arms.
         kept = [place for place, p in enumerate(p_values) if p >= OWN_SPREAD or p * len(groups) >= 1 - LEVEL]
         freedom = sum(freedoms[place] for place in kept)
         return cls(
@@ -364,10 +374,11 @@ def _at_once(
 
 @lru_cache
 def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float:
-    """Returns the probability that the largest |t| of several comparisons with one baseline is at most `value` (Dunnett 1955).
+    """Returns the probability that no |t| of several comparisons with one baseline exceeds `value` (Dunnett 1955).
 
-    The t values of arms i and j share one variance and correlate by sqrt(share_i share_j). Conditional on the baseline's mean and
-    on the variance, they are independent. This leaves two integrals, which are computed by quadrature.
+    The t values of arms i and j share one variance and correlate by sqrt(share_i share_j). Conditional on the
+    baseline's mean and on the variance, they are independent. This leaves two integrals, which are computed by
+    quadrature.
 
     Args:
         value: a bound on |t|, at least 0.
@@ -391,7 +402,8 @@ def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float
 def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
     """Returns quadrature points and weights for the normal density, then for the interval -1 to 1.
 
-    The points for the normal density are the positive half only: the integrand is symmetric. The weights of each rule sum to 1.
+    The points for the normal density are the positive half only: the integrand is symmetric. The weights of each rule
+    sum to 1.
     """
     points, weights = np.polynomial.hermite_e.hermegauss(48)
     levels, level_weights = np.polynomial.legendre.leggauss(64)
@@ -417,8 +429,8 @@ def _t(quantile: float, degrees: float) -> float:
 def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
     """Adjusts p values for multiple tests by Holm's procedure (Holm 1979).
 
-    In at most 5 % of families, some true null hypothesis gets an adjusted p value below 0.05. NaN means that there was no test: it
-    stays NaN and does not count in the family.
+    In at most 5 % of families, some true null hypothesis gets an adjusted p value below 0.05. NaN means that there was
+    no test: it stays NaN and does not count in the family.
 
     Args:
         p_values: the p values to adjust.
@@ -436,7 +448,7 @@ def holm(p_values: Sequence[float], family: int = 0) -> list[float]:
 def resampled_ratio(
     method: tuple[Floats, Floats], baseline: tuple[Floats, Floats], *, seed: int = 0, resamples: int = 2000
 ) -> Estimate:
-    """Returns the ratio of two runs' mean losses over the same units, with a bootstrap percentile interval (Efron 1979).
+    """Returns the ratio of two runs' mean losses over the same units, with a bootstrap interval (Efron 1979).
 
     The interval accounts for the choice of units. It does not account for the variation between seeds.
 
@@ -464,11 +476,13 @@ def resampled_ratio(
 
 
 def best_of(losses: Sequence[float]) -> list[float]:
-    """Returns the expected lowest loss of 1, 2, ... of these trials, drawn at random without replacement (after Dodge et al. 2019).
+    """Returns the expected lowest loss of 1, 2, ... trials, drawn at random without replacement.
+
+    The estimator follows Dodge et al. 2019, but draws without replacement.
 
     Args:
-        losses: the loss of each trial. NaN and infinity mark a trial that diverged. An expectation is infinite if all of its drawn
-            trials may have diverged.
+        losses: the loss of each trial. NaN and infinity mark a trial that diverged. An expectation is infinite if all
+            of its drawn trials may have diverged.
     """
     ordered = sorted(math.inf if math.isnan(loss) else loss for loss in losses)
     n = len(ordered)
@@ -481,10 +495,11 @@ def best_of(losses: Sequence[float]) -> list[float]:
 
 
 def product(parts: Sequence[Sequence[float] | Floats], family: int = 1) -> Difference:
-    """Judges a product of independent mean ratios, such as the ratio of step counts times the ratio of step times (Welch 1947).
+    """Judges a product of independent mean ratios, such as step counts times step times (Welch 1947).
 
     Args:
-        parts: for each factor of the product, the logarithms of its values. The result's `n` is the number of values of the first.
+        parts: for each factor of the product, the logarithms of its values. The result's `n` is the number of values of
+            the first.
         family: the number of comparisons that are judged together.
     """
     means, squares, degrees = [], [], []

@@ -40,7 +40,10 @@ class Metric:
 
     @property
     def sign(self) -> int:
-        """1 if lower values are better, -1 if higher values are better. The product of sign and value is better if lower."""
+        """1 if lower values are better, -1 if higher values are better.
+
+        The product of sign and value is better if lower.
+        """
         return 1 if self.better == "lower" else -1
 
     def cost(self, value: float | None) -> float:
@@ -66,7 +69,7 @@ LOSS = Metric("loss", "lower")
 
 
 def known_metrics(metric_directions: Iterable[Mapping[str, Direction]]) -> dict[str, Metric]:
-    """Returns the metrics that runs can be compared by, by name: the loss, and all metrics that the runs' tasks declare.
+    """Returns the metrics that runs can be compared by: the loss, and all metrics that the runs' tasks declare.
 
     If no run declares a metric, as in older records, adds `bits_per_byte`, which older runs on text have.
 
@@ -138,11 +141,11 @@ class Entry:
     curve_losses: tuple[float, ...] = ()
     """The held-out loss at each of `curve_steps`, in nats per item."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """The other metrics at each of `curve_steps`, by name: the metrics in `metric_directions`. For a run without a result, all
-    metrics that every evaluation has."""
+    """The other metrics at each of `curve_steps`, by name: the metrics in `metric_directions`. For a run without a
+    result, all metrics that every evaluation has."""
     metric_directions: dict[str, Direction] = field(default_factory=dict)
-    """For each metric that the task declares, whether lower or higher is better. Empty for older runs, and for runs without a
-    result."""
+    """For each metric that the task declares, whether lower or higher is better. Empty for older runs, and for runs
+    without a result."""
     items_per_s: float | None = None
     """The median throughput over steps after warm-up. The run may have shared the machine with other runs."""
     train_s: float | None = None
@@ -177,7 +180,9 @@ class Entry:
 
     @property
     def step_flops(self) -> float | None:
-        """FLOPs executed in one optimizer step on all ranks: those of the main rank times the number of ranks. None if unknown.
+        """FLOPs executed in one optimizer step on all ranks: those of the main rank times the number of ranks.
+
+        None if unknown.
 
         The main rank's FLOPs are measured or, without a measurement, predicted. The other ranks execute as many.
         """
@@ -212,8 +217,8 @@ def entry_of(run: Run, **place: Any) -> Entry:
 
     Args:
         run: the run.
-        place: fields that the folder does not contain, because the sweep assigns them: `name`, `arm`, `cell`, `factors`, `phase`,
-            `trial`, `tuned_as`, `repeats`.
+        place: fields that the folder does not contain, because the sweep assigns them: `name`, `arm`, `cell`,
+            `factors`, `phase`, `trial`, `tuned_as`, `repeats`.
     """
     done, result = progress(run), run.result
     split = run.config.get("evaluation", {}).get("split", "validation")
@@ -288,10 +293,12 @@ def read_entries(paths: Iterable[Path]) -> list[Entry]:
 
 
 def label_arms(entries: Sequence[Entry]) -> list[Entry]:
-    """Groups runs that belong to no sweep into arms. Runs whose configs differ only in the seed and the name are one arm.
+    """Groups runs that belong to no sweep into arms.
 
-    The label of an arm is the name of its runs (without a seed suffix such as `-s3`), if all its runs have that name and no other
-    arm does. Otherwise the label lists the config fields in which the arm differs from other arms.
+    Runs whose configs differ only in the seed and the name are one arm.
+
+    The label of an arm is the name of its runs (without a seed suffix such as `-s3`), if all its runs have that name
+    and no other arm does. Otherwise the label lists the config fields in which the arm differs from other arms.
     """
     configs: dict[str, dict[str, Any]] = {}
     names: dict[str, set[str]] = {}
@@ -379,8 +386,8 @@ def write_ledger(path: Path, entries: Sequence[Entry], facts: dict[str, Any] | N
     Args:
         path: the Parquet file.
         entries: the runs.
-        facts: facts about the study as a whole: the sweep's config (`sweep`), the command that reproduces the study (`command`),
-            and the step times (`timing`).
+        facts: facts about the study as a whole: the sweep's config (`sweep`), the command that reproduces the study
+            (`command`), and the step times (`timing`).
 
     Raises:
         ConfigError: the file cannot be written.

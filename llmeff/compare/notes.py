@@ -10,9 +10,9 @@ from llmeff.compare.ledger import Entry, Metric, flat_config
 from llmeff.compare.timing import StepTimes, timed_as, timing_name
 
 FEW_RUNS = 5
-"""With fewer runs per arm, the test of an arm's spread seldom detects a difference. If all arms are equal but one has three times the
-spread of the others, studies with three runs per arm call some arm different in 9 % of cases instead of 5 %
-(`analysis/results/coverage.json`)."""
+"""With fewer runs per arm, the test of an arm's spread seldom detects a difference. If all arms have equal means but
+one has three times the spread of the others, studies with three runs per arm call some arm different in 9 % of cases
+instead of 5 % (`analysis/results/coverage.json`)."""
 
 
 def notes_on(groups: Sequence[Group], metrics: Sequence[Metric], step_times: StepTimes | None) -> Iterator[str]:
@@ -37,8 +37,8 @@ def notes_on(groups: Sequence[Group], metrics: Sequence[Metric], step_times: Ste
 def _on_timing(groups: Sequence[Group], step_times: StepTimes | None) -> Iterator[str]:
     if step_times is None:
         yield (
-            "times are not compared, because there is no timing run (the runs themselves may have shared a machine, which slows "
-            "them down)"
+            "times are not compared, because there is no timing run (the runs themselves may have shared a "
+            "machine, which slows them down)"
         )
         return
     names = {timing_name(timed_as(arm, runs), group.cell) for group in groups for arm, runs in group.arms.items()}
@@ -55,7 +55,7 @@ def _on_runs(group: Group) -> Iterator[str]:
 
 
 def _on_ends(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
-    """Notes the number of runs that did not finish, and the first reason."""
+    """Yields a note for each status other than `finished`: the number of runs with it, and the first reason."""
     for status in ("diverged", "failed", "unfinished"):
         those = [run for run in runs if run.status == status]
         if those:
@@ -64,17 +64,20 @@ def _on_ends(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
 
 
 def _on_twins(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
-    """Notes an arm with the same runs as an earlier arm, unless the study declares kinship by `tuned_as`."""
+    """Yields a note if an arm has the same runs as an earlier arm, unless the study declares kinship by `tuned_as`."""
     if any(run.tuned_as for run in runs):
         return
     before = itertools.takewhile(lambda other: other != name, group.arms)
     twin = next((other for other in before if hold_the_same_runs(group.arms[other], runs)), None)
     if twin is not None:
-        yield f"the runs of {name}{in_cell(group.cell)} equal those of {twin} up to rounding, so the two are not independent"
+        yield (
+            f"the runs of {name}{in_cell(group.cell)} equal those of {twin} up to rounding, "
+            "so the two are not independent"
+        )
 
 
 def _on_missing_seeds(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
-    """Notes the seeds of the baseline that an arm lacks, if the two are paired by seed."""
+    """Yields a note on the seeds of the baseline that an arm lacks, if the two are paired by seed."""
     missing = sorted({run.seed for run in group.arms[group.baseline]} - {run.seed for run in runs})
     is_paired = group.kin[name] == group.kin[group.baseline] and all(run.repeats is None for run in runs)
     if missing and runs and is_paired:
@@ -85,23 +88,23 @@ def _on_missing_seeds(group: Group, name: str, runs: Sequence[Entry]) -> Iterato
 
 
 def _on_spread(group: Group) -> Iterator[str]:
-    """Notes if arms have too few runs to test the assumption that their spreads are equal."""
+    """Yields a note if an arm has too few runs to test the assumption that all spreads are equal."""
     differences = [cell.difference for cell in group.table.get(group.metric.name, {}).values()]
     counts = [found.ratio.n for found in differences if found is not None and found.method == "Dunnett"]
     if counts and min(counts) < FEW_RUNS:
         yield (
-            f"an arm with only {min(counts)} runs{in_cell(group.cell)} has an uncertain spread: if this spread is much larger than "
-            "that of the other arms, the arm may be called different although it is not"
+            f"an arm with only {min(counts)} runs{in_cell(group.cell)} has an uncertain spread: if this "
+            "spread is much larger than that of the other arms, the arm may be called different although it is not"
         )
 
 
 def _on_target(group: Group) -> Iterator[str]:
-    """Notes the arms in which some run did not reach the target."""
+    """Yields a note on each arm in which some run did not reach the target."""
     for name, cell in group.table.get("steps_to_target", {}).items():
         if len(cell.values) < cell.num_seeds:
             yield (
                 f"{name}{in_cell(group.cell)} reached the {group.metric.label} {group.target:.4f} in {len(cell.values)} of "
-                f"{cell.num_seeds} runs, so its cost to reach this target has no mean"
+                f"{cell.num_seeds} runs, so the mean cost to reach it is not reported"
             )
 
 
@@ -121,7 +124,7 @@ def _on_tuning(group: Group) -> Iterator[str]:
 
 
 def _on_numbers_of_trials(group: Group) -> Iterator[str]:
-    """Notes if the arms had unequal numbers of trials."""
+    """Yields a note if the arms had unequal numbers of trials."""
     tuned_as = {name: next((run.tuned_as for run in runs if run.tuned_as), name) for name, runs in group.arms.items()}
     tunings = {name: group.tuning.get(tuned) for name, tuned in tuned_as.items()}
     counts = {name: 0 if tuning is None else len(tuning.trials) for name, tuning in tunings.items()}
@@ -131,15 +134,15 @@ def _on_numbers_of_trials(group: Group) -> Iterator[str]:
 
 
 def _on_formats(group: Group) -> Iterator[str]:
-    """Notes pairs of arms that differ only in precision or in the optimizer's state format, but were tuned to different settings."""
+    """Yields a note on two arms that differ only in precision or state format, but use different settings."""
     tuned = [(name, runs[0]) for name, runs in group.arms.items() if runs and _has_settings_of_its_own(runs[0])]
     for (name, one), (other, two) in itertools.combinations(tuned, 2):
         if one.trial != two.trial and _differ_in_format_alone(one, two):
             settings = [", ".join(f"{field} = {value}" for field, value in run.trial.items()) for run in (one, two)]
             yield (
-                f"{name} and {other}{in_cell(group.cell)} differ only in precision or in the format of the optimizer state, but "
-                f"were tuned separately, to different settings ({'; '.join(settings)}): the comparison mixes both effects; use "
-                "tuned_as to compare the format alone"
+                f"{name} and {other}{in_cell(group.cell)} differ only in precision or in the format of the "
+                f"optimizer state, but were tuned separately, to different settings ({'; '.join(settings)}): "
+                "the comparison mixes both effects; use tuned_as to compare the format alone"
             )
 
 

@@ -17,7 +17,7 @@ _FEW = 6
 
 
 def arm_curves(group: Group) -> bytes | None:
-    """Plots the held-out metric of each arm over items trained on, as a PNG: the mean over seeds, and a band of their range.
+    """Plots the held-out metric of each arm over items trained on, as a PNG: mean and range over seeds.
 
     Returns None if no arm has a finished run that was evaluated at least twice.
     """
@@ -84,16 +84,17 @@ def tuning_curves(group: Group) -> bytes | None:
     _limit(axes, metric, min(finite), min(max(finite), far), room=1e-3)
     where = f", {show_cell(group.cell)}" if group.cell else ""
     more, above = ("more", "above") if metric.better == "lower" else ("less", "below")
-    beyond = f"; trials of {more} than {_FAR**metric.sign:.2g} times the best {metric.label} lie {above}"
+    beyond = f"; trials with {more} than {_FAR**metric.sign:.2g} times the best {metric.label} lie {above} the plot"
     y = _named(metric, "nats", " of the trial")
     dress_axes(axes, ", ".join(sorted(names)), y, f"Sensitivity{where}{beyond if max(finite) > far else ''}")
     return as_png(figure)
 
 
 def trials_curves(group: Group) -> bytes | None:
-    """Plots the expected best value of 1, 2, ... trials by arm, as a PNG. Returns None if no arm has several trials.
+    """Plots the expected best value of 1, 2, ... trials by arm, as a PNG.
 
-    Trials are drawn in random order, so each point is the mean result of a smaller tuning budget.
+    Returns None if no arm has several trials of which some finished. Trials are drawn in random order, so each point is
+    the mean result of a smaller tuning budget.
     """
     tuned = {arm: tuning for arm, tuning in group.tuning.items() if len(tuning.expected_best) > 1}
     if not any(np.isfinite(tuning.expected_best).any() for tuning in tuned.values()):
@@ -223,7 +224,7 @@ def _named(metric: Metric, unit: str, of: str = "") -> str:
 
 
 def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) -> None:
-    """Limits the value axis to the range between two costs, plus margins of a twentieth of the range and `room` on both sides."""
+    """Limits the value axis to the range between two costs, plus a twentieth of it and `room` on both sides."""
     more = 0.05 * (worst - best)
     axes.set_ylim(sorted((metric.sign * (best - more - room), metric.sign * (worst + more + room))))
 
@@ -231,8 +232,8 @@ def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) ->
 def _band(runs: Sequence[Entry], metric: Metric) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
     """Returns the items at each evaluation, and the values of the metric, (runs, evaluations).
 
-    Uses the finished runs that were evaluated at least twice and at the same steps as the first such run. Returns None if there
-    are none.
+    Uses the finished runs that were evaluated at least twice and at the same steps as the first such run. Returns None
+    if there are none.
     """
     known = [run for run in runs if run.is_done and run.items_per_step and _is_curve(run.curve(metric.name))]
     known = [run for run in known if run.curve_steps == known[0].curve_steps]

@@ -32,14 +32,14 @@ class Quantity:
     better: Direction = "lower"
     """Whether a lower or a higher value is better."""
     depends_on_seed: bool = True
-    """Whether the value varies at random with the seed. If so, the seeds are the replicates. If not, as for time and memory, every
-    run is a replicate."""
+    """Whether the value varies at random with the seed. If so, the seeds are the replicates. If not, as for time and
+    memory, every run is a replicate."""
     timed: Literal["step", "steps"] | None = None
-    """How the value uses the timing run: `step` if it is the time of one step, `steps` if it is a number of steps times the step
-    time. None if it needs no timing run."""
+    """How the value uses the timing run: `step` if it is the time of one step, `steps` if it is a number of steps times
+    the step time. None if it needs no timing run."""
     has_effects: bool = True
-    """Whether the effects of factors on this quantity are estimated from the runs. False for times, and for a quantity whose ratios
-    repeat those of another quantity."""
+    """Whether the effects of factors on this quantity are estimated from the runs. False for times, and for a quantity
+    whose ratios repeat those of another quantity."""
 
 
 def by_seed(quantity: Quantity, runs: Sequence[Entry]) -> dict[int, float]:
@@ -68,9 +68,9 @@ def value_at(entry: Entry, steps: float, metric: Metric = LOSS) -> float | None:
 
 
 def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None:
-    """Returns the number of steps after which the metric first reaches the target, interpolated linearly between evaluations.
+    """Returns the number of steps after which the metric first reaches the target.
 
-    Returns None if no evaluation reaches the target.
+    Interpolates linearly between evaluations. Returns None if no evaluation reaches the target.
     """
     before: tuple[float, float] | None = None
     values = entry.curve(metric.name)
@@ -91,7 +91,8 @@ def steps_to(entry: Entry, target: float, metric: Metric = LOSS) -> float | None
 def target_of(runs: Sequence[Entry], metric: Metric) -> float | None:
     """Returns the best value of the metric that every finished run reaches. None if there is no such value.
 
-    The value is rounded to five significant digits in the worse direction, so that runs that differ only by rounding reach it too.
+    The value is rounded to five significant digits in the worse direction, so that runs that differ only by rounding
+    reach it too.
     """
     curves = [run.curve(metric.name) for run in runs if run.is_done and run.curve(metric.name)]
     value = metric.sign * max((min(map(metric.cost, curve)) for curve in curves), default=math.inf)
@@ -102,7 +103,7 @@ def target_of(runs: Sequence[Entry], metric: Metric) -> float | None:
 
 
 def budgets_of(arms: Mapping[str, Sequence[Entry]], times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Returns the FLOPs (`flops`) and the time (`seconds`) that every finished run spent at least: the minimum over the runs.
+    """Returns the FLOPs (`flops`) and the time (`seconds`) that every finished run spent: the minimum over runs.
 
     Args:
         arms: the runs of each arm.
@@ -135,7 +136,8 @@ def quantities_of(
 
     Args:
         metrics: the metrics that runs are judged by. The first is the main metric.
-        target: the value of the main metric at which the `..._to_target` quantities stop counting. None if there is no target.
+        target: the value of the main metric at which the `..._to_target` quantities stop counting. None if there is no
+            target.
         budgets: the budgets from `budgets_of`.
         times: seconds per step of the arms that were timed.
     """
@@ -153,7 +155,7 @@ def quantities_of(
             has_effects=False,
         ),
         *_MEMORY,
-        # If the main metric is another one, the training loss may be weighted, so the gap would not measure overfitting.
+        # With another main metric, the training loss may be weighted, so the gap would not measure overfitting.
         *([_GAP] if deciding.name in ("loss", *_FINAL_LABELS) else []),
     ]  # fmt: skip
 

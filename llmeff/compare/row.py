@@ -28,8 +28,8 @@ ALPHA = 0.05
 """The significance level: an arm is called better or worse if its adjusted p value is below this."""
 
 Call = Literal["better", "worse", "not told apart", "equal", "one run", "two seeds", ""]
-"""The result of an arm against the baseline. `not told apart` means no detectable difference; `one run` and `two seeds` mean too few
-runs to judge; empty means no comparison."""
+"""The result of an arm against the baseline. `not told apart` means no detectable difference; `one run` and `two seeds`
+mean too few runs to judge; empty means no comparison."""
 
 _Logs = Mapping[str, Mapping[int, float]]
 """The logarithms of values, by arm and seed."""
@@ -44,10 +44,11 @@ class Cell:
     num_seeds: int
     """The number of seeds that were run."""
     mean: Estimate | None
-    """The mean over seeds. None if some run has no value: the mean of the other runs would make the arm look too good."""
+    """The mean over seeds. None if some run has no value: the mean of the other runs would make the arm look too
+    good."""
     difference: Difference | None
-    """The difference from the baseline. None for the baseline, and if the two cannot be compared because a value is missing or
-    not positive."""
+    """The difference from the baseline. None for the baseline, and if the two cannot be compared because a value is
+    missing or not positive."""
     p_adjusted: float
     """The p value adjusted for all arms. For an A/A arm, the unadjusted p value. NaN if there is no p value."""
     call: Call
@@ -87,8 +88,8 @@ def row(quantity: Quantity, values: Mapping[str, dict[int, float]], arms: Arms) 
 def _logs(values: Mapping[str, Mapping[int, float]], arms: Arms) -> _Logs:
     """Returns the logarithms of the values of all arms that can be compared.
 
-    Leaves out an arm if some value is not positive, because ratios need positive values. Also leaves out an arm if some run has no
-    value, because the other runs would make the arm look too good.
+    Leaves out an arm if some value is not positive, because ratios need positive values. Also leaves out an arm if some
+    run has no value, because the other runs would make the arm look too good.
     """
     return {
         name: {seed: math.log(value) for seed, value in values[name].items()}
@@ -100,8 +101,8 @@ def _logs(values: Mapping[str, Mapping[int, float]], arms: Arms) -> _Logs:
 def _by_seeds(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms) -> dict[str, Difference | None]:
     """Compares arms with the baseline by their runs.
 
-    Kin of the baseline are paired with it by seed, as are all arms if the quantity does not depend on the seed. All other arms are
-    compared at once as independent arms. The A/A arm is judged alone.
+    Kin of the baseline are paired with it by seed, as are all arms if the quantity does not depend on the seed. All
+    other arms are compared at once as independent arms. The A/A arm is judged alone.
 
     Args:
         quantity: the quantity.
@@ -138,8 +139,8 @@ def _by_pairs(
 ) -> Difference | None:
     """Compares two arms over the seeds that both have.
 
-    If the quantity depends on the seed and there are fewer than `FEWEST_SEEDS` seeds, the result has no interval, unless the arms
-    are equal.
+    If the quantity depends on the seed and there are fewer than `FEWEST_SEEDS` seeds, the result has no interval,
+    unless the arms are equal.
 
     Args:
         ours: the logarithms of the arm's values, by seed.
@@ -163,7 +164,8 @@ def _by_pairs(
 def _by_timing(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms) -> dict[str, Difference | None]:
     """Compares arms with the baseline by the timing run.
 
-    Step times are paired by generation, because the arms take turns within each generation. See `_by_seeds` for the arguments.
+    Step times are paired by generation, because the arms take turns within each generation. See `_by_seeds` for the
+    arguments.
     """
     if quantity.timed == "steps":
         return {name: _time_to_target(name, logs, len(rivals), arms) for name in rivals}
@@ -206,7 +208,9 @@ def _adjusted(found: Mapping[str, Difference], family: int) -> dict[str, float]:
 def _mean(
     quantity: Quantity, values: Mapping[int, float], num_runs: int, times: Sequence[float] | None
 ) -> Estimate | None:
-    """Returns the mean over seeds or, for the step time, over the generations of the timing run. None if some run has no value.
+    """Returns the mean over seeds or, for the step time, over the generations of the timing run.
+
+    None if some run has no value.
 
     A quantity that depends on the seed has an interval only from `FEWEST_SEEDS` seeds on.
     """

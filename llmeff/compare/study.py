@@ -19,8 +19,8 @@ from llmeff.core.config import ConfigError
 def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
     """Whether to list these runs side by side instead of comparing arms.
 
-    True for run folders (not sweeps or ledgers) if all runs belong to one arm, or if every run is an arm of its own. Without another
-    arm, or without several seeds per arm, there is nothing to judge.
+    True for run folders (not sweeps or ledgers) if all runs belong to one arm, or if every run is an arm of its own.
+    Without another arm, or without several seeds per arm, there is nothing to judge.
     """
     if any(path.is_file() or (path / SWEEP).is_file() for path in paths):
         return False
@@ -74,8 +74,8 @@ def _command(
 ) -> str:  # fmt: skip
     """Returns a command line that reproduces this comparison.
 
-    It is the command that made the study, followed by `llmeff compare` if options were given. If the command of the study is
-    unknown, it is `llmeff compare` alone.
+    It is the command that made the study, followed by `llmeff compare` if options were given. If the command of the
+    study is unknown, it is `llmeff compare` alone.
     """
     options = {"--baseline": baseline, "--target": target, "--metric": metric, "--timing": timing}
     asked = [text for name, value in options.items() if value is not None for text in (name, str(value))]
@@ -92,7 +92,8 @@ def write_pictures(comparison: Comparison, path: Path) -> None:
 
     Args:
         comparison: the comparison.
-        path: the file to write. If there are several cells, one file is written per cell, and the cell is added to its name.
+        path: the file to write. If there are several cells, one file is written per cell, and the cell is added to its
+            name.
 
     Raises:
         ConfigError: there is nothing to plot, or a file cannot be written.
@@ -114,7 +115,10 @@ def name_of(paths: Sequence[Path], entries: Sequence[Entry]) -> str:
 
 
 def _facts(paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns the facts about the study that a single sweep or ledger records. Empty for run folders and for several paths."""
+    """Returns the facts about the study that a single sweep or ledger records.
+
+    Empty for run folders and for several paths.
+    """
     if len(paths) != 1:
         return {}
     if paths[0].is_file():

@@ -31,7 +31,8 @@ Format = Literal["terminal", "markdown", "csv", "json"]
 CAVEAT = "These are single runs: a difference between them has no interval over seeds, and may be chance."
 FOOTNOTE = (
     f"Training loss: mean of the last {LAST_STEPS} steps, in nats per item. Speed: median over steps after warm-up. "
-    "Error: predicted / measured - 1. Loss / first run's: the 95 % interval covers the choice of held-out units, not of seeds."
+    "Error: predicted / measured - 1. "
+    "Loss / first run's: the 95 % interval covers the choice of held-out units, not of seeds."
 )
 
 _CELL = 26
@@ -40,7 +41,10 @@ _CELL = 26
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """The cost and the results of one run. A field is None if the run did not get far enough, or if the value is unknown."""
+    """The cost and the results of one run.
+
+    A field is None if the run did not get far enough, or if the value is unknown.
+    """
 
     name: str
     """The name of the run's folder."""
@@ -71,8 +75,8 @@ class RunSummary:
     errors: dict[str, float]
     """The prediction error, predicted / measured - 1, by quantity."""
     loss_ratio: Estimate | None = None
-    """The final held-out loss over the first run's, with an interval over the choice of held-out units (`resampled_ratio`). None
-    if there are too few units, or if the two runs were evaluated on different units."""
+    """The final held-out loss over the first run's, with an interval over the choice of held-out units
+    (`resampled_ratio`). None if there are too few units, or if the two runs were evaluated on different units."""
 
 
 _WITH_FIELD = ("loss", "bits_per_byte")

@@ -13,8 +13,8 @@ TIMING = "timing.json"
 """The name of the file of step times, in a sweep's folder."""
 
 StepTimes = Mapping[str, Sequence[float]]
-"""Seconds per step by `timing_name`, one value per generation of processes. The values of one generation are paired across arms,
-because the arms took turns in it."""
+"""Seconds per step by `timing_name`, one value per generation of processes. The values of one generation are paired
+across arms, because the arms took turns in it."""
 
 
 def timing_name(arm: str, cell: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def timing_name(arm: str, cell: Mapping[str, Any]) -> str:
 
 
 def timed_as(arm: str, runs: Sequence[Entry]) -> str:
-    """Returns the arm whose step times apply to an arm: for an A/A arm the arm that it repeats, otherwise the arm itself."""
+    """Returns the arm whose step times apply to an arm: the arm itself or, for an A/A arm, the arm that it repeats."""
     return next((run.repeats for run in runs if run.repeats is not None), arm)
 
 

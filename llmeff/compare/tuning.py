@@ -17,7 +17,8 @@ class Tuning:
     """Results of an arm's tuning trials."""
 
     trials: list[tuple[dict[str, Any], float]]
-    """For each trial, its settings and the value of the main metric. The value is infinitely bad if the trial did not finish."""
+    """For each trial, its settings and the value of the main metric. The value is infinitely bad if the trial did not
+    finish."""
     best: dict[str, Any] | None
     """The settings of the best trial. None if no trial finished."""
     expected_best: list[float]
@@ -25,8 +26,8 @@ class Tuning:
     at_edge: list[str]
     """Fields whose best value is the lowest or the highest value tried. A wider search may find a better value."""
     near_factor: dict[str, float]
-    """If exactly one number was searched, by its field: the highest over the lowest value among the trials within 1 % of the best.
-    Empty otherwise."""
+    """If exactly one number was searched, by its field: the highest over the lowest value among the trials within 1 %
+    of the best. Empty otherwise."""
 
 
 def tuning_of(trials: Sequence[Entry], metric: Metric) -> Tuning | None:

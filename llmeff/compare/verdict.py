@@ -47,19 +47,19 @@ def judge(
     Args:
         entries: the runs of the study.
         baseline: the arm that the other arms are compared with. None for the first arm with a final run.
-        target: a value of the metric, to which steps, FLOPs and time are counted. None for the best value that every finished run
-            of the baseline reaches, in each cell.
-        metric: the main metric. Targets, values at equal budgets, and tuning use it. All statistics are of ratios, which need
-            positive values, so an arm with a value that is not positive is not compared.
-        step_times: the step times of the timing run, by `timing_name`. None if there was no timing run: then no times are
-            compared.
+        target: a value of the metric, to which steps, FLOPs and time are counted. None for the best value that every
+            finished run of the baseline reaches, in each cell.
+        metric: the main metric. Targets, values at equal budgets, and tuning use it. All statistics are of ratios,
+            which need positive values, so an arm with a value that is not positive is not compared.
+        step_times: the step times of the timing run, by `timing_name`. None if there was no timing run: then no times
+            are compared.
         notes: further notes for the reader, to be put first.
         mixed: compare the runs of a cell even if their data, items, splits or budgets differ, and add a note.
         command: the command that reproduces the study.
 
     Raises:
-        ConfigError: there is nothing to compare, the baseline or the metric is unknown, or the runs of a cell differ in their data,
-            items, splits or budgets.
+        ConfigError: there is nothing to compare, the baseline or the metric is unknown, or the runs of a cell differ in
+            their data, items, splits or budgets.
     """
     first = _first_arm(entries, baseline)
     metrics = _metrics(entries, metric)

@@ -23,14 +23,15 @@ from llmeff.compare.verdict import Comparison
 from llmeff.core.units import show_bytes, show_count, show_seconds
 
 FOOTNOTE = (
-    "Means are over seeds, with 95 % intervals (Student's t). Ratios are of an arm's geometric mean to the baseline's. Arms with "
-    "the baseline's tuning are paired with it by seed. Memory is paired by seed too, and step times by generation of the timing "
-    "run. The intervals of paired comparisons hold for each comparison alone, and their p values are adjusted by Holm's "
-    "procedure. Arms that were tuned separately are independent: their intervals and p values hold for all arms at once, by "
-    "Dunnett's procedure with a pooled spread, or with an arm's own spread if it stands out. An A/A arm is the baseline with "
-    "other seeds, and is judged alone. Better or worse: the adjusted p value is below 0.05. Not told apart: no detectable "
-    "difference. Smallest visible: a true ratio of this size in one arm would have been detected in four of five such studies. "
-    "All results are conditional on this tuning."
+    "Means are over seeds, with 95 % intervals (Student's t). Ratios are of an arm's geometric mean to the "
+    "baseline's. Arms with the baseline's tuning are paired with it by seed. Memory is paired by seed too, and step "
+    "times by generation of the timing run. The intervals of paired comparisons hold for each comparison alone, and "
+    "their p values are adjusted by Holm's procedure. Arms that were tuned separately are independent: their "
+    "intervals and p values hold for all arms at once, by Dunnett's procedure with a pooled spread, or with an arm's "
+    "own spread if it stands out. An A/A arm is the baseline with other seeds, and is judged alone. Better or worse: "
+    "the adjusted p value is below 0.05. Not told apart: no detectable difference. Smallest visible: a true ratio of "
+    "this size in one arm would have been detected in four of five such studies. All results are conditional on this "
+    "tuning."
 )
 
 
@@ -48,7 +49,8 @@ def show_value(quantity: Quantity, value: float) -> str:
 def show_mean(quantity: Quantity, cell: Cell) -> str:
     """Formats the mean of an arm with its interval.
 
-    If there are too few seeds for an interval, shows the value of each seed. If some run has no value, shows how many runs have one.
+    If there are too few seeds for an interval, shows the value of each seed. If some run has no value, shows how many
+    runs have one.
     """
     if not cell.num_seeds:
         return "no trial finished"
@@ -81,7 +83,8 @@ def show_interval(ratio: Estimate) -> str:
 def show_effect(effect: Effect) -> str:
     """Formats an effect as a ratio with its interval.
 
-    Shows `none` for an effect within rounding error, and the ratio of each seed if there are too few seeds for an interval.
+    Shows `none` for an effect within rounding error, and the ratio of each seed if there are too few seeds for an
+    interval.
     """
     if effect.is_none:
         return "none"
@@ -116,7 +119,7 @@ def _quantities_table(group: Group) -> TextTable:
 
 
 def _quantity_rows(group: Group, quantity: Quantity) -> Iterator[list[str]]:
-    """Yields the rows of a quantity: the means and, if some arm has them, the ratios, smallest visible ratios and methods."""
+    """Yields the rows of a quantity: means and, if some arm has them, ratios, smallest visible ratios and methods."""
     cells = [group.table[quantity.key][name] for name in group.arms]
     yield [quantity.label, *(show_mean(quantity, cell) for cell in cells)]
     ratios = [show_ratio(cell) for cell in cells]
@@ -130,7 +133,10 @@ def _quantity_rows(group: Group, quantity: Quantity) -> Iterator[list[str]]:
 
 
 def effects_tables(group: Group) -> list[TextTable]:
-    """Returns a table of the effects of all factors for each quantity. Empty if the arms are not combinations of factors."""
+    """Returns a table of the effects of all factors for each quantity.
+
+    Empty if the arms are not combinations of factors.
+    """
     return [
         TextTable(
             title=_effects_title(group, quantity, group.effects[quantity.key]),

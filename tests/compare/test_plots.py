@@ -79,8 +79,8 @@ def test_a_metric_of_which_more_is_better_is_drawn_as_the_loss_is(study, entry, 
         "expected loss of the best (nats)", "expected gain of the best",
     ]  # fmt: skip
     titles = [axes.get_title(loc="left") for axes in drawn]
-    assert titles[2] == "Sensitivity; trials of more than 1.5 times the best loss lie above"
-    assert titles[3] == "Sensitivity; trials of less than 0.67 times the best gain lie below"
+    assert titles[2] == "Sensitivity; trials with more than 1.5 times the best loss lie above the plot"
+    assert titles[3] == "Sensitivity; trials with less than 0.67 times the best gain lie below the plot"
     assert titles[4:] == ["Loss against tuning budget", "Gain against tuning budget"]
     best_final = min(min(run.curve_losses) for run in study)
     for of_loss, of_gain, best in ((drawn[0], drawn[1], best_final), (drawn[2], drawn[3], 1.5)):

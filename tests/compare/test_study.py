@@ -53,7 +53,9 @@ def test_a_study_is_judged_by_its_own_metric_or_by_the_one_that_is_asked_for(
     assert other["command"] == f"llmeff sweep --recipe it && llmeff compare {LEDGER} --metric loss"
     assert compared("--metric=gain")["targets"] == {"": 0.4}
     assert main(["compare", LEDGER, "--metric=gian"]) == 2
-    assert "'gian': these runs are not judged by it. Did you mean 'gain'? Known: gain, loss." in capsys.readouterr().err
+    assert (
+        "'gian': these runs do not have this metric. Did you mean 'gain'? Known: gain, loss." in capsys.readouterr().err
+    )
 
 
 def test_a_metric_that_is_asked_for_makes_a_comparison_of_plain_runs(make_run, capsys):
@@ -65,7 +67,7 @@ def test_a_metric_that_is_asked_for_makes_a_comparison_of_plain_runs(make_run, c
 
 def test_plain_runs_of_different_kinds_stay_a_list(make_run, capsys):
     assert main(["compare", str(make_run("one")), str(make_run("two", steps=3))]) == 0
-    assert "One run each" in capsys.readouterr().out
+    assert "These are single runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_a_lane_that_an_arm_lacks_is_said(study, tmp_path, capsys):
     (tmp_path / "timing.json").write_text(json.dumps({"step_s": {"base": [0.1, 0.1]}, "races": [race()]}))
     write_ledger(tmp_path / LEDGER, study)
     assert main(["compare", str(tmp_path / LEDGER), f"--timing={tmp_path / 'timing.json'}", "--format=json"]) == 0
-    assert any("has no 'fast', 'same'" in note for note in json.loads(capsys.readouterr().out)["notes"])
+    assert any("does not include 'fast', 'same'" in note for note in json.loads(capsys.readouterr().out)["notes"])
 
 
 def test_a_ledger_is_compared_as_what_it_was_made_of(study, tmp_path):

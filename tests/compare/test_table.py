@@ -129,7 +129,7 @@ def test_what_people_read_of_runs(rows):
         "error of peak bytes",
     ]  # fmt: skip
     assert (caveat, footnote) == (CAVEAT, FOOTNOTE)
-    assert "Note: one.\nNote: two.\nOne run each" in render(rows, "markdown", notes=["one", "two"])
+    assert "Note: one.\nNote: two.\nThese are single runs" in render(rows, "markdown", notes=["one", "two"])
 
 
 def test_runs_of_other_items_are_counted_in_items(rows):
