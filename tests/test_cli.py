@@ -50,7 +50,7 @@ def fails(capsys, *arguments):
             "train.micro_batch is 4, which does not divide train.batch 6. Allowed: 1, 2, 3, 6",
         ),
         (["model.width=33"], "width 33 is not a multiple of num_heads 2"),
-        (["model.vocab_size=200"], "model.vocab_size: 200 given, but the tokenizer 'bytes' has ids up to 256"),
+        (["model.vocab_size=200"], "model.vocab_size is 200, but the tokenizer 'bytes' has ids up to 256"),
         (["precision=fp16", "runtime.device=cpu"], "precision 'fp16' needs a GPU"),
         (["schedule.warmup_steps=99"], "schedule.warmup_steps is 99, but train.steps is only 2"),
         (["parallel.ranks=2"], "ranks is 2, but the strategy 'single' is one process"),

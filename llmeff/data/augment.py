@@ -1,4 +1,4 @@
-"""Augmentation of labelled images: a pure function of (seed, step, row) that moves image and labels together."""
+"""Augmentation of labelled images. It depends only on (seed, step, row), and moves an image and its labels together."""
 
 import math
 from dataclasses import dataclass
@@ -13,57 +13,59 @@ from llmeff.core.config import BelowOne, Config, Count, Fraction, Positive
 from llmeff.core.seed import derive
 
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-"""Weight of each channel in a pixel's grey (ITU-R BT.601)."""
+"""Weights of red, green and blue in a pixel's grey value (ITU-R BT.601)."""
 
 NUM_CHANCES = 7
-"""Random numbers drawn per row, whatever is switched on, so that no option changes the effect of another."""
+"""Random numbers drawn per row. The number is fixed, so that no option changes the random numbers of another."""
 
 Colours = NDArray[np.uint8] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """An image placed in a row; the rest of the row is padding."""
+    """An augmented image and its position in a row of the batch. The rest of the row is padding."""
 
     image: Colours
-    """(h, w, 3) in 0..255."""
+    """(h, w, 3) colours in 0..255."""
     labels: NDArray[np.uint8]
-    """(h, w)."""
+    """(h, w) classes, or IGNORED_PIXEL."""
     rows: slice
-    """The h rows of pixels that the image fills."""
+    """Vertical position of the image in the batch row: h pixels."""
     columns: slice
-    """The w columns of pixels that the image fills."""
+    """Horizontal position of the image in the batch row: w pixels."""
 
 
 class AugmentConfig(Config):
-    """How training images are changed each time they are seen; by default, not at all."""
+    """Random augmentation, drawn anew each time a training image is used. By default, images stay unchanged."""
 
     flip: Fraction = 0.0
-    """Probability of exchanging left and right."""
+    """Probability of a horizontal flip."""
     scale: tuple[Positive, Positive] | None = None
-    """(low, high) of the zoom factor, which is log-uniform. None: no zoom. If the result is larger than the row, a random
-    part is taken; if it is smaller, it lies at a random place. Images are interpolated; labels take the nearest pixel."""
+    """(low, high) bounds of the random zoom factor, which is log-uniform. None for no zoom. If the zoomed image is
+    larger than the training row, a random part of it is used. If it is smaller, it is put at a random position in the
+    row. Images are interpolated bilinearly; labels take the nearest pixel."""
     crop: tuple[Count, Count] | None = None
-    """(H, W) of a training row, a random part of the image. None: the whole image."""
+    """(H, W) of a training row, which is a random crop of the image, padded if the image is smaller. None for the size
+    of the image."""
     colour: BelowOne = 0.0
-    """Brightness, contrast and saturation are multiplied, in this order, by independent factors in
-    [1 - colour, 1 + colour]."""
+    """Strength of colour jitter. Brightness, contrast and saturation are multiplied, in this order, by independent
+    random factors, each uniform in [1 - colour, 1 + colour]."""
 
     @model_validator(mode="after")
     def _low_before_high(self) -> Self:
         if self.scale is not None and self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale is (low, high), but {self.scale[0]} is above {self.scale[1]}")
+            raise ValueError(f"scale must be (low, high), but {self.scale[0]} is above {self.scale[1]}")
         return self
 
     def apply(self, image: NDArray[np.uint8], labels: NDArray[np.uint8], seed: int, step: int, row: int) -> Placed:
-        """Returns the augmented image for one row of a step.
+        """Returns the augmented image and labels for one row of a step.
 
         Args:
-            image: (H, W, 3).
-            labels: (H, W).
+            image: (H, W, 3) colours.
+            labels: (H, W) classes, or IGNORED_PIXEL.
             seed: the run's seed.
-            step: counted from 0.
-            row: index in the step's batch over all ranks.
+            step: index of the step, from 0.
+            row: index of the row in the step's global batch.
         """
         generator = np.random.Generator(np.random.Philox(key=derive(seed, "augment", step, row)))
         flip, zoom, down, right, *factors = generator.random(NUM_CHANCES).tolist()
@@ -90,7 +92,16 @@ class AugmentConfig(Config):
 
 
 def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
-    """A random span of `wanted` of `there` pixels, or all of them at a random place: (in the image, in the row)."""
+    """Chooses a random crop of the image or, if the row is larger, a random position of the image, along one axis.
+
+    Args:
+        there: pixels of the image along the axis.
+        wanted: pixels of the row along the axis.
+        chance: random number in [0, 1).
+
+    Returns:
+        (span in the image, span in the row), of equal length.
+    """
     shift = int(chance * (abs(there - wanted) + 1))
     if there >= wanted:
         return slice(shift, shift + wanted), slice(0, wanted)
@@ -100,7 +111,7 @@ def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
 def _zoomed(
     pixels: NDArray[np.uint8], zoomed: list[int], rows: slice, columns: slice, resampling: Image.Resampling
 ) -> NDArray[np.uint8]:
-    """Zooms an image to a size and returns a part, given in pixels of the zoomed image."""
+    """Returns a part of an image that is resized to `zoomed`. `rows` and `columns` are pixels of the resized image."""
     vertical, horizontal = pixels.shape[0] / zoomed[0], pixels.shape[1] / zoomed[1]
     box = (
         columns.start * horizontal,
@@ -113,13 +124,14 @@ def _zoomed(
 
 
 def _coloured(image: NDArray[np.uint8], factors: list[float]) -> NDArray[np.float32]:
-    """Scales brightness, then the distance from the mean grey (contrast), then that from each pixel's grey (saturation).
+    """Scales brightness, contrast and saturation, in this order.
 
-    All three are linear, so the result is a multiple of the channel, a multiple of the pixel's grey and a constant.
+    Contrast is the distance from the image's mean grey, and saturation is the distance from each pixel's own grey. All
+    three are linear, so the result is a weighted sum of the channel, the pixel's grey and a constant.
     """
     brightness, contrast, saturation = factors
     lit = brightness * contrast
-    # Make each channel contiguous first: arithmetic is fast along memory and slow across it.
+    # Make each channel contiguous first, because arithmetic on contiguous memory is faster.
     channels = np.ascontiguousarray(np.moveaxis(image, -1, 0), dtype=np.float32)
     red, green, blue = channels
     grey = GREY[0] * red

@@ -1,10 +1,10 @@
-"""What a general-purpose compressor needs for the same text: the baseline for a model's bits per byte."""
+"""Compression of text by gzip: the baseline for a model's bits per byte."""
 
 import zlib
 
 
 class Gzip:
-    """The size of concatenated texts as one `gzip -9` file."""
+    """Measures the compressed size of concatenated texts under `gzip -9`."""
 
     def __init__(self) -> None:
         self._compressor = zlib.compressobj(level=9, wbits=31)
@@ -12,11 +12,11 @@ class Gzip:
         self._num_bytes = 0
 
     def add(self, content: bytes) -> None:
-        """Appends a text."""
+        """Appends a text to the compressed stream."""
         self._num_bytes += len(content)
         self._num_compressed += len(self._compressor.compress(content))
 
     def bits_per_byte(self) -> float:
-        """Returns the compressed bits per byte of input; closes the file."""
+        """Ends the stream and returns its compressed bits per byte of text. No text can be added afterwards."""
         self._num_compressed += len(self._compressor.flush())
         return 8 * self._num_compressed / self._num_bytes

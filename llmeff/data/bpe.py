@@ -1,4 +1,4 @@
-"""A byte-level byte-pair encoding trained on the corpus."""
+"""Tokenizer by byte-level byte-pair encoding (BPE), trained on the corpus."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +12,10 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
 
 class BpeTokenizer(Tokenizer):
-    """The 256 bytes, their merges, then the end token. No text is ever encoded as the end token."""
+    """Byte-level BPE tokenizer. Its ids are the 256 bytes, then the merges, then the end token.
+
+    Text is never encoded as the end token, even if it contains the token's characters.
+    """
 
     def __init__(
         self,
@@ -21,24 +24,29 @@ class BpeTokenizer(Tokenizer):
         end_token: str | None = None,
     ):
         super().__init__(backend, settings, end_token)
-        backend.encode_special_tokens = True  # tokenizer.json does not keep this flag
+        backend.encode_special_tokens = True  # set on every load, because tokenizer.json does not store this flag
 
 
 class Bpe(TokenizerConfig):
-    """Merges of frequent pairs within words; words are cut as in GPT-2 (Radford et al. 2019, section 2.2)."""
+    """Byte-level BPE: merges frequent pairs of tokens within words.
+
+    Text is split into words as in GPT-2 (Radford et al. 2019, section 2.2).
+    """
 
     name: Literal["bpe"] = "bpe"
     vocab_size: Annotated[int, Field(strict=True, ge=257)] = 4096
-    """V, including the 256 bytes and the end token; smaller if the text has too few pairs."""
+    """Size of the vocabulary, including the 256 bytes and the end token. If the text has too few pairs, the trained
+    vocabulary is smaller."""
     training_bytes: Count = 4_000_000
-    """Train on the first documents of the train split, up to the one that reaches this many bytes."""
+    """Bytes of text to train the tokenizer on. It is trained on the first documents of the train split, up to and
+    including the document that reaches this number."""
 
     def vocabulary(self) -> int:
-        """Returns `vocab_size`, an upper bound."""
+        """Returns `vocab_size`, which is an upper bound for the trained vocabulary."""
         return self.vocab_size
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Trains the tokenizer; the same texts give the same tokenizer."""
+        """Trains the tokenizer on the texts. The same texts always give the same tokenizer."""
         backend = byte_level(tokenizers.models.BPE(), words=True)
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocab_size - 1,
@@ -50,7 +58,7 @@ class Bpe(TokenizerConfig):
         return BpeTokenizer(backend)
 
     def load(self, folder: Path) -> Tokenizer:
-        """Reads the saved tokenizer."""
+        """Reads the tokenizer that was saved in the folder."""
         return BpeTokenizer.load(folder)
 
     def _sample(self, texts: Iterable[str]) -> Iterator[str]:

@@ -12,29 +12,31 @@ from llmeff.data.source import SourceConfig, fingerprint_of
 from llmeff.data.splits import Document
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "sitecustomize.py"}
-"""Files and folders to skip: installed packages, and tests, whose tables of cases are not text."""
+"""Names of files and folders to skip: installed packages, the machine's sitecustomize.py, and tests, which contain
+tables of cases rather than text."""
 
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
-"""Files to skip because they describe the machine that Python was built on."""
+"""Prefixes of names of files and folders to skip, because they describe the machine that Python was built on."""
 
 
 class Builtin(SourceConfig):
-    """The modules of the running Python's standard library: about 11 MB of code and prose, without a download.
+    """The source files of the running Python's standard library: about 11 MB of code and prose that need no download.
 
-    Each file is a document. Files are ordered by a hash of their names, so that any prefix is a fair sample. Files that
-    cannot be read or are not UTF-8 are skipped. The text differs slightly between Python versions; its hash is recorded.
+    Each file is a document. Files are ordered by a hash of their names, so the first files are a fair sample of all
+    files. Files that cannot be read or are not UTF-8 are skipped. The text differs slightly between Python versions, so
+    runs record its hash.
     """
 
     name: Literal["builtin"] = "builtin"
     max_bytes: Count | None = None
-    """Take the first files, up to this many bytes in total. None: all files."""
+    """Maximum bytes of all files together. Reading stops at the first file that would exceed it. None for all files."""
 
     def documents(self) -> Iterator[Document]:
-        """One document per file."""
+        """Returns an iterator over the documents, one per file."""
         return (Document(unit=unit, text=content.decode()) for unit, content in self._contents())
 
     def fingerprint(self) -> str:
-        """Hashes the files' names and contents."""
+        """Returns a hash of the files' names and contents."""
         return fingerprint_of([unit, hashlib.sha256(content).hexdigest()] for unit, content in self._contents())
 
     def _contents(self) -> Iterator[tuple[str, bytes]]:
@@ -59,7 +61,7 @@ def _is_library(name: str) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """The file's content; empty if it cannot be read or is not UTF-8."""
+    """Returns the file's content, or empty bytes if the file cannot be read or is not UTF-8."""
     try:
         content = path.read_bytes()
         content.decode()

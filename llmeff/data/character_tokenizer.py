@@ -1,4 +1,4 @@
-"""One token per character."""
+"""Tokenizer with one token per character."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -14,21 +14,22 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig
 
 
 class CharacterTokenizer(Tokenizer):
-    """The characters in the order of their code points, then the end token."""
+    """Character tokenizer: ids follow the order of the characters' code points, and the end token has the last id."""
 
     @cached_property
     def _ids(self) -> NDArray[np.int64]:
-        """The id of each code point; -1 if it has none."""
+        """Id of each code point; -1 if the code point is not in the vocabulary."""
         ids = np.full(0x110000, -1, dtype=np.int64)
         for character, place in self.backend.get_vocab(with_added_tokens=False).items():
             ids[ord(character)] = place
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
-        """The characters of each text.
+        """Returns the ids of each text's characters.
 
         Raises:
-            ConfigError: a character is unknown. A shared token for unknown characters would make every loss look better.
+            ConfigError: a character is unknown. No token stands for unknown characters, because it would make every
+                loss look better.
         """
         encoded = []
         for text in texts:
@@ -36,26 +37,26 @@ class CharacterTokenizer(Tokenizer):
             if ids.size and ids.min() < 0:
                 unknown = text[int(ids.argmin())]
                 raise ConfigError(
-                    f"data.tokenizer: the character {unknown!r} (U+{ord(unknown):04X}) is not in the training text; "
-                    "the tokenizers bytes and bpe know every character"
+                    f"data.tokenizer: the character {unknown!r} (U+{ord(unknown):04X}) is not in the training text. "
+                    "The tokenizers 'bytes' and 'bpe' know every character"
                 )
             encoded.append(ids.astype(np.uint32))
         return encoded
 
 
 class Characters(TokenizerConfig):
-    """The characters of the training text; suits a text with few distinct characters."""
+    """One token for each distinct character of the training text. Suits a text with few distinct characters."""
 
     name: Literal["characters"] = "characters"
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Collects the characters."""
+        """Builds the tokenizer from the distinct characters of the texts."""
         found: set[str] = set()
         for text in texts():
             found.update(text)
         characters = sorted(found)
         vocabulary = {character: place for place, character in enumerate(characters)}
-        # Without an unknown token, the library refuses unknown characters, as we do.
+        # There is no unknown token, so the library also rejects unknown characters, as `encode_batch` does.
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = tokenizers.decoders.Fuse()
@@ -63,5 +64,5 @@ class Characters(TokenizerConfig):
         return CharacterTokenizer(backend)
 
     def load(self, folder: Path) -> Tokenizer:
-        """Reads the saved tokenizer."""
+        """Reads the tokenizer that was saved in the folder."""
         return CharacterTokenizer.load(folder)

@@ -1,4 +1,4 @@
-"""Cityscapes as a source."""
+"""Cityscapes as an image source."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -32,19 +32,19 @@ CLASSES = {
     32: "motorcycle",
     33: "bicycle",
 }
-"""The evaluated classes by their number in the masks, in the order of the labels ("trainIds"). Source:
+"""Names of the evaluated classes by their value in the masks ("id"), in the order of the labels ("trainId"). Source:
 github.com/mcordts/cityscapesScripts, helpers/labels.py."""
 
 NUM_IDS = 34
-"""Masks hold the numbers 0 to 33; numbers without a class are ignored."""
+"""Number of mask values: masks contain 0 to 33. Pixels whose value is not in `CLASSES` are ignored."""
 
 
 class Cityscapes(ImageFiles):
-    """The street scenes of Cordts et al. (2016) with fine masks and the official 19 classes.
+    """Cityscapes: street scenes with fine masks and the official 19 classes (Cordts et al. 2016).
 
-    The files come from the Cityscapes site; the licence allows non-commercial research only. The labels of the official
-    test set are not public, so the 500 official validation images, of three other cities, are the split `test` here. The
-    splits `search` and `validation` are whole cities taken out of training.
+    The files come from the Cityscapes website. The licence allows non-commercial research only. The labels of the
+    official test set are not public, so the split `test` is the official validation set: 500 images of three cities
+    that are not in the training set. The splits `search` and `validation` are whole cities, taken out of training.
     """
 
     image_end: ClassVar[str] = "_leftImg8bit"
@@ -52,28 +52,28 @@ class Cityscapes(ImageFiles):
 
     name: Literal["cityscapes"] = "cityscapes"
     path: Text
-    """The folder that holds leftImg8bit and gtFine."""
+    """Folder that contains leftImg8bit and gtFine."""
     search_cities: tuple[Text, ...] = ("krefeld", "ulm")
-    """Training cities that form the split `search`; 194 images by default."""
+    """Training cities that form the split `search`. The default cities have 194 images."""
     validation_cities: tuple[Text, ...] = ("darmstadt", "monchengladbach")
-    """Training cities that form the split `validation`; 179 images by default."""
+    """Training cities that form the split `validation`. The default cities have 179 images."""
 
     @model_validator(mode="after")
     def _a_city_is_in_one_split(self) -> Self:
         if both := sorted(set(self.search_cities) & set(self.validation_cities)):
-            raise ValueError(f"search_cities and validation_cities share {', '.join(both)}")
+            raise ValueError(f"search_cities and validation_cities both contain {', '.join(both)}")
         return self
 
     def classes(self) -> tuple[str, ...]:
-        """The 19 classes."""
+        """Returns the names of the 19 classes."""
         return tuple(CLASSES.values())
 
     def labels(self) -> dict[int, int]:
-        """Masks hold the original ids ("labelIds")."""
+        """Returns the meaning of the mask values, which are the original ids ("labelIds")."""
         return dict.fromkeys(range(NUM_IDS), IGNORED_PIXEL) | {value: label for label, value in enumerate(CLASSES)}
 
     def pairs(self) -> list[FilePair]:
-        """The official training and validation pairs, each sorted by city and name."""
+        """Returns the official training pairs, then the official validation pairs, each sorted by city and name."""
         splits: dict[str, Split] = {
             **dict.fromkeys(self.search_cities, "search"),
             **dict.fromkeys(self.validation_cities, "validation"),

@@ -1,4 +1,4 @@
-"""The contract of training data."""
+"""Interface of training data."""
 
 from llmeff.core.config import Component, Text
 

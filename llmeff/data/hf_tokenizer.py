@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face model."""
+"""Tokenizer of a Hugging Face model, read from a folder."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -14,33 +14,34 @@ from llmeff.data.tokenizer import END, Tokenizer, TokenizerConfig, byte_level
 
 TEMPLATE = "chat_template.jinja"
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE)
-"""The files of a folder that determine its tokenizer."""
+"""Names of the files in a folder that determine its tokenizer."""
 
 
 class HfTokenizer(TokenizerConfig):
-    """A folder's tokenizer.json, or GPT-2's vocab.json and merges.txt.
+    """A tokenizer read from a folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt.
 
-    Text is encoded as in transformers: special tokens in the text are recognized, but none are added.
+    Special tokens in the text are recognized, as in transformers, but no special tokens are added.
     """
 
     name: Literal["hf"] = "hf"
     path: Text
-    """The folder."""
+    """Folder with the tokenizer's files."""
     end_token: Text | None = None
-    """The token before and after every document, as in the model's training. None: the tokenizer's `eos_token`."""
+    """Token to put before and after every document, as in the training of the model. None for the tokenizer's
+    `eos_token`."""
 
     def fingerprint(self) -> str:
-        """Hashes the tokenizer's files and the end token."""
+        """Returns a hash of the tokenizer's files and the end token."""
         folder = self._folder()
         there = [name for name in FILES if (folder / name).is_file()]
         return fingerprint_of([self.end_token, *([name, files.sha256(folder / name)] for name in there)])
 
     def vocabulary(self) -> int:
-        """V, read from the folder."""
+        """Returns the size of the vocabulary, read from the folder."""
         return self.build(tuple).vocab_size
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """Reads the tokenizer from its folder; needs no text."""
+        """Reads the tokenizer from its folder. It does not read the texts."""
         folder = self._folder()
         settings = {"eos_token": END, **_json(folder / "special_tokens_map.json")}
         settings |= _json(folder / "tokenizer_config.json")
@@ -52,7 +53,7 @@ class HfTokenizer(TokenizerConfig):
         return Tokenizer(backend, settings, self.end_token)
 
     def load(self, folder: Path) -> Tokenizer:
-        """Reads the saved tokenizer; the config's folder need not exist any more."""
+        """Reads the tokenizer that was saved in `folder`. The original folder, `path`, need not exist any more."""
         return Tokenizer.load(folder, self.end_token)
 
     def _folder(self) -> Path:
@@ -76,7 +77,7 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
     """Reads a folder's tokenizer with the `tokenizers` library.
 
     Raises:
-        ConfigError: the folder has no tokenizer, or it cannot be read.
+        ConfigError: the folder contains no tokenizer, or the tokenizer cannot be read.
     """
     whole, vocabulary, merges = (folder / name for name in FILES[:3])
     try:

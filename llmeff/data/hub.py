@@ -1,4 +1,4 @@
-"""Anything that the `datasets` library loads, as a source: a Hugging Face Hub name, a folder, or a format with files."""
+"""Text source for datasets that the Hugging Face library `datasets` loads: from the Hub, a folder or files."""
 
 import glob
 from collections.abc import Iterator
@@ -12,31 +12,31 @@ from llmeff.data.splits import Document
 
 
 class Datasets(SourceConfig):
-    """The rows of a dataset.
+    """A dataset loaded by the library `datasets`. Each row is a document.
 
-    Local files are identified by their content, a name on the Hub by name and revision. Give a revision if the corpus must
-    not change.
+    The fingerprint identifies local files by their content, but a dataset on the Hub only by its name and revision. Set
+    `revision` if the corpus must not change.
     """
 
     name: Literal["datasets"] = "datasets"
     path: Text
-    """The first argument of `datasets.load_dataset`: "wikitext", a folder, or "json"."""
+    """First argument of `datasets.load_dataset`: a name on the Hub ("wikitext"), a folder or a file format ("json")."""
     subset: Text | None = None
-    """The dataset's configuration. None: its default."""
+    """Configuration of the dataset, the second argument of `datasets.load_dataset`. None for the default."""
     data_files: tuple[Text, ...] = ()
-    """The files, if `path` is a format."""
+    """Files to read, if `path` is a file format."""
     revision: Text | None = None
-    """A commit on the Hub. None: the newest of the default branch."""
+    """Commit on the Hub. None for the newest commit of the default branch."""
     split: Text = "train"
-    """The split of the dataset to read. Its rows are divided again by `data.splits`."""
+    """Split of the dataset to read. `data.splits` divides its rows again."""
     column: Text = "text"
-    """The column that holds the text."""
+    """Column that contains the text."""
     streaming: Flag = False
-    """Read row by row while the token cache is written, instead of fetching everything first. With `data.max_tokens`, only
-    the needed part is fetched."""
+    """Whether to read row by row while the token cache is written, instead of downloading everything first. With
+    `data.max_tokens`, only the needed part is downloaded."""
 
     def documents(self) -> Iterator[Document]:
-        """One document per row."""
+        """Yields one document per row."""
         for row, entry in enumerate(self._load()):
             if self.column not in entry:
                 raise ConfigError(
@@ -45,13 +45,13 @@ class Datasets(SourceConfig):
             text = entry[self.column]
             if not isinstance(text, str):
                 raise ConfigError(
-                    f"data.source: {self.path}, row {row}: the column {self.column!r} holds "
+                    f"data.source: {self.path}, row {row}: the column {self.column!r} contains a value of type "
                     f"{type(text).__name__}, not text"
                 )
             yield Document(unit=f"{self.split}:{row}", text=text)
 
     def fingerprint(self) -> str:
-        """Hashes the settings, and the names and contents of local files."""
+        """Returns a hash of the settings, and of the names and contents of local files."""
         settings = self.model_dump(mode="json", exclude={"path", "data_files", "streaming"})
         folder = Path(self.path).expanduser()
         if folder.is_dir():
@@ -69,7 +69,7 @@ class Datasets(SourceConfig):
             import datasets
         except ImportError:
             raise ConfigError(
-                'data.source: the source "datasets" needs the package datasets: pip install "llmeff[data]"'
+                'data.source: the source "datasets" needs the package datasets. Install it: pip install "llmeff[data]"'
             ) from None
         try:
             yield from datasets.load_dataset(

@@ -1,4 +1,4 @@
-"""The image cache: labelled images of one size as memory-mapped bytes, with statistics of each."""
+"""Image cache: labelled images of one size in memory-mapped files, with statistics of each image."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from llmeff.data.splits import Split
 KIND = "image cache"
 """Name of this cache in messages."""
 FORMAT = 2
-"""Version of the format; increase it when caches of an older version must not be read."""
+"""Version of the cache format. Increase it if caches of older versions must not be read."""
 
 Size = tuple[int, int]
 """(H, W)."""
@@ -36,13 +36,13 @@ class StoredImages:
     images: NDArray[np.uint8]
     """(N, H, W, 3), RGB."""
     labels: NDArray[np.uint8]
-    """(N, H, W): a class, or IGNORED_PIXEL."""
+    """(N, H, W): the class of each pixel, or IGNORED_PIXEL."""
     class_pixels: NDArray[np.int64]
-    """(N, K): labelled pixels of each class."""
+    """(N, K): number of labelled pixels of each class in each image."""
     sums: NDArray[np.int64]
-    """(N, 2, 3): per channel, the sum of values and the sum of squares over all pixels."""
+    """(N, 2, 3): for each image and channel, the sum of values and the sum of squared values over all pixels."""
     units: list[str]
-    """The images' names."""
+    """Names of the images."""
 
     def first(self, num_images: int) -> "StoredImages":
         """Returns the first `num_images` images."""
@@ -50,7 +50,7 @@ class StoredImages:
 
 
 class ImageCache:
-    """A complete cache.
+    """A complete image cache on disk.
 
     Args:
         folder: a folder that `verified_cache.ensure` made.
@@ -79,13 +79,13 @@ class ImageCache:
 def write_images(
     folder: Path, images: Iterable[tuple[Split, LabelledImage]], classes: tuple[str, ...], size: Size | None
 ) -> None:
-    """Decodes images and writes them to a folder.
+    """Decodes images and writes the files of an image cache.
 
     Args:
         folder: folder to fill.
-        images: each with its split; at least one.
+        images: the images, each with its split; at least one.
         classes: names of the classes.
-        size: (H, W) to resize all images to. None: all must have one size.
+        size: (H, W) to resize all images to. None keeps their size, which must then be equal.
 
     Raises:
         ConfigError: an image is invalid, or its size differs from the first image's.
@@ -104,18 +104,18 @@ def write_images(
                     break
                 continue
             if problems:
-                continue  # the files will be discarded: the remaining images are only checked
+                continue  # the cache will be discarded, so the remaining images are only checked
             first = first or (image.unit, labels.shape)
             if labels.shape != first[1]:
                 raise ConfigError(
                     f"data.size: the image {image.unit} is {_words(labels.shape)}, but {first[0]} is "
-                    f"{_words(first[1])}: give the size to resize all images to"
+                    f"{_words(first[1])}. Set data.size to resize all images"
                 )
             if split not in writers:
                 writers[split] = _SplitWriter(folder, split, len(classes), opened)
             writers[split].add(image.unit, pixels, labels)
     raise_all(problems)
-    assert first is not None, "there is a training image"
+    assert first is not None, "there must be at least one image"
     for writer in writers.values():
         writer.finish()
     meta = {"format": FORMAT, "classes": classes, "size": first[1], "splits": list(writers)}
@@ -123,7 +123,7 @@ def write_images(
 
 
 class _SplitWriter:
-    """Writes the files of one split; only its statistics stay in memory."""
+    """Writes the files of one split. It keeps only the images' names and statistics in memory."""
 
     def __init__(self, folder: Path, split: Split, num_classes: int, opened: contextlib.ExitStack):
         self._folder, self._split, self._num_classes = folder, split, num_classes
@@ -150,10 +150,7 @@ class _SplitWriter:
 
 
 def resized(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
-    """Resizes an (H, W, 3) image.
-
-    Each pixel is the mean of the pixels that it covers or, if a side grows, is interpolated between its neighbours.
-    """
+    """Resizes an (H, W, 3) image by averaging over areas or, if a side grows, by bilinear interpolation."""
     if pixels.shape[:2] == size:
         return pixels
     height, width = size
@@ -163,7 +160,7 @@ def resized(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
 
 
 def _resized(pair: Pair, size: Size) -> Pair:
-    """Resizes an image and its labels; labels take the nearest pixel."""
+    """Resizes an image and its labels. Labels take the nearest pixel."""
     pixels, labels = pair
     if labels.shape != size:
         labels = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))

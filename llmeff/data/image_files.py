@@ -1,4 +1,4 @@
-"""Image and mask files: how the sources that consist of them pair and read them."""
+"""Base class of image sources that consist of files, and functions that pair, check and read images and masks."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,39 +19,39 @@ from llmeff.data.source import digests, fingerprint_of
 from llmeff.data.splits import Split
 
 MASK_MODES = ("1", "L", "P", "I;16", "I;16B")
-"""Pillow's modes for masks: one channel of 1, 8 or 16 bits (either byte order), or palette indices. A mask's numbers are
-read unchanged."""
+"""Pillow modes that a mask may have: one channel of 1, 8 or 16 bits (either byte order), or palette indices. Mask
+values are read unchanged."""
 DEEP_MODES = ("I", "F")
-"""Prefixes of the modes that need more than 8 bits; Pillow would clip their values."""
+"""Prefixes of the Pillow modes with more than 8 bits per channel. Pillow would clip their values."""
 ON_ITS_SIDE = (5, 6, 7, 8)
-"""EXIF orientations of images whose displayed width is the stored height."""
+"""EXIF orientations that exchange width and height: the displayed width is the stored height."""
 NUM_VALUES = 2**16
-"""How many values a number in a mask can have."""
+"""Number of values that a pixel of a mask can have."""
 NAMED = 3
-"""How many files or pixel values an error names at most."""
+"""Maximum number of files or pixel values that an error names."""
 LISTED = 10
-"""How many problems an error lists at most."""
+"""Maximum number of problems that an error lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilePair:
-    """An image and its mask."""
+    """An image file and its mask file."""
 
     unit: str
     """Name of the pair in the source."""
     split: Split | None
-    """The split that the source assigns. None: the data's settings choose."""
+    """Split that the source assigns. None if `data.splits` chooses it."""
     image: Path
-    """Any image that Pillow reads with 8 bits per channel."""
+    """Image of any format that Pillow reads with 8 bits per channel."""
     mask: Path
-    """An image with one channel of class ids."""
+    """Image with one channel of class ids."""
 
 
 class ImageFiles(ImageSourceConfig):
-    """A source of files: pairs of an image and a mask of the same size."""
+    """Base class of sources that read pairs of an image file and a mask file of the same size."""
 
     def pairs(self) -> list[FilePair]:
-        """The files, always in the same order.
+        """Returns the pairs of files, always in the same order.
 
         Raises:
             ConfigError: folders or files are missing.
@@ -63,7 +63,10 @@ class ImageFiles(ImageSourceConfig):
         yield from labelled(self.pairs(), self.labels())
 
     def image_size(self) -> tuple[int, int] | None:
-        """(H, W) from the header of the first image, since all must have one size. None: there is no readable image."""
+        """Returns (H, W) from the header of the first image, because all images must have the same size.
+
+        Returns None if files are missing or the first image cannot be read.
+        """
         try:
             first, *_ = self.pairs()
             _, (width, height) = _head(first.image)
@@ -72,7 +75,7 @@ class ImageFiles(ImageSourceConfig):
         return height, width
 
     def fingerprint(self) -> str:
-        """Hashes the pairs' names, splits and contents, and the meaning of the masks' numbers."""
+        """Returns a hash of the pairs' names, splits and contents, the class names and the meaning of mask values."""
         pairs = self.pairs()
         try:
             contents = digests([path for pair in pairs for path in (pair.image, pair.mask)])
@@ -83,11 +86,11 @@ class ImageFiles(ImageSourceConfig):
 
 
 def labelled(pairs: Sequence[FilePair], labels: Mapping[int, int]) -> Iterator[LabelledImage]:
-    """Yields images with their masks, after checking the headers of all files.
+    """Yields images with their labels, after checking the headers of all files.
 
     Args:
         pairs: the files.
-        labels: meaning of the numbers in the masks, see `ImageSourceConfig.labels`.
+        labels: meaning of the mask values, see `ImageSourceConfig.labels`.
 
     Raises:
         ConfigError: a file is invalid.
@@ -101,7 +104,7 @@ def labelled(pairs: Sequence[FilePair], labels: Mapping[int, int]) -> Iterator[L
 
 
 def raise_all(problems: Iterable[str]) -> None:
-    """Raises one error that lists the problems, the first `LISTED` of many; does nothing if there are none.
+    """Raises one error that lists the first `LISTED` problems and counts the rest, if there are any problems.
 
     Raises:
         ConfigError: there is a problem.
@@ -115,16 +118,19 @@ def raise_all(problems: Iterable[str]) -> None:
 def paired(
     images: Path, masks: Path, image_ends: tuple[str, ...], mask_ends: tuple[str, ...]
 ) -> dict[str, tuple[Path, Path]]:
-    """Pairs the images below one folder with the masks below another, by their names without the ends, sorted.
+    """Pairs the images below one folder with the masks below another, by their relative paths without the endings.
 
     Args:
         images: folder of images.
         masks: folder of masks.
-        image_ends: ends of the images' names; other files are ignored.
-        mask_ends: ends of the masks' names.
+        image_ends: endings of image file names; other files are ignored.
+        mask_ends: endings of mask file names; other files are ignored.
+
+    Returns:
+        (image, mask) by relative path without the ending, sorted.
 
     Raises:
-        ConfigError: a folder is missing or has no such file, two files share a name, or a partner is missing.
+        ConfigError: a folder is missing or contains no such file, two files share a name, or a file has no partner.
     """
     found, partners = listed(images, image_ends), listed(masks, mask_ends)
     problems = [
@@ -142,25 +148,28 @@ def paired(
 
 
 def _alone(folder: Path, candidates: Mapping[str, Path], partners: Mapping[str, Path]) -> list[str]:
-    """The candidates without a partner, as paths relative to their folder."""
+    """Returns the candidates without a partner, as paths relative to their folder."""
     return [path.relative_to(folder).as_posix() for name, path in candidates.items() if name not in partners]
 
 
 def few(names: Iterable[str]) -> str:
-    """Joins the names; names only the first of many."""
+    """Joins the first `NAMED` names by commas, and counts the rest."""
     return show_names(list(names), NAMED)
 
 
 def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> dict[str, Path]:
-    """Finds the files with the given ends, by relative path without the end, sorted. Hidden files are skipped.
+    """Finds the files in a folder whose names have one of the endings. Hidden files are skipped.
 
     Args:
         folder: searched recursively.
-        ends: ends of the names, in any case.
+        ends: endings of file names; upper and lower case are the same.
         asked: the setting that named the folder, for errors.
 
+    Returns:
+        The files by relative path without the ending, sorted.
+
     Raises:
-        ConfigError: there is no such folder or file, or two files share a name.
+        ConfigError: the folder is missing, no file has such an ending, or two files share a name.
     """
     if not folder.is_dir():
         raise ConfigError(f"{asked}: there is no folder {folder}")
@@ -173,7 +182,8 @@ def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> d
         name = relative.as_posix()[: -len(end)]
         if name in found:
             raise ConfigError(
-                f"{path}: there is also {found[name].name}, but files are paired by their names without the end"
+                f"{path}: there is also {found[name].name}. Files are identified by their names without the "
+                "ending, so these names must differ"
             )
         found[name] = path
     if not found:
@@ -183,7 +193,7 @@ def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> d
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Opens an image and reads its header; the pixels are read on demand.
+    """Opens an image and reads its header. The pixels are read on demand.
 
     Raises:
         ConfigError: the file is not an image, or its pixels cannot be read within the block.
@@ -195,13 +205,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except ConfigError:
         raise
     except UnidentifiedImageError:
-        raise ConfigError(f"{path}: is not an image, or has a format that Pillow does not know") from None
+        raise ConfigError(f"{path}: is not an image, or has a format that Pillow cannot read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def _problems(pair: FilePair) -> Iterator[str]:
-    """The problems that the headers of a pair's files reveal."""
+    """Yields the problems that the headers of a pair's files show."""
     try:
         (image_mode, image_size), (mask_mode, mask_size) = _head(pair.image), _head(pair.mask)
     except ConfigError as error:
@@ -211,7 +221,7 @@ def _problems(pair: FilePair) -> Iterator[str]:
         yield _too_deep(pair.image, image_mode)
     if mask_mode not in MASK_MODES:
         yield (
-            f"{pair.mask}: has the mode {mask_mode!r}, but a mask has one channel of class ids: 1, 8 or 16 bits, or "
+            f"{pair.mask}: has the mode {mask_mode!r}, but a mask needs one channel of class ids: 1, 8 or 16 bits, or "
             "palette indices"
         )
     if image_size != mask_size:
@@ -222,11 +232,11 @@ def _problems(pair: FilePair) -> Iterator[str]:
 
 
 def _too_deep(path: Path, mode: str) -> str:
-    return f"{path}: has more than 8 bits per channel (Pillow's mode {mode!r}): convert it to 8-bit RGB or grey"
+    return f"{path}: has more than 8 bits per channel (Pillow's mode {mode!r}). Convert it to 8-bit RGB or grey"
 
 
 def _head(path: Path) -> tuple[str, tuple[int, int]]:
-    """Reads Pillow's mode and the displayed (width, height) from the header."""
+    """Returns an image's Pillow mode and its displayed (width, height), from the header."""
     with _opened(path) as image:
         width, height = image.size
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
@@ -234,7 +244,7 @@ def _head(path: Path) -> tuple[str, tuple[int, int]]:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Reads an image as (H, W, 3) RGB, rotated by its EXIF orientation.
+    """Returns an image as (H, W, 3) RGB, rotated by its EXIF orientation.
 
     Raises:
         ConfigError: the file is not an image, is incomplete, or has more than 8 bits per channel.
@@ -255,13 +265,14 @@ def _read(pair: FilePair, table: NDArray[np.int16]) -> Pair:
         found, counts = np.unique(wrong, return_counts=True)
         named = few(f"{value} ({count} pixels)" for value, count in zip(found, counts, strict=True))
         raise ConfigError(
-            f"{pair.mask}: holds {named}, which is not a class: allowed are {_ranges(np.flatnonzero(table >= 0))}"
+            f"{pair.mask}: contains values that are not classes: {named}. "
+            f"Allowed: {_ranges(np.flatnonzero(table >= 0))}"
         )
     return pixels, labels.astype(np.uint8)
 
 
 def _ranges(values: Iterable[int]) -> str:
-    """Sorted integers in words.
+    """Formats sorted integers as ranges.
 
     >>> _ranges([0, 1, 2, 255])
     '0 to 2, 255'

@@ -1,4 +1,4 @@
-"""A source of a folder of images and a folder of masks."""
+"""Image source that reads a folder of images and a folder of masks."""
 
 import re
 from pathlib import Path
@@ -13,40 +13,43 @@ from llmeff.data.splits import SPLITS, Split
 
 IMAGE_ENDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MASK_ENDS = (".png", ".bmp", ".tif", ".tiff", ".pgm")
-"""Formats that preserve every number. GIF is not among them: its writers reorder palettes."""
+"""File formats that preserve mask values. GIF does not, because its writers reorder palettes."""
 
 SPLIT_FOLDERS: dict[str, Split] = {**{split: split for split in SPLITS}, "val": "validation"}
 _LIKE_SPLITS = re.compile(
     r"(train(ing)?|val(id(at(e|ion|ing))?)?|dev|eval(uation)?|test(ing)?|search|calibration)([-_ ]?(set|split|data|images))?",
     re.IGNORECASE,
 )
-"""Names that people commonly give to splits."""
+"""Pattern of the folder names that people commonly give to splits."""
 
 
 class ImageFolder(ImageFiles):
-    """Any images with masks of the same names.
+    """Images in one folder, with masks of the same names in another folder.
 
-    Subfolders are searched too. Subfolders called train, calibration, search, validation (or val) and test, in any case,
-    are the splits; without them the data's settings choose. Images are rotated by their EXIF orientation.
+    Subfolders are searched too. The images in the subfolders train, calibration, search, validation (or val) and test,
+    in upper or lower case, belong to these splits. Without such subfolders, `data.splits` divides the images. Images
+    are rotated by their EXIF orientation.
     """
 
     name: Literal["folder"] = "folder"
     path: Text
-    """The folder of the images: RGB or grey, 8 bits per channel."""
+    """Folder of the images, which are RGB or grey with 8 bits per channel."""
     masks: Text
-    """The folder of the masks. Each pixel holds the number of its class: one channel of 1, 8 or 16 bits, or the index (not
-    the colour) in a palette."""
+    """Folder of the masks. The value of a mask pixel is the number of its class, stored in one channel of 1, 8 or 16
+    bits or as a palette index (not as a colour)."""
     class_names: tuple[Text, ...] = Field(min_length=2, max_length=IGNORED_PIXEL)
-    """Names of the classes; the first is number 0."""
+    """Names of the classes, in the order of their numbers. The first class is number 0."""
     ignored: Annotated[int, Field(strict=True, ge=0, lt=2**16)] = IGNORED_PIXEL
-    """The number in the masks of pixels that count in neither loss nor metrics."""
+    """Mask value of the pixels that count in neither the loss nor the metrics."""
 
     @model_validator(mode="after")
     def _every_number_has_one_meaning(self) -> Self:
         if len(set(self.class_names)) < len(self.class_names):
             raise ValueError("class_names contains a name twice")
         if self.ignored < len(self.class_names):
-            raise ValueError(f"ignored is {self.ignored}, but that is the class {self.class_names[self.ignored]!r}")
+            raise ValueError(
+                f"ignored is {self.ignored}, but that is the number of the class {self.class_names[self.ignored]!r}"
+            )
         return self
 
     def classes(self) -> tuple[str, ...]:
@@ -54,11 +57,11 @@ class ImageFolder(ImageFiles):
         return self.class_names
 
     def labels(self) -> dict[int, int]:
-        """Every number is its class, except `ignored`."""
+        """Returns the meaning of the mask values: each is the number of a class, except `ignored`."""
         return {**{label: label for label in range(len(self.class_names))}, self.ignored: IGNORED_PIXEL}
 
     def pairs(self) -> list[FilePair]:
-        """All pairs below the two folders, sorted by name."""
+        """Returns all pairs below the two folders, sorted by name."""
         images, masks = Path(self.path).expanduser(), Path(self.masks).expanduser()
         found = [
             FilePair(unit=name, split=_split(name), image=image, mask=mask)
@@ -67,8 +70,9 @@ class ImageFolder(ImageFiles):
         likely = sorted({name for pair in found if pair.split is None for name in _like_splits(pair.unit)})
         if likely:
             raise ConfigError(
-                f"data.source: the folders {few(map(repr, likely))} in {images} look like splits, but their images would be "
-                f"mixed into all splits. Put the folders of splits directly below it, named {', '.join(SPLIT_FOLDERS)}"
+                f"data.source: the folders {few(map(repr, likely))} in {images} look like splits but are not read as "
+                "such, so their images would be mixed into all splits. Put the folders of splits directly below the "
+                f"folder of images, named {', '.join(SPLIT_FOLDERS)}"
             )
         unsplit = [pair.unit for pair in found if pair.split is None]
         if 0 < len(unsplit) < len(found):
@@ -80,7 +84,7 @@ class ImageFolder(ImageFiles):
 
 
 def _like_splits(name: str) -> list[str]:
-    """The folders in an image's path that are named like splits."""
+    """Returns the folders in an image's path that are named like splits."""
     folders = name.split("/")[:-1]
     return ["/".join(folders[: depth + 1]) for depth, folder in enumerate(folders) if _LIKE_SPLITS.fullmatch(folder)]
 

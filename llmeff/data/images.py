@@ -24,13 +24,16 @@ from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import Shares, Split
 
 PRIOR_IMAGES = 1000
-"""Number of training images that suffice to find the likeliest class at each place."""
+"""Number of training images that suffice to estimate how frequent each class is at each pixel position."""
 LEAST_STD = 1 / 255
 """Lower bound of a channel's standard deviation, so that a constant channel is not divided by 0."""
 
 
 class ImageSplits(Shares):
-    """How images are divided if their source assigns no splits: by a hash of their names, so the shares hold on average."""
+    """Shares of the splits, if the image source assigns none.
+
+    A hash of an image's name chooses its split, so the shares hold on average.
+    """
 
     calibration: Fraction = 0.05
     """Share of the images."""
@@ -43,38 +46,38 @@ class ImageSplits(Shares):
 
 
 class ImageData(DataConfig):
-    """Images in which every pixel has a class."""
+    """Images with a class for each pixel."""
 
     name: Literal["images"] = "images"
     source: ImageSourceConfig = Scenes()
-    """Where the images come from."""
+    """Source of the images."""
     size: tuple[Count, Count] | None = None
-    """(H, W) to resize all images to. None: keep their size; then all must have one size."""
+    """(H, W) to resize all images to. None keeps their size, which must then be equal."""
     augment: AugmentConfig = AugmentConfig()
-    """How training images are changed each time they are seen."""
+    """Augmentation of the training images."""
     splits: ImageSplits = ImageSplits()
     """Shares of the splits, if the source assigns none."""
     max_train: Count | None = None
-    """Train on the first this many training images, in the source's order. None: on all."""
+    """Number of training images to use: the first in the source's order. None for all."""
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes in label order."""
+        """Returns the names of the classes in label order."""
         return self.source.classes()
 
     def row_size(self) -> Size | None:
-        """(H, W) of a training row. None: unknown without decoding an image."""
+        """Returns (H, W) of a training row, or None if it is unknown before the images are decoded."""
         return self.augment.crop or self.size or self.source.image_size()
 
     def open(self, *, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> "ImageCorpus":
-        """Opens the corpus from the image cache; the main process makes the cache if it is missing.
+        """Opens the corpus from the image cache. The main process makes the cache if it is missing.
 
         Args:
             is_main: whether this process makes and checks the cache.
             wait: returns once all processes have called it.
 
         Raises:
-            ConfigError: the source does not match its description, `ImageCorpus` refuses it, or the cache cannot be
-                written.
+            ConfigError: the images are not as the config describes them, `ImageCorpus` rejects them, or the cache
+                cannot be written.
         """
         splits = self.splits.model_dump(mode="json")
         key = fingerprint_of([image_cache.FORMAT, self.source.fingerprint(), self.size, splits])
@@ -90,43 +93,43 @@ class ImageData(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts:
-    """The size of a split."""
+    """Sizes of a split."""
 
     num_images: int
-    """Images."""
+    """Number of images."""
     num_pixels: int
-    """Labelled pixels of all images."""
+    """Number of labelled pixels in all images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images with the class of each pixel."""
+    """A batch of images with a class for each pixel."""
 
     images: NDArray[np.float32]
-    """(B, 3, H, W): mean subtracted, divided by the standard deviation; padding is 0."""
+    """(B, 3, H, W): colours minus their mean, divided by their standard deviation. Padding is 0."""
     labels: NDArray[np.int64]
-    """(B, H, W): a class, or IGNORED_PIXEL."""
+    """(B, H, W): the class of each pixel, or IGNORED_PIXEL."""
     units: list[str]
-    """The images' names."""
+    """Names of the images."""
 
 
 def _check_split(split: Split, counts: Mapping[Split, int], source: ImageSourceConfig) -> None:
     if split not in counts:
         there = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
         raise ConfigError(
-            f"data.splits: the split {split!r} is empty (images: {there}): give it a larger share, or give it images if the "
-            f"source {source.name!r} assigns the splits"
+            f"data.splits: the split {split!r} is empty (images: {there}). Give it a larger share or, if the source "
+            f"{source.name!r} assigns the splits, add images to it"
         )
 
 
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    """The order of the training images in an epoch."""
+    """Returns the order of the training images in an epoch."""
     return permuted(np.arange(num_images), num_images, seed, epoch)
 
 
 class ImageCorpus:
-    """Labelled images, ready to read.
+    """Labelled images in an opened image cache.
 
     Args:
         config: the config of the images.
@@ -147,12 +150,12 @@ class ImageCorpus:
         """(H, W) of the images. Training rows may have another size, see `AugmentConfig.crop`."""
         train = self._stored["train"] = self._train(cache.splits["train"])
         self.fingerprint = fingerprint_of([cache.fingerprint, len(train.units)])
-        """SHA-256 of everything that is read: every pixel and label of every split, and all image and class names."""
+        """SHA-256 of all that a run reads: pixels, labels and image names of every split, and class names."""
         self.pixels: NDArray[np.int64] = train.class_pixels.sum(axis=0)
-        """(K,): labelled pixels of each class in the training images."""
+        """(K,): number of labelled pixels of each class in the training images."""
         labelled = train.class_pixels.sum(axis=1, keepdims=True)
         self.present: NDArray[np.int64] = ((train.class_pixels > 0) * labelled).sum(axis=0)
-        """(K,): labelled pixels of any class in the training images that contain the class."""
+        """(K,): for each class, the number of all labelled pixels in the training images that contain the class."""
         self._check_classes()
         num_pixels = len(train.units) * self.size[0] * self.size[1]
         mean, mean_square = train.sums.sum(axis=0) / num_pixels
@@ -164,22 +167,22 @@ class ImageCorpus:
 
     @property
     def splits(self) -> dict[Split, ImageFacts]:
-        """The size of each split; empty splits are absent."""
+        """Sizes of each split. Empty splits are absent."""
         return {
             split: ImageFacts(num_images=len(stored.units), num_pixels=int(stored.class_pixels.sum()))
             for split, stored in self._stored.items()
         }
 
     def batch(self, seed: int, step: int, rows: range, global_batch: int) -> ImageBatch:
-        """Returns rows of a step's batch. They depend neither on the process nor on earlier calls.
+        """Returns some rows of a step's global batch. They do not depend on the process or on earlier calls.
 
-        An epoch sees every training image once, in shuffled order.
+        An epoch contains every training image once, in shuffled order.
 
         Args:
             seed: the run's seed.
-            step: counted from 0.
-            rows: which of the step's rows, within range(global_batch).
-            global_batch: rows of a step over all ranks.
+            step: index of the step, from 0.
+            rows: indices of the rows, within range(global_batch).
+            global_batch: number of rows in a step, over all ranks.
         """
         train, augment = self._stored["train"], self._config.augment
         size = augment.crop or self.size
@@ -196,14 +199,14 @@ class ImageCorpus:
         return ImageBatch(images=images, labels=labels, units=units)
 
     def held_out(self, split: Split, images: range) -> ImageBatch:
-        """Returns images of a split in order, without augmentation.
+        """Returns images of a split, in order and without augmentation.
 
         Args:
             split: the split.
             images: indices of the images, within range(num_images).
 
         Raises:
-            ConfigError: the split has no image, or no labelled pixel.
+            ConfigError: the split has no images, or no labelled pixels.
         """
         self.check_split(split)
         stored = self._stored[split]
@@ -215,15 +218,18 @@ class ImageCorpus:
         )
 
     def as_stored(self, split: Split) -> NDArray[np.uint8]:
-        """(N, H, W, 3) RGB: the images of `held_out`, to be viewed."""
+        """Returns the split's images as (N, H, W, 3) RGB for display, not normalised as in `held_out`."""
         return self._stored[split].images
 
     def labels(self, split: Split) -> NDArray[np.uint8]:
-        """(N, H, W): a class, or IGNORED_PIXEL."""
+        """Returns the split's labels as (N, H, W): the class of each pixel, or IGNORED_PIXEL."""
         return self._stored[split].labels
 
     def place_counts(self) -> NDArray[np.int64]:
-        """(K, H, W): how many training images have the class at the place; counts a sample of about `PRIOR_IMAGES`."""
+        """Returns (K, H, W) counts: for each class and pixel position, the training images with the class there.
+
+        It counts a sample of about `PRIOR_IMAGES` images.
+        """
         labels = self._stored["train"].labels
         classes = np.arange(len(self.classes))[:, None, None]
         counts = np.zeros((len(self.classes), *self.size), dtype=np.int64)
@@ -232,24 +238,24 @@ class ImageCorpus:
         return counts
 
     def units(self, split: Split) -> list[str]:
-        """Names of a split's images, in order."""
+        """Returns the names of a split's images, in order."""
         return self._stored[split].units
 
     def check_split(self, split: Split) -> None:
-        """Refuses a split without images or labels.
+        """Raises an error if a split has no images or no labels.
 
         Raises:
-            ConfigError: the split has no image (the error lists the other splits), or no labelled pixel.
+            ConfigError: the split has no images (the error lists the other splits), or no labelled pixels.
         """
         counts = {name: len(stored.units) for name, stored in self._stored.items()}
         _check_split(split, counts, self._config.source)
         if not self._stored[split].class_pixels.any():
-            raise ConfigError(f"data.source: no pixel of the split {split!r} has a label: there is nothing to evaluate")
+            raise ConfigError(f"data.source: no pixel of the split {split!r} has a label, so it cannot be evaluated")
 
     def _train(self, stored: StoredImages) -> StoredImages:
         wanted, there = self._config.max_train, len(stored.units)
         if wanted is not None and wanted > there:
-            raise ConfigError(f"data.max_train: {wanted} given, but there are {there} training images")
+            raise ConfigError(f"data.max_train is {wanted}, but there are only {there} training images")
         return stored.first(wanted or there)
 
     def _check_classes(self) -> None:
@@ -259,7 +265,7 @@ class ImageCorpus:
             found = f"only the class {there[0]!r}" if there else "none"
             raise ConfigError(
                 f"data.source: the labels of the training images of {source} contain {found} of the {len(self.classes)} "
-                "classes: training needs at least two"
+                "classes, but training needs at least two"
             )
 
     def _normalised(self, images: Colours) -> NDArray[np.float32]:
@@ -267,7 +273,7 @@ class ImageCorpus:
 
 
 def normalised(images: Colours, mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Subtracts a mean from images and divides by a standard deviation.
+    """Normalises images: subtracts the mean of each channel and divides by its standard deviation.
 
     Args:
         images: (..., H, W, 3) in 0..255.
@@ -277,7 +283,7 @@ def normalised(images: Colours, mean: NDArray[np.float32], std: NDArray[np.float
     Returns:
         (..., 3, H, W).
     """
-    # Make each channel contiguous first: arithmetic is fast along memory and slow across it.
+    # Make each channel contiguous first, because arithmetic on contiguous memory is faster.
     channels = np.ascontiguousarray(np.moveaxis(images, -1, -3), dtype=np.float32)
     channels *= (1 / (255 * std))[:, None, None]
     channels -= (mean / std)[:, None, None]

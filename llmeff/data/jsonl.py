@@ -1,4 +1,4 @@
-"""JSON Lines files, plain or compressed, as a source."""
+"""Text source that reads JSON Lines files, plain or compressed."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ from llmeff.data.source import FileSource, decode
 
 
 class JsonLines(FileSource):
-    """One JSON object per line; each is a document."""
+    """JSON Lines files. Each line is a JSON object that contains one document."""
 
     suffixes: ClassVar[tuple[str, ...]] = tuple(
         f".{kind}{compression}" for kind in ("jsonl", "ndjson", "json") for compression in ("", ".gz", ".zst")
@@ -22,10 +22,10 @@ class JsonLines(FileSource):
 
     name: Literal["jsonl"] = "jsonl"
     field: Text = "text"
-    """The field of the objects that holds the text."""
+    """Name of the field that contains the text."""
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """Yields each line's text; empty lines are skipped."""
+        """Yields the name and text of each line. Empty lines are skipped."""
         with _open(path) as file:
             try:
                 for number, line in enumerate(file, start=1):
@@ -45,12 +45,14 @@ class JsonLines(FileSource):
             raise ConfigError(f"{where}: there is no field {self.field!r}.{nearest(self.field, entry)}")
         text = entry[self.field]
         if not isinstance(text, str):
-            raise ConfigError(f"{where}: the field {self.field!r} holds {type(text).__name__}, not text")
+            raise ConfigError(
+                f"{where}: the field {self.field!r} contains a value of type {type(text).__name__}, not text"
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"{where}: the field {self.field!r} holds half a surrogate pair, which is not text"
+                f"{where}: the field {self.field!r} contains half a surrogate pair, which is not valid text"
             ) from None
         return text
 

@@ -1,4 +1,7 @@
-"""Windows over the tokens of a split: training batches as a pure function of (seed, step), and evaluation in order."""
+"""Windows over the tokens of a split: shuffled batches for training, and windows in order for evaluation.
+
+The rows of a training step are a pure function of (seed, step).
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -16,44 +19,46 @@ from llmeff.data.permute import permuted
 # B batch, T sequence
 
 Packing = Literal["plain", "documents"]
-"""plain: a window is one text. documents: the documents of a window do not attend to one another."""
+"""plain: tokens attend to all earlier tokens of the window. documents: tokens attend only within their document."""
 
 MASKED = -100
-"""A target that is not predicted (torch's `ignore_index`)."""
+"""Target of a position that is not predicted (torch's `ignore_index`)."""
 
 BLOCK = 4096
-"""Number of samples for which the order of windows is computed at a time."""
+"""Number of windows whose shuffled order is computed and cached at a time."""
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Rows of tokens with their targets."""
+    """A batch of token sequences (rows) with their targets."""
 
     tokens: Ids
-    """(B, T)."""
+    """(B, T) token ids."""
     targets: Ids
-    """(B, T): the token after each; MASKED if nothing is predicted."""
+    """(B, T): the next token after each token, or MASKED if it is not predicted."""
     positions: Ids | None
-    """(B, T): position from 0 in the document, or in the part of it that the row holds. None: position in the row."""
+    """(B, T): position of each token, counted from 0 at the first token of its document in the row. None if positions
+    are counted from the start of the row."""
     documents: Ids | None
-    """(B, T): document ids; tokens see only tokens of the same document. None: tokens see the whole row."""
+    """(B, T): id of each token's document. Tokens attend only to tokens of the same document. None if there is no
+    document mask."""
     units: Callable[[], list[str]]
     """Returns the names of the documents in the rows, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatch(TokenBatch):
-    """Rows for evaluation."""
+    """A batch for evaluation."""
 
     target_documents: Ids
-    """(B, T): index of the document in the split that each target belongs to; -1 if masked."""
+    """(B, T): index in the split of the document to which each target belongs; -1 if the target is masked."""
 
 
 @functools.lru_cache(maxsize=8)
 def _starts(seed: int, epoch: int, block: int, length: int, period: int) -> list[int]:
-    """Start positions of the windows of one block of an epoch's samples."""
+    """Returns the start positions of the windows in one block of an epoch's samples."""
     num_windows = period // length
     slots = np.arange(block * BLOCK, min((block + 1) * BLOCK, num_windows), dtype=np.int64)
     shift = derive(seed, "shift", epoch) % period
@@ -62,15 +67,16 @@ def _starts(seed: int, epoch: int, block: int, length: int, period: int) -> list
 
 
 class TrainWindows:
-    """Shuffled windows of a stream, which is read as a ring: its last end token is also its first.
+    """Shuffled training windows of a stream.
 
-    Each epoch cuts the ring, from a random position, into non-overlapping windows of T inputs, and takes them in shuffled
-    order. An epoch trains on every token at most once, and leaves out fewer than T tokens.
+    The stream is read as a ring: its last end token is also its first. Each epoch cuts the ring, from a random
+    position, into non-overlapping windows of T input tokens, and shuffles the windows. An epoch uses every token at
+    most once, and leaves out fewer than T tokens.
 
     Args:
         stream: the tokens of one split.
-        length: T.
-        packing: whether documents see one another.
+        length: tokens in a window (T).
+        packing: whether tokens attend to other documents of their window, see `Packing`.
 
     Raises:
         ConfigError: the stream is shorter than one window.
@@ -82,25 +88,25 @@ class TrainWindows:
         self.num_windows = self.period // length
         if self.num_windows == 0:
             raise ConfigError(
-                f"data.sequence_length: {length} given, but the training split has only {self.period} tokens, "
-                "less than one window: shorten it or give more text"
+                f"data.sequence_length is {length}, but the training split has only {self.period} tokens, less than "
+                "one window. Set a shorter length or give more text"
             )
 
     def batch(self, seed: int, step: int, rows: range, global_batch: int) -> TokenBatch:
-        """Returns rows of a step's batch. They depend neither on the process nor on earlier calls.
+        """Returns some rows of a step's global batch. They do not depend on the process or on earlier calls.
 
         Args:
             seed: the run's seed.
-            step: counted from 0.
-            rows: which of the step's rows, within range(global_batch).
-            global_batch: rows of a step over all ranks.
+            step: index of the step, from 0.
+            rows: indices of the rows, within range(global_batch).
+            global_batch: number of rows in a step, over all ranks.
         """
         starts = [self._start(seed, step * global_batch + row) for row in rows]
         window = np.empty((len(starts), self.length + 1), dtype=np.int64)
         for row, start in enumerate(starts):
             whole = self.stream.tokens[start : start + self.length + 1]
             window[row, : len(whole)] = whole
-            if len(whole) <= self.length:  # the last end token is the ring's first: go on after it
+            if len(whole) <= self.length:  # the last end token is also the ring's first: continue after it
                 window[row, len(whole) :] = self.stream.tokens[1 : self.length + 2 - len(whole)]
         positions, documents = self._places(starts) if self.packing == "documents" else (None, None)
         return TokenBatch(
@@ -116,7 +122,10 @@ class TrainWindows:
         return _starts(seed, epoch, slot // BLOCK, self.length, self.period)[slot % BLOCK]
 
     def _places(self, starts: list[int]) -> tuple[Ids, Ids]:
-        """Positions and documents of the inputs; after a turn of the ring, the same document counts as another one."""
+        """Returns the positions and document ids of the input tokens.
+
+        Documents after the ring's end get new ids, so that the end and the start of the same document stay separate.
+        """
         first = np.array(starts, dtype=np.int64)[:, None]
         turns, places = np.divmod(first + np.arange(self.length), self.period)
         documents = np.searchsorted(self.stream.starts, places, side="right") - 1
@@ -126,16 +135,17 @@ class TrainWindows:
 
 
 class EvalWindows:
-    """Windows in order; every token of the documents, and the end token after each, is a target exactly once.
+    """Evaluation windows of a stream, in order.
 
-    Windows are independent: none sees the tokens of the one before.
+    Every token of the documents, and the end token after each document, is a target exactly once. The tokens of a
+    window attend only to tokens of the same window.
 
     Args:
         stream: the tokens of one split.
-        length: T.
-        packing: whether documents see one another.
-        decode: converts token ids to text, to count the bytes of a document that `max_tokens` cuts.
-        max_tokens: number of targets, from the start of the stream. None: all.
+        length: tokens in a window (T).
+        packing: whether tokens attend to other documents of their window, see `Packing`.
+        decode: converts token ids to text; used to count the bytes of a document that `max_tokens` cuts.
+        max_tokens: number of targets, from the start of the stream. None for all.
     """
 
     def __init__(
@@ -151,7 +161,7 @@ class EvalWindows:
         self.num_windows = -(-self.num_targets // length)
         last = int(np.searchsorted(stream.starts, self.num_targets)) - 1
         self.document_bytes: Ids = np.array(stream.document_bytes[: last + 1])
-        """(documents,): bytes of the evaluated documents; of the last, only the evaluated part counts."""
+        """(documents,): bytes of each evaluated document. If the last one is cut, only its evaluated part counts."""
         if self.num_targets < stream.starts[last + 1]:
             part = stream.tokens[stream.starts[last] + 1 : self.num_targets + 1]
             self.document_bytes[last] = len(decode(part).encode())
@@ -162,7 +172,10 @@ class EvalWindows:
         return self.stream.units[: len(self.document_bytes)]
 
     def batch(self, rows: range) -> EvalBatch:
-        """Returns the windows at these indices, within range(num_windows); the last is padded with masked targets."""
+        """Returns the windows with the given indices, which are within range(num_windows).
+
+        The last window is padded with masked targets.
+        """
         first = np.array(rows, dtype=np.int64)[:, None] * self.length
         places = first + np.arange(self.length)
         inside = places < self.num_targets

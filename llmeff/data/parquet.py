@@ -1,4 +1,4 @@
-"""Parquet files as a source."""
+"""Text source that reads Parquet files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +10,16 @@ from llmeff.data.source import FileSource
 
 
 class Parquet(FileSource):
-    """Each row is a document."""
+    """Parquet files. Each row is a document."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     name: Literal["parquet"] = "parquet"
     column: Text = "text"
-    """The column that holds the text."""
+    """Name of the column that contains the text."""
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """Yields each row's text."""
+        """Yields the name and text of each row."""
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
@@ -33,7 +33,8 @@ class Parquet(FileSource):
                     for text in batch.column(0).to_pylist():
                         if not isinstance(text, str):
                             raise ConfigError(
-                                f"{path}, row {row}: the column {self.column!r} holds {type(text).__name__}, not text"
+                                f"{path}, row {row}: the column {self.column!r} contains a value of type "
+                                f"{type(text).__name__}, not text"
                             )
                         yield f"{unit}:{row}", text
                         row += 1

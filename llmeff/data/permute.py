@@ -1,4 +1,4 @@
-"""A shuffled pass without state, and without a permutation in memory."""
+"""Shuffling by a pseudo-random permutation that needs neither state nor a table in memory."""
 
 import hashlib
 
@@ -6,21 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 8
-"""Number of half-rounds; four would leave visible structure in permutations of few elements."""
+"""Number of rounds of the cipher. With four rounds, permutations of few elements would show a visible structure."""
 
 
 def permuted(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Applies a pseudo-random permutation of 0 ... size - 1, one for each (seed, epoch), to the indices.
+    """Applies a pseudo-random permutation of 0 ... size - 1 to the indices. Each (seed, epoch) has its own permutation.
 
-    It is the generalized Feistel cipher of Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002,
-    section 5), over a x b >= size with a and b near sqrt(size). Results outside the range are enciphered again (cycle
-    walking). The round function is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    The permutation is the generalized Feistel cipher of Black and Rogaway, "Ciphers with Arbitrary Finite Domains"
+    (CT-RSA 2002, section 5), on a x b >= size elements, with a and b near sqrt(size). Results outside the range are
+    enciphered again (cycle walking). The round function is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
 
     Args:
-        indices: each in [0, size).
-        size: number of permuted elements.
+        indices: the indices to permute, each in [0, size).
+        size: number of elements in the permutation.
         seed: the run's seed.
-        epoch: the pass, counted from 0.
+        epoch: index of the epoch, from 0.
     """
     a = int(np.ceil(np.sqrt(size)))
     b = -(-size // a)

@@ -1,4 +1,4 @@
-"""Labelled images as pictures for people: a colour for each class, masks, overlays, and panels with a legend."""
+"""Display of labelled images: a colour for each class, masks, overlays, and panels with a legend."""
 
 import functools
 import io
@@ -20,14 +20,14 @@ Labels = NDArray[np.uint8]
 """(H, W): classes, or IGNORED_PIXEL."""
 
 FIRST = ((86, 180, 233), (213, 94, 0), (0, 158, 115), (240, 228, 66), (85, 85, 85))
-"""The colours of the first classes: four of Okabe and Ito (2008), and a grey."""
+"""Colours of the first classes: four colours of Okabe and Ito (2008), and a grey."""
 UNLABELLED = (0, 0, 0)
-"""The colour of unlabelled pixels; every class has a lighter one."""
+"""Colour of unlabelled pixels. The colours of all classes are lighter."""
 OPACITY = 0.5
-"""Opacity of the classes' colours over an image."""
+"""Opacity of the classes' colours in an overlay."""
 
-# Linear RGB to linear RGB as seen with normal vision, and without one kind of cones (Machado, Oliveira and Fernandes 2009,
-# severity 1).
+# Matrices from linear RGB to the linear RGB that a person sees: with normal vision, then without the long, middle or
+# short cones (Machado, Oliveira and Fernandes 2009, severity 1).
 _SEEN = np.array(
     [
         [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
@@ -36,7 +36,8 @@ _SEEN = np.array(
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     ]
 )
-# Linear RGB to cone responses, and cone responses to Oklab, whose distances match human perception (Ottosson 2020).
+# Matrices from linear RGB to cone responses, and from their cube roots to Oklab. Distances in Oklab match human
+# perception (Ottosson 2020).
 _CONES = np.array(
     [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
      [0.0883024619, 0.2817188376, 0.6299787005]]
@@ -47,11 +48,14 @@ _OKLAB = np.array(
 )  # fmt: skip
 _LEVELS = np.arange(0, 256, 15)
 _LIGHTNESS, _CHROMA = (0.4, 0.95), 0.2
-"""Bounds of the candidate colours: far from black and white, and not garish."""
+"""Bounds of candidate colours in Oklab, which exclude colours near black or white, and garish colours."""
 
 
 def seen(colours: NDArray[np.integer]) -> NDArray[np.float64]:
-    """(N, 3) sRGB in 0..255 to (N, 4, 3) Oklab: with normal vision, and without the long, middle and short cones."""
+    """Converts (N, 3) sRGB in 0..255 to the (N, 4, 3) Oklab colours that four kinds of people see.
+
+    The kinds are people with normal vision, and people without the long, middle or short cones.
+    """
     value = colours / 255
     light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     cones = np.clip(np.einsum("vij,nj->nvi", _SEEN, light), 0, 1) @ _CONES.T
@@ -60,7 +64,10 @@ def seen(colours: NDArray[np.integer]) -> NDArray[np.float64]:
 
 @functools.cache
 def _colours() -> NDArray[np.uint8]:
-    """(255, 3): `FIRST`, then repeatedly the colour farthest from all earlier ones under the least favourable vision."""
+    """Returns (255, 3) colours: `FIRST`, then repeatedly the candidate that is farthest from all earlier colours.
+
+    The distance of two colours is the smallest distance under any kind of vision.
+    """
     candidates = np.stack(np.meshgrid(_LEVELS, _LEVELS, _LEVELS, indexing="ij"), -1).reshape(-1, 3)
     places = seen(candidates)
     lightness, chroma = places[:, 0, 0], np.hypot(places[:, 0, 1], places[:, 0, 2])
@@ -76,29 +83,29 @@ def _colours() -> NDArray[np.uint8]:
 
 
 def palette() -> NDArray[np.uint8]:
-    """(256, 3) RGB of every label. A class has the same colour for any number of classes."""
+    """Returns (256, 3) RGB: the colour of every label. It does not depend on the number of classes."""
     return np.concatenate([_colours(), np.array([UNLABELLED], dtype=np.uint8)])
 
 
 def mask(labels: Labels) -> Image.Image:
-    """A palette image: its pixels are the labels, shown in their colours."""
+    """Returns a palette image whose pixel values are the labels, shown in their colours."""
     image = Image.fromarray(labels)
     image.putpalette(palette().tobytes())
     return image
 
 
 def coloured(labels: Labels) -> Pixels:
-    """(H, W, 3): the colours of the labels."""
+    """Returns the (H, W, 3) colours of the labels."""
     return palette()[labels]
 
 
 def overlay(pixels: Pixels, labels: Labels) -> Pixels:
-    """(H, W, 3): the colours of the labels blended over the image."""
+    """Returns the (H, W, 3) image, blended with the colours of its labels."""
     return np.rint(pixels * (1 - OPACITY) + coloured(labels) * OPACITY).astype(np.uint8)
 
 
 def png(image: Image.Image | Pixels) -> bytes:
-    """A picture as the bytes of a PNG file."""
+    """Returns an image as the bytes of a PNG file."""
     content = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(content, format="PNG")
     return content.getvalue()
@@ -106,25 +113,26 @@ def png(image: Image.Image | Pixels) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """An image with one or more labellings of it."""
+    """An image with one or more label maps, such as the truth and a prediction."""
 
     pixels: Pixels
     labels: Sequence[Labels]
 
 
 CELL = 480
-"""Approximate length in pixels of the longer side of an image in a panel."""
+"""Approximate length, in pixels, to which the longer side of a small image is enlarged in a panel. Larger images may
+have up to twice this length."""
 _TEXT, _LEAST_TEXT = 26, 20
-"""Font size in pixels beside a cell of `CELL` pixels, and the smallest font size."""
+"""Font size for images that are `CELL` pixels wide, and smallest font size, in pixels."""
 _INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (120, 120, 120)
 
 
 def panel(rows: Sequence[Shown], captions: Sequence[str], classes: Sequence[str]) -> Image.Image:
-    """Draws images, each beside its labels in colour, and a legend of the classes that occur.
+    """Draws a panel: a row for each image with its label maps in colour, and a legend of the classes that occur.
 
     Args:
-        rows: one per image; all have the same number of labellings.
-        captions: one above each column: the image, then each labelling.
+        rows: the images; all have the same number of label maps.
+        captions: titles of the columns: the image, then each label map.
         classes: names of the classes in label order.
     """
     cells = [[_to_cell(values, is_image=not n) for n, values in enumerate((row.pixels, *row.labels))] for row in rows]
@@ -149,7 +157,11 @@ def panel(rows: Sequence[Shown], captions: Sequence[str], classes: Sequence[str]
 
 
 def _to_cell(values: Pixels | Labels, *, is_image: bool) -> Image.Image:
-    """Scales to the size of a cell. Small images grow by a whole factor, so that their pixels show; large ones shrink."""
+    """Scales an image or a label map for a panel.
+
+    A small image is enlarged by a whole factor to about `CELL` pixels, so that its pixels stay visible. A longer side
+    of more than twice `CELL` pixels is shrunk to twice `CELL`.
+    """
     image = Image.fromarray(values) if is_image else mask(values)
     longer = max(image.size)
     factor = 2 * CELL / longer if longer > 2 * CELL else max(1, round(CELL / longer))
@@ -159,7 +171,7 @@ def _to_cell(values: Pixels | Labels, *, is_image: bool) -> Image.Image:
 
 
 def _legend(rows: Sequence[Shown], classes: Sequence[str], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """A swatch and a name for each label, in evenly filled lines."""
+    """Draws the legend: a colour swatch and a name for each label, in evenly filled lines."""
     there = np.unique(np.concatenate([np.unique(labels) for row in rows for labels in row.labels]))
     text = int(font.size)
     space = text // 2
@@ -178,14 +190,14 @@ def _legend(rows: Sequence[Shown], classes: Sequence[str], width: int, font: Ima
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of the plots."""
+    """Returns the font that matplotlib's plots use."""
     import matplotlib as mpl
 
     return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _fitted(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """Truncates text to a width in pixels."""
+    """Truncates text to a width in pixels, with an ellipsis at the end."""
     if font.getlength(text) <= width:
         return text
     kept = text

@@ -1,4 +1,4 @@
-"""The built-in labelled images: street scenes, drawn rather than photographed."""
+"""The built-in labelled images: street scenes that are drawn, not photographed."""
 
 import hashlib
 import math
@@ -17,59 +17,61 @@ from llmeff.data.source import fingerprint_of
 from llmeff.data.splits import SPLITS
 
 EDITION = 1
-"""Version of the drawing; increase it with any change of a pixel, since fingerprints hash only this and the settings."""
+"""Version of the drawing. Increase it if any pixel changes, because fingerprints hash only this and the settings."""
 
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(len(CLASSES))
 
 FAR_M = 75.0
-"""Distance of the street's end, in metres."""
+"""Distance from the camera to the end of the street, in metres."""
 
-# The pixels are the same on every machine: each value comes from the bits of a counter-based generator by single + - * /
-# and floor, which IEEE 754 rounds correctly. Generator.uniform, .normal and the like may fuse operations or call libm.
+# The pixels must be the same on every machine. So each value is computed from the bits of a counter-based generator by
+# single operations +, -, *, / and floor, which IEEE 754 rounds correctly. Do not use Generator.uniform, .normal and the
+# like, which may fuse operations or call libm.
 Array = NDArray[np.float64]
-Colour = Array  # RGB as (3, 1, 1), 0 to 1; or one for each pixel of a region: (3, h, w), (3, h, 1) or (3, 1, w)
+Colour = Array  # RGB in 0..1: one colour (3, 1, 1), or one per pixel (3, h, w), row (3, h, 1) or column (3, 1, w)
 Point = tuple[float, float]
 T = TypeVar("T")
 
 
 class Scenes(ImageSourceConfig):
-    """Street scenes in perspective with the classes of CamVid, so that a first segmentation run needs no data.
+    """Street scenes in perspective with the classes of CamVid, so that a first segmentation run needs no download.
 
-    The street runs to a vanishing point between house fronts, trees and fences. Cars, walkers, bicyclists, poles and signs
-    stand in it; near things cover far ones. A pixel's colour tells little of its class: road, pavement, walls and clouds
-    share their greys, cars and clothes have any colour, and there are shadows, haze and noise. Poles and walkers are one
-    to a few pixels wide. Class frequencies are close to CamVid's. The table gives the percentage of labelled pixels in the
-    default training split, then in CamVid's (367 images of 240 x 180):
+    The street runs to a vanishing point between house fronts, trees and fences. It contains cars, pedestrians,
+    bicyclists, poles and signs, and near objects cover far ones. The colour of a pixel says little about its class:
+    road, pavement, walls and clouds have similar greys, cars and clothes have any colour, and there are shadows, haze
+    and noise. Poles and pedestrians are one to a few pixels wide. Class frequencies are close to CamVid's. The table
+    gives the percentages of labelled pixels, first in the default training split, then in CamVid's training split (367
+    images of 240 x 180):
 
     | sky | building | pole | road | pavement | tree | signsymbol | fence | car | pedestrian | bicyclist |
     |---|---|---|---|---|---|---|---|---|---|---|
     | 18.2 | 25.3 | 1.0 | 31.3 | 5.2 | 10.9 | 1.0 | 0.8 | 4.9 | 0.9 | 0.4 |
     | 17.4 | 24.2 | 1.0 | 33.1 | 4.7 | 10.1 | 1.2 | 1.2 | 6.1 | 0.7 | 0.3 |
 
-    An image depends only on the seed, its split, its number, the size and `void`. The scene is the same at any height: the
-    scene at 96 x 128 appears in more detail at 192 x 256.
+    An image depends only on the seed, its split, its number, the size and `void`. The scene is the same at any height:
+    an image of 192 x 256 shows the scene of the image of 96 x 128 in more detail.
     """
 
     name: Literal["scenes"] = "scenes"
     height: Count = 96
-    """Height in pixels."""
+    """Height of an image in pixels."""
     width: Count = 128
-    """Width in pixels. Objects scale with the height, so a wider image shows more of the scene."""
+    """Width of an image in pixels. Objects scale with the height, so a wider image shows more of the scene."""
     num_train: Count = 400
     """Images in the training split."""
     num_search: CountOrZero = 100
-    """Images in the search split, on which settings are chosen."""
+    """Images in the search split, which serves to choose settings."""
     num_validation: CountOrZero = 100
     """Images in the validation split."""
     num_test: CountOrZero = 100
     """Images in the test split."""
     void: Fraction = 0.2
-    """Share of the pixels next to another class that are left unlabelled, as if annotators disagreed."""
+    """Share of the pixels at class borders that are left unlabelled, as if annotators disagreed there."""
     seed: Integer = 0
     """Seed of the images."""
 
     def classes(self) -> tuple[str, ...]:
-        """The eleven classes on which CamVid results are reported, in their usual order."""
+        """Returns the eleven classes on which CamVid results are reported, in their usual order."""
         return CLASSES
 
     def images(self) -> Iterator[LabelledImage]:
@@ -86,7 +88,7 @@ class Scenes(ImageSourceConfig):
         return self.height, self.width
 
     def fingerprint(self) -> str:
-        """Hashes the settings and `EDITION`, which determine the images."""
+        """Returns a hash of the settings and `EDITION`, which determine the images."""
         return fingerprint_of([EDITION, self.model_dump(mode="json")])
 
     def _read(self, unit: str) -> Pair:
@@ -130,17 +132,17 @@ def _steps(start: float, stop: float, step: float) -> Iterator[float]:
 
 
 def _part(x: Array) -> Array:
-    """The fractional part."""
+    """Returns the fractional part."""
     return x - np.floor(x)
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """White noise, uniform in [-1, 1)."""
+    """Returns white noise, uniform in [-1, 1)."""
     return rng.integers(0, 2**16, shape, np.uint16) / 2.0**15 - 1
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
-    """(H, W) in (-1, 1): random values on a grid with cells of `cell` pixels, interpolated bilinearly."""
+    """Returns (H, W) noise in [-1, 1): random values on a grid with cells of `cell` pixels, interpolated bilinearly."""
     y, x = np.arange(height) / cell, np.arange(width) / cell
     row, column = y.astype(int), x.astype(int)
     grid = _noise(rng, (row[-1] + 2, column[-1] + 2))
@@ -160,13 +162,13 @@ class _Region(NamedTuple):
     y: Array
     """(h, 1): centres of the rows, in pixels."""
     z: Array
-    """Distance ahead in metres: () for the whole box, (w,) by column, or (h, 1) by row."""
+    """Distance from the camera in metres: () for the whole box, (w,) per column, or (h, 1) per row."""
     mask: NDArray[np.bool_] = np.array(True)
-    """Which pixels to paint: (h, w), or () for the whole box."""
+    """Whether to paint each pixel: (h, w), or () for the whole box."""
 
 
 class _Canvas:
-    """The image being painted; x points right and y down, in pixels from the upper left corner."""
+    """The image being painted. Coordinates are in pixels from the upper left corner: x points right and y down."""
 
     def __init__(self, rng: np.random.Generator, height: int, width: int):
         self.height, self.width = height, width
@@ -180,7 +182,10 @@ class _Canvas:
         self._y = np.arange(height, dtype=np.float64)[:, None] + 0.5
 
     def box(self, *points: Point, z: float) -> _Region:
-        """The pixels whose centres are in the points' bounding box; at least one column and one row."""
+        """Returns the pixels whose centres are in the bounding box of the points, at least one column and one row.
+
+        Pixels left of or above the image are cut off.
+        """
         across, down = zip(*points, strict=True)
         x0, y0 = math.floor(min(across) + 0.5), math.floor(min(down) + 0.5)
         x1, y1 = max(math.floor(max(across) + 0.5), x0 + 1), max(math.floor(max(down) + 0.5), y0 + 1)
@@ -188,7 +193,10 @@ class _Canvas:
         return _Region((rows, columns), self._x[columns], self._y[rows], np.array(z))
 
     def ellipse(self, x: float, y: float, across: float, down: float, z: float, ragged: float = 0.0) -> _Region:
-        """The pixels in an ellipse with half axes `across` and `down`; noise of strength `ragged` moves its border."""
+        """Returns the pixels in an ellipse with half axes `across` and `down`.
+
+        Noise of strength `ragged` makes the border irregular.
+        """
         across, down = max(across, 0.75), max(down, 0.75)
         region = self.box((x - across, y - down), (x + across, y + down), z=z)
         inside = np.square((region.x - x) / across) + np.square((region.y - y) / down)
@@ -197,7 +205,7 @@ class _Canvas:
         return region._replace(mask=inside <= 1)
 
     def paint(self, region: _Region, label: int, colour: Colour, grain: float = 0.07, blobs: float = 0.0) -> None:
-        """Paints a region; `grain` and `blobs` are strengths of noise in its colour."""
+        """Paints a region. `grain` and `blobs` are the strengths of fine and of smooth noise in its colour."""
         uneven = 1 + grain * self.grain[region.place]
         if blobs:
             uneven += blobs * self.blobs[region.place]
@@ -206,15 +214,16 @@ class _Canvas:
         np.copyto(self.depth[region.place], region.z, where=region.mask)
 
     def shade(self, region: _Region, light: float) -> None:
-        """Darkens a region; its labels and depths stay unchanged."""
+        """Multiplies the colours of a region by `light`. Its labels and depths stay unchanged."""
         seen = self.colour[:, *region.place]
         np.multiply(seen, light, out=seen, where=region.mask)
 
 
 class _Street(_Canvas):
-    """A street seen along its length, in metres: x to the right of the camera, y up from the ground, z ahead.
+    """A street seen along its length.
 
-    Pairs hold the left side, then the right side.
+    Coordinates are in metres: x to the right of the camera, y up from the ground, z ahead of the camera. Pairs of
+    values are for the left side, then the right side.
     """
 
     def __init__(self, rng: np.random.Generator, pixels: np.random.Generator, height: int, width: int):
@@ -227,29 +236,29 @@ class _Street(_Canvas):
         self.light = _one_of(rng, [(1.0, 0.6), (0.6, 1.0), (0.85, 0.85)])
 
     def at(self, x: float, y: float, z: float) -> Point:
-        """Projects a point to pixels."""
+        """Projects a point to pixel coordinates."""
         return self.vanishing + self.focal * x / z, self.horizon + self.focal * (self.eye_m - y) / z
 
     def front(self, x0: float, x1: float, y0: float, y1: float, z: float) -> _Region:
-        """An upright rectangle that faces the camera."""
+        """Returns the pixels of an upright rectangle that faces the camera."""
         return self.box(self.at(x0, y0, z), self.at(x1, y1, z), z=z)
 
     def side(self, x: float, y0: float, y1: float, z0: float, z1: float) -> _Region:
-        """An upright rectangle along the street."""
+        """Returns the pixels of an upright rectangle along the street."""
         region = self.box(*(self.at(x, y, z) for y in (y0, y1) for z in (z0, z1)), z=z0)
         scale = np.clip((region.x - self.vanishing) / x, self.focal / z1, self.focal / z0)
         top, bottom = (self.horizon + (self.eye_m - y) * scale for y in (y1, y0))
         return region._replace(z=self.focal / scale, mask=(region.y >= top) & (region.y < bottom))
 
     def ground(self, x0: float, x1: float, z0: float, z1: float) -> _Region:
-        """A rectangle on the ground."""
+        """Returns the pixels of a rectangle on the ground."""
         region = self.box(*(self.at(x, 0, z) for x in (x0, x1) for z in (z0, z1)), z=z0)
         scale = np.clip((region.y - self.horizon) / self.eye_m, self.focal / z1, self.focal / z0)
         left, right = (self.vanishing + x * scale for x in (x0, x1))
         return region._replace(z=self.focal / scale, mask=(region.x >= left) & (region.x < right))
 
     def disc(self, x: float, y: float, z: float, across: float, down: float, ragged: float = 0.0) -> _Region:
-        """An upright ellipse that faces the camera, with half axes in metres."""
+        """Returns the pixels of an upright ellipse that faces the camera. Its half axes are in metres."""
         return self.ellipse(*self.at(x, y, z), across * self.focal / z, down * self.focal / z, z, ragged)
 
 
@@ -261,7 +270,7 @@ def _sky(street: _Street) -> None:
     clear = _grey(rng, 0.6, 0.95) * low + zenith * (1 - low)
     cloudy = np.clip(_between(rng, -1, 1) + 2 * street.clouds[region.place], 0, 1)
     street.paint(region, SKY, clear * (1 - cloudy) + _grey(rng, 0.6, 1.0) * cloudy, grain=0.01)
-    for x in _steps(-48, 48, 12):  # closes the street at its far end
+    for x in _steps(-48, 48, 12):  # trees and houses that close the street at its far end
         label, colour = (TREE, _leaves(rng)) if rng.random() < 0.4 else (BUILDING, _grey(rng, 0.2, 0.7))
         street.paint(street.front(x, x + 12, 0, _between(rng, 3, 12), FAR_M), label, colour, blobs=0.2)
 
@@ -290,7 +299,7 @@ def _ground(street: _Street) -> None:
         z0 = _between(rng, 6, 25)
         for x in _steps(left + 0.3, right - 0.5, 1):
             paint(ROAD, x, 0.5, z0, z0 + 3, white)
-    if street.light[0] != street.light[1]:  # the houses on the dark side cast a shadow
+    if street.light[0] != street.light[1]:  # the houses on the darker side cast a shadow on the ground
         edge = street.walls[street.light.index(0.6)]
         x0, x1 = sorted((edge * 4, edge * _between(rng, -0.2, 0.9)))
         street.shade(street.ground(x0, x1, 1, FAR_M), 0.6)
@@ -306,7 +315,7 @@ def _building(street: _Street, hand: int, z0: float, z1: float) -> None:
     shop_m = storey if rng.random() < 0.4 else 0.0
 
     def paint(region: _Region, along: Array, light: float) -> None:
-        """Paints a wall with rows of windows, eaves and a shop front; `along` is the position on it in metres."""
+        """Paints a wall with windows, eaves and a shop front. `along` is the position along the wall in metres."""
         y = street.eye_m - (region.y - street.horizon) * region.z / street.focal
         column, row = _part(along / pitch), _part(y / storey)
         is_pane = (column > 0.3) & (column < 0.75) & (row > 0.3) & (row < 0.8) & (y < up - 0.7)
@@ -325,7 +334,7 @@ def _leaves(rng: np.random.Generator) -> Colour:
 
 
 def _fence(street: _Street, hand: int, z0: float, z1: float) -> None:
-    """A fence or a hedge."""
+    """Paints a fence or a hedge."""
     rng, light = street.rng, street.light[hand]
     region = street.side(street.walls[hand], 0, _between(rng, 0.9, 2), z0, z1)
     if rng.random() < 0.4:
@@ -417,17 +426,18 @@ def _bicyclist(street: _Street, x: float, z: float) -> None:
 
 
 _Thing = tuple[float, Callable[[], None]]
-"""Distance ahead in metres (of the far end, if it is long), and the function that draws it."""
+"""An object: its distance from the camera in metres (to the far end of a house or fence), and the function that draws
+it."""
 
 
 def _paint(things: Iterable[_Thing]) -> None:
-    """Draws from far to near, so that near things cover far ones."""
+    """Draws the objects from far to near, so that near objects cover far ones."""
     for _, draw in sorted(things, key=lambda thing: -thing[0]):
         draw()
 
 
 def _edge(street: _Street, hand: int) -> Iterator[_Thing]:
-    """What lines one side of the street, plot by plot: houses, or trees behind fences and hedges."""
+    """Yields the houses, trees, fences and hedges along one side of the street, plot by plot."""
     rng, z1, wall = street.rng, _between(street.rng, 1.5, 8), street.walls[hand]
     z0 = 1.0
     while z0 < FAR_M:
@@ -443,7 +453,7 @@ def _edge(street: _Street, hand: int) -> Iterator[_Thing]:
 
 
 def _traffic(street: _Street, hand: int) -> Iterator[_Thing]:
-    """What stands or moves on one side of the street: cars, poles, pedestrians, bicyclists and trees."""
+    """Yields the objects on one side of the street: cars, poles with signs, pedestrians, bicyclists and trees."""
     rng, curb, wall, out = street.rng, street.curbs[hand], street.walls[hand], 1 if hand else -1
     parked = _one_of(rng, [0.0, 0.3, 0.8])
     for slot in _steps(_between(rng, 4, 14), 45, 7.5):
@@ -469,7 +479,7 @@ def _traffic(street: _Street, hand: int) -> Iterator[_Thing]:
 
 
 def _photograph(street: _Street, pixels: np.random.Generator) -> NDArray[np.uint8]:
-    """Renders the image with haze, an unsharp lens, a wrong white balance and a noisy sensor."""
+    """Returns the street's image with haze, lens blur, random exposure and white balance, and sensor noise."""
     rng, clear_m = street.rng, _between(street.rng, 100, 400)
     through = clear_m / (clear_m + street.depth)
     colour = street.colour * through + _grey(rng, 0.55, 0.95, 0.12) * (1 - through)
@@ -482,7 +492,7 @@ def _photograph(street: _Street, pixels: np.random.Generator) -> NDArray[np.uint
 
 
 def _beside_another(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which pixels have a different label than one of their four neighbours."""
+    """Returns whether the label of each pixel differs from the label of any of its four neighbours."""
     found = np.zeros(labels.shape, np.bool_)
     for here, there in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         differs = labels[here] != labels[there]

@@ -1,4 +1,4 @@
-"""The contract of a text source, and the common parts of sources that consist of files."""
+"""Interface of a text source, and the base class of sources that consist of files."""
 
 import contextlib
 import glob
@@ -17,40 +17,44 @@ from llmeff.core.dist import cache_folder
 from llmeff.data.splits import Document, Split
 
 REMEMBERED_BYTES = 8 * 2**20
-"""If files have this many bytes in total, their hashes are remembered until a size or a modification time changes."""
+"""Minimum total size of files, in bytes, for which `digests` stores and reuses the hashes."""
 
 
 class SourceConfig(Component, family="source"):
-    """Where the documents come from."""
+    """Source of text documents."""
 
     name: Text
     """The kind of source."""
 
     def documents(self) -> Iterator[Document]:
-        """The documents, always in the same order.
+        """Yields the documents, always in the same order.
 
         Raises:
-            ConfigError: the source does not match its description.
+            ConfigError: the documents are not as the config describes them.
         """
         raise NotImplementedError(type(self))
 
     def fingerprint(self) -> str:
-        """A hash of the documents' names and contents; equal for equal sources on every machine."""
+        """Returns a hash of the documents' names and contents. Equal sources have equal hashes on every machine."""
         raise NotImplementedError(type(self))
 
 
 def fingerprint_of(parts: Iterable[object]) -> str:
-    """SHA-256 of the parts, in hexadecimal."""
+    """Returns the SHA-256 of the parts, in hexadecimal."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, see `digests`."""
+    """Returns the SHA-256 of a file, see `digests`."""
     return digests([path])[0]
 
 
 def digests(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file. The hashes of large files are kept in the cache folder, with the files' sizes and times."""
+    """Returns the SHA-256 of each file.
+
+    The hashes of large files are stored in the cache folder, and reused while the files' sizes and modification times
+    stay the same.
+    """
     states = [path.stat() for path in paths]
     if sum(state.st_size for state in states) < REMEMBERED_BYTES:
         return [files.sha256(path) for path in paths]
@@ -62,7 +66,7 @@ def digests(paths: Sequence[Path]) -> list[str]:
         known = {}
     if known.get("stamp") != stamp:
         known = {"stamp": stamp, "sha256": [files.sha256(path) for path in paths]}
-        with contextlib.suppress(OSError):  # if it cannot be saved, it is computed again
+        with contextlib.suppress(OSError):  # if the hashes cannot be stored, the next call computes them again
             memo.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(memo, json.dumps(known))
     return list(known["sha256"])
@@ -72,24 +76,25 @@ def decode(content: bytes, where: str) -> str:
     """Decodes UTF-8.
 
     Raises:
-        ConfigError: the content is not UTF-8; the error names the first wrong byte.
+        ConfigError: the content is not UTF-8. The error gives the index of the first invalid byte.
     """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: is not UTF-8 (byte {error.start})") from None
+        raise ConfigError(f"{where}: is not UTF-8 (invalid byte at index {error.start})") from None
 
 
 class FileSource(SourceConfig):
-    """A source of one or more files."""
+    """Base class of text sources that read files."""
 
     suffixes: ClassVar[tuple[str, ...]]
-    """Ends of the files' names; folders are searched for these."""
+    """Suffixes of the file names that the source finds in folders."""
 
     path: tuple[Text, ...] = ()
-    """Files, folders (all files below with the source's suffixes) or globs (`**` crosses folders)."""
+    """Files, folders or globs. A folder stands for all files below it with the source's suffixes. In a glob, `**`
+    matches any number of folders."""
     by_split: dict[Split, tuple[Text, ...]] = Field(default_factory=dict)
-    """The paths of each split, instead of `path`, for a corpus that is already divided."""
+    """Paths of each split, for a corpus that is already divided into splits. Give it instead of `path`."""
 
     @field_validator("path", mode="before")
     @classmethod
@@ -107,29 +112,36 @@ class FileSource(SourceConfig):
     def _path_or_splits(self) -> Self:
         if bool(self.path) == bool(self.by_split):
             raise ValueError(
-                "give either path (data.splits divides the text) or by_split (it is divided already), not both"
+                "give either path (data.splits then divides the text) or by_split (for text that is already divided "
+                "into splits), but not both"
             )
         return self
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """Yields the (unit, text) pairs of one file; `unit` is the file's name in the source.
+        """Yields the (name, text) pairs of a file's documents.
+
+        Args:
+            path: the file.
+            unit: name of the file in the source.
 
         Raises:
-            ConfigError: the file does not match the source's description.
+            ConfigError: the file is not as the config describes it.
         """
         raise NotImplementedError(type(self))
 
     def check_suffix(self, path: Path) -> None:
-        """Refuses files of other sources.
+        """Raises an error if this source cannot read files with such a name.
 
         Raises:
             ConfigError: the file's name has none of this source's suffixes.
         """
         if not path.name.endswith(self.suffixes):
-            raise ConfigError(f"{path}: the source {self.name!r} reads files that end in {', '.join(self.suffixes)}")
+            raise ConfigError(
+                f"{path}: the source {self.name!r} reads only files that end in {', '.join(self.suffixes)}"
+            )
 
     def documents(self) -> Iterator[Document]:
-        """Yields the documents of the files; within each split, files are sorted by name."""
+        """Yields the documents of the files. Within each split, files are sorted by name."""
         for split, unit, path in self._files():
             try:
                 for name, text in self.read(path, unit):
@@ -138,7 +150,10 @@ class FileSource(SourceConfig):
                 raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
 
     def fingerprint(self) -> str:
-        """Hashes the files' names relative to their common folder, their contents and the settings for reading them."""
+        """Returns a hash of the files' names, contents and splits, and of the settings for reading them.
+
+        Names are relative to the common folder of the files.
+        """
         reading = self.model_dump(mode="json", exclude={"path", "by_split"})
         try:
             return fingerprint_of([reading, *([split, unit, digest(path)] for split, unit, path in self._files())])
@@ -146,7 +161,7 @@ class FileSource(SourceConfig):
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
     def _files(self) -> list[tuple[Split | None, str, Path]]:
-        """Each file with its split and its name relative to the common folder of all files."""
+        """Returns each file with its split and its name relative to the common folder of all files."""
         given: list[tuple[Split | None, tuple[str, ...]]] = [*self.by_split.items()] or [(None, self.path)]
         found = [(split, path) for split, paths in given for path in self._expand(paths)]
         root = os.path.commonpath([path.parent for _, path in found])

@@ -1,4 +1,4 @@
-"""Assigns documents, or spans of documents, to splits."""
+"""Splits of the data, and the assignment of documents or spans of documents to them."""
 
 import fractions
 import hashlib
@@ -12,25 +12,26 @@ from pydantic import model_validator
 from llmeff.core.config import Config, Fraction
 
 Split = Literal["train", "calibration", "search", "validation", "test"]
-"""What a text or an image may be used for: to train; to calibrate a compressor; to choose settings; to report results; to
-report results once."""
+"""Use of a text or an image. train: training. calibration: calibration of a compressor. search: choice of settings.
+validation: reported results. test: results that are reported only once."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text of a source."""
+    """A text document of a source."""
 
     unit: str
-    """Name in the source: the same on every machine, and unique, except that the spans of a document share it."""
+    """Name of the document in the source. It is the same on every machine. It is unique, except that the spans of a
+    document share it."""
     text: str
     split: Split | None = None
-    """The split that the source assigns. None: the data's settings choose."""
+    """Split that the source assigns. None if `data.splits` chooses it."""
 
 
 class Shares(Config):
-    """The share of each split; the rest is the training split."""
+    """Share of each held-out split. The rest is the training split."""
 
     calibration: Fraction = 0.01
     """Share of the data."""
@@ -48,30 +49,30 @@ class Shares(Config):
         return self
 
     def shares(self) -> dict[Split, fractions.Fraction]:
-        """The exact share of each split: 0.1 is one tenth, not the nearest binary number."""
+        """Returns the exact share of each split: 0.1 is one tenth, not the nearest binary number."""
         held_out: dict[Split, fractions.Fraction] = {
             split: fractions.Fraction(repr(float(getattr(self, split)))) for split in SPLITS if split != "train"
         }
         return {"train": 1 - sum(held_out.values(), start=fractions.Fraction(0)), **held_out}
 
     def by_hash(self, text: str) -> Split:
-        """Chooses a split by a hash of the text; the shares hold on average."""
+        """Chooses a split by a hash of the text, so the shares hold on average."""
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        # Test is last and training fills the start, so no other fraction changes the test split.
+        # The test split is last and the training split first, so other shares do not change the test split.
         ends = accumulate(self.shares().values())
         return next(split for split, end in zip(SPLITS, ends, strict=True) if place < end * 2**64)
 
 
 class SplitConfig(Shares):
-    """How documents are divided among the splits, by their text; the rest is the training split."""
+    """Division of documents among the splits. All text outside of the held-out splits is the training split."""
 
     by: Literal["document", "span"] = "document"
-    """document: each document goes to one split, by a hash of its text. Equal texts share a split whatever their names; the
-    shares hold on average. span: each document is cut by characters, in the order train, calibration, search, validation,
-    test; suits a corpus of few documents."""
+    """document: a hash of a document's text chooses its split. Documents with equal text are in the same split,
+    whatever their names, and the shares hold on average. span: each document is cut into spans of characters, in the
+    order train, calibration, search, validation, test. This suits a corpus of few documents."""
 
     def assign(self, document: Document) -> Iterator[tuple[Split, Document]]:
-        """Yields the non-empty parts of the document with their splits."""
+        """Yields the non-empty parts of a document, each with its split."""
         if document.split is not None:
             parts = [(document.split, document)]
         elif self.by == "document":

@@ -17,37 +17,37 @@ from llmeff.data.splits import Document, Split, SplitConfig
 from llmeff.data.tokenizer import Tokenizer, TokenizerConfig
 
 TOKEN_BYTES = 8
-"""To train a tokenizer, this many bytes of the source are read per token of `max_tokens`. A character has at most half as
-many, and tokens of most tokenizers average fewer, so the tokenizer sees all the text that it will encode."""
+"""Bytes of the source that are read to train a tokenizer, per token of `max_tokens`. Tokens of most tokenizers have
+fewer bytes on average, and a character has at most 4, so the tokenizer sees all the text that it will encode."""
 
 
 class TextData(DataConfig):
-    """Documents as tokens."""
+    """Text documents, tokenized and packed into windows."""
 
     name: Literal["text"] = "text"
     source: SourceConfig = Builtin()
-    """Where the documents come from."""
+    """Source of the documents."""
     tokenizer: TokenizerConfig = Bytes()
-    """How documents become token ids."""
+    """Tokenizer of the documents."""
     splits: SplitConfig = SplitConfig()
-    """Which documents, or parts of documents, are trained on and which are held out."""
+    """Division of documents among training and held-out splits."""
     sequence_length: Count = 256
-    """T, tokens of a training window."""
+    """Tokens in a training window (T)."""
     packing: Packing = "plain"
-    """plain: a window is one text. documents: the documents of a window do not attend to one another."""
+    """plain: tokens attend to all earlier tokens of the window. documents: tokens attend only within their document."""
     max_tokens: Count | None = None
-    """Read the source up to the document that reaches this many tokens, over all splits. To train the tokenizer, read up to
-    the document that reaches eight times as many bytes. None: read all of it."""
+    """Number of tokens to read, over all splits. Reading stops after the document that reaches it. To train the
+    tokenizer, reading stops after the document that reaches eight times as many bytes. None for the whole source."""
 
     def open(self, *, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> "TextCorpus":
-        """Opens the corpus from the token cache; the main process makes the cache if it is missing.
+        """Opens the corpus from the token cache. The main process makes the cache if it is missing.
 
         Args:
             is_main: whether this process makes and checks the cache.
             wait: returns once all processes have called it.
 
         Raises:
-            ConfigError: the source or the tokenizer does not match its description, or the cache cannot be written.
+            ConfigError: the source or the tokenizer is not as the config describes it, or the cache cannot be written.
         """
         key = fingerprint_of(
             [
@@ -82,7 +82,7 @@ class TextData(DataConfig):
 
 
 class TextCorpus:
-    """A text corpus, ready to read.
+    """A text corpus in an opened token cache.
 
     Args:
         config: the config of the corpus.
@@ -94,34 +94,39 @@ class TextCorpus:
         self.name = config.source.name
         """Name of the source."""
         self.fingerprint = tokens.fingerprint
-        """SHA-256 of the whole corpus: every token of every split, the documents' names and the tokenizer."""
+        """SHA-256 of the whole corpus: the tokens of every split, the documents' names and the tokenizer."""
         self.vocab_size = tokens.vocab_size
-        """V: ids are in range(V)."""
+        """Size of the vocabulary (V). Token ids are in range(V)."""
         self.end_id = tokens.end_id
-        """Id of the token before every document and after the last."""
+        """Id of the end token, which comes before every document and after the last document."""
         self.splits = tokens.splits
-        """The size of each split; empty splits are absent."""
+        """Sizes of each split. Empty splits are absent."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the corpus."""
+        """Tokenizer of the corpus."""
         return self._config.tokenizer.load(self._tokens.folder)
 
     @cached_property
     def train(self) -> TrainWindows:
-        """The training windows.
+        """Training windows of the corpus.
 
         Raises:
-            ConfigError: there is less training text than one window.
+            ConfigError: the training split is empty or shorter than one window.
         """
         return TrainWindows(self.stream("train"), self._config.sequence_length, self._config.packing)
 
     def batch(self, seed: int, step: int, rows: range, global_batch: int) -> TokenBatch:
-        """Returns rows of a step's batch, see `TrainWindows.batch`."""
+        """Returns some rows of a step's global batch, see `TrainWindows.batch`."""
         return self.train.batch(seed, step, rows, global_batch)
 
     def eval_windows(self, split: Split, length: int | None = None, max_tokens: int | None = None) -> EvalWindows:
-        """A split's tokens in order, see `EvalWindows`; `length` defaults to that of the training windows.
+        """Returns the evaluation windows of a split, see `EvalWindows`.
+
+        Args:
+            split: the split to evaluate.
+            length: tokens in a window. None for the length of the training windows.
+            max_tokens: number of targets. None for all.
 
         Raises:
             ConfigError: the split has no document.
@@ -130,7 +135,7 @@ class TextCorpus:
         return EvalWindows(self.stream(split), length, self._config.packing, self.tokenizer.decode, max_tokens)
 
     def stream(self, split: Split) -> cache.TokenStream:
-        """A split's tokens.
+        """Returns the tokens of a split.
 
         Raises:
             ConfigError: the split has no document.
@@ -138,19 +143,19 @@ class TextCorpus:
         if split not in self._tokens.splits:
             there = ", ".join(f"{name} {facts.num_documents}" for name, facts in self.splits.items())
             raise ConfigError(
-                f"data.splits: the split {split!r} is empty (documents: {there}): give it a larger share, or set "
-                'data.splits.by = "span" to cut each document (for a corpus of few documents)'
+                f"data.splits: the split {split!r} is empty (documents: {there}). Give it a larger share or, if the "
+                'corpus has few documents, set data.splits.by = "span", which divides each document among the splits'
             )
         return self._tokens.stream(split)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuses a model with fewer embeddings than the tokenizer has ids.
+        """Raises an error if a model has fewer embeddings than the tokenizer has ids.
 
         Raises:
             ConfigError: the model's vocabulary is too small.
         """
         if vocab_size < self.vocab_size:
             raise ConfigError(
-                f"model.vocab_size: {vocab_size} given, but the tokenizer {self._config.tokenizer.name!r} has ids "
-                f"up to {self.vocab_size - 1}: give at least {self.vocab_size}"
+                f"model.vocab_size is {vocab_size}, but the tokenizer {self._config.tokenizer.name!r} has ids "
+                f"up to {self.vocab_size - 1}. Give at least {self.vocab_size}"
             )

@@ -1,4 +1,4 @@
-"""Plain text files as a source."""
+"""Text source that reads plain text files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +9,16 @@ from llmeff.data.source import FileSource, decode
 
 
 class TextFiles(FileSource):
-    """UTF-8 text files: each holds one document, or several with a separator between them."""
+    """UTF-8 text files. Each file contains one document, or several documents with a separator between them."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".txt",)
 
     name: Literal["text"] = "text"
     separator: Text | None = None
-    """The text between two documents of a file, part of neither. None: each file is one document."""
+    """Text between two documents of a file, which belongs to neither. None if each file is one document."""
 
     def check_suffix(self, path: Path) -> None:
-        """Refuses only files that another source reads.
+        """Raises an error if another source reads files with such a name. All other names are allowed.
 
         Raises:
             ConfigError: the file's name has a suffix of another source.
@@ -26,10 +26,12 @@ class TextFiles(FileSource):
         for name in self.registry.names():
             other = self.registry[name]
             if other is not type(self) and path.name.endswith(getattr(other, "suffixes", ())):
-                raise ConfigError(f"{path}: the source {self.name!r} reads plain text; for this file use {name!r}")
+                raise ConfigError(
+                    f"{path}: the source {self.name!r} reads plain text. For this file, use the source {name!r}"
+                )
 
     def read(self, path: Path, unit: str) -> Iterator[tuple[str, str]]:
-        """Yields the file's text, or its parts."""
+        """Yields the name and text of the file or, if `separator` is set, of each of its parts."""
         text = decode(path.read_bytes(), str(path))
         if self.separator is None:
             yield unit, text

@@ -1,4 +1,4 @@
-"""The contract of a tokenizer; it is saved as the two files that transformers' AutoTokenizer loads."""
+"""Interface of a tokenizer. A tokenizer is saved as the two files that transformers' AutoTokenizer loads."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ from llmeff.core.config import Component, ConfigError, Text
 from llmeff.data.source import fingerprint_of
 
 END = "<|endoftext|>"
-"""The token before and after every document, for our own tokenizers."""
+"""End token of our own tokenizers, which comes before and after every document."""
 
 
 class Tokenizer:
     """Converts text to token ids and back.
 
     Args:
-        backend: tokenizer of the `tokenizers` library.
-        settings: content of tokenizer_config.json. None: `END` is both `bos_token` and `eos_token`.
-        end_token: the token before and after every document. None: the `eos_token` of the settings.
+        backend: a tokenizer of the library `tokenizers`.
+        settings: content of tokenizer_config.json. None for `END` as both `bos_token` and `eos_token`.
+        end_token: token before and after every document. None for the `eos_token` of the settings.
 
     Raises:
-        ConfigError: there is no end token, or the vocabulary lacks it.
+        ConfigError: there is no end token, or it is not in the vocabulary.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Tokenizer:
     ):
         self.backend = backend
         self.settings = dict(settings or {"bos_token": END, "eos_token": END})
-        # The generic class makes tokenizer.json alone define the tokenizer, whatever model lies beside it.
+        # With the generic class, transformers reads tokenizer.json and nothing from a model in the same folder.
         self.settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
@@ -46,7 +46,7 @@ class Tokenizer:
         token = token["content"] if isinstance(token, Mapping) else token
         if token not in vocabulary:
             raise ConfigError(
-                f"data.tokenizer: the end token {token!r} is not in the vocabulary: set data.tokenizer.end_token"
+                f"data.tokenizer: the end token {token!r} is not in the vocabulary. Set data.tokenizer.end_token"
             )
         self.end_id: int = vocabulary[token]
 
@@ -62,7 +62,7 @@ class Tokenizer:
         files.write_text(folder / "tokenizer_config.json", json.dumps(self.settings, indent=2))
 
     def fingerprint(self) -> str:
-        """A hash of everything that determines the ids."""
+        """Returns a hash of everything that determines the ids."""
         return hashlib.sha256(f"{self.end_id}\n{self.backend.to_str()}".encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
@@ -71,39 +71,44 @@ class Tokenizer:
         return [np.array(entry.ids, dtype=np.uint32) for entry in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes ids to text. Special tokens are skipped; bytes that are not UTF-8 become U+FFFD."""
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
 
 class TokenizerConfig(Component, family="tokenizer"):
-    """How text becomes token ids."""
+    """Config of a tokenizer, which converts text to token ids."""
 
     name: Text
-    """The tokenizer's name."""
+    """The kind of tokenizer."""
 
     def fingerprint(self) -> str:
-        """A hash of everything but the training text that determines the tokenizer."""
+        """Returns a hash of everything that determines the tokenizer, except its training text."""
         return fingerprint_of([self.model_dump(mode="json")])
 
     def vocabulary(self) -> int | None:
-        """V, or an upper bound. None: only the training text determines it."""
+        """Returns the vocabulary's size or an upper bound. Returns None if only the training text determines it."""
         return None
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Builds the tokenizer.
 
         Args:
-            texts: returns the texts of the train split in order; may be called repeatedly.
+            texts: returns the texts of the train split, in order. It may be called repeatedly.
         """
         raise NotImplementedError(type(self))
 
     def load(self, folder: Path) -> Tokenizer:
-        """Reads a tokenizer that `build` made, from the folder where it was saved."""
+        """Reads a tokenizer that `build` made and `Tokenizer.save` wrote to the folder."""
         return Tokenizer.load(folder)
 
 
 def byte_level(model: Any, *, words: bool) -> tokenizers.Tokenizer:
-    """A backend over UTF-8 bytes; with `words`, text is first cut into words, numbers and spaces, as in GPT-2."""
+    """Returns a backend over UTF-8 bytes.
+
+    Args:
+        model: model of the library `tokenizers`.
+        words: whether text is first split into words, numbers and spaces, as in GPT-2.
+    """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     backend.decoder = tokenizers.decoders.ByteLevel()

@@ -1,4 +1,7 @@
-"""Verified caches: folders with the hashes of their files, named by a hash of what determines them. Damaged ones are remade."""
+"""Verified caches: folders that are checked when they are opened, and made again if they are damaged.
+
+The name of a cache's folder is a hash of everything that determines its content. The folder contains its files' hashes.
+"""
 
 import hashlib
 import json
@@ -18,13 +21,13 @@ SAMPLE_BLOCKS = 64
 SAMPLE_BLOCK_BYTES = 256 * 1024
 """Opening a cache hashes 64 blocks of 256 KiB spread over each file, which covers files of up to 16 MiB entirely."""
 ABANDONED_S = 3600.0
-"""A half-written folder is abandoned if its files have not changed for this many seconds."""
+"""A half-written folder counts as abandoned if its files have not changed for this many seconds."""
 
 
 def ensure_by_one(
     folder: Path, write: Callable[[Path], None], kind: str, *, is_main: bool, wait: Callable[[], None]
 ) -> None:
-    """Calls `ensure` in one of several processes that will read the cache.
+    """Calls `ensure` in the main process only. The other processes wait for it.
 
     Args:
         folder: see `ensure`.
@@ -34,7 +37,7 @@ def ensure_by_one(
         wait: returns once all processes have called it.
 
     Raises:
-        ConfigError: the cache cannot be made; only the main process gives the reason.
+        ConfigError: the cache cannot be made. Only the error of the main process gives the reason.
     """
     try:
         if is_main:
@@ -46,11 +49,12 @@ def ensure_by_one(
 
 
 def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
-    """Makes the cache unless it is there and undamaged. A damaged cache is set aside with a warning and remade.
+    """Makes the cache, unless it exists and is undamaged. A damaged cache is renamed with a warning, and made again.
 
     Args:
-        folder: the cache's folder; its name is a hash of what determines the content.
-        write: fills a new folder, including `meta.json`, a JSON object with everything else that a reader needs.
+        folder: the cache's folder. Its name is a hash of everything that determines the content.
+        write: fills a new folder. It must write `meta.json`, a JSON object with everything that a reader needs apart
+            from the other files.
         kind: name of the cache in messages, such as "token cache".
 
     Raises:
@@ -62,7 +66,7 @@ def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
             return
         aside = folder.with_name(f"damaged-{folder.name}-{uuid.uuid4().hex[:8]}")
         folder.rename(aside)
-        logger.warning("the %s is damaged (%s): it is remade; the damaged one is kept as %s", kind, damage, aside)
+        logger.warning("the %s is damaged (%s) and is made again. The damaged cache is now %s", kind, damage, aside)
     try:
         _sweep_abandoned(folder.parent)
         with files.new_folder(folder) as part:
@@ -73,18 +77,21 @@ def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
             return
         raise ConfigError(
             f"the {kind} {folder} cannot be written ({error.strerror or error}): "
-            "free some space, or set LLMEFF_CACHE to a writable folder with enough"
+            "free some space, or set LLMEFF_CACHE to a writable folder with enough space"
         ) from None
 
 
 def read_meta(folder: Path) -> tuple[dict[str, Any], str]:
-    """Reads `meta.json` and its SHA-256, which identifies the whole cache, since `meta.json` holds all files' hashes."""
+    """Returns the content of `meta.json` and its SHA-256.
+
+    The SHA-256 identifies the whole cache, because `meta.json` contains the hashes of all other files.
+    """
     content = (folder / "meta.json").read_bytes()
     return json.loads(content), hashlib.sha256(content).hexdigest()
 
 
 def _sample(path: Path) -> str:
-    """A hash of the file's size and of blocks spread evenly over the file."""
+    """Returns a hash of a file's size and of blocks that are spread evenly over the file."""
     size = path.stat().st_size
     hasher = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BLOCK_BYTES)
@@ -97,7 +104,10 @@ def _sample(path: Path) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """Adds each file's hashes to `meta.json`: the full one identifies the content, the sampled one is checked on opening."""
+    """Adds two hashes of each file to `meta.json`.
+
+    The hash of the whole file identifies the content. The hash of sampled blocks is checked when the cache is opened.
+    """
     path = folder / "meta.json"
     meta = json.loads(path.read_text(encoding="utf-8"))
     names = sorted(file.name for file in folder.iterdir() if file != path)
@@ -106,7 +116,7 @@ def _seal(folder: Path) -> None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the cache. None: it is undamaged."""
+    """Returns a description of the cache's damage, or None if it is undamaged."""
     try:
         files.refuse_links(folder, itself=True)
         hashes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
@@ -117,7 +127,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _sweep_abandoned(folder: Path) -> None:
-    """Removes half-written caches whose writer was killed. The files of a live writer keep changing."""
+    """Removes half-written caches whose writer was killed: unlike those of a running writer, their files are old."""
     for part in folder.glob(f"{files.PARTIAL}*"):
         times = [entry.stat().st_mtime for entry in (part, *part.glob("*"))]
         if time.time() - max(times) > ABANDONED_S:

@@ -71,5 +71,5 @@ def test_what_cannot_be_read(path, settings, problem, streaming):
 
 def test_a_number_is_no_text(path):
     path.write_text('{"body": 1}\n')
-    with pytest.raises(ConfigError, match="row 0: the column 'body' holds int, not text"):
+    with pytest.raises(ConfigError, match="row 0: the column 'body' contains a value of type int, not text"):
         list(config(path).source.documents())

@@ -86,7 +86,7 @@ class TestImageFolder:
         for own in (name, "others"):
             put(tmp_path / "images" / own / "1.png", IMAGE)
             put(tmp_path / "masks" / own / "1.png", LABELS)
-        words = f"the folders '{name}' in .*images look like splits, .* named train, calibration, search, validation"
+        words = f"the folders '{name}' in .*images look like splits but .* named train, calibration, search, validation"
         with pytest.raises(ConfigError, match=words):
             read(self.config(tmp_path))
 
@@ -162,11 +162,11 @@ class TestImageFolder:
         [
             (
                 lambda f, put: put(f / "masks/a.png", LABELS + np.uint8(1)),
-                r"masks/a.png: holds 3 \(11 pixels\), which is not a class: allowed are 0 to 2, 255$",
+                r"masks/a.png: contains values that are not classes: 3 \(11 pixels\)\. Allowed: 0 to 2, 255$",
             ),
             (
                 lambda f, put: put(f / "masks/a.png", np.arange(H * W, dtype=np.uint16).reshape(H, W) * 1000),
-                r"masks/a.png: holds 1000 \(1 pixels\), 2000 \(1 pixels\), 3000 \(1 pixels\) and 31 more, which",
+                r"masks/a.png: .* not classes: 1000 \(1 pixels\), 2000 \(1 pixels\), 3000 \(1 pixels\) and 31 more\. ",
             ),
             (
                 lambda f, put: put(f / "masks/a.png", LABELS[:, :-1]),
@@ -174,7 +174,7 @@ class TestImageFolder:
             ),
             (
                 lambda f, put: put(f / "masks/a.png", IMAGE),
-                "masks/a.png: has the mode 'RGB', but a mask has one",
+                "masks/a.png: has the mode 'RGB', but a mask needs one channel",
             ),
             (lambda f, put: put(f / "images/a.png", LABELS.astype(np.uint16)), "images/a.png: has more than 8 bits"),
             (
@@ -253,7 +253,7 @@ class TestImageFolder:
             ({"class_names": ["x"]}, "class_names"),
             ({"class_names": [str(i) for i in range(256)]}, "class_names"),
             ({"class_names": ["x", "y", "x"]}, "contains a name twice"),
-            ({"ignored": 2}, "ignored is 2, but that is the class 'z'"),
+            ({"ignored": 2}, "ignored is 2, but that is the number of the class 'z'"),
             ({"ignored": -1}, "ignored"),
             ({"mask": "masks"}, "Did you mean 'masks'"),
         ],
@@ -340,7 +340,7 @@ class TestCityscapes:
         ("settings", "problem"),
         [
             ({"search_cities": ["achen"]}, "there is no training city 'achen' in .* Did you mean 'aachen'"),
-            ({"search_cities": ["zurich"]}, "search_cities and validation_cities share zurich"),
+            ({"search_cities": ["zurich"]}, "search_cities and validation_cities both contain zurich"),
         ],
     )
     def test_wrong_cities(self, folder, settings, problem):
@@ -350,7 +350,8 @@ class TestCityscapes:
     def test_an_id_that_is_none(self, folder, put):
         path = put(next(folder.rglob("aachen*labelIds.png")), self.ids + np.uint8(1))
         with pytest.raises(
-            ConfigError, match=rf"{path.name}: holds 34 \(1 pixels\), which is not a class: allowed are 0 to 33$"
+            ConfigError,
+            match=rf"{path.name}: contains values that are not classes: 34 \(1 pixels\)\. Allowed: 0 to 33$",
         ):
             read(self.config(folder))
 

@@ -293,7 +293,9 @@ class TestCache:
 
     def test_a_file_that_turns_out_bad_leaves_nothing(self, folder, put, cache_folder):
         put(folder / "masks/train/5.png", np.full((H, W), 9, np.uint8))
-        with pytest.raises(ConfigError, match=r"masks/train/5.png: holds 9 \(35 pixels\)"):
+        with pytest.raises(
+            ConfigError, match=r"masks/train/5.png: contains values that are not classes: 9 \(35 pixels\)"
+        ):
             config(folder).open()
         assert list((cache_folder / "images").iterdir()) == []
 
@@ -302,7 +304,8 @@ class TestCache:
             put(folder / f"masks/train/{number}.png", np.full((H, W), 9, np.uint8))
         with pytest.raises(ConfigError) as raised:
             config(folder).open()
-        assert [problem.partition(": holds 9")[0][-11:] for problem in raised.value.problems] == [
+        said = ": contains values that are not classes: 9"
+        assert [problem.partition(said)[0][-11:] for problem in raised.value.problems] == [
             "train/0.png", "train/3.png", "train/5.png"
         ]  # fmt: skip
 
@@ -315,7 +318,7 @@ class TestCache:
 def test_a_training_set_in_which_there_is_nothing_to_tell_apart(folder, put, label, found):
     for number in range(6):
         put(folder / "masks/train" / f"{number}.png", np.full((H, W), label, np.uint8))
-    with pytest.raises(ConfigError, match=f"training images of .*masks.* contain {found} classes: training needs"):
+    with pytest.raises(ConfigError, match=f"training images of .*masks.* contain {found} classes, but training needs"):
         config(folder).open()
 
 
@@ -336,7 +339,7 @@ def test_wrong_settings(folder, settings, problem):
 
 
 def test_more_training_images_than_there_are(folder):
-    with pytest.raises(ConfigError, match=r"data\.max_train: 7 given, but there are 6 training images"):
+    with pytest.raises(ConfigError, match=r"data\.max_train is 7, but there are only 6 training images"):
         config(folder, max_train=7).open()
 
 

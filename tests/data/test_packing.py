@@ -105,7 +105,7 @@ def test_the_order_never_changes():
 
 
 def test_a_corpus_shorter_than_a_window():
-    with pytest.raises(ConfigError, match="sequence_length: 12 given, but the training split has only 11 tokens"):
+    with pytest.raises(ConfigError, match="sequence_length is 12, but the training split has only 11 tokens"):
         TrainWindows(stream(10), 12, "plain")
 
 

@@ -75,14 +75,15 @@ def test_a_seed_draws_these_rows():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"vocab_size": 17}, "vocab_size is 17: 8 pairs need an even number, at least 18"),
+        ({"vocab_size": 17}, "vocab_size is 17, but 8 pairs need an even number of at least 18"),
         (
             {"pairs": 17},
-            "sequence_length is 64: 17 pairs and 17 questions, with a place after each question, need at least 68",
+            "sequence_length is 64, but 17 pairs and 17 questions, with a free token after each question, "
+            "need at least 68",
         ),
         ({"kind": "induction", "vocab_size": 2}, "induction needs a vocab_size"),
-        ({"kind": "induction", "pairs": 4}, "pairs is 4, but induction has no pairs: leave it out"),
-        ({"kind": "induction", "noise": False}, "noise is False, but induction has no noise"),
+        ({"kind": "induction", "pairs": 4}, "pairs is 4, but induction does not use pairs: leave it out"),
+        ({"kind": "induction", "noise": False}, "noise is False, but induction does not use noise"),
         ({"kind": "mqr"}, "kind"),
     ],
 )

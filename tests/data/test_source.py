@@ -143,11 +143,11 @@ class TestJsonLines:
         ("line", "problem"),
         [
             (b'{"txt": "x", "id": 1}', r"line 2: there is no field 'text'. Did you mean 'txt'\? Known: id, txt"),
-            (b'{"text": 5}', "line 2: the field 'text' holds int"),
-            (b'{"text": null}', "line 2: the field 'text' holds NoneType"),
+            (b'{"text": 5}', "line 2: the field 'text' contains a value of type int"),
+            (b'{"text": null}', "line 2: the field 'text' contains a value of type NoneType"),
             (b'["text"]', "line 2: expected a JSON object, found list"),
             (b'{"text": ', "line 2: is not JSON"),
-            (b'{"text": "\xff"}', r"line 2: is not UTF-8 \(byte 10\)"),
+            (b'{"text": "\xff"}', r"line 2: is not UTF-8 \(invalid byte at index 10\)"),
             (b'{"text": "\\ud800"}', "line 2: .* surrogate"),
         ],
     )
@@ -181,8 +181,8 @@ class TestParquet:
         ("columns", "problem"),
         [
             ({"texts": ["x"]}, "there is no column 'text'. Did you mean 'texts'"),
-            ({"text": ["x", "y", None]}, "row 2: the column 'text' holds NoneType"),
-            ({"text": [1]}, "row 0: the column 'text' holds int"),
+            ({"text": ["x", "y", None]}, "row 2: the column 'text' contains a value of type NoneType"),
+            ({"text": [1]}, "row 0: the column 'text' contains a value of type int"),
         ],
     )
     def test_a_bad_column(self, tmp_path, columns, problem):
@@ -202,9 +202,12 @@ class TestParquet:
         (lambda folder: TextFiles(path=(f"{folder}/none.txt",)), "there is no file .*none.txt"),
         (lambda folder: TextFiles(path=(f"{folder}/*.rst",)), r"no file matches .*\*.rst"),
         (lambda folder: Parquet(path=(str(folder),)), "no file below .* ends in .parquet"),
-        (lambda folder: JsonLines(path=(f"{folder}/a.txt",)), "'jsonl' reads files that end in .jsonl"),
-        (lambda folder: TextFiles(path=(f"{folder}/deep/d.jsonl.gz",)), "for this file use 'jsonl'"),
-        (lambda folder: TextFiles(path=(f"{folder}/latin.txt",)), r"latin.txt: is not UTF-8 \(byte 2\)"),
+        (lambda folder: JsonLines(path=(f"{folder}/a.txt",)), "'jsonl' reads only files that end in .jsonl"),
+        (lambda folder: TextFiles(path=(f"{folder}/deep/d.jsonl.gz",)), "For this file, use the source 'jsonl'"),
+        (
+            lambda folder: TextFiles(path=(f"{folder}/latin.txt",)),
+            r"latin.txt: is not UTF-8 \(invalid byte at index 2\)",
+        ),
     ],
 )
 def test_wrong_files(corpus, config, problem):

@@ -162,9 +162,9 @@ def test_a_cut_document_counts_the_bytes_of_its_part(corpus):
         (
             {"sequence_length": 10_000},
             lambda c: c.batch(0, 0, range(1), 1),
-            "sequence_length: 10000 given, but the training",
+            "sequence_length is 10000, but the training",
         ),
-        ({}, lambda c: c.check_vocabulary(256), "256 given, but the tokenizer 'bytes' has ids up to 256"),
+        ({}, lambda c: c.check_vocabulary(256), "model.vocab_size is 256, but the tokenizer 'bytes' has ids up to 256"),
     ],
 )
 def test_what_cannot_be_asked(corpus, settings, use, problem):

@@ -217,7 +217,8 @@ def test_masks_are_read_as_the_runs_source_reads_them(run, tmp_path):
     changed(run, "config.json", data__source=folder)
     path = picture(tmp_path / "p.png")
     labels = truth(tmp_path / "masks" / "p.png")
-    with pytest.raises(ConfigError, match=r"holds 255 \(3 pixels\), which is not a class: allowed are 0 to 10, 77"):
+    words = r"contains values that are not classes: 255 \(3 pixels\)\. Allowed: 0 to 10, 77"
+    with pytest.raises(ConfigError, match=words):
         segment(run, [path], tmp_path / "out", masks=tmp_path / "masks")
     Image.fromarray(np.where(labels == IGNORED_PIXEL, 77, labels).astype(np.uint8)).save(tmp_path / "masks" / "p.png")
     segment(run, [path], tmp_path / "out", masks=tmp_path / "masks")
@@ -342,7 +343,7 @@ def a_file(run, given):
         (no_masks, ["--masks: there is no folder "]),
         (a_mask_too_few, ["there is no mask with the name of ", "q.png"]),
         (a_mask_of_another_size, ["masks/p.png: is 49 pixels wide and 32 high, but "]),
-        (a_mask_in_colours, ["masks/p.png: has the mode 'RGB', but a mask has one channel of class ids"]),
+        (a_mask_in_colours, ["masks/p.png: has the mode 'RGB', but a mask needs one channel of class ids"]),
         (occupied, ["out: is there and not empty; nothing is overwritten"]),
         (a_file, ["out: is there and not empty; nothing is overwritten"]),
     ],

@@ -455,7 +455,7 @@ def test_a_plan_says_how_to_do_without_data_that_are_not_there(tmp_path):
 
 
 def test_a_vocabulary_that_may_be_too_small_is_asked_of_the_data():
-    with pytest.raises(ConfigError, match=r"model.vocab_size: 200 given, but .* 'bytes' has ids up to 256"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size is 200, but .* 'bytes' has ids up to 256"):
         planned("model.vocab_size=200", recipe="debug")
 
 
