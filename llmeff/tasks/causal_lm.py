@@ -1,4 +1,4 @@
-"""Causal language modelling: predict each token from those before it."""
+"""Causal language modelling: predict each token from the tokens before it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -30,15 +30,16 @@ from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**24
-"""Logits that live at once in evaluation, in numbers; a vocabulary counts as at least 2,048, for the activations."""
+"""Maximum number of logits in memory at once in evaluation. A vocabulary counts as at least 2,048 tokens, so that small
+vocabularies leave memory for activations."""
 _TEMPERATURE = 0.8
-"""The temperature of sampled text."""
+"""Temperature at which text is sampled."""
 
 
 def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """Why a model's weights do not fit a tokenizer: ids that meant other tokens when the weights were trained.
+    """Yields a problem if ids of the tokenizer meant other tokens when the model's weights were trained.
 
-    Ids that only one of the two tokenizers has are no problem: tokens may be added, and need not all be used.
+    Ids that only one of the two tokenizers has are allowed: a tokenizer may add tokens or leave tokens out.
     """
     folder = model.tokenizer_folder()
     if folder is None:
@@ -51,14 +52,18 @@ def tokenizer_problems(model: LanguageModelConfig, tokenizer: Tokenizer) -> Iter
     if changed:
         first = changed[0]
         yield (
-            f"data.tokenizer: id {first} is {given[first]!r}, but {trained[first]!r} to the weights in {folder}, and "
-            f"so on for {len(changed)} ids in all. Allowed: their own (data.tokenizer = {{name = 'hf', path = "
-            f"'{folder}'}}), one that adds tokens to it or leaves some out, or any with model.from_scratch = true"
+            f"data.tokenizer: id {first} is {given[first]!r}, but it was {trained[first]!r} when the weights in "
+            f"{folder} were trained; {len(changed)} ids differ. Allowed: the tokenizer of the weights (data.tokenizer "
+            f"= {{name = 'hf', path = '{folder}'}}), a tokenizer that only adds tokens to it or leaves tokens out, or "
+            "any tokenizer with model.from_scratch = true"
         )
 
 
 class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
-    """Cross-entropy of the next token, in nats, and bits per byte of held-out documents."""
+    """Causal language modelling. The loss is the cross-entropy of the next token, in nats.
+
+    Evaluation also gives the bits per byte of held-out documents.
+    """
 
     metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "bits_per_byte": "lower"}
     needed_model: ClassVar[str] = "a language model"
@@ -66,29 +71,33 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_chunk: Count | Literal["auto"] | None = "auto"
-    """Tokens whose logits live at once; changes memory, not the loss. null: all. auto: 256 if the vocabulary has more
-    than 1,024 tokens and the model supports it, else all."""
+    """Number of tokens whose logits are in memory at once. It changes the memory, not the loss. null: all tokens. auto:
+    256 tokens if the vocabulary has more than 1,024 tokens and the model supports it, otherwise all tokens."""
 
     def resolve_chunk(self, model: LanguageModelConfig) -> int | None:
-        """`loss_chunk` as a number of tokens; None: all."""
+        """Returns `loss_chunk` as a number of tokens, or None for all tokens."""
         if self.loss_chunk == "auto":
             return 256 if model.vocabulary() > 1024 and model.chunks_logits() else None
         return self.loss_chunk
 
     def infer_model(self, model: LanguageModelConfig, data: TextData) -> LanguageModelConfig | None:
-        """Fills in the vocabulary's size; None if the tokenizer's config does not tell it."""
+        """Returns the model with its vocabulary size, or None if only the trained tokenizer decides.
+
+        It decides if the model's size is "auto" and the config of the tokenizer gives no size, or if the model's size
+        is smaller than the size that the config gives.
+        """
         known = data.tokenizer.vocabulary()
         if model.vocab_size == "auto":
             return None if known is None else model.model_copy(update={"vocab_size": known})
-        # a tokenizer that is still to be trained may have fewer tokens than its config allows, and so fit
+        # a tokenizer that is not trained yet may get fewer tokens than its config allows, and then fit
         return model if known is None or known <= model.vocab_size else None
 
     def items(self, data: TextData) -> int:
-        """Tokens in a window."""
+        """Returns the number of tokens in a window."""
         return data.sequence_length
 
     def workload(self, model: LanguageModelConfig, data: TextData) -> Workload:
-        """One window, with logits in chunks as in training."""
+        """Returns the workload of one window, with logits in chunks as in training."""
         return Workload(
             num_sequences=1,
             num_tokens=data.sequence_length,
@@ -99,7 +108,7 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
     def open(
         self, data: TextData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "CausalLMTask":
-        """Opens the corpus, which is tokenized if it is not cached, and returns the task."""
+        """Opens the corpus, after tokenizing it if it is not cached, and returns the task."""
         return CausalLMTask(self, data, data.open(is_main=is_main, wait=wait), seed, batch_size)
 
 
@@ -115,11 +124,11 @@ class CausalLMTask(Task[LanguageModelConfig]):
         self._batch_size = batch_size
         self.items_per_step = batch_size * config.items(data)
         self._config = config
-        # A corpus that cannot be trained on fails here, not hours later.
+        # Make the windows now, so that a corpus that is too short fails here, not hours later.
         self._windows = corpus.train
 
     def resolve(self, model: LanguageModelConfig) -> LanguageModelConfig:
-        """Fills in the vocabulary's size."""
+        """Returns the model with its vocabulary size, after checking that the model fits the tokenizer."""
         if model.vocab_size == "auto":
             model = model.model_copy(update={"vocab_size": self.corpus.vocab_size})
         self.corpus.check_vocabulary(model.vocabulary())
@@ -130,11 +139,11 @@ class CausalLMTask(Task[LanguageModelConfig]):
         return model
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
-        """The parameters to train, with the roles that the model gives them."""
+        """Returns the parameters to train, with the roles that the model gives them."""
         return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every language model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
-        """(B, T) tokens and targets, and their layout if documents are kept apart."""
+        """Returns (B, T) tokens and targets, with their layout if there is a document mask."""
         packed = self._windows.batch(self._order_seed, step, rows, self._batch_size)
         targets = torch.from_numpy(packed.targets)
         inputs = {
@@ -147,20 +156,20 @@ class CausalLMTask(Task[LanguageModelConfig]):
         return Batch(inputs=inputs, counts={"loss": num_targets}, items=num_targets)
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """The names of the documents."""
+        """Returns the names of the documents in the rows."""
         return self._windows.batch(self._order_seed, step, rows, self._batch_size).units()
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy summed over the share's targets."""
+        """Returns the cross-entropy, summed over the batch's targets."""
         return {"loss": model(**batch.inputs)}
 
     @torch.no_grad()
     def evaluate(
         self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
-        """Each document's cross-entropy over all its tokens and the end token that closes it.
+        """Yields each document's cross-entropy, summed over its tokens and the end token after it.
 
-        If a document spans windows, each is read without the one before.
+        If a document spans several windows, no window sees the tokens of another.
         """
         split = cast(Split, split)
         stream = self.corpus.stream(split)
@@ -175,7 +184,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
             low = start + rows * world.rank
             mine = range(low, min(low + rows, windows.num_windows))
             beat()
-            # a rank without rows runs the model too, because others may need its part of the parameters
+            # a rank without rows runs the model too, because other ranks may need its shard of the parameters
             packed = windows.batch(mine or range(1))
             tokens = torch.from_numpy(packed.tokens).to(device)
             logits = model(tokens, _layout(packed, device)).float()
@@ -194,7 +203,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
             yield UnitResult(unit=unit, loss_sum=float(loss_sum), count=int(count), metrics={"bytes": float(num_bytes)})
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """The loss in nats per token, and in bits per byte of the documents' text."""
+        """Returns the loss in nats per token, and in bits per byte of the documents' text."""
         loss_sum = math.fsum(result.loss_sum for result in results)
         num_bytes = sum(result.metrics["bytes"] for result in results)
         return {
@@ -203,11 +212,11 @@ class CausalLMTask(Task[LanguageModelConfig]):
         }
 
     def check_split(self, split: str) -> None:
-        """Refuses a split without documents."""
+        """Raises an error if the split has no documents."""
         self.corpus.stream(cast(Split, split))
 
     def references(self, split: str) -> dict[str, float]:
-        """Bits per byte of the split's documents, joined and compressed by `gzip -9`."""
+        """Returns the bits per byte of the split's documents, concatenated and compressed by `gzip -9`."""
         facts = self.corpus.splits.get(cast(Split, split))
         if facts is None or facts.gzip_bits_per_byte is None:
             return {}
@@ -215,7 +224,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """Text sampled from the model token by token, as the beginning of a document."""
+        """Returns text that is sampled from the model token by token, from the start of a document."""
         generator = torch.Generator().manual_seed(self._sample_seed)
         ids = [self.corpus.end_id]
         for _ in range(num_tokens):
@@ -227,12 +236,12 @@ class CausalLMTask(Task[LanguageModelConfig]):
         return Sample(text=self.corpus.tokenizer.decode(ids[1:]))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """Writes weights, config and tokenizer, as transformers' Auto classes load them."""
+        """Writes weights, config and tokenizer in the format that transformers' Auto classes load."""
         save_model(model, folder, max_length=self._data.sequence_length, end_id=self.corpus.end_id)
         self.corpus.tokenizer.save(folder)
 
     def facts(self) -> dict[str, Any]:
-        """The name, hash and sizes of the corpus."""
+        """Returns the name, hash and sizes of the corpus."""
         return {
             "name": self.corpus.name,
             "sha256": self.corpus.fingerprint,
@@ -242,7 +251,7 @@ class CausalLMTask(Task[LanguageModelConfig]):
 
 
 def _layout(packed: TokenBatch, device: torch.device) -> Layout | None:
-    """The layout of packed documents; None if each row is one text, for which plain causal attention is enough."""
+    """Returns the layout of packed documents, or None if there is no document mask and causal attention suffices."""
     if packed.positions is None or packed.documents is None:
         return None
     return Layout(

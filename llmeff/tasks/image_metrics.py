@@ -11,7 +11,7 @@ from llmeff.core.ignored import IGNORED_PIXEL
 # H height, W width, K classes
 
 CORRECT, LABELLED, PREDICTED, BOUNDARY = "correct", "labelled", "predicted", "boundary_f1"
-"""Names of an image's metrics: counts of pixels of each class (`correct.road`), and the boundary F1."""
+"""Names of the metrics of an image: pixel counts of each class (`correct.road`), and the boundary F1."""
 
 Labels = NDArray[np.integer]
 Mask = NDArray[np.bool_]
@@ -19,7 +19,7 @@ Counts = NDArray[np.integer] | NDArray[np.floating]
 
 
 def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.int64]:
-    """(K, K) counts of pixels by true class (row) and predicted class (column), without ignored pixels.
+    """Returns (K, K) counts of pixels by true class (row) and predicted class (column), without ignored pixels.
 
     Args:
         predicted: classes in range(K), any shape.
@@ -32,7 +32,7 @@ def confusion(predicted: Labels, truth: Labels, num_classes: int) -> NDArray[np.
 
 
 def counts_of(matrix: NDArray[np.int64], classes: Sequence[str]) -> dict[str, float]:
-    """Counts of a confusion matrix that sum over images: correct, labelled and predicted pixels of each class."""
+    """Returns the numbers of correct, labelled and predicted pixels of each class, which can be summed over images."""
     kinds = {CORRECT: matrix.diagonal(), LABELLED: matrix.sum(1), PREDICTED: matrix.sum(0)}
     return {
         f"{kind}.{name}": float(count)
@@ -42,11 +42,15 @@ def counts_of(matrix: NDArray[np.int64], classes: Sequence[str]) -> dict[str, fl
 
 
 def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dict[str, float]:
-    """The metrics of a set of images, from their summed counts.
+    """Returns the metrics of a set of images, from their summed counts.
 
-    `global_accuracy`: the share of correct pixels. `class_accuracy`: recall, mean over classes with labelled pixels.
-    `mean_iou`: correct / (labelled + predicted - correct) (Jaccard), mean over classes with labelled or predicted
-    pixels. `boundary_f1`: mean over images that have one. `iou.<class>`: the IoU of each class.
+    - `global_accuracy`: the share of correct pixels.
+    - `class_accuracy`: the mean recall of the classes with labelled pixels.
+    - `iou.<class>`: the IoU (Jaccard index) of the class, correct / (labelled + predicted - correct).
+    - `mean_iou`: the mean IoU of the classes with labelled or predicted pixels.
+    - `boundary_f1`: the mean boundary F1 of the images for which it is not NaN.
+
+    A metric is NaN if there are no such pixels, classes or images.
     """
     given = list(images)
 
@@ -67,12 +71,12 @@ def scores(images: Iterable[Mapping[str, float]], classes: Sequence[str]) -> dic
 
 
 def mean_iou(matrix: NDArray[np.int64]) -> float:
-    """Mean IoU of a (K, K) confusion matrix, as in `scores`."""
+    """Returns the mean IoU of a (K, K) confusion matrix, as in `scores`."""
     return _mean(_iou(matrix.diagonal(), matrix.sum(1), matrix.sum(0)))
 
 
 def _iou(correct: Counts, labelled: Counts, predicted: Counts) -> NDArray[np.float64]:
-    """(K,) IoU of each class; NaN for a class without labelled and predicted pixels."""
+    """Returns the (K,) IoU of each class, which is NaN for a class with neither labelled nor predicted pixels."""
     union = labelled + predicted - correct
     iou: NDArray[np.float64] = np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
     return iou
@@ -84,33 +88,34 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def image_counts(predicted: Labels, truth: Labels, classes: Sequence[str], tolerance: float) -> dict[str, float]:
-    """The metrics of one image that `scores` reads.
+    """Returns the metrics of one image that `scores` reads.
 
     Args:
         predicted: (H, W) classes.
         truth: (H, W) classes, or IGNORED_PIXEL.
         classes: K names.
-        tolerance: distance within which outlines match, as a share of the image's diagonal.
+        tolerance: distance within which boundaries match, as a share of the image's diagonal.
     """
     outline = boundary_f1(predicted, truth, len(classes), tolerance * math.hypot(*truth.shape))
     return {**counts_of(confusion(predicted, truth, len(classes)), classes), BOUNDARY: outline}
 
 
 def boundary_f1(predicted: Labels, truth: Labels, num_classes: int, tolerance: float) -> float:
-    """Boundary F1 (Csurka et al. 2013): the mean over classes with an outline in the truth.
+    """Returns the boundary F1 (Csurka et al. 2013): the mean over the classes with a boundary in the truth.
 
-    A pixel is on its class's outline if a neighbour is labelled and of another class. Precision is the share of
-    predicted outline pixels within the tolerance of one in the truth; recall is the converse. Predictions on ignored
-    pixels do not count.
+    A pixel is on the boundary of its class if one of its four neighbours has another class and is not ignored.
+    Precision is the share of predicted boundary pixels within the tolerance of a true boundary pixel of the class.
+    Recall is the share of true boundary pixels within the tolerance of a predicted boundary pixel. Predictions on
+    ignored pixels do not count.
 
     Args:
         predicted: (H, W) classes.
         truth: (H, W) classes, or IGNORED_PIXEL.
         num_classes: K.
-        tolerance: distance between pixels' centres, in pixels.
+        tolerance: distance between the centres of pixels, in pixels.
 
     Returns:
-        NaN if no class has an outline in the truth.
+        The boundary F1, or NaN if no class has a boundary in the truth.
     """
     counted = truth != IGNORED_PIXEL
     found = []
@@ -129,7 +134,7 @@ def _f1(ours: Mask, theirs: Mask, tolerance: float) -> float:
 
 
 def _outline(mask: Mask, counted: Mask) -> Mask:
-    """(H, W) pixels of a mask with a counted neighbour outside of it."""
+    """Returns the (H, W) pixels of a mask that have a counted neighbour outside of the mask."""
     others = counted & ~mask
     beside = np.zeros_like(mask)
     beside[1:] |= others[:-1]
@@ -140,10 +145,10 @@ def _outline(mask: Mask, counted: Mask) -> Mask:
 
 
 def _widened(mask: Mask, radius: float) -> Mask:
-    """(H, W) pixels within a distance of the mask's pixels."""
+    """Returns the (H, W) pixels within a distance of the mask's pixels."""
     reach = int(radius)
     height, width = mask.shape
-    # counts of the mask's pixels to the left: a span of a row has one if the counts at its ends differ
+    # cumulative counts of mask pixels along each row: a span contains a mask pixel if the counts at its ends differ
     counts = np.cumsum(np.pad(mask, ((0, 0), (reach + 1, reach))), axis=1, dtype=np.int32)
     found = np.zeros_like(mask)
     for down in range(min(reach, height - 1) + 1):

@@ -1,4 +1,4 @@
-"""Recall: answer questions about what stood earlier in the row."""
+"""Recall: answer questions about earlier tokens of the row."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,14 +24,17 @@ from llmeff.models import LanguageModelConfig, save_model
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_LOGITS = 2**22
-"""Logits that live at once in evaluation, in numbers; a token counts as at least `_LEAST_VOCABULARY` of them."""
+"""Maximum number of logits in memory at once in evaluation. A token counts as at least `_LEAST_VOCABULARY` logits."""
 _LEAST_VOCABULARY = 256
 _NUM_SHOWN = 4
-"""Rows of the sample at the end of a run."""
+"""Number of rows in the sample at the end of a run."""
 
 
 class Recall(TaskConfig[LanguageModelConfig, RecallData]):
-    """Cross-entropy of the answers, in nats, and the share of answers that are right."""
+    """Recall of earlier tokens. The loss is the cross-entropy of the answers, in nats.
+
+    Evaluation also gives the accuracy, the share of right answers.
+    """
 
     metric_directions: ClassVar[dict[str, Direction]] = {"loss": "lower", "accuracy": "higher"}
     needed_model: ClassVar[str] = "a language model"
@@ -41,21 +44,21 @@ class Recall(TaskConfig[LanguageModelConfig, RecallData]):
     name: Literal["recall"] = "recall"
 
     def infer_model(self, model: LanguageModelConfig, data: RecallData) -> LanguageModelConfig:
-        """Fills in the vocabulary's size."""
+        """Returns the model with its vocabulary size."""
         return _with_vocabulary(model, data)
 
     def items(self, data: RecallData) -> int:
-        """Tokens in a row."""
+        """Returns the number of tokens in a row."""
         return data.sequence_length
 
     def workload(self, model: LanguageModelConfig, data: RecallData) -> Workload:
-        """One row."""
+        """Returns the workload of one row."""
         return Workload(num_sequences=1, num_tokens=data.sequence_length)
 
     def open(
         self, data: RecallData, seed: int, batch_size: int, *, is_main: bool, wait: Callable[[], None]
     ) -> "RecallTask":
-        """Returns the task; rows are generated, so nothing is read."""
+        """Returns the task. Rows are generated, so no data is read."""
         return RecallTask(data, seed, batch_size)
 
 
@@ -63,7 +66,10 @@ def _with_vocabulary(model: LanguageModelConfig, data: RecallData) -> LanguageMo
     if model.vocab_size == "auto":
         return model.model_copy(update={"vocab_size": data.vocab_size})
     if model.vocabulary() < data.vocab_size:
-        raise ConfigError(f"model.vocab_size: {model.vocabulary()} given, but data.vocab_size is {data.vocab_size}")
+        raise ConfigError(
+            f"model.vocab_size is {model.vocabulary()}, but data.vocab_size is {data.vocab_size}. The model needs at "
+            "least as many ids as the data"
+        )
     return model
 
 
@@ -77,15 +83,15 @@ class RecallTask(Task[LanguageModelConfig]):
         self.items_per_step = batch_size * data.sequence_length
 
     def resolve(self, model: LanguageModelConfig) -> LanguageModelConfig:
-        """Fills in the vocabulary's size."""
+        """Returns the model with its vocabulary size."""
         return _with_vocabulary(model, self._data)
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
-        """The parameters to train, with the roles that the model gives them."""
+        """Returns the parameters to train, with the roles that the model gives them."""
         return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every language model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
-        """(B, T) tokens and targets; the loss is a mean over the answers."""
+        """Returns (B, T) tokens and targets. The loss is averaged over the answers."""
         given = self._data.train_rows(self._order_seed, step, rows)
         inputs = {
             "tokens": torch.from_numpy(given.tokens).to(device, non_blocking=True),
@@ -96,25 +102,25 @@ class RecallTask(Task[LanguageModelConfig]):
         )
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """The step and the row, in words."""
+        """Returns a name for each row, made of the step and the row's index."""
         return [f"step {step}, row {row}" for row in rows]
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy summed over the answers."""
+        """Returns the cross-entropy, summed over the answers."""
         return {"loss": model(**batch.inputs)}
 
     @torch.no_grad()
     def evaluate(
         self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
-        """Each row's cross-entropy and right answers; the ranks share the rows."""
+        """Yields each row's cross-entropy and number of right answers. The ranks share the rows."""
         num_rows = self._data.held_out if max_units is None else min(max_units, self._data.held_out)
         found, start, at_once = np.zeros((num_rows, 2)), 0, 1  # the first row shows how many logits a token has
         while start < num_rows:
             low = start + at_once * world.rank
             mine = range(low, min(low + at_once, num_rows))
             beat()
-            # a rank without rows runs the model too, because others may need its part of the parameters
+            # a rank without rows runs the model too, because other ranks may need its shard of the parameters
             given = self._data.held_out_rows(split, mine or range(1))
             logits = model(torch.from_numpy(given.tokens).to(device)).float().cpu()
             targets = torch.from_numpy(given.targets)
@@ -131,7 +137,7 @@ class RecallTask(Task[LanguageModelConfig]):
             )
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """The loss in nats per answer, and the share of right answers."""
+        """Returns the loss in nats per answer, and the share of right answers."""
         num_asked = sum(result.count for result in results)
         return {
             "loss": math.fsum(result.loss_sum for result in results) / num_asked,
@@ -139,16 +145,16 @@ class RecallTask(Task[LanguageModelConfig]):
         }
 
     def check_split(self, split: str) -> None:
-        """Accepts every held-out split, since all have rows."""
+        """Accepts every held-out split, because all have rows."""
         assert split in HELD_OUT
 
     def references(self, split: str) -> dict[str, float]:
-        """No references: the accuracy of a guess is one over the number of values."""
+        """Returns no references. The accuracy of a random guess is one over the number of values."""
         return {}
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """The answers to a few rows, with the right answer where one is wrong."""
+        """Returns the model's answers for a few rows, with the right answer after each wrong one."""
         given = self._data.held_out_rows(split, range(min(_NUM_SHOWN, self._data.held_out)))
         answers = model(torch.from_numpy(given.tokens).to(device)).argmax(-1).cpu().numpy()
         lines = []
@@ -162,9 +168,9 @@ class RecallTask(Task[LanguageModelConfig]):
         return Sample(text="\n".join(lines))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """Writes weights and config, as transformers' Auto classes load them."""
+        """Writes weights and config in the format that transformers' Auto classes load."""
         save_model(model, folder, max_length=self._data.sequence_length, end_id=0)
 
     def facts(self) -> dict[str, Any]:
-        """The kind of rows, their fingerprint and the size of the vocabulary."""
+        """Returns the kind of rows, their fingerprint and the size of the vocabulary."""
         return {"name": self._data.kind, "sha256": self._data.fingerprint(), "vocab_size": self._data.vocab_size}

@@ -33,54 +33,57 @@ from llmeff.tasks.image_metrics import confusion, image_counts, mean_iou, scores
 from llmeff.tasks.task import Batch, Sample, Task, TaskConfig, UnitResult
 
 _EVAL_PIXELS = 2**18
-"""Pixels whose logits live at once in evaluation."""
+"""Maximum number of pixels whose logits are in memory at once in evaluation, unless a single image has more."""
 _NUM_SHOWN = 4
-"""Held-out images of the sample at the end of a run."""
+"""Number of held-out images in the sample at the end of a run."""
 
 
 class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
-    """Cross-entropy of the class of every labelled pixel, in nats; rare classes may weigh more.
+    """Image segmentation. The loss is the cross-entropy of the class of every labelled pixel, in nats.
 
-    The held-out loss is the unweighted cross-entropy per labelled pixel, so that runs with other weights are
-    comparable.
+    Rare classes may have larger weights in training. The held-out loss is the unweighted cross-entropy per labelled
+    pixel, so that runs with different weights are comparable.
     """
 
     metric_directions: ClassVar[dict[str, Direction]] = {
         "loss": "lower", "mean_iou": "higher", "class_accuracy": "higher", "global_accuracy": "higher",
         "boundary_f1": "higher",
     }  # fmt: skip
-    needed_model: ClassVar[str] = "a model of images"
+    needed_model: ClassVar[str] = "an image model"
     needed_data: ClassVar[str] = "images"
 
     name: Literal["segmentation"] = "segmentation"
     balance: NotNegative = 0.0
-    """beta: a class weighs (f_median / f)^beta, where f is its share of the labelled pixels in the training images that
-    have the class. 0: equal weights. 1: median-frequency balancing (Eigen and Fergus 2015)."""
+    """Exponent beta of the class weights (f_median / f)^beta, where f is the share of a class among the labelled pixels
+    of the training images that contain it. 0: equal weights. 1: median-frequency balancing (Eigen and Fergus 2015)."""
     divisor: Literal["weights", "pixels"] = "weights"
-    """What a step's weighted sum of losses is divided by. weights: the sum of the weights, so that gradients are as
-    large for any beta. pixels: the number of labelled pixels."""
+    """Divisor of a step's weighted sum of losses. weights: the sum of the weights, so that gradients have the same
+    scale for any beta. pixels: the number of labelled pixels."""
     recomputed_norms: CountOrZero = 0
-    """Training images from which BatchNorm's statistics are recomputed before each evaluation, as for SegNet; 0: the
-    running averages are used."""
+    """Number of training images from which BatchNorm's statistics are recomputed before each evaluation, as for SegNet.
+    0 to use the running averages."""
     boundary_tolerance: Share = 0.0075
-    """Distance within which two outlines match, as a share of the image's diagonal."""
+    """Distance within which two boundaries match, as a share of the image's diagonal."""
 
     def model_problems(self, model: ImageModelConfig) -> Iterator[str]:
-        """Refuses `recomputed_norms` for a model without batch statistics."""
+        """Yields a problem if `recomputed_norms` is set for a model without batch statistics."""
         if self.recomputed_norms and model.statistics_scope() == "nothing":
             norm = getattr(model, "norm", "none")
-            yield f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} averages nothing over images"
+            yield (
+                f"task.recomputed_norms is {self.recomputed_norms}, but model.norm {norm!r} has no statistics over "
+                "images that could be recomputed. Set it to 0"
+            )
 
     def infer_model(self, model: ImageModelConfig, data: ImageData) -> ImageModelConfig | None:
-        """Fills in the number of classes, which the config of the source tells."""
+        """Returns the model with its number of classes, which the config of the source determines."""
         return _with_classes(model, len(data.classes()))
 
     def items(self, data: ImageData) -> int:
-        """Pixels in a training image."""
+        """Returns the number of pixels in a training image."""
         return math.prod(_row_size(data))
 
     def workload(self, model: ImageModelConfig, data: ImageData) -> Workload:
-        """One image."""
+        """Returns the workload of one image."""
         size = _row_size(data)
         return Workload(num_sequences=1, num_tokens=math.prod(size), image_size=size)
 
@@ -94,7 +97,9 @@ class Segmentation(TaskConfig[ImageModelConfig, ImageData]):
 def _row_size(data: ImageData) -> tuple[int, int]:
     size = data.row_size()
     if size is None:
-        raise ConfigError("data.size: only the images tell how large they are; give (H, W) to plan without them")
+        raise ConfigError(
+            "data.size: the size of the images is unknown until they are read. Give (H, W) to plan without reading them"
+        )
     return size
 
 
@@ -102,17 +107,17 @@ def _with_classes(model: ImageModelConfig, num_classes: int) -> ImageModelConfig
     if model.num_classes == "auto":
         return model.model_copy(update={"num_classes": num_classes})
     if model.num_classes != num_classes:
-        raise ConfigError(f"model.num_classes: {model.num_classes} given, but the data have {num_classes} classes")
+        raise ConfigError(f"model.num_classes is {model.num_classes}, but the data have {num_classes} classes")
     return model
 
 
 def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance: float) -> NDArray[np.float64]:
-    """(K,) weights (f_median / f)^balance with f = pixels / present; a class that training never sees weighs 1.
+    """Returns (K,) weights (f_median / f)^balance, where f = pixels / present. A class without pixels has weight 1.
 
     Args:
-        pixels: (K,) labelled pixels of each class.
-        present: (K,) labelled pixels of all images that have the class.
-        balance: beta; 0: ones; 1: median-frequency balancing.
+        pixels: (K,) number of labelled pixels of each class.
+        present: (K,) number of all labelled pixels in the images that contain the class.
+        balance: the exponent. 0 for equal weights, 1 for median-frequency balancing.
     """
     seen = pixels > 0
     frequency = frequencies(pixels, present)[seen]
@@ -122,7 +127,7 @@ def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance
 
 
 def frequencies(pixels: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(K,) f = pixels / present: the share of each class in the images that have it; 0 if none has."""
+    """Returns (K,) f = pixels / present: the share of each class in the images that contain it, or 0 if none does."""
     return pixels / np.maximum(present, 1)
 
 
@@ -137,22 +142,22 @@ class SegmentationTask(Task[ImageModelConfig]):
         self._order_seed, self._batch_size = derive(seed, "data"), batch_size
         self.items_per_step = batch_size * config.items(data)
         self.weights = class_weights(corpus.pixels, corpus.present, config.balance)
-        """(K,) weights of the classes in the loss."""
+        """(K,) weight of each class in the loss."""
         self._weights: dict[torch.device, Tensor] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
         self._begun: dict[tuple[int, range], Future[ImageBatch]] = {}
-        """Batches of later steps that are being made, by step and rows."""
+        """Batches of later steps that the reader thread is making, by step and rows."""
 
     def resolve(self, model: ImageModelConfig) -> ImageModelConfig:
-        """Fills in the number of classes."""
+        """Returns the model with its number of classes."""
         return _with_classes(model, len(self.corpus.classes))
 
     def parameter_infos(self, model: nn.Module) -> list[ParameterInfo]:
-        """The parameters to train, with the roles that the model gives them."""
-        return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every model of images
+        """Returns the parameters to train, with the roles that the model gives them."""
+        return parameter_infos(model, model.roles())  # type: ignore[operator]  # a method of every image model
 
     def batch(self, step: int, rows: range, device: torch.device) -> Batch:
-        """(B, 3, H, W) images and (B, H, W) labels."""
+        """Returns (B, 3, H, W) images and (B, H, W) labels."""
         given = self._read(step, rows)
         pixels = np.bincount(given.labels.ravel(), minlength=IGNORED_PIXEL + 1)[: len(self.weights)]
         num_pixels = int(pixels.sum())
@@ -165,7 +170,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         )
 
     def _read(self, step: int, rows: range) -> ImageBatch:
-        """A batch of the corpus, which was made during the step before; starts to make the next step's."""
+        """Returns a step's batch, which was made during the step before, and starts to make the next step's batch."""
         begun = self._begun.pop((step, rows), None)
         self._begun = {key: batch for key, batch in self._begun.items() if key[0] >= step}
         if (step + 1, rows) not in self._begun:
@@ -178,15 +183,15 @@ class SegmentationTask(Task[ImageModelConfig]):
     @staticmethod
     def _on(values: NDArray[Any], device: torch.device) -> Tensor:
         given = torch.from_numpy(values)
-        # a copy on a CPU too, since torch does not count memory that numpy allocates
+        # copy on a CPU too, because torch does not count memory that numpy allocates
         return given.clone() if device.type == "cpu" else given.to(device, non_blocking=True)
 
     def unit_ids(self, step: int, rows: range) -> list[str]:
-        """The names of the images."""
+        """Returns the names of the images in the rows."""
         return self._make(step, rows).units
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Weighted cross-entropy summed over the share's labelled pixels."""
+        """Returns the weighted cross-entropy, summed over the batch's labelled pixels."""
         return {"loss": weighted_loss(model(**batch.inputs), batch.targets, self._weights_on(batch.targets.device))}
 
     def _weights_on(self, device: torch.device) -> Tensor:
@@ -198,9 +203,9 @@ class SegmentationTask(Task[ImageModelConfig]):
     def evaluate(
         self, model: nn.Module, split: str, max_units: int | None, device: torch.device, world: World
     ) -> Iterator[UnitResult]:
-        """Each image's unweighted cross-entropy, pixel counts and boundary F1; the ranks share the images.
+        """Yields each image's unweighted cross-entropy, pixel counts and boundary F1. The ranks share the images.
 
-        Running statistics of BatchNorm are those of the main rank, or recomputed if the config asks for it.
+        BatchNorm uses the running statistics of the main rank or, with `recomputed_norms`, recomputed statistics.
         """
         self._settle_norms(model, device)
         split, classes = cast(Split, split), self.corpus.classes
@@ -215,7 +220,7 @@ class SegmentationTask(Task[ImageModelConfig]):
             low = start + rows * world.rank
             mine = range(low, min(low + rows, num_images))
             beat()
-            # a rank without images runs the model too, because others may need its part of the parameters
+            # a rank without images runs the model too, because other ranks may need its shard of the parameters
             given = self.corpus.held_out(split, mine or range(1))
             logits = model(self._on(given.images, device)).float()
             labels = self._on(given.labels, device)
@@ -246,20 +251,20 @@ class SegmentationTask(Task[ImageModelConfig]):
         return self.corpus.splits["train"].num_images
 
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """The loss in nats per labelled pixel, and `scores`."""
+        """Returns the loss in nats per labelled pixel, and the metrics of `scores`."""
         num_pixels = sum(result.count for result in results)
         loss = math.fsum(result.loss_sum for result in results) / num_pixels if num_pixels else math.nan
         return {"loss": loss, **scores((result.metrics for result in results), self.corpus.classes)}
 
     def check_split(self, split: str) -> None:
-        """Refuses a split without images."""
+        """Raises an error if the split has no images or no labels."""
         self.corpus.check_split(cast(Split, split))
 
     def references(self, split: str) -> dict[str, float]:
-        """Mean IoU of the location prior: at each pixel the class that is most frequent there in the training images.
+        """Returns the mean IoU of the location prior: at each pixel, the class that is most frequent there in training.
 
-        It is the higher of two: with plain frequencies, and with frequencies weighted by median-frequency balancing. A
-        model that is not clearly better has learned nothing worth comparing.
+        There are two such priors: from plain frequencies, and from frequencies weighted by median-frequency balancing.
+        The higher mean IoU is returned. A model that is not clearly better has learned nothing worth comparing.
         """
         split = cast(Split, split)
         if split not in self.corpus.splits:
@@ -274,7 +279,7 @@ class SegmentationTask(Task[ImageModelConfig]):
 
     @torch.no_grad()
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:
-        """A few evenly spaced images of the split, with their labels and the model's predictions."""
+        """Returns a picture of a few evenly spaced images of the split, with their labels and predictions."""
         split = cast(Split, split)
         num_images = self.corpus.splits[split].num_images
         rows = []
@@ -287,7 +292,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         return Sample(picture=png(panel(rows, ["image", "truth", "predicted"], self.corpus.classes)))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        """Writes the weights as safetensors, and how a picture is prepared for them."""
+        """Writes the weights as safetensors, and the preprocessing of input images."""
         corpus = self.corpus
         preparation = Preparation(
             classes=corpus.classes, mean=tuple(corpus.mean.tolist()), std=tuple(corpus.std.tolist()), size=corpus.size
@@ -295,7 +300,7 @@ class SegmentationTask(Task[ImageModelConfig]):
         save_image_model(model, folder, preparation)
 
     def facts(self) -> dict[str, Any]:
-        """The source, its fingerprint, the sizes of the splits, and the frequencies and weights of the classes."""
+        """Returns the source and its fingerprint, split sizes, and the pixels, frequency and weight of each class."""
         corpus = self.corpus
         return {
             "source": corpus.name,

@@ -371,7 +371,7 @@ def test_pretrained_weights_refuse_a_tokenizer_with_other_ids(
 ) -> None:
     model = validate(HFModelConfig, {"path": str(tmp_path)})
     (problem,) = tokenizer_problems(model, tokenizer())
-    assert re.search(r"data.tokenizer: id \d+ is '.+', but '.+' to the weights in", problem)
+    assert re.search(r"data.tokenizer: id \d+ is '.+', but it was '.+' when the weights in", problem)
     assert "model.from_scratch = true" in problem
     scratch = model.model_copy(update={"from_scratch": True})
     assert list(tokenizer_problems(scratch, tokenizer())) == []

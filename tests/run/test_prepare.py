@@ -77,7 +77,7 @@ def test_what_a_model_cannot_is_an_error_before_the_folder_is_made(config, tmp_p
 def test_pretrained_weights_with_a_tokenizer_of_others_are_an_error_before_the_folder_is_made(config, tmp_path):
     asked = config("rotary")
     Bpe(vocab_size=300).build(lambda: ["the cat and the hat " * 9]).save(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"data.tokenizer: id 0 is .*, but .* to the weights in"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer: id 0 is .*, but it was .* when the weights in"):
         train(asked, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

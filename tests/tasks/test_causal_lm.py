@@ -308,7 +308,7 @@ def test_what_it_cannot_read_is_said():
 
     said = list(CausalLM().problems(SegNetBasic(), validate(TextData, {})))
     assert len(said) == 1
-    assert re.fullmatch(r"task 'causal_lm' needs a language model; model 'segnet-basic' is none", said[0])
+    assert re.fullmatch(r"task 'causal_lm' needs a language model, but model 'segnet-basic' is not one", said[0])
 
 
 def test_the_vocabulary_is_filled_in_where_the_tokenizers_config_tells_it():

@@ -191,9 +191,9 @@ def test_ranks_share_the_rows(num_rows, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("data=text", "task 'recall' needs questions; data 'text' is none: use data 'recall'"),
-        ("task=causal_lm", "task 'causal_lm' needs text; data 'recall' is none"),
-        ("model.vocab_size=8", "model.vocab_size: 8 given, but data.vocab_size is 16"),
+        ("data=text", "task 'recall' needs questions, but data 'text' provides none: use data 'recall'"),
+        ("task=causal_lm", "task 'causal_lm' needs text, but data 'recall' provides none"),
+        ("model.vocab_size=8", "model.vocab_size is 8, but data.vocab_size is 16"),
     ],
 )
 def test_what_does_not_belong_together_is_said(setting, words, tmp_path):

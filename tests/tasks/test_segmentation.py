@@ -350,7 +350,9 @@ def test_recomputed_norms_are_averages_over_training_images():
 
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_norms_that_average_nothing_are_not_recomputed(norm):
-    words = f"task.recomputed_norms is 5, but model.norm '{norm}' averages nothing over images"
+    words = (
+        f"task.recomputed_norms is 5, but model.norm '{norm}' has no statistics over images that could be recomputed"
+    )
     with pytest.raises(ConfigError, match=words):
         street(f"model.norm={norm}", "model.norm_groups=1", recomputed_norms=5)
 
@@ -549,13 +551,13 @@ def test_what_is_no_model_of_images_or_no_images_is_refused():
     with pytest.raises(ConfigError) as raised:
         validate(RunConfig, {"task": "segmentation", "model": DecoderConfig(), "data": TextData()})
     text = str(raised.value)
-    assert "task 'segmentation' needs a model of images; model 'decoder' is none" in text
-    assert "task 'segmentation' needs images; data 'text' is none" in text
+    assert "task 'segmentation' needs an image model, but model 'decoder' is not one" in text
+    assert "task 'segmentation' needs images, but data 'text' provides none" in text
 
 
 def test_classes_are_the_datas():
     assert Segmentation().infer_model(SegNetBasic(), ImageData()).num_classes == 11
-    with pytest.raises(ConfigError, match=r"model.num_classes: 5 given, but the data have 11 classes"):
+    with pytest.raises(ConfigError, match=r"model.num_classes is 5, but the data have 11 classes"):
         Segmentation().infer_model(SegNetBasic(num_classes=5), ImageData())
 
 

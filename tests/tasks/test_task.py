@@ -131,22 +131,22 @@ def test_the_kinds_are_those_that_the_base_class_states():
         (
             "causal_lm",
             [
-                "task 'causal_lm' needs a language model; model 'segnet-basic' is none",
-                "task 'causal_lm' needs text; data 'images' is none",
+                "task 'causal_lm' needs a language model, but model 'segnet-basic' is not one",
+                "task 'causal_lm' needs text, but data 'images' provides none",
             ],
         ),
         (
             "recall",
             [
-                "task 'recall' needs a language model; model 'segnet-basic' is none",
-                "task 'recall' needs questions; data 'images' is none: use data 'recall'",
+                "task 'recall' needs a language model, but model 'segnet-basic' is not one",
+                "task 'recall' needs questions, but data 'images' provides none: use data 'recall'",
             ],
         ),
         (
             "segmentation",
             [
-                "task 'segmentation' needs a model of images; model 'decoder' is none",
-                "task 'segmentation' needs images; data 'recall' is none",
+                "task 'segmentation' needs an image model, but model 'decoder' is not one",
+                "task 'segmentation' needs images, but data 'recall' provides none",
             ],
         ),
     ],
