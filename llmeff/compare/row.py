@@ -27,9 +27,9 @@ from llmeff.compare.quantities import Quantity
 ALPHA = 0.05
 """The significance level: an arm is called better or worse if its adjusted p value is below this."""
 
-Call = Literal["better", "worse", "not told apart", "equal", "one run", "two seeds", ""]
-"""The result of an arm against the baseline. `not told apart` means no detectable difference; `one run` and `two seeds`
-mean too few runs to judge; empty means no comparison."""
+Call = Literal["better", "worse", "no detectable difference", "equal", "one run", "two seeds", ""]
+"""The result of an arm against the baseline. `one run` and `two seeds` mean that there are too few runs to judge. Empty means no
+comparison."""
 
 _Logs = Mapping[str, Mapping[int, float]]
 """The logarithms of values, by arm and seed."""
@@ -230,5 +230,5 @@ def _call(quantity: Quantity, difference: Difference | None, p: float) -> Call:
     if math.isnan(p):
         return "one run" if ratio.n == 1 else "two seeds"
     if p >= ALPHA:
-        return "not told apart"
+        return "no detectable difference"
     return "better" if (ratio.value < 1) == (quantity.better == "lower") else "worse"

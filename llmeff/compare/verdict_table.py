@@ -29,7 +29,7 @@ FOOTNOTE = (
     "their p values are adjusted by Holm's procedure. Arms that were tuned separately are independent: their "
     "intervals and p values hold for all arms at once, by Dunnett's procedure with a pooled spread, or with an arm's "
     "own spread if it stands out. An A/A arm is the baseline with other seeds, and is judged alone. Better or worse: "
-    "the adjusted p value is below 0.05. Not told apart: no detectable difference. Smallest visible: a true ratio of "
+    "the adjusted p value is below 0.05. Smallest visible: a true ratio of "
     "this size in one arm would have been detected in four of five such studies. All results are conditional on this "
     "tuning."
 )

@@ -39,7 +39,7 @@ def test_people_read_means_ratios_calls_and_the_command(comparison, kind):
         "Against base",
         "steps to loss",
         "better",
-        "not told apart",
+        "no detectable difference",
         "Command to reproduce this: llmeff compare this",
     ):
         assert part in text

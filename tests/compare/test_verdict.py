@@ -21,7 +21,7 @@ def test_an_arm_that_is_faster_and_one_that_is_the_same(study):
     assert steps["fast"].call == "better"
     assert steps["fast"].difference.ratio.value == pytest.approx(0.5, abs=0.02)
     assert len(steps["base"].values) == 3  # the target is one that every run of the baseline reaches
-    assert group.table["loss"]["same"].call == "not told apart"
+    assert group.table["loss"]["same"].call == "no detectable difference"
     assert group.table["loss"]["base"].difference is None
     assert group.table["peak_bytes"]["same"].call == "equal"
     assert group.table["loss"]["same"].difference.smallest_visible > 1
@@ -599,7 +599,7 @@ def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(en
         assert {name: group.table[key][name] for name in row} == row, key
     cell = group.table["loss"]["base (A/A)"]
     expected = stats.ttest_ind(np.log(again), np.log(BASE))
-    assert (cell.difference.method, cell.call) == ("A/A", "not told apart")
+    assert (cell.difference.method, cell.call) == ("A/A", "no detectable difference")
     assert cell.difference.p == cell.p_adjusted == pytest.approx(expected.pvalue)
     noise = group.noise["loss"]
     assert noise.ratio == cell.difference.ratio
