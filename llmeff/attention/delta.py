@@ -1,4 +1,4 @@
-"""Common parts of mixers with a delta rule: for each key, the state replaces the old value by a new one."""
+"""Common parts of delta-rule mixers: each token replaces the value that the state stores for the token's key."""
 
 from abc import abstractmethod
 from functools import partial
@@ -22,7 +22,7 @@ from llmeff.cost.tape import Array, Tape
 
 
 class DeltaConfig(ScanConfig):
-    """A mixer with a delta rule. Values have `num_heads` heads; queries and keys have `num_kv_heads`."""
+    """Base config of delta-rule mixers. Values have `num_heads` heads; queries and keys have `num_kv_heads` heads."""
 
     fuses: ClassVar[frozenset[str]] = frozenset({"short_conv", "unit"})
 
@@ -30,24 +30,28 @@ class DeltaConfig(ScanConfig):
     """Width in tokens of the short convolution over queries, keys and values."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Also reports keys that are too wide for the kernel."""
+        """Reports what `ScanConfig` reports, and a head_dim that is too large for kernel 'fla'."""
         found = super().missing_requirements(shape, on_cpu=on_cpu)
         if self.kernel == "fla" and shape.head_dim > fla.LARGEST_KEY:
             found.append(
-                f"mixer {self.name!r}: kernel 'fla' supports a head_dim of at most {fla.LARGEST_KEY}, given: {shape.head_dim}"
+                f"mixer {self.name!r}: kernel 'fla' supports a head_dim of at most {fla.LARGEST_KEY}, "
+                f"but head_dim is {shape.head_dim}"
             )
         return found
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array | None:
-        """The price of `DeltaMixer.log_decay`."""
+        """Records the price of `DeltaMixer.log_decay` on the tape. Returns None if the state does not decay."""
         raise NotImplementedError(type(self))
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """The price of `DeltaMixer.finish`."""
+        """Records the price of `DeltaMixer.finish` on the tape."""
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, convolution and scan; variables live as long as in `DeltaMixer.forward`."""
+        """Records the price of `DeltaMixer.forward` on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         given = (("q_proj", num_kv_heads), ("k_proj", num_kv_heads), ("v_proj", num_heads))
         parts = [project(tape, name, x, num, head_dim).view(*x.shape[:2], num * head_dim) for name, num in given]
@@ -67,17 +71,19 @@ class DeltaConfig(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of a float32 state per head, and of the last tokens of the convolution."""
+        """Returns the bytes of a float32 state per head, and of the last input tokens of the convolution."""
         channels = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         return 4 * shape.num_heads * shape.head_dim**2 + channels * (self.conv - 1) * number_bytes
 
 
 class DeltaMixer(Mixer):
-    """S_t = (I - beta k k') diag(exp(g)) S_(t-1) + beta k v', read by q; q, k, v are convolved, and q, k have length 1.
+    """Base class of delta-rule mixers: S_t = (I - beta k k') diag(exp(g)) S_(t-1) + beta k v', with output S_t' q.
+
+    q, k and v pass through a short convolution. Then q and k are scaled to length 1, and q is divided by sqrt(H).
 
     Args:
         config: the mixer's config.
-        shape: the widths of the layer.
+        shape: the dimensions of the layer.
     """
 
     def __init__(self, config: DeltaConfig, shape: MixerShape):
@@ -95,14 +101,31 @@ class DeltaMixer(Mixer):
 
     @abstractmethod
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor | None:
-        """(B, T, D) to g, (B, T, N, 1) or (B, T, N, H); None: no decay. `fused` is the result of `fla.fuses`."""
+        """Computes the log decay g.
+
+        Args:
+            x: (B, T, D), the input of the layer.
+            fused: whether to use flash-linear-attention's kernels, as `fla.fuses` decides.
+
+        Returns:
+            g, (B, T, N, 1) or (B, T, N, H). None if the state does not decay.
+        """
 
     @abstractmethod
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """Normalizes the scan's output, (B, T, N, H), and gates it by x, (B, T, D): (B, T, N, H)."""
+        """Normalizes the scan's output, and applies a gate if the mixer has one.
+
+        Args:
+            out: (B, T, N, H), the output of the scan.
+            x: (B, T, D), the input of the layer, from which the gate is computed.
+            fused: whether to use flash-linear-attention's kernels, as `fla.fuses` decides.
+
+        Returns:
+            (B, T, N, H).
+        """
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         shape, dtype = self.shape, product_dtype(x)
         fused = fla.fuses(self.kernel, dtype, x.device, cache)
         mixed = self.conv(
@@ -128,12 +151,12 @@ class DeltaMixer(Mixer):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scales (..., H) to length 1, with 1e-6 under the root, as in the kernels."""
+    """Scales the last dimension of (..., H) to length 1. Adds 1e-6 under the square root, as the GPU kernels do."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def unit_law(tape: Tape, x: Array) -> Array:
-    """The price of `unit`."""
+    """Records the price of `unit` on the tape."""
     node = tape.save((x,), (x, x), partial(_unit_back, tape))
     square = tape.elementwise(x.shape, x.dtype)
     inverse = tape.elementwise((*x.shape[:-1], 1), x.dtype)

@@ -1,4 +1,4 @@
-"""DeltaNet: a delta rule whose state does not decay."""
+"""DeltaNet: a delta-rule mixer whose state does not decay."""
 
 from typing import ClassVar, Literal
 
@@ -15,7 +15,10 @@ from llmeff.cost.tape import Array, Tape
 
 
 class DeltaNet(DeltaConfig):
-    """DeltaNet (Schlag et al. 2021, arXiv 2102.11174) with the convolution and norms of Yang et al. 2024 (2406.06484)."""
+    """DeltaNet (Schlag et al. 2021, arXiv 2102.11174).
+
+    The convolution and norms are those of Yang et al. 2024 (arXiv 2406.06484).
+    """
 
     fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"rms_norm"}
 
@@ -26,25 +29,25 @@ class DeltaNet(DeltaConfig):
         return DeltaNetMixer(self, shape)
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> None:
-        """Returns None: the state does not decay."""
+        """Returns None, because the state does not decay."""
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """The price of the norm: (B, T, N, H) to (B, T, N, H)."""
+        """Records the price of `DeltaNetMixer.finish` on the tape: (B, T, N, H) to (B, T, N, H)."""
         with tape.within("o_norm"):
             return laws.cast(tape, norm.law(tape, out), x.dtype)
 
 
 class DeltaNetMixer(DeltaMixer):
-    """The scan's output is normalized, without a gate."""
+    """Module of DeltaNet. It normalizes the output of the scan and applies no gate."""
 
     def __init__(self, config: DeltaNet, shape: MixerShape):
         super().__init__(config, shape)
         self.o_norm = RMSNorm(shape.head_dim, shape.norm_eps)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> None:
-        """Returns None: the state does not decay."""
+        """Returns None, because the state does not decay."""
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """Normalizes (B, T, N, H)."""
+        """Normalizes the scan's output, (B, T, N, H), and returns it in the dtype of x."""
         normed: Tensor = fla.rms_norm(out, self.o_norm.weight, self.o_norm.eps) if fused else self.o_norm(out)
         return normed.to(x.dtype)

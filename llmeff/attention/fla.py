@@ -1,6 +1,6 @@
-"""flash-linear-attention's Triton kernels for GPUs, if that package is installed: the scan, and the operations around it.
+"""Functions that call flash-linear-attention's Triton kernels on GPUs: the scan, and the operations around it.
 
-Each computes the same as this package's own form, up to rounding.
+That package is optional. Each function computes the same as llmeff's own PyTorch code, up to rounding.
 """
 
 import importlib
@@ -19,20 +19,20 @@ from llmeff.core.tested import release
 
 # B batch, T tokens, C channels, N heads, K key width, V value width, W taps
 
-MISSING = 'needs flash-linear-attention 0.6 or newer, with Triton: pip install "llmeff[fla]"'
+MISSING = 'needs flash-linear-attention 0.6 or newer, with Triton. To install it: pip install "llmeff[fla]"'
 LARGEST_KEY = 256
-"""Largest K that its delta rules support."""
+"""Largest key width (K) that flash-linear-attention's delta-rule kernels support."""
 FLAW = (
-    "refuses decays of heads on Hopper GPUs with Triton 3.4 to 3.7.0, which gets their gradients wrong: "
-    "use Triton 3.7.1 or newer"
+    "refuses per-head decays on Hopper GPUs with Triton 3.4 to 3.7.0, which compute wrong gradients for them. "
+    "Use Triton 3.7.1 or newer"
 )
 _LEAST = (0, 6)
-"""The oldest version that has all kernels in the form used here."""
+"""Oldest supported version, (major, minor). It is the first that has all kernels in the form used here."""
 
 
 @cache
 def is_installed() -> bool:
-    """Whether the package can be used."""
+    """Whether Triton and a supported version of flash-linear-attention are installed."""
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("fla") is None:
         return False
     try:
@@ -44,7 +44,7 @@ def is_installed() -> bool:
 
 @cache
 def is_flawed() -> bool:
-    """Whether the package refuses decays per head and token on this machine, see `FLAW`."""
+    """Whether flash-linear-attention refuses per-head decays on this machine's GPU and Triton version, see `FLAW`."""
     if torch.version.hip or not is_installed() or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability()[0] != 9:
@@ -54,14 +54,18 @@ def is_flawed() -> bool:
 
 
 def takes(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the package computes in this format on this device, see `ScanConfig.kernel`."""
+    """Whether to use flash-linear-attention for this kernel setting, dtype and device, see `ScanConfig.kernel`."""
     if kernel == "torch" or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
     return (kernel == "fla" or dtype in (torch.bfloat16, torch.float16)) and is_installed()
 
 
 def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCache | None) -> bool:
-    """Whether the package also computes the operations around the scan: convolution, norms and decays of whole rows."""
+    """Whether flash-linear-attention also computes the operations around the scan: convolution, norms and decays.
+
+    False with a cache, because these kernels are used only for whole rows. If True, also notes their use for the
+    record.
+    """
     if cache is not None or not takes(kernel, dtype, device):
         return False
     kernels.ran("around the scan: flash-linear-attention", is_counted=False)
@@ -69,7 +73,10 @@ def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCac
 
 
 def can_scan(key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the kernels support these inputs here: no odd widths in half precision, and see `FLAW`."""
+    """Whether the scan kernels support these inputs on this machine.
+
+    They do not support odd widths in half precision. If `is_flawed`, they also do not support per-head decays.
+    """
     is_odd = key.shape[-1] % 2 == 1 or value.shape[-1] % 2 == 1
     if is_odd and dtype != torch.float32:
         return False
@@ -86,20 +93,23 @@ def scan(
     state: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scans all tokens; decays, beta and states are float32.
+    """Runs the recurrence of `attention.scan` over all tokens.
+
+    Decays and states are float32. So is beta, except in the kernel for the delta rule without decay.
 
     Args:
         query: (B, T, N, K).
         key: (B, T, N, K).
         value: (B, T, N, V).
-        log_decay: (B, T, N, 1) or (B, T, N, K); None: 0.
-        beta: (B, T, N); None: no delta rule.
-        layout: documents of the rows; each document has its own state.
-        state: (B, N, K, V) before the first token, if each row is one document; None: 0.
-        dtype: format of queries, keys and values.
+        log_decay: (B, T, N, 1) or (B, T, N, K). None means no decay.
+        beta: (B, T, N). None means no delta rule.
+        layout: documents of the rows. Each document has its own state.
+        state: (B, N, K, V), the state before the first token, for rows of one document each. None means zeros.
+        dtype: dtype of queries, keys and values in the kernel.
 
     Returns:
-        (B, T, N, V) in `dtype`, and the state after the last token, (B, N, K, V); None if rows hold several documents.
+        The output, (B, T, N, V), in `dtype`, and the state after the last token, (B, N, K, V). The state is None if
+            the layout has documents.
     """
     name = _name(log_decay, beta, dtype)
     given: dict[str, Any] = {"q": query.to(dtype), "k": key.to(dtype), "v": value.to(dtype)}
@@ -126,7 +136,11 @@ _Name = Literal["sum, fixed", "sum, heads", "sum, channels", "delta", "delta, he
 
 
 def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> _Name:
-    """Chooses a kernel by what decays: nothing or heads at a constant rate ("fixed"), heads per token, or channels."""
+    """Returns the name of the kernel: the kind of recurrence, followed by the kind of decay.
+
+    "sum" is the recurrence without the delta rule. "fixed" is no decay or a constant decay per head, "heads" is a decay
+    per head and token, and "channels" is a decay per channel and token. "delta" alone is the delta rule without decay.
+    """
     by_channel = log_decay is not None and log_decay.shape[-1] > 1
     if beta is None:
         if by_channel:
@@ -139,7 +153,7 @@ def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _is_fixed(log_decay: Tensor) -> bool:
-    """Whether all tokens of all rows share memory and need no gradient."""
+    """Whether the decay is constant: it needs no gradient, and all tokens of all rows share the same memory."""
     if log_decay.requires_grad:
         return False
     strides = zip(log_decay.shape[:2], log_decay.stride()[:2], strict=True)
@@ -162,12 +176,12 @@ def _kernel(name: _Name) -> Any:
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """A causal convolution per channel, within documents, followed by silu.
+    """Applies a causal convolution to each channel, within documents, and then silu.
 
     Args:
         x: (B, T, C).
-        weight: (C, W); the last tap belongs to the token itself.
-        bias: (C,); None: 0.
+        weight: (C, W). The last tap belongs to the token itself.
+        bias: (C,). None means no bias.
         layout: documents of the rows.
 
     Returns:
@@ -182,14 +196,14 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scales (..., K) to length 1, with 1e-6 under the root."""
+    """Scales the last dimension of (..., K) to length 1. Adds 1e-6 under the square root."""
     from fla.modules.norm.l2norm import l2norm
 
     return cast(Tensor, l2norm(x, eps=1e-6))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rmsnorm(x) of (..., V), in x's format."""
+    """Returns RMSNorm(x) for x of shape (..., V), in the dtype of x."""
     from fla.modules.norm.layernorm import rms_norm as kernel
 
     return cast(Tensor, kernel(x, weight, None, eps=eps))
@@ -198,26 +212,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Literal["silu", "sigmoid"]
 ) -> Tensor:
-    """rmsnorm(x) activation(gate); both are (..., V), and so is the result, in x's format."""
+    """Returns RMSNorm(x) * activation(gate) in the dtype of x. x, gate and the result have shape (..., V)."""
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
     return cast(Tensor, rms_norm_gated(x, gate, weight, None, activation=activation, eps=eps))
 
 
 def channel_decay(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
-    """-exp(log_rate) softplus(x + bias); x is (B, T, N, K), log_rate (N,), bias (N K,): (B, T, N, K) in float32."""
+    """Returns the log decay -exp(log_rate) * softplus(x + bias) in float32.
+
+    Args:
+        x: (B, T, N, K).
+        log_rate: (N,).
+        bias: (N K,).
+
+    Returns:
+        (B, T, N, K).
+    """
     from fla.ops.kda.gate import fused_kda_gate
 
     return cast(Tensor, fused_kda_gate(x, log_rate, bias))
 
 
 def bounds(layout: Layout) -> Tensor:
-    """Document starts in the concatenated rows, and the end. Made once for all layers, since it waits for the GPU."""
+    """Returns the start of each document in the concatenated rows, followed by the total number of tokens.
+
+    All layers share the result, because computing it waits for the GPU.
+    """
     return layout.tables(("fla",), lambda: _bounds(layout.documents))
 
 
 def _bounds(documents: Tensor | None) -> Tensor:
-    assert documents is not None, "rows of one document each have no bounds"
+    assert documents is not None, "the layout has no documents, so there are no bounds"
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return torch.cat((begins.flatten().nonzero()[:, 0], documents.new_tensor([documents.numel()])))

@@ -1,4 +1,4 @@
-"""Softmax attention by torch's FlexAttention. On GPUs it skips blocks that the mask rules out and needs no bias."""
+"""Softmax attention with torch's FlexAttention. On GPUs it skips fully masked blocks and needs no bias tensor."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,19 +15,22 @@ from llmeff.core.layout import Layout
 # B batch, T tokens, N heads, K key-value heads, H head width
 
 Sees = Callable[[Tensor, Tensor], Tensor]
-"""(query places, key places) to whether the query sees the key. Places are positions in a document; below 0 is padding."""
+"""Function of (query places, key places) that returns whether each query sees each key.
+
+A place is the position of a token in its document. Negative places are padding.
+"""
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Any:
-    # on demand, since importing the compiler takes seconds
+    # compiled at the first use, because importing the compiler takes seconds
     return torch.compile(function)
 
 
 def takes(kernel: str, query: Tensor, cache: LayerCache | None) -> bool:
-    """Whether to use FlexAttention: if configured, for whole rows on a GPU.
+    """Whether to use FlexAttention: only if `kernel` is "flex", for whole rows (no cache) on a GPU.
 
-    Meters cannot look into it, so in a counted step sdpa takes its place; it computes the same.
+    FLOP counters cannot see inside FlexAttention. A step whose FLOPs are counted uses sdpa, which computes the same.
     """
     if kernel != "flex" or cache is not None or not query.is_cuda:
         return False
@@ -36,22 +39,24 @@ def takes(kernel: str, query: Tensor, cache: LayerCache | None) -> bool:
 
 
 def block_mask(layout: Layout, name: object, sees: Sees) -> BlockMask:
-    """The blocks of pairs that are seen at all; made once for all layers that share the mask.
+    """Returns the mask of the blocks that have at least one visible (query, key) pair.
+
+    It is built once and shared by all layers with the same `name`.
 
     Args:
-        layout: documents and padding.
-        name: key of the mask in the layout's tables.
-        sees: which queries see which keys.
+        layout: documents and padding of the batch.
+        name: key under which the layout stores the mask.
+        sees: function that decides which queries see which keys.
     """
     return layout.tables(("flex", name), lambda: _make(layout, sees))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """Attention of all tokens to those tokens of their document that they see.
+    """Attends from each token to the tokens that the block mask lets it see.
 
     Args:
         query: (B, N, T, H).
-        key: (B, K, T, H); K divides N.
+        key: (B, K, T, H). K divides N.
         value: (B, K, T, H).
         mask: block mask of the rows.
 
@@ -73,6 +78,6 @@ def _make(layout: Layout, sees: Sees) -> BlockMask:
         same: Tensor = documents[row, query] == documents[row, key]
         return same & sees(rows[row, query], rows[row, key])
 
-    make = _compiled(create_block_mask) if rows.is_cuda else create_block_mask  # compiled, it makes no T x T mask
+    make = _compiled(create_block_mask) if rows.is_cuda else create_block_mask  # compiled, it allocates no T x T mask
     batch = num_rows if num_rows > 1 else None
     return cast(BlockMask, make(seen, batch, None, num_tokens, num_tokens, device=str(rows.device)))

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a delta rule whose state decays per head."""
+"""Gated DeltaNet: a delta-rule mixer whose state decays per head."""
 
 from typing import ClassVar, Literal, cast
 
@@ -27,27 +27,30 @@ class GatedDelta(DeltaConfig):
 
     name: Literal["gated-deltanet"] = "gated-deltanet"
     initial_rates: Rates = (0.01, 16)
-    """(lowest, highest) initial rate of decay, see `decay.Rates`; the default is Qwen3-Next's."""
+    """(lowest, highest) initial decay rate, see `decay.Rates`. The default is the range of Qwen3-Next."""
 
     def build(self, shape: MixerShape) -> "GatedDeltaMixer":
         """Builds a layer's mixer."""
         return GatedDeltaMixer(self, shape)
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array:
-        """The price of `GatedDeltaMixer.log_decay`: (B, T, D) to (B, T, N, 1)."""
+        """Records the price of `GatedDeltaMixer.log_decay` on the tape: (B, T, D) to (B, T, N, 1)."""
         own = laws.linear(tape, x, tape.weight("a_proj.weight", shape.num_heads, shape.width))
         steps = steps_law(tape, own, tape.weight("step_bias", shape.num_heads))
         return laws.times(tape, steps, rates_law(tape, shape.num_heads)).view(*x.shape[:2], shape.num_heads, 1)
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """The price of `GatedDeltaMixer.finish`: (B, T, N, H) to (B, T, N, H)."""
+        """Records the price of `GatedDeltaMixer.finish` on the tape: (B, T, N, H) to (B, T, N, H)."""
         gate = project(tape, "g_proj", x, shape.num_heads, shape.head_dim)
         with tape.within("o_norm"):
             return gated_norm.law(tape, out, gate)
 
 
 class GatedDeltaMixer(DeltaMixer):
-    """g = -exp(A) softplus(a x + dt) per head; the scan's output is normalized and gated by silu."""
+    """Module of Gated DeltaNet. The log decay of each head is g = -exp(A) softplus(a x + dt).
+
+    A is `log_rate`, a is `a_proj` and dt is `step_bias`. The scan's output is normalized and gated by silu.
+    """
 
     def __init__(self, config: GatedDelta, shape: MixerShape):
         super().__init__(config, shape)
@@ -59,14 +62,14 @@ class GatedDeltaMixer(DeltaMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
-        """Initial values of the decays' parameters."""
+        """Draws initial values for the parameters of the decay."""
         return initial_decays(self.initial_rates, self.log_rate, self.step_bias)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, D) to g, (B, T, N, 1)."""
+        """Computes the log decay g, (B, T, N, 1), from x, (B, T, D)."""
         steps = F.softplus(at_least_float32(self.a_proj(x)) + self.step_bias)
         return (-self.log_rate.exp() * steps)[..., None]
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """Normalizes and gates (B, T, N, H)."""
+        """Normalizes the scan's output, (B, T, N, H), and gates it by silu of a projection of x."""
         return cast(Tensor, self.o_norm(out, split(self.g_proj(x), self.shape.num_heads), fused=fused))

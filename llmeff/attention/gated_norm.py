@@ -1,4 +1,4 @@
-"""Gated normalization of each head's output, the last step of mixers with a state."""
+"""Gated RMS normalization of the scan's output, used by mixers with a state before the output projection."""
 
 from functools import partial
 from typing import Literal
@@ -15,12 +15,12 @@ from llmeff.cost.tape import Array, Tape
 
 
 class GatedRMSNorm(nn.Module):
-    """rmsnorm(x) * activation(gate), in float32 (Sun et al. 2023; Yang et al. 2024).
+    """RMSNorm(x) * activation(gate), computed in float32 or wider (Sun et al. 2023; Yang et al. 2024).
 
     Args:
-        width: size of the last dimension.
-        eps: added under the root.
-        activation: applied to the gate.
+        width: W, the size of the last dimension.
+        eps: added under the square root.
+        activation: function applied to the gate.
     """
 
     def __init__(self, width: int, eps: float, activation: Literal["silu", "sigmoid"] = "silu"):
@@ -29,7 +29,10 @@ class GatedRMSNorm(nn.Module):
         self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor, *, fused: bool = False) -> Tensor:
-        """Maps x and gate, (..., W) each, to (..., W) in the gate's format; `fused` is the result of `fla.fuses`."""
+        """Maps x and gate, both (..., W), to (..., W) in the dtype of the gate.
+
+        `fused` is whether to use flash-linear-attention's kernel, as `fla.fuses` decides.
+        """
         if fused:
             return fla.gated_rms_norm(x, gate, self.norm.weight, self.norm.eps, self.activation).to(gate.dtype)
         gated: Tensor = self.norm(x) * (F.silu if self.activation == "silu" else torch.sigmoid)(at_least_float32(gate))
@@ -37,12 +40,12 @@ class GatedRMSNorm(nn.Module):
 
 
 class GroupedRMSNorm(Initialized):
-    """rmsnorm(x * silu(gate)) over groups of channels, in float32: the gate comes first (Dao and Gu 2024).
+    """RMSNorm(x * silu(gate)) over groups of channels, in float32 or wider. The gate comes first (Dao and Gu 2024).
 
     Args:
-        width: size of the last dimension.
-        num_groups: number of groups; divides `width`.
-        eps: added under the root.
+        width: W, the size of the last dimension.
+        num_groups: number of groups. It divides `width`.
+        eps: added under the square root.
     """
 
     def __init__(self, width: int, num_groups: int, eps: float):
@@ -51,18 +54,21 @@ class GroupedRMSNorm(Initialized):
         self.num_groups, self.eps = num_groups, eps
 
     def initial(self) -> dict[str, Tensor]:
-        """A weight of ones."""
+        """Returns a weight of ones."""
         return {"weight": torch.ones_like(self.weight)}
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Maps x and gate, (..., W) each, to (..., W) in the gate's format."""
+        """Maps x and gate, both (..., W), to (..., W) in the dtype of the gate."""
         gated = (at_least_float32(x) * F.silu(at_least_float32(gate))).unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight).to(gate.dtype)
 
 
 def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "input") -> Array:
-    """The price of a `GatedRMSNorm`, inside its scope on the tape; `keeps` is what the activation saves for backward."""
+    """Records the price of `GatedRMSNorm.forward` on the tape, which must be inside the module's scope.
+
+    `keeps` is what the activation saves for backward: its input (silu) or its output (sigmoid).
+    """
     with tape.within("norm"):
         normed = norm.law(tape, x)
     opened = laws.function(tape, laws.cast(tape, gate, "float32"), keeps)
@@ -70,7 +76,7 @@ def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "
 
 
 def grouped_law(tape: Tape, x: Array, gate: Array, num_groups: int) -> Array:
-    """The price of a `GroupedRMSNorm`, inside its scope on the tape."""
+    """Records the price of `GroupedRMSNorm.forward` on the tape, which must be inside the module's scope."""
     weight = tape.weight("weight", x.shape[-1])
     opened = laws.silu(tape, laws.cast(tape, gate, "float32"))
     gated = laws.multiply(tape, x, opened)

@@ -1,4 +1,4 @@
-"""Gated linear attention: a state that decays per channel, by an amount that each token chooses."""
+"""Gated linear attention: a mixer whose state decays per channel, by factors computed from each token."""
 
 from functools import partial
 from typing import ClassVar, Literal, cast
@@ -21,7 +21,7 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, W key width
 
 _TEMPERATURE = 16.0
-"""Divides the logarithm of the decay, so that untrained states last for many tokens (section 4.4)."""
+"""Divisor of the log decay. With it, untrained states last for many tokens (Yang et al. 2023, section 4.4)."""
 
 
 class GLA(ScanConfig):
@@ -31,14 +31,14 @@ class GLA(ScanConfig):
 
     name: Literal["gla"] = "gla"
     key_width: Count | Literal["auto"] = "auto"
-    """W, width of a head's queries and keys. auto: H / 2."""
+    """W, width of the queries and keys of each head. "auto" means H / 2."""
     rank: Count = 16
-    """Rank of the projection to the decays."""
+    """Rank of the low-rank projection that computes the decays."""
     initial_bias: Finite = 0.0
-    """b, initial bias of the decays: at x = 0 a state keeps sigmoid(b)^(1/16) of itself from one token to the next."""
+    """b, initial bias of the decays. A token with x = 0 multiplies the state by sigmoid(b)^(1/16)."""
 
     def width(self, shape: MixerShape) -> int:
-        """W, with "auto" resolved."""
+        """Returns W, with "auto" resolved."""
         return shape.head_dim // 2 if self.key_width == "auto" else self.key_width
 
     def build(self, shape: MixerShape) -> "GLAMixer":
@@ -46,7 +46,10 @@ class GLA(ScanConfig):
         return GLAMixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections and scan; variables live as long as in `GLAMixer.forward`."""
+        """Records the price of `GLAMixer.forward` on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
         head_dim, width = shape.head_dim, self.width(shape)
         query, gate = project(tape, "q_proj", x, num_heads, width), project(tape, "g_proj", x, num_heads, head_dim)
@@ -66,14 +69,15 @@ class GLA(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of a float32 state per head."""
+        """Returns the bytes of a float32 state per head."""
         return 4 * shape.num_heads * self.width(shape) * shape.head_dim
 
 
 class GLAMixer(ProjectedMixer):
-    """S_t = diag(exp(g)) S_(t-1) + k v' with g = log(sigmoid(f x + b)) / 16, read by q, normalized and gated (section 4.4).
+    """Module of gated linear attention: S_t = diag(exp(g)) S_(t-1) + k v' with g = log(sigmoid(f x + b)) / 16.
 
-    From one token to the next, a channel keeps at least exp(`scan.LEAST`), 0.7 %, of its state.
+    The output S_t' q is normalized and gated (Yang et al. 2023, section 4.4). g is at least `scan.LEAST`, so that from
+    one token to the next a channel keeps at least 0.7 % of its state.
     """
 
     def __init__(self, config: GLA, shape: MixerShape):
@@ -88,11 +92,11 @@ class GLAMixer(ProjectedMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps)
 
     def initial(self) -> dict[str, Tensor]:
-        """Initial values of the decays' bias."""
+        """Returns the initial bias of the decays."""
         return {"decay_bias": torch.full_like(self.decay_bias, self.initial_bias)}
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         query, gate = split(self.q_proj(x), num_heads), split(self.g_proj(x), num_heads)
         key, value = split(self.k_proj(x), num_kv_heads), split(self.v_proj(x), num_kv_heads)
@@ -107,7 +111,7 @@ class GLAMixer(ProjectedMixer):
 
 
 def _logsigmoid_law(tape: Tape, x: Array) -> Array:
-    """The price of logsigmoid. On a CPU it saves an exponential besides its input."""
+    """Records the price of logsigmoid on the tape. On a CPU it saves an exponential in addition to its input."""
     node = tape.save((x,), (x,), partial(_logsigmoid_back, tape))
     y = tape.elementwise(x.shape, x.dtype, node)
     if tape.workload.on_cpu:

@@ -1,4 +1,4 @@
-"""Heads of queries, keys and values: projections, sharing, rotation, and the mixers that are a function of them."""
+"""Heads of queries, keys and values: projections, repetition, rotary positions, and base classes of mixers."""
 
 from abc import abstractmethod
 from functools import partial
@@ -19,29 +19,31 @@ from llmeff.cost.tape import Array, Tape
 
 
 def split(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, N H) to (B, T, N, H)."""
+    """Splits the last dimension into heads: (B, T, N H) to (B, T, N, H)."""
     return cast(Tensor, x.unflatten(-1, (num_heads, -1)))
 
 
 def repeated(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, K, .) to (B, T, N, .): repeats each head N / K times, as in grouped-query attention."""
+    """Repeats each head N / K times, as in grouped-query attention: (B, T, K, .) to (B, T, N, .)."""
     groups = num_heads // x.shape[2]
     return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (B, N, T, H) queries or keys by their rotary angles (Su et al. 2021), in x's format."""
+    """Rotates queries or keys, (B, N, T, H), by their rotary angles (Su et al. 2021). Keeps the dtype of x."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 class ProjectedMixer(Mixer):
-    """Projections of N query heads, K key and value heads, and the output. Names are those of transformers' Llama.
+    """Base class of mixers with query, key, value and output projections.
+
+    Queries have N heads; keys and values have K heads. The projections have the same names as in transformers' Llama.
 
     Args:
-        shape: the widths of the layer.
-        key_width: width of a head's queries and keys; None: H.
-        value_width: width of a head's values; None: H.
+        shape: the dimensions of the layer.
+        key_width: width of the queries and keys of each head. None means H.
+        value_width: width of the values of each head. None means H.
     """
 
     def __init__(self, shape: MixerShape, *, key_width: int | None = None, value_width: int | None = None):
@@ -55,21 +57,29 @@ class ProjectedMixer(Mixer):
 
 
 class HeadsConfig(MixerConfig):
-    """A mixer of (B, N, T, H) queries and (B, K, T, H) keys and values; queries and keys are rotated by position."""
+    """Base config of mixers with rotary positions, whose heads all have width H.
+
+    Queries are (B, N, T, H). Keys and values are (B, K, T, H). Queries and keys are rotated by position.
+    """
 
     qk_norm: Flag = False
     """Normalize queries and keys per head before the rotation (Dehghani et al. 2023; as in Qwen3)."""
     kernel: Literal["sdpa", "flex"] = "sdpa"
-    """Implementation for masks that are more than causal. sdpa: torch's scaled_dot_product_attention with a bias. flex:
-    torch's FlexAttention for whole rows on GPUs, sdpa elsewhere. Prices are those of sdpa."""
+    """Implementation of attention for masks other than a plain causal mask.
+
+    "sdpa" is torch's scaled_dot_product_attention with a bias. "flex" is torch's FlexAttention for whole rows on GPUs,
+    and sdpa elsewhere. Prices always assume sdpa."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Reports a missing GPU for FlexAttention."""
+        """Reports kernel 'flex' on the CPU, because FlexAttention trains only on GPUs."""
         no_gpu = f"mixer {self.name!r}: kernel 'flex' trains only on GPUs, but this run is on the CPU; use 'sdpa'"
         return [no_gpu] if self.kernel == "flex" and on_cpu else []
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, rotation and the price of `mix`; variables live as long as in `HeadsMixer.forward`."""
+        """Records the price of `HeadsMixer.forward` on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         query, key, value = self._heads_law(shape, tape, x, batch)
         mixed = self.mix_law(tape, query, key, value, batch)
         weight = tape.weight("o_proj.weight", shape.width, shape.num_heads * shape.head_dim)
@@ -90,12 +100,15 @@ class HeadsConfig(MixerConfig):
         return query, key, value
 
     def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
-        """The price of `HeadsMixer.mix` in training."""
+        """Records the price of `HeadsMixer.mix` in training, without a cache, on the tape."""
         raise NotImplementedError(type(self))
 
 
 class HeadsMixer(ProjectedMixer):
-    """Projections around `mix`. Parameter names are those of transformers' Llama and Qwen3."""
+    """Base class of mixers that project the input, rotate queries and keys, call `mix` and project its result.
+
+    Parameters have the same names as in transformers' Llama and Qwen3.
+    """
 
     def __init__(self, config: HeadsConfig, shape: MixerShape):
         super().__init__(shape)
@@ -103,15 +116,26 @@ class HeadsMixer(ProjectedMixer):
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if config.qk_norm else None
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the rotary tables."""
+        """Computes the rotary tables, which the layers share."""
         layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     @abstractmethod
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """(B, N, T, H) queries and (B, K, T, H) keys and values of the new tokens to (B, T, N H)."""
+        """Mixes the values of the tokens that each query sees.
+
+        Args:
+            query: (B, N, T, H), of the new tokens.
+            key: (B, K, T, H), of the new tokens.
+            value: (B, K, T, H), of the new tokens.
+            layout: positions, documents and padding.
+            cache: stores what later tokens need, such as keys and values. None in training.
+
+        Returns:
+            (B, T, N H).
+        """
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         query, key, value = self._heads(x, layout)
         if cache is not None:
             key = key.to(value.dtype)  # autocast leaves normalized keys in float32
@@ -130,18 +154,18 @@ class HeadsMixer(ProjectedMixer):
 
 
 def project(tape: Tape, name: str, x: Array, num_heads: int, head_dim: int) -> Array:
-    """The price of projecting (B, T, D) and of `split`: (B, T, N, H)."""
+    """Records the price of a linear projection of (B, T, D) and of `split` on the tape. Returns (B, T, N, H)."""
     weight = tape.weight(f"{name}.weight", num_heads * head_dim, x.shape[-1])
     return laws.linear(tape, x, weight).view(*x.shape[:-1], num_heads, head_dim)
 
 
 def heads_first_law(tape: Tape, name: str, x: Array, num_heads: int, head_dim: int) -> Array:
-    """The same as `project`, viewed as (B, N, T, H); in memory it stays (B, T, N, H)."""
+    """Calls `project` and returns its result viewed as (B, N, T, H). The memory layout stays (B, T, N, H)."""
     return project(tape, name, x, num_heads, head_dim).view(x.shape[0], num_heads, x.shape[1], head_dim)
 
 
 def repeated_law(tape: Tape, x: Array, num_heads: int) -> Array:
-    """The price of `repeated`."""
+    """Records the price of `repeated` on the tape."""
     if num_heads == x.shape[2]:
         return x
     node = None if x.node is None else tape.save((x,), (), partial(_repeated_back, tape, x.shape))
@@ -153,7 +177,7 @@ def _repeated_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple
 
 
 def rotate_law(tape: Tape, x: Array, cos: Array, sin: Array) -> Array:
-    """The price of `rotate`."""
+    """Records the price of `rotate` on the tape."""
     kept = laws.scale(tape, x, laws.cast(tape, cos, x.dtype))
     node = tape.save((x,), (), partial(_swap_back, tape))
     tape.elementwise((x.size // 2,), x.dtype)  # -second

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: a delta rule whose state decays per channel."""
+"""Kimi Delta Attention: a delta-rule mixer whose state decays per channel."""
 
 from typing import ClassVar, Literal, cast
 
@@ -23,37 +23,39 @@ from llmeff.cost.tape import Array, Tape
 class KDA(DeltaConfig):
     """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692), as in Kimi Linear.
 
-    From one token to the next, a channel keeps at least exp(`scan.LEAST`), 0.7 %, of its state; Kimi Linear has no bound.
+    The log decay is at least `scan.LEAST`, so that from one token to the next a channel keeps at least 0.7 % of its
+    state. Kimi Linear has no such bound.
     """
 
     fuses: ClassVar[frozenset[str]] = DeltaConfig.fuses | {"gated_rms_norm", "channel_decay"}
 
     name: Literal["kda"] = "kda"
     initial_rates: Rates = (1, 16)
-    """(lowest, highest) initial rate of decay, see `decay.Rates`; the default is Kimi Linear's."""
+    """(lowest, highest) initial decay rate, see `decay.Rates`. The default is the range of Kimi Linear."""
 
     def build(self, shape: MixerShape) -> "KDAMixer":
         """Builds a layer's mixer."""
         return KDAMixer(self, shape)
 
     def log_decay_law(self, shape: MixerShape, tape: Tape, x: Array) -> Array:
-        """The price of `KDAMixer.log_decay`: (B, T, D) to (B, T, N, H)."""
+        """Records the price of `KDAMixer.log_decay` on the tape: (B, T, D) to (B, T, N, H)."""
         own = low_rank_law(tape, "f", x, shape).view(*x.shape[:2], shape.num_heads * shape.head_dim)
         steps = steps_law(tape, own, tape.weight("step_bias", own.shape[-1]))
         steps = steps.view(*x.shape[:2], shape.num_heads, shape.head_dim)
         return laws.function(tape, laws.times(tape, steps, rates_law(tape, shape.num_heads)), "input")
 
     def finish_law(self, shape: MixerShape, tape: Tape, out: Array, x: Array) -> Array:
-        """The price of `KDAMixer.finish`: (B, T, N, H) to (B, T, N, H)."""
+        """Records the price of `KDAMixer.finish` on the tape: (B, T, N, H) to (B, T, N, H)."""
         gate = low_rank_law(tape, "g", x, shape)
         with tape.within("o_norm"):
             return gated_norm.law(tape, out, gate, "output")
 
 
 class KDAMixer(DeltaMixer):
-    """g = -exp(A) softplus(f x + dt) per channel; the scan's output is normalized and gated by a sigmoid.
+    """Module of Kimi Delta Attention. The log decay of each channel is g = -exp(A) softplus(f x + dt).
 
-    f and the gate's projection have rank H.
+    A is `log_rate` and dt is `step_bias`. The scan's output is normalized and gated by a sigmoid. The projection f and
+    the projection of the gate have rank H.
     """
 
     def __init__(self, config: KDA, shape: MixerShape):
@@ -68,11 +70,11 @@ class KDAMixer(DeltaMixer):
         self.o_norm = GatedRMSNorm(shape.head_dim, shape.norm_eps, "sigmoid")
 
     def initial(self) -> dict[str, Tensor]:
-        """Initial values of the decays' parameters."""
+        """Draws initial values for the parameters of the decay."""
         return initial_decays(self.initial_rates, self.log_rate, self.step_bias)
 
     def log_decay(self, x: Tensor, *, fused: bool) -> Tensor:
-        """(B, T, D) to g, (B, T, N, H), at least `LEAST`."""
+        """Computes the log decay g, (B, T, N, H), from x, (B, T, D). g is at least `LEAST`."""
         if fused:
             own = split(self.f_b_proj(self.f_a_proj(x)), self.shape.num_heads)
             return fla.channel_decay(own, self.log_rate, self.step_bias).clamp(min=LEAST)
@@ -80,12 +82,12 @@ class KDAMixer(DeltaMixer):
         return (-self.log_rate.exp()[:, None] * split(steps, self.shape.num_heads)).clamp(min=LEAST)
 
     def finish(self, out: Tensor, x: Tensor, *, fused: bool) -> Tensor:
-        """Normalizes and gates (B, T, N, H)."""
+        """Normalizes the scan's output, (B, T, N, H), and gates it by a sigmoid of a projection of x."""
         gate = split(self.g_b_proj(self.g_a_proj(x)), self.shape.num_heads)
         return cast(Tensor, self.o_norm(out, gate, fused=fused))
 
 
 def low_rank_law(tape: Tape, name: str, x: Array, shape: MixerShape) -> Array:
-    """The price of a projection of rank H: (B, T, D) to (B, T, N, H)."""
+    """Records the price of a projection of rank H on the tape: (B, T, D) to (B, T, N, H)."""
     low = project(tape, f"{name}_a_proj", x, 1, shape.head_dim).view(*x.shape[:2], shape.head_dim)
     return project(tape, f"{name}_b_proj", low, shape.num_heads, shape.head_dim)

@@ -1,4 +1,4 @@
-"""Common parts of mixers that replace softmax's exponential by a kernel, a product of features of queries and keys."""
+"""Common parts of kernelized attention, which replaces the exponential of softmax by a product of features."""
 
 from abc import abstractmethod
 from functools import partial
@@ -19,20 +19,23 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T tokens, D width, N heads, K key-value heads, H head width, M features
 
 _SMALLEST = 1e-30
-"""Lower bound of the sum of weights, so that padding reads 0 instead of dividing by 0."""
+"""Lower bound of the sum of weights. With it, the output of padding is 0 instead of 0 / 0."""
 
 
 class KernelConfig(ScanConfig):
-    """A mixer with features of queries and keys instead of softmax."""
+    """Base config of mixers that use features of queries and keys instead of softmax."""
 
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, Array | None]:
-        """The price of `KernelMixer.features`."""
+        """Records the price of `KernelMixer.features` on the tape. Returns the arrays of its three results."""
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, features, scan and quotient; variables live as long as in `KernelMixer.forward`."""
+        """Records the price of `KernelMixer.forward` on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         value = project(tape, "v_proj", x, num_kv_heads, head_dim)
         query = project(tape, "q_proj", x, num_heads, head_dim)
@@ -46,9 +49,11 @@ class KernelConfig(ScanConfig):
 
 
 class KernelMixer(ProjectedMixer):
-    """o_t = (sum over s <= t of phi(q_t)' psi(k_s) v_s) / (sum over s <= t of phi(q_t)' psi(k_s)).
+    """Base class of kernelized attention with features phi and psi (Katharopoulos et al. 2020, equation 9).
 
-    See Katharopoulos et al. 2020, equation 9. An extra value column of ones yields the sums of weights.
+    o_t = (sum over s <= t of phi(q_t)' psi(k_s) v_s) / (sum over s <= t of phi(q_t)' psi(k_s))
+
+    The denominator comes from a column of ones that is appended to the values.
     """
 
     def __init__(self, config: KernelConfig, shape: MixerShape):
@@ -59,21 +64,21 @@ class KernelMixer(ProjectedMixer):
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Positive features of queries and keys, in float32 or wider.
+        """Computes positive features of queries and keys, in float32 or wider.
 
         Args:
             query: (B, T, N, H).
             key: (B, T, K, H).
-            layout: which tokens see which.
-            cache: keeps what the features of keys depend on besides the keys.
+            layout: positions, documents and padding of the batch.
+            cache: stores other values that the features of keys depend on, such as a running maximum.
 
         Returns:
-            phi(q), (B, T, N, M), psi(k), (B, T, K, M), and the logarithm of the factor that scales the earlier sums at
-            each token, (B, T, K, 1); None: sums are not scaled.
+            phi(q), (B, T, N, M); psi(k), (B, T, K, M); and the logarithm of the factor that multiplies the earlier sums
+            at each token, (B, T, K, 1), or None if the sums are not rescaled.
         """
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         num_kv_heads = self.shape.num_kv_heads
         value = split(self.v_proj(x), num_kv_heads)
         query, key = split(self.q_proj(x), self.shape.num_heads), split(self.k_proj(x), num_kv_heads)
@@ -91,15 +96,15 @@ def weighed(
     cache: LayerCache | None,
     kernel: str = "torch",
 ) -> Tensor:
-    """Means of values, weighted by products of features.
+    """Returns for each query the mean of the visible values, weighted by products of query and key features.
 
     Args:
-        query: features, (B, T, N, M).
-        key: features, (B, T, K, M).
+        query: features of the queries, (B, T, N, M).
+        key: features of the keys, (B, T, K, M).
         value: (B, T, K, H).
         log_decay: (B, T, K, 1), see `KernelMixer.features`.
-        layout: which tokens see which.
-        cache: keeps the sums.
+        layout: documents and padding of the batch.
+        cache: stores the sums.
         kernel: see `ScanConfig.kernel`.
 
     Returns:
@@ -114,12 +119,15 @@ def weighed(
 
 
 def counted(value: Tensor) -> Tensor:
-    """(B, T, K, H) to (B, T, K, H + 1), float32 or wider: appends a column of ones, which sums to the sum of weights."""
+    """Appends a column of ones to the values: (B, T, K, H) to (B, T, K, H + 1), in float32 or wider.
+
+    The scan adds up this column to the sum of weights.
+    """
     return F.pad(at_least_float32(value), (0, 1), value=1.0)
 
 
 def _count_law(tape: Tape, value: Array) -> Array:
-    """The price of `counted`."""
+    """Records the price of `counted` on the tape."""
     value = laws.cast(tape, value, "float32")
     node = tape.save((value,), (), partial(_count_back, tape, value.shape))
     return tape.elementwise((*value.shape[:-1], value.shape[-1] + 1), value.dtype, node)
@@ -130,7 +138,7 @@ def _count_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Ar
 
 
 def _quotient_law(tape: Tape, out: Array) -> Array:
-    """The price of sums divided by the sums of weights; both are saved for backward."""
+    """Records the price of dividing the sums by the sums of weights. Both are saved for backward."""
     node = tape.save((out,), (out, out), partial(_quotient_back, tape))
     sums = tape.elementwise((*out.shape[:-1], 1), out.dtype)
     tape.save_output(node, sums)

@@ -1,4 +1,7 @@
-"""Multi-head latent attention: keys and values of all heads come from one small vector per token, and only it is cached."""
+"""Multi-head latent attention: the keys and values of all heads are computed from one small vector per token.
+
+Only this latent vector and a rotary key, which all heads share, are cached.
+"""
 
 from typing import Literal, cast
 
@@ -20,31 +23,37 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Latent(MixerConfig):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; as in DeepSeek-V3)."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as in DeepSeek-V3.
+
+    The default latent and rotary widths are those of DeepSeek-V2.
+    """
 
     name: Literal["mla"] = "mla"
     latent: Count | Literal["auto"] = "auto"
-    """L, width of the vector from which a token's keys and values are made. auto: 4 H, as in DeepSeek-V2."""
+    """L, width of the latent vector that a token's keys and values are computed from. "auto" means 4 H."""
     rotary: Count | Literal["auto"] = "auto"
-    """R, width of the rotary part of a key, shared by all heads. auto: H / 2, as in DeepSeek-V2, rounded up to be even."""
+    """R, width of the rotary part of a key, which all heads share. "auto" means H / 2, rounded up to an even number."""
     query_latent: Count | None = None
-    """Width of the vector from which a token's queries are made. None: made from the token itself, as in DeepSeek-V2-Lite."""
+    """Width of the latent vector that a token's queries are computed from. If None, they are computed directly from the
+    input of the layer, as in DeepSeek-V2-Lite."""
 
     def widths(self, shape: MixerShape) -> tuple[int, int]:
-        """L and R, with "auto" resolved."""
+        """Returns L and R, with "auto" resolved."""
         latent = 4 * shape.head_dim if self.latent == "auto" else self.latent
         return latent, 2 * -(-shape.head_dim // 4) if self.rotary == "auto" else self.rotary
 
     def problems(self, shape: MixerShape) -> list[str]:
-        """Reports shared key-value heads and an odd rotary width."""
+        """Reports a num_kv_heads that differs from num_heads, and an odd rotary width."""
         found = []
         if shape.num_kv_heads != shape.num_heads:
             found.append(
-                f"num_kv_heads {shape.num_kv_heads} is not num_heads {shape.num_heads}: mla makes keys and values for every "
-                "head from its latent; leave num_kv_heads at 'auto'"
+                f"num_kv_heads is {shape.num_kv_heads}, but num_heads is {shape.num_heads}: mla computes keys and "
+                "values for every head from its latent vector. Leave num_kv_heads at 'auto'"
             )
         if self.widths(shape)[1] % 2:
-            found.append(f"mla.rotary {self.rotary} is odd: rotary positions rotate pairs; give an even number")
+            found.append(
+                f"mla.rotary is {self.rotary}, but rotary positions rotate pairs of channels. Give an even number"
+            )
         return found
 
     def build(self, shape: MixerShape) -> "LatentMixer":
@@ -52,7 +61,10 @@ class Latent(MixerConfig):
         return LatentMixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """The price of the expanded form; variables live as long as in `LatentMixer.forward`."""
+        """Records the price of `LatentMixer.forward` without a cache on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         _, rotary = self.widths(shape)
         tables = batch.rotary(rotary, shape.rope_theta)
         query = self._query_law(shape, tape, x, tables)
@@ -89,19 +101,22 @@ class Latent(MixerConfig):
         del up
         value = heads_first_law(tape, "v_up_proj", latent, num_heads, shape.head_dim)
         value = laws.padded(tape, value, query.shape)
-        # without the zeros that pad the values: the model does not need them
+        # does not count the zeros that pad the values, because the model does not need them
         model_flops = num_rows * num_heads * num_tokens * (num_tokens + 1) * (width + shape.head_dim)
         mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype), model_flops)
         part = laws.view(tape, mixed, (num_rows, num_heads, num_tokens, shape.head_dim))
         return laws.copy(tape, part).view(num_rows, num_tokens, num_heads * shape.head_dim)
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of the latent and the rotary key of every token."""
+        """Returns the bytes of the latent vector and the rotary key of every token."""
         return sum(self.widths(shape)) * num_tokens * number_bytes
 
 
 class LatentMixer(Mixer):
-    """Equations 37 to 47 of DeepSeek-V2, with one module per matrix. Rotary pairs are half-split, as in all mixers here."""
+    """Module that implements equations 37 to 47 of DeepSeek-V2, with one submodule per matrix.
+
+    Rotary positions rotate the channels i and i + R / 2 as a pair, as in all mixers of llmeff.
+    """
 
     def __init__(self, config: Latent, shape: MixerShape):
         super().__init__()
@@ -121,12 +136,12 @@ class LatentMixer(Mixer):
         self.o_proj = nn.Linear(heads, shape.width, bias=False)
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the rotary tables, and the bias for documents and padding."""
+        """Computes the rotary tables, and the attention bias if there are documents or padding."""
         layout.rotary(self.rotary, self.shape.rope_theta)
         layout.bias(layout.positions.shape[-1], dtype)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         tables = layout.rotary(self.rotary, self.shape.rope_theta)
         query = self._query(x, tables)
         latent, turned = self._latent(x, tables)
@@ -145,14 +160,14 @@ class LatentMixer(Mixer):
         return cast(Tensor, self.o_proj(mixed))
 
     def _query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, N, T, H + R)."""
+        """Computes the queries, (B, N, T, H + R), from the input of the layer."""
         if self.q_down_proj is not None and self.q_norm is not None:
             x = self.q_norm(self.q_down_proj(x))
         turned = rotate(self._heads(self.q_rope_proj(x)), *tables)
         return torch.cat((self._heads(self.q_up_proj(x)), turned), dim=-1)
 
     def _latent(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The latent, (B, T, L), and the rotary key, (B, 1, T, R)."""
+        """Computes the latent vectors, (B, T, L), and the rotary keys, (B, 1, T, R)."""
         normed = self.kv_norm(self.kv_down_proj(x))
         return normed, rotate(self.k_rope_proj(x)[:, None], *tables)
 
@@ -160,7 +175,7 @@ class LatentMixer(Mixer):
         return split(x, self.shape.num_heads).transpose(1, 2)
 
     def _expanded(self, query: Tensor, latent: Tensor, turned: Tensor, layout: Layout) -> Tensor:
-        """Attends with keys and values of every head. Values are zero-padded to the keys' width, as fast kernels need."""
+        """Attends with keys and values of every head. Zero-pads values to the width of keys, as fast kernels need."""
         turned = turned.expand(-1, self.shape.num_heads, -1, -1)
         key = torch.cat((self._heads(self.k_up_proj(latent)), turned), dim=-1)
         value = F.pad(self._heads(self.v_up_proj(latent)), (0, self.rotary))
@@ -169,7 +184,10 @@ class LatentMixer(Mixer):
         return mixed.transpose(1, 2)[..., : self.shape.head_dim].flatten(-2)
 
     def _absorbed(self, query: Tensor, kept: Tensor, layout: Layout) -> Tensor:
-        """The same with one key head, (B, S, L + R), that also serves as values: k_up moves into queries, v_up to the end."""
+        """Computes the same as `_expanded` with one shared head, (B, S, L + R), for both keys and values.
+
+        It applies k_up_proj to the queries instead of the keys, and v_up_proj to the result instead of the values.
+        """
         shape = self.shape
         keys = self.k_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)
         values = self.v_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)
@@ -181,5 +199,8 @@ class LatentMixer(Mixer):
 
 
 def _beside(tape: Tape, left: Array, right: Array) -> Array:
-    """Concatenates two (B, N, T, .). Their gradients are views of one array; a projection makes its own dense copy."""
+    """Records the price of concatenating two (B, N, T, .) arrays along the last dimension.
+
+    The gradients of both are views of one array. The backward pass of each projection copies its view to a dense array.
+    """
     return laws.concat(tape, *(laws.view(tape, x, x.shape) for x in (left, right)))

@@ -16,7 +16,7 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Linear(KernelConfig):
-    """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236). It knows positions only through causality."""
+    """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236). It has no position encoding."""
 
     name: Literal["linear"] = "linear"
 
@@ -27,27 +27,27 @@ class Linear(KernelConfig):
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, None]:
-        """The price of `positive`: elu saves its input, and adding 1 makes another array."""
+        """Records the price of `positive` on the tape. elu saves its input, and the sum with 1 is another array."""
         query, key = (
             laws.shift(tape, laws.function(tape, laws.cast(tape, x, "float32"), "input")) for x in (query, key)
         )
         return query, key, None
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of a float32 state per head, including a column of sums."""
+        """Returns the bytes of a float32 state per head, including its column for the sums of weights."""
         return 4 * shape.num_heads * shape.head_dim * (shape.head_dim + 1)
 
 
 class LinearMixer(KernelMixer):
-    """phi(x) = psi(x) = elu(x) + 1 (equation 7)."""
+    """Module of linear attention: phi(x) = psi(x) = elu(x) + 1 (Katharopoulos et al. 2020, equation 7)."""
 
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, None]:
-        """Features (B, T, N, H) and (B, T, K, H); sums are not scaled."""
+        """Computes features (B, T, N, H) and (B, T, K, H). Also returns None, because the sums are not rescaled."""
         return positive(query), positive(key), None
 
 
 def positive(x: Tensor) -> Tensor:
-    """elu(x) + 1, in float32 or wider."""
+    """Returns elu(x) + 1, in float32 or wider."""
     return F.elu(at_least_float32(x)) + 1

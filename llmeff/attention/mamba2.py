@@ -1,4 +1,4 @@
-"""Mamba-2: a state space model whose state decays per head, by the time step that each token chooses."""
+"""Mamba-2: a state space model whose state decays per head, by a time step computed from each token."""
 
 from typing import ClassVar, Literal, cast
 
@@ -23,27 +23,30 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Mamba2(ScanConfig):
-    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060). `num_kv_heads` is its number of groups, whose heads share B and C."""
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
+
+    `num_kv_heads` is the number of groups. The heads of a group share B and C.
+    """
 
     gates_heads = True
     fuses: ClassVar[frozenset[str]] = frozenset({"short_conv"})
 
     name: Literal["mamba2"] = "mamba2"
     state_width: Count = 128
-    """W, numbers of state per channel."""
+    """W, size of the state of each channel."""
     expand: Count = 2
-    """Factor on `num_heads` that gives the number of heads."""
+    """Expansion factor: the mixer has `expand` times `num_heads` heads."""
     conv: Count = 4
     """Width in tokens of the short convolution."""
     initial_rates: Rates = (1, 16)
-    """(lowest, highest) initial rate of decay, see `decay.Rates`; the default is Mamba-2's."""
+    """(lowest, highest) initial decay rate, see `decay.Rates`. The default is the range of Mamba-2."""
 
     def num_heads(self, shape: MixerShape) -> int:
-        """N, the number of heads after expansion."""
+        """Returns N, the number of heads after expansion."""
         return self.expand * shape.num_heads
 
     def channels(self, shape: MixerShape) -> int:
-        """Number of channels of the short convolution."""
+        """Returns the number of channels of the short convolution."""
         return self.num_heads(shape) * shape.head_dim + 2 * shape.num_kv_heads * self.state_width
 
     def build(self, shape: MixerShape) -> "Mamba2Mixer":
@@ -51,7 +54,10 @@ class Mamba2(ScanConfig):
         return Mamba2Mixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, convolution and scan; variables live as long as in `Mamba2Mixer.forward`."""
+        """Records the price of `Mamba2Mixer.forward` on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         num_heads, num_groups = self.num_heads(shape), shape.num_kv_heads
         widths = ((num_groups, self.state_width), (num_groups, self.state_width), (num_heads, shape.head_dim))
         parts = [
@@ -82,15 +88,16 @@ class Mamba2(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, out.shape[-1]))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of a float32 state per head, and of the last tokens of the convolution."""
+        """Returns the bytes of a float32 state per head, and of the last input tokens of the convolution."""
         state = 4 * self.num_heads(shape) * shape.head_dim * self.state_width
         return state + self.channels(shape) * (self.conv - 1) * number_bytes
 
 
 class Mamba2Mixer(Mixer):
-    """S_t = exp(-exp(A) dt) S_(t-1) + b (dt x)', y = S' c + D x, gated and normalized, with dt = softplus(a x + bias).
+    """Module of Mamba-2: S_t = exp(-exp(A) dt) S_(t-1) + b (dt x)', with output y = S_t' c + D x.
 
-    In terms of linear attention, c is the query, b the key and x the value (section 7.2).
+    In terms of linear attention, c is the query, b the key and x the value (Dao and Gu 2024, section 7.2). The time
+    step dt is softplus(a u + bias), where u is the input of the layer. y is gated, then normalized.
     """
 
     def __init__(self, config: Mamba2, shape: MixerShape):
@@ -113,12 +120,12 @@ class Mamba2Mixer(Mixer):
         self.o_proj = nn.Linear(inner, shape.width, bias=False)
 
     def initial(self) -> dict[str, Tensor]:
-        """Initial values of the decays' parameters, and skip weights of 1."""
+        """Draws initial values for the parameters of the decay, and sets the skip weights to 1."""
         decays = initial_decays(self.initial_rates, self.log_rate, self.step_bias)
         return decays | {"skip": torch.ones_like(self.skip)}
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         dtype = product_dtype(x)
         fused = fla.fuses(self.kernel, dtype, x.device, cache)
         mixed = self.conv(

@@ -1,4 +1,4 @@
-"""The contract of a sequence mixer, which mixes information between the tokens of a sequence."""
+"""Interface of a mixer, the part of a layer that mixes information between the tokens of a sequence."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -18,119 +18,135 @@ from llmeff.cost.tape import Array, Tape
 
 @dataclass(frozen=True, kw_only=True)
 class MixerShape:
-    """The widths of one layer's mixer."""
+    """Dimensions and constants of the mixer of one layer."""
 
     width: int
     """D, width of the residual stream."""
     num_heads: int
     """N, number of query heads."""
     num_kv_heads: int
-    """K, number of key and value heads; divides N."""
+    """K, number of key and value heads. It divides N."""
     head_dim: int
     """H, width of a head."""
     rope_theta: float
     """Base of the rotary angles."""
     norm_eps: float
-    """Added under the root of every normalization."""
+    """Epsilon that is added under the square root of every normalization."""
 
 
 class LayerCache(Protocol):
-    """What a layer keeps of the tokens that it has seen: keys and values, or states by name."""
+    """Interface of one layer's cache in decoding. It stores keys and values, or named states, of earlier tokens."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends (B, K, T, H) keys and values; returns all of them, (B, K, S, H)."""
+        """Appends keys and values, (B, K, T, H). Returns all cached keys and all cached values, (B, K, S, H) each."""
         ...
 
     def recall(self, name: str) -> Tensor | None:
-        """The state kept under a name; its first dimension is B. None: before the first token."""
+        """Returns the state stored under a name, whose first dimension is B. Returns None before the first token."""
         ...
 
     def keep(self, name: str, state: Tensor) -> None:
-        """Keeps a state under a name, replacing the previous one."""
+        """Stores a state under a name. It replaces the previous state of that name."""
         ...
 
 
 class Initialized(nn.Module, ABC):
-    """A module with parameters that are initialized neither like the model's matrices nor to 1."""
+    """Module that supplies the initial values of some of its parameters or buffers.
+
+    Without them, the model draws all matrices from a normal distribution and sets all vectors to 1.
+    """
 
     def initial(self) -> dict[str, Tensor]:
-        """Initial values of these parameters by name, drawn from torch's default generator."""
+        """Returns the initial values by parameter or buffer name. Random values come from torch's default generator."""
         return {}
 
 
 class Mixer(Initialized):
-    """Mixes a sequence: without a cache in its form for training, with one in its form for decoding. Both agree.
+    """Module that mixes the tokens of a sequence.
 
-    The projection that writes into the residual stream is called `o_proj`. By that name a model gives it smaller initial
-    weights in deep stacks.
+    It has a training form, without a cache, and a decoding form, with a cache. Both compute the same. The projection
+    into the residual stream must be named `o_proj`, because the model gives projections of that name initial weights
+    that shrink with the number of layers.
     """
 
     @abstractmethod
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D). A token sees only itself and earlier tokens of its document, and no padding."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D).
+
+        A token sees only itself and earlier tokens of its document, and no padding.
+        """
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the tables of the layout that layers share, since torch.compile lets no layer that runs twice write them.
+        """Computes the tables that layers share through the layout.
+
+        The model calls it before the layers if it recomputes layers in backward, because torch.compile does not allow a
+        layer that runs twice to write these tables.
 
         Args:
             layout: layout of the batch.
             num_rows: B.
-            dtype: format in which queries, keys and values are mixed.
+            dtype: dtype of the queries, keys and values.
         """
 
 
 class MixerConfig(Component, family="mixer"):
-    """The mixer of a layer."""
+    """Base config of mixers."""
 
     extends: ClassVar[bool] = False
-    """Whether decoding only uses `LayerCache.extend`, so that every cache of transformers works."""
+    """Whether decoding uses only `LayerCache.extend`. If it does, every cache class of transformers works."""
 
     name: Text
     """The mixer's name."""
 
     def problems(self, shape: MixerShape) -> list[str]:
-        """The widths that the mixer does not support, as messages."""
+        """Returns one message for each dimension in `shape` that the mixer does not support."""
         return []
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """What the mixer needs and this machine lacks, as messages.
+        """Returns one message for each requirement of the mixer that this machine does not meet.
 
         Args:
-            shape: the widths of the layer.
+            shape: the dimensions of the layer.
             on_cpu: whether the mixer is trained on the CPU.
         """
         return []
 
     def build(self, shape: MixerShape) -> Mixer:
-        """Builds the module. The model initializes its weights, by `Initialized.initial` if that names them."""
+        """Builds the module.
+
+        The model initializes it afterwards. For the names that `Initialized.initial` returns, it takes those values.
+        """
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: Batch) -> Array:
-        """The price of the module's training forward, inside its scope on the tape: (B, T, D) to (B, T, D)."""
+        """Records the price of the module's forward pass in training, (B, T, D) to (B, T, D), on the tape.
+
+        The tape must be inside the module's scope.
+        """
         raise NotImplementedError(type(self))
 
     def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
-        """Bytes of the module's buffers, which live all the time.
+        """Returns the bytes of the module's buffers, which are always in memory.
 
         Args:
-            shape: the widths of the layer.
-            number_bytes: bytes per number in the format of the parameters, which is also that of buffers.
+            shape: the dimensions of the layer.
+            number_bytes: bytes per number in the dtype of the parameters. Buffers have the same dtype.
         """
         return 0
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes that decoding keeps of one sequence.
+        """Returns the bytes of the cache for one sequence in decoding.
 
         Args:
-            shape: the widths of the layer.
+            shape: the dimensions of the layer.
             num_tokens: S, tokens of the sequence.
-            number_bytes: bytes per number of keys and values; states of sums are float32.
+            number_bytes: bytes per number of cached keys and values. Recurrent states are float32.
         """
         raise NotImplementedError(type(self))
 
 
 @functools.cache
 def parameter_order(config: MixerConfig, shape: MixerShape) -> dict[str, int]:
-    """Index of each of the module's parameters, by name; a law uses them in another order."""
+    """Returns the index of each parameter in the module, by name. A law may use the parameters in another order."""
     with torch.device("meta"):
         return {name: place for place, (name, _) in enumerate(config.build(shape).named_parameters())}

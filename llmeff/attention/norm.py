@@ -12,18 +12,18 @@ from llmeff.cost.tape import Array, Tape
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Converts half precision to float32; leaves other formats unchanged."""
+    """Converts half precision to float32; leaves other dtypes unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The format of products with a layer's input: autocast's, or the input's."""
+    """Returns the dtype of matrix products with x: the dtype of autocast if it is enabled, otherwise the dtype of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * w. Autograd would also save x / rms(x); here backward recomputes it from x."""
+    """y = x / rms(x) * w. Autograd would also save x / rms(x). Here backward recomputes it from x instead."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        if torch.is_grad_enabled():  # inverse_rms would count as a constant
+        if torch.is_grad_enabled():  # a second derivative would treat inverse_rms as a constant
             raise RuntimeError("RMSNorm can be differentiated only once, not twice (create_graph=True)")
         x, weight, inverse_rms = ctx.saved_tensors
         normed = at_least_float32(x) * inverse_rms
@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
     Args:
         width: D, the size of the last dimension.
-        eps: added under the root.
+        eps: added under the square root.
     """
 
     def __init__(self, width: int, eps: float):
@@ -63,12 +63,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+        """Normalizes the last dimension of x, (..., D)."""
         return _rms_norm(x, self.weight, self.eps)
 
 
 def law(tape: Tape, x: Array) -> Array:
-    """The price of an `RMSNorm`, inside its scope on the tape."""
+    """Records the price of `RMSNorm.forward` on the tape, which must be inside the module's scope."""
     weight = tape.weight("weight", x.shape[-1])
     node = tape.save((x, weight), (x,), partial(_law_back, tape))
     wide = x if x.dtype == "float32" else tape.elementwise(x.shape, "float32")

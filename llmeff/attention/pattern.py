@@ -1,4 +1,4 @@
-"""Patterns that give each layer its mixer, such as `sliding*3+softmax`."""
+"""Patterns, such as `sliding*3+softmax`, that assign a mixer to each layer."""
 
 from collections.abc import Iterator, Mapping
 from itertools import cycle
@@ -8,7 +8,10 @@ from llmeff.core.registry import nearest
 
 
 def _runs(pattern: str) -> list[tuple[str, int | None]]:
-    """The names in a pattern, each with its number of consecutive layers. None: not a positive number."""
+    """Returns the mixer names in a pattern, each with its number of consecutive layers.
+
+    The number is None if the pattern does not give a positive number after `*`.
+    """
     found: list[tuple[str, int | None]] = []
     for run in pattern.split("+"):
         name, times, count = (part.strip() for part in run.partition("*"))
@@ -18,7 +21,7 @@ def _runs(pattern: str) -> list[tuple[str, int | None]]:
 
 
 def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int) -> list[str]:
-    """What is wrong with a pattern, as messages."""
+    """Returns one message for each error in a pattern, and for each mixer in `settings` that it does not name."""
     runs, found = _runs(pattern), []
     for name, count in runs:
         if name not in settings and name not in MixerConfig.registry:
@@ -32,7 +35,7 @@ def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int)
     if not found and num_layers % length:
         found.append(f"pattern {pattern!r} has {length} layers, which does not divide num_layers {num_layers}")
     found += [
-        f"mixers.{name}: the pattern {pattern!r} does not name this mixer"
+        f"mixers.{name}: the pattern {pattern!r} does not name this mixer; remove it or add it to the pattern"
         for name in settings
         if name not in dict(runs)
     ]
@@ -40,7 +43,7 @@ def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int)
 
 
 def mixers(pattern: str, settings: Mapping[str, MixerConfig]) -> Iterator[MixerConfig]:
-    """Yields the mixers of a valid pattern from the first layer on, endlessly.
+    """Yields the mixer of each layer, starting at the first. Repeats the pattern, which must be valid, without end.
 
     >>> from itertools import islice
     >>> from llmeff.attention import Softmax

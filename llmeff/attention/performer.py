@@ -1,4 +1,4 @@
-"""Performer: estimates softmax attention by positive orthogonal random features (FAVOR+)."""
+"""Performer: estimates softmax attention with positive orthogonal random features (FAVOR+)."""
 
 import math
 from functools import partial
@@ -21,15 +21,18 @@ from llmeff.cost.tape import Array, Tape
 
 
 class Performer(KernelConfig):
-    """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794): estimates `Softmax` with the same weights and rotary positions."""
+    """FAVOR+ (Choromanski et al. 2021, arXiv 2009.14794).
+
+    It estimates the output of `Softmax` attention with the same weights and rotary positions.
+    """
 
     gates_heads = True
     name: Literal["performer"] = "performer"
     num_features: Count | Literal["auto"] = "auto"
-    """M, number of random features. auto: H ln H, rounded up (the order in Theorem 4)."""
+    """M, number of random features. "auto" means H ln H, rounded up (the order in Theorem 4)."""
 
     def width(self, head_dim: int) -> int:
-        """M, with "auto" resolved."""
+        """Returns M, with "auto" resolved."""
         auto = math.ceil(head_dim * math.log(head_dim))
         return auto if self.num_features == "auto" else self.num_features
 
@@ -40,7 +43,11 @@ class Performer(KernelConfig):
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, Array]:
-        """Saves the exponentials, and the keys for their lengths; the directions are a buffer."""
+        """Records the price of `PerformerMixer.features` on the tape.
+
+        Backward needs the exponentials, and the keys because of their lengths. The directions are a buffer and need no
+        gradient.
+        """
         width = self.width(shape.head_dim)
         cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
         query, key = (
@@ -53,20 +60,21 @@ class Performer(KernelConfig):
         return laws.function(tape, query, "output"), laws.function(tape, key, "output"), largest
 
     def buffer_bytes(self, shape: MixerShape, number_bytes: int) -> int:
-        """Bytes of the directions."""
+        """Returns the bytes of the random directions."""
         return self.width(shape.head_dim) * shape.head_dim * number_bytes
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of a float32 state per head, including a column of sums, and of the largest exponent per key head."""
+        """Returns the bytes of a float32 state per head, with a column of sums, and of a maximum per key-value head."""
         return 4 * (shape.num_heads * self.width(shape.head_dim) * (shape.head_dim + 1) + shape.num_kv_heads)
 
 
 class PerformerMixer(KernelMixer):
-    """exp(w_i' x - |x|^2 / 2) for random w_i, where x is a query or key divided by H^(1/4) (equation 7).
+    """Module of FAVOR+ with the features exp(w_i' x - |x|^2 / 2) (Choromanski et al. 2021, equation 7).
 
-    The plain exponentials would overflow or vanish. Exponents of a query are taken relative to its own largest, exponents
-    of keys relative to the largest so far in the document. Both cancel in the quotient, so this is exact, and no token
-    depends on a later one.
+    x is a query or key divided by H^(1/4), and the w_i are random directions. Plain exponentials would overflow or
+    underflow. So the largest exponent of each query is subtracted from its exponents. For keys, the largest exponent so
+    far in the document is subtracted. Both subtractions cancel in the quotient, so the result does not change, and no
+    token depends on a later token.
     """
 
     directions: Tensor
@@ -76,17 +84,20 @@ class PerformerMixer(KernelMixer):
         self.register_buffer("directions", torch.empty(config.width(shape.head_dim), shape.head_dim))
 
     def initial(self) -> dict[str, Tensor]:
-        """The random directions. They are drawn once, saved in checkpoints and not trained."""
+        """Draws the random directions. They are saved in checkpoints and not trained."""
         return {"directions": orthogonal(self.directions)}
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the rotary tables."""
+        """Computes the rotary tables, which the layers share."""
         layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (B, T, N, M) and (B, T, K, M), and the log factor on earlier sums, (B, T, K, 1)."""
+        """Computes features of queries, (B, T, N, M), and of keys, (B, T, K, M).
+
+        Also returns the logarithm of the factor that multiplies the earlier sums at each token, (B, T, K, 1).
+        """
         head_dim = self.shape.head_dim
         cos, sin = (table.transpose(1, 2) for table in layout.rotary(head_dim, self.shape.rope_theta))
         with torch.autocast(query.device.type, enabled=False):
@@ -100,25 +111,30 @@ class PerformerMixer(KernelMixer):
 
 
 def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Tensor:
-    """(..., H) to (..., M): w_i' x; keys (`has_lengths`) also subtract |x|^2 / 2, which cancels for queries."""
+    """Computes the exponents w_i' x of all directions w_i: (..., H) to (..., M).
+
+    If `has_lengths`, subtracts |x|^2 / 2. Only keys need this, because it cancels for queries.
+    """
     if not has_lengths:
         return x @ directions.mT
     return x @ directions.mT - x.square().sum(-1, keepdim=True) / 2
 
 
 def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-    """Makes exponents of keys relative to the largest so far in their document.
+    """Subtracts from the exponents of each key the largest exponent so far in its document.
 
-    Whenever the largest rises, all earlier sums must be scaled down; the second result is that factor. Before a document's
-    first key the largest is that key's own rather than 0, since exponents are at most |w|^2 / 2 but have no lower bound.
+    If this maximum rises at a token, all earlier sums must be scaled down. The second result is the logarithm of that
+    factor. The maximum starts at the value of the document's first key and not at 0, because exponents have no lower
+    bound. They are at most |w|^2 / 2.
 
     Args:
-        key: exponents, (B, T, K, M).
-        layout: which tokens see which; padding does not count.
-        cache: keeps the largest exponent.
+        key: exponents of the keys, (B, T, K, M).
+        layout: documents and padding of the batch. Padding does not count for the maximum.
+        cache: stores the largest exponent so far.
 
     Returns:
-        Relative exponents, (B, T, K, M), and the logarithm of the factor on earlier sums, (B, T, K, 1); both at most 0.
+        The differences, (B, T, K, M), and the logarithm of the factor that multiplies the earlier sums, (B, T, K, 1).
+        Both are at most 0.
     """
     largest = key.detach().amax(-1)
     is_padding = layout.is_padding
@@ -139,18 +155,19 @@ def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Ten
 
 
 def _begun(largest: Tensor) -> Tensor:
-    """Replaces leading -inf in non-decreasing (B, T, K) by the first number after them, or by 0 if there is none."""
+    """Replaces leading -inf in non-decreasing (B, T, K) by the first number after it, or by 0 if there is none."""
     first = largest.masked_fill(largest == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
     return largest.maximum(first.masked_fill(first == torch.inf, 0))
 
 
 def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Running maxima of (B, T, K) within each document, and the log factors on earlier sums, both (B, T, K).
+    """Returns running maxima of (B, T, K) within each document, and log factors of the earlier sums, both (B, T, K).
 
-    Each document is lifted above the one before, so that one cumulative maximum covers all documents.
+    It adds an offset to each document that lifts it above the previous document. Then one cumulative maximum is enough
+    for all documents.
     """
     begins = begins_in(documents)[..., None]
-    own = largest.double()  # a lift is far larger than what it lifts
+    own = largest.double()  # float64, because the offsets are far larger than the exponents
     least = own.masked_fill(own == -torch.inf, torch.inf).amin()
     own = own.maximum(least.masked_fill(least == torch.inf, 0))
     lift = begins.cumsum(dim=1) * (own.amax() - own.amin() + 1)
@@ -160,23 +177,25 @@ def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Rows of a Gaussian matrix, made orthogonal to one another in blocks of H (section 2.4).
+    """Draws Gaussian rows that are orthogonal to one another within each block of H rows.
+
+    See Choromanski et al. 2021, section 2.4.
 
     Args:
-        like: (M, H), gives shape, format and device.
-        generator: random generator; None: torch's default.
+        like: tensor of (M, H) with the shape, dtype and device of the result.
+        generator: random generator. None means torch's default generator.
     """
     num_rows, width = like.shape
     count = -(-num_rows // width)
     found = torch.linalg.qr(like.new_empty(count, width, width).normal_(generator=generator))
-    # LAPACK's signs are not random: without the signs of R's diagonal the estimate would be biased (Mezzadri 2007)
+    # LAPACK's signs are not random. Without the signs of R's diagonal, the estimate would be biased (Mezzadri 2007)
     blocks: Tensor = found.Q * found.R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
     lengths: Tensor = torch.empty_like(like).normal_(generator=generator).norm(dim=1, keepdim=True)
     return blocks.flatten(0, 1)[:num_rows] * lengths
 
 
 def _exponents_law(tape: Tape, x: Array, width: int, *, has_lengths: bool = False) -> Array:
-    """The price of `exponents`; the directions need no gradient."""
+    """Records the price of `exponents` on the tape. The directions need no gradient."""
     flops = 2 * x.size * width
     node = tape.save((x,), (x,) if has_lengths else (), partial(_exponents_back, tape, flops, x.shape))
     tape.contract(flops)

@@ -1,4 +1,4 @@
-"""Retention: a state that decays at a fixed rate per head."""
+"""Retention: a mixer whose state decays at a fixed rate per head."""
 
 from typing import ClassVar, Literal, cast
 
@@ -26,10 +26,10 @@ class Retention(ScanConfig):
 
     name: Literal["retention"] = "retention"
     value_width: Count | Literal["auto"] = "auto"
-    """V, width of a head's values. auto: 2 H."""
+    """V, width of the values of each head. "auto" means 2 H."""
 
     def width(self, shape: MixerShape) -> int:
-        """V, with "auto" resolved."""
+        """Returns V, with "auto" resolved."""
         return 2 * shape.head_dim if self.value_width == "auto" else self.value_width
 
     def build(self, shape: MixerShape) -> "RetentionMixer":
@@ -37,7 +37,10 @@ class Retention(ScanConfig):
         return RetentionMixer(self, shape)
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
-        """Projections, rotation and scan; variables live as long as in `RetentionMixer.forward`."""
+        """Records the price of `RetentionMixer.forward` on the tape: (B, T, D) to (B, T, D).
+
+        Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+        """
         num_heads, num_kv_heads, width = shape.num_heads, shape.num_kv_heads, self.width(shape)
         query, gate = (
             project(tape, "q_proj", x, num_heads, shape.head_dim),
@@ -57,12 +60,15 @@ class Retention(ScanConfig):
         return laws.linear(tape, out, tape.weight("o_proj.weight", shape.width, num_heads * width))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of a float32 state per head."""
+        """Returns the bytes of a float32 state per head."""
         return 4 * shape.num_heads * shape.head_dim * self.width(shape)
 
 
 class RetentionMixer(ProjectedMixer):
-    """S_t = (1 - 2^(-5 - n)) S_(t-1) + k v' in head n, read by q, normalized and gated; q, k are rotated (eqs. 5 to 8)."""
+    """Module of retention: S_t = (1 - 2^(-5 - n)) S_(t-1) + k v' in head n (Sun et al. 2023, equations 5 to 8).
+
+    q and k are rotated by position. The output S_t' q is normalized and gated.
+    """
 
     def __init__(self, config: Retention, shape: MixerShape):
         width = config.width(shape)
@@ -72,11 +78,11 @@ class RetentionMixer(ProjectedMixer):
         self.o_norm = GatedRMSNorm(width, shape.norm_eps)
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the rotary tables."""
+        """Computes the rotary tables, which the layers share."""
         layout.rotary(self.shape.head_dim, self.shape.rope_theta)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Mixes the tokens of x, (B, T, D). Returns (B, T, D)."""
         shape = self.shape
         query, gate = split(self.q_proj(x), shape.num_heads), split(self.g_proj(x), shape.num_heads)
         key, value = split(self.k_proj(x), shape.num_kv_heads), split(self.v_proj(x), shape.num_kv_heads)
@@ -91,6 +97,6 @@ class RetentionMixer(ProjectedMixer):
 
 
 def log_decays(query: Tensor) -> Tensor:
-    """Log decays per head, (N, 1), for (B, T, N, H) queries."""
+    """Returns the log decay of each head, (N, 1), for queries of shape (B, T, N, H)."""
     heads = torch.arange(query.shape[2], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     return torch.log1p(-torch.exp2(-5 - heads))[:, None]

@@ -1,13 +1,15 @@
 """The recurrence of all mixers with a state, step by step for decoding and in chunks for training.
 
-A state S of (K, V) passes from token to token. At each token it decays, drops its old value for the key (the delta rule),
-adds the key with its new value, and is read by a query:
+A state S of shape (K, V) passes from token to token. At each token, the state decays, the old value of the token's key
+is removed (the delta rule), the new value of the key is added, and a query reads the state:
 
     S_t = (I - beta_t k_t k_t') diag(exp(g_t)) S_(t-1) + beta_t k_t v_t',    o_t = S_t' q_t
 
-Without beta nothing is dropped and values are added whole: S_t = diag(exp(g_t)) S_(t-1) + k_t v_t'. Within a chunk of C
-tokens, where c_t is the sum of g from its start to t, everything that does not depend on earlier chunks is a matrix product
-(Yang et al. 2024, arXiv 2312.06635 and 2406.06484; 2412.06464 with decay). Between chunks only the state is passed on.
+Without beta nothing is removed and values are added unscaled: S_t = diag(exp(g_t)) S_(t-1) + k_t v_t'.
+
+In a chunk of C tokens, everything that does not depend on earlier chunks is computed by matrix products (Yang et al.
+2024, arXiv 2312.06635 and 2406.06484; 2412.06464 with decay). Only the state passes from chunk to chunk. In formulas,
+c_t is the sum of g from the start of the chunk to token t.
 """
 
 from collections.abc import Callable
@@ -27,37 +29,40 @@ from llmeff.core.layout import Layout
 # B batch, N heads, T tokens, K key width, V value width, M chunks, C tokens of a chunk, S tokens of a block of a chunk
 
 CHUNK = 64
-"""C, tokens of a chunk."""
+"""C, number of tokens in a chunk."""
 SEGMENT = 1024
-"""Tokens whose chunks are computed at once, and recomputed in backward. Only the states between segments are saved."""
+"""Number of tokens that are computed at once, and recomputed in backward. Only states between segments are saved."""
 BLOCK = 16
-"""S, tokens over which per-channel decays are folded into the keys. A larger block could overflow."""
+"""S, number of tokens over which per-channel decays are multiplied into the keys. A larger block could overflow."""
 LEAST = -5.0
-"""Lower bound of a per-channel g, so that exp(-LEAST * BLOCK) fits in float32. It leaves 0.7 % of the state."""
+"""Lower bound of a per-channel g, at which 0.7 % of the state remains. With it, exp(-LEAST * BLOCK) fits in float32."""
 
 
 class ScanConfig(MixerConfig):
-    """A mixer that uses the recurrence."""
+    """Base config of mixers that use this recurrence."""
 
     kernel: Literal["auto", "torch", "fla"] = "auto"
-    """Implementation of the recurrence. torch: this package's own, anywhere. fla: flash-linear-attention for whole sequences
-    on GPUs; torch on CPUs, with `runtime.deterministic` (Triton chooses its kernels by timing), and for odd widths and decays
-    that fla refuses. auto: fla if it is installed and products are in half precision, otherwise torch; a mixer with float32
-    sums uses fla only if `kernel` is fla. Prices are those of torch."""
+    """Implementation of the recurrence.
+
+    "torch" is llmeff's own implementation, for all devices. "fla" is flash-linear-attention, for whole sequences on
+    GPUs. It falls back to torch on CPUs, with `runtime.deterministic` (because Triton chooses kernels by timing), for
+    odd widths in half precision, and for decays that fla refuses. "auto" means fla if it is installed and products are
+    in half precision, otherwise torch. `linear` and `performer`, whose sums are float32, use fla only if this field is
+    "fla". Prices always assume torch."""
     gates_heads: ClassVar[bool] = False
     """Whether each head has a decay that changes from token to token."""
     fuses: ClassVar[frozenset[str]] = frozenset()
-    """Operations besides the scan that flash-linear-attention computes, by their names in `llmeff.attention.fla`."""
+    """Functions in `llmeff.attention.fla`, apart from the scan, that the mixer can use."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Reports a missing package, or a missing GPU for it."""
+        """Reports why kernel 'fla' cannot run: a missing package, a run on the CPU, or a flawed version of Triton."""
         if self.kernel != "fla":
             return []
         found = [] if fla.is_installed() else [f"mixer {self.name!r}: kernel 'fla' {fla.MISSING}"]
         if on_cpu:
             found.append(f"mixer {self.name!r}: kernel 'fla' runs only on GPUs, but this run is on the CPU; use 'auto'")
         elif self.gates_heads and fla.is_flawed():
-            found.append(f"mixer {self.name!r}: kernel 'fla' {fla.FLAW}; or use 'auto'")
+            found.append(f"mixer {self.name!r}: kernel 'fla' {fla.FLAW}, or kernel 'auto'")
         return found
 
 
@@ -72,20 +77,20 @@ def mix(
     kernel: str = "torch",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A batch's tokens through the recurrence: in chunks, or by one step after a state that was kept.
+    """Runs the recurrence over the tokens of a batch: in chunks, or in one step for one token after a cached state.
 
-    In float32 or wider, unless flash-linear-attention does it in `dtype`.
+    Computes in float32 or wider, unless flash-linear-attention runs it in `dtype`.
 
     Args:
         query: (B, T, N, K).
         key: (B, T, N, K).
         value: (B, T, N, V).
-        log_decay: (B, T, N, 1), or (B, T, N, K) and then at least `LEAST`; None: 0.
-        beta: (B, T, N); None: there is no delta rule.
-        layout: documents have a state each, and padding changes none.
-        cache: keeps the state.
-        kernel: of `ScanConfig`.
-        dtype: of queries, keys and values in flash-linear-attention; decays and states are float32 there too.
+        log_decay: (B, T, N, 1), or (B, T, N, K) with values of at least `LEAST`. None means no decay.
+        beta: (B, T, N). None means no delta rule.
+        layout: documents and padding of the batch. Each document has its own state, and padding changes no state.
+        cache: stores the state. None in training.
+        kernel: see `ScanConfig.kernel`.
+        dtype: dtype of queries, keys and values in flash-linear-attention, whose decays and states are float32.
 
     Returns:
         (B, T, N, V).
@@ -109,15 +114,15 @@ def mix(
 
 
 def _mix_by_torch(*given: Tensor | None, documents: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`mix` by `step` or `scan`, in float32 or wider.
+    """Computes `mix` with `step` or `scan`, in float32 or wider.
 
     Args:
         given: query, key, value, log_decay and beta, as `mix` takes them.
-        documents: of the layout.
-        state: before the first token; None: 0.
+        documents: documents of the layout.
+        state: state before the first token. None means zeros.
 
     Returns:
-        (B, T, N, V) and the state after the last token.
+        The output, (B, T, N, V), and the state after the last token.
     """
     rows: list[Any] = [None if x is None else at_least_float32(x.transpose(1, 2)) for x in given]
     if state is not None and rows[1].shape[2] == 1:
@@ -132,18 +137,18 @@ def _mix_by_torch(*given: Tensor | None, documents: Tensor | None, state: Tensor
 def step(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advances by one token.
+    """Runs the recurrence for one token.
 
     Args:
         query: (B, N, K).
         key: (B, N, K).
         value: (B, N, V).
-        log_decay: g, (B, N, K), or (B, N, 1) if a head's channels share one; None: 0.
-        beta: (B, N); None: no delta rule.
-        state: (B, N, K, V), after the previous token; not modified.
+        log_decay: g, (B, N, K), or (B, N, 1) if all channels of a head share it. None means no decay.
+        beta: (B, N). None means no delta rule.
+        state: (B, N, K, V), the state after the previous token. It is not modified.
 
     Returns:
-        (B, N, V), and the state after the token, (B, N, K, V).
+        The output, (B, N, V), and the state after the token, (B, N, K, V).
     """
     if log_decay is not None:
         state = state * log_decay.exp()[..., None]
@@ -165,22 +170,22 @@ def scan(
     chunk: int = CHUNK,
     segment: int = SEGMENT,
 ) -> tuple[Tensor, Tensor]:
-    """Scans all tokens in chunks. For backward only the arguments and one state per segment are saved.
+    """Runs the recurrence over all tokens in chunks. Saves only its arguments and one state per segment for backward.
 
     Args:
         query: (B, N, T, K).
         key: (B, N, T, K).
         value: (B, N, T, V).
-        log_decay: g, at most 0. (B, N, T, 1) if a head's channels share one, or (B, N, T, K), then at least `LEAST`;
-            None: 0.
-        beta: (B, N, T); None: no delta rule.
-        documents: (B, T); each document is contiguous, and the state starts at 0 in each. None: one document per row.
-        state: (B, N, K, V) before the first token, part of the first document. None: 0.
-        chunk: C; a multiple of `BLOCK` if decays are per channel.
-        segment: tokens computed at once; a multiple of C.
+        log_decay: g, at most 0. (B, N, T, 1) if all channels of a head share it, or (B, N, T, K), at least `LEAST`.
+            None means no decay.
+        beta: (B, N, T). None means no delta rule.
+        documents: (B, T). Each document is contiguous and starts with a state of 0. None means one document per row.
+        state: (B, N, K, V), the state before the first token. It belongs to the first document. None means zeros.
+        chunk: C. It must be a multiple of `BLOCK` if decays are per channel.
+        segment: number of tokens that are computed at once. It must be a multiple of C.
 
     Returns:
-        (B, N, T, V), and the state of the last document after the last token, (B, N, K, V).
+        The output, (B, N, T, V), and the state of the last document after the last token, (B, N, K, V).
     """
     if state is None:
         state = value.new_zeros((*value.shape[:2], key.shape[-1], value.shape[-1]))
@@ -190,7 +195,7 @@ def scan(
 
 
 def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_scan` in a form that torch.compile can trace; the compiler decides what is saved and what is recomputed."""
+    """Computes `_scan` in a form that torch.compile can trace. The compiler decides what to save or recompute."""
     *rows, state = given
     assert rows[2] is not None
     assert state is not None
@@ -203,7 +208,7 @@ def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor |
 
 
 class _Scan(torch.autograd.Function):
-    """Computes segments one after another; each starts from the final state of the one before."""
+    """Computes segments one after another. Each segment starts from the final state of the previous segment."""
 
     @staticmethod
     def forward(
@@ -217,7 +222,7 @@ class _Scan(torch.autograd.Function):
         out, states = (
             value.new_empty(batch, length, heads, width).transpose(1, 2),
             [],
-        )  # memory layout that mixers use next
+        )  # the memory layout that mixers use next
         for index, part in enumerate(_segments(value.shape[2], sizes[1])):
             states.append(state)
             own: list[Any] = [*(None if x is None else x[:, :, part] for x in rows), state]
@@ -228,7 +233,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: Tensor, above_state: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # recomputed values would count as constants
+        if torch.is_grad_enabled():  # a second derivative would treat recomputed values as constants
             raise RuntimeError("the scan can be differentiated only once, not twice (create_graph=True)")
         documents, *saved = ctx.saved_tensors
         rows, states = saved[:5], saved[5:]
@@ -241,7 +246,7 @@ class _Scan(torch.autograd.Function):
             with torch.enable_grad():
                 # the output is not needed again, only its graph
                 ends = list(map(get_gradient_edge, _segment(ctx.sizes[0], _part(documents, part, index), *own)))
-            # one copy here saves one in each product
+            # one copy here avoids a copy in each product
             *found, above_state = torch.autograd.grad(ends, leaves, (above[:, :, part].contiguous(), above_state))
             del ends
             for gradient in gradients:
@@ -258,7 +263,7 @@ def _segments(length: int, segment: int) -> list[slice]:
 
 
 def _part(documents: Tensor | None, part: slice, index: int) -> Tensor | None:
-    """The documents of a segment, preceded by that of the token before it."""
+    """Returns the documents of the tokens of a segment, preceded by the document of the token before the segment."""
     if documents is None:
         return None
     first = part.start - 1 if index else 0
@@ -275,7 +280,10 @@ def _segment(
     beta: Tensor | None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`scan` of one segment in a form that autograd can trace; `documents` begins with the state's document."""
+    """Computes `scan` for one segment in a form that autograd can trace.
+
+    The first column of `documents` is the document of the initial state.
+    """
     length = key.shape[2]
     missing = -length % chunk
     query, key, value = (_chunks(x, missing, chunk) for x in (query, key, value))
@@ -310,20 +318,20 @@ def _segment(
 
 
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
-    """(B, N, T, .) to (B, N, M, C, .), padded with zeros, which neither decay nor add."""
-    # one copy here saves one in each product
+    """Splits (B, N, T, .) into chunks, (B, N, M, C, .). The zero padding does not change the state."""
+    # one copy here avoids a copy in each product
     x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
     return cast(Tensor, x.unflatten(2, (-1, chunk)))
 
 
 def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
-    """(B, 1 + T) documents to (B, M, C); padding belongs to the last document."""
+    """Splits documents, (B, 1 + T), into chunks, (B, M, C), without the first. Padding belongs to the last document."""
     own = documents[:, 1:]
     return cast(Tensor, torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk)))
 
 
 def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.device) -> Tensor:
-    """Which tokens of its chunk each token sees: (C, C), or (B, 1, M, C, C) with documents."""
+    """Returns which tokens of its chunk each token sees, as booleans: (C, C), or (B, 1, M, C, C) with documents."""
     sees = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
     if documents is None:
         return sees
@@ -332,11 +340,12 @@ def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.de
 
 
 def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What crosses document borders in each chunk.
+    """Returns boolean masks that stop the state at document borders in each chunk.
 
     Returns:
-        Whether the state before the chunk reaches each token, and whether each token stays in the state after the chunk,
-        both (B, 1, M, C, 1), and whether the state before continues into the state after, (B, 1, M, 1, 1).
+        Three masks. The first, (B, 1, M, C, 1), is whether a token reads the state before its chunk. The second, also
+        (B, 1, M, C, 1), is whether a token is part of the state after its chunk. The third, (B, 1, M, 1, 1), is whether
+        the state before a chunk is part of the state after the chunk.
     """
     parts = _parts(documents, missing, chunk)
     last = parts[..., -1]
@@ -347,7 +356,10 @@ def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tenso
 
 
 def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Tensor:
-    """(B, N, M, C, C): sum over channels of rows_t exp(c_t - c_s) keys_s if t sees s, else 0."""
+    """Returns the weight of each pair of tokens (t, s) in a chunk, (B, N, M, C, C).
+
+    It is the sum over channels of rows_t exp(c_t - c_s) keys_s if t sees s, otherwise 0.
+    """
     if decay is None:
         return (rows @ keys.mT).masked_fill(~sees, 0)
     if decay.shape[-1] == 1:
@@ -364,10 +376,11 @@ def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Te
 
 
 class _HandOn(torch.autograd.Function):
-    """States from chunk to chunk: U_i = u_i - w_i S_i, S_(i+1) = a_i S_i + k_i' U_i.
+    """Passes the state from chunk to chunk: U_i = u_i - w_i S_i, S_(i+1) = a_i S_i + k_i' U_i.
 
-    Autograd would record every step of the loop. Here backward is a loop with as many products, and the gradient of each
-    input takes a single product over all chunks.
+    u is `values`, w is `erased`, a is `carry` and k is `keys`. Autograd would record every step of the loop. This
+    backward is a loop with as many products, and computes the gradient of each input by a single product over all
+    chunks.
     """
 
     @staticmethod
@@ -390,7 +403,8 @@ class _HandOn(torch.autograd.Function):
         ctx.save_for_backward(keys, taken, carry, erased, states)
         if erased is None:
             ctx.mark_non_differentiable(taken)
-            ctx.set_materialize_grads(False)  # its gradient would be zeros of the size of all values
+            # otherwise autograd would allocate zeros of the size of all values as the gradient of `taken`
+            ctx.set_materialize_grads(False)
         return states, state, taken
 
     @staticmethod
@@ -423,6 +437,11 @@ _apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HandOn.apply
 def _hand_on(
     keys: Tensor, values: Tensor, carry: Tensor | None, erased: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States before each chunk, (B, N, M, K, V), the state after the last, and the values that chunks add, (B, N, M, C, V)."""
+    """Passes the state from chunk to chunk, see `_HandOn`.
+
+    Returns:
+        The states before each chunk, (B, N, M, K, V), the state after the last chunk, and the values that the chunks
+        add to the state, (B, N, M, C, V).
+    """
     states, end, taken = _apply(keys, values, carry, erased, state)
     return states, end, values if erased is None else taken

@@ -1,4 +1,4 @@
-"""The price of `scan.mix` in training: its products, what it saves, and what lives while segments are recomputed."""
+"""The price of `scan.mix` in training: its products, what it saves, and its memory while it recomputes segments."""
 
 from functools import partial
 from typing import Any
@@ -23,9 +23,11 @@ def law(
     *,
     is_convolved: bool = False,
 ) -> Array:
-    """Inputs of `mix`, (B, T, N, .), to (B, T, N, V); variables live as long as in `_Scan.forward`.
+    """Records the price of `scan.mix` on the tape. Maps its inputs, (B, T, N, .), to (B, T, N, V).
 
-    Queries, keys and values that come from a convolution have channels before tokens in memory.
+    Variables here live exactly as long as those in `scan._Scan.forward`, so that the tape measures the same peak
+    memory. `is_convolved` means that queries, keys and values come from a convolution, which stores channels before
+    tokens.
     """
     rows: _Rows = [None if x is None else laws.cast(tape, x, "float32") for x in (query, key, value, log_decay, beta)]
     del query, key, value, log_decay, beta
@@ -47,13 +49,16 @@ def law(
 
 
 def _dense(shape: tuple[int, ...], is_convolved: bool) -> tuple[bool, bool]:
-    """Whether parts of (B, T, N, .) already have the memory layout of (B, N, L, .): after a convolution, and otherwise."""
+    """Returns whether a segment of (B, T, N, .) already has the memory layout of (B, N, L, .) and needs no copy.
+
+    The first result is for queries, keys and values, which `is_convolved` affects. The second is for all other arrays.
+    """
     is_dense = shape[2] == 1 and (shape[0] == 1 or shape[1] <= SEGMENT)
     return is_dense and not is_convolved, is_dense
 
 
 def _part(rows: _Rows, start: int) -> _Rows:
-    """(B, T, N, .) to the (B, N, L, .) of one segment."""
+    """Returns the segment of each array that begins at token `start`: (B, T, N, .) to (B, N, L, .)."""
     return [
         None
         if x is None
@@ -84,7 +89,10 @@ def _back(
 
 
 def _given(tape: Tape, part: Array, above: list[Array], is_dense: bool) -> list[Array]:
-    """Gradients of a segment's results: a dense part of the output's gradient, stored as (B, T, N, .), and the state's."""
+    """Returns the gradients of the results of a segment: its output and its final state.
+
+    The gradient of the whole output is stored as (B, T, N, .). The segment's part is copied unless it is dense.
+    """
     return [part if is_dense else tape.new(part.shape, part.dtype), *above]
 
 
@@ -99,7 +107,10 @@ def _segment(
     beta: Array | None,
     state: Array,
 ) -> tuple[Array, Array]:
-    """The price of `scan._segment`; variables live as long as there."""
+    """Records the price of `scan._segment` on the tape.
+
+    Variables here live exactly as long as those in `scan._segment`, so that the tape measures the same peak memory.
+    """
     length, width = key.shape[2], value.shape[-1]
     query, key, value = (_chunks(tape, x, are_dense) for x in (query, key, value))
     decay = None if log_decay is None else _function(tape, _chunks(tape, log_decay, is_dense))
@@ -132,12 +143,12 @@ def _segment(
 
 
 def _node(tape: Tape, inputs: tuple[Array, ...], backward: Backward) -> Node | None:
-    """The graph node of an operation that saves nothing; None if no input needs a gradient (constant decays, say)."""
+    """Returns a node for an operation that saves nothing, or None if no input needs a gradient (constant decays)."""
     return None if all(x.node is None for x in inputs) else tape.save(inputs, (), backward)
 
 
 def _function(tape: Tape, x: Array) -> Array:
-    """An elementwise function; the product that uses its result already saves what backward needs."""
+    """Records an elementwise function. It saves nothing, because a later product saves what its backward needs."""
     return tape.elementwise(x.shape, x.dtype) if x.node is None else laws.function(tape, x, "nothing")
 
 
@@ -164,7 +175,7 @@ def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Arra
 
 
 def _cut(tape: Tape, x: Array, length: int) -> Array:
-    """(B, N, M, C, V) to its first `length` tokens, (B, N, T, V)."""
+    """Returns the first `length` tokens of the chunks: (B, N, M, C, V) to (B, N, T, V)."""
     if x.shape[2] * CHUNK == length:
         return Array((*x.shape[:2], length, x.shape[-1]), x.dtype, x.storage, x.node)
     return laws.view(tape, x, (*x.shape[:2], length, x.shape[-1]))
@@ -176,7 +187,7 @@ def _last(tape: Tape, decay: Array) -> Array:
 
 
 def _less(tape: Tape, left: Array, right: Array, shape: tuple[int, ...] | None = None) -> Array:
-    """The price of left - right."""
+    """Records the price of left - right on the tape."""
     back = partial(_less_back, tape, left.shape, right.shape)
     return tape.elementwise(shape or right.shape, "float32", _node(tape, (left, right), back))
 
@@ -245,7 +256,7 @@ def _blocks_back(shapes: list[tuple[int, ...]], gradient: Array) -> tuple[Array,
 
 
 def _solve(tape: Tape, overlap: Array, right: Array) -> Array:
-    """The price of a triangular solve, which has half the multiply-adds of a product."""
+    """Records the price of a triangular solve, which takes half the multiply-adds of a matrix product."""
     flops = right.size * CHUNK
     node = tape.save((overlap, right), (overlap,), partial(_solve_back, tape, flops))
     tape.contract(flops)
@@ -255,7 +266,10 @@ def _solve(tape: Tape, overlap: Array, right: Array) -> Array:
 
 
 def _solve_back(tape: Tape, flops: int, gradient: Array, overlap: Array, solved: Array) -> tuple[Array, Array]:
-    """Backward: the transposed system for the right side, and a full product for the matrix."""
+    """Records the price of the backward pass of a triangular solve.
+
+    The gradient of the right side solves the transposed system. The gradient of the matrix is a full product.
+    """
     tape.execute(3 * flops)
     grad_right = tape.new(solved.shape, solved.dtype)
     grad_overlap = tape.new(overlap.shape, overlap.dtype)
@@ -266,7 +280,7 @@ def _solve_back(tape: Tape, flops: int, gradient: Array, overlap: Array, solved:
 def _hand_on(
     tape: Tape, keys: Array, values: Array, carry: Array | None, erased: Array | None, state: Array
 ) -> tuple[Array, Array, Array]:
-    """The price of `scan._HandOn`."""
+    """Records the price of `scan._HandOn` on the tape."""
     num_rows, num_heads, num_chunks, _, width = keys.shape
     flops = 2 * keys.size * values.shape[-1] * (1 if erased is None else 2)
     tape.contract(flops)
@@ -309,7 +323,7 @@ def _hand_on_back(
     gradient: Array,
     *_: Array,
 ) -> tuple[Array | None, ...]:
-    """Backward of `_hand_on`; `learns` tells whether decays need gradients."""
+    """Records the price of the backward pass of `scan._HandOn`. `learns` is whether the decays need gradients."""
     tape.execute(2 * flops)
     keys, values, carry, erased = shapes
     assert keys is not None

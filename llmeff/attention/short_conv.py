@@ -1,4 +1,4 @@
-"""A causal convolution over the last few tokens of each channel, within documents."""
+"""A causal convolution of each channel over the last few tokens, within documents."""
 
 import math
 from functools import partial
@@ -23,9 +23,9 @@ class ShortConv(Initialized):
     Tokens of other documents and padding count as 0.
 
     Args:
-        num_channels: C.
-        taps: W.
-        has_bias: whether a bias is added.
+        num_channels: C, the number of channels.
+        taps: W, the number of tokens that the convolution spans.
+        has_bias: whether to add a bias.
     """
 
     def __init__(self, num_channels: int, taps: int, *, has_bias: bool = False):
@@ -35,7 +35,7 @@ class ShortConv(Initialized):
         self.bias = torch.nn.Parameter(torch.empty(num_channels)) if has_bias else None
 
     def initial(self) -> dict[str, Tensor]:
-        """Uniform weights, as in torch's convolutions, and a bias of 0."""
+        """Draws uniform weights, as in torch's convolutions, and sets the bias to 0."""
         bound = 1 / math.sqrt(self.taps)
         found = {"weight": torch.empty_like(self.weight).uniform_(-bound, bound)}
         return found if self.bias is None else found | {"bias": torch.zeros_like(self.bias)}
@@ -43,7 +43,11 @@ class ShortConv(Initialized):
     def forward(
         self, x: Tensor, layout: Layout, cache: LayerCache | None = None, name: str = "conv", *, fused: bool = False
     ) -> Tensor:
-        """(B, T, C) to (B, T, C). The cache keeps the last W - 1 tokens under `name`; `fused` is the result of `fla.fuses`."""
+        """Convolves x, (B, T, C), and applies silu. Returns (B, T, C).
+
+        The cache stores the last W - 1 tokens under `name`. `fused` is whether to use flash-linear-attention's kernel,
+        as `fla.fuses` decides.
+        """
         length = x.shape[1]
         x = layout.cleared(x)
         if fused:
@@ -53,7 +57,7 @@ class ShortConv(Initialized):
             before = x.new_zeros((x.shape[0], self.taps - 1, x.shape[2]))
         whole = torch.cat((before.to(x.dtype), x), dim=1)
         if cache is not None:
-            # a copy, since a view would keep all tokens alive
+            # a copy, because a view would keep all tokens in memory
             cache.keep(name, whole[:, whole.shape[1] - self.taps + 1 :].detach().clone())
         if layout.documents is None:
             mixed = F.conv1d(whole.mT, self.weight, self.bias, groups=x.shape[2]).mT
@@ -69,7 +73,10 @@ class ShortConv(Initialized):
 
 
 def law(tape: Tape, x: Array, taps: int, *, has_bias: bool = False) -> Array:
-    """The price of a `ShortConv` without a cache, inside its scope; variables live as long as in its forward."""
+    """Records the price of `ShortConv.forward` without a cache on the tape, which must be inside the module's scope.
+
+    Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
+    """
     num_rows, length, channels = x.shape
     weight = tape.weight("weight", channels, 1, taps)
     bias = tape.weight("bias", channels) if has_bias else None
@@ -83,7 +90,7 @@ def law(tape: Tape, x: Array, taps: int, *, has_bias: bool = False) -> Array:
 
 
 def _convolution_law(tape: Tape, whole: Array, weight: Array, bias: Array | None) -> Array:
-    """The price of the convolution, (B, C, W - 1 + T) to (B, C, T)."""
+    """Records the price of the convolution on the tape: (B, C, W - 1 + T) to (B, C, T)."""
     whole, weight = laws.autocast(tape, whole), laws.autocast_weight(tape, weight)
     bias = None if bias is None else laws.autocast_weight(tape, bias)
     num_rows, channels, length = whole.shape
@@ -92,7 +99,7 @@ def _convolution_law(tape: Tape, whole: Array, weight: Array, bias: Array | None
     own = (weight,) if bias is None else (weight, bias)
     node = tape.save((whole, *own), (whole, weight), partial(_convolution_back, tape, flops, bias is not None))
     tape.contract(flops)
-    dense = tape.new(whole.shape, whole.dtype)  # channels before tokens
+    dense = tape.new(whole.shape, whole.dtype)  # a copy with channels before tokens
     with tape.room(depthwise_room(tape.workload, "output", whole.shape, weight.shape, shape, whole.dtype)):
         mixed = tape.new(shape, whole.dtype, node)
     del dense
@@ -111,12 +118,12 @@ def _convolution_back(
 
 
 def _packed_law(tape: Tape, x: Array, whole: Array, weight: Array, bias: Array | None, taps: int) -> Array:
-    """The price with packed documents: a product per tap."""
+    """Records the price of the convolution with packed documents on the tape. It takes one product per tap."""
     num_rows, length, channels = x.shape
     weights = laws.cast(tape, weight, x.dtype)
 
     def tap(own: Array) -> Array:
-        # each view has its own gradient, as large as the array that it views
+        # each view has its own gradient array, as large as all weights
         view = Array((channels,), weights.dtype, weights.storage, weights.node)
         return laws.times(tape, own, view)
 

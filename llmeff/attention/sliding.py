@@ -1,4 +1,4 @@
-"""Softmax attention over the last tokens, with sinks and global tokens that all later tokens see."""
+"""Softmax attention over a sliding window, with optional sinks and global tokens that all later tokens see."""
 
 from functools import cache as memoized
 from functools import partial
@@ -22,28 +22,33 @@ from llmeff.cost.tape import Array, Tape
 # B batch, T queries, S keys, N heads, K key-value heads, H head width; M blocks of C queries, G keys per block
 
 LEAST_BLOCK = 16
-"""Smallest block in tokens. Tiny windows use it too, although few of its pairs are seen."""
+"""Smallest block, in tokens. Smaller windows use it too, although few of its (query, key) pairs are then visible."""
 
 
 class Sliding(HeadsConfig):
-    """Softmax attention of each token to the last `window` tokens, itself included (Beltagy et al. 2020; as in Mistral)."""
+    """Softmax attention to the last `window` tokens, as in Mistral (Beltagy et al. 2020)."""
 
     name: Literal["sliding"] = "sliding"
     window: Count = 256
-    """How many tokens a token sees, itself included."""
+    """Number of tokens that a token sees, including itself."""
     sinks: CountOrZero = 0
-    """How many first tokens of a document are seen by all its tokens (Xiao et al. 2023, arXiv 2309.17453)."""
+    """Number of first tokens of a document that all its later tokens see (Xiao et al. 2023, arXiv 2309.17453)."""
     global_every: Count | None = None
-    """Every this many tokens of a document, the last one is seen by all later tokens: the `fixed` pattern of Child et al.
-    2019, the causal case of global tokens in Longformer and BigBird. The cache then grows by a key as often. None: no global
-    tokens."""
+    """Distance in tokens between global tokens, which all later tokens of the document see. None for no global tokens.
+
+    The last of every `global_every` tokens of a document is global. This is the `fixed` pattern of Child et al. 2019,
+    and the causal case of global tokens in Longformer and BigBird. The cache grows by one key for each global token."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Sliding":
         if self.sinks > self.window:
-            raise ValueError(f"sinks {self.sinks} is more than the window of {self.window} tokens: give fewer")
+            raise ValueError(
+                f"sinks is {self.sinks}, which is more than the window of {self.window} tokens. Give fewer sinks"
+            )
         if self.global_every == 1:
-            raise ValueError("global_every 1 lets every token see all earlier ones: use the mixer 'softmax'")
+            raise ValueError(
+                "global_every is 1, which lets every token see all earlier tokens. Use the mixer 'softmax' instead"
+            )
         return self
 
     def build(self, shape: MixerShape) -> "SlidingMixer":
@@ -52,18 +57,24 @@ class Sliding(HeadsConfig):
 
     @property
     def block(self) -> int:
-        """C. Except for sinks and global tokens, a query sees at most back into the block before its own."""
+        """C, the number of tokens in a block.
+
+        Apart from sinks and global tokens, a query sees only tokens of its own block and the previous block.
+        """
         return max(self.window, LEAST_BLOCK)
 
     def num_kept(self, num_tokens: int) -> int:
-        """How many of a document's first `num_tokens` tokens the next token still sees."""
+        """Returns how many of the first `num_tokens` tokens of a document the next token sees."""
         far = max(0, num_tokens - self.window + 1)
         sinks = min(self.sinks, far)
         every = self.global_every
         return num_tokens - far + sinks + (0 if every is None else far // every - sinks // every)
 
     def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
-        """The price of `slide`, which attends block by block. Variables here live as long as those of `slide`."""
+        """Records the price of `slide`, which attends block by block, on the tape.
+
+        Variables here live exactly as long as those in `slide`, so that the tape measures the same peak memory.
+        """
         num_rows, num_heads, num_tokens, head_dim = query.shape
         if num_tokens <= self.window:
             mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
@@ -85,19 +96,19 @@ class Sliding(HeadsConfig):
         return laws.cut(tape, joined, (num_rows, num_tokens, num_heads * head_dim))
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of the keys, values and positions that are still seen."""
+        """Returns the bytes of the keys, values and positions that later tokens still see."""
         return self.num_kept(num_tokens) * (2 * shape.num_kv_heads * shape.head_dim * number_bytes + 8)
 
 
 class SlidingMixer(HeadsMixer):
-    """Projections around `slide`. Parameter names are those of transformers' Mistral."""
+    """Module of sliding-window attention. Parameters have the same names as in transformers' Mistral."""
 
     def __init__(self, config: Sliding, shape: MixerShape):
         super().__init__(config, shape)
         self.config = config
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the rotary tables and those of the blocks."""
+        """Computes the rotary tables, and the mask or bias of the window."""
         super().prepare(layout, num_rows, dtype)
         num_tokens = layout.positions.shape[-1]
         if num_tokens <= self.config.window:
@@ -111,7 +122,7 @@ class SlidingMixer(HeadsMixer):
         return flex.block_mask(layout, self.config, partial(_sees, self.config))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """Attends in blocks over the whole row or, with a cache, piece by piece after the kept tokens."""
+        """Attends over whole rows or, with a cache, block by block to the cached and new tokens."""
         if query.shape[2] > self.config.window and flex.takes(self.config.kernel, query, cache):
             mixed = flex.attend(query, key, value, self._block_mask(layout))
             return mixed.transpose(1, 2).flatten(-2)
@@ -139,15 +150,15 @@ class SlidingMixer(HeadsMixer):
 def slide(
     config: Sliding, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale q k') v over the keys in each query's window, sinks and global tokens, without a T x T matrix.
+    """Computes softmax(scale q k') v over the window, sinks and global tokens of each query, without a T x T matrix.
 
     Args:
         config: window, sinks and global tokens.
         query: (B, N, T, H).
-        key: (B, K, S, H) of the layout's past and new tokens; K divides N.
+        key: (B, K, S, H), of the past and new tokens of the layout. K divides N.
         value: (B, K, S, H).
-        layout: documents and padding.
-        scale: factor on the scores; None: 1 / sqrt(H).
+        layout: documents and padding of the batch.
+        scale: factor that multiplies the scores. None means 1 / sqrt(H).
 
     Returns:
         (B, T, N H).
@@ -176,14 +187,17 @@ def slide(
 
 
 def _sees(config: Sliding, query: Tensor, key: Tensor) -> Tensor:
-    """Whether a query at one position of a document sees a key at another; positions below 0 are empty."""
-    # only booleans have the size of all pairs
+    """Returns whether queries see keys, by their positions in a document.
+
+    Negative positions are empty or padding.
+    """
+    # only boolean tensors have the size of all pairs
     seen = (key > query - config.window) | _is_far_seen(config, key)
     return seen & (key >= 0) & (key <= query)
 
 
 def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
-    """Whether the tokens at these positions are sinks or global tokens."""
+    """Returns whether the tokens at the given positions are sinks or global tokens."""
     is_sink = places < config.sinks
     if config.global_every is None:
         return is_sink
@@ -191,7 +205,10 @@ def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
 
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias on the scores. A query that sees nothing is padding; it may see all keys, since its result is unused."""
+    """Returns the bias that is added to the scores: 0 where a query sees a key, otherwise -inf.
+
+    A query that sees no key is padding. It may see all keys, because its result is unused.
+    """
     sees = sees | ~sees.any(dim=-1, keepdim=True)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
 
@@ -205,7 +222,10 @@ def _attend_places(
     key_places: Tensor,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention to keys in any order, (B, N, T, H), given positions of queries, (B or 1, T), and keys, (B or 1, S)."""
+    """Attends to keys in any order. Returns (B, N, T, H).
+
+    The positions of queries, (B or 1, T), and of keys, (B or 1, S), decide which keys a query sees.
+    """
     sees = _sees(config, query_places[:, None, :, None], key_places[:, None, None, :])
     return attend_biased(query, key, value, _bias(sees, value.dtype), scale)
 
@@ -217,9 +237,10 @@ def _after(kept: Tensor | None, new: Tensor) -> Tensor:
 def _still_seen(
     config: Sliding, key: Tensor, value: Tensor, places: Tensor, num_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys and values, (B, K, S, H), and positions, (B, S, 1), that tokens after the first `num_tokens` still see.
+    """Returns the keys and values, (B, K, S, H), and positions, (B, S, 1), that later tokens still see.
 
-    A row with padding has fewer than the others; its remaining positions are -1.
+    Later tokens are those after the first `num_tokens`. A row with padding has fewer keys than other rows. Its unused
+    positions are -1.
     """
     num_kept = config.num_kept(num_tokens)
     if num_kept == places.shape[1]:
@@ -232,23 +253,26 @@ def _still_seen(
 
 
 def _num_blocks(config: Sliding, num_tokens: int) -> int:
-    """M, the number of blocks."""
+    """Returns M, the number of blocks."""
     return -(-num_tokens // config.block)
 
 
 def _num_given(config: Sliding, num_blocks: int) -> int:
-    """G: keys of the block and the block before, sinks, and the most global tokens that a row can have."""
+    """Returns G, the number of keys that each block attends to.
+
+    They are the keys of the block and the previous block, the sinks, and as many global tokens as a row can have.
+    """
     num_far = 0 if num_blocks < 3 else config.sinks + _num_globals(config, num_blocks)
     return min(num_blocks, 2) * config.block + num_far
 
 
 def _num_globals(config: Sliding, num_blocks: int) -> int:
-    """The most global tokens that a row can have before the last two blocks."""
+    """Returns the largest number of global tokens that a row can have before its last two blocks."""
     return 0 if config.global_every is None else (num_blocks - 2) * config.block // config.global_every
 
 
 def _blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Indices of each block's keys in the concatenated rows, (B M G,), and their bias, (B M, 1, C, G)."""
+    """Returns the indices of each block's keys in the concatenated rows, (B M G,), and their bias, (B M, 1, C, G)."""
     key = ("sliding", config.window, config.sinks, config.global_every, num_rows, dtype)
     return layout.tables(key, partial(_make_blocks, config, layout, num_rows, dtype))
 
@@ -262,7 +286,7 @@ def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dt
     index, is_given = near[None], (near >= 0) & (near < num_tokens)
     if num_blocks > 2:
         far = _far(config, places, starts)
-        # keys in the block before are included already
+        # keys in the previous block are included already
         is_given = torch.cat((is_given.expand(len(far), -1, -1), (far >= 0) & (far < starts - size)), dim=-1)
         index = torch.cat((index.expand(len(far), -1, -1), far), dim=-1)
     index = index.clamp(0, num_tokens - 1)
@@ -283,9 +307,10 @@ def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dt
 
 
 def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
-    """(B or 1, M, .): the sinks and global tokens for the blocks that begin at `starts`, (M, 1), besides the near keys.
+    """Returns the indices of sinks and global tokens for the blocks that begin at `starts`, (M, 1), as (B or 1, M, .).
 
-    Only the document of a block's first token can begin before the previous block.
+    Only the document of a block's first token contributes sinks, because no other document in the block begins before
+    the previous block.
     """
     first = places[:, starts[:, 0]]
     begins = torch.where(first < 0, places.shape[1], starts[:, 0] - first)
@@ -302,7 +327,7 @@ def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
 
 @memoized
 def _num_pairs(config: Sliding, num_tokens: int) -> int:
-    """Number of (query, key) pairs in a document that see each other."""
+    """Returns the number of (query, key) pairs in a document in which the query sees the key."""
     return sum(config.num_kept(before) + 1 for before in range(num_tokens))
 
 

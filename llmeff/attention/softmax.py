@@ -18,14 +18,14 @@ from llmeff.cost.tape import Array, Tape
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None = None) -> Tensor:
-    """softmax(scale q k') v over the keys that the layout lets each query see.
+    """Computes softmax(scale q k') v over the keys that the layout lets each query see.
 
     Args:
         query: (B, N, T, H).
-        key: (B, K, S, H); K divides N.
+        key: (B, K, S, H). K divides N.
         value: (B, K, S, H).
-        layout: which tokens see which.
-        scale: factor on the scores; None: 1 / sqrt(H).
+        layout: positions, documents and padding of the batch.
+        scale: factor that multiplies the scores. None means 1 / sqrt(H).
 
     Returns:
         (B, N, T, H).
@@ -35,7 +35,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 
 
 def attend_biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
-    """The same with a bias on the scores, (B or 1, 1, T, S); None: plain causal attention, with as many keys as queries."""
+    """Computes softmax(scale q k' + bias) v, see `attend`. The bias has shape (B or 1, 1, T, S).
+
+    If the bias is None, attention is plain causal, with as many keys as queries.
+    """
     grouped = query.shape[1] != key.shape[1]
     kernels.ran(kernels.SDPA)
     return F.scaled_dot_product_attention(
@@ -55,24 +58,24 @@ class Softmax(HeadsConfig):
         return SoftmaxMixer(self, shape)
 
     def mix_law(self, tape: Tape, query: Array, key: Array, value: Array, batch: laws.Batch) -> Array:
-        """The price of attention over the whole row."""
+        """Records the price of attention over whole rows on the tape."""
         mixed = laws.attention(tape, query, key, value, batch.bias(value.dtype))
         return laws.joined_heads(tape, mixed)
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Bytes of all keys and values."""
+        """Returns the bytes of all keys and values."""
         return 2 * shape.num_kv_heads * shape.head_dim * num_tokens * number_bytes
 
 
 class SoftmaxMixer(HeadsMixer):
-    """Projections around `attend`."""
+    """Module of softmax attention to all earlier tokens of the document."""
 
     def __init__(self, config: Softmax, shape: MixerShape):
         super().__init__(config, shape)
         self.kernel = config.kernel
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """Makes the rotary tables, and the bias or block mask for documents and padding."""
+        """Computes the rotary tables, and the bias or block mask if there are documents or padding."""
         super().prepare(layout, num_rows, dtype)
         if self.kernel != "flex" or not layout.positions.is_cuda:
             layout.bias(layout.positions.shape[-1], dtype)
@@ -80,7 +83,7 @@ class SoftmaxMixer(HeadsMixer):
             flex.block_mask(layout, "softmax", _sees)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """Attends to all earlier tokens of the document."""
+        """Attends to each token itself and all earlier tokens of its document."""
         if not layout.is_plain and flex.takes(self.kernel, query, cache):
             mixed = flex.attend(query, key, value, flex.block_mask(layout, "softmax", _sees))
             return mixed.transpose(1, 2).flatten(-2)

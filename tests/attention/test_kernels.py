@@ -376,7 +376,7 @@ def test_a_run_records_which_kernels_ran(tmp_path, name, ran):
 def test_a_kernel_that_is_not_installed_is_an_error_before_anything_is_written(name, tmp_path, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: False)
     config = validate(RunConfig, override(TINY, [f"model.mixer={name}", "model.mixer.kernel=fla"]))
-    words = f"mixer '{name}': kernel 'fla' needs flash-linear-attention 0.6 or newer, with Triton: pip install \"llmeff\\[fla\\]\""
+    words = f"mixer '{name}': kernel 'fla' needs flash-linear-attention 0.6 or newer, with Triton. To install it: pip install \"llmeff\\[fla\\]\""
     with pytest.raises(ConfigError, match=words):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -385,7 +385,7 @@ def test_a_kernel_that_is_not_installed_is_an_error_before_anything_is_written(n
 def test_keys_too_wide_for_a_kernel_are_refused_or_left_to_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: True)
     shape = replace(SHAPE, head_dim=512)
-    words = "mixer 'kda': kernel 'fla' supports a head_dim of at most 256, given: 512"
+    words = "mixer 'kda': kernel 'fla' supports a head_dim of at most 256, but head_dim is 512"
     assert MixerConfig.registry["kda"](kernel="fla").missing_requirements(shape, on_cpu=False) == [words]
     assert not MixerConfig.registry["gla"](kernel="fla").missing_requirements(shape, on_cpu=False)
     with torch.device("meta"):

@@ -381,7 +381,7 @@ def test_a_name_that_is_none_is_answered_with_the_nearest():
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ([3.0, 1.0], r"give the lowest rate first, then the highest; given: \[3.0, 1.0\]"),
+        ([3.0, 1.0], r"higher than the second: \[3.0, 1.0\]. Give the lowest rate first, then the highest"),
         ([0.0, 1.0], "greater than 0"),
         ([1.0], "required"),
     ],

@@ -163,7 +163,7 @@ def test_the_other_kernel_is_asked_for_more_tokens_than_one(
         (True, False, False, []),
         (False, False, False, [f"kernel 'fla' {fla.MISSING}"]),
         (True, True, True, ["kernel 'fla' runs only on GPUs, but this run is on the CPU; use 'auto'"]),
-        (True, False, True, [f"kernel 'fla' {fla.FLAW}; or use 'auto'"]),
+        (True, False, True, [f"kernel 'fla' {fla.FLAW}, or kernel 'auto'"]),
     ],
 )
 def test_what_a_kernel_of_gpus_lacks(name, is_installed, on_cpu, is_flawed, said, monkeypatch):

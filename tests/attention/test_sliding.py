@@ -216,9 +216,9 @@ def test_it_writes_what_mistral_writes(beams, options):
     ("fields", "said"),
     [
         ({"window": 0}, r"mixer.window: .* greater than or equal to 1 \(given: 0\)"),
-        ({"window": 4, "sinks": 5}, "sinks 5 is more than the window of 4 tokens"),
+        ({"window": 4, "sinks": 5}, "sinks is 5, which is more than the window of 4 tokens"),
         ({"sinks": -1}, "mixer.sinks: .* greater than or equal to 0"),
-        ({"global_every": 1}, "use the mixer 'softmax'"),
+        ({"global_every": 1}, "global_every is 1, .* Use the mixer 'softmax' instead"),
         ({"windw": 4}, "Did you mean 'window'"),
     ],
 )
