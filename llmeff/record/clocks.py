@@ -1,4 +1,4 @@
-"""Wall time by what it was spent on, and the time of each step, measured without stopping the device."""
+"""Wall time of a run by activity, and the time of each step, measured without waiting for the device in every step."""
 
 import contextlib
 import time
@@ -12,26 +12,26 @@ from llmeff.core.heartbeat import beat
 from llmeff.record.schema import Timings
 
 ClockName = Literal["startup", "eval", "checkpoint", "record"]
-"""`Timings` says what each of them holds. `Clocks.add_step` counts steps."""
+"""Names of the clocks; see the fields of `Timings`. Step times are added by `Clocks.add_step`, not by name."""
 Part = Literal["data", "forward", "backward", "optimizer"]
-"""The parts of a step."""
+"""Names of the parts of a step."""
 
 _NEXT = {"data": "forward", "forward": "backward", "backward": "update"}
 _HELD = {"eval": "evaluation", "checkpoint": "checkpoint"}
-"""The part that a run is in after a mark, and while a clock is held."""
+"""Phases reported to the heartbeat: after a mark (`_NEXT`), and while a clock is held (`_HELD`)."""
 
 SYNCHRONISED_EVERY = 50
-"""One step in this many is timed part by part. On a GPU this means waiting for the device after each part."""
+"""Interval between steps that are timed part by part. On a GPU, such a step waits for the device after each part."""
 WARMUP_STEPS = 5
-"""Steps at the start of a process whose times are marked as warm-up."""
+"""Number of steps at the start of a process whose times are marked as warm-up."""
 
 
 class Clocks:
-    """Sums of wall seconds by name.
+    """Sums of wall seconds, one per clock name.
 
     Args:
-        device: it is waited for before and after evaluations and checkpoints, so that no clock holds another's work.
-        earlier: what earlier processes spent on the run.
+        device: `hold` waits for this device at both ends of its block, so that a clock counts only its own work.
+        earlier: seconds that earlier processes of this run spent. None starts at zero.
     """
 
     def __init__(self, device: torch.device, earlier: Timings | None = None):
@@ -40,7 +40,7 @@ class Clocks:
 
     @contextlib.contextmanager
     def hold(self, name: ClockName) -> Iterator[None]:
-        """Counts the block's time. Blocks do not nest."""
+        """Adds the time of a `with` block to a clock. Blocks must not be nested."""
         beat(_HELD.get(name))
         _wait(self._device)
         start = time.perf_counter()
@@ -51,22 +51,22 @@ class Clocks:
             self.add(name, start)
 
     def add(self, name: ClockName, start: float) -> None:
-        """Counts the time since a moment of `time.perf_counter`, without waiting for the device."""
+        """Adds the time since `start` (a `time.perf_counter` value) to a clock, without waiting for the device."""
         self._seconds[f"{name}_s"] += time.perf_counter() - start
 
     def add_step(self, times: "StepTimes") -> None:
-        """Counts a step that a StepClock timed, as training and data."""
+        """Adds the times of a step to `data_s` and `train_s`."""
         self._seconds["data_s"] += times.data_s
         self._seconds["train_s"] += times.step_s - times.data_s
 
     def timings(self) -> Timings:
-        """The current seconds of all clocks."""
+        """Returns the seconds of all clocks so far."""
         return Timings(**self._seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """How long one step took, in seconds. `StepRow` describes the fields."""
+    """Times of one step, in seconds. `StepRow` describes the fields."""
 
     step: int
     step_s: float
@@ -80,8 +80,8 @@ class StepTimes:
 class StepClock:
     """Times steps: `begin`, work, `mark("data")`, work, `mark("forward")`, ..., `end`.
 
-    A mark adds the time since the last mark to a part of the step. A part may occur again (micro-batches). On a GPU, a
-    step's time lies between two device events, which are read while the next step is under way.
+    `mark` adds the time since the previous mark to one part of the step. A part may occur several times in a step, once
+    per micro-batch. On a GPU, a step is timed by two device events, which are read while the next step runs.
     """
 
     def __init__(self, device: torch.device):
@@ -91,7 +91,7 @@ class StepClock:
         self._pending: list[_Step] = []
 
     def begin(self, step: int) -> None:
-        """Starts the step, counted from 1."""
+        """Starts the step with this number, counted from 1."""
         beat("data", step)
         self._current = _Step(
             number=step,
@@ -105,7 +105,7 @@ class StepClock:
         self._last = self._start = time.perf_counter()
 
     def mark(self, part: Part) -> None:
-        """Ends a part."""
+        """Ends a part: adds the time since the previous mark to it."""
         current = self._current
         if self._on_gpu and current.is_synchronised:
             _wait(self._device)
@@ -115,7 +115,7 @@ class StepClock:
         beat(_NEXT.get(part))
 
     def end(self) -> list[StepTimes]:
-        """Ends the step; returns the steps whose times are known now, in order. On a GPU that is the step before this."""
+        """Ends the step. Returns the steps whose times are known now: on a CPU this step, on a GPU the previous one."""
         current = self._current
         self._steps_done += 1
         if not self._on_gpu:
@@ -126,7 +126,7 @@ class StepClock:
         return [step.times() for step in ready]
 
     def flush(self) -> list[StepTimes]:
-        """The steps that `end` has not returned yet. Waits for the device."""
+        """Waits for the device, and returns the times of the steps that `end` has not returned yet."""
         ready, self._pending = self._pending, []
         return [step.times() for step in ready]
 

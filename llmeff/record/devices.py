@@ -1,4 +1,4 @@
-"""The highest rates of devices, from their makers' data sheets. A device that is not listed has none."""
+"""Peak rates of GPUs from the manufacturers' data sheets. The peak of a device that is not listed is unknown."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from llmeff.core.log import logger
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of device. Rates are dense: data sheets give twice as much for 2:4 sparse products."""
+    """Peak rates of one kind of device, for dense products. With 2:4 sparsity, data sheets list twice as much."""
 
     half_flops_per_s: float
-    """Matrix products in float16 or bfloat16, summed in float32."""
+    """FLOP/s of matrix products in float16 or bfloat16 with float32 accumulation."""
     single_flops_per_s: float
-    """Matrix products in float32, without TF32, which torch leaves off unless asked."""
+    """FLOP/s of matrix products in float32 without TF32, which torch does not use by default."""
     memory_bytes_per_s: float
-    """Traffic to and from its memory."""
+    """Memory bandwidth, in bytes per second."""
     has_bfloat16: bool = True
     """Whether its matrix units support bfloat16."""
 
@@ -30,7 +30,7 @@ _A100_40 = Device(  # NVIDIA A100 data sheet
 )
 
 DEVICES = {
-    "NVIDIA B200": Device(  # NVIDIA HGX B200 data sheet, an eighth of it: 4.5 PFLOP/s with sparsity
+    "NVIDIA B200": Device(  # NVIDIA HGX B200 data sheet, one of eight GPUs: 4.5 PFLOP/s with sparsity
         half_flops_per_s=2250e12, single_flops_per_s=75e12, memory_bytes_per_s=8e12
     ),
     "NVIDIA H200": Device(  # NVIDIA H200 data sheet, SXM: 1,979 TFLOP/s with sparsity
@@ -76,18 +76,18 @@ DEVICES = {
         half_flops_per_s=71e12, single_flops_per_s=35.6e12, memory_bytes_per_s=0.936e12
     ),
 }
-"""By the name that CUDA gives the device. A similar name (a MIG slice, a laptop's GPU) is another device."""
+"""Devices by CUDA's name. Names must match exactly: a MIG slice or laptop GPU with a similar name is another device."""
 
 
 def peak_flops_per_s(device_name: str, dtype: str) -> float | None:
-    """The most contraction FLOPs that a device can do in a second.
+    """Returns the peak rate of contractions on a device, in FLOP/s.
 
     Args:
-        device_name: as CUDA gives it; "cpu" names no particular device.
-        dtype: the format of the products ("bfloat16").
+        device_name: CUDA's name of the device. A CPU ("cpu") is not in the table.
+        dtype: format of the operands, such as "bfloat16".
 
     Returns:
-        None if the device is unknown or has no units for the format.
+        None if the device is not in the table or has no units for the format.
     """
     device = DEVICES.get(device_name)
     if device is None or (dtype == "bfloat16" and not device.has_bfloat16):
@@ -96,16 +96,16 @@ def peak_flops_per_s(device_name: str, dtype: str) -> float | None:
 
 
 def mfu(model_flops_per_s: float, device_name: str, dtype: str) -> float | None:
-    """Model FLOPs utilization (Chowdhery et al. 2022, appendix B), with causal attention counted over T(T+1)/2 pairs.
+    """Returns the model FLOPs utilization (Chowdhery et al. 2022, appendix B). Causal attention counts T(T+1)/2 pairs.
 
     Args:
-        model_flops_per_s: the achieved rate, by the price's `model_flops`.
-        device_name: as CUDA gives it.
-        dtype: the format of the products.
+        model_flops_per_s: the achieved rate: the price's `model_flops` per second.
+        device_name: CUDA's name of the device.
+        dtype: format of the operands.
 
     Returns:
-        the part of the device's peak, 0 to 1. None if the peak is unknown, or, with a warning, if it would be exceeded.
-        Nothing can exceed it: a count, a clock or the table is wrong.
+        the fraction of the device's peak, 0 to 1. None if the peak is unknown. Also None, with a warning, if the rate
+        exceeds the peak: then a FLOP count, a clock or the table must be wrong.
     """
     peak = peak_flops_per_s(device_name, dtype)
     if peak is None:
@@ -113,7 +113,7 @@ def mfu(model_flops_per_s: float, device_name: str, dtype: str) -> float | None:
     share = model_flops_per_s / peak
     if share > 1:
         logger.warning(
-            "no MFU is recorded: it would be %.1f %% on %s, since %.4g FLOP/s exceed its peak of %.4g in %s",
+            "no MFU is recorded: it would be %.1f %% on %s, because %.4g FLOP/s exceed its peak of %.4g in %s",
             100 * share, device_name, model_flops_per_s, peak, dtype,
         )  # fmt: skip
         return None

@@ -1,4 +1,4 @@
-"""The environment of a run: versions and hardware, by an allow-list. No environment variables, paths or host names."""
+"""Collects the versions and the hardware of a run. Records no environment variables, paths or host names."""
 
 import hashlib
 import importlib.metadata
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def environment(device: torch.device) -> Environment:
-    """The environment of this process, which computes on `device`."""
+    """Returns the environment of this process, which computes on `device`."""
     package = Path(llmeff.__file__).parent
     commit = _commit(package)
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -31,7 +31,9 @@ def environment(device: torch.device) -> Environment:
         diff_sha256=None if commit is None else _diff_sha256(package),
         python=platform.python_version(),
         packages={name: version for name in _PACKAGES if (version := _version(name)) is not None}
-        | {"torch": str(torch.__version__)},  # with its build, which a package's metadata may leave out
+        | {
+            "torch": str(torch.__version__)
+        },  # with the build, such as "+cpu", which the package's metadata may leave out
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu(),
         instruction_set=instruction_set(),
@@ -53,7 +55,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """The output of git; None if there is no git, or it fails."""
+    """Returns the output of a git command in a folder, or None if git is missing or fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -62,7 +64,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
 
 
 def _commit(package: Path) -> str | None:
-    # A package installed inside someone's checkout, but not tracked by it, has no commit of its own.
+    # llmeff may be installed inside another project's checkout. Its commit does not describe llmeff then.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     head = _git(package, "rev-parse", "HEAD")

@@ -1,17 +1,17 @@
-"""Figures as PNGs, in one style for all pictures of runs and studies."""
+"""Builds matplotlib figures in one common style and renders them as PNG."""
 
 import io
 from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-"""Colours that colour-blind people can tell apart too (Okabe and Ito 2008)."""
+"""Line colours that colour-blind people can tell apart too (Okabe and Ito 2008)."""
 
 
 def new_figure(height: float = 4.5) -> tuple[Any, Any]:
-    """A figure with one pair of axes.
+    """Creates a figure with one set of axes.
 
     Args:
-        height: inches; the width is 8.
+        height: height in inches. The width is 8 inches.
 
     Returns:
         the matplotlib figure and its axes.
@@ -19,24 +19,24 @@ def new_figure(height: float = 4.5) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not pyplot's: the caller's backend and open figures stay untouched.
+    # Without pyplot, so that the caller's backend and open figures stay as they are.
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
 def as_png(figure: Any) -> bytes:
-    """A figure as a PNG file's content."""
+    """Renders a matplotlib figure and returns the bytes of a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
 def dress_axes(axes: Any, x: str, y: str, title: str) -> None:
-    """Adds labels, grid and legend. Nothing in them is read as mathematics.
+    """Adds labels, title, grid and legend. Titles and legend entries are shown literally; "$" does not start a formula.
 
     Args:
-        axes: matplotlib axes that hold everything the legend is to show.
+        axes: matplotlib axes on which all curves have been drawn already, because the legend lists them.
         x: label of the horizontal axis.
         y: label of the vertical axis.
         title: the figure's title.
@@ -52,5 +52,5 @@ def dress_axes(axes: Any, x: str, y: str, title: str) -> None:
 
 
 def legend_name(name: str) -> str:
-    """A name for a legend; matplotlib leaves out names that begin with an underscore."""
+    """Returns a name that appears in a legend: adds a space before an underscore, since matplotlib hides such names."""
     return f" {name}" if name.startswith("_") else name

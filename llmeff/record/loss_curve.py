@@ -1,4 +1,4 @@
-"""The losses of runs over their steps, as numbers and as a picture."""
+"""Loss curves of runs over optimizer steps, as numbers and as a PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from llmeff.record.reader import Run
 
 
 def loss_curve(runs: Sequence[Run], path: Path) -> None:
-    """Draws training loss (raw and smoothed) and held-out loss over steps into a PNG.
+    """Writes a PNG with the training loss (raw and smoothed) and the held-out loss of runs over optimizer steps.
 
     Raises:
-        ConfigError: no run has a step to draw, or the file cannot be written.
+        ConfigError: no run has recorded a step, or the file cannot be written.
     """
     drawn = [run for run in runs if len(run.steps["step"])]
     if not drawn:
-        raise ConfigError(f"{path}: nothing to draw: no step is done")
+        raise ConfigError(f"{path}: nothing to draw, because no run has recorded a step")
     figure, axes = new_figure()
     window = max(1, min(int(np.isfinite(run.steps["loss"]).sum()) for run in drawn) // 50)
     for number, run in enumerate(drawn):
@@ -33,7 +33,7 @@ def loss_curve(runs: Sequence[Run], path: Path) -> None:
 
 
 def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """By split: the steps of its evaluations, and the values of each metric that all of them have, by name."""
+    """Returns, by split, the steps of its evaluations and the values of each metric that all its evaluations have."""
     if not run.evaluations:
         return _loss_curves(run)
     curves = {}
@@ -45,7 +45,7 @@ def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float
 
 
 def _loss_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """For an older run: the mean loss over all items, from its units."""
+    """Computes the mean loss per item at each evaluation from `evals.parquet`, for runs without `evaluations.jsonl`."""
     if run.evals is None:
         return {}
     sums = run.evals.group_by(["split", "step"], use_threads=False).aggregate([("loss_sum", "sum"), ("count", "sum")])
@@ -58,7 +58,7 @@ def _loss_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]
 
 
 def _draw(axes: Any, run: Run, window: int, colour: str, name: str) -> None:
-    """Draws one run: raw losses (thin), their running mean over `window` steps, and its evaluations with the last value."""
+    """Draws one run: raw losses (thin), their mean over `window` steps (thick), and its evaluations (markers)."""
     is_finite = np.isfinite(run.steps["loss"])
     steps, losses = run.steps["step"][is_finite], run.steps["loss"][is_finite]
     if len(losses) < window:
@@ -81,7 +81,7 @@ def _dress(axes: Any, runs: Sequence[Run], window: int) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     if all((run.steps["loss"] > 0).all() for run in runs):
-        # The loss begins several times higher than it ends, and at the end runs differ by hundredths.
+        # A log scale shows both the high loss at the start and differences of hundredths at the end.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

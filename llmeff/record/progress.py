@@ -1,4 +1,4 @@
-"""What a run shows at the terminal: a bar, or plain lines if the output is not a terminal, or nothing."""
+"""Display of a run's progress and summary: a bar in a terminal, plain lines in other outputs, or nothing."""
 
 import shlex
 import time
@@ -20,52 +20,52 @@ _BAR_EVERY_S = 0.25
 _LINES_EVERY_S = 10.0
 _BAR_CELLS = 24
 NONE: Mapping[str, Path] = MappingProxyType({})
-"""No pictures."""
+"""An empty mapping: the run made no pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What a display must know besides the rows."""
+    """Facts about a run that a display needs in addition to the rows."""
 
     total_steps: int
     """The run's last step."""
     item: str
-    """What the loss is a mean over, in the singular (`token`)."""
+    """Name of an item, which the loss is a mean over, in the singular (`token`)."""
     model_flops_per_item: float
-    """FLOPs per item for the MFU: forward and backward, contractions of the model only."""
+    """FLOPs per item for the MFU: contractions of the model in forward and backward, without recomputation."""
     peak_flops_per_s: float | None
-    """The device's peak at this precision; None if unknown, and then no MFU is shown."""
+    """The device's peak FLOP/s at this precision. None if unknown; no MFU is shown then."""
     memory_bytes: Callable[[], int]
-    """Returns the memory in use; called when a line is drawn."""
+    """Returns the memory in use, in bytes. Called each time a line is drawn."""
 
 
 class Display(ABC):
-    """Shows the steps of a run."""
+    """Base of displays, which show the progress and the summary of a run."""
 
     @abstractmethod
     def step(self, row: StepRow) -> None:
-        """Shows a step, unless it showed one just now."""
+        """Shows a step. May skip it to limit how often the display is drawn."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """Shows a separate line: an evaluation, a checkpoint."""
+        """Shows a line of its own, such as the result of an evaluation."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the display."""
+        """Ends the display of steps."""
 
     @abstractmethod
     def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
-        """Shows how the run ended and where to look: its folder, and pictures by what they show."""
+        """Shows the summary: the result, the run's folder, and the paths of pictures by their captions."""
 
 
 def open_display(shown: Shown, *, is_silent: bool, console: Console | None = None) -> Display:
-    """The display that suits the output.
+    """Returns the display for this output: `Silent`, `Bar` in a terminal, otherwise `Lines`.
 
     Args:
-        shown: what the display must know.
-        is_silent: show nothing at all (`--quiet`, `--json`, all ranks but the main one).
-        console: where to show it; standard output if omitted.
+        shown: facts about the run.
+        is_silent: show nothing (for `--quiet`, `--json`, and all ranks except the main one).
+        console: the output. None means standard output.
     """
     if is_silent:
         return Silent()
@@ -90,7 +90,7 @@ class Silent(Display):
 
 
 class _Visible(Display):
-    """Draws only now and then, so that most steps cost no more than a look at the clock."""
+    """Base of displays that draw the first and last step, and others at most every `every_s` seconds to save time."""
 
     every_s: float
 
@@ -120,7 +120,7 @@ class _Visible(Display):
         self._console.print(Text(text))
 
     def close(self) -> None:
-        """Does nothing: nothing is left open."""
+        """Does nothing, because each line is complete when it is printed."""
 
     def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
         self.close()
@@ -139,7 +139,7 @@ class _Visible(Display):
 
 
 class Lines(_Visible):
-    """Prints a plain line now and then, for files and pipes."""
+    """Prints plain lines at intervals, for files and pipes."""
 
     every_s = _LINES_EVERY_S
 
@@ -148,7 +148,7 @@ class Lines(_Visible):
 
 
 class Bar(_Visible):
-    """One line that is drawn over itself. No thread keeps it up to date: that would take time from the steps."""
+    """A progress bar that redraws one line. It has no refresh thread, which would take time from the steps."""
 
     every_s = _BAR_EVERY_S
     _is_drawn = False
@@ -165,18 +165,18 @@ class Bar(_Visible):
         self._is_drawn = True
 
     def note(self, text: str) -> None:
-        """Prints a line in the bar's place; the bar is drawn again below it."""
+        """Replaces the bar by a line of text. The next drawn step puts the bar below that line."""
         self._console.print(Text(text.ljust(self._console.width - 1)))
 
     def close(self) -> None:
-        """Leaves the bar as it was last drawn."""
+        """Ends the bar's line, so that the bar stays as it was last drawn."""
         if self._is_drawn:
             self._console.print()
         self._is_drawn = False
 
 
 def show_summary(console: Console, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
-    """Shows the end of a run: what it was predicted to take and took, what it learned, and where it is."""
+    """Prints the summary of a run: predicted and measured costs, losses and metrics, and the paths of its files."""
     if result.status == "diverged":
         console.print(Text(f"The run diverged after step {result.steps}. {result.diagnosis}", "bold red"))
     table = Table(
@@ -222,7 +222,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         facts.append(("reference", ", ".join(references)))
     if result.items_per_s is not None:
         spread = result.items_per_s
-        speed = f"{show_count(spread.median)} {result.item}s/s (half the steps between "
+        speed = f"{show_count(spread.median)} {result.item}s/s (half of the steps lie between "
         speed += f"{show_count(spread.lower)} and {show_count(spread.upper)})"
         facts.append(("speed", speed + ("" if result.mfu is None else f", MFU {result.mfu:.1%}")))
     timings = {name.removesuffix("_s"): seconds for name, seconds in result.timings.model_dump().items()}
@@ -235,5 +235,5 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _printable(text: str) -> str:
-    """The text without control sequences: a model may make some, and a terminal must not obey them."""
+    """Replaces control characters, because a model may generate sequences that would control the terminal."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)

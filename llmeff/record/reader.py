@@ -1,4 +1,4 @@
-"""Reads run folders, whether finished, unfinished, or cut off in the middle of a line."""
+"""Reads run folders: finished ones, unfinished ones, and those whose last line is incomplete."""
 
 import io
 import json
@@ -20,23 +20,23 @@ from llmeff.record import schema
 from llmeff.record.schema import Environment, Evaluation, Quartiles, Record, Result, StepRow
 
 Columns = dict[str, npt.NDArray[Any]]
-"""One array per field of StepRow; null is NaN."""
+"""One array per field of StepRow. A null value is NaN."""
 
 R = TypeVar("R", bound=Record)
 
 
 class Run:
-    """One run folder. Each file is read once, when it is first asked for."""
+    """One run folder. Each file is read at its first use and then cached."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config that was run, as written.
+        """The run's config, as `config.json` holds it.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: the file cannot be read.
         """
         path = self.folder / schema.CONFIG
         try:
@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def environment(self) -> Environment:
-        """Where it ran last."""
+        """The environment of the run's last process."""
         return read_environment(self.folder)
 
     @cached_property
@@ -62,38 +62,38 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """The rows of `evaluations.jsonl`; empty before the first evaluation, and for an older run."""
+        """The rows of `evaluations.jsonl`. Empty before the first evaluation, and for runs of older versions."""
         path = self.folder / schema.EVALUATIONS
         return read_evaluations(path.read_bytes() if path.exists() else b"", path)
 
     @cached_property
     def evals(self) -> Any:
-        """The rows of `evals.parquet` as a pyarrow.Table; None before the first evaluation."""
+        """The rows of `evals.parquet` as a pyarrow.Table. None before the first evaluation."""
         return read_evals(self.folder)
 
     @cached_property
     def result(self) -> Result | None:
-        """How it ended; None if it has not."""
+        """The content of `result.json`. None if the run has not ended."""
         path = self.folder / schema.RESULT
         return _load(path, Result) if path.exists() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come. If it has ended, its result tells, without reading the rows again."""
+    """Progress of a run: steps, items, loss and speed so far."""
 
     steps: int
     """Optimizer steps done."""
     items: int
     """Items trained on."""
     train_loss: float | None
-    """Nats per item, see `final_loss`; None if unknown."""
+    """Training loss as `final_loss` computes it, in nats per item. None if unknown."""
     items_per_s: float | None
-    """Median items per second, see `throughput`; None if unknown."""
+    """Median items per second after warm-up. None if unknown."""
 
 
 def progress(run: Run) -> Progress:
-    """How far a run has come."""
+    """Returns the progress of a run: from its result if it has ended, otherwise from its rows."""
     result = run.result
     if result is not None:
         return Progress(
@@ -113,7 +113,7 @@ def progress(run: Run) -> Progress:
 
 
 def model_folder(run: Run) -> Path:
-    """The folder with the model of a run that has ended.
+    """Returns the folder with the trained model of a run.
 
     Raises:
         ConfigError: the run has no model.
@@ -124,7 +124,7 @@ def model_folder(run: Run) -> Path:
     state = f"unfinished at step {progress(run).steps}" if run.result is None else run.result.status
     there = ", ".join(sorted(path.name for path in run.folder.iterdir()))
     raise ConfigError(
-        f"{run.folder}: the run is {state} and has no model, which a run writes when it ends; the folder holds {there}"
+        f"{run.folder}: the run is {state} and has no model, which a run writes when it ends. The folder has {there}"
     )
 
 
@@ -132,21 +132,21 @@ def read_run(folder: Path) -> Run:
     """Opens a run folder.
 
     Raises:
-        ConfigError: no run was begun there.
+        ConfigError: the folder does not exist or is not a run folder.
     """
     if (folder / schema.CONFIG).is_file() and (folder / schema.ENVIRONMENT).is_file():
         return Run(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder")
     runs = sorted(file.parent.name for file in folder.glob(f"*/{schema.CONFIG}"))
-    hint = f" There are runs in it: {', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}." if runs else ""
-    raise ConfigError(f"{folder}: is not a run folder: it has no {schema.CONFIG} and {schema.ENVIRONMENT}.{hint}")
+    hint = f" It contains runs: {', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}." if runs else ""
+    raise ConfigError(f"{folder}: is not a run folder, which has {schema.CONFIG} and {schema.ENVIRONMENT}.{hint}")
 
 
 def recorded(folder: Path) -> str:
-    """How much a run has recorded, in words ("12 steps and 3 evaluations"); empty if it recorded nothing.
+    """Describes how much a run has recorded ("12 steps and 3 evaluations"). Empty if it recorded nothing.
 
-    Damaged lines count too: lines are counted, not read.
+    Counts lines without parsing them, so damaged lines count too.
     """
     found = []
     for name, what in ((schema.METRICS, "step"), (schema.EVALUATIONS, "evaluation")):
@@ -160,19 +160,19 @@ def recorded(folder: Path) -> str:
 
 
 def read_environment(folder: Path) -> Environment:
-    """`env.json` of a run folder.
+    """Reads `env.json` of a run folder.
 
     Raises:
-        ConfigError: it cannot be read, or is of another version.
+        ConfigError: the file cannot be read, or has another schema version.
     """
     return _load(folder / schema.ENVIRONMENT, Environment)
 
 
 def read_evals(folder: Path) -> Any:
-    """`evals.parquet` of a run folder as a pyarrow.Table; None if there is none.
+    """Reads `evals.parquet` of a run folder as a pyarrow.Table. Returns None if the file does not exist.
 
     Raises:
-        ConfigError: it cannot be read, or is of another version.
+        ConfigError: the file cannot be read, or has another schema version.
     """
     path = folder / schema.EVALS
     if not path.exists():
@@ -188,17 +188,17 @@ def read_evals(folder: Path) -> Any:
 
 
 def read_evaluations(content: bytes, path: Path) -> list[Evaluation]:
-    """The lines of `evaluations.jsonl`, without an incomplete last line.
+    """Parses the content of `evaluations.jsonl`. Ignores an incomplete last line.
 
     Raises:
-        ConfigError: a line does not parse, or is of another version; the message names the file by `path`.
+        ConfigError: a line does not parse, or has another schema version. The message names the file by `path`.
     """
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, f"{path}: line {number}", Evaluation) for number, line in enumerate(lines, start=1)]
 
 
 def whole_rows(content: bytes) -> list[tuple[int, bytes]]:
-    """(step, line) for each line of `metrics.jsonl` before the first damaged one."""
+    """Returns (step, line) for each line of `metrics.jsonl` up to the first damaged line."""
     rows = []
     for line in io.BytesIO(content):
         try:
@@ -211,10 +211,10 @@ def whole_rows(content: bytes) -> list[tuple[int, bytes]]:
 
 
 def read_steps(content: bytes, path: Path) -> Columns:
-    """The lines of `metrics.jsonl` as columns, without an incomplete last line.
+    """Parses the content of `metrics.jsonl` into columns. Ignores an incomplete last line.
 
     Raises:
-        ConfigError: a line does not parse, or is of another version; the message names the file by `path`.
+        ConfigError: a line does not parse, or has another schema version. The message names the file by `path`.
     """
     whole = content[: content.rfind(b"\n") + 1]
     columns = _read_fast(whole) or _read_slowly(whole, path)
@@ -225,7 +225,7 @@ def read_steps(content: bytes, path: Path) -> Columns:
 
 
 def _read_fast(content: bytes) -> Columns | None:
-    """The columns; None if a line is damaged, "NaN" stands for a number, or there is no line."""
+    """Parses rows with pyarrow. Returns None if there is no row, a row is damaged, or a number is written "NaN"."""
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(content),
@@ -245,8 +245,8 @@ def _read_slowly(content: bytes, path: Path) -> Columns:
             row = json.loads(line)
             rows.append([row[name] for name in _COLUMNS])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: line {number} is not a step's row ({error!r})") from None
-    # NumPy reads "NaN" and "Infinity" as such, and None as NaN.
+            raise ConfigError(f"{path}: line {number} is not a valid row of a step ({error!r})") from None
+    # NumPy converts the strings "NaN" and "Infinity" to floats, and None to NaN.
     return {
         name: np.array([row[n] for row in rows], kind.to_pandas_dtype())
         for n, (name, kind) in enumerate(_COLUMNS.items())
@@ -254,13 +254,13 @@ def _read_slowly(content: bytes, path: Path) -> Columns:
 
 
 def final_loss(steps: Columns) -> float | None:
-    """Mean training loss over the last `LAST_STEPS` steps, or all if there are fewer; None if there are none."""
+    """Returns the mean training loss over the last `LAST_STEPS` steps, or all if there are fewer. None if none."""
     losses = steps["loss"][-schema.LAST_STEPS :]
     return float(losses.mean()) if len(losses) else None
 
 
 def throughput(steps: Columns) -> Quartiles | None:
-    """Items per second over the steps after warm-up; None if there are none."""
+    """Returns the quartiles of items per second over the steps after warm-up. None if there are no such steps."""
     speeds = steps["items_per_s"][~steps["is_warmup"]]
     if not len(speeds):
         return None
@@ -269,7 +269,7 @@ def throughput(steps: Columns) -> Quartiles | None:
 
 
 def _column(annotation: Any) -> Any:
-    """The column type of a field. A number that may be null is a float, and NaN stands for null."""
+    """Returns the Arrow type of a field's column. Nullable numbers become floats, with NaN for null."""
     kinds = get_args(annotation)
     if NoneType in kinds or annotation is float:
         return pa.float64()
@@ -302,4 +302,4 @@ def _parse(content: bytes, where: object, kind: type[R]) -> R:
 
 
 def _other_version(where: object, version: object) -> str:
-    return f"{where}: its schema_version is {version}, this llmeff reads {schema.SCHEMA_VERSION}"
+    return f"{where}: has schema_version {version}, but this version of llmeff reads only {schema.SCHEMA_VERSION}"

@@ -1,4 +1,4 @@
-"""Writes a run folder: rows as they come, the result last. One writer at a time; nobody ever reads a half-written file."""
+"""Writes a run folder: rows during the run, the result at its end. A lock keeps out other writers."""
 
 import contextlib
 import fcntl
@@ -26,10 +26,11 @@ _LOCK = ".lock"
 
 
 class RunWriter:
-    """The only writer of a run folder. Make it with `create` or `resume`, and close it, or use it as a context manager.
+    """Writes one run folder, and locks it against other writers.
 
-    Every method that writes raises ConfigError if the disk is full or the folder is not writable. All rows written before
-    are then whole.
+    Open a writer by `create`, `resume` or `restart`, and close it, or use it as a context manager. Every method that
+    writes raises ConfigError if the disk is full or the folder is not writable. Rows that were written before stay
+    complete.
     """
 
     def __init__(self, folder: Path):
@@ -41,10 +42,10 @@ class RunWriter:
 
     @classmethod
     def create(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
-        """Begins a run in a folder that is absent or empty.
+        """Begins a run in a folder that does not exist or is empty.
 
         Raises:
-            ConfigError: the folder is not empty or not writable, or another process writes there.
+            ConfigError: the folder is not empty, is not writable, or is in use by another process.
         """
         with files.reported(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ class RunWriter:
             with writer._writing(schema.CONFIG):
                 files.sweep_partial(folder)
                 _write_json(folder / schema.ENVIRONMENT, environment)
-                # Last: from now on the folder is a run.
+                # The config is written last, because its file marks the folder as a run.
                 _write_json(folder / schema.CONFIG, config)
             writer._open()
             undo.pop_all()
@@ -62,10 +63,12 @@ class RunWriter:
 
     @classmethod
     def resume(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
-        """Continues an unfinished run with this config. Call `truncate_after` with the checkpoint's step before the first row.
+        """Continues an unfinished run with this config.
+
+        Before the first row, call `truncate_after` with the checkpoint's step.
 
         Raises:
-            ConfigError: no run was begun there, it has ended, or another process writes there.
+            ConfigError: the folder has no run, its run has ended, or another process uses the folder.
         """
         with contextlib.ExitStack() as undo:
             writer = undo.enter_context(cls._unfinished(folder))
@@ -79,12 +82,12 @@ class RunWriter:
 
     @classmethod
     def restart(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
-        """Begins an unfinished run anew. Call `truncate_after` with 0 before the first row.
+        """Starts an unfinished run again from its beginning. Before the first row, call `truncate_after` with 0.
 
-        What it had recorded is moved to `discarded-N` in its folder, with a warning. That folder is a run folder, too.
+        Moves earlier records to `discarded-N` in the run's folder, which is a run folder too, and logs a warning.
 
         Raises:
-            ConfigError: see `resume`.
+            ConfigError: as in `resume`.
         """
         with contextlib.ExitStack() as undo:
             writer = undo.enter_context(cls._unfinished(folder))
@@ -95,36 +98,38 @@ class RunWriter:
                 _write_json(folder / schema.ENVIRONMENT, environment)
                 _write_json(folder / schema.CONFIG, config)
             if aside is not None:
-                logger.warning("%s: begins anew; %s from before are kept in %s", folder, lost or "files", aside)
+                logger.warning(
+                    "%s: starts again from the beginning; its earlier %s are kept in %s", folder, lost or "files", aside
+                )
             undo.pop_all()
         return writer
 
     @classmethod
     def _unfinished(cls, folder: Path) -> "RunWriter":
-        """The writer of a run that was begun and has not ended. So far it has touched nothing."""
+        """Returns the writer of an unfinished run. Apart from the lock, it changes nothing yet."""
         if not (folder / schema.CONFIG).is_file():
-            raise ConfigError(f"{folder}: there is no run to resume; start it without --resume")
+            raise ConfigError(f"{folder}: there is no run to resume. Start a new run without --resume")
         files.refuse_links(folder)
         with contextlib.ExitStack() as undo:
             writer = undo.enter_context(cls(folder))
             if (folder / schema.RESULT).exists():
-                raise ConfigError(f"{folder}: this run has ended; there is nothing to resume")
+                raise ConfigError(f"{folder}: this run has ended, so it cannot be resumed")
             undo.pop_all()
         return writer
 
     def truncate_after(self, step: int) -> None:
-        """Drops everything beyond a checkpoint's step (0: everything), and a half-written last line.
+        """Drops all rows and evaluations after a checkpoint's step (all if the step is 0), and an incomplete last line.
 
-        The steps that follow make what is dropped again, bit for bit. If no checkpoint tells the step, use `restart`.
+        The resumed run writes the dropped rows again, bit for bit. If there is no checkpoint, use `restart`.
 
         Raises:
-            ConfigError: rows up to the step are missing, so the record would have a hole.
+            ConfigError: a row up to the step is missing, so the record would have a gap.
         """
         path = self.folder / schema.METRICS
         content = path.read_bytes() if path.exists() else b""
         kept = [(number, line) for number, line in whole_rows(content) if number <= step]
         if [number for number, _ in kept] != list(range(1, step + 1)):
-            raise ConfigError(f"{path}: the checkpoint is of step {step}, but some rows up to it are missing")
+            raise ConfigError(f"{path}: the checkpoint is from step {step}, but some rows up to that step are missing")
         whole = b"".join(line for _, line in kept)
         if whole != content:
             with self._writing(schema.METRICS):
@@ -142,16 +147,16 @@ class RunWriter:
         content = path.read_bytes() if path.exists() else b""
         self._evaluations = [row for row in read_evaluations(content, path) if row.step <= step]
         if not self._evaluations and self._evals is not None and self._evals.num_rows:
-            self._evaluations = None  # an older llmeff began the run: a file without its first rows would mislead
+            self._evaluations = None  # from an older llmeff: a file without the first rows would mislead
         elif _lines(self._evaluations) != content:
             self._write_evaluations(self._evaluations)
 
     def step(self, row: StepRow) -> None:
-        """Appends one line to `metrics.jsonl`. It survives a killed process and, after `sync`, a dead machine."""
+        """Appends one row to `metrics.jsonl`. It survives a killed process and, after `sync`, a machine crash."""
         assert self._metrics is not None
         line, written = _lines([row]), 0
         try:
-            while written < len(line):  # a disk that fills up takes only a part
+            while written < len(line):  # a write to a nearly full disk may be partial
                 written += self._metrics.write(line[written:])
         except OSError:
             with self._writing(schema.METRICS):
@@ -161,17 +166,17 @@ class RunWriter:
                 raise
 
     def sync(self) -> None:
-        """Flushes the rows to disk. Call it before a checkpoint that relies on them."""
+        """Flushes the rows to disk. Call it before a checkpoint is written: a resume needs the rows up to it."""
         assert self._metrics is not None
         with self._writing(schema.METRICS):
             os.fsync(self._metrics.fileno())
 
     def evaluation(self, rows: Sequence[EvalRow], metrics: Mapping[str, float]) -> None:
-        """Adds an evaluation, in place of an earlier one of the same step and split.
+        """Adds an evaluation. Replaces an earlier evaluation of the same step and split.
 
         Args:
-            rows: its units, for `evals.parquet`.
-            metrics: what they amount to, for `evaluations.jsonl`.
+            rows: one row per unit, for `evals.parquet`. If empty, nothing is written.
+            metrics: metrics over all units, for `evaluations.jsonl`.
         """
         if not rows:
             return
@@ -187,13 +192,13 @@ class RunWriter:
             self._write_evaluations([*others, Evaluation(step=step, split=split, metrics=dict(metrics))])
 
     def finish(self, result: Result) -> None:
-        """Ends the run: writes `result.json`, whole or not at all, once everything else is on disk."""
+        """Ends the run: flushes the rows to disk, then writes `result.json` atomically."""
         self.sync()
         with self._writing(schema.RESULT):
             _write_json(self.folder / schema.RESULT, result)
 
     def close(self) -> None:
-        """Releases the folder for another writer."""
+        """Closes the files and releases the lock of the folder."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -234,7 +239,7 @@ class RunWriter:
 
 
 class NullWriter(RunWriter):
-    """The writer of all ranks but the main one. It writes nothing."""
+    """The writer of all ranks except the main rank. Writes nothing."""
 
     def __init__(self, folder: Path, *_of_the_run: object):
         self.folder = folder
@@ -257,7 +262,7 @@ class NullWriter(RunWriter):
 
 
 def writer_of(*, is_main: bool, resume: bool, anew: bool) -> Callable[[Path, BaseModel, Environment], RunWriter]:
-    """The function that opens a rank's writer, given the run's folder, config and environment."""
+    """Returns the function that opens a rank's writer, given the run's folder, config and environment."""
     if not is_main:
         return NullWriter
     return RunWriter.restart if anew else RunWriter.resume if resume else RunWriter.create
@@ -272,7 +277,7 @@ def _lines(rows: Iterable[Record]) -> bytes:
 
 
 def _with_earlier(now: Environment, before: Environment) -> Environment:
-    """This process's environment, with those before it that differ."""
+    """Returns this process's environment, with the different environments of earlier processes in `earlier`."""
     last, earlier = before.model_copy(update={"earlier": ()}), before.earlier
     return now.model_copy(update={"earlier": earlier if last == now else (*earlier, last)})
 
@@ -285,21 +290,21 @@ def _eval_table(rows: Iterable[EvalRow]) -> Any:
     for row in rows:
         taken = sorted(row.metrics.keys() & set(_FIXED))
         if taken:
-            raise ValueError(f"metrics named like a column of {schema.EVALS}: {', '.join(taken)}")
+            raise ValueError(f"these metrics have the name of a column of {schema.EVALS}: {', '.join(taken)}")
         flat.append({name: getattr(row, name) for name in _FIXED} | row.metrics)
     return pa.Table.from_pylist(flat)
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file is a lock, or was left by a process that was killed before its run began."""
+    """Returns whether a file is a lock, or was left by a process that was killed before its run began."""
     return file.name in (_LOCK, schema.ENVIRONMENT) or file.name.startswith(files.PARTIAL)
 
 
 def check_free(folder: Path) -> None:
-    """Checks early that a run may begin in a folder. Touches nothing.
+    """Checks that a run may begin in a folder. Changes nothing.
 
     Raises:
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or has symbolic links in it.
     """
     with files.reported(folder):
         lying = sorted(file.name for file in folder.iterdir() if not _is_ours(file)) if folder.is_dir() else []
@@ -311,19 +316,19 @@ def check_free(folder: Path) -> None:
 def _not_empty(folder: Path, lying: list[str]) -> str:
     named = ", ".join(lying[:4]) + (f" and {len(lying) - 4} more" if len(lying) > 4 else "")
     if schema.RESULT in lying:
-        advice = "a run that has ended; choose another --out"
+        advice = "it has a run that has ended. Choose another --out"
     elif schema.CONFIG in lying:
-        advice = "an unfinished run; continue it with --resume, or choose another --out"
+        advice = "it has an unfinished run. Continue that run with --resume, or choose another --out"
     else:
-        advice = "not a run; choose another --out"
-    return f"{folder}: is not empty ({named}): {advice}"
+        advice = "it is not a run folder. Choose another --out"
+    return f"{folder}: is not empty ({named}); {advice}"
 
 
 def wait_until_free(folder: Path, timeout_s: float) -> None:
-    """Returns once no process writes in a folder any more, for example after one was killed.
+    """Waits until no process holds the lock of a folder, for example after its process was killed.
 
     Raises:
-        ConfigError: one still does when the time is up.
+        ConfigError: a process still holds the lock after `timeout_s` seconds.
     """
     deadline_s = time.monotonic() + timeout_s
     while (folder / _LOCK).exists():
@@ -337,10 +342,10 @@ def wait_until_free(folder: Path, timeout_s: float) -> None:
 
 
 def lock(folder: Path) -> int:
-    """Takes the folder for this process. The kernel releases it when the process ends, however it ends.
+    """Locks a folder for this process; returns the lock's file descriptor. The kernel unlocks it when the process ends.
 
     Raises:
-        ConfigError: another process has it, or its lock file is a symbolic link.
+        ConfigError: another process holds the lock, or the lock file is a symbolic link.
     """
     path = folder / _LOCK
     with files.reported(path):
@@ -349,10 +354,12 @@ def lock(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ConfigError(f"{folder}: another process is writing here; wait, or choose another --out") from None
-    except OSError as error:  # some network file systems have no locks
+        raise ConfigError(
+            f"{folder}: another process is writing to this folder. Wait until it ends, or choose another --out"
+        ) from None
+    except OSError as error:  # some network file systems do not support locks
         logger.warning(
-            "%s: the folder cannot be locked (%s): do not start a second run in it",
+            "%s: the folder cannot be locked (%s). Do not start a second run in it",
             folder,
             error.strerror,
         )

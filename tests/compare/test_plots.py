@@ -40,7 +40,7 @@ def test_a_loss_that_no_logarithm_takes_is_drawn(make_run, tmp_path, loss):
 
 
 def test_nothing_to_draw_and_nowhere_to_draw(make_run, tmp_path):
-    with pytest.raises(ConfigError, match="no step is done"):
+    with pytest.raises(ConfigError, match="no run has recorded a step"):
         loss_curve([read_run(make_run("empty", steps=0, is_finished=False))], tmp_path / "loss.png")
     with pytest.raises(ConfigError, match="cannot be written"):
         loss_curve([read_run(make_run("run"))], tmp_path / "nowhere" / "loss.png")

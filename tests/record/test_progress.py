@@ -128,7 +128,7 @@ def test_below_it_stands_all_that_is_known_of_the_run(result):
         "training     2.0833 nats per token (mean of the last steps)",
         "validation   loss 2.5000, bits per byte 1.7500, accuracy 0.4000",
         "reference    gzip bits per byte 1.8940",
-        "speed        103.5 tokens/s (half the steps between 103.2 and 103.8), MFU 25.0%",
+        "speed        103.5 tokens/s (half of the steps lie between 103.2 and 103.8), MFU 25.0%",
         "time         startup 1.0 s, train 2.0 s, data 0.0 ms, eval 0.0 ms, checkpoint 0.0 ms, record 0.0 ms",
         "kernels      attention: flex, scan: torch",
         "energy       12.5 kJ",

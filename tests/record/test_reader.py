@@ -11,7 +11,7 @@ from llmeff.record.reader import final_loss, model_folder, progress, read_run, r
 
 def test_a_folder_that_is_no_run_says_so(tmp_path, make_run):
     make_run("first")
-    with pytest.raises(ConfigError, match=r"is not a run folder.*There are runs in it: first"):
+    with pytest.raises(ConfigError, match=r"is not a run folder.*It contains runs: first"):
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         read_run(tmp_path / "nowhere")
@@ -90,7 +90,7 @@ def test_an_empty_file_records_no_evaluation(make_run):
 
 def test_a_model_lies_where_it_was_written_at_the_end(make_run, result):
     folder = make_run("run", is_finished=False)
-    there = r"has no model, which a run writes when it ends; the folder holds \.lock, config\.json, env\.json, eval"
+    there = r"has no model, which a run writes when it ends\. The folder has \.lock, config\.json, env\.json, eval"
     with pytest.raises(ConfigError, match=f"the run is unfinished at step 4 and {there}"):
         model_folder(read_run(folder))
     (folder / "result.json").write_text(result.model_copy(update={"status": "diverged"}).model_dump_json())
@@ -111,10 +111,10 @@ def test_a_config_that_cannot_be_read_is_one_clear_error(make_run, content):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"garbage\n", "line 2 is not a step's row"),
-        (b"\0\0\0\0\n", "line 2 is not a step's row"),
-        (b'{"schema_version":1,"step":2}\n', "line 2 is not a step's row.*loss"),
-        (b"[1]\n", "line 2 is not a step's row"),
+        (b"garbage\n", "line 2 is not a valid row of a step"),
+        (b"\0\0\0\0\n", "line 2 is not a valid row of a step"),
+        (b'{"schema_version":1,"step":2}\n', "line 2 is not a valid row of a step.*loss"),
+        (b"[1]\n", "line 2 is not a valid row of a step"),
     ],
 )
 def test_a_damaged_line_is_named(make_run, line, message):
@@ -132,7 +132,7 @@ def test_a_damaged_line_is_named(make_run, line, message):
         (b"\0\0\0\0\n", "line 2: does not parse"),
         (b"[1]\n", "line 2: does not parse"),
         (b'{"schema_version":1,"step":2,"split":"test"}\n', "line 2: metrics: Field required"),
-        (b'{"schema_version":2}\n', "line 2: its schema_version is 2"),
+        (b'{"schema_version":2}\n', "line 2: has schema_version 2"),
     ],
 )
 def test_a_damaged_evaluation_is_named(make_run, line, message):
@@ -149,7 +149,7 @@ def test_a_file_of_another_version_is_refused(make_run, name):
     data = json.loads((folder / name).read_text()) | {"schema_version": 2}
     (folder / name).write_text(json.dumps(data) + "\n")
     run = read_run(folder)
-    with pytest.raises(ConfigError, match=f"{name}: its schema_version is 2, this llmeff reads 1"):
+    with pytest.raises(ConfigError, match=f"{name}: has schema_version 2, but this version of llmeff reads only 1"):
         _ = run.steps, run.environment, run.result
 
 

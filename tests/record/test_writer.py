@@ -218,8 +218,8 @@ def test_a_run_that_moves_keeps_every_environment(make_run, environment):
 @pytest.mark.parametrize(
     ("lying", "message"),
     [
-        (["thesis.tex"], r"not empty \(thesis.tex\): not a run; choose another --out"),
-        (["config.json", "env.json"], "unfinished run; continue it with --resume"),
+        (["thesis.tex"], r"not empty \(thesis.tex\); it is not a run folder\. Choose another --out"),
+        (["config.json", "env.json"], r"unfinished run\. Continue that run with --resume"),
         (["config.json", "result.json"], "a run that has ended"),
         (list("abcdef"), r"\(a, b, c, d and 2 more\)"),
     ],
@@ -242,7 +242,7 @@ def test_a_run_killed_before_it_began_may_begin(tmp_path, environment):
 
 
 def test_there_must_be_something_to_resume(make_run, tmp_path, environment):
-    with pytest.raises(ConfigError, match="no run to resume; start it without --resume"):
+    with pytest.raises(ConfigError, match=r"no run to resume\. Start a new run without --resume"):
         RunWriter.resume(tmp_path / "nowhere", SeedOnly(), environment)
     with pytest.raises(ConfigError, match="has ended"):
         RunWriter.resume(make_run("run"), SeedOnly(), environment)
@@ -256,7 +256,10 @@ def test_a_run_begun_anew_keeps_what_it_had_recorded_as_a_run_of_its_own(make_ru
     with RunWriter.restart(folder, SeedOnly(seed=8), elsewhere) as writer:
         writer.truncate_after(0)
         writer.step(step_row(1))
-    assert f"{folder}: begins anew; 4 steps and 2 evaluations from before are kept in {aside}" in caplog.text
+    assert (
+        f"{folder}: starts again from the beginning; its earlier 4 steps and 2 evaluations are kept in {aside}"
+        in caplog.text
+    )
     now, kept = read_run(folder), read_run(aside)
     assert (now.config, now.environment, now.steps["step"].tolist()) == ({"seed": 8}, elsewhere, [1])
     assert (now.evaluations, now.evals) == ([], None)

@@ -103,7 +103,7 @@ def test_what_was_recorded_is_set_aside_each_time_and_is_a_run_of_its_own(make_r
             writer.step(step_row(1))
         aside = folder / f"discarded-{number}"
         assert (
-            f"begins anew; {('1 step', '4 steps and 2 evaluations')[number == 1]} from before are kept in {aside}"
+            f"starts again from the beginning; its earlier {('1 step', '4 steps and 2 evaluations')[number == 1]} are kept in {aside}"
             in caplog.text
         )
         assert read_run(folder).steps["step"].tolist() == [1]
