@@ -50,8 +50,8 @@ def test_a_function_too_complex_fails_by_its_own_limit(monkeypatch, capsys):
     )
     assert structure.main() == 1
     assert capsys.readouterr().err.splitlines() == [
-        "error: llmeff/lab/arms.py:1 _summarize: complexity 11, at most 10",
-        "error: llmeff/core/log.py:2 say: complexity 17, at most 16",
+        "error: llmeff/lab/arms.py:1 _summarize: complexity is 11, but at most 10 is allowed",
+        "error: llmeff/core/log.py:2 say: complexity is 17, but at most 16 is allowed",
     ]
     monkeypatch.setattr(structure, "complexities", lambda: iter(found[1:3]))
     assert structure.main() == 0

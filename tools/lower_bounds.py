@@ -1,4 +1,4 @@
-"""Prints the lowest versions that pyproject.toml allows, as constraints for pip: one `name==version` a line."""
+"""Prints the lowest versions that pyproject.toml allows as pip constraints, one `name==version` per line."""
 
 import re
 import sys
@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def lower_bounds(project: dict[str, Any]) -> Iterator[str]:
-    """One constraint for each requirement of a `[project]` table and of its extras.
+    """Yields a constraint `name==version` for each requirement of a `[project]` table, including its extras.
 
     Raises:
-        ValueError: a requirement has no lower bound, so nobody could say what its oldest version is.
+        ValueError: a requirement has no lower bound.
     """
     requirements = [
         *project["dependencies"],
@@ -23,11 +23,13 @@ def lower_bounds(project: dict[str, Any]) -> Iterator[str]:
     for requirement in requirements:
         name = re.match(r"[\w.-]+", requirement)
         assert name is not None
-        if name[0] == project["name"]:  # extras of its own, which are listed too
+        if name[0] == project["name"]:  # refers to the project's own extras, which are listed themselves
             continue
         lowest = re.search(r">=\s*([\w.]+)", requirement)
         if lowest is None:
-            raise ValueError(f"pyproject.toml requires {requirement!r}: give it a lower bound, as in '{name[0]}>=1.0'")
+            raise ValueError(
+                f"pyproject.toml requires {requirement!r} without a lower bound. Add one, as in '{name[0]}>=1.0'"
+            )
         yield f"{name[0]}=={lowest[1]}"
 
 

@@ -1,6 +1,6 @@
-"""Holds the package's structure to its limits: imports between rooms, cycles of modules, complexity of functions.
+"""Checks limits of the package's structure: imports between rooms, import cycles, and complexity of functions.
 
-Prints what it counted; exits with 1 if a limit is passed. A room is a package directly below `llmeff`.
+Prints the counts, and exits with 1 if a limit is exceeded. A room is a package directly below `llmeff`.
 """
 
 import sys
@@ -16,29 +16,31 @@ from scipy.sparse.csgraph import connected_components
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "llmeff"
 MOST_IMPORTS = 55
-"""Pairs of rooms, of which one imports the other."""
+"""Largest allowed number of pairs of rooms (A, B) where A imports B."""
 MOST_ROOMS = 17
+"""Largest allowed number of rooms."""
 MOST_COMPLEX = 16
-"""Of any function, by radon: paths through it."""
+"""Largest allowed cyclomatic complexity (by radon) of any function."""
 PLAIN = 10
-"""Of those below, which people read first."""
+"""Largest allowed complexity of the functions in `PLAIN_FUNCTIONS`."""
 PLAIN_FUNCTIONS = {
     "compare": {"effects", "_shown", "judge", "tuning_of", "_effects", "group_of", "row", "entry_of"},
     "config": {"_problems"},
     "lab": {"_summarize"},
     "attention": {"mix"},
 }
+"""Functions that must stay simple because people read them first, by room."""
 
 
 def room_of(module: str) -> str | None:
-    """The room that a module lies in; None of the package itself, and of modules beside the rooms."""
+    """Returns the room of a module. None for the package itself, and for modules that are not in a room."""
     parts = module.split(".")
     folder = ROOT / PACKAGE / (parts[1] if len(parts) > 1 else "")
     return parts[1] if len(parts) > 1 and folder.is_dir() else None
 
 
 def room_imports(graph: grimp.ImportGraph) -> set[tuple[str, str]]:
-    """Pairs of rooms, of which the first imports the second."""
+    """Returns the pairs of rooms (A, B) where a module of A imports a module of B."""
     found = set()
     for module in graph.modules:
         for imported in graph.find_modules_directly_imported_by(module):
@@ -49,7 +51,7 @@ def room_imports(graph: grimp.ImportGraph) -> set[tuple[str, str]]:
 
 
 def cycles(graph: grimp.ImportGraph) -> list[list[str]]:
-    """Groups of modules that import one another, directly or through others."""
+    """Returns the import cycles: groups of modules that import one another, directly or through other modules."""
     modules = sorted(graph.modules)
     imports = lil_array((len(modules), len(modules)), dtype=bool)
     for number, module in enumerate(modules):
@@ -62,7 +64,7 @@ def cycles(graph: grimp.ImportGraph) -> list[list[str]]:
 
 
 def complexities() -> Iterator[tuple[str, str, int]]:
-    """Of every function and method: its room, its place and name, and its complexity."""
+    """Yields (room, "path:line name", complexity) for every function and method."""
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         room = path.relative_to(ROOT / PACKAGE).parts[0]
         blocks = cc_visit(path.read_text(encoding="utf-8"))
@@ -71,21 +73,21 @@ def complexities() -> Iterator[tuple[str, str, int]]:
 
 
 def main() -> int:
-    """Counts everything, and says what passes its limit."""
+    """Prints the counts and the exceeded limits. Returns the exit code: 1 if a limit is exceeded, otherwise 0."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     pairs, circles = room_imports(graph), cycles(graph)
     rooms = {room_of(module) for module in graph.modules} - {None}
-    problems = [f"modules import one another: {', '.join(group)}" for group in circles]
+    problems = [f"import cycle of these modules: {', '.join(group)}" for group in circles]
     if len(pairs) > MOST_IMPORTS:
-        problems.append(f"{len(pairs)} imports between rooms, at most {MOST_IMPORTS}")
+        problems.append(f"{len(pairs)} imports between rooms, but at most {MOST_IMPORTS} are allowed")
     if len(rooms) > MOST_ROOMS:
-        problems.append(f"{len(rooms)} rooms, at most {MOST_ROOMS}")
+        problems.append(f"{len(rooms)} rooms, but at most {MOST_ROOMS} are allowed")
     for room, name, complexity in complexities():
         is_plain = name.rpartition(" ")[2] in PLAIN_FUNCTIONS.get(room, ())
         most = PLAIN if is_plain else MOST_COMPLEX
         if complexity > most:
-            problems.append(f"{name}: complexity {complexity}, at most {most}")
-    sys.stdout.write(f"{len(pairs)} imports between {len(rooms)} rooms; {len(circles)} cycles of modules\n")
+            problems.append(f"{name}: complexity is {complexity}, but at most {most} is allowed")
+    sys.stdout.write(f"{len(pairs)} imports between {len(rooms)} rooms; {len(circles)} import cycles\n")
     sys.stderr.writelines(f"error: {problem}\n" for problem in problems)
     return 1 if problems else 0
 

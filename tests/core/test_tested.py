@@ -98,7 +98,7 @@ def test_every_requirement_has_one_lower_bound():
     extras = [row for rows in PROJECT["optional-dependencies"].values() for row in rows]
     others = [row for row in extras if not row.startswith("llmeff[")]
     assert len(bounds) == len(PROJECT["dependencies"]) + len(others)
-    with pytest.raises(ValueError, match=r"requires 'numpy': give it a lower bound"):
+    with pytest.raises(ValueError, match=r"requires 'numpy' without a lower bound\. Add one, as in 'numpy>=1\.0'"):
         list(lower_bounds({"name": "llmeff", "dependencies": ["numpy"], "optional-dependencies": {}}))
     given = {"name": "llmeff", "dependencies": ["a-b.c[d] >= 1.2, <2"], "optional-dependencies": {"x": ["llmeff[y]"]}}
     assert list(lower_bounds(given)) == ["a-b.c==1.2"]
