@@ -1,14 +1,16 @@
-"""What llmeff does, before and after a change of its code that is to leave all of it as it is.
+"""Records the behaviour of llmeff before and after a change of its code, and shows whether it is the same.
 
-    python analysis/behaviour.py record TREE OUT.json         # runs the commands below out of a checkout
+    python analysis/behaviour.py record TREE OUT.json         # runs the commands below from the checkout TREE
     python analysis/behaviour.py compare BEFORE.json AFTER.json [--renamed OLD=NEW]
 
-`record` uses nothing of llmeff but its command line, and the files that runs write. It works in a folder of its own, on a
-CPU, and needs no network. What a command comes to is data (exit code, numbers, weights, pixels) or text (what it prints,
-messages in files, pictures with words in them). Times, speeds, resident memory, energy and the environment are left out.
+`record` uses only the command line of llmeff and the files that runs write. It works in a temporary folder, on a CPU,
+and needs no network. The record of a command consists of data (exit code, numbers, weights, pixels) and texts (printed
+output, messages in files, pictures with words). Times, speeds, memory readings, energy and the environment are left
+out.
 
-`compare` fails where data differ. Texts that differ are shown, briefly or with `--texts` whole, and are no failure.
-Both records are to be made on one machine, with the same packages and the same edition of this script.
+`compare` exits with 1 if data differ. It also shows texts that differ, shortened unless `--texts` is given, but
+different texts are not a failure. Make both records on one machine, with the same packages and the same version of this
+script.
 """
 
 import argparse
@@ -43,56 +45,56 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 LEDGERS = Path(__file__).resolve().parent / "results"
-"""Studies that are compared again, beside what is trained here."""
+"""Folder of committed ledgers, some of which are compared again, in addition to the runs trained here."""
 TIMEOUT_S = 3600
-"""Of one command, on a machine that has much else to do."""
+"""Time limit of one command, in seconds, with room for a busy machine."""
 FEW = 12
-"""Differences of a command that are shown unless all are asked for."""
+"""Number of differences per command that are shown without `--texts`."""
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "numpy", "pyarrow", "pydantic", "rich")
-"""On whose versions results and texts depend."""
+"""Packages whose versions may change results and texts; the record names these versions."""
 
 
-# -- what is run
+# -- the commands
 
 Stdout = Literal["text", "json", "csv", "table", "timed"]
-"""What a command prints: text, or data. table: Markdown, of which the numbers are data. timed: text full of times."""
+"""Format of a command's output. table: Markdown whose numbers are data. timed: text whose numbers are ignored."""
 TRAIN = ("train", "--config=run.toml")
 RANKS = ("parallel.ranks=2", "train.micro_batch=2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command, in the working folder."""
+    """One command, run in the working folder."""
 
     name: str
-    """Tells it apart."""
+    """Unique name of the command."""
     arguments: tuple[str, ...]
-    """Of llmeff, or of accelerate where that starts it."""
+    """Arguments of llmeff, or of `accelerate launch` if `launched`."""
     out: tuple[str, ...] = ()
-    """Files and folders that it writes."""
+    """Files and folders that the command writes."""
     stdout: Stdout = "text"
-    """What it prints."""
+    """Format of its standard output."""
     prepare: Callable[[Path], None] | None = None
-    """Makes what it needs, in the working folder."""
+    """Function that prepares the working folder before the command runs. None if nothing is needed."""
     needs: tuple[str, ...] = ()
-    """Packages without which it is skipped."""
+    """Packages that the command needs. It is skipped if one is missing."""
     launched: bool = False
-    """Whether accelerate starts it."""
+    """Whether `accelerate launch` starts the command."""
     sorts: bool = False
-    """Whether what it says meanwhile, on standard error, has no order of its own."""
+    """Whether to sort the lines of standard error, because their order is random."""
 
 
 def training(
     name: str, *settings: str, begin: Sequence[str] = TRAIN, more: Sequence[str] = (), is_new: bool = True, **rest: Any
 ) -> Command:
-    """A run in the folder of its name, that of `run.toml` but for some settings."""
+    """Builds a command that trains the run of `run.toml` with changed settings, in a folder with its own name."""
     named = (f"name={name}",) if is_new else ()
     line = (*begin, *(f"--set={setting}" for setting in (*named, *settings)), f"--out={name}", *more)
     return Command(name=name, arguments=line, out=(name,), **rest)
 
 
 def cut_off(name: str, source: str, *, has_checkpoint: bool = True) -> Callable[[Path], None]:
-    """Makes a run of another one's folder that looks as if it was stopped, with a checkpoint or without."""
+    """Returns a function that copies a finished run and makes the copy a stopped run, with or without a checkpoint."""
 
     def make(folder: Path) -> None:
         own = folder / name
@@ -109,7 +111,7 @@ def cut_off(name: str, source: str, *, has_checkpoint: bool = True) -> Callable[
 
 
 def runs_of_text() -> list[Command]:
-    """Language models in one process: mixers, optimizers, formats, data."""
+    """Returns runs of language models in one process: mixers, optimizers, number formats, data."""
     every_mixer = (
         "near+mla+linear+performer+retention+gla+deltanet+gated-deltanet+kda+mamba2+softmax",
         "model.num_layers=11", "model.mixers.near=sliding", "model.mixers.near.window=8", "model.mixers.near.sinks=2",
@@ -149,7 +151,7 @@ def runs_of_text() -> list[Command]:
 
 
 def runs_of_ranks() -> list[Command]:
-    """Several processes."""
+    """Returns runs in several processes."""
     zero = ("parallel=deepspeed", *RANKS)
     launch = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
     return [
@@ -163,7 +165,7 @@ def runs_of_ranks() -> list[Command]:
 
 
 def runs_again() -> list[Command]:
-    """What goes on, or begins anew, where a run was stopped."""
+    """Returns commands that resume stopped runs, or restart them from scratch."""
 
     def again(name: str, source: str, *settings: str, flag: str = "--resume", **rest: Any) -> Command:
         stopped = cut_off(name, source, **rest)
@@ -181,7 +183,7 @@ def runs_again() -> list[Command]:
 
 
 def runs_of_images() -> list[Command]:
-    """Segmentation, and what its models make of pictures."""
+    """Returns segmentation runs, and commands that segment pictures with their models."""
     begin = ("train", "--config=images.toml")
     return [
         training("segnet", begin=begin),
@@ -203,7 +205,7 @@ def runs_of_images() -> list[Command]:
 
 
 def studies() -> list[Command]:
-    """Sweeps, comparisons, prices, longer windows."""
+    """Returns sweeps, comparisons, evaluations in longer windows, and a race of mixers."""
     sweep = ("sweep", "--config=study.toml", "--out=study", "--cores=2")
     runs = ("plain", "sgd", "adamw-8bit", "accumulation", "diverged")
     others = ("plain", "muon", "lion", "bf16", "--baseline=plain", "--mixed")
@@ -240,7 +242,7 @@ def studies() -> list[Command]:
 
 
 def prices() -> list[Command]:
-    """What is said before anything is trained."""
+    """Returns commands that train nothing: help, configs, plans."""
     large = ("--recipe=default", "--set=model=llama-10m", "--set=train.micro_batch=1")
     zero = (
         "--set=parallel=deepspeed",
@@ -265,7 +267,7 @@ def prices() -> list[Command]:
 
 
 def errors() -> list[Command]:
-    """What is wrong, and said in one error."""
+    """Returns commands with wrong input, each of which ends with one error."""
 
     def wrong(name: str, *arguments: str) -> Command:
         return Command(name=f"wrong-{name}", arguments=arguments)
@@ -291,13 +293,13 @@ def errors() -> list[Command]:
 
 
 def commands() -> list[Command]:
-    """All, in an order in which each finds what it needs."""
+    """Returns all commands, ordered so that each finds the runs that it reads."""
     return [
         *runs_of_text(), *runs_of_ranks(), *runs_again(), *runs_of_images(), *studies(), *prices(), *errors(),
     ]  # fmt: skip
 
 
-# -- what they are run on
+# -- the data that they run on
 
 RUN = """
 name = "small"
@@ -363,11 +365,11 @@ search."optim.lr" = [3e-3, 1e-2]
 """
 NUM_DOCUMENTS = 24
 SPLITS = {"train": 8, "validation": 3, "test": 2}
-"""Pictures of each."""
+"""Number of pictures in each split."""
 
 
 def documents() -> list[str]:
-    """Texts of words that nobody knows, the same on every machine."""
+    """Returns texts of invented words, the same on every machine."""
     draw = random.Random(0)
     words = [
         "".join(draw.choice("aeiou" if n % 2 else "bdfklmnrst") for n in range(draw.randint(2, 7))) for _ in range(150)
@@ -377,7 +379,7 @@ def documents() -> list[str]:
 
 
 def picture(draw: random.Random, height: int, width: int) -> tuple[Image.Image, Image.Image]:
-    """A disc and a box on noise, and which pixel is what; a corner is nobody's."""
+    """Draws a disc and a box on noise. Returns the picture and its mask, in which one corner is unlabelled."""
     colours, labels = Image.new("RGB", (width, height)), Image.new("L", (width, height))
     row, column, radius = draw.randrange(height), draw.randrange(width), draw.randint(4, 9)
     top, left = draw.randrange(height - 6), draw.randrange(width - 8)
@@ -392,7 +394,7 @@ def picture(draw: random.Random, height: int, width: int) -> tuple[Image.Image, 
 
 
 def fill(folder: Path) -> None:
-    """Text, pictures, configs and studies."""
+    """Writes texts, pictures, configs and ledgers into the working folder."""
     for name, content in (("run", RUN), ("images", IMAGES), ("study", STUDY)):
         (folder / f"{name}.toml").write_text(content, encoding="utf-8")
     (folder / "text").mkdir()
@@ -413,23 +415,23 @@ def fill(folder: Path) -> None:
         shutil.copy(LEDGERS / f"{name}.parquet", folder)
 
 
-# -- what is left out, and what is text
+# -- what is left out of records, and what counts as text
 
 LEFT_OUT = "<left out>"
 TEMPORARY = "tmp"
-"""The folder of temporary files in the working folder."""
+"""Name of the folder for temporary files in the working folder."""
 TIMED = {"timings", "mfu", "energy_j", "seconds", "exponent", "overtakes"}
-"""Keys of times, and of what follows from them, beside those that end in `_s`."""
+"""Keys of times and of values computed from times, in addition to keys that end in `_s`."""
 SETTINGS = {"timeout_s"}
-"""Keys that end in `_s` and are settings."""
+"""Keys that end in `_s` but are settings."""
 PLACES = {"environment", "commit", "diff_sha256", "usable_bytes"}
-"""Keys of where it ran, and of the memory that was free there."""
+"""Keys that describe the machine and its free memory."""
 MESSAGES = {"diagnosis", "caveat", "footnote", "notes", "scored", "failure"}
-"""Keys of what is said to people."""
+"""Keys of messages for people. Their values count as text."""
 
 
 class Cleaner:
-    """Takes out of data and texts what is another each time.
+    """Removes from data and texts what differs between runs of the same code.
 
     Args:
         folder: the working folder.
@@ -444,10 +446,10 @@ class Cleaner:
             sys.prefix: "<environment>",
         }
         self.messages: list[str] = []
-        """What was said to people in data that were cleaned."""
+        """Messages that were found in the cleaned data."""
 
     def data(self, value: Any, key: str = "") -> Any:
-        """A value of JSON; messages are taken out of it."""
+        """Cleans a JSON value. Moves messages in it to `messages`."""
         if isinstance(value, list):
             return [self.data(own, key) for own in value]
         if key in MESSAGES and value is not None:
@@ -460,13 +462,13 @@ class Cleaner:
         return self.paths(value) if isinstance(value, str) else value
 
     def paths(self, text: str) -> str:
-        """A text in which folders have names that stay."""
+        """Replaces the paths of folders by fixed names."""
         for path, name in sorted(self._paths.items(), key=lambda pair: -len(pair[0])):
             text = text.replace(path, name)
         return re.sub(rf"<work>/{TEMPORARY}/[\w.-]+", "<temporary>", text)
 
     def text(self, text: str) -> str:
-        """A text without paths, times, dates, speeds, memory readings, and with one space or line for many."""
+        """Replaces paths, times, dates, speeds and memory readings in a text, and shortens repeated characters."""
         text = "\n".join(unmeasured(self.paths(text).splitlines()))
         for pattern, name in PATTERNS:
             text = pattern.sub(name, text)
@@ -474,11 +476,11 @@ class Cleaner:
 
 
 def is_left_out(key: str, value: Any) -> bool:
-    """Whether a value is another each time; what is not there stays."""
+    """Returns whether to leave out a value because it differs from run to run. A null value is kept."""
     if value is None or key in SETTINGS:
         return False
     is_machine = key == "device" and value not in ("cpu", "auto", "cuda")
-    is_race = key == "ratio" and isinstance(value, Mapping)  # of times, in what mixers are timed by
+    is_race = key == "ratio" and isinstance(value, Mapping)  # a ratio of times, in races of mixers
     return key.endswith("_s") or key in TIMED or key in PLACES or is_machine or is_race
 
 
@@ -504,9 +506,9 @@ BARS = re.compile(r"[|│┃]")
 
 
 def unmeasured(lines: Sequence[str]) -> Iterator[str]:
-    """Lines without what was measured of time and memory: in lines of progress, and in tables.
+    """Yields lines without measured times and memory, which occur in progress lines and in tables.
 
-    Of the lines of progress the first and the last stay: those between come by the clock.
+    Keeps only the first and the last progress line, because the clock decides when the others are printed.
     """
     has_begun, timed = False, set[int]()
     for line in lines:
@@ -533,16 +535,16 @@ def unmeasured(lines: Sequence[str]) -> Iterator[str]:
             yield line
 
 
-# -- what lies in files
+# -- the content of files
 
 
 def sha256(content: bytes) -> str:
-    """In hexadecimal."""
+    """Returns the SHA-256 of some bytes in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def tensors(content: bytes) -> dict[str, Any]:
-    """What a file of safetensors holds: all names, and a sum over formats, shapes and bytes."""
+    """Summarizes a safetensors file: all names, and one hash over number formats, shapes and bytes."""
     (size,) = struct.unpack("<Q", content[:8])
     entries, start = json.loads(content[8 : 8 + size]), 8 + size
     entries.pop("__metadata__", None)
@@ -554,14 +556,14 @@ def tensors(content: bytes) -> dict[str, Any]:
 
 
 def pixels(content: bytes) -> str:
-    """A sum over what is seen."""
+    """Returns the mode, the size and a hash of an image's pixels."""
     with Image.open(io.BytesIO(content)) as image:
         shown = image.convert("RGBA") if image.mode != "P" else image
         return f"{image.mode} {image.size} {sha256(shown.tobytes() + bytes(image.getpalette() or ()))}"
 
 
 def columns(path: Path) -> dict[str, Any]:
-    """A table by its columns, in which JSON is read too, and what it says of itself."""
+    """Reads a Parquet file: its metadata, column types, and columns. JSON in strings is parsed."""
     table = pq.read_table(path)
     about = {key.decode(): parsed(value.decode()) for key, value in (table.schema.metadata or {}).items()}
     return {
@@ -572,7 +574,7 @@ def columns(path: Path) -> dict[str, Any]:
 
 
 def parsed(value: Any) -> Any:
-    """What a text of JSON holds, or else the value."""
+    """Parses a string that holds a JSON object or list. Returns any other value as it is."""
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return json.loads(value)
@@ -582,7 +584,7 @@ def parsed(value: Any) -> Any:
 
 
 def seen(page: str) -> str:
-    """What a page of HTML shows: its words, a line for each element, and its pictures by their pixels."""
+    """Returns the visible content of an HTML page: its words, one line per element, and a hash of each picture."""
     drawn = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     words = re.sub(r"</t[dh]>", " | ", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL))
     lines = (html.unescape(line).strip() for line in re.sub(r"<[^>]+>", "\n", words).splitlines())
@@ -590,13 +592,13 @@ def seen(page: str) -> str:
 
 
 LARGE = 100_000
-"""Bytes of JSON from which on only a sum over it is kept: tokenizers' tables."""
+"""JSON files of at least this many bytes are recorded as a hash only. These are the tables of tokenizers."""
 WORDLESS = (".mask.png", ".overlay.png")
-"""Ends of the names of pictures that are data."""
+"""Endings of the names of pictures without words, which count as data."""
 
 
 def data_in(path: Path, cleaner: Cleaner) -> Any:
-    """What of a file is data; None where it is text."""
+    """Returns the data of a file. None if the file counts as text."""
     content = path.read_bytes()
     match path.suffix:
         case ".jsonl":
@@ -617,7 +619,7 @@ def data_in(path: Path, cleaner: Cleaner) -> Any:
 
 
 def text_in(path: Path, cleaner: Cleaner) -> str:
-    """What of a file is text; of a picture with words in it, a sum over its pixels."""
+    """Returns the text of a file, or a hash of the pixels for a picture with words. Empty if the file is data."""
     match path.suffix:
         case ".png" if not path.name.endswith(WORDLESS):
             return pixels(path.read_bytes())
@@ -629,14 +631,17 @@ def text_in(path: Path, cleaner: Cleaner) -> str:
 
 
 def without_state(value: Any) -> Any:
-    """JSON without the sum over a checkpoint's state, in which there are times; the state itself is read."""
+    """Drops the hash of a checkpoint's `state.json`, because that file has times. The file itself is recorded."""
     if isinstance(value, dict) and isinstance(value.get("sha256"), dict):
         return value | {"sha256": {name: own for name, own in value["sha256"].items() if name != "state.json"}}
     return value
 
 
 def found_in(place: Path, cleaner: Cleaner) -> tuple[dict[str, Any], dict[str, str]]:
-    """The data and the texts of all files below, by name. What a launcher says once a run is over comes by chance."""
+    """Returns the data and the texts of all files in a folder, by name.
+
+    Skips `engine.log`: the messages of a launcher after the end of a run vary at random.
+    """
     data, texts = {}, {}
     paths = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     for path in paths:
@@ -650,7 +655,7 @@ def found_in(place: Path, cleaner: Cleaner) -> tuple[dict[str, Any], dict[str, s
 
 
 def printed(stdout: str, kind: Stdout, cleaner: Cleaner) -> tuple[Any, str]:
-    """The data and the text of what a command printed."""
+    """Splits the standard output of a command into data and text."""
     if kind == "text" or not stdout.strip():
         return None, cleaner.text(stdout)
     if kind == "timed":
@@ -665,11 +670,11 @@ def printed(stdout: str, kind: Stdout, cleaner: Cleaner) -> tuple[Any, str]:
     return [re.findall(r"-?" + NUMBER + r"(?:e-?\d+)?", row) for row in rows], text
 
 
-# -- to record
+# -- record
 
 
 def environment(tree: Path, folder: Path) -> dict[str, str]:
-    """Of every command: no launcher's word, no settings of ours, and the checkout first on Python's path."""
+    """Returns the environment of commands: no variables of launchers or llmeff, and the checkout on Python's path."""
     ours = ("PYTHON", "LLMEFF", "ACCELERATE", "FSDP", "TORCHELASTIC", "MASTER_", "SLURM", "DS_")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours) and name not in ranks}
@@ -681,7 +686,7 @@ def environment(tree: Path, folder: Path) -> dict[str, str]:
 
 
 def line_of(command: Command, tree: Path) -> list[str]:
-    """What is started."""
+    """Returns the command line as a list of words."""
     if not command.launched:
         return [sys.executable, "-P", "-m", "llmeff.cli", *command.arguments]
     with socket.socket() as probe:
@@ -693,7 +698,7 @@ def line_of(command: Command, tree: Path) -> list[str]:
 
 
 def result_of(command: Command, tree: Path, folder: Path) -> dict[str, Any]:
-    """What a command does."""
+    """Runs a command and returns its data and its texts."""
     missing = [name for name in command.needs if importlib.util.find_spec(name) is None]
     if missing:
         return {"data": {"skipped": f"needs {', '.join(missing)}"}, "texts": {}}
@@ -718,21 +723,21 @@ def result_of(command: Command, tree: Path, folder: Path) -> dict[str, Any]:
 
 
 def check(tree: Path, folder: Path) -> None:
-    """Ends the script where Python would import llmeff from somewhere else."""
+    """Ends the script if Python would import llmeff from outside the checkout."""
     line = [sys.executable, "-P", "-c", "import llmeff; print(llmeff.__file__)"]
     done = subprocess.run(line, cwd=folder, env=environment(tree, folder), capture_output=True, text=True, check=False)
     if not Path(done.stdout.strip()).is_relative_to(tree):
-        sys.exit(f"{tree}: llmeff is imported from {done.stdout.strip() or 'nowhere'}{done.stderr}")
+        sys.exit(f"{tree}: llmeff is imported from another place, {done.stdout.strip() or 'nowhere'}{done.stderr}")
 
 
 def commit_of(tree: Path) -> str:
-    """What is checked out, as far as git knows."""
+    """Returns the commit of a checkout as git describes it. Empty if git does not know it."""
     line = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def record(tree: Path, out: Path, only: Sequence[str]) -> None:
-    """Runs all commands out of a checkout, or those that are named, and writes what they did."""
+    """Runs the commands from a checkout, all or only those in `only`, and writes the record."""
     began_s, found = time.perf_counter(), {}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     about = {"commit": commit_of(tree), "python": platform.python_version(), "packages": versions}
@@ -756,11 +761,11 @@ def record(tree: Path, out: Path, only: Sequence[str]) -> None:
     print(f"{len(found)} commands in {passed_s:.0f} s, {cpu_s:.0f} s of CPU: {out}")
 
 
-# -- to compare
+# -- compare
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every value in nested data with its place, as JSON, in which NaN is like NaN."""
+    """Yields the place and the JSON text of every value in nested data. In JSON text, NaN equals NaN."""
     if isinstance(value, dict) and value:
         for key, own in value.items():
             yield from leaves(own, f"{name}: {key}" if name else key)
@@ -772,7 +777,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def differences(before: Any, after: Any) -> list[str]:
-    """A line for each value that is not in both, or not the same."""
+    """Returns a line for each value that differs or exists in only one of the two."""
     one, other = dict(leaves(before)), dict(leaves(after))
     names = [*one, *(name for name in other if name not in one)]
     nothing = "(not there)"
@@ -784,7 +789,7 @@ def differences(before: Any, after: Any) -> list[str]:
 
 
 def changed_texts(before: Mapping[str, str], after: Mapping[str, str], context: int) -> list[str]:
-    """Unified differences of a command's texts."""
+    """Returns the unified diff of a command's texts."""
     lines: list[str] = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name, "").splitlines(), after.get(name, "").splitlines()
@@ -793,7 +798,7 @@ def changed_texts(before: Mapping[str, str], after: Mapping[str, str], context: 
 
 
 def show(title: str, lines: Sequence[str], *, is_whole: bool) -> None:
-    """Prints lines below a title, or the first of them."""
+    """Prints lines below a title: all if `is_whole`, otherwise the first ones. Prints nothing if there are no lines."""
     if not lines:
         return
     print(title)
@@ -804,7 +809,14 @@ def show(title: str, lines: Sequence[str], *, is_whole: bool) -> None:
 
 
 def compare(before: Path, after: Path, *, is_whole: bool, renamed: Mapping[str, str]) -> int:
-    """Shows what differs between two records, keys of data renamed; 1 if data do."""
+    """Shows the differences between two records. Returns the exit code: 1 if data differ.
+
+    Args:
+        before: the first record.
+        after: the second record.
+        is_whole: show all differences instead of the first few.
+        renamed: old names of keys in the first record, with their new names.
+    """
     text = before.read_text(encoding="utf-8")
     for name, now in renamed.items():
         text = text.replace(f'"{name}"', f'"{now}"').replace(f'"{name}: ', f'"{now}: ')
@@ -816,21 +828,21 @@ def compare(before: Path, after: Path, *, is_whole: bool, renamed: Mapping[str, 
     for name in names:
         one, other = (side["commands"].get(name) for side in (old, new))
         if one is None or other is None:
-            data, texts = [f"was run {'before' if one else 'after'} only"], []
+            data, texts = [f"this command is only in the record {'before' if one else 'after'}"], []
         else:
             data = differences(one["data"], other["data"])
             texts = changed_texts(one["texts"], other["texts"], 3 if is_whole else 0)
         show(f"{name}: data differ", data, is_whole=is_whole)
         show(f"{name}: texts differ", texts, is_whole=is_whole)
         num_data, num_texts = num_data + bool(data), num_texts + bool(texts)
-    print(f"Of {len(names)} commands {num_data} differ in data, {num_texts} in text.")
+    print(f"Of {len(names)} commands, {num_data} differ in data and {num_texts} in texts.")
     return int(num_data > 0)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     modes = parser.add_subparsers(dest="mode", required=True)
-    recording = modes.add_parser("record", help="run the commands out of a checkout, and write what they did")
+    recording = modes.add_parser("record", help="run the commands from a checkout and write the record")
     recording.add_argument("tree", type=Path, metavar="TREE", help="the checkout")
     recording.add_argument("out", type=Path, metavar="OUT.json", help="the record")
     recording.add_argument(
@@ -838,14 +850,18 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="run this command; those whose runs it reads must be named too (repeatable)",
+        help="run only this command; also name the commands whose runs it reads (repeatable)",
     )
-    comparing = modes.add_parser("compare", help="show what differs between two records; fail where data do")
-    comparing.add_argument("before", type=Path, metavar="BEFORE.json", help="one record")
-    comparing.add_argument("after", type=Path, metavar="AFTER.json", help="the other")
-    comparing.add_argument("--texts", action="store_true", help="show all that differs, with the lines around it")
+    comparing = modes.add_parser("compare", help="show the differences between two records; exit with 1 if data differ")
+    comparing.add_argument("before", type=Path, metavar="BEFORE.json", help="the first record")
+    comparing.add_argument("after", type=Path, metavar="AFTER.json", help="the second record")
+    comparing.add_argument("--texts", action="store_true", help="show all differences, with the lines around them")
     comparing.add_argument(
-        "--renamed", action="append", default=[], metavar="OLD=NEW", help="a key that the change renames (repeatable)"
+        "--renamed",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="key of the data that the change renames (repeatable)",
     )
     options = parser.parse_args()
     if options.mode == "compare":

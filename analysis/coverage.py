@@ -1,7 +1,8 @@
-"""What the statistics promise, on studies whose truth is known: `python analysis/coverage.py` writes results/coverage.json.
+"""Checks the statistics on studies with known truth: `python analysis/coverage.py` writes results/coverage.json.
 
-Studies are drawn, and judged by what judges real ones (`judge`, `effects`, and `many_to_one`, by which `judge` judges arms). Losses are log-normal about what their arm, their
-factors and their seed make of them. Draws have fixed seeds: all of it comes out the same again.
+The simulated studies are judged by the code that judges real ones: `judge`, `effects`, and `many_to_one`, which `judge`
+calls for arms. Losses are log-normal around a value that arm, factors and seed determine. All random draws have fixed
+seeds, so the results are reproducible.
 """
 
 import itertools
@@ -28,9 +29,9 @@ from llmeff.compare.verdict import Comparison, judge  # noqa: E402
 from llmeff.core.files import write_text  # noqa: E402
 
 SD = 0.0075
-"""Of the logarithm of a loss over seeds, as text and small models have it."""
+"""Standard deviation of the log loss over seeds, typical of small models on text."""
 BETTER = 0.985
-"""The loss of an arm that is 1.5 % better, over the baseline's."""
+"""Loss of an arm that is 1.5 % better, divided by the baseline's loss."""
 FACTORS: dict[str, tuple[float, float]] = {
     "noisy": (-0.07, 0.02),
     "noisy, does nothing": (0.0, 0.02),
@@ -38,11 +39,11 @@ FACTORS: dict[str, tuple[float, float]] = {
     "neutral": (0.0, 1e-5),
     "neutral too": (0.0, 1e-4),
 }
-"""What each factor does to the logarithm of the loss, and the standard deviation over seeds of what it does."""
+"""True effect of each factor on the log loss, and the standard deviation of this effect over seeds."""
 
 
 def run_of(arm: str, seed: int, log_loss: float, **more: Any) -> Entry:
-    """A run that ended at a loss."""
+    """Builds the ledger entry of a finished run with this log loss."""
     return Entry(
         name=f"{arm}/seed-{seed}", arm=arm, status="finished", seed=seed, steps=1, items=1, device="none",
         loss=math.exp(log_loss), **more,
@@ -50,7 +51,7 @@ def run_of(arm: str, seed: int, log_loss: float, **more: Any) -> Entry:
 
 
 def factorial(generator: np.random.Generator, num_seeds: int, run_sd: float = 1e-5) -> list[Entry]:
-    """Half of all combinations of the factors, of which no effect is mistaken for another, with each seed."""
+    """Simulates half of all combinations of the factors, for each seed. No main effects or pairs are confounded."""
     found = []
     for seed in range(num_seeds):
         shared = generator.normal(0, 0.02)
@@ -68,7 +69,7 @@ def factorial(generator: np.random.Generator, num_seeds: int, run_sd: float = 1e
 
 
 def effect_coverage(num_studies: int, num_seeds: int = 6, seed: int = 0) -> dict[str, float]:
-    """How often the interval of each effect holds the truth; pairs, which do nothing, together."""
+    """Returns how often the interval of each effect contains the truth. Pairs, without true effect, count together."""
     generator, covered = np.random.default_rng(seed), Counter[str]()
     for _ in range(num_studies):
         for effect in effects(factorial(generator, num_seeds), lambda run: run.loss).effects:
@@ -81,20 +82,20 @@ def effect_coverage(num_studies: int, num_seeds: int = 6, seed: int = 0) -> dict
 
 
 Logs = list[npt.NDArray[np.float64]]
-"""Logarithms of losses: of the baseline's runs, then of each arm's."""
+"""Log losses: an array with the baseline's runs, then one for each arm."""
 
 
 def drawn(
     generator: np.random.Generator, spreads: Sequence[float], runs: int, baseline_runs: int, ratio: float = 1.0
 ) -> Logs:
-    """Arms beside a baseline.
+    """Draws the log losses of a baseline and of arms.
 
     Args:
-        generator: draws them.
-        spreads: of each arm, as a multiple of the baseline's.
-        runs: of each arm.
-        baseline_runs: of the baseline.
-        ratio: each arm's true loss over the baseline's.
+        generator: the source of random numbers.
+        spreads: standard deviation of each arm, as a multiple of the baseline's.
+        runs: number of runs of each arm.
+        baseline_runs: number of runs of the baseline.
+        ratio: true loss of each arm, divided by the baseline's.
     """
     return [
         generator.normal(0, SD, baseline_runs),
@@ -103,7 +104,7 @@ def drawn(
 
 
 def study(logs: Logs, again: Sequence[float] = ()) -> Comparison:
-    """A sweep of these, and of an A/A arm, judged."""
+    """Judges a simulated sweep with these log losses, and with an A/A arm if `again` has its log losses."""
     names = ["baseline", *(f"arm {place}" for place in range(len(logs) - 1))]
     entries = [run_of(name, seed, log) for name, own in zip(names, logs, strict=True) for seed, log in enumerate(own)]
     entries += [run_of("baseline (A/A)", 1000 + seed, log, repeats="baseline") for seed, log in enumerate(again)]
@@ -111,14 +112,19 @@ def study(logs: Logs, again: Sequence[float] = ()) -> Comparison:
 
 
 def calls(comparison: Comparison) -> dict[str, bool]:
-    """Which arms are called different."""
+    """Returns for each arm whether the verdict is "better" or "worse"."""
     return {name: cell.call in ("better", "worse") for name, cell in comparison.groups[0].table["loss"].items()}
 
 
 def family_error(
     num_studies: int, spreads: Sequence[float], runs: int, baseline_runs: int, seed: int
 ) -> tuple[float, float]:
-    """In which share of studies of equal arms any is called different; and which share of arms Dunnett's procedure judged."""
+    """Simulates studies of equal arms.
+
+    Returns:
+        the fraction of studies in which at least one arm is called different, and the fraction of arms that Dunnett's
+        procedure judged.
+    """
     generator, wrong, pooled = np.random.default_rng(seed), 0, 0
     for _ in range(num_studies):
         baseline, *arms = drawn(generator, spreads, runs, baseline_runs)
@@ -129,9 +135,9 @@ def family_error(
 
 
 def power(num_studies: int, arms: int, runs: int, baseline_runs: int, ratio: float, seed: int) -> float:
-    """How often an arm that differs is called so.
+    """Returns how often an arm that truly differs is called different.
 
-    All of them differ, and each is counted: no arm's mean has a part in how another is judged.
+    All arms of a study differ, and each one counts, because the mean of one arm does not affect the verdict on another.
     """
     generator, found = np.random.default_rng(seed), 0
     for _ in range(num_studies):
@@ -141,7 +147,7 @@ def power(num_studies: int, arms: int, runs: int, baseline_runs: int, ratio: flo
 
 
 def aa_error(num_studies: int, arms: int, runs: int, baseline_runs: int, seed: int) -> float:
-    """How often an A/A arm is called different from the baseline that it repeats."""
+    """Returns how often an A/A arm is called different from the baseline that it repeats."""
     generator, wrong = np.random.default_rng(seed), 0
     for _ in range(num_studies):
         found = study(drawn(generator, [1] * arms, runs, baseline_runs), generator.normal(0, SD, runs).tolist())
@@ -150,22 +156,23 @@ def aa_error(num_studies: int, arms: int, runs: int, baseline_runs: int, seed: i
 
 
 FIRST = (13, 5, 15)
-"""Arms, runs of each, and of the baseline: of what is promised. Others are measured too."""
+"""Number of arms, runs per arm and runs of the baseline in the design whose error rates are documented."""
 OTHERS = ((4, 8, 16), (4, 3, 3))
+"""Further designs that are measured."""
 
 
 SHARD = 10_000
-"""Studies that are drawn by one seed."""
+"""Number of studies that are drawn with one seed."""
 
 
 def _shards(work: Callable[..., Any], pool: Executor, count: int, seed: int, *given: Any) -> list[Future[Any]]:
-    """So many studies in parts, each by a seed of its own."""
+    """Starts `work` for `count` studies, divided into shards with a seed each."""
     each = min(count, SHARD)
     return [pool.submit(work, each, *given, seed=seed + shard) for shard in range(count // each)]
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    """All of it, on all cores. What is close to its bound is drawn more often."""
+    """Measures everything on all cores. Simulates more studies where an error rate is close to its bound."""
     with ProcessPoolExecutor() as pool:
         asked: dict[str, dict[str, tuple[int, list[Future[tuple[float, float]]]]]] = {}
         for design, even, uneven in ((FIRST, 40_000, 120_000), *((own, 4_000, 4_000) for own in OTHERS)):

@@ -1,9 +1,10 @@
-"""Mixers on a GPU beside flash-linear-attention's own layers: `python analysis/fla_layers.py` writes results/fla_layers.json.
+"""Times mixers beside the layers of flash-linear-attention (fla) on a GPU: `python analysis/fla_layers.py`.
 
-Each is a layer alone, forward and backward in bfloat16 by autocast, of equal width and as many heads. Turns of all forms
-of a mixer alternate in one process: this package's with that package's kernels, the same compiled, and with torch's alone;
-and that package's layer, beside which the others' times are set: above 1 is slower. What this package's layer gives by those
-kernels is compared with what it gives by torch's. That package's Mamba-2 needs further packages, and is not there.
+Writes results/fla_layers.json. A step is forward and backward of a single layer in bfloat16 by autocast. All layers
+have the same width and number of heads. The forms of a mixer take turns in one process: llmeff's layer with fla's
+kernels, the same compiled, llmeff's layer with torch only, and fla's own layer. Times are ratios to fla's own layer;
+above 1 is slower. The outputs and gradients of llmeff's layer with fla's kernels are compared with those of torch.
+fla's Mamba-2 is left out, because it needs further packages.
 """
 
 import argparse
@@ -34,13 +35,13 @@ LAYERS = {
     "retention": "MultiScaleRetention", "gla": "GatedLinearAttention", "deltanet": "DeltaNet",
     "gated-deltanet": "GatedDeltaNet", "kda": "KimiDeltaAttention",
 }  # fmt: skip
-"""Mixers, and that package's layer of each."""
+"""Names of mixers, with the class of the corresponding fla layer."""
 TURN_S = 0.03
-"""A turn is repeated until it has lasted so long."""
+"""Minimum duration of a turn, in seconds. A turn repeats its step until then."""
 
 
 def theirs(name: str, width: int, heads: int) -> nn.Module:
-    """flash-linear-attention's layer."""
+    """Builds fla's layer of a mixer."""
     from fla import layers
 
     given: dict[str, Any] = {"hidden_size": width, "num_heads": heads}
@@ -51,19 +52,19 @@ def theirs(name: str, width: int, heads: int) -> nn.Module:
 
 
 def config_of(name: str, width: int, heads: int, kernel: str) -> DecoderConfig:
-    """A model of one layer without an MLP."""
+    """Returns the config of a model with one layer, the mixer, and no MLP."""
     given = {"width": width, "num_heads": heads, "num_layers": 1, "vocab_size": 8, "layers": [{"has_mlp": False}]}
     return validate(DecoderConfig, given | {"mixer": {"name": name, "kernel": kernel}})
 
 
 def ours(name: str, width: int, heads: int, kernel: str) -> Mixer:
-    """This package's layer, with the weights that a model begins with."""
+    """Builds llmeff's layer of a mixer with initial weights."""
     layer = cast(Layer, config_of(name, width, heads, kernel).build().layers[0])
     return layer.self_attn
 
 
 def forms(name: str, width: int, heads: int, length: int, device: torch.device) -> dict[str, tuple[nn.Module, Any]]:
-    """Every form of a mixer: its module, and what makes (B, T, D) of (B, T, D)."""
+    """Returns each form of a mixer by name: its module, and a function that maps (B, T, D) to (B, T, D)."""
     layout = Layout.plain(length, device)
     found: dict[str, tuple[nn.Module, Any]] = {}
     weights = ours(name, width, heads, "torch").state_dict()
@@ -79,7 +80,7 @@ def forms(name: str, width: int, heads: int, length: int, device: torch.device) 
 
 
 def stepper(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    """A step: forward, and gradients of weights and of what came in."""
+    """Returns a function that runs one step: forward, and the gradients of the weights and the input."""
     leaves = [x, *module.parameters()]
 
     def step() -> None:
@@ -91,7 +92,7 @@ def stepper(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Ca
 
 
 def differences(found: dict[str, tuple[nn.Module, Any]], x: Tensor) -> dict[str, float]:
-    """Of what the kernels give from what torch gives, relative to its norm: outputs, and the worst of all gradients."""
+    """Compares fla's kernels with torch: relative differences (by norm) of the output and of the worst gradient."""
     given = []
     for form in ("their kernels", "torch"):
         module, run = found[form]
@@ -103,7 +104,7 @@ def differences(found: dict[str, tuple[nn.Module, Any]], x: Tensor) -> dict[str,
 
 
 def seconds(step: Callable[[], None], repeats: int) -> float:
-    """Of a step, by the device's events."""
+    """Returns the mean seconds of a step over `repeats` steps, measured by device events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -114,7 +115,7 @@ def seconds(step: Callable[[], None], repeats: int) -> float:
 
 
 def race(name: str, options: argparse.Namespace, length: int) -> dict[str, Any]:
-    """Seconds of a step and peak bytes beside weights, by form."""
+    """Measures the forms of a mixer at a length: seconds of a step, and peak bytes in addition to the weights."""
     device = torch.device("cuda")
     torch.manual_seed(0)
     x = torch.randn(options.tokens // length, length, options.width, device=device, requires_grad=True)
@@ -151,13 +152,15 @@ def race(name: str, options: argparse.Namespace, length: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Races every mixer at every length."""
+    """Times every mixer at every length and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32768, help="of a step")
-    parser.add_argument("--length", type=int, nargs="+", default=[2048, 16384], help="of a row")
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens in a step")
+    parser.add_argument(
+        "--length", type=int, nargs="+", default=[2048, 16384], help="tokens in a row, one or more lengths"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fla_layers.json")
     options = parser.parse_args()
@@ -178,7 +181,7 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """All that was raced so far."""
+    """Writes the results so far."""
     result = {
         "command": shlex.join(["python", "analysis/fla_layers.py", *sys.argv[1:]]),
         "width": options.width,

@@ -1,9 +1,9 @@
-"""Where a step of each mixer spends its time on a CPU: `python analysis/mixer_profile.py` writes results/mixer_profile.json.
+"""Profiles a step of each mixer on a CPU: `python analysis/mixer_profile.py` writes results/mixer_profile.json.
 
-The layers are those of `llmeff bench mixers`. Time is that of torch's operations themselves, in one process on one thread,
-without what they call; what is left is Python and autograd. The rate of a kind of products is beside that of
-`llmeff bench mixers`: batched, 64 rows by 64 columns over a head's width. The profiler itself takes time, so that shares
-are told, and no speed.
+The layers are those of `llmeff bench mixers`. The time of a torch operation excludes operations that it calls; the
+remaining time is Python and autograd. Everything runs in one process on one thread. The rates of products can be
+compared with the reference rate of `llmeff bench mixers`: a batched product of 64 rows by 64 columns over the width of
+a head. The profiler adds overhead, so the script reports shares of time instead of absolute times.
 """
 
 import argparse
@@ -32,12 +32,12 @@ KINDS = {
                     "clamp_min", "mean", "max", "amax", "cumsum", "flip", "addcmul", "square", "ge", "le", "reciprocal",
                     "log", "maximum", "cummax", "threshold", "nll_loss"),
 }  # fmt: skip
-"""Operations of torch's, without what is said of their backward or that they write in place."""
+"""Names of torch operations by kind, without suffixes such as `_backward` and the `_` of in-place operations."""
 ROUNDS = 3
 
 
 def kind_of(operation: str) -> str:
-    """Of an operation of torch's."""
+    """Returns the kind of a profiled operation."""
     if not operation.startswith("aten::"):
         return "Python and autograd"
     name = operation.removeprefix("aten::")
@@ -48,7 +48,7 @@ def kind_of(operation: str) -> str:
 
 
 def shares(step: Any) -> dict[str, Any]:
-    """Shares of a step's time by kind, and the rate of the two kinds of products, FLOP/s."""
+    """Returns the shares of a step's time by kind, and the rates of both kinds of products in FLOP/s."""
     step()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found:
         for _ in range(ROUNDS):
@@ -71,7 +71,7 @@ def shares(step: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Profiles every mixer."""
+    """Profiles every mixer and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mixer_profile.json")

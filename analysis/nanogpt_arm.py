@@ -1,7 +1,7 @@
-"""An arm for `llmeff bench`: nanoGPT's model and optimizer, stepped as its train.py steps them on a CPU.
+"""An arm for `llmeff bench`: nanoGPT's model and optimizer, with the training step of nanoGPT's train.py on a CPU.
 
-NANOGPT names a checkout of its public repository. The shape and the settings are those of the CPU command in its README
-(4 layers, 4 heads, width 128, 12 x 64 characters, no dropout, no compile).
+The environment variable NANOGPT names a checkout of nanoGPT's public repository. Shape and settings are those of the
+CPU command in nanoGPT's README (4 layers, 4 heads, width 128, 12 x 64 characters, no dropout, no compile).
 """
 
 import os
@@ -18,14 +18,14 @@ BATCH, LENGTH = 12, 64
 
 
 def nanogpt(config: RunConfig, tick: Tick) -> None:
-    """Steps of nanoGPT on the characters of the run's corpus; of the config, only corpus and threads are used."""
+    """Runs nanoGPT's steps on the characters of the run's corpus. Uses only corpus and threads of the config."""
     sys.path.insert(0, os.environ["NANOGPT"])
     from model import GPT, GPTConfig
 
     config, task = prepare(config)
     prepare_device(config)
     stream = task.corpus.stream("train")
-    characters = np.asarray(stream.tokens[1:-1], dtype=np.uint16)  # less the end tokens, which it does not have
+    characters = np.asarray(stream.tokens[1:-1], dtype=np.uint16)  # without the end tokens, which nanoGPT does not have
     model = GPT(GPTConfig(block_size=LENGTH, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
     optimizer = model.configure_optimizers(1e-1, 1e-3, (0.9, 0.99), "cpu")
 

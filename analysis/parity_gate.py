@@ -1,9 +1,10 @@
-"""Every strategy against one process, number by number: `python analysis/parity_gate.py` writes results/parity.json.
+"""Compares every strategy with one process: `python analysis/parity_gate.py` writes results/parity.json.
 
-Two gloo ranks on a CPU, ten steps, each in every way of `tests/test_parity.py`; and the truth table of optimizers and
-strategies: the same update, or refused with the reason. `bf16_master` is set beside the same by hand, in plain PyTorch.
-Muon's iterations are made in double precision there: they stretch small singular values, and in bfloat16 a difference of
-1e-7 in the gradient moves the update by a hundredth of its size, on one process too.
+A run has two gloo ranks on a CPU and ten steps, in every combination of `tests/test_parity.py`. A second table lists
+each optimizer under each strategy: the difference of the update, or the reason why the combination is refused.
+`bf16_master` is compared with the same computation by hand in plain PyTorch. Muon iterates in float32 in this script:
+its iterations amplify small singular values, and in bfloat16 a difference of 1e-7 in the gradient changes the update by
+a hundredth of its size, also on one process.
 """
 
 import itertools
@@ -29,13 +30,13 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def run(*settings: str, num_ranks: int, accumulation: int) -> Trajectory:
-    """What the main rank saw."""
+    """Trains a config and returns the trajectory of the main rank."""
     with tempfile.TemporaryDirectory() as folder:
         return trained(config(*settings, num_ranks=num_ranks, accumulation=accumulation), Path(folder) / "run")[0]
 
 
 def apart(found: Trajectory, expected: Trajectory) -> dict[str, float]:
-    """The largest relative differences of losses and norms, and that of the updates."""
+    """Returns the largest relative differences of losses and norms, and the relative difference of the updates."""
 
     def relative(ours: list[float], theirs: list[float]) -> float:
         return max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
@@ -48,7 +49,10 @@ def apart(found: Trajectory, expected: Trajectory) -> dict[str, float]:
 
 
 def parity() -> list[dict[str, Any]]:
-    """Rows of strategy, model, precision and accumulation. Equal micro-batches under bf16, which rounds each's."""
+    """Compares every strategy with one process, for each model, precision and accumulation.
+
+    Under bf16, one process uses the same micro-batches as two ranks, because bf16 rounds the result of each one.
+    """
     rows = []
     for model, precision, accumulation in itertools.product(MODELS, PRECISIONS, (1, 4)):
         settings = (*MODELS[model], f"precision={precision}")
@@ -63,7 +67,7 @@ def parity() -> list[dict[str, Any]]:
 
 
 def masters() -> list[dict[str, Any]]:
-    """Rows of the strategies that keep a copy of bfloat16 weights in float32."""
+    """Compares `bf16_master` with a computation by hand, for strategies that keep a float32 copy of the weights."""
     rows = []
     for model, accumulation, strategy in itertools.product(MODELS, (1, 4), MASTER):
         settings = (*MODELS[model], *STRATEGIES[strategy], "precision=bf16_master")
@@ -75,7 +79,7 @@ def masters() -> list[dict[str, Any]]:
 
 
 def truth() -> list[dict[str, Any]]:
-    """Rows of optimizer and strategy: how far the update is from one process's, or why it is refused."""
+    """Compares every optimizer under every strategy with one process, or gives the reason for a refusal."""
     rows: list[dict[str, Any]] = []
     for optimizer in OptimizerConfig.registry.names():
         settings = (*itself(optimizer), "optim.lr=3e-4")

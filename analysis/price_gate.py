@@ -1,4 +1,7 @@
-"""Predicted against measured, over random models and steps: `python analysis/price_gate.py` writes results/price_gate.json."""
+"""Compares prices with measurements of random models and steps: `python analysis/price_gate.py`.
+
+Writes results/price_gate.json.
+"""
 
 import itertools
 import json
@@ -38,20 +41,20 @@ MIXER_WORKLOADS: tuple[tuple[int, dict[str, Any]], ...] = (
     (2, {"recompute": True, "num_micro_batches": 3}),
     (1, {"recompute": True, "packed": True}),
 )
-"""Key-value heads of four, and what of the workload is fixed."""
+"""Workloads of each mixer: key-value heads (of four heads), and fixed fields of the `Workload`."""
 KINDS = ("parameters", "optimizer_bytes", "executed_flops", "saved_bytes", "logits_bytes", "peak_bytes")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what a step of it does."""
+    """A model and the workload of its step."""
 
     model: ModelConfig
     workload: Workload
 
 
 def random_case(seed: int, **workload: Any) -> Case:
-    """Any shape that the decoder allows, small; `workload` may fix fields of its `Workload`."""
+    """Draws a small decoder of random shape, and a workload. `workload` fixes fields of the `Workload`."""
     pick = random.Random(seed)
 
     def heads() -> dict[str, int]:
@@ -87,7 +90,7 @@ def random_case(seed: int, **workload: Any) -> Case:
 
 
 def random_image_case(seed: int, **workload: Any) -> Case:
-    """Any SegNet, small, on images large enough that the copies of its kernels are those that the law knows."""
+    """Draws a small SegNet and a workload. Images are so large that kernels make only copies that the law covers."""
     pick = random.Random(seed)
     model = pick.choice((SegNetVGG, SegNetBasic))(
         num_classes=pick.randint(2, 19),
@@ -108,7 +111,10 @@ def random_image_case(seed: int, **workload: Any) -> Case:
 
 
 def mixer_case(name: str, num_kv_heads: int, **workload: Any) -> Case:
-    """Layers of one mixer, over more than a chunk of a scan; with as many key-value heads as heads where it shares none."""
+    """Builds a decoder with one mixer, on rows longer than one chunk of a scan.
+
+    If the mixer cannot share key-value heads, the number of heads replaces `num_kv_heads`.
+    """
     num_tokens = random.Random(name).randint(65, 127)
     plain = DecoderConfig(
         vocab_size=60, width=64, num_layers=2, num_heads=4, num_kv_heads=num_kv_heads, head_dim=16, mlp_width=96
@@ -120,7 +126,7 @@ def mixer_case(name: str, num_kv_heads: int, **workload: Any) -> Case:
 
 
 class Step:
-    """A training step of the case, as plain as can be."""
+    """A training step of a case in plain PyTorch."""
 
     def __init__(self, case: Case):
         torch.manual_seed(0)
@@ -130,14 +136,14 @@ class Step:
         self.optimizer = AdamW().build(parameter_infos(self.model, self.model.roles()))
 
     def forward(self, tokens: Tensor, targets: Tensor, layout: Layout) -> Tensor:
-        """The summed loss."""
+        """Computes the loss summed over all tokens of a micro-batch."""
         precision = self.case.workload.precision
         with torch.autocast("cpu", getattr(torch, precision.compute), enabled=precision.autocast):
             loss: Tensor = self.model(tokens, layout, targets, self.case.workload.loss_chunk)
         return loss
 
     def batch(self) -> tuple[Tensor, Tensor, Layout]:
-        """Tokens, targets and layout of a micro-batch."""
+        """Returns random tokens, targets and the layout of a micro-batch."""
         work, model = self.case.workload, self.case.model
         assert isinstance(model, DecoderConfig)
         shape = (work.num_sequences, work.num_tokens)
@@ -149,11 +155,11 @@ class Step:
         return tokens, targets, Layout(positions=places % half, documents=places // half)
 
     def saved(self) -> Counter[str]:
-        """Bytes kept for backward, by part."""
+        """Measures the bytes that are kept for backward, by part."""
         return ShardedCheckpoint(self).num_bytes
 
     def run(self) -> None:
-        """One optimizer step."""
+        """Runs one optimizer step."""
         work = self.case.workload
         for _ in range(work.num_micro_batches):
             batch: Any = self.batch()
@@ -166,27 +172,27 @@ class Step:
 
 
 class ImageStep(Step):
-    """The same of images; what it keeps is not told apart."""
+    """A training step of a model of images. Its saved bytes are measured in total, not by part."""
 
     def forward(self, batch: dict[str, Any]) -> Tensor:  # type: ignore[override]
-        """The summed loss."""
+        """Computes the loss summed over all pixels of a micro-batch."""
         precision = self.case.workload.precision
         with torch.autocast("cpu", getattr(torch, precision.compute), enabled=precision.autocast):
             return self.case.model.loss(self.model, batch)
 
     def batch(self) -> tuple[dict[str, Any]]:  # type: ignore[override]
-        """A micro-batch without content."""
+        """Returns a micro-batch of the right shape, without real images."""
         return (self.case.model.example(self.case.workload),)
 
     def saved(self) -> Counter[str]:
-        """Bytes kept for backward."""
+        """Measures the bytes that are kept for backward."""
         (batch,) = self.batch()
         held = [*self.model.parameters(), *self.model.buffers(), *batch.values()]
         return Counter({"model": saved_bytes(lambda: self.forward(batch), held)})
 
 
 class ShardedCheckpoint:
-    """Bytes that autograd keeps, by the part of the model that first keeps them, and the widest logits."""
+    """Measures the bytes that autograd keeps for backward, by the part of the model that first saves them."""
 
     def __init__(self, step: Step):
         self._parts: list[str] = ["layer inputs"]
@@ -215,7 +221,7 @@ class ShardedCheckpoint:
 
 
 class Logits(TorchDispatchMode):
-    """The widest array over which a softmax is taken in the loss."""
+    """Measures the bytes of the largest output of a log-softmax, which is that of the loss."""
 
     num_bytes = 0
 
@@ -231,13 +237,13 @@ class Logits(TorchDispatchMode):
 def _part(name: str) -> str | None:
     last = name.rpartition(".")[2]
     known = {"self_attn": "attention", "mlp": "mlp", "embed_tokens": "embedding", "norm": "norms"}
-    if last == "norm" and last != name:  # a mixer's own
+    if last == "norm" and last != name:  # a norm inside a mixer
         return None
     return "norms" if last.endswith("_layernorm") else known.get(last)
 
 
 def measure(case: Case) -> Price:
-    """What the case really takes."""
+    """Measures what the step of a case takes."""
     flash, before = case.workload.kernel == "flash", torch.get_num_threads()
     torch.set_num_threads(case.workload.num_threads)
     try:
@@ -248,7 +254,7 @@ def measure(case: Case) -> Price:
 
 
 def _measure(step: Step) -> Price:
-    step.run()  # the optimizer makes its state
+    step.run()  # the first step creates the optimizer's state
     state = [x for own in step.optimizer.state.values() for x in own.values()]
     held = [*step.model.parameters(), *step.model.buffers(), *state]
     entries: Counter[tuple[Kind, str]] = Counter(
@@ -267,13 +273,13 @@ def _measure(step: Step) -> Price:
 
 
 def predict(case: Case) -> Price:
-    """What it should take on this machine."""
-    run = RunConfig.model_construct(model=case.model)  # no task goes with models of both kinds
+    """Predicts what the step of a case takes on this machine."""
+    run = RunConfig.model_construct(model=case.model)  # unvalidated, because no task fits both kinds of models
     return price_step(run, replace(case.workload, instruction_set=instruction_set()))
 
 
 def errors(predicted: Price, measured: Price) -> dict[str, float]:
-    """Relative errors by kind, where it is known, and of saved bytes by part where they are told apart."""
+    """Returns the relative errors of the known kinds, and of saved bytes by part if they were measured by part."""
     known = [kind for kind in KINDS if kind not in predicted.unknown and measured.total(kind)]
     pairs = {kind: (predicted.total(kind), measured.total(kind)) for kind in known}
     parts = measured.parts("saved_bytes")
@@ -283,7 +289,7 @@ def errors(predicted: Price, measured: Price) -> dict[str, float]:
 
 
 def main(path: Path) -> None:
-    """Measures all cases, prints the table of errors, writes everything."""
+    """Measures all cases, prints a table of errors, and writes all values."""
     rows = []
     cases = [(seed, random_case(seed)) for seed in range(NUM_CASES)]
     for seed, name in itertools.product(range(NUM_IMAGE_CASES), ("fp32", "bf16")):

@@ -1,4 +1,7 @@
-"""Predicted against measured on every rank of every strategy: `python -m analysis.rank_price_gate` from the repository."""
+"""Compares the price of every rank under every strategy with measurements: `python -m analysis.rank_price_gate`.
+
+Run it from the repository's root. It writes results/rank_price_gate.json.
+"""
 
 import gc
 import json
@@ -43,7 +46,7 @@ EXACT: tuple[Kind, ...] = (
 SHOWN: tuple[Kind, ...] = (*EXACT, "gathered_bytes", "bucket_bytes", "peak_bytes", "wire_bytes")
 CPU = torch.device("cpu")
 SLACK_BYTES = 4096
-"""What may live beside what a strategy says it holds: norms, counters, lists of offsets."""
+"""Allowed bytes of live tensors that a strategy does not report as resident: norms, counters, lists of offsets."""
 
 PLAIN = {"vocab_size": 301, "width": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 130}
 ODD = {"vocab_size": 211, "width": 44, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 85}
@@ -54,7 +57,7 @@ MIXED = {"vocab_size": 211, "width": 32, "num_layers": len(MIXERS), "num_heads":
 
 
 def case(name: str, parallel: dict[str, Any], ranks: int = 2, model: dict[str, Any] = PLAIN, **more: Any) -> Any:
-    """A run's config; of the rest of it more may be given, by the names below."""
+    """Builds the name and the config of a run. `more` sets the options that are read below, such as `precision`."""
     num, rows = more.get("num_micro_batches", 1), more.get("micro_batch", 2)
     texts = {
         "model": {"name": "decoder", "tied_embeddings": more.get("tied", False), **model},
@@ -77,7 +80,7 @@ SHARING, KEEPING = DDP | {"shard_optimizer": True}, FSDP | {"reshard_after_forwa
 
 
 def zero(stage: int, **fields: Any) -> dict[str, Any]:
-    """A stage of DeepSpeed's."""
+    """Returns the `parallel` config of a ZeRO stage of DeepSpeed."""
     return {"name": "deepspeed", "stage": stage} | fields
 
 
@@ -90,7 +93,7 @@ MUON = {"name": "muon"}
 
 
 def segnet(name: str, parallel: dict[str, Any], ranks: int = 2, *, basic: bool = False, **more: Any) -> Any:
-    """The same for images; what is not known of a run is a field of the model's."""
+    """Builds the name and the config of a SegNet run. In `more`, all keys but those of the run set the model."""
     run = {key: more.pop(key) for key in ("num_micro_batches", "precision", "optim", "recompute") if key in more}
     model = {"name": "segnet-basic" if basic else "segnet", "width": 16, "num_classes": 5, **more}
     return case(f"SegNet, {name}", parallel, ranks, model, size=[48, 70], **run)
@@ -201,19 +204,19 @@ SLOW = dict(
 
 
 def work_of(config: RunConfig) -> Workload:
-    """What a step does on a rank, with whole logits."""
+    """Returns the workload of a rank's step, without chunks in the loss."""
     assert isinstance(config.train.micro_batch, int)
     return replace(workload(config, config.train.micro_batch), loss_chunk=None)
 
 
 def predict(raw: dict[str, Any], rank: int) -> Price:
-    """What a step should take on a rank."""
+    """Predicts what a step takes on a rank."""
     config = validate(RunConfig, raw)
     return price_step(config, work_of(config), rank)
 
 
 class Steps:
-    """The loop's step on a batch without content, and no more."""
+    """The training loop's step alone, on batches of the right shape without real data."""
 
     def __init__(self, raw: dict[str, Any]):
         torch.set_num_threads(1)
@@ -229,7 +232,7 @@ class Steps:
         return model.loss(self.strategy.model, model.example(self.work))
 
     def run(self) -> None:
-        """One optimizer step."""
+        """Runs one optimizer step."""
         strategy = self.strategy
         count, _ = strategy.reduce_sum(torch.tensor([self.work.num_tokens] * 2, dtype=torch.float64)).tolist()
         total = torch.zeros(())
@@ -245,7 +248,7 @@ class Steps:
         strategy.step()
 
     def count_gradients(self) -> None:
-        """One more step, in which the gradients are weighed where the update begins."""
+        """Runs another step, and measures the bytes of the gradients just before the update."""
         clip = self.strategy.clip
 
         def weighed(max_norm: float | None) -> Tensor:
@@ -258,11 +261,11 @@ class Steps:
 
 
 def measure(raw: dict[str, Any]) -> dict[str, Any]:
-    """What a step takes on this rank."""
+    """Measures what a step takes on this rank."""
     known = {key for key, _ in _all_storages()}
     steps = Steps(raw)
     try:
-        for _ in range(3):  # the optimizer makes its state, DDP its buckets, DeepSpeed its trace
+        for _ in range(3):  # these steps create optimizer state, DDP's buckets and DeepSpeed's trace
             steps.run()
         steps.count_gradients()
         with WireMeter() as wire:
@@ -346,12 +349,12 @@ def _gradients(strategy: Strategy) -> Iterator[Tensor]:
 
 
 def error(predicted: int, measured: int) -> float:
-    """Relative; of nothing, nothing."""
+    """Returns the relative error. If the measured value is 0, returns 0 if the prediction is 0 too, otherwise 1."""
     return predicted / measured - 1 if measured else float(predicted != 0)
 
 
 def errors(predicted: Price, measured: dict[str, Any]) -> dict[str, float]:
-    """By kind, the wire by collective."""
+    """Returns the relative error of each kind. Wire bytes have one error per collective."""
     found = {kind: error(predicted.total(kind), measured[kind]) for kind in EXACT}
     if (peak := predicted.known("peak_bytes")) is not None:
         found["peak_bytes"] = error(peak, measured["peak_bytes"])
@@ -362,7 +365,7 @@ def errors(predicted: Price, measured: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_all(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a step takes, by rank."""
+    """Measures what a step takes, for every rank in order."""
     if raw["parallel"]["name"] == "single":
         return [measure(raw)]
     from analysis import rank_price_gate
@@ -377,7 +380,7 @@ def _strategy(raw: dict[str, Any]) -> str:
 
 
 def main(path: Path) -> None:
-    """Measures all cases, prints the table of errors, writes everything."""
+    """Measures all cases, prints a table of errors, and writes all values."""
     rows = []
     by_strategy = defaultdict(list)
     for name, raw in (FAST | SLOW).items():

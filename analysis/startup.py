@@ -1,8 +1,9 @@
-"""What passes before a run's first step ends, in fresh processes: `python analysis/startup.py` writes results/startup.json.
+"""Measures the time until a run's first step ends: `python analysis/startup.py` writes results/startup.json.
 
-Imports of other packages are told apart from all else: our own modules, reading the config, opening the data, building
-the model, the run's folder, and the first step itself. torch imports a part of itself (`torch._dynamo`) only where an
-optimizer is made; it counts as an import. The token cache is warm, and a process computes on one thread.
+Each measurement is a fresh process on one thread with a warm token cache. The time of importing other packages is
+separated from llmeff's own part: importing llmeff, reading the config, opening the data, building the model, creating
+the run's folder, and the first step itself. torch imports one of its parts (`torch._dynamo`) only when an optimizer is
+built; the time of that part counts as import time.
 """
 
 import contextlib
@@ -21,22 +22,22 @@ NUM_PROCESSES = 5
 
 
 def seconds() -> dict[str, float]:
-    """Wall and CPU time of this process up to now."""
+    """Returns the current wall and CPU clocks of this process, in seconds."""
     return {"wall_s": time.perf_counter(), "cpu_s": time.process_time()}
 
 
 def since(began: dict[str, float]) -> dict[str, float]:
-    """What passed since then."""
+    """Returns the seconds that passed since `began`, a value of `seconds`."""
     now = seconds()
     return {name: now[name] - began[name] for name in began}
 
 
 class FirstStepError(Exception):
-    """Raised where a run has made its first step."""
+    """Raised after a run's first step, to end the run."""
 
 
 def first_step(recipe: str) -> None:
-    """The command line's work to the end of the first step."""
+    """Runs `llmeff train` until the end of the first step."""
     from llmeff.cli import main
     from llmeff.run.loop import Trainer
 
@@ -52,17 +53,17 @@ def first_step(recipe: str) -> None:
 
 
 def modules(recipe: str) -> list[str]:
-    """Modules of other packages that are there when the first step ends, in the order of their import."""
+    """Returns the modules of other packages that are imported when the first step ends, in order of import."""
     first_step(recipe)
     ours = {"llmeff", "__main__"}
     return [name for name in sys.modules if name.split(".")[0] not in sys.stdlib_module_names | ours]
 
 
 def measure(recipe: str, names: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds of this process: for the modules of other packages, then for all else."""
+    """Measures this process: seconds for importing the named modules, then for llmeff's own part."""
     began = seconds()
     for name in names:
-        with contextlib.suppress(ImportError):  # what others make while they run, and no file has
+        with contextlib.suppress(ImportError):  # some modules are created at run time and cannot be imported
             __import__(name)
     imports = since(began)
     began = seconds()
@@ -71,7 +72,7 @@ def measure(recipe: str, names: list[str]) -> dict[str, dict[str, float]]:
 
 
 def run(*arguments: str, given: str = "") -> str:
-    """The last line that a fresh Python prints; it may keep what it compiles, as it does for users."""
+    """Runs a fresh Python and returns its last line of output. Bytecode caching is enabled, as it is for users."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, check=True, input=given, stdout=subprocess.PIPE, text=True, env=environment)
@@ -79,7 +80,7 @@ def run(*arguments: str, given: str = "") -> str:
 
 
 def show_help() -> dict[str, float]:
-    """Seconds of a process that prints the help, whole."""
+    """Returns the seconds of a whole process that prints the help."""
     before, began_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     run("-m", "llmeff.cli", "--help")
     wall_s, after = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -87,14 +88,14 @@ def show_help() -> dict[str, float]:
 
 
 def main(path: Path, num_processes: int = NUM_PROCESSES) -> None:
-    """Measures, with the recipes in turns; prints medians, writes everything."""
+    """Measures the recipes in turns, prints the medians, and writes all values."""
     import torch
 
     from llmeff.core.files import write_text
     from llmeff.record.environment import environment
 
     torch.set_num_threads(1)
-    # The first run of each recipe also makes its token cache.
+    # The first run of each recipe also creates its token cache.
     names = {recipe: run(__file__, "modules", recipe) for recipe in RECIPES}
     turns = []
     for _ in range(num_processes):

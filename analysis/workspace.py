@@ -1,8 +1,9 @@
-"""What libraries take for convolutions on each instruction set of this CPU: `python analysis/workspace.py` from the repository.
+"""Measures the workspace of convolutions on each instruction set of this CPU: `python analysis/workspace.py`.
 
-Each set has a process of its own, whose oneDNN is held to it. Where one of the known forms (`llmeff.cost.workspace.FORMS`) is
-what was measured, the table `llmeff/cost/workspace.json` gets its row; where none is, the figures are shown, and the table
-stays without one. All that was measured goes to results/workspace.json. The price gate then judges whole steps:
+Run it from the repository's root. Each instruction set is measured in a process of its own, whose oneDNN is limited to
+that set. If one of the known forms (`llmeff.cost.workspace.FORMS`) matches the measurements, its name is written into
+the table `llmeff/cost/workspace.json`. Otherwise the script prints the measurements, and the table gets no entry. All
+measurements are written to results/workspace.json. Afterwards, check whole steps by the price gate:
 `ONEDNN_MAX_CPU_ISA=SET python -m pytest -k images tests/plan/test_price.py`.
 """
 
@@ -46,15 +47,15 @@ CASES = (
     (2, 8, 24, 3, 32, 32),
     (2, 12, 16, 3, 32, 32),
 )
-"""Images, channels in and out, a kernel's side, height and width; large enough, or in such numbers, that torch takes oneDNN."""
+"""Images, input and output channels, kernel size, height and width. In all cases torch uses oneDNN."""
 MATRIX_CASES = ((50, 12, 12), (512, 128, 512), (2048, 352, 128), (4096, 768, 3072), (1024, 1024, 1024))
-"""Rows, and the widths in and out, of products of matrices."""
+"""Rows, input width and output width of matrix products."""
 TOLERANCE = 0.03
-"""Of what lives beside a product: sums of threads, and the rounding of addresses, are in no form."""
+"""Allowed error of a form, relative to the live bytes. No form covers partial sums of threads and address alignment."""
 
 
 def shapes(case: Sequence[int], dtype: str) -> Convolution:
-    """A convolution that keeps the size, on one thread."""
+    """Returns the shapes of a convolution that keeps the image size, on one thread."""
     images, inputs, outputs, kernel, *sides = case
     return Convolution(
         x=(images, inputs, *sides),
@@ -66,7 +67,7 @@ def shapes(case: Sequence[int], dtype: str) -> Convolution:
 
 
 def measured_bytes(own: Convolution, product: Product) -> int:
-    """The most that lives at once while one product is made, itself included, what it reads not."""
+    """Measures the peak of live bytes while one product is computed: with its result, without its operands."""
     dtype = getattr(torch, own.dtype)
     x, weight, y = (torch.zeros(shape, dtype=dtype) for shape in (own.x, own.weight, own.y))
     around = [own.weight[2] // 2] * 2
@@ -85,18 +86,18 @@ def measured_bytes(own: Convolution, product: Product) -> int:
 
 
 def tensor_bytes(own: Convolution, product: Product) -> int:
-    """What a product makes."""
+    """Returns the bytes of a product's result."""
     shape = {"output": own.y, "input": own.x, "weight": own.weight}[product]
     return torch.Size(shape).numel() * BYTES[own.dtype]
 
 
 def foreseen_bytes(found: Room, made: int) -> int:
-    """What lives at most by a form, where so many bytes are made."""
+    """Returns the peak of live bytes that a form predicts for a result of `made` bytes."""
     return max(found.result + found.during, found.result + made)
 
 
 def measure() -> list[dict[str, Any]]:
-    """Every product of every case in every format, in this process."""
+    """Measures every product of every case in every format, in this process."""
     torch.set_num_threads(1)
     rows = []
     for dtype in FORMATS:
@@ -108,7 +109,7 @@ def measure() -> list[dict[str, Any]]:
 
 
 def measure_matrices() -> list[dict[str, Any]]:
-    """What the products of a linear layer take beside their results, in this process: no price has it."""
+    """Measures the bytes that products of a linear layer use in addition to their results. No price has them."""
     rows = []
     for dtype in FORMATS:
         for case in MATRIX_CASES:
@@ -131,7 +132,7 @@ def measure_matrices() -> list[dict[str, Any]]:
 
 
 def worst(form: Callable[[Convolution, Product], Room], rows: list[dict[str, Any]]) -> float:
-    """How far a form is off at most, of what lives beside the product."""
+    """Returns the largest error of a form over all rows, relative to the live bytes."""
     found = []
     for row in rows:
         own, product = shapes(row["case"], row["format"]), row["product"]
@@ -142,17 +143,17 @@ def worst(form: Callable[[Convolution, Product], Room], rows: list[dict[str, Any
 
 
 def best_form(rows: list[dict[str, Any]]) -> str | None:
-    """The form that is what was measured; None where none is."""
+    """Returns the name of the form that matches the measurements. None if no form does."""
     off = {name: worst(form, rows) for name, form in FORMS.items()}
     name = min(off, key=lambda name: off[name])
     return name if off[name] <= TOLERANCE else None
 
 
 def measured_under(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of a process whose oneDNN is held to a set: of convolutions, and of products of matrices.
+    """Measures in a process with oneDNN limited to an instruction set. Returns rows of convolutions and of matrices.
 
     Raises:
-        RuntimeError: it is not.
+        RuntimeError: oneDNN uses another instruction set.
     """
     done = subprocess.run(
         [sys.executable, __file__, "--here"],
@@ -163,15 +164,15 @@ def measured_under(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     )
     found = json.loads(done.stdout)
     if found["set"] != name:
-        raise RuntimeError(f"asked for {name}, oneDNN takes {found['set']}")
+        raise RuntimeError(f"oneDNN was limited to {name}, but uses {found['set']}")
     return found["rows"], found["matrices"]
 
 
 def main(names: Sequence[str]) -> None:
-    """Measures the named sets, or all of this CPU, and writes what was found."""
+    """Measures the named instruction sets, or all that this CPU has, and writes the table and the results."""
     here = instruction_set()
     if here is None:
-        sys.exit("oneDNN takes no set of x86 on this machine: there is nothing to measure")
+        sys.exit("oneDNN uses no x86 instruction set on this machine, so there is nothing to measure")
     table, facts = json.loads(TABLE.read_text(encoding="utf-8")), environment(CPU).model_dump(mode="json")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for name in names or contained(here):
