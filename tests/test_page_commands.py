@@ -45,7 +45,8 @@ SHORT_SWEEP = (
 BEFORE = {
     "runs/mine": ["--set=data.source=text", '--set=data.source.path=["corpus/*.txt"]', "--set=model=llama-10m"],
     "runs/ten": ["--set=model=llama-10m"],
-    "runs/x": ["--set=model=llama-1m"],
+    "runs/default": [],
+    "runs/x": ["--set=model=llama-1m", "--set=parallel=ddp", "--set=parallel.ranks=2"],
     "runs/segmentation": ["--recipe", "segmentation"],
     "runs/add": ["--recipe", "segmentation"],
     "runs/none": ["--recipe", "segmentation", "--set=model.connection=none"],
@@ -53,16 +54,27 @@ BEFORE = {
 }
 """Runs that the pages name: the folder, and the arguments of `llmeff train`."""
 PRELUDE = """
-from typing import Literal
+from typing import ClassVar, Literal
+
+import torch
 
 from llmeff.attention import Linear
-from llmeff.optim import SGD
+from llmeff.optim import OptimizerConfig
+from llmeff.optim.optimizer import state_price
 
 
-class MyOptimizer(SGD):
+class MyOptimizer(OptimizerConfig):
+    sharding: ClassVar = "elementwise"
     name: Literal["mine"] = "mine"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+
+    def groups(self, roles):
+        return [list(roles)]
+
+    def build(self, rows):
+        return torch.optim.SGD([row.parameter for row in rows], lr=self.lr)
+
+    def price(self, weights, precision):
+        return state_price(weights, lambda weight: 0)
 
 
 class MyMixer(Linear):
@@ -111,7 +123,6 @@ def run(words, folder):
     while "=" in given[0]:
         name, _, value = given.pop(0).partition("=")
         variables[name] = value
-    given = [name for word in given for name in (sorted(map(str, folder.glob(word))) if word == "runs/*" else [word])]
     return subprocess.run(
         given, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=900, check=False
     )
@@ -207,5 +218,7 @@ def test_a_command_runs(page, words, folder):
     if "train" in words and "--out" in words:
         out = folder / words[words.index("--out") + 1]
         interrupt(out) if "--resume" in words else shutil.rmtree(out)
+    if "-o" in words:
+        shutil.rmtree(folder / words[words.index("-o") + 1], ignore_errors=True)
     done = run(words, folder)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
