@@ -1,4 +1,4 @@
-"""Distributed data parallel: every rank has the whole model and gradients are summed; the optimizer may be split."""
+"""Distributed data parallel: every rank has the whole model, and gradients are summed. The optimizer may be sharded."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -23,43 +23,49 @@ from llmeff.parallel.strategy import StrategyConfig, StrategyInputs
 
 
 class DDP(StrategyConfig):
-    """Torch's DistributedDataParallel (Li et al. 2020)."""
+    """PyTorch's DistributedDataParallel (Li et al. 2020)."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "fp16")
 
     name: Literal["ddp"] = "ddp"
     bucket_mib: Count = 25
-    """MiB of a bucket of gradients, about; buckets are summed over the ranks while backward runs."""
+    """Approximate size of a gradient bucket in MiB. Buckets are summed over the ranks while backward runs."""
     shard_optimizer: Flag = False
-    """Deal whole parameters out to the ranks: each keeps the optimizer state of its parameters, updates them and sends
-    them to the others. This is ZeRO-1 (Rajbhandari et al. 2020) for optimizers that must see a whole matrix."""
+    """Assign each parameter, whole, to one rank, which keeps its optimizer state, updates it and sends it to the other
+    ranks. This is ZeRO-1 (Rajbhandari et al. 2020) for optimizers that must see a whole matrix."""
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Refuses to deal out parameters to an optimizer whose state belongs to all of them."""
+        """Refuses `shard_optimizer` for an optimizer whose state belongs to all parameters together."""
         if self.shard_optimizer and sharding == "none":
-            return "its state belongs to all parameters together, and parallel.shard_optimizer deals them out to ranks"
+            return (
+                "its state belongs to all parameters together, but parallel.shard_optimizer distributes the parameters "
+                "over the ranks"
+            )
         return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Refuses fp16 with `shard_optimizer`, since ranks would see different overflows and scale differently."""
+        """Refuses fp16 with `shard_optimizer`: ranks would see different overflows and use different loss scales."""
         if precision == "fp16" and self.shard_optimizer:
             yield (
-                "precision 'fp16' is not for parallel.shard_optimizer: every rank would scale its loss by the gradients "
-                "of its own parameters; use 'bf16', or let every rank update everything"
+                "precision 'fp16' does not work with parallel.shard_optimizer: each rank would adapt the loss scale to "
+                "the gradients of its own parameters only. Use precision 'bf16', or set shard_optimizer = false"
             )
 
     def build(self, inputs: StrategyInputs) -> "Replicas":
-        """Sets up this process's replica and joins the others."""
+        """Wraps this process's copy of the model in DDP and joins the other ranks."""
         with in_a_world():
             return Replicas(inputs, self)
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ReplicaLaw":
-        """A rank keeps the whole model, and buckets for all gradients, which live throughout."""
+        """Returns the law of a rank, which keeps the whole model and all gradient buckets throughout the step."""
         return ReplicaLaw(weights, work, self, rank)
 
 
 class ReplicaLaw(RankLaw):
-    """The last micro-batch's backward copies gradients into the buckets; until then gradients lie beside them."""
+    """The law of a rank under DDP.
+
+    Gradients of earlier micro-batches live in tensors of their own. The last backward copies gradients to the buckets.
+    """
 
     def __init__(self, weights: list[Weight], work: Workload, config: DDP, rank: int):
         super().__init__(weights, work, config.ranks, rank)
@@ -69,13 +75,13 @@ class ReplicaLaw(RankLaw):
         self._shares_optimizer = config.shard_optimizer
 
     def add_resident(self) -> None:
-        """Every weight with its master copy, and the buckets."""
+        """Adds every weight with its master copy, and the buckets."""
         super().add_resident()
         for weight in self.weights:
             self.keep("gradient_bytes", weight.part, weight.num_bytes)
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """The last micro-batch's gradient is moved into its bucket, which is summed over the ranks."""
+        """Keeps the gradient. In the last micro-batch, moves it to its bucket and counts the all-reduce."""
         if not self.is_last:
             super().on_gradient(weight, gradient)
             return
@@ -83,7 +89,7 @@ class ReplicaLaw(RankLaw):
         self.send("all_reduce", weight.num_bytes)
 
     def update(self) -> None:
-        """With `shard_optimizer`, every rank sends the parameters that it updates, joined into one piece."""
+        """Counts the loop's sums and, with `shard_optimizer`, each rank's broadcast of its updated parameters."""
         super().update()
         if self._shares_optimizer:
             previous = None
@@ -91,16 +97,16 @@ class ReplicaLaw(RankLaw):
                 sizes = [weight.size for weight in self.weights if weight.name in owned]
                 flat = self.flatten(sizes, self.parameter_number_bytes)
                 self.send("broadcast", sum(sizes) * self.parameter_number_bytes)
-                del previous  # it lives until the next is made
+                del previous  # each flat copy lives until the next one has been made
                 previous = flat
 
     def updated(self) -> list[Weight]:
-        """The parameters that are dealt to this rank."""
+        """Returns the parameters that this rank updates."""
         return [weight for weight in super().updated() if weight.name in self._owned[self.rank]]
 
 
 class Replicas(SingleProcess):
-    """Accelerate wraps the model in DDP; with `shard_optimizer` each rank updates the parameters that it owns."""
+    """A model that Accelerate wraps in DDP. With `shard_optimizer`, each rank updates only its own parameters."""
 
     def __init__(self, inputs: StrategyInputs, config: DDP):
         from accelerate import DistributedDataParallelKwargs
@@ -119,7 +125,10 @@ class Replicas(SingleProcess):
         deal = whole_tensors if self._config.shard_optimizer else replicated
         self._plan = deal(sizes, self.world.ranks)
         if not all(self._plan):
-            raise ConfigError(f"parallel.shard_optimizer: {self.world.ranks} ranks share {len(sizes)} parameters")
+            raise ConfigError(
+                f"parallel.shard_optimizer needs at least one parameter per rank, but there are {self.world.ranks} "
+                f"ranks and {len(sizes)} parameters"
+            )
         return self._rows_of(self.world.rank)
 
     def _rows_of(self, rank: int) -> list[ParameterInfo]:
@@ -128,18 +137,18 @@ class Replicas(SingleProcess):
 
     @contextlib.contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
-        """DDP sums gradients over the ranks in the last micro-batch's backward only."""
+        """Makes DDP sum gradients over the ranks only in the backward pass of the last micro-batch."""
         with contextlib.nullcontext() if is_last or self.world.ranks == 1 else self.model.no_sync():  # type: ignore[operator]
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Multiplies by the ranks, since DDP takes their mean."""
+        """Runs backward of the loss times the number of ranks, because DDP averages the gradients over the ranks."""
         super().backward(loss * self.world.ranks)
 
     def step(self) -> bool:
-        """Updates what this rank owns; with `shard_optimizer`, each rank then sends its parameters to all."""
+        """Updates this rank's parameters. With `shard_optimizer`, each rank then sends its parameters to all others."""
         self._num_steps += 1
-        if self._num_steps == 2:  # after the first step DDP knows the order of gradients, and makes new buckets
+        if self._num_steps == 2:  # after the first step DDP knows the order of gradients and rebuilds its buckets
             self._buckets = [row.parameter.grad for row in self._rows if row.parameter.grad is not None]
         updated = super().step()
         if self._config.shard_optimizer and updated:
@@ -157,14 +166,14 @@ class Replicas(SingleProcess):
                     tensor.copy_(values)
 
     def resident(self) -> Iterable[Tensor]:
-        """The model, the optimizer's state, and from the second step on the buckets."""
+        """Yields the model, the optimizer state and, from the second step on, the buckets."""
         yield from super().resident()
         yield from self._buckets
 
     def owners(self) -> list[ShardOwner]:
-        """What this rank updates; without `shard_optimizer`, everything on the main rank."""
+        """Returns what this rank saves: with `shard_optimizer` its own parameters, otherwise all on the main rank."""
         return self.owned() if self._config.shard_optimizer or self.world.is_main else []
 
     def owned(self) -> list[ShardOwner]:
-        """Every parameter, whole; with `shard_optimizer`, this rank's."""
+        """Returns the whole parameters that this rank updates: all of them, or its own with `shard_optimizer`."""
         return [whole(row) for row in self._rows_of(self.world.rank)]

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state are split by rows over the ranks, and gathered for use."""
+"""FSDP2: each rank keeps rows of the parameters, gradients and optimizer state. Parameters are gathered for use."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ from llmeff.parallel.strategy import Strategy, StrategyConfig, StrategyInputs
 
 
 class FSDP(StrategyConfig):
-    """Torch's fully_shard on every device; Accelerate's FSDP does nothing on a CPU and casts parameters."""
+    """PyTorch's fully_shard, called directly, because Accelerate's FSDP does nothing on a CPU and casts parameters."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16")
 
@@ -34,37 +34,41 @@ class FSDP(StrategyConfig):
 
     name: Literal["fsdp"] = "fsdp"
     reshard_after_forward: Flag = True
-    """Free a layer's parameters after forward and gather them again for backward."""
+    """Free a layer's gathered parameters after its forward pass and gather them again for backward."""
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Only an elementwise update is the same on a slice."""
+        """Refuses optimizers whose update is not elementwise, because their update differs on a slice."""
         if sharding == "elementwise":
             return None
-        return "it must see whole parameters, and every rank has rows of each"
+        return "it must see whole parameters, but every rank has only some rows of each parameter"
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Refuses torch.compile: a graph would break at every layer, where parameters are gathered."""
+        """Refuses torch.compile, because the graph would break at every layer, where parameters are gathered."""
         if compiled != "off":
-            yield f"runtime.compile {compiled!r} is not for parallel {self.name!r}: gathering parameters breaks the graph"
+            yield (
+                f"runtime.compile {compiled!r} does not work with parallel {self.name!r}: gathering parameters breaks "
+                "the graph. Use 'off'"
+            )
 
     def build(self, inputs: StrategyInputs) -> "Sharded":
-        """Splits this process's copy of the model."""
+        """Shards this process's copy of the model."""
         return Sharded(inputs, self)
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> "ShardLaw":
-        """A rank keeps rows of every parameter, and the units that are gathered."""
+        """Returns the law of a rank, which keeps rows of every parameter and the units that are gathered."""
         return ShardLaw(weights, work, self, rank)
 
 
 _ROOT = ""
-"""The unit of all parameters that are in no layer."""
+"""Name of the root unit, which has all parameters that are in no layer."""
 
 
 class ShardLaw(RankLaw):
-    """Units are gathered before their first use and freed after their last, as fully_shard's hooks do it.
+    """The law of a rank under fully_shard, whose hooks gather a unit before its first use and free it after its last.
 
-    A unit's buffer is gathered and then split into parameters. In forward the buffer lives until the next unit is
-    gathered. In backward it is freed at once, and the next unit's buffer is gathered ahead.
+    A unit is a layer, or the root. Its parameters are gathered into a buffer, which is then copied into parameters. In
+    forward the buffer lives until the next unit is gathered. In backward the buffer is freed at once, and the next
+    unit's buffer is gathered ahead.
     """
 
     def __init__(self, weights: list[Weight], work: Workload, config: FSDP, rank: int):
@@ -82,7 +86,7 @@ class ShardLaw(RankLaw):
         self._num_ready: Counter[str] = Counter()
 
     def _padded(self, weight: Weight) -> int:
-        """Bytes of a weight whose rows are padded to a multiple of the ranks."""
+        """Returns the bytes of a weight whose number of rows is padded to a multiple of the number of ranks."""
         return (
             part_length(weight.shape[0], self.ranks) * self.ranks * prod(weight.shape[1:]) * self.parameter_number_bytes
         )
@@ -94,13 +98,13 @@ class ShardLaw(RankLaw):
         return [weight for weight in self._units[unit] if weight.is_trained]
 
     def add_resident(self) -> None:
-        """This rank's rows of every weight, with padding."""
+        """Adds this rank's rows of every weight, with padding."""
         for weight in self.every:
             kind: Kind = "parameter_bytes" if weight.is_trained else "frozen_bytes"
             self.keep(kind, weight.part, self._padded(weight) // self.ranks)
 
     def on_use(self, weight: Weight, in_backward: bool) -> None:
-        """Gathers the weight's unit and the root, if they are not gathered yet."""
+        """Gathers the root and the weight's unit if they are not gathered yet."""
         unit = _unit(weight)
         if in_backward:
             self._use_backward(_ROOT)
@@ -132,7 +136,7 @@ class ShardLaw(RankLaw):
         return buffer
 
     def end_forward(self) -> None:
-        """Frees the last layer and the root after forward; the loss's backward then gathers the root again."""
+        """Frees the last layer and the root after forward. The backward of the loss then gathers the root again."""
         self._leave_layer(_ROOT)
         self._last_buffer = None
         if self._reshards:
@@ -141,7 +145,7 @@ class ShardLaw(RankLaw):
 
     def _use_backward(self, unit: str) -> None:
         if unit in self._num_ready:
-            return  # its backward has begun
+            return  # the unit's backward has begun
         self._num_ready[unit] = 0
         if unit not in self._whole:
             buffer = self._buffers.pop(unit, None) or self._gather(unit)
@@ -154,7 +158,7 @@ class ShardLaw(RankLaw):
                 self._buffers[ahead] = buffer
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """Sums a layer's gradients over the ranks and frees the layer, once all of them are there."""
+        """Keeps the gradient. Once all gradients of a layer are ready, sums them over the ranks and frees the layer."""
         super().on_gradient(weight, gradient)
         unit = _unit(weight)
         self._num_ready[unit] += 1
@@ -177,40 +181,40 @@ class ShardLaw(RankLaw):
         self._sums.setdefault(unit, part)
 
     def end_backward(self) -> None:
-        """Sums the root's gradients."""
+        """Sums the root's gradients over the ranks."""
         self._reduce(_ROOT)
         self._last_input = None
         self._num_ready.clear()
 
     def gradients(self) -> Counter[str]:
-        """The gradients of this rank's rows, with padding."""
+        """Returns the bytes of the gradients of this rank's rows, with padding, by part."""
         parts: Counter[str] = Counter()
         for weight in self.weights:
             parts[weight.part] += self._padded(weight) // self.ranks
         return parts
 
     def update(self) -> None:
-        """Sums the norm of each parameter over the ranks, besides the loop's sums, and frees the gradients."""
+        """Counts the loop's sums and the sum of each parameter's norm over the ranks, and frees the gradients."""
         super().update()
         if self.ranks > 1:
             self.send("all_reduce", len(self.weights) * BYTES["float32"])
         self._sums.clear()
 
     def updated(self) -> list[Weight]:
-        """This rank's rows, without padding, which has no optimizer state."""
+        """Returns this rank's rows without padding, because padding has no optimizer state."""
         shapes = {weight.name: weight.shape for weight in self.weights}
         shard = split_rows(shapes, self.ranks)[self.rank]
         return [Weight(w.name, (part.size,), w.dtype, w.part) for w, part in zip(self.weights, shard, strict=True)]
 
 
 def _unit(weight: Weight) -> str:
-    """The layer that a weight is in, by its name in a list of layers (`layers.0`, `encoder.0`); else the root."""
+    """Returns the weight's layer, such as `layers.0` or `encoder.0`, or the root if the weight is in no layer."""
     first, number, *_ = (*weight.name.split("."), "")
     return f"{first}.{number}" if number.isdigit() else _ROOT
 
 
 class Sharded(Strategy):
-    """A model split by fully_shard: each of `model.layers` is a unit, and so is the rest."""
+    """A model sharded by fully_shard. Each layer of `model.layers` is a unit, and the rest of the model is another."""
 
     def __init__(self, inputs: StrategyInputs, config: FSDP):
         super().__init__(inputs)
@@ -229,11 +233,11 @@ class Sharded(Strategy):
         self.model = inputs.model
 
     def backward(self, loss: Tensor) -> None:
-        """Multiplies by the ranks, since FSDP takes their mean."""
+        """Runs backward of the loss times the number of ranks, because FSDP averages the gradients over the ranks."""
         (loss * self.world.ranks).backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Clips to the norm over all ranks' rows."""
+        """Clips the gradients by their norm over the rows of all ranks. Returns the norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self._parameters, float("inf") if max_norm is None else max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -249,7 +253,7 @@ class Sharded(Strategy):
             parameter.grad = None
 
     def owners(self) -> list[ShardOwner]:
-        """This rank's rows of every parameter."""
+        """Returns this rank's rows of every parameter."""
         shard = split_rows(self._shapes, self.world.ranks)[self.world.rank]
         return [
             ShardOwner(key=row.parameter, parts=((part, 0),) if part.size else ())
@@ -257,12 +261,12 @@ class Sharded(Strategy):
         ]
 
     def resident(self) -> Iterable[Tensor]:
-        """This rank's rows of parameters, buffers and optimizer state."""
+        """Yields this rank's rows of parameters and optimizer state, and the buffers."""
         for tensor in super().resident():
             yield local(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model on the main rank; all ranks gather it, a parameter at a time."""
+        """Gathers one parameter at a time. Returns the whole model on the main rank, and an empty dict on others."""
         whole = {}
         for name, tensor in stored_tensors(self._plain).items():
             values = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -271,12 +275,12 @@ class Sharded(Strategy):
         return whole
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Reads the buffers; `load` reads the weights into what the optimizer updates."""
+        """Reads the buffers. `load` reads the weights, because the optimizer updates the tensors that forward reads."""
         check_fit(self._rows, saved)
         load_buffers(self._plain, saved)
 
     def close(self) -> None:
-        """Frees the parameters that are gathered."""
+        """Frees the gathered parameters."""
         for module in self._plain.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

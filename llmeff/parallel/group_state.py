@@ -1,4 +1,4 @@
-"""State that optimizers keep in their groups, beside parameters and settings: counts of steps, sums of weights."""
+"""Saves, restores and checks state that optimizers keep in their parameter groups, such as step counts."""
 
 import copy
 import math
@@ -14,19 +14,19 @@ from llmeff.core.config import ConfigError
 from llmeff.core.parameters import ParameterInfo, Role
 
 _SCHEDULED = ("params", "lr", "peak_lr")
-"""Keys of a group that the loop sets itself."""
+"""Keys of a group that are not saved here, because the training loop sets them."""
 _STATELESS = (FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device)
-"""Kinds of values that cannot change without being replaced."""
+"""Types of values that cannot change in place."""
 _TENSOR, _TUPLE = "::tensor", "::tuple"
 _MOST = 2**20
-"""Numbers of the largest parameter that a trial step is made with; larger ones are left out."""
+"""Elements of the largest parameter that a trial step uses. Larger parameters are left out."""
 
 Entries = dict[str, Any]
-"""Entries of one group, by key."""
+"""Entries of one optimizer group, by key."""
 
 
 def group_entries(optimizer: Optimizer) -> list[Entries]:
-    """Copies of what each group holds beside its parameters and its learning rate."""
+    """Returns copies of the entries of each group, without its parameters and learning rate."""
     return [
         {
             key: value if isinstance(value, _STATELESS) else copy.deepcopy(value)
@@ -41,30 +41,30 @@ def _unscheduled(group: Mapping[str, Any]) -> Entries:
 
 
 def changed_entries(optimizer: Optimizer, begun: Sequence[Entries]) -> list[Entries]:
-    """The entries of each group that steps have changed or added, as JSON.
+    """Returns the entries of each group that steps have changed or added, as JSON values.
 
     Args:
-        optimizer: after any number of steps.
+        optimizer: the optimizer, after any number of steps.
         begun: its `group_entries` before the first step.
 
     Raises:
-        ConfigError: a value has a kind that is not saved.
+        ConfigError: a value has a type that cannot be saved.
     """
     found = []
     for group, before in zip(optimizer.param_groups, begun, strict=True):
         now = _unscheduled(group)
         changed = {key: now[key] for key in now if key not in before or not _same(now[key], before[key])}
-        found.append({key: _packed(f"its groups' {key!r}", value) for key, value in changed.items()})
+        found.append({key: _packed(f"{key!r} in its groups", value) for key, value in changed.items()})
     return found
 
 
 def put_back(group: Entries, saved: Mapping[str, Any], device: torch.device) -> None:
-    """Restores what `changed_entries` returned for a group.
+    """Restores the entries that `changed_entries` returned for a group.
 
     Args:
         group: a group of the optimizer.
-        saved: the entries of that group.
-        device: of its parameters; tensors that were on no CPU go there.
+        saved: the saved entries of that group.
+        device: device of its parameters. Tensors that were not on the CPU when they were saved go to this device.
     """
     group.update({key: _unpacked(value, device) for key, value in saved.items()})
 
@@ -76,14 +76,14 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _packed(what: str, value: Any) -> Any:
-    """The value as JSON; tensors must have one number.
+    """Returns the value in a form that JSON can hold.
 
     Args:
-        what: names the value in the error.
-        value: a number, flag, word or tensor, or a list or tuple of them.
+        what: name of the value, for the error.
+        value: a number, flag, string, None or one-element tensor, or a list or tuple of these.
 
     Raises:
-        ConfigError: the value is of another kind.
+        ConfigError: the value has another type.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         return {_TENSOR: [str(value.dtype).removeprefix("torch."), list(value.shape), value.item(), value.is_cpu]}
@@ -96,8 +96,8 @@ def _packed(what: str, value: Any) -> Any:
         return {_TUPLE: packed} if isinstance(value, tuple) else packed
     kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise ConfigError(
-        f"{what} is {kind}, which a checkpoint cannot hold: there, keep numbers, flags, words, lists of them, or tensors of "
-        "one number; what belongs to a parameter, as tensors in the optimizer's `state`"
+        f"{what} is {kind}, which a checkpoint cannot store. Allowed are numbers, flags, strings, one-element tensors, "
+        "and lists of these. Keep what belongs to a parameter as tensors in the optimizer's `state`"
     )
 
 
@@ -120,16 +120,16 @@ def check_savable(
     rows: Sequence[ParameterInfo],
     miscounts: str | None = None,
 ) -> None:
-    """Refuses an optimizer whose state a checkpoint could not hold, by a step with copies of a few parameters.
+    """Refuses an optimizer whose state a checkpoint could not store. Tries one step with copies of a few parameters.
 
     Args:
-        name: of the optimizer.
-        build: builds the optimizer of given parameters.
-        rows: all parameters; the smallest of each role is copied.
-        miscounts: why an optimizer that counts in its groups would silently differ; None if it would not.
+        name: the optimizer's name.
+        build: builds the optimizer for given parameters.
+        rows: all parameters. The smallest parameter of each role is copied.
+        miscounts: `StrategyConfig.miscounts`: why counts in groups would go wrong. None if they would not.
 
     Raises:
-        ConfigError: with what cannot be saved and its kind, or with `miscounts`.
+        ConfigError: some state cannot be saved, or the optimizer's updates depend on counts that would go wrong.
     """
     copies = _copies(rows)
     if not copies:
@@ -146,22 +146,22 @@ def check_savable(
         for state in optimizer.state.values():
             for key, value in state.items():
                 if not isinstance(value, Tensor):
-                    _packed(f"its state's {key!r}", value)
+                    _packed(f"{key!r} in its state", value)
     except ConfigError as error:
         raise ConfigError([f"optim {name!r}: {problem}" for problem in error.problems]) from None
     counted = sorted({key for entries in changed for key in entries})
     if counted and miscounts is not None and not (_is_idle(build, rows, counted) and _is_same_apart(build, rows)):
-        raise ConfigError(f"optim {name!r} counts in its groups ({', '.join(counted)}): {miscounts}")
+        raise ConfigError(f"optim {name!r} keeps counts in its groups ({', '.join(counted)}): {miscounts}")
 
 
 _AHEAD = (0, 10, 1_000, 100_000)
-"""How far counts are moved ahead, to see whether the next update depends on them."""
+"""Amounts that are added to counts, to see whether the next update depends on them."""
 
 
 def _is_idle(
     build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo], counted: Sequence[str]
 ) -> bool:
-    """Whether the second update is the same whatever the counts are by then."""
+    """Returns whether the second update is independent of the counts in the groups."""
     ends = []
     for ahead in _AHEAD:
         copies = _copies(rows)
@@ -179,7 +179,7 @@ def _is_idle(
 
 
 def _is_same_apart(build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo]) -> bool:
-    """Whether updates are the same if each group is stepped alone, as they are if counts do not matter."""
+    """Returns whether three updates give the same result when each group is stepped alone."""
     ends = []
     for is_apart in (False, True):
         copies = _copies(rows)
@@ -197,7 +197,7 @@ def _is_same_apart(build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequ
 
 
 def _copies(rows: Sequence[ParameterInfo]) -> list[ParameterInfo]:
-    """A copy of the smallest parameter of each role, if it has at most `_MOST` numbers."""
+    """Returns a copy of the smallest parameter of each role, without parameters of more than `_MOST` elements."""
     least: dict[Role, ParameterInfo] = {}
     for row in sorted(rows, key=lambda row: row.parameter.numel()):
         if row.parameter.numel() <= _MOST:
@@ -209,11 +209,11 @@ def _copies(rows: Sequence[ParameterInfo]) -> list[ParameterInfo]:
 
 
 def _check_settings(group: Mapping[str, Any]) -> None:
-    """Refuses any object that could change in place, whether or not it does.
+    """Refuses entries that could change in place and cannot be saved, even if they do not change.
 
     Raises:
-        ConfigError: with the entry and its kind.
+        ConfigError: an entry has a type that cannot be saved.
     """
     for key, value in _unscheduled(group).items():
         if not isinstance(value, _STATELESS):
-            _packed(f"its groups' {key!r}", value)
+            _packed(f"{key!r} in its groups", value)

@@ -1,4 +1,4 @@
-"""What the prices of all strategies of several ranks share: collectives, gloo's copies and the loop's sums."""
+"""Base class of the laws of strategies with several ranks: collectives, gloo's copies and the loop's sums."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,16 +10,16 @@ from llmeff.cost.strategy_law import StrategyLaw
 from llmeff.cost.workload import Workload
 
 _LOOP_BYTES = 8 + 8 + 4
-"""Bytes that the loop itself sums over the ranks in a step: the loss's divisor, the number of items, and the loss."""
+"""Bytes that the training loop sums over the ranks in a step: the loss's divisor, the number of items, and the loss."""
 
 
 class RankLaw(StrategyLaw):
-    """The law of one rank of several.
+    """The law of one of several ranks.
 
     Args:
         weights: all parameters, in the model's order.
-        work: what a step does on the rank.
-        ranks: how many ranks there are.
+        work: the step on this rank.
+        ranks: the number of ranks.
         rank: the index of this rank.
     """
 
@@ -29,23 +29,23 @@ class RankLaw(StrategyLaw):
         self.ranks, self.rank = ranks, rank
         self.is_shared = ranks > 1
         self.updated_number_bytes = BYTES[work.precision.master or work.precision.parameters]
-        """Bytes of a number that is updated: of the master copy, or of a parameter if there is none."""
+        """Bytes per element that the optimizer updates: of the master copy, or of the parameters if there is none."""
         self.parameter_number_bytes = BYTES[work.precision.parameters]
-        """Bytes of a number of a parameter, and of a gradient."""
+        """Bytes per element of a parameter or a gradient."""
         self._on_cpu = work.on_cpu
 
     def update(self) -> None:
-        """Counts the sums of the loop; a strategy adds those of its update."""
+        """Counts the sums of the training loop. A strategy adds the communication of its own update."""
         if self.ranks > 1:
             self.send("all_reduce", _LOOP_BYTES)
 
     def offload(self, kind: Kind, part: str, num_bytes: int) -> None:
-        """Counts bytes that live in CPU memory throughout the step; on a CPU run they are in the peak too.
+        """Counts bytes that stay in CPU memory throughout the step. If the model is on a CPU, the peak includes them.
 
         Args:
-            kind: what the bytes are.
-            part: the part of the model that they belong to.
-            num_bytes: how many.
+            kind: the kind of cost.
+            part: the part of the model that the bytes belong to.
+            num_bytes: the number of bytes.
         """
         if self._on_cpu:
             self.keep(kind, part, num_bytes)
@@ -58,28 +58,28 @@ class RankLaw(StrategyLaw):
         self.copy(num_bytes)
 
     def scatter(self, num_bytes: int) -> None:
-        """Counts a reduce-scatter: a buffer of `num_bytes` is summed over the ranks, and each rank gets its part."""
+        """Counts a reduce-scatter of a buffer of `num_bytes`, of which each rank gets one part of the sum."""
         self.send("reduce_scatter", num_bytes)
         self.copy(num_bytes)
 
     def copy(self, num_bytes: int) -> None:
-        """Counts the copy of `num_bytes` that gloo gathers into or scatters from, and frees at once."""
+        """Counts the temporary copy of `num_bytes` that gloo makes for a gather or scatter (on a CPU only)."""
         if self._on_cpu:
             self.make("bucket_bytes", num_bytes)
 
     def flatten(self, sizes: Iterable[int], number_bytes: int) -> Storage | None:
-        """Makes the copy that joins tensors for a collective or an update; None for one tensor, which is not copied.
+        """Makes the flat copy that joins tensors for a collective or an update. Returns None for a single tensor.
 
         Args:
-            sizes: how many numbers each tensor has.
-            number_bytes: bytes of a number.
+            sizes: number of elements of each tensor. A single tensor is not copied.
+            number_bytes: bytes per element.
         """
         pieces = list(sizes)
         return self.make("bucket_bytes", sum(pieces) * number_bytes) if len(pieces) > 1 else None
 
 
 def in_buckets(sizes: Iterable[int], limit: int) -> Iterator[list[int]]:
-    """Splits sizes into buckets, in their order; the size that makes a bucket exceed the limit is its last."""
+    """Splits sizes into buckets, in order. A bucket ends with the size that makes its sum exceed the limit."""
     bucket: list[int] = []
     for size in sizes:
         bucket.append(size)

@@ -1,8 +1,9 @@
-"""A run's weights and optimizer state on disk, in slices that any number of ranks can read.
+"""Sharded checkpoints: a run's weights and optimizer state on disk, in slices that any number of ranks can read.
 
-Every rank writes what it owns. `rank-00000.safetensors` has the updated weights and each kind of optimizer state.
-`rank-00000.json` says which slice of which parameter each tensor is, and what the optimizer counts in its groups. So a
-checkpoint is independent of the strategy and the number of ranks that wrote it, and only tensors and JSON are read.
+Each rank writes what it owns. `rank-00000.safetensors` has the weights that the rank updates, and their optimizer
+state. `rank-00000.json` names the slice of the parameter that each tensor is, and has the counts that the optimizer
+keeps in its groups. So a checkpoint does not depend on the strategy or the number of ranks that wrote it. It has only
+tensors and JSON, so reading it runs no code.
 """
 
 import json
@@ -30,23 +31,23 @@ _BUFFERS = "buffers.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOwner:
-    """A tensor that the optimizer updates, and the slices of parameters in it."""
+    """A tensor that the optimizer updates, with the slices of parameters that it contains."""
 
     key: Tensor
-    """The tensor itself, which is the key of the optimizer's state."""
+    """The tensor itself, which is the key of its optimizer state."""
     parts: tuple[tuple[Slice, int], ...]
-    """Slices of parameters, and the index in the flattened local numbers at which each begins."""
+    """Slices of parameters, each with the index of its first element in the flattened local tensor."""
     is_whole: bool = False
-    """Whether the tensor is one whole parameter; then its state may have any shape."""
+    """Whether the tensor is one whole parameter. Then its optimizer state may have any shape."""
 
     @property
     def numbers(self) -> Tensor:
-        """A flat view of the local numbers."""
+        """A flat view of this rank's elements."""
         return flat(self.key)
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A one-dimensional view of the numbers of a tensor that this rank has."""
+    """Returns a one-dimensional view of the elements of a tensor that are on this rank."""
     return local(tensor).detach().view(-1)
 
 
@@ -59,19 +60,19 @@ def save(
     buffers: Mapping[str, Tensor],
     others: Mapping[str, Any],
 ) -> None:
-    """Writes what this rank owns.
+    """Writes this rank's share of a checkpoint.
 
     Args:
         folder: the folder that all ranks write into.
-        rank: of this process.
-        owners: what this rank owns.
-        optimizer: has their state.
+        rank: the rank of this process.
+        owners: the tensors that this rank saves.
+        optimizer: the optimizer that has their state.
         begun: `group_entries` of the optimizer before its first step.
-        buffers: of the model; those of the main rank are written.
-        others: the strategy's `extra_state`, as JSON.
+        buffers: the model's buffers. Only the main rank writes them.
+        others: the strategy's `extra_state`, as JSON values.
 
     Raises:
-        ConfigError: the optimizer's groups hold something that cannot be written.
+        ConfigError: the optimizer's groups have an entry that cannot be saved.
     """
     changed = changed_entries(optimizer, begun)
     entries = {
@@ -103,7 +104,7 @@ def save(
                     first = storages.setdefault(value.untyped_storage()._cdata, name)
                     if first == name:
                         tensors[name] = value
-                    else:  # a tensor that several parameters share is written once
+                    else:  # a state tensor that several parameters share is written once
                         shared[name] = first
                 else:
                     tensors[name] = flat(value)[span]
@@ -117,10 +118,10 @@ def save(
 
 
 class ShardedCheckpoint:
-    """What `save` wrote on all ranks.
+    """Reads a checkpoint that `save` wrote on all ranks.
 
     Args:
-        folder: the folder that was written into.
+        folder: the checkpoint's folder.
     """
 
     def __init__(self, folder: Path):
@@ -136,7 +137,7 @@ class ShardedCheckpoint:
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[int, int, Any, set[str]]]]:
-        """By parameter: the start and stop of each slice, its file, and the names in the file."""
+        """The saved slices of each parameter, by its name: start, stop, file, and the names of the file's tensors."""
         places: dict[str, list[tuple[int, int, Any, set[str]]]] = {}
         for path, content in self._contents:
             file = self._files[str(path)]
@@ -151,12 +152,12 @@ class ShardedCheckpoint:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """The numbers of each parameter, by its name."""
+        """The number of elements of each parameter, by its name."""
         return {name: max(stop for _, stop, _, _ in places) for name, places in self._places.items()}
 
     @property
     def others(self) -> dict[str, Any]:
-        """The `extra_state` of the main rank's strategy."""
+        """The `extra_state` that the main rank's strategy saved."""
         return dict(self._contents[0][1]["others"])
 
     @cached_property
@@ -166,7 +167,7 @@ class ShardedCheckpoint:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
     def kinds(self, parameter: str) -> set[str]:
-        """The kinds of tensors in a parameter's optimizer state."""
+        """Returns the names of the tensors in a parameter's optimizer state, such as `exp_avg`."""
         prefix = parameter + _BETWEEN
         every = [*self._shared, *(name for *_, names in self._places[parameter] for name in names)]
         found = {name.removeprefix(prefix) for name in every}
@@ -174,11 +175,11 @@ class ShardedCheckpoint:
 
     @cached_property
     def _shared(self) -> dict[str, str]:
-        """Names of tensors that were written once for several parameters, and the names they were written under."""
+        """Names of state tensors that several parameters share, with the one name under which each was written."""
         return {name: first for _, content in self._contents for name, first in content["shared"].items()}
 
     def plain(self, parameter: str) -> dict[str, Any]:
-        """The values in a parameter's optimizer state that are no tensors."""
+        """Returns the values in a parameter's optimizer state that are not tensors, by key."""
         prefix = parameter + _BETWEEN
         return {
             name.removeprefix(prefix): value
@@ -189,11 +190,11 @@ class ShardedCheckpoint:
 
     @cached_property
     def _groups(self) -> dict[str, Entries]:
-        """What the group of each parameter counted, by the parameter's name."""
+        """The saved entries of each parameter's group, by the parameter's name."""
         return {name: entry for _, content in self._contents for name, entry in content.get("groups", {}).items()}
 
     def whole(self, parameter: str, kind: str) -> Tensor:
-        """A tensor of the state as it was saved: a single number for all slices, or the tensor of a whole parameter."""
+        """Returns a state tensor as it was saved: a scalar, or the state of a parameter that was saved whole."""
         name = parameter + _BETWEEN + kind
         name = self._shared.get(name, name)
         _, _, file, _ = self._places[name.partition(_BETWEEN)[0]][0]
@@ -201,10 +202,10 @@ class ShardedCheckpoint:
         return tensor
 
     def read(self, part: Slice, kind: str = _WEIGHT) -> Tensor:
-        """The numbers of a slice, joined from the ranks that had them.
+        """Returns the elements of a slice of a weight or state tensor, joined from all ranks that saved some of them.
 
         Raises:
-            ValueError: some numbers were not saved, or the tensor has not one for each number of the parameter.
+            ValueError: some elements are missing, or the state tensor does not have one element per parameter element.
         """
         found: list[Tensor] = []
         at = part.start
@@ -212,19 +213,21 @@ class ShardedCheckpoint:
             if start <= at < min(stop, part.stop):
                 numbers = file.get_tensor(part.name + _BETWEEN + kind).view(-1)
                 if numbers.numel() != stop - start:
-                    raise ValueError(f"{part.name}: its {kind} belongs to the parameter as a whole and cannot be cut")
+                    raise ValueError(
+                        f"{part.name}: its state tensor {kind} belongs to the whole parameter and cannot be split"
+                    )
                 found.append(numbers[at - start : min(stop, part.stop) - start])
                 at = min(stop, part.stop)
         if at < part.stop:
-            raise ValueError(f"{part.name}: numbers {at} to {part.stop} were not saved")
+            raise ValueError(f"{part.name}: elements {at} to {part.stop} are missing in the checkpoint")
         return torch.cat(found) if found else torch.empty(0)
 
     @torch.no_grad()
     def load(self, owners: Iterable[ShardOwner], optimizer: Optimizer) -> None:
-        """Reads weights and optimizer state into what this rank owns.
+        """Reads weights and optimizer state into this rank's tensors.
 
         Raises:
-            ValueError: they are of another model, or of an optimizer whose state cannot be split as the owners need.
+            ValueError: the checkpoint belongs to another model, or its optimizer state cannot be split as needed here.
         """
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         there: dict[str, Tensor] = {}
@@ -237,7 +240,7 @@ class ShardedCheckpoint:
             first = named[0].name
             group = groups.get(owner.key, optimizer.param_groups[0])
             put_back(group, self._groups.get(first, {}), owner.key.device)
-            on_device = group.get("fused") or group.get("capturable")  # torch then keeps step counters there
+            on_device = group.get("fused") or group.get("capturable")  # then torch keeps step counters on the device
             state = optimizer.state[owner.key]
             for kind in sorted(self.kinds(first)):
                 value = self.whole(first, kind)
@@ -262,17 +265,17 @@ def _plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def whole(row: ParameterInfo) -> ShardOwner:
-    """The owner of a parameter that is updated as a whole."""
+    """Returns the owner of a parameter that is updated as a whole."""
     part = Slice(name=row.name, start=0, stop=row.parameter.numel())
     return ShardOwner(key=row.parameter, parts=((part, 0),), is_whole=True)
 
 
 @torch.no_grad()
 def load_whole(model: nn.Module, rows: list[ParameterInfo], saved: ShardedCheckpoint) -> None:
-    """Reads parameters that this process has whole, and the buffers.
+    """Reads parameters that this process keeps whole, and the buffers.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: the checkpoint belongs to another model.
     """
     check_fit(rows, saved)
     for row in rows:
@@ -282,12 +285,12 @@ def load_whole(model: nn.Module, rows: list[ParameterInfo], saved: ShardedCheckp
 
 
 def check_fit(rows: list[ParameterInfo], saved: ShardedCheckpoint, sizes: Mapping[str, int] | None = None) -> None:
-    """Refuses the weights of another model.
+    """Checks that the checkpoint belongs to this model.
 
     Args:
         rows: the parameters of this model.
         saved: the checkpoint.
-        sizes: numbers of each parameter; None: as many as its row has.
+        sizes: number of elements of each parameter, by its name. None takes the sizes from `rows`.
 
     Raises:
         ValueError: names or sizes differ.
@@ -299,7 +302,7 @@ def check_fit(rows: list[ParameterInfo], saved: ShardedCheckpoint, sizes: Mappin
         raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
     for name, size in expected.items():
         if size != saved.parameters[name]:
-            raise ValueError(f"{name} was saved with {saved.parameters[name]} numbers, the model has {size}")
+            raise ValueError(f"{name} has {saved.parameters[name]} elements in the checkpoint, but {size} in the model")
 
 
 @torch.no_grad()
@@ -307,10 +310,10 @@ def load_buffers(model: nn.Module, saved: ShardedCheckpoint) -> None:
     """Reads the model's buffers.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: the model lacks a saved buffer, or has it in another shape.
     """
     tensors = stored_tensors(model)
     for name, values in saved.buffers.items():
         if name not in tensors or tensors[name].shape != values.shape:
-            raise ValueError(f"the model has no buffer {name} of shape {tuple(values.shape)}")
+            raise ValueError(f"the model lacks the buffer {name} of shape {tuple(values.shape)} of the checkpoint")
         tensors[name].copy_(values)

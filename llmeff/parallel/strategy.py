@@ -1,4 +1,4 @@
-"""The contract of a strategy: how the processes of a run share a step."""
+"""Base classes of strategies, which define how the processes of a run share an optimizer step."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -26,48 +26,52 @@ from llmeff.parallel.sharded_checkpoint import ShardedCheckpoint, ShardOwner, sa
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyInputs:
-    """What a strategy is built from on this process."""
+    """Inputs from which a strategy is built on this process."""
 
     model: nn.Module
     """The whole model, on the device."""
     parameter_infos: Callable[[nn.Module], list[ParameterInfo]]
-    """Returns the parameters to train; of a model that the strategy may have split."""
+    """Returns the parameters to train of a model, which the strategy may have split already."""
     optimizer: Callable[[list[ParameterInfo]], Optimizer]
-    """Builds an optimizer of the given parameters."""
+    """Builds an optimizer for the given parameters."""
     device: torch.device
     """The device of this process."""
     precision: Precision
-    """The number formats."""
+    """The dtypes of the run."""
     micro_batch: int
     """Rows of a forward pass on one rank."""
     num_micro_batches: int
     """Micro-batches of a step on one rank."""
     clip_norm: float | None
-    """The norm that larger gradients are scaled down to; None: never."""
+    """Largest gradient norm: larger gradients are scaled down to it. None if gradients are not clipped."""
 
 
 class Strategy(ABC):
-    """A model and its optimizer on this process, and the parts of a step in which ranks communicate."""
+    """A model and its optimizer on this process, with the parts of a step in which ranks communicate."""
 
     model: nn.Module
-    """The model whose forward is called, in training and under no_grad."""
+    """The model to call for a forward pass, in training and under no_grad."""
     optimizer: Optimizer
-    """Updates this process's share of the parameters; its groups hold the learning rate."""
+    """The optimizer of this process's share of the parameters. Its groups hold the learning rate."""
 
     begun: list[Entries]
-    """What the optimizer's groups held before the first step."""
+    """Entries of the optimizer's groups before the first step, from `group_entries`."""
 
     def __init__(self, inputs: StrategyInputs):
         self.device = inputs.device
         self.world: World = world()
         self.num_parameters = sum(parameter.numel() for parameter in inputs.model.parameters())
-        """Numbers of the whole model, trained and frozen; shared parameters count once."""
+        """Number of elements of the whole model's parameters, trained and frozen. Shared parameters count once."""
         self.num_trained = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
-        """Numbers that are trained."""
+        """Number of elements of the trained parameters."""
         self._plain = inputs.model
 
     def accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """A context for forward and backward of a micro-batch; after the last one gradients are sums over all ranks."""
+        """A context for forward and backward of a micro-batch.
+
+        Args:
+            is_last: whether it is the step's last micro-batch, after which gradients are summed over all ranks.
+        """
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -79,27 +83,29 @@ class Strategy(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds this share's gradients.
+        """Runs the backward pass of a micro-batch and adds its gradients.
 
         Args:
-            loss: the share's summed loss, divided by the step's global count.
+            loss: the micro-batch's summed loss, divided by the step's global count of items.
         """
 
     def reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a value over all ranks."""
+        """Returns the sum of a value over all ranks."""
         return group.total(value)
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scales gradients down to a norm of at most `max_norm`; None: never.
+        """Scales gradients down to a norm of at most `max_norm`, or leaves them unchanged if `max_norm` is None.
+
+        Some strategies do the scaling in `step`.
 
         Returns:
-            the norm before, over all parameters of all ranks.
+            The norm before clipping, over all parameters of all ranks.
         """
 
     @abstractmethod
     def step(self) -> bool:
-        """Updates the parameters and clears the gradients; returns False if loss scaling skipped the update."""
+        """Updates the parameters and clears the gradients. Returns False if loss scaling skipped the update."""
 
     @abstractmethod
     def skip(self) -> None:
@@ -107,53 +113,53 @@ class Strategy(ABC):
 
     @property
     def loss_scale(self) -> float | None:
-        """The factor of fp16's loss scaling; None if there is none."""
+        """The factor of fp16 loss scaling. None if the loss is not scaled."""
         return None
 
     @property
     def may_overflow(self) -> bool:
-        """Whether gradients that are not finite only make loss scaling skip this step and lower its factor."""
+        """Whether non-finite gradients may come from loss scaling, which then skips the step and lowers its factor."""
         return False
 
     @abstractmethod
     def owners(self) -> list[ShardOwner]:
-        """The weights and optimizer state that this rank saves; together the ranks save everything once."""
+        """Returns the weights and optimizer state that this rank saves. Together the ranks save everything once."""
 
     def owned(self) -> list[ShardOwner]:
-        """The weights that this rank updates, and loads. If every rank updates everything, only one saves it."""
+        """Returns the weights that this rank updates and loads. They differ from `owners` if all ranks update all."""
         return self.owners()
 
     def resident(self) -> Iterable[Tensor]:
-        """The tensors that live on this process between steps."""
+        """Yields the tensors that stay in memory on this process between steps."""
         yield from self._plain.parameters()
         yield from self._plain.buffers()
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's weights and buffers on the main rank; empty or not on others. All ranks call it."""
+        """Returns the whole model's weights and buffers. All ranks must call it, but only the main rank needs them."""
         return stored_tensors(self._plain)
 
     def extra_state(self) -> dict[str, Any]:
-        """What else is needed to resume, as JSON: the loss scaling."""
+        """Returns further state that a resume needs, as JSON values: the state of the loss scaling."""
         return {}
 
     def load_extra_state(self, others: Mapping[str, Any]) -> None:  # noqa: B027  there may be nothing
         """Restores what `extra_state` returned."""
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's share of what is needed to resume: weights, optimizer state and loss scaling."""
+        """Writes this rank's share of the state that a resume needs: weights, optimizer state and loss scaling."""
         buffers = {
             name: tensor for name, tensor in stored_tensors(self._plain).items() if _is_buffer(self._plain, name)
         }
         save(folder, self.world.rank, self.owners(), self.optimizer, self.begun, buffers, self.extra_state())
 
     def load(self, folder: Path) -> None:
-        """Restores what any strategy's `save` wrote on any number of ranks.
+        """Restores the state that `save` wrote, under any strategy and on any number of ranks.
 
         Raises:
-            ConfigError: the state is of another model, or of an optimizer whose state cannot be split as this strategy
-                needs.
+            ConfigError: the state belongs to another model, or to an optimizer whose state cannot be split as this
+                strategy needs.
         """
         saved = ShardedCheckpoint(folder)
         try:
@@ -165,10 +171,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Reads the model's weights and buffers into the tensors that forward reads."""
+        """Reads the model's weights and buffers into the tensors that the forward pass reads."""
 
     def close(self) -> None:  # noqa: B027  there may be nothing
-        """Frees what this process keeps for the strategy's engine."""
+        """Frees the resources of the strategy's engine on this process."""
 
 
 def _is_buffer(model: nn.Module, name: str) -> bool:
@@ -177,46 +183,51 @@ def _is_buffer(model: nn.Module, name: str) -> bool:
 
 
 class StrategyConfig(Component, family="strategy"):
-    """How many processes train together, and what each of them holds."""
+    """The strategy of a run: the number of processes, and how they share model, gradients and optimizer state."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]]
-    """The precisions that the strategy can train in."""
+    """The precisions that the strategy supports."""
     joins: ClassVar[bool] = True
-    """Whether its processes form a process group, even if there is only one."""
+    """Whether the strategy uses a process group, even with a single process."""
     launch_flags: ClassVar[tuple[str, ...]] = ("--multi_gpu",)
-    """Flags of `accelerate launch` that mean this strategy, on a CPU too; the first is the one to use."""
+    """Flags of `accelerate launch` that select this strategy, also on a CPU. The first is the recommended flag."""
 
     name: Text
     """The strategy's name."""
     ranks: Count = 1
     """Number of processes."""
     timeout_s: Positive = 600.0
-    """Seconds in which no rank makes progress, after which the run is ended on all ranks."""
+    """The run ends on all ranks if no rank makes progress for this many seconds."""
 
     def external_settings(self) -> list[ExternalSetting]:
-        """What the file that this config was read from states about other fields of the run's config."""
+        """Returns the values that this config's file, if there was one, sets for other fields of the run's config."""
         return []
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Why an optimizer with this sharding would silently differ under the strategy; None if it does not."""
+        """Returns why the strategy would silently change an optimizer with this sharding. None if it would not.
+
+        In the error, the text follows the names of the optimizer and the strategy.
+        """
         raise NotImplementedError(type(self))
 
     @property
     def miscounts(self) -> str | None:
-        """Why an optimizer that counts steps in its groups would silently differ; None if it does not."""
+        """Why the strategy would silently change an optimizer that counts steps in its groups. None if it would not."""
         return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Why these fields cannot work with the precision, or with the value of `runtime.compile`."""
+        """Yields an error message for each conflict with the precision or with the value of `runtime.compile`."""
         yield from ()
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> StrategyLaw:
-        """What a rank keeps and sends in a step; with the laws of model and optimizer it gives the rank's price.
+        """Returns the law of what a rank keeps and sends in a step.
+
+        Together with the laws of model and optimizer it gives the rank's price.
 
         Args:
             weights: all parameters, in the model's order.
-            groups: names of the trained parameters, by the optimizer's groups.
-            work: what a step does on the rank.
+            groups: names of the trained parameters of each optimizer group.
+            work: the step on this rank.
             rank: the index of the rank.
         """
         raise NotImplementedError(type(self))

@@ -1,4 +1,4 @@
-"""Ends a run on all ranks if one of them is dead or makes no progress, and says which."""
+"""Watchdog that ends a run on all ranks if a rank is lost or no rank makes progress, and reports each rank's state."""
 
 import json
 import os
@@ -23,35 +23,37 @@ from llmeff.core.heartbeat import HEARTBEAT, PARTS
 from llmeff.core.units import show_seconds
 
 FOLDER = ".beats"
-"""The folder in a run's folder that each rank writes its heartbeat into."""
+"""Subfolder of a run's folder that each rank writes its heartbeat into."""
 
 _EVERY_S = 1.0
+"""Seconds between two checks."""
 _GRACE_S = 5.0
-"""Seconds that an interrupted rank has to end by itself. It is also the longest idle time that one look adds, so that a
-process that was itself stopped does not count that time."""
+"""Seconds that an interrupted rank has to end by itself.
+
+One check adds at most this much idle time, so the time for which this process was itself stopped does not count."""
 _DYING_S = 2.0
-"""Seconds to wait until a lost rank is seen to be gone."""
+"""Longest wait, in seconds, for the process of a lost rank to end."""
 _FAILED, _INTERRUPTED = 1, 130
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Beat:
-    """The heartbeat of a rank: what it did last."""
+    """The heartbeat of a rank: its process, and the part of the run that it has reached."""
 
     rank: int
     node: str
     pid: int
     born_s: float
-    """Start of its process, in seconds since the epoch: another process may get the same pid."""
+    """Start of its process, in seconds since the epoch. It detects a later process with the same pid."""
     step: int
     part: str
     waits: bool
-    """Whether it waited for other ranks."""
+    """Whether its main thread was waiting in torch.distributed for other ranks."""
     moved_s: float
     """Time of its last progress, in seconds since the epoch."""
 
     def state(self) -> str:
-        """The state of its process, `gone`, `stopped` or `alive`; on another machine it counts as alive."""
+        """Returns the state of its process: `gone`, `stopped` or `alive`. On another machine it counts as alive."""
         if self.node != platform.node():
             return "alive"
         try:
@@ -65,21 +67,20 @@ class _Beat:
         return "stopped" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "alive"
 
     def show(self) -> str:
-        """The heartbeat in words: when and in which part of a step the rank was last seen."""
+        """Returns a text that says when, and in which part of which step, the rank last made progress."""
         where = f"in {self.part} of step {self.step}" if self.step else f"in {self.part}"
-        return f"rank {self.rank} was last seen {show_seconds(max(0.0, time.time() - self.moved_s))} ago {where}"
+        return f"rank {self.rank} last made progress {show_seconds(max(0.0, time.time() - self.moved_s))} ago, {where}"
 
 
 class Watchdog:
-    """A thread in each rank of a run with several ranks; it writes the rank's heartbeat and reads those of the others.
+    """A context around a run with several ranks. A thread in each rank writes its heartbeat and reads the other ranks'.
 
-    If no rank makes progress for `timeout_s`, the run ends on all ranks. If a rank is lost, it ends at once. Before the
-    run's folder exists, a rank that waits for others need not make progress. Use it as a context around the run, and
-    call `settle` once the folder exists.
+    If no rank makes progress for `timeout_s`, the run ends on all ranks. If a rank or the launcher is lost, the run
+    ends at once. Call `settle` once the run's folder exists. Before that, waiting for other ranks does not end the run.
 
     Args:
-        folder: of the run.
-        timeout_s: seconds in which some rank must make progress.
+        folder: the run's folder.
+        timeout_s: the run ends if no rank makes progress for this many seconds.
     """
 
     def __init__(self, folder: Path, timeout_s: float):
@@ -103,14 +104,14 @@ class Watchdog:
         return self
 
     def _listen(self) -> None:
-        """Directs signals to the thread, since the main thread may be waiting inside an engine."""
+        """Forwards signals to the thread, because the main thread may be waiting inside an engine."""
         self._handler = None
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
             self._wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
 
     def settle(self) -> None:
-        """Tells that the run's folder exists: from now on ranks read each other's heartbeats, and engines log there."""
+        """Starts to use the run's folder, which must exist, for heartbeats and engine logs. All ranks must call it."""
         log.settle(self._folder / f"engine-{self._rank:05d}.log")
         if self._thread is None:
             return
@@ -119,7 +120,7 @@ class Watchdog:
                 files.refuse_links(self._folder / FOLDER, itself=True)
                 _clear(self._folder / FOLDER)
                 (self._folder / FOLDER).mkdir(exist_ok=True)
-        self._write(self._beat())  # so that the others know this rank even if it dies at once
+        self._write(self._beat())  # so that the other ranks know of this one even if it dies at once
         self._is_settled = True
 
     def __exit__(
@@ -188,7 +189,7 @@ class Watchdog:
         return False
 
     def _write(self, beat: _Beat) -> None:
-        """Replaces the file atomically, but does not flush it: it is of no use if the machine goes down."""
+        """Replaces the file atomically. It is not flushed to disk: after a crash of the machine nobody needs it."""
         place = self._folder / FOLDER / f"rank-{self._rank:05d}.json"
         part = place.with_suffix(".part")
         try:
@@ -204,13 +205,13 @@ class Watchdog:
         return [beat for beat in beats if beat is not None and beat.rank != self._rank]
 
     def _await_death(self) -> None:
-        """Waits until a rank is seen to be gone: a dying process closes its connections before that."""
+        """Waits until the lost rank's process has ended: a dying process closes its connections before it ends."""
         deadline_s = time.monotonic() + _DYING_S
         while time.monotonic() < deadline_s and all(beat.state() == "alive" for beat in self._others()):
             time.sleep(_DYING_S / 40)
 
     def _end(self, reason: str) -> NoReturn:
-        """Ends this process; the first rank to do so says why."""
+        """Ends this process. Only the first rank that ends prints the reason."""
         text = self._diagnosis(reason)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -219,7 +220,7 @@ class Watchdog:
         os._exit(_FAILED)
 
     def _speaks(self) -> bool:
-        if not self._is_settled:  # the folder is of an earlier start of the run
+        if not self._is_settled:  # the folder belongs to an earlier start of the run
             return True
         try:
             os.close(os.open(self._folder / FOLDER / "told", os.O_CREAT | os.O_EXCL))
@@ -236,12 +237,12 @@ class Watchdog:
         if not known:
             known = [f"rank {rank} is behind" for rank in _behind(beats)]
         shown = "; ".join([*known, *(beat.show() for beat in beats)])
-        advice = f"To go on: {shlex.join(['llmeff', 'train', '--resume', '--out', str(self._folder)])}"
+        advice = f"To resume: {shlex.join(['llmeff', 'train', '--resume', '--out', str(self._folder)])}"
         return f"{reason}: {shown}. {advice if self._is_settled else 'The run had not begun.'}"
 
 
 def _read(path: Path) -> _Beat | None:
-    """A heartbeat from its file; None if it cannot be read, as some file systems have it while it is replaced."""
+    """Reads a heartbeat. Returns None if the file cannot be read, as on some file systems while it is replaced."""
     try:
         return _Beat(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -249,7 +250,7 @@ def _read(path: Path) -> _Beat | None:
 
 
 def _behind(beats: list[_Beat]) -> list[int]:
-    """The ranks that the others wait for: those that are the least far; none if all are equally far."""
+    """Returns the ranks that have made the least progress. The list is empty if all ranks are equally far."""
 
     def place(beat: _Beat) -> tuple[Any, ...]:
         return beat.step, PARTS.index(beat.part), beat.waits
@@ -260,7 +261,7 @@ def _behind(beats: list[_Beat]) -> list[int]:
 
 
 def _clear(folder: Path, rank: int | None = None) -> None:
-    """Removes the heartbeat of a rank, or of all for None, and the folder if it is then empty."""
+    """Removes a rank's heartbeat, or all heartbeats if `rank` is None. Removes the folder too if it is then empty."""
     try:
         for path in folder.glob("*" if rank is None else f"rank-{rank:05d}.*"):
             path.unlink(missing_ok=True)

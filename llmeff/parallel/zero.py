@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and parameters are split over the ranks, or offloaded to the CPU."""
+"""DeepSpeed's ZeRO: splits optimizer state, gradients and parameters over the ranks, or offloads them to the CPU."""
 
 import contextlib
 import importlib
@@ -42,7 +42,7 @@ _FIELDS = {
     "stage3_max_reuse_distance": "max_reuse_distance",
     "stage3_param_persistence_threshold": "persistence_threshold",
 }
-"""Keys of `zero_optimization` in a DeepSpeed file, and the fields of `DeepSpeed` that they set."""
+"""Keys of `zero_optimization` in a DeepSpeed file, with the field of `DeepSpeed` that each key sets."""
 _OURS = {
     "train_batch_size": "train.batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -51,41 +51,41 @@ _OURS = {
     "bf16": "precision",
     "fp16": "precision",
 }
-"""Keys that a DeepSpeed file may have if the run's config agrees, and the config's fields."""
+"""Keys of a DeepSpeed file that must agree with the run's config, with the field that each key must agree with."""
 _ELSEWHERE = {"optimizer": "optim", "scheduler": "schedule"}
-"""Keys that a DeepSpeed file may have only as "auto", and the fields of the run's config that decide them."""
+"""Keys that must be "auto" in a DeepSpeed file, with the field of the run's config that sets each of them."""
 
 
 class DeepSpeed(StrategyConfig):
-    """ZeRO (Rajbhandari et al. 2020; offload: Ren et al. 2021) by the DeepSpeed library, through Accelerate."""
+    """ZeRO (Rajbhandari et al. 2020; offload: Ren et al. 2021) from the DeepSpeed library, through Accelerate."""
 
     precisions: ClassVar[tuple[PrecisionName, ...]] = ("fp32", "bf16", "bf16_master")
     launch_flags: ClassVar[tuple[str, ...]] = ("--use_deepspeed", "--multi_gpu")
 
     name: Literal["deepspeed"] = "deepspeed"
     file: Text | None = None
-    """A DeepSpeed JSON file; its stage, offload and buckets set the fields below."""
+    """Path of a DeepSpeed JSON file. Its stage, offload and bucket settings set the fields below."""
     stage: Stage = 2
-    """What is split over the ranks. 0: nothing. 1: optimizer state. 2: gradients too. 3: parameters too."""
+    """ZeRO stage. It splits over the ranks: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: Flag = False
-    """Keep the optimizer's state in CPU memory and update there, with the optimizer of the config."""
+    """Keep the optimizer state in CPU memory and update the parameters there, with the optimizer of the config."""
     offload_parameters: Flag = False
-    """Keep parameters that are not in use in CPU memory (stage 3)."""
+    """Keep parameters in CPU memory while they are not in use (stage 3)."""
     overlap_comm: Flag = False
-    """Reduce gradients while backward runs, on a separate stream."""
+    """Reduce gradients on a separate stream while backward runs."""
     reduce_bucket_size: Count = 50_000_000
     """Gradients that are reduced at a time, in numbers; never more than the model has."""
     allgather_bucket_size: Count = 50_000_000
-    """Updated parameters that are gathered at a time, in numbers (stages 1 and 2), if the backend cannot gather them
-    all at once; gloo and NCCL can."""
+    """Elements of updated parameters that are gathered at a time (stages 1 and 2). It has no effect with gloo and NCCL,
+    which gather all updated parameters at once."""
     prefetch_bucket_size: CountOrZero = 50_000_000
-    """Parameters that are gathered ahead of their use, in numbers (stage 3)."""
+    """Elements of parameters that are gathered ahead of their use (stage 3)."""
     max_live_parameters: CountOrZero = 1_000_000_000
-    """Parameters that may be gathered at the same time, in numbers (stage 3)."""
+    """Largest number of parameter elements that may be gathered at the same time (stage 3)."""
     max_reuse_distance: CountOrZero = 1_000_000_000
-    """A parameter stays gathered if fewer numbers than this are used before its next use (stage 3)."""
+    """A parameter stays gathered if fewer parameter elements than this are used before its next use (stage 3)."""
     persistence_threshold: CountOrZero = 0
-    """Parameters of this many numbers or fewer are never split (stage 3)."""
+    """Parameters with at most this many elements are never split (stage 3)."""
 
     _external_settings: list[ExternalSetting] = PrivateAttr(default_factory=list)
 
@@ -109,38 +109,42 @@ class DeepSpeed(StrategyConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "DeepSpeed":
-        assert self.file is None, "_read_file replaces the file by the fields that it sets"
+        assert self.file is None, "_read_file replaces the file with the fields that it sets"
         if self.offload_optimizer and self.stage == 0:
-            raise ValueError("offload_optimizer needs a stage from 1 on: at stage 0 nothing is split or moved")
+            raise ValueError("offload_optimizer is true, but stage is 0. It needs stage 1, 2 or 3")
         if self.offload_parameters and self.stage != 3:
-            raise ValueError(f"offload_parameters needs stage 3, given is stage {self.stage}")
+            raise ValueError(f"offload_parameters is true, but stage is {self.stage}. It needs stage 3")
         return self
 
     def external_settings(self) -> list[ExternalSetting]:
-        """What the file states about batch, precision and clipping."""
+        """Returns the file's batch, precision and clipping settings, which the config must agree with."""
         return self._external_settings
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """From stage 1 on, DeepSpeed gives the optimizer a flat slice of many parameters."""
+        """Refuses an optimizer that needs whole parameters if DeepSpeed would pass it flat slices (stages 1 to 3)."""
         if self.stage == 0 or sharding == "elementwise":
             return None
         return (
-            f"it must see whole parameters, and at stage {self.stage} it would silently be given flat slices of many; "
-            'use stage 0, or parallel = "ddp" with shard_optimizer'
+            f"it must see whole parameters, but at stage {self.stage} DeepSpeed would silently give it flat slices of "
+            'many parameters. Use stage 0, or parallel = "ddp" with shard_optimizer'
         )
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:
-        """Stage 0 cannot keep a master copy that other stages can load; stage 3 cannot be compiled."""
+        """Refuses `bf16_master` at stage 0, whose state other stages cannot load, and torch.compile at stage 3."""
         if precision == "bf16_master" and self.stage == 0:
             yield (
-                "precision 'bf16_master' is not for parallel.stage 0: use stage 1, which splits the master copy, or 'bf16'. At "
-                "stage 0 DeepSpeed uses another engine, whose state cannot be resumed at other stages or ranks"
+                "precision 'bf16_master' does not work with parallel.stage 0, where DeepSpeed uses another engine. The "
+                "state of that engine cannot be resumed at other stages or with another number of ranks. Use stage 1, "
+                "which splits the master copy, or precision 'bf16'"
             )
         if compiled != "off" and self.stage == 3:
-            yield f"runtime.compile {compiled!r} is not for parallel.stage 3: gathering parameters breaks the graph"
+            yield (
+                f"runtime.compile {compiled!r} does not work with parallel.stage 3: gathering parameters breaks the "
+                "graph. Use 'off'"
+            )
 
     def settings(self, inputs: StrategyInputs) -> dict[str, Any]:
-        """DeepSpeed's own config for this run."""
+        """Returns DeepSpeed's own config for this run."""
         size = sum(row.parameter.numel() for row in inputs.parameter_infos(inputs.model))
         zero: dict[str, Any] = {
             "stage": self.stage,
@@ -162,14 +166,14 @@ class DeepSpeed(StrategyConfig):
             "gradient_accumulation_steps": inputs.num_micro_batches,
             "gradient_clipping": 0.0 if self.stage == 0 else inputs.clip_norm or 0.0,
             "zero_optimization": zero,
-            # otherwise DeepSpeed replaces any offloaded optimizer by its own Adam
+            # otherwise Accelerate replaces an offloaded optimizer with one of DeepSpeed's own
             "zero_force_ds_cpu_optimizer": False,
         }
         if inputs.precision.master is not None:
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
             settings["data_types"] = {"grad_accum_dtype": "bf16"}
         elif inputs.precision.autocast:
-            # gradients of modules that are named here would be sent in autocast's format
+            # none: DeepSpeed would communicate the gradients of modules listed here in autocast's dtype
             named: list[str] = []
             settings["torch_autocast"] = {
                 "enabled": True,
@@ -180,27 +184,28 @@ class DeepSpeed(StrategyConfig):
 
     @property
     def miscounts(self) -> str | None:
-        """At stage 3 DeepSpeed steps the optimizer once a group, with all others empty, so counts grow too fast."""
+        """Why step counts in groups go wrong at stage 3, where DeepSpeed steps once per group. None at other stages."""
         if self.stage < 3:
             return None
         return (
-            f"at stage 3 parallel {self.name!r} steps it once for each group, and it would count too far; use stage 2"
+            f"at stage 3, parallel {self.name!r} steps the optimizer once per group, so the counts would grow too "
+            "fast. Use stage 2"
         )
 
     def bucket_size(self, size: int) -> int:
-        """Gradients in a bucket, in numbers.
+        """Returns the size of the gradient bucket, in elements.
 
         Args:
-            size: how many numbers of the model are trained.
+            size: number of trained elements of the model.
         """
-        # DeepSpeed allocates the whole bucket, and one as large as the model is never full
+        # DeepSpeed allocates the whole bucket, and a bucket larger than the model would never be full
         return min(self.reduce_bucket_size, max(1, size))
 
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroLaw:
-        """What a rank keeps and sends at this stage.
+        """Returns the law of a rank's memory and communication at this stage.
 
-        Offloaded bytes are always counted under their kind. `peak_bytes` includes them only if the model is on a CPU:
-        on a GPU it is the peak of the device's memory.
+        Offloaded bytes are always counted under their kind. `peak_bytes` includes them only if the model is on a CPU.
+        If the model is on a GPU, `peak_bytes` is the peak of the GPU's memory.
         """
         grouped = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
         settings = ZeroSettings(
@@ -219,16 +224,19 @@ class DeepSpeed(StrategyConfig):
         return laws[self.stage](weights, grouped, work, settings, rank)
 
     def build(self, inputs: StrategyInputs) -> "Engine":
-        """Gives the model and the optimizer to DeepSpeed."""
+        """Wraps the model and the optimizer in DeepSpeed's engine."""
         engines = {0: Engine, 1: FlatEngine, 2: FlatEngine, 3: GatheredEngine}
         return engines[self.stage](inputs, self)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], list[ExternalSetting]]:
-    """Reads a DeepSpeed JSON file: fields of `DeepSpeed`, and what it states about other fields of the config.
+    """Reads a DeepSpeed JSON file.
+
+    Returns:
+        The values of fields of `DeepSpeed`, and the values that the file sets for other fields of the run's config.
 
     Raises:
-        ValueError: the file is absent or no JSON, or it has keys that are not read or that the run's config decides.
+        ValueError: the file cannot be read or is not JSON, has an unsupported key, or sets a key that must be "auto".
     """
     content, zero = _content(path)
     problems = list(_key_problems(path, content, zero))
@@ -243,47 +251,48 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[ExternalSetting]]:
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's table, and its table `zero_optimization`.
+    """Returns the file's JSON object, and the object `zero_optimization` in it (empty if the key is missing).
 
     Raises:
-        ValueError: the file is absent, no JSON, or of another form.
+        ValueError: the file cannot be read, is not JSON, or does not have this form.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         there = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        hint = f" There are: {', '.join(there)}." if there else ""
+        hint = f" JSON files in that folder: {', '.join(there)}." if there else ""
         raise ValueError(f"file: {path} cannot be read ({error.strerror}).{hint}") from None
     except ValueError as error:
-        raise ValueError(f"file: {path} does not parse ({error})") from None
+        raise ValueError(f"file: {path} is not valid JSON ({error})") from None
     zero = content.get("zero_optimization", {}) if isinstance(content, dict) else None
     if not isinstance(zero, dict):
-        raise ValueError(f"file: {path} is no table with a table zero_optimization")
+        raise ValueError(f"file: {path} must be a JSON object, and its zero_optimization must be an object too")
     return content, zero
 
 
 def _key_problems(path: Path, content: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that only the run's config decides, and keys that are not read."""
+    """Yields an error message for each unsupported key, and for each key that only the run's config may set."""
     for key, owner in _ELSEWHERE.items():
         if content.get(key, "auto") != "auto":
             yield (
-                f"file: {path} states {key} = {json.dumps(content[key])}, which {owner} decides: "
-                'leave it out or write "auto"'
+                f"file: {path} sets {key} = {json.dumps(content[key])}, but {owner} in the run's config determines it. "
+                'Remove the key or write "auto"'
             )
     known = {"zero_optimization", *_OURS, *_ELSEWHERE}
     for key in content:
         if key not in known:
-            yield f"file: {path}: {key} is not read.{nearest(key, known)}"
+            yield f"file: {path}: the key {key} is not supported.{nearest(key, known)}"
     for key in zero:
         if key not in _FIELDS:
-            yield f"file: {path}: zero_optimization.{key} is not read.{nearest(key, _FIELDS)}"
+            yield f"file: {path}: the key zero_optimization.{key} is not supported.{nearest(key, _FIELDS)}"
 
 
 def _meant(key: str, value: Any) -> Any:
-    """A value in the run config's terms: the name of a number format that is on, None for no clipping, else itself.
+    """Converts a value of a DeepSpeed file to the form that the run's config uses.
 
     Returns:
-        "auto" if the file does not decide.
+        For `bf16` and `fp16`, the precision's name if it is enabled, else "auto" (not set by the file). For a
+        `gradient_clipping` of 0, None. For anything else, the value itself.
     """
     if _OURS[key] == "precision":
         return key if isinstance(value, Mapping) and value.get("enabled") is True else "auto"
@@ -291,19 +300,19 @@ def _meant(key: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Offload as a flag, and sizes as integers (DeepSpeed's files write 5e7)."""
+    """Converts an offload table to a flag, and a size such as 5e7 to an integer. Returns other values unchanged."""
     if isinstance(value, Mapping):
         return value.get("device", "none") != "none"
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _even(count: int) -> int:
-    """The next multiple of two, which DeepSpeed requires."""
+    """Rounds up to a multiple of two, as DeepSpeed requires."""
     return count + count % 2
 
 
 class Engine(Strategy):
-    """Stage 0: DeepSpeed sums the gradients; all else is plain PyTorch."""
+    """Stage 0: DeepSpeed sums the gradients over the ranks. The rest of the step is plain PyTorch."""
 
     def __init__(self, inputs: StrategyInputs, config: DeepSpeed):
         super().__init__(inputs)
@@ -320,39 +329,40 @@ class Engine(Strategy):
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's optimizer, which wraps ours."""
+        """DeepSpeed's optimizer, which wraps `self.optimizer`."""
         return self._engine.optimizer
 
     @contextlib.contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
-        """Tells DeepSpeed whether the step ends with this micro-batch."""
+        """Tells DeepSpeed whether this is the last micro-batch of the step."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Multiplies by the ranks, since DeepSpeed takes their mean; it is told not to average over micro-batches."""
+        """Runs backward of the loss times the number of ranks, because DeepSpeed averages gradients over the ranks."""
+        # scale_wrt_gas=False: DeepSpeed must not average over micro-batches too
         self._engine.backward(loss * self.world.ranks, scale_wrt_gas=False)
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Clips here, since DeepSpeed reports no norm at this stage."""
+        """Clips with torch, because DeepSpeed reports no norm at stage 0. Returns the norm before clipping."""
         parameters = [row.parameter for row in self._rows]
         return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
 
     def step(self) -> bool:
-        """DeepSpeed updates the parameters and clears the gradients."""
+        """Lets DeepSpeed update the parameters and clear the gradients."""
         self._engine.step()
         return True
 
     def skip(self) -> None:
-        """Clears the gradients. Only for the end of a run: at stages 1 to 3 DeepSpeed keeps its reduced gradients."""
+        """Clears the gradients. Use it only at the end of a run: at stages 1 to 3 DeepSpeed keeps reduced gradients."""
         self._engine.zero_grad()
 
     def owners(self) -> list[ShardOwner]:
-        """What this rank updates; at stage 0, where all ranks update the same, everything on the main rank."""
+        """Returns what this rank saves: the share that it updates. At stage 0 the main rank saves everything."""
         return self.owned() if self._config.stage > 0 or self.world.is_main else []
 
     def owned(self) -> list[ShardOwner]:
-        """Every parameter, whole."""
+        """Returns every parameter, whole."""
         return [whole(row) for row in self._rows]
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
@@ -360,21 +370,21 @@ class Engine(Strategy):
         load_whole(self._plain, self._rows, saved)
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks away."""
+        """Removes DeepSpeed's hooks."""
         self._engine.destroy()
 
 
 class FlatEngine(Engine):
-    """Stages 1 and 2: each group of parameters is one flat tensor, and a rank updates a slice of it."""
+    """Stages 1 and 2: DeepSpeed joins each parameter group into a flat tensor, and each rank updates a slice of it."""
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """The norm, asked for once and handed back to the step, which clips by it."""
+        """Returns the norm before clipping. DeepSpeed itself clips in `step`, where it reuses this norm."""
         norm = cast(Tensor, self._zero.scaled_global_norm())
         self._zero.scaled_global_norm = lambda norm_type=2: norm
         return _finite_or_nan(norm)
 
     def step(self) -> bool:
-        """DeepSpeed clips, updates, gathers and clears."""
+        """Lets DeepSpeed clip, update and gather the parameters, and clear the gradients."""
         super().step()
         del self._zero.scaled_global_norm  # restores the method of the class
         return True
@@ -387,11 +397,11 @@ class FlatEngine(Engine):
         return shards
 
     def owned(self) -> list[ShardOwner]:
-        """This rank's slice of every group."""
+        """Returns this rank's slice of every group."""
         return [ShardOwner(key=flat, parts=_in_row(shard)) for flat, shard in self._flats()]
 
     def resident(self) -> Iterable[Tensor]:
-        """The flat groups, this rank's slices and optimizer state, and the buffers of offloading."""
+        """Yields the model, the optimizer state, the flat groups, this rank's slices and the buffers for offloading."""
         yield from super().resident()
         yield from self._zero.bit16_groups_flat
         yield from self._zero.single_partition_of_fp32_groups
@@ -404,7 +414,7 @@ class FlatEngine(Engine):
 
 
 class GatheredEngine(Engine):
-    """Stage 3: a rank has a part of every parameter, and a module gathers its parameters when it runs."""
+    """Stage 3: each rank keeps a part of every parameter, and a module's parameters are gathered when it runs."""
 
     def __init__(self, inputs: StrategyInputs, config: DeepSpeed):
         self._linear = nn.functional.linear
@@ -413,13 +423,13 @@ class GatheredEngine(Engine):
         self._environment.enter_context(local_rank_stated())
 
     def close(self) -> None:
-        """Restores `torch.nn.functional.linear` too, which DeepSpeed replaces and leaves replaced."""
+        """Removes DeepSpeed's hooks, and restores `torch.nn.functional.linear`, which DeepSpeed leaves replaced."""
         super().close()
         self._environment.close()
         nn.functional.linear = self._linear
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """The norm, asked for once and handed back to the step, which clips by it."""
+        """Returns the norm before clipping. DeepSpeed itself clips in `step`, where it reuses this norm."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         norms = self._zero._get_norm_groups()
@@ -427,13 +437,13 @@ class GatheredEngine(Engine):
         return _finite_or_nan(combine_grad_norm_groups(norms))
 
     def step(self) -> bool:
-        """DeepSpeed clips, updates the parameters and clears the gradients."""
+        """Lets DeepSpeed clip and clear the gradients, and update the parameters."""
         super().step()
         del self._zero._get_norm_groups  # restores the method of the class
         return True
 
     def owned(self) -> list[ShardOwner]:
-        """This rank's part of every parameter; a group is one flat tensor of parts, which are padded to equal sizes."""
+        """Returns this rank's part of every parameter. DeepSpeed joins the padded parts of a group in a flat tensor."""
         found = []
         for flat, parameters in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
             parts, at = [], 0
@@ -447,7 +457,7 @@ class GatheredEngine(Engine):
         return found
 
     def resident(self) -> Iterable[Tensor]:
-        """This rank's parts of parameters, master copies, optimizer state and gradients, and the bucket."""
+        """Yields the model's buffers, this rank's parts of all state, the reduction buckets and gathered weights."""
         yield from self._plain.buffers()
         for parameter in self._plain.parameters():
             yield parameter.data
@@ -461,7 +471,7 @@ class GatheredEngine(Engine):
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model on the main rank; all ranks gather it, a parameter at a time."""
+        """Gathers one parameter at a time. Returns the whole model on the main rank, and an empty dict on others."""
         from deepspeed.runtime.zero import GatheredParameters
 
         whole = {}
@@ -473,7 +483,7 @@ class GatheredEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Reads this rank's part of every parameter, in the format that forward reads."""
+        """Reads the buffers, and this rank's part of every parameter in the dtype that the forward pass reads."""
         check_fit(self._rows, saved, self._sizes)
         load_buffers(self._plain, saved)
         for row in self._rows:
@@ -495,7 +505,7 @@ def _in_row(shard: Shard) -> tuple[tuple[Slice, int], ...]:
 
 
 def _finite_or_nan(norm: Tensor) -> Tensor:
-    """The norm; NaN for -1, which is what DeepSpeed returns if the norm is not finite."""
+    """Returns the norm, or NaN if it is negative: DeepSpeed returns -1 if the norm is not finite."""
     return torch.where(norm < 0, torch.nan, norm)
 
 
@@ -503,7 +513,7 @@ def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: 
     """Builds DeepSpeed's engine through Accelerate.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or Accelerate sees another number of processes.
+        ConfigError: DeepSpeed is not installed, or Accelerate did not join all ranks.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -518,9 +528,9 @@ def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: 
         backend = importlib.import_module("deepspeed.comm.torch")
     except ImportError:
         raise ConfigError('parallel "deepspeed" needs DeepSpeed: pip install "llmeff[deepspeed]"') from None
-    # Compiling it takes two minutes at the first start, and gloo computes the same sums.
+    # Compiling DeepSpeed's shared-memory operation takes two minutes at the first start. Gloo computes the same sums.
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # DeepSpeed still calls collectives by names that torch deprecates.
+    # DeepSpeed still calls collectives by names that torch has deprecated.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -533,6 +543,6 @@ def _engine(inputs: StrategyInputs, optimizer: torch.optim.Optimizer, settings: 
         )
         check_joined(accelerator, world().ranks, engine="DEEPSPEED")
         engine, _ = accelerator.prepare(inputs.model, optimizer)
-    # otherwise transformers would split every model that it builds from now on, in prices and exports too
+    # Otherwise transformers would split every model that it builds from now on, in prices and exports too.
     unset_hf_deepspeed_config()
     return engine

@@ -1,4 +1,4 @@
-"""What each stage of DeepSpeed's ZeRO keeps and sends in a step, as the library (0.19) does it."""
+"""Laws of DeepSpeed's ZeRO stages: what a rank keeps and sends in a step, as in version 0.19 of the library."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from llmeff.cost.workload import Workload
 from llmeff.parallel.rank_law import RankLaw, in_buckets
 
 ALIGNMENT = 2
-"""Numbers: ZeRO-1 and -2 pad a rank's slice of a group to a multiple of it."""
+"""ZeRO-1 and ZeRO-2 pad a rank's slice of a group to a multiple of this many elements."""
 _DOUBLE = 8
-"""Bytes of a float64, to which gradients are cast for their norm, a slice at a time."""
+"""Bytes of a float64. DeepSpeed casts gradients to float64 for their norm, one slice at a time."""
 _ALL_AT_ONCE = 500_000_000
-"""Gradients, in numbers, that stage 0 sums in one collective."""
+"""Elements of gradients that stage 0 sums in one collective. The tensor that exceeds the limit is included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSettings:
-    """The fields of `DeepSpeed` that decide the price of a step; sizes are counts of numbers, not bytes."""
+    """The fields of `DeepSpeed` that determine the price of a step. Sizes are in elements, not bytes."""
 
     ranks: int
     stage: int
@@ -29,7 +29,7 @@ class ZeroSettings:
     offload_parameters: bool
     overlap_comm: bool
     bucket_size: int
-    """Gradients in a bucket, at most."""
+    """Largest number of gradient elements in a bucket."""
     prefetch_bucket_size: int
     max_live_parameters: int
     max_reuse_distance: int
@@ -37,13 +37,13 @@ class ZeroSettings:
 
 
 class ZeroLaw(RankLaw):
-    """What the laws of all stages have in common.
+    """Base class of the laws of all stages.
 
     Args:
         weights: all parameters, in the model's order.
-        groups: the trained parameters, by the optimizer's groups.
-        work: what a step does on the rank.
-        settings: the stage, offload and buckets.
+        groups: the trained parameters of each optimizer group.
+        work: the step on this rank.
+        settings: the stage, offloading and bucket sizes.
         rank: the index of this rank.
     """
 
@@ -67,11 +67,11 @@ class ZeroLaw(RankLaw):
         return sum(weight.size for weight in self._bucket)
 
     def _copy_gradients(self, num_pieces: int, size: int) -> None:
-        """A group's gradients are joined into one piece, which is then cast to the format of the update.
+        """Joins a group's gradients into one flat tensor, and casts that to the dtype of the update.
 
         Args:
-            num_pieces: how many tensors are joined.
-            size: how many numbers they have together.
+            num_pieces: number of tensors to join.
+            size: number of elements of all of them together.
         """
         joined = self.flatten([size, *[0] * (num_pieces - 1)], self.parameter_number_bytes)
         if self._is_cast:
@@ -80,10 +80,10 @@ class ZeroLaw(RankLaw):
 
 
 class SumLaw(ZeroLaw):
-    """Stage 0: a flat copy of the gradients is summed over the ranks at the end of backward."""
+    """Stage 0: at the end of backward, a flat copy of the gradients is summed over the ranks."""
 
     def end_backward(self) -> None:
-        """The last micro-batch's backward sums all gradients over the ranks."""
+        """After the last micro-batch, sums all gradients over the ranks."""
         if self.is_last:
             for sizes in in_buckets([weight.size for weight in self.weights], _ALL_AT_ONCE):
                 flat = self.flatten(sizes, self.parameter_number_bytes)
@@ -92,11 +92,11 @@ class SumLaw(ZeroLaw):
 
 
 class FlatLaw(ZeroLaw):
-    """Stages 1 and 2: each group is one flat tensor, and a rank updates a slice of it.
+    """Stages 1 and 2: each group is one flat tensor, and each rank updates a slice of it.
 
-    Stage 2 copies each gradient into a bucket as soon as it is ready; stage 1 does so at the end. A full bucket is
-    copied and summed over the ranks. If this rank owns a slice of a parameter, it keeps a copy of the parameter's whole
-    gradient.
+    Stage 2 copies each gradient to a bucket as soon as the gradient is ready. Stage 1 does so at the end of backward. A
+    full bucket is copied and summed over the ranks. If a rank owns a slice of a parameter, it keeps a copy of the
+    parameter's whole gradient.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class FlatLaw(ZeroLaw):
         alignment = ALIGNMENT * self.ranks
         sizes = [{weight.name: weight.size for weight in group} for group in groups]
         self._lengths = [part_length(sum(group.values()), self.ranks, alignment) for group in sizes]
-        """Numbers of each group's slice, with padding."""
+        """Number of elements in a rank's slice of each group, with padding."""
         shards = [split_group(group, self.ranks, alignment) for group in sizes]
         self._shards: list[Shard] = [by_rank[rank] for by_rank in shards]
         """This rank's slice of each group."""
         self._slices = {part.name: part.size for shard in self._shards for part in shard}
-        """How many numbers of each parameter this rank updates."""
+        """Number of elements that this rank updates, by parameter."""
         self._owners: dict[str, list[tuple[int, int]]] = {}
-        """By parameter: the ranks that update it, and how many of its numbers each."""
+        """The ranks that update each parameter, by its name, with the number of elements that each rank updates."""
         for by_rank in shards:
             for owner, shard in enumerate(by_rank):
                 for part in shard:
@@ -127,7 +127,7 @@ class FlatLaw(ZeroLaw):
         self._buffer: Storage | None = None
 
     def add_resident(self) -> None:
-        """The flat groups, this rank's slices for the update, and the buffers of offloading."""
+        """Adds the frozen weights, the flat groups, this rank's slices for the update, and the offloading buffers."""
         self.add_frozen()
         largest = max(weight.size for weight in self.weights)
         for length in self._lengths:
@@ -143,9 +143,9 @@ class FlatLaw(ZeroLaw):
                 self.offload("gradient_bytes", "earlier micro-batches", self._num_touched_bytes)
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """At stage 2 the gradient is added to the bucket; at stage 1 it is kept until the end of backward.
+        """At stage 2, adds the gradient to the bucket. At stage 1, keeps it until the end of backward.
 
-        With `overlap_comm` stage 1 adds the last micro-batch's gradients to the bucket as well.
+        With `overlap_comm`, stage 1 also adds the last micro-batch's gradients to the bucket as they become ready.
         """
         if self._buffer is None:
             num_buckets = 2 if self._settings.overlap_comm else 1
@@ -175,10 +175,10 @@ class FlatLaw(ZeroLaw):
         self._bucket.clear()
 
     def _take(self, size: int) -> None:
-        """This rank takes its part of a summed gradient.
+        """Copies this rank's part of a summed gradient.
 
         Args:
-            size: how many numbers of it the rank updates.
+            size: number of elements of the gradient that this rank updates.
         """
         if not self._settings.offload_optimizer:
             self._new = self._new or self.make("gradient_bytes", self._num_touched_bytes)
@@ -187,7 +187,7 @@ class FlatLaw(ZeroLaw):
             self.make("bucket_bytes", size * self.updated_number_bytes if self._is_cast else 0)
 
     def end_backward(self) -> None:
-        """The gradients that are left are summed; then the buckets are freed."""
+        """Sums the remaining gradients over the ranks, then frees the buckets."""
         if self._settings.stage == 1 and not self.is_last:
             return
         if self._settings.stage == 1 and not self._settings.overlap_comm:
@@ -202,14 +202,14 @@ class FlatLaw(ZeroLaw):
             self.hold("padding", self._num_padding * self.parameter_number_bytes)
 
     def gradients(self) -> Counter[str]:
-        """Copies of the whole gradients of which this rank updates a part, and padding; none if they are offloaded."""
+        """Returns the bytes of this rank's gradient copies and their padding. Empty if the optimizer is offloaded."""
         if self._settings.offload_optimizer:
             return Counter()
         touched = self._num_touched_bytes if self._slices else 0
         return Counter({"touched": touched, "padding": self._num_padding * self.parameter_number_bytes})
 
     def update(self) -> None:
-        """The norms are summed, each group is updated, and the updated parameters are gathered."""
+        """Sums the norms over the ranks, updates each group, and gathers the updated parameters."""
         super().update()
         for _ in self._groups:
             self.send("all_reduce", 4)
@@ -227,19 +227,19 @@ class FlatLaw(ZeroLaw):
                 self.gather(length * self.ranks * self.parameter_number_bytes)
 
     def updated(self) -> list[Weight]:
-        """This rank's slice of each group, as one flat tensor."""
+        """Returns this rank's slice of each group, as one flat tensor with padding."""
         dtype = self.formats.master or self.formats.parameters
         return [Weight(f"group {i}", (length,), dtype, "flat") for i, length in enumerate(self._lengths)]
 
 
 class GatheredLaw(ZeroLaw):
-    """Stage 3: a rank keeps a part of every parameter; DeepSpeed's coordinator gathers whole parameters for their uses.
+    """Stage 3: each rank keeps a part of every parameter. DeepSpeed's coordinator gathers whole parameters for use.
 
-    The coordinator knows the order of uses from the step before. At each use it gathers the next parameters too, all in
-    one buffer. After a use it frees the parameter, unless it is used again soon.
+    The coordinator knows the order of uses from the previous step. At each use it also gathers the next parameters, all
+    in one buffer. After a use it frees the parameter, unless the parameter is used again soon.
     """
 
-    replaces_linear = True  # by zero/linear.py, as long as the process lives
+    replaces_linear = True  # deepspeed/runtime/zero/linear.py replaces it until the engine is closed
 
     def __init__(
         self, weights: list[Weight], groups: list[list[Weight]], work: Workload, settings: ZeroSettings, rank: int
@@ -263,14 +263,14 @@ class GatheredLaw(ZeroLaw):
         self._is_ahead = False
 
     def set_use_order(self, uses: list[tuple[str, bool]]) -> None:
-        """Derives the order in which the coordinator sees modules, in forward and backward."""
+        """Derives the order in which the coordinator sees modules in forward and backward."""
         self._trace = list(_modules(uses))
 
     def _padded(self, name: str) -> int:
         return self._parts[name] * self.ranks * self.parameter_number_bytes
 
     def add_resident(self) -> None:
-        """This rank's parts of parameters, master copies and gradients, what stays whole, and the bucket."""
+        """Adds this rank's parts of parameters, master copies and gradients, persistent parameters, and the bucket."""
         for weight in self.every:
             if weight.name in self._stays:
                 self.hold("gathered_bytes", weight.num_bytes)
@@ -288,18 +288,18 @@ class GatheredLaw(ZeroLaw):
         self.hold("bucket_bytes", self._limit * self.parameter_number_bytes)
 
     def begin_micro_batch(self, is_last: bool) -> None:
-        """The order of uses begins again."""
+        """Restarts the order of uses."""
         super().begin_micro_batch(is_last)
         self._begin_pass()
 
     def on_use(self, weight: Weight, in_backward: bool) -> None:
-        """The parameter used before may be freed; this one is fetched, and the next ones are gathered ahead."""
+        """Frees the previous parameter if it is not needed soon, fetches this one, and gathers the next ones ahead."""
         if not self._is_ahead:
             self._enter()
         self._is_ahead = False
 
     def _enter(self) -> None:
-        """Enters the next module with a weight, and the modules around it that are entered with it."""
+        """Enters the next module that has a weight, and before it the enclosing modules that are entered with it."""
         self._release()
         while self._trace[self._num_uses] == _AROUND:
             self._num_uses += 1
@@ -316,7 +316,7 @@ class GatheredLaw(ZeroLaw):
             for other in names:
                 num_bytes = self._sizes[other] * self.parameter_number_bytes if self.ranks > 1 else 0
                 self._whole[other] = self.make("gathered_bytes", num_bytes)
-            names.clear()  # all are taken out at once; the buffer lives until the last of them is used
+            names.clear()  # all of them are copied out now, but the buffer lives until the last of them is used
             del buffer
         if self._fetched_until[name] <= at and self._queue:
             self._fetched_until[name] = self._queue.popleft()[0] + 1
@@ -342,14 +342,14 @@ class GatheredLaw(ZeroLaw):
     def _gather(self, names: list[str]) -> Storage:
         self._num_there += sum(self._sizes[name] for name in names)
         if self.ranks == 1:
-            return self.make("gathered_bytes", 0)  # the only part is the parameter itself
+            return self.make("gathered_bytes", 0)  # with one rank, its part is the parameter itself
         num_bytes = sum(map(self._padded, names))
         buffer = self.make("gathered_bytes", num_bytes)
         self.gather(num_bytes)
         return buffer
 
     def _release(self) -> None:
-        """Frees the parameter that was used last, unless it is used again within `max_reuse_distance` numbers."""
+        """Frees the parameter that was used last, unless it is used again within `max_reuse_distance` elements."""
         name, self._current = self._current, None
         if name is None or name in self._stays or self._fetched_until[name] > self._num_uses + 1:
             return
@@ -364,12 +364,12 @@ class GatheredLaw(ZeroLaw):
         self._num_there -= self._sizes[name]
 
     def end_forward(self) -> None:
-        """Leaves the last module, which backward enters again before the loss."""
+        """Leaves the last module of forward, and enters the first module of backward before the loss's backward."""
         self._enter()
         self._is_ahead = True
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """The gradient is added to the bucket, which is summed first if it has no room."""
+        """Adds the gradient to the bucket. If the bucket has no room for it, the bucket is summed first."""
         super().on_gradient(weight, gradient)
         if self._bucket and self._num_in_bucket + weight.size > self._limit:
             self._reduce()
@@ -390,15 +390,15 @@ class GatheredLaw(ZeroLaw):
         self._bucket.clear()
 
     def end_backward(self) -> None:
-        """The gradients that are left are summed; then all parameters are freed.
+        """Sums the remaining gradients, then frees all parameters.
 
-        DeepSpeed does not see the end of the first module's backward, since no gradient leaves it.
+        DeepSpeed does not see the end of the first module's backward, because no gradient leaves that module.
         """
         self._reduce()
         self._begin_pass()
 
     def update(self) -> None:
-        """The norms are summed, each group is updated, and the parameters that stay whole are gathered again."""
+        """Sums the norms over the ranks, updates each group, and gathers the persistent parameters again."""
         super().update()
         offloads = self._settings.offload_optimizer
         for _ in self._groups:
@@ -411,26 +411,26 @@ class GatheredLaw(ZeroLaw):
             self.gather(sum(map(self._padded, self._stays)))
 
     def updated(self) -> list[Weight]:
-        """This rank's parts of each group, joined into one flat tensor."""
+        """Returns this rank's parts of the parameters, joined into one flat tensor per group."""
         dtype = self.formats.master or self.formats.parameters
         lengths = [sum(self._parts[weight.name] for weight in group) for group in self._groups]
         return [Weight(f"group {i}", (length,), dtype, "flat") for i, length in enumerate(lengths)]
 
 
 _AROUND = ""
-"""Stands in the order of modules for a module that has no weights itself."""
+"""Placeholder in the order of modules for a module that has no weights of its own."""
 
 
 def _modules(uses: list[tuple[str, bool]]) -> Iterator[str]:
-    """The weights in the order of uses, each after an `_AROUND` for every module around it that is entered with it.
+    """Yields the weights' names in the order of use, and an `_AROUND` before them for each enclosing module entered.
 
     Args:
-        uses: names of weights, and whether the use is in backward.
+        uses: for each use, the weight's name and whether the use is in backward.
     """
     inside: list[str] = []
     was_backward = False
     for name, in_backward in uses:
-        names = name.split(".")[:-2]  # of the modules around the weight's module
+        names = name.split(".")[:-2]  # names of the modules that enclose the weight's module
         around = ["", *(".".join(names[: i + 1]) for i in range(len(names)) if not _is_list(names, i))]
         if in_backward != was_backward:
             inside = []

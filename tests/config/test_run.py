@@ -34,9 +34,9 @@ def problems(*settings, **fields):
 @pytest.mark.parametrize(
     ("strategy", "reason"),
     [
-        (["parallel=fsdp", "parallel.ranks=2"], "every rank has rows of each"),
-        (["parallel=deepspeed", "parallel.stage=1"], "at stage 1 it would silently be given flat slices"),
-        (["parallel=deepspeed", "parallel.stage=3"], "at stage 3 it would silently be given flat slices"),
+        (["parallel=fsdp", "parallel.ranks=2"], "every rank has only some rows of each parameter"),
+        (["parallel=deepspeed", "parallel.stage=1"], "at stage 1 DeepSpeed would silently give it flat slices"),
+        (["parallel=deepspeed", "parallel.stage=3"], "at stage 3 DeepSpeed would silently give it flat slices"),
     ],
 )
 def test_an_optimizer_that_a_strategy_would_silently_change_is_refused(optimizer, strategy, reason):
@@ -57,12 +57,12 @@ def test_whole_tensors_are_left_whole_where_nothing_cuts_them(strategy):
 
 def test_state_of_all_parameters_together_is_not_dealt_out():
     (problem,) = problems("parallel=ddp", "parallel.shard_optimizer=true", optim=Unsaid(name="mine"))
-    assert "deals them out to ranks" in problem
+    assert "distributes the parameters over the ranks" in problem
 
 
 def test_a_master_copy_needs_a_stage_that_splits_it():
     (problem,) = problems("parallel=deepspeed", "parallel.stage=0", "precision=bf16_master")
-    assert "precision 'bf16_master' is not for parallel.stage 0" in problem
+    assert "precision 'bf16_master' does not work with parallel.stage 0" in problem
     assert config("parallel=deepspeed", "parallel.stage=1", "precision=bf16_master").precision == "bf16_master"
 
 
@@ -73,7 +73,9 @@ def test_a_master_copy_needs_a_stage_that_splits_it():
 )
 def test_what_gathers_parameters_is_not_compiled(strategy, named, compiled):
     (problem,) = problems(*strategy, f"runtime.compile={compiled}")
-    assert problem == f"runtime.compile '{compiled}' is not for {named}: gathering parameters breaks the graph"
+    assert problem == (
+        f"runtime.compile '{compiled}' does not work with {named}: gathering parameters breaks the graph. Use 'off'"
+    )
 
 
 @pytest.mark.parametrize("strategy", [["parallel=ddp"], ["parallel=deepspeed", "parallel.stage=2"]])

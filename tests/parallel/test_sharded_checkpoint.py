@@ -134,7 +134,9 @@ def test_a_state_that_is_not_number_by_number_is_not_cut(tmp_path):
     model, optimizer = trained(OPTIMIZERS["factored"])
     save(tmp_path, 0, map(whole, rows_of(model)), optimizer, group_entries(optimizer), {}, {})
     part = Slice(name="weight", start=0, stop=6)
-    with pytest.raises(ValueError, match=r"weight: its .* belongs to the parameter as a whole and cannot be cut"):
+    with pytest.raises(
+        ValueError, match=r"weight: its state tensor .* belongs to the whole parameter and cannot be split"
+    ):
         ShardedCheckpoint(tmp_path).load([ShardOwner(key=torch.zeros(6), parts=((part, 0),))], optimizer)
 
 
@@ -142,7 +144,7 @@ def test_a_missing_rank_is_said(tmp_path):
     model, optimizer = trained(OPTIMIZERS["adamw"])
     (owner, own), _ = flats(model, optimizer, "groups", 2)
     save(tmp_path, 0, [owner], own, group_entries(own), {}, {})
-    with pytest.raises(ValueError, match=r"weight: numbers 10 to 15 were not saved"):
+    with pytest.raises(ValueError, match=r"weight: elements 10 to 15 are missing in the checkpoint"):
         ShardedCheckpoint(tmp_path).read(Slice(name="weight", start=0, stop=15))
 
 

@@ -156,7 +156,7 @@ def test_a_lost_rank_ends_the_run_everywhere_and_resume_goes_on_as_if_never_lost
     assert err.count("\n") == 1
     assert err.startswith("llmeff: error: ")
     assert words in err
-    assert err.endswith("To go on: llmeff train --resume --out run\n")
+    assert err.endswith("To resume: llmeff train --resume --out run\n")
     assert no_rank_left(tmp_path)
     code, _, err = run("--resume", "--out=run", "--quiet", folder=tmp_path)
     assert code == 0, err

@@ -58,7 +58,7 @@ def test_a_tensor_that_is_changed_in_place_is_seen():
     ids=["object", "dict", "tensor", "set"],
 )
 def test_what_a_checkpoint_cannot_hold_is_refused(value, kind):
-    said = f"optim 'own': its groups' 'history' is {kind}, which a checkpoint cannot hold: there, keep numbers, "
+    said = f"optim 'own': 'history' in its groups is {kind}, which a checkpoint cannot store. Allowed are numbers, "
     with pytest.raises(ConfigError, match=said):
         check_savable("own", lambda rows: with_group(history=value), ROWS)
 
@@ -66,7 +66,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused(value, kind):
 def test_lists_of_tensors_in_the_state_are_refused():
     optimizer = with_group()
     optimizer.state[ROWS[0].parameter]["bases"] = [torch.eye(2)]
-    with pytest.raises(ConfigError, match=r"optim 'own': its state's 'bases' is a tensor of shape \(2, 2\)"):
+    with pytest.raises(ConfigError, match=r"optim 'own': 'bases' in its state is a tensor of shape \(2, 2\)"):
         check_savable("own", lambda rows: optimizer, ROWS)
 
 
@@ -91,7 +91,9 @@ def test_a_count_that_matters_late_is_refused_where_it_would_go_too_far():
         return lambda rows: kind([row.parameter for row in rows], lr=0.5)
 
     check_savable("idle", built(Idle), ROWS, miscounts="it would count too far")
-    with pytest.raises(ConfigError, match=r"optim 'slowed' counts in its groups \(count\): it would count too far"):
+    with pytest.raises(
+        ConfigError, match=r"optim 'slowed' keeps counts in its groups \(count\): it would count too far"
+    ):
         check_savable("slowed", built(Slowed), ROWS, miscounts="it would count too far")
 
 
@@ -104,7 +106,7 @@ def test_the_check_moves_no_parameter():
 def test_check_optimizer_sees_it(outside, monkeypatch):
     own = outside("counting")
     check_optimizer(own.Counting())
-    with pytest.raises(CheckFailed, match=r"optim 'counting': its groups' 'history' is a dict"):
+    with pytest.raises(CheckFailed, match=r"optim 'counting': 'history' in its groups is a dict"):
         check_optimizer(own.Counting(keeps_object=True))
     monkeypatch.setattr(optimizers, "save", lambda *given: save(*given[:4], group_entries(given[3]), *given[5:]))
     with pytest.raises(CheckFailed, match=r"optimizer 'counting' saved and restored moves 'embedding' differently"):
@@ -114,7 +116,7 @@ def test_check_optimizer_sees_it(outside, monkeypatch):
 def test_it_is_refused_before_a_file_is_touched(outside, tmp_path):
     outside("counting")
     settings = config("optim=counting", "optim.keeps_object=true")
-    with pytest.raises(ConfigError, match="optim 'counting': its groups' 'history' is a dict"):
+    with pytest.raises(ConfigError, match="optim 'counting': 'history' in its groups is a dict"):
         Trainer(settings, tmp_path / "run", resume=False, is_silent=True)
     assert not (tmp_path / "run").exists()
 
@@ -155,6 +157,9 @@ def test_ended_and_resumed_ranks_are_the_run_that_was_not(outside, tmp_path, str
 def test_it_is_refused_where_it_would_count_too_far(outside, tmp_path):
     outside("counting")
     settings = config("optim=counting", *STRATEGIES["zero 3"])
-    said = r"optim 'counting' counts in its groups \(largest, step, weight_sum\): at stage 3 parallel 'deepspeed' steps it once"
+    said = (
+        r"optim 'counting' keeps counts in its groups \(largest, step, weight_sum\): at stage 3, parallel 'deepspeed' "
+        "steps the optimizer once"
+    )
     with pytest.raises(ConfigError, match=said):
         Trainer(settings, tmp_path / "run", resume=False, is_silent=True)
