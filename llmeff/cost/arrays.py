@@ -1,4 +1,4 @@
-"""Arrays without numbers, and the bytes that live as long as something refers to them."""
+"""Arrays without values, and storages whose bytes are in memory as long as something refers to them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from math import prod
 from llmeff.core.precision import BYTES
 
 Backward = Callable[..., "tuple[Array | None, ...]"]
-"""(gradient of the output, *saved arrays) to the gradients of the node's inputs."""
+"""Function from (gradient of the output, *saved arrays) to the gradients of the node's inputs."""
 
 NUM_BYTES = {**BYTES, "int64": 8, "bool": 1}
-"""Bytes of a number, by format."""
+"""Bytes per element, by dtype."""
 
 
 class Storage:
-    """Bytes that live as long as something refers to them."""
+    """Bytes that are in memory as long as something refers to this object."""
 
     __slots__ = ("_live", "label", "num_bytes")
 
@@ -27,18 +27,18 @@ class Storage:
         self._live.change(self.label, -self.num_bytes)
 
     def beside(self, num_bytes: int) -> "Storage":
-        """New bytes with the same label."""
+        """Returns a new storage of `num_bytes` with the same label."""
         return Storage(self._live, num_bytes, self.label)
 
     def relabel(self, label: tuple[str, str]) -> None:
-        """Changes what the bytes are for."""
+        """Changes the label, under which the bytes are counted."""
         self._live.change(self.label, -self.num_bytes)
         self.label = label
         self._live.change(label, self.num_bytes)
 
 
 class Live:
-    """Counts the bytes that live now, those that lived at the peak, and the most of each label at any time."""
+    """Counts bytes in memory by label: now, at the moment of the peak, and the maximum of each label over time."""
 
     def __init__(self) -> None:
         self.now: Counter[tuple[str, str]] = Counter()
@@ -48,7 +48,7 @@ class Live:
         self._by_label: Counter[str] = Counter()
 
     def change(self, label: tuple[str, str], num_bytes: int) -> None:
-        """Counts bytes that begin to live; if negative, bytes that are freed."""
+        """Counts an allocation of `num_bytes`, or a release of memory if `num_bytes` is negative."""
         self.now[label] += num_bytes
         self._by_label[label[0]] += num_bytes
         self.most[label[0]] = max(self.most[label[0]], self._by_label[label[0]])
@@ -59,47 +59,47 @@ class Live:
 
 @dataclass(slots=True)
 class Array:
-    """A tensor without its numbers. Views share their storage."""
+    """A tensor without values. Views share their storage."""
 
     shape: tuple[int, ...]
     dtype: str
     storage: Storage
     node: "Node | None" = None
-    """The operation that made it; None if no gradient flows there."""
+    """The operation that made the array. None if no gradient flows to it."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return prod(self.shape)
 
     @property
     def is_dense(self) -> bool:
-        """Whether its numbers are contiguous; those of some channels of several rows are not."""
+        """Whether the elements are contiguous. A view of some channels of several rows is not."""
         return self.shape[:1] == (1,) or self.size * NUM_BYTES[self.dtype] == self.storage.num_bytes
 
     def like(self) -> "Array":
-        """A new array of its shape and format."""
+        """Returns a new array of the same shape and dtype."""
         return Array(self.shape, self.dtype, self.storage.beside(self.size * NUM_BYTES[self.dtype]))
 
     def view(self, *shape: int) -> "Array":
-        """The same bytes in another shape."""
+        """Returns a view with another shape and the same storage."""
         assert prod(shape) == self.size, (shape, self.shape)
         return Array(shape, self.dtype, self.storage, self.node)
 
 
 @dataclass(slots=True)
 class Node:
-    """One operation, as backward meets it; without `backward`, a leaf that wants a gradient."""
+    """An operation in the backward graph. Without `backward` and `replay`, it is a leaf that receives a gradient."""
 
     inputs: tuple["Node | None", ...] = ()
     saved: tuple[Array, ...] = ()
     backward: Backward | None = None
     replay: "Callable[[list[Array], Array], Array | None] | None" = None
-    """Replaces `backward` in a part that is recomputed; its gradient comes in a list, so that it can be freed."""
+    """Replaces `backward` in recomputed layers. It receives the gradient in a list, so that it can free it."""
     gradient: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
-        """Adds to the gradient of the node's output, in place if the first one is contiguous, as PyTorch does."""
+        """Adds to the gradient of the node's output. As in PyTorch, this is in place if that gradient is contiguous."""
         if self.gradient is None:
             self.gradient = gradient
         elif not self.gradient.is_dense:
@@ -108,7 +108,7 @@ class Node:
 
 @dataclass(slots=True)
 class Weight:
-    """A parameter without its numbers."""
+    """A parameter without values."""
 
     name: str
     shape: tuple[int, ...]
@@ -116,14 +116,14 @@ class Weight:
     part: str
     is_trained: bool = True
     role: str | None = None
-    """The kind of parameter, by which optimizers choose the update (`core.parameters.Role`); None: unknown."""
+    """The kind of parameter, by which optimizers choose the update (`core.parameters.Role`). None if unknown."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Its bytes."""
+        """The size in bytes."""
         return self.size * NUM_BYTES[self.dtype]

@@ -1,4 +1,4 @@
-"""The laws of operations on feature maps, as eager PyTorch runs them: what each computes, saves and allocates."""
+"""Laws of operations on feature maps as eager PyTorch runs them: the FLOPs, saved tensors and allocations of each."""
 
 from functools import partial
 
@@ -6,18 +6,18 @@ from llmeff.cost import laws
 from llmeff.cost.tape import Array, Tape
 from llmeff.cost.workspace import is_torchs, room
 
-# B batch, C channels, H height, W width, K classes
+# Dimensions: B batch, C channels, H height, W width, K classes
 
 
 class Images:
     """A micro-batch of images with a label for every pixel.
 
     Args:
-        tape: counts it.
+        tape: the tape that counts its memory.
     """
 
     def __init__(self, tape: Tape):
-        assert tape.workload.image_size is not None, "a law of images needs a workload of images"
+        assert tape.workload.image_size is not None, "the law of an image model needs a workload with image_size"
         height, width = tape.workload.image_size
         num = tape.workload.num_sequences
         self.images = tape.given((num, 3, height, width), "float32")
@@ -25,13 +25,13 @@ class Images:
         self.labels = tape.given((num, height, width), "int64")
         """(B, H, W)."""
         self.num_bytes = self.images.storage.num_bytes + self.labels.storage.num_bytes
-        """Bytes of a micro-batch that is made and waits for its turn."""
+        """Bytes of a micro-batch that is in memory but has not been used yet."""
 
 
 def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Array:
-    """(B, C, H, W) by (D, C, k, k) to (B, D, H, W), with stride 1 and padding that keeps the size.
+    """Convolves (B, C, H, W) with a weight of shape (D, C, k, k) to (B, D, H, W), with stride 1 and "same" padding.
 
-    Adding a bias is no contraction. On a CPU the kernels work on copies (`workspace`).
+    The FLOPs do not include the addition of the bias. On a CPU the kernels work on copies (`workspace`).
     """
     is_input = x.node is None
     weight, x = laws.autocast_weight(tape, weight), laws.autocast(tape, x)
@@ -59,7 +59,7 @@ def _convolution_back(
         with tape.room(find("input")):
             grad_x = tape.new(x.shape, x.dtype)
     if bias is not None and x.dtype != "float32" and is_torchs(tape.workload, x.shape, weight.shape, x.dtype):
-        tape.new(gradient.shape, "float32")  # a bias's gradient is summed in this format
+        tape.new(gradient.shape, "float32")  # the gradient of the bias is summed in float32
     with tape.room(find("weight")):
         if bias is not None:
             grad_bias = tape.new(bias.shape, bias.dtype)
@@ -68,7 +68,7 @@ def _convolution_back(
 
 
 def relu(tape: Tape, x: Array) -> Array:
-    """ReLU in place; the result is saved."""
+    """Applies ReLU in place. The result is saved for backward."""
     node = tape.save((x,), (), partial(_new_back, tape))
     tape.elementwise_in_place(x)
     y = Array(x.shape, x.dtype, x.storage, node)
@@ -84,7 +84,10 @@ add = laws.add
 
 
 def concat(tape: Tape, left: Array, right: Array) -> Array:
-    """(B, C, H, W) and (B, D, H, W) to (B, C + D, H, W); backward returns views of its gradient if formats agree."""
+    """Joins (B, C, H, W) and (B, D, H, W) to (B, C + D, H, W). Backward returns views of its gradient.
+
+    If an input has another dtype than the result, its gradient is a cast copy.
+    """
     shape = (left.shape[0], left.shape[1] + right.shape[1], *left.shape[2:])
     given = ((left.shape, left.dtype), (right.shape, right.dtype))
     node = tape.save((left, right), (), partial(_concat_back, tape, given))
@@ -100,7 +103,13 @@ def _concat_back(tape: Tape, given: tuple[tuple[tuple[int, ...], str], ...], gra
 
 
 def max_pool(tape: Tape, x: Array) -> tuple[Array, Array]:
-    """2 x 2 pooling to (B, C, H // 2, W // 2), with the int64 index of each maximum in its map; the input is saved."""
+    """Applies 2 x 2 max pooling.
+
+    The input and the indices are saved for backward.
+
+    Returns:
+        The maxima, (B, C, H // 2, W // 2), and the index of each maximum in its map, int64.
+    """
     shape = (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
     node = tape.save((x,), (x,), partial(_shaped_back, tape, x.shape))
     pooled = tape.elementwise(shape, x.dtype, node)
@@ -114,9 +123,9 @@ def _shaped_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array)
 
 
 def max_unpool(tape: Tape, x: Array, indices: Array, size: tuple[int, ...]) -> Array:
-    """The inverse of `max_pool`: values at their indices in a map of zeros, (B, C, *size); the indices are saved.
+    """Inverts `max_pool`: writes the values at their indices into a map of zeros, (B, C, *size).
 
-    Under autocast on a CPU it runs in float32.
+    The indices are saved for backward. Under autocast on a CPU the operation runs in float32.
     """
     x = laws.cast(tape, x, "float32") if tape.precision.autocast and tape.workload.on_cpu else x
     node = tape.save((x,), (indices,), partial(_shaped_back, tape, x.shape))
@@ -124,7 +133,7 @@ def max_unpool(tape: Tape, x: Array, indices: Array, size: tuple[int, ...]) -> A
 
 
 def cross_entropy(tape: Tape, logits: Array, batch: Images) -> Array:
-    """`torch.nn.functional.cross_entropy` of (B, K, H, W) logits, weighted by class and summed."""
+    """Computes `torch.nn.functional.cross_entropy` of (B, K, H, W) logits, with class weights and reduction "sum"."""
     logits = laws.cast(tape, logits, tape.precision.logits)
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
     log_probabilities = laws.log_softmax(tape, logits)

@@ -1,4 +1,4 @@
-"""The laws of single operations, as eager PyTorch runs them: what each computes, saves and allocates."""
+"""Laws of single operations as eager PyTorch runs them: the FLOPs, saved tensors and allocations of each."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -8,14 +8,14 @@ from llmeff.cost.arrays import Array, Node
 from llmeff.cost.tape import Tape
 from llmeff.cost.workspace import matrix_bytes
 
-# B batch, T queries, S keys, N heads, K key-value heads, H head width
+# Dimensions: B batch, T queries, S keys, N heads, K key-value heads, H head width
 
 
 class Batch:
-    """A micro-batch as the law of a model sees it: tokens and `core.layout.Layout` without numbers.
+    """A micro-batch as a model's law sees it: tokens and `core.layout.Layout` as shapes, without values.
 
     Args:
-        tape: counts it.
+        tape: the tape that counts its memory.
     """
 
     def __init__(self, tape: Tape):
@@ -28,21 +28,21 @@ class Batch:
         self._places = [tape.given((self._rows, workload.num_tokens), "int64")]
         if workload.packed:
             self._places.append(tape.given(self.shape, "int64"))
-        places = self._places if workload.packed else []  # otherwise the forward pass makes them
+        places = self._places if workload.packed else []  # otherwise the forward pass makes the positions
         self.num_bytes = sum(array.storage.num_bytes for array in (self.tokens, self.targets, *places))
-        """Bytes of a micro-batch that is made and waits for its turn."""
+        """Bytes of a micro-batch that is in memory but has not been used yet."""
         self._biases: dict[str, tuple[Array, Array]] = {}
         self._rotary: dict[tuple[int, float], tuple[Array, Array]] = {}
         self._tables: dict[Hashable, Any] = {}
 
     def tables(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, which is called once a key, as in `Layout.tables`."""
+        """Returns the result of `make`, which is called only once per key, as in `Layout.tables`."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Array, Array]:
-        """Cosines and sines, each (B or 1, 1, T, head_dim)."""
+        """Returns the cosines and sines of the rotary angles, each of shape (B or 1, 1, T, head_dim)."""
         key = (head_dim, theta)
         if key not in self._rotary:
             shape = (self._rows, 1, self.shape[1], head_dim)
@@ -50,18 +50,18 @@ class Batch:
         return self._rotary[key]
 
     def bias(self, dtype: str) -> Array | None:
-        """Which keys each query sees, (B, 1, T, T); None for plain causal attention."""
+        """Returns the additive attention mask of packed documents, (B, 1, T, T). None for plain causal attention."""
         if not self._tape.workload.packed:
             return None
         if dtype not in self._biases:
             shape = (self.shape[0], 1, self.shape[1], self.shape[1])
-            # the boolean mask that the bias is made from stays alive
+            # the boolean mask, from which the bias is computed, stays in memory
             self._biases[dtype] = self._tape.new(shape, dtype), self._tape.new(shape, "bool")
         return self._biases[dtype][0]
 
 
 def cast(tape: Tape, x: Array, dtype: str) -> Array:
-    """An array in another format; the array itself if it has that format."""
+    """Casts an array to another dtype. Returns the array itself if it already has that dtype."""
     if x.dtype == dtype:
         return x
     node = tape.save((x,), (), partial(_cast_back, tape, x.dtype))
@@ -73,17 +73,17 @@ def _cast_back(tape: Tape, dtype: str, gradient: Array) -> tuple[Array]:
 
 
 def autocast(tape: Tape, x: Array) -> Array:
-    """An array in the format in which autocast gives it to a contraction."""
+    """Casts an array as autocast does before a contraction."""
     return cast(tape, x, tape.precision.compute) if tape.precision.autocast else x
 
 
 def autocast_weight(tape: Tape, weight: Array) -> Array:
-    """A weight in the format in which autocast gives it to a contraction; it is cast once a forward pass."""
+    """Casts a weight as autocast does before a contraction, which is once per forward pass."""
     return tape.cached(weight, lambda: autocast(tape, weight)) if tape.precision.autocast else weight
 
 
 def linear(tape: Tape, x: Array, weight: Array) -> Array:
-    """(..., in) by (out, in) to (..., out), without bias."""
+    """Applies a linear layer without bias: (..., in) by a weight of shape (out, in) to (..., out)."""
     if tape.strategy_law.replaces_linear:
         return _replaced_linear(tape, x, weight)
     weight, x = autocast_weight(tape, weight), autocast(tape, x)
@@ -93,7 +93,7 @@ def linear(tape: Tape, x: Array, weight: Array) -> Array:
 
 
 def multiplied(tape: Tape, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
-    """A new array that is the product of two matrices; what oneDNN takes beside it comes and goes."""
+    """Returns a new array for the product of two matrices. Counts oneDNN's temporary workspace for the product."""
     result = tape.new(shape, dtype, node)
     tape.workspace(matrix_bytes(tape.workload, result.size, dtype))
     return result
@@ -106,7 +106,7 @@ def _linear_back(tape: Tape, gradient: Array, x: Array, weight: Array) -> tuple[
 
 
 def _replaced_linear(tape: Tape, x: Array, weight: Array) -> Array:
-    """`linear` as an autograd.Function: it saves its inputs uncast, after use, and casts them in each pass."""
+    """Applies `linear` as an autograd.Function that casts its inputs in forward and backward, and saves them uncast."""
     is_cast = tape.precision.autocast
     dtype = tape.precision.compute if is_cast else x.dtype
     copies = [tape.new(array.shape, dtype) for array in (x, weight) if array.dtype != dtype]
@@ -124,7 +124,7 @@ def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, wei
     x_copy = tape.new(x.shape, dtype) if x.dtype != dtype else None
     grad_weight = multiplied(tape, weight.shape, dtype)
     del x_copy, weight_copy
-    # autograd casts gradients to the formats of their inputs, one after another
+    # autograd casts the gradients to the dtypes of their inputs, one after another
     if x.dtype != dtype:
         grad_x = tape.new(x.shape, x.dtype)
     if weight.dtype != dtype:
@@ -133,12 +133,12 @@ def _replaced_linear_back(tape: Tape, dtype: str, gradient: Array, x: Array, wei
 
 
 def embedding(tape: Tape, batch: Batch, weight: Array) -> Array:
-    """Rows of (V, D) by (B, T) tokens, to (B, T, D)."""
+    """Looks up the rows of a (V, D) weight for the batch's tokens, (B, T), to (B, T, D)."""
     return rows(tape, weight, batch.tokens)
 
 
 def rows(tape: Tape, x: Array, index: Array) -> Array:
-    """Rows of (V, D) by an index of shape (...), as `torch.nn.functional.embedding`, to (..., D)."""
+    """Selects rows of (V, D) by an index of shape (...), to (..., D), as `torch.nn.functional.embedding` does."""
     node = tape.save((x,), (index,), partial(_new_back, tape, x.shape))
     return tape.elementwise((*index.shape, x.shape[1]), x.dtype, node)
 
@@ -148,12 +148,12 @@ def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array, *_: Array) ->
 
 
 def promote(left: str, right: str) -> str:
-    """The format of a sum or product of two formats."""
+    """Returns the dtype of a sum or product of arrays with these dtypes."""
     return left if left == right else "float32"
 
 
 def add(tape: Tape, left: Array, right: Array) -> Array:
-    """The sum of two arrays; backward passes its gradient on, without a copy if formats agree."""
+    """Adds two arrays. Backward passes the gradient on to both, without a copy if the dtypes agree."""
     node = tape.save((left, right), (), partial(_add_back, tape, left.dtype, right.dtype))
     return tape.elementwise(left.shape, promote(left.dtype, right.dtype), node)
 
@@ -166,7 +166,7 @@ def _add_back(tape: Tape, left: str, right: str, gradient: Array) -> tuple[Array
 
 
 def multiply(tape: Tape, left: Array, right: Array) -> Array:
-    """The elementwise product of two arrays, which are both saved."""
+    """Multiplies two arrays elementwise. Both are saved for backward."""
     node = tape.save((left, right), (left, right), partial(_multiply_back, tape))
     return tape.elementwise(left.shape, promote(left.dtype, right.dtype), node)
 
@@ -176,7 +176,7 @@ def _multiply_back(tape: Tape, gradient: Array, left: Array, right: Array) -> tu
 
 
 def scale(tape: Tape, x: Array, constant: Array) -> Array:
-    """Multiplies by a constant that broadcasts. The constant is saved for backward."""
+    """Multiplies by a constant, which is broadcast and saved for backward."""
     node = tape.save((x,), (constant,), partial(_scale_back, tape))
     return tape.elementwise(x.shape, x.dtype, node)
 
@@ -186,12 +186,12 @@ def _scale_back(tape: Tape, gradient: Array, *_: Array) -> tuple[Array]:
 
 
 def function(tape: Tape, x: Array, keeps: Literal["input", "output", "nothing"]) -> Array:
-    """Any elementwise function.
+    """Applies an elementwise function.
 
     Args:
-        tape: counts it.
+        tape: the tape that records the operation.
         x: the input.
-        keeps: what is saved for the derivative.
+        keeps: the array that is saved for the derivative.
     """
     node = tape.save((x,), (x,) if keeps == "input" else (), partial(_scale_back, tape))
     y = tape.elementwise(x.shape, x.dtype, node)
@@ -201,7 +201,7 @@ def function(tape: Tape, x: Array, keeps: Literal["input", "output", "nothing"])
 
 
 def shift(tape: Tape, x: Array) -> Array:
-    """The sum with an array that has no gradient and broadcasts; backward passes its gradient on."""
+    """Adds an array that is broadcast and has no gradient. Backward passes the gradient on to `x`."""
     return tape.elementwise(x.shape, x.dtype, tape.save((x,), (), _shift_back))
 
 
@@ -210,12 +210,12 @@ def _shift_back(gradient: Array) -> tuple[Array]:
 
 
 def silu(tape: Tape, x: Array) -> Array:
-    """`torch.nn.functional.silu`; the input is saved."""
+    """Applies `torch.nn.functional.silu`. The input is saved for backward."""
     return function(tape, x, "input")
 
 
 def times(tape: Tape, x: Array, factor: Array) -> Array:
-    """The product with a factor that broadcasts; both are saved."""
+    """Multiplies by a factor that is broadcast. Both are saved for backward."""
     node = tape.save((x, factor), (x, factor), partial(_times_back, tape))
     return tape.elementwise(x.shape, promote(x.dtype, factor.dtype), node)
 
@@ -226,12 +226,12 @@ def _times_back(tape: Tape, gradient: Array, x: Array, factor: Array) -> tuple[A
 
 
 def _summed(tape: Tape, gradient: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """A gradient, summed over the dimensions that were broadcast."""
+    """Sums a gradient over the dimensions that were broadcast."""
     return gradient if gradient.shape == shape else tape.new(shape, dtype)
 
 
 def plus(tape: Tape, x: Array, summand: Array) -> Array:
-    """The sum with a summand that broadcasts."""
+    """Adds a summand that is broadcast."""
     node = tape.save((x, summand), (), partial(_plus_back, tape, x.dtype, summand.shape, summand.dtype))
     return tape.elementwise(x.shape, promote(x.dtype, summand.dtype), node)
 
@@ -244,7 +244,7 @@ def _plus_back(
 
 
 def concat(tape: Tape, *parts: Array) -> Array:
-    """Arrays joined along the last dimension; backward returns views of its gradient."""
+    """Joins arrays along the last dimension. Backward returns views of the gradient."""
     given = [part.shape for part in parts]
     node = tape.save(parts, (), partial(_concat_back, given))
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
@@ -256,7 +256,7 @@ def _concat_back(given: list[tuple[int, ...]], gradient: Array) -> tuple[Array, 
 
 
 def split(tape: Tape, x: Array, *shapes: tuple[int, ...]) -> list[Array]:
-    """Views of parts; backward waits for the gradients of all parts and joins them."""
+    """Returns views of an array's parts. Backward waits for the gradients of all parts and joins them."""
     arrived: list[Array] = []
     first = tape.save((x,), (), partial(_split_back, tape, x.shape, arrived))
     others = [tape.save((), (), partial(put_aside, arrived)) for _ in shapes[1:]]
@@ -270,32 +270,32 @@ def _split_back(tape: Tape, shape: tuple[int, ...], arrived: list[Array], gradie
 
 
 def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
-    """Keeps the gradient of a further output of an operation until the operation's backward reads it."""
+    """Keeps the gradient of an operation's further output until the backward of the operation uses it."""
     arrived.append(gradient)
     return ()
 
 
 _QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
-"""(queries at least, block): how many queries torch's CPU kernel takes at a time, by how many there are."""
+"""Pairs (n, block): for n or more queries, torch's CPU attention kernel processes `block` queries at a time."""
 _KEY_BLOCK = 512
-"""Keys that torch's CPU kernel takes at a time."""
+"""Number of keys that torch's CPU attention kernel processes at a time."""
 
 
 def attention(
     tape: Tape, query: Array, key: Array, value: Array, bias: Array | None, model_flops: int | None = None
 ) -> Array:
-    """`scaled_dot_product_attention` by the workload's kernel.
+    """Computes `scaled_dot_product_attention` with the workload's kernel.
 
     Args:
-        tape: counts it.
+        tape: the tape that records the operation.
         query: (B, N, T, H).
         key: (B, K, S, H).
         value: (B, K, S, H).
-        bias: (B, 1, T, S), added to the scores; None for plain causal attention.
-        model_flops: FLOPs that the model asks for in a forward pass; None: those of causal attention.
+        bias: (B, 1, T, S), added to the scores. None for plain causal attention.
+        model_flops: model FLOPs of a forward pass. None for those of causal attention.
 
     Returns:
-        (B, N, T, H), with memory in the order (B, T, N, H).
+        An array of shape (B, N, T, H), with the memory layout (B, T, N, H).
     """
     query, key, value = (autocast(tape, x) for x in (query, key, value))
     flash = tape.workload.kernel == "flash"
@@ -315,7 +315,7 @@ def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | Non
 
 
 def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) -> None:
-    """The buffers of torch's CPU kernel in each thread, freed at the end: scores of blocks of queries by blocks of keys."""
+    """Counts the buffers of torch's CPU attention kernel: in each thread, scores of blocks of queries and keys."""
     if not tape.workload.on_cpu:
         return
     num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
@@ -331,7 +331,7 @@ def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) 
 def _flash_back(
     tape: Tape, gradient: Array, query: Array, key: Array, value: Array, *_: Array
 ) -> tuple[Array, Array, Array]:
-    # five products of (T, S) by H, since the weights are computed again
+    # five matrix products of size T x S x H, because the attention weights are computed again
     tape.execute(10 * query.size * key.shape[2])
     gradients = (
         tape.new(query.shape, query.dtype),
@@ -363,13 +363,13 @@ def _repeat(tape: Tape, x: Array, num_heads: int) -> Array:
 
 
 def copy(tape: Tape, x: Array) -> Array:
-    """A copy of the array; backward copies its gradient."""
+    """Copies the array. Backward copies the gradient."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return tape.elementwise(x.shape, x.dtype, node)
 
 
 def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """The array with zeros appended up to a shape; the array itself if it has the shape."""
+    """Pads the array with zeros to a shape. Returns the array itself if it already has the shape."""
     if x.shape == shape:
         return x
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
@@ -377,15 +377,16 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def view(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """A view in another shape: a part, an expansion or the whole; backward makes a gradient in the input's shape."""
+    """Returns a view of a part, an expansion or all of the array. Backward makes a new gradient of its shape."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return Array(shape, x.dtype, x.storage, node)
 
 
 def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """The beginning of the second dimension; backward pads its gradient with zeros. The array itself if all is left.
+    """Cuts the end of the second dimension off. Backward pads the gradient with zeros.
 
-    It is a view of one row. Of several rows it is not contiguous, and `linear` copies it.
+    If the array already has the shape, returns the array itself. With one row the result is a view. With several rows
+    the view is not contiguous and `linear` copies it, so the result is a copy.
     """
     if x.shape == shape:
         return x
@@ -394,7 +395,7 @@ def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def product(tape: Tape, flops: int, model_flops: int, left: Array, right: Array, shape: tuple[int, ...]) -> Array:
-    """A product of matrices, which are both saved."""
+    """Multiplies two matrices, or batches of them. Both are saved for backward."""
     node = tape.save((left, right), (left, right), partial(_product_back, tape, flops))
     tape.contract(flops, model_flops)
     return tape.new(shape, left.dtype, node)
@@ -407,7 +408,7 @@ def _product_back(tape: Tape, flops: int, gradient: Array, left: Array, right: A
 
 
 def joined_heads(tape: Tape, mixed: Array) -> Array:
-    """(B, N, T, H) to (B, T, N H): a view of the result of `flash`, a copy of that of `math`."""
+    """Joins the heads: (B, N, T, H) to (B, T, N H). With the kernel `flash` this is a view, with `math` a copy."""
     num_batch, num_heads, num_tokens, head_dim = mixed.shape
     joined = mixed.view(num_batch, num_tokens, num_heads * head_dim)
     if tape.workload.kernel == "flash":
@@ -416,7 +417,7 @@ def joined_heads(tape: Tape, mixed: Array) -> Array:
 
 
 def log_softmax(tape: Tape, x: Array) -> Array:
-    """`log_softmax` over the last dimension; the result is saved."""
+    """Applies `log_softmax` over the last dimension. The result is saved for backward."""
     node = tape.save((x,), (), partial(_scale_back, tape))
     result = tape.elementwise(x.shape, x.dtype, node)
     tape.save_output(node, result)
@@ -424,7 +425,7 @@ def log_softmax(tape: Tape, x: Array) -> Array:
 
 
 def pick_and_sum(tape: Tape, log_probabilities: Array, batch: Batch) -> Array:
-    """The negative log-likelihood of the targets, summed."""
+    """Returns the summed negative log-likelihood of the targets."""
     saved = (log_probabilities, batch.targets)
     node = tape.save((log_probabilities,), saved, partial(_pick_back, tape))
     total_weight = tape.new((), log_probabilities.dtype)
@@ -437,6 +438,6 @@ def _pick_back(tape: Tape, gradient: Array, log_probabilities: Array, *_: Array)
 
 
 def cross_entropy(tape: Tape, logits: Array, batch: Batch) -> Array:
-    """`torch.nn.functional.cross_entropy` of (M, V) logits, summed."""
+    """Computes `torch.nn.functional.cross_entropy` of (M, V) logits, with reduction "sum"."""
     tape.counts["logits_bytes", "loss"] = logits.storage.num_bytes
     return pick_and_sum(tape, log_softmax(tape, logits), batch)

@@ -1,4 +1,4 @@
-"""What something costs, as integers by kind and part that can be added."""
+"""Prices: costs as integers, by kind of cost and part of the model, which can be added."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,24 +24,25 @@ Kind = Literal[
     "elementwise_ops",
     "wire_bytes",
 ]
-"""What is counted of one optimizer step on one rank.
+"""Kinds of cost of one optimizer step on one rank.
 
-`parameters`: numbers that are trained. `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
-`frozen_bytes`: bytes of each kind of state, with padding; gradients are counted when the last backward pass is over.
-`batch_bytes`: tokens, targets and positions of a micro-batch. `saved_bytes`: what autograd keeps of a micro-batch when
-its forward pass ends, with autocast's copies of weights, without weights and `batch_bytes`; each storage counts once,
-in the part that keeps it first. `logits_bytes`: one copy of the logits in the loss's format.
+`parameters`: number of trained elements. `parameter_bytes`, `master_bytes`, `optimizer_bytes`, `gradient_bytes`,
+`frozen_bytes`: bytes of each kind of state, with padding. Gradients are counted at the end of the last backward pass.
+`batch_bytes`: tokens, targets and positions of a micro-batch. `saved_bytes`: bytes that autograd keeps for backward at
+the end of a micro-batch's forward pass. They include autocast's copies of weights, but not weights and `batch_bytes`.
+Each storage counts once, in the part that saves it first. `logits_bytes`: one copy of the logits in the loss's dtype.
 
-`gathered_bytes`, `bucket_bytes`: the most bytes at any time of parameters that were gathered from all ranks, and of
-buffers for gradients. `workspace_bytes`: the most bytes at any time that libraries allocate beside tensors while
-convolutions run on a CPU: copies in other layouts, and buffers. `peak_bytes`: what lives at the moment of the step when
-most does, by kind. The last two are unknown if a convolution was not measured on the CPU's instruction set
-(`workspace`); `peak_bytes` then has a lower bound.
+`gathered_bytes`: the maximum over time of parameters gathered from all ranks. `bucket_bytes`: the maximum over time of
+buffers for communication and updates, such as gradient buckets. `workspace_bytes`: the maximum over time of memory that
+libraries allocate besides tensors on a CPU, such as copies of a convolution's inputs in another layout. `peak_bytes`:
+all bytes in memory at the peak of the step, by kind. `workspace_bytes` and `peak_bytes` are unknown if a convolution
+was not measured on the CPU's instruction set (`workspace`). Then only a lower bound of `peak_bytes` is known.
 
-`model_flops`: contractions only, multiply-add = 2, causal attention over T(T+1)/2 pairs, forward and backward without
-recomputation. `executed_flops`: contractions as the kernels compute them: all T^2 pairs, and recomputation.
-`elementwise_ops`: one for each number that anything but a contraction makes in forward. `wire_bytes`: the full payload
-of each collective, whatever part of it a rank sends, by collective."""
+`model_flops`: FLOPs of contractions in forward and backward without recomputation. A multiply-add is 2 FLOPs, and
+causal attention has T(T+1)/2 pairs. `executed_flops`: FLOPs of contractions as the kernels execute them, with all T^2
+pairs and with recomputation. `elementwise_ops`: number of output elements of all forward operations except
+contractions. `wire_bytes`: bytes of each collective, by collective. The full payload counts, even if a rank sends only
+a part of it."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -51,15 +52,15 @@ REPORTED: tuple[Kind, ...] = (
 """The kinds that a run's result reports."""
 
 _SUMS = ("total", "at_least")
-"""Keys in JSON beside the parts of a kind."""
+"""Keys of sums in JSON. All other keys of a kind are parts."""
 
 Source = Literal["law", "traced"]
-"""`law`: computed from the config alone; `traced`: counted in a run of the module."""
+"""`law`: computed from the config alone. `traced`: counted in a run of the module."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """Integers by (kind, part).
+    """A cost: integers by (kind, part).
 
     >>> one = Price({("parameters", "mlp"): 6, ("parameters", "norms"): 2})
     >>> (one + 2 * one).total("parameters"), one.parts("parameters")
@@ -69,12 +70,12 @@ class Price:
     entries: Mapping[tuple[Kind, str], int] = field(default_factory=dict)
     source: Source = "law"
     unknown: frozenset[Kind] = frozenset()
-    """Kinds of which some entries are missing."""
+    """Kinds for which some entries are missing."""
 
     def __post_init__(self) -> None:
         unknown = {kind for kind, _ in self.entries} - set(KINDS)
         if unknown:
-            raise ValueError(f"no kinds of cost: {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
+            raise ValueError(f"unknown kinds of cost: {', '.join(sorted(unknown))}. Allowed: {', '.join(KINDS)}")
         object.__setattr__(self, "entries", {key: count for key, count in self.entries.items() if count})
 
     def __add__(self, other: "Price") -> "Price":
@@ -89,41 +90,41 @@ class Price:
     __rmul__ = __mul__
 
     def total(self, kind: Kind) -> int:
-        """The sum over all parts; 0 if there are none.
+        """Returns the sum over all parts, or 0 if there are no parts.
 
         Raises:
-            ValueError: the kind is unknown.
+            ValueError: the kind is in `unknown`, so its sum is incomplete.
         """
         if kind in self.unknown:
-            raise ValueError(f"{kind} is unknown here: ask `known` or `at_least`")
+            raise ValueError(f"{kind} is unknown in this price. Use `known` or `at_least` instead of `total`")
         return self.at_least(kind)
 
     def known(self, kind: Kind) -> int | None:
-        """The sum over all parts; None if the kind is unknown."""
+        """Returns the sum over all parts, or None if the kind is in `unknown`."""
         return None if kind in self.unknown else self.at_least(kind)
 
     def at_least(self, kind: Kind) -> int:
-        """The sum over all parts that are known."""
+        """Returns the sum over all parts that are known, which is a lower bound."""
         return sum(self.parts(kind).values())
 
     def parts(self, kind: Kind) -> dict[str, int]:
-        """The counts of one kind by part."""
+        """Returns the counts of one kind, by part."""
         return {part: count for (other, part), count in self.entries.items() if other == kind}
 
     def reported(self) -> dict[Kind, float]:
-        """The totals of `REPORTED` that are known and not 0."""
+        """Returns the totals of the kinds in `REPORTED` that are known and not 0."""
         return {kind: float(total) for kind in REPORTED if (total := self.known(kind))}
 
     def only(self, kinds: Iterable[Kind]) -> "Price":
-        """The entries of these kinds."""
+        """Returns a price with only the entries of these kinds."""
         wanted = set(kinds)
         entries = {key: count for key, count in self.entries.items() if key[0] in wanted}
         return Price(entries, self.source, self.unknown & wanted)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the source, and for each kind its parts and their `total`.
+        """Returns a dict for JSON: the source, and for each kind its parts and their `total`.
 
-        If the total is unknown, it is null, and `at_least` is beside it.
+        If a total is unknown, it is None, and the additional key `at_least` has the sum of the known parts.
         """
         kinds = [kind for kind in KINDS if kind in self.unknown or self.parts(kind)]
         return {"source": self.source} | {kind: {**self.parts(kind), **self._sums(kind)} for kind in kinds}
@@ -135,7 +136,7 @@ class Price:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Price":
-        """Reads what `as_dict` returns."""
+        """Restores a price from the result of `as_dict`."""
         return cls(
             {(kind, part): count for kind in KINDS for part, count in data.get(kind, {}).items() if part not in _SUMS},
             data["source"],

@@ -1,4 +1,4 @@
-"""The price of a whole optimizer step, from the law of a forward pass."""
+"""Computes the price of a whole optimizer step from the law of a forward pass."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,19 +26,21 @@ _AT_PEAK = {
     "workspace_bytes": "workspace",
 }
 Law = Callable[[Tape, Any], Array]
-"""The forward pass of a micro-batch, which `Given` makes, to its summed loss."""
+"""A model's forward pass from a micro-batch, which a `Given` makes, to its summed loss."""
 Given = Callable[[Tape], Any]
+"""Makes the micro-batch that a law reads."""
 
 
 def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = None, given: Given = Batch) -> Price:
-    """Plays forward and backward of a step's micro-batches, and the update.
+    """Returns the price of a step: forward and backward of all its micro-batches, and the update.
 
-    The optimizer's state is not included, although it lives throughout: the optimizer's price adds it.
+    The price does not include the optimizer state, which the optimizer's own price adds.
 
     Args:
-        law: the forward pass of a micro-batch to its summed loss.
-        workload: what the step does.
-        strategy_law: what is kept and sent of weights and gradients; None: one process keeps all.
+        law: the forward pass from a micro-batch to its summed loss.
+        workload: the step.
+        strategy_law: the law of the weights and gradients that a rank keeps and sends. None for a single process, which
+            keeps all of them.
         given: makes the micro-batch that the law reads.
     """
     strategy_law = strategy_law or StrategyLaw(weights(law, given), workload.precision)
@@ -57,7 +59,7 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
         tape.end_forward()
         tape.backward(loss)
         del batch, loss, waiting
-        # all micro-batches between the first and the last are like the second
+        # every micro-batch between the first and the last costs the same as the second
         times = workload.num_micro_batches - 2 if index == 1 and num_played == 3 else 1
         wire.update({name: num_bytes * times for name, num_bytes in strategy_law.wire.items()})
     gradients = strategy_law.gradients()
@@ -79,13 +81,13 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
 
 
 def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, strategy_law: StrategyLaw) -> Price:
-    """The price of a step without a model's activations: weights are used one after another, and nothing else is made.
+    """Returns the price of a step without activations: the step only uses its weights, one after another.
 
     Args:
-        uses: the weights in the order in which a forward pass uses them, and whether backward uses each again; it does
-            not use a frozen weight if no gradient flows through.
-        workload: what the step does.
-        strategy_law: what is kept and sent of weights and gradients.
+        uses: for each use in the forward pass, in order, the weight and whether backward uses it again. Backward does
+            not use a frozen weight if no gradient flows through its operation.
+        workload: the step.
+        strategy_law: the law of the weights and gradients that a rank keeps and sends.
     """
 
     def law(tape: Tape, batch: Batch) -> Array:
@@ -105,7 +107,7 @@ def _gradient_of(tape: Tape, weight: Array | None, gradient: Array) -> tuple[Arr
 
 
 class _Rehearsal(StrategyLaw):
-    """Records the uses of weights."""
+    """A strategy law that only records the uses of weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ def _uses(law: Law, workload: Workload, given: Given) -> list[tuple[str, bool]]:
 
 
 def weights(law: Law, given: Given = Batch) -> list[Weight]:
-    """The parameters that a law uses, as trained ones."""
+    """Returns all parameters that a law uses, each marked as trained."""
     tape = Tape(Workload(num_sequences=1, num_tokens=1, image_size=(1, 1)))
     law(tape, given(tape))
     return list(tape.weights.values())

@@ -1,4 +1,4 @@
-"""The law of one process alone, from which strategies derive theirs: what lives in a step, and what is sent."""
+"""The law of training in one process. It is the base class of the laws of all strategies."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,22 +10,23 @@ from llmeff.cost.price import Kind
 
 
 class StrategyLaw:
-    """One process alone keeps all weights, and every gradient from the backward pass that makes it until the update.
+    """Counts the weights, gradients and other state that a rank keeps in a step, and the bytes that it sends.
 
-    Strategies override its methods. The tape calls them as it plays a step. All bytes have a label that says what they
-    are for.
+    This class describes one process, which keeps all weights, and keeps each gradient from the backward pass that makes
+    it until the update. Strategies override its methods, which the tape calls while it runs a step. All bytes have a
+    label that says what they are for.
 
     Args:
         weights: all parameters, in the model's order.
-        formats: the number formats; None: fp32.
+        formats: the dtypes. None for fp32.
     """
 
     updates_on_host = False
-    """Whether the optimizer's state is in CPU memory, even if the model is on a GPU."""
+    """Whether the optimizer state is in CPU memory, even if the model is on a GPU."""
     is_shared = False
     """Whether there are several ranks."""
     replaces_linear = False
-    """Whether `torch.nn.functional.linear` is replaced by an autograd.Function, which saves input and weight uncast."""
+    """Whether the strategy replaces `nn.functional.linear` with an autograd.Function that saves its inputs uncast."""
 
     def __init__(self, weights: Iterable[Weight] = (), formats: Precision | None = None):
         self.formats = formats or precision("fp32")
@@ -33,26 +34,26 @@ class StrategyLaw:
         """All weights, trained and frozen."""
         self.weights = [weight for weight in self.every if weight.is_trained]
         self.wire: Counter[str] = Counter()
-        """Bytes sent so far, by collective; each counts with its full payload, whatever part of it a rank has."""
+        """Bytes sent so far, by collective. The full payload counts, even if a rank has only a part of it."""
         self.counts: Counter[tuple[Kind, str]] = Counter()
-        """Bytes that live throughout the step, by kind and part."""
+        """Bytes that stay in memory throughout the step, by kind and part."""
         self.is_last = True
         """Whether this is the step's last micro-batch."""
         self.whole: dict[str, Array] = {}
-        """Whole gradients as backward makes them, by the weight's name."""
+        """Whole gradients from backward that are still in memory, by the weight's name."""
         self._held: defaultdict[str, list[Storage]] = defaultdict(list)
 
     def begin(self, live: Live) -> None:
-        """Begins the step: adds what lives throughout it.
+        """Begins the step: adds the memory that stays allocated throughout it.
 
         Args:
-            live: counts the bytes that live.
+            live: the counter of bytes in memory.
         """
         self._live = live
         self.add_resident()
 
     def add_resident(self) -> None:
-        """Adds what lives throughout the step: every weight, and the master copies."""
+        """Adds the memory that stays allocated throughout the step: every weight, and the master copies."""
         self.add_frozen()
         for weight in self.weights:
             self.keep("parameter_bytes", weight.part, weight.num_bytes)
@@ -60,16 +61,16 @@ class StrategyLaw:
                 self.keep("master_bytes", weight.part, weight.size * BYTES[self.formats.master])
 
     def add_frozen(self) -> None:
-        """Adds the frozen weights, whole."""
+        """Adds every frozen weight, whole."""
         for weight in self.every:
             if not weight.is_trained:
                 self.keep("frozen_bytes", weight.part, weight.num_bytes)
 
     def set_use_order(self, uses: list[tuple[str, bool]]) -> None:
-        """Learns the order in which the step will use weights, before it begins.
+        """Receives, before the step begins, the order in which the step will use weights.
 
         Args:
-            uses: the name of the weight, and whether the use is in backward.
+            uses: for each use, the weight's name and whether the use is in backward.
         """
 
     def begin_micro_batch(self, is_last: bool) -> None:
@@ -80,7 +81,7 @@ class StrategyLaw:
         """Called before an operation reads a weight."""
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """Called when a weight's gradient of a backward pass is ready: keeps the first, adds later ones in place."""
+        """Called when a weight's gradient is ready. Keeps the first one, to which later ones are added in place."""
         if weight.name not in self.whole:
             self.whole[weight.name] = gradient
             gradient.storage.relabel(("gradient_bytes", weight.part))
@@ -92,7 +93,7 @@ class StrategyLaw:
         """Called when all gradients of a micro-batch are ready."""
 
     def gradients(self) -> Counter[str]:
-        """Bytes of gradients between backward and update, by part."""
+        """Returns the bytes of gradients between the last backward and the update, by part."""
         parts: Counter[str] = Counter()
         for weight in self.weights:
             if weight.name in self.whole:
@@ -100,28 +101,28 @@ class StrategyLaw:
         return parts
 
     def update(self) -> None:
-        """Called for the update: what clipping, the update and clearing gradients add, send and free."""
+        """Called for the update. Counts what clipping, update and clearing of gradients allocate, send and free."""
 
     def updated(self) -> list[Weight]:
-        """The tensors that this process's optimizer updates; its state is counted by their parts."""
+        """Returns the tensors that this process's optimizer updates. Their parts are also the parts of its state."""
         return [replace(weight, dtype=self.formats.master or weight.dtype) for weight in self.weights]
 
     # -- for strategies
 
     def make(self, label: str, num_bytes: int) -> Storage:
-        """Adds bytes that live until the last reference to the result is gone."""
+        """Adds bytes that stay in memory until the last reference to the result is gone."""
         return Storage(self._live, num_bytes, (label, ""))
 
     def hold(self, label: str, num_bytes: int) -> None:
-        """Adds bytes that live until `drop`."""
+        """Adds bytes that stay in memory until `drop` is called with the same label."""
         self._held[label].append(self.make(label, num_bytes))
 
     def drop(self, label: str) -> None:
-        """Frees what `hold` added."""
+        """Frees the bytes that `hold` added with this label."""
         self._held.pop(label, None)
 
     def keep(self, kind: Kind, part: str, num_bytes: int) -> None:
-        """Adds bytes that live throughout the step, and counts them under their kind and part."""
+        """Adds bytes that stay in memory throughout the step, and counts them under their kind and part."""
         self.counts[kind, part] += num_bytes
         self.hold(kind, num_bytes)
 

@@ -1,9 +1,9 @@
-"""Plays a training step on shapes alone, and counts what it computes and what lives at each moment.
+"""The tape: runs a training step on shapes alone, and counts FLOPs, operations and the bytes in memory at each moment.
 
-A law is a forward pass written over `Array`s, which have a shape and a format but no numbers. As in eager PyTorch, an
-array's bytes live until the last reference to them is gone: a local name of the law, or a node that saves them for
-backward. If the names in a law live as long as those in the module, the law gives the module's memory at every moment,
-to the byte.
+A law is a forward pass written over `Array`s, which have a shape and a dtype but no values. As in eager PyTorch, an
+array's bytes are in memory until the last reference to them is gone. A reference is a local variable of the law, or a
+node that saves the array for backward. If the variables of a law live as long as those of the module, the law gives the
+module's memory at every moment, to the byte.
 """
 
 from collections import Counter
@@ -24,14 +24,14 @@ from llmeff.cost.workspace import Room
 
 @dataclass(slots=True, kw_only=True)
 class Leaf(Node):
-    """Sums a weight's gradients, and hands the sum to the strategy's law after the last use of a backward pass."""
+    """Sums a weight's gradients. After the weight's last use in backward, passes the sum to the strategy's law."""
 
     weight: Weight
     strategy_law: StrategyLaw
     num_awaited: int = 0
 
     def accumulate(self, gradient: Array) -> None:
-        """Keeps the first gradient, and adds later ones in place."""
+        """Keeps the first gradient and adds later gradients to it in place."""
         Node.accumulate(self, gradient)
         self.num_awaited -= 1
         if self.num_awaited or self.gradient is None:
@@ -44,9 +44,9 @@ class Tape:
     """Records one rank's optimizer step.
 
     Args:
-        workload: what the step does.
-        strategy_law: what is kept and sent of weights and gradients; None: nothing is sent, and weights are not
-            counted.
+        workload: the step.
+        strategy_law: the law of the weights and gradients that the rank keeps and sends. If None, nothing is sent, and
+            weights are not counted.
     """
 
     def __init__(self, workload: Workload, strategy_law: StrategyLaw | None = None):
@@ -57,7 +57,7 @@ class Tape:
         self.live = Live()
         self.counts: Counter[tuple[Kind, str]] = Counter()
         self.unknown: set[Kind] = set()
-        """Kinds that could not be counted completely."""
+        """Kinds of cost that could not be counted completely."""
         self._static = Storage(Live(), 0, ("", ""))
         self._leaves: dict[str, Leaf] = {}
         self._casts: dict[str, Array] = {}
@@ -72,11 +72,11 @@ class Tape:
 
     @contextmanager
     def within(self, name: str, part: str | None = None) -> Iterator[None]:
-        """A context inside a submodule.
+        """A context for the operations of a submodule.
 
         Args:
-            name: of the submodule.
-            part: what is counted in it belongs to this part; None: to the part outside.
+            name: the submodule's name.
+            part: the part of the price that these operations count for. None keeps the current part.
         """
         outer = self._path, self._part
         self._path, self._part = (*self._path, name), part or self._part
@@ -86,7 +86,7 @@ class Tape:
             self._path, self._part = outer
 
     def weight(self, name: str, *shape: int) -> Array:
-        """A trained parameter of the current submodule; the same name is the same parameter."""
+        """Returns a trained parameter of the current submodule. Equal names return the same parameter."""
         full = ".".join((*self._path, name))
         if full not in self.weights:
             self.weights[full] = Weight(full, shape, self.precision.parameters, self._part)
@@ -95,7 +95,7 @@ class Tape:
         return Array(shape, self.precision.parameters, self._static, leaf)
 
     def cached(self, weight: Array, make: Callable[[], Array]) -> Array:
-        """Autocast's copy of a weight in the compute format, which is made once a forward pass."""
+        """Returns autocast's copy of a weight in the compute dtype. `make` makes it once per forward pass."""
         assert isinstance(weight.node, Leaf)
         name = weight.node.weight.name
         if name not in self._casts:
@@ -103,15 +103,17 @@ class Tape:
         return self._casts[name]
 
     def save(self, inputs: tuple[Array, ...], saved: tuple[Array, ...], backward: Backward | None) -> Node | None:
-        """Records an operation before its output is made: recomputation stops early by this order of PyTorch's.
+        """Records an operation. Call it before the operation's output is made.
+
+        The order matters because recomputation in PyTorch stops as soon as it has saved the last tensor.
 
         Args:
-            inputs: what gradients flow to, in the order in which `backward` returns them.
-            saved: what is saved for backward.
-            backward: makes the gradients; None: the caller sets the node's `replay`.
+            inputs: the arrays that get a gradient, in the order in which `backward` returns the gradients.
+            saved: the arrays that are saved for backward.
+            backward: makes the gradients. None if the caller sets the node's `replay`.
 
         Returns:
-            the node; None if nothing is recorded, as in recomputed layers.
+            The operation's node, or None if nothing is recorded, as in the first pass of recomputed layers.
         """
         self._count_saves(len(saved))
         if not self._keeps:
@@ -125,7 +127,7 @@ class Tape:
         return node
 
     def save_output(self, node: Node | None, *outputs: Array) -> None:
-        """Saves outputs of an operation for its backward, which gets them after the arrays given to `save`."""
+        """Saves outputs of an operation for its backward, which receives them after the arrays given to `save`."""
         self._count_saves(len(outputs))
         if node is not None:
             self._keep(node, outputs)
@@ -154,20 +156,20 @@ class Tape:
         return run
 
     def new(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
-        """A new array; `node` is the operation that makes it."""
+        """Makes a new array. `node` is the operation that it results from."""
         num_bytes = 0 if self._has_stopped else prod(shape) * NUM_BYTES[dtype]
         return Array(shape, dtype, Storage(self.live, num_bytes, ("temporaries", self._part)), node)
 
     def workspace(self, num_bytes: int) -> Storage:
-        """Adds bytes that a library allocates beside tensors, until the last reference to the result is gone."""
+        """Adds bytes that a library allocates besides tensors. They are freed with the last reference to the result."""
         return Storage(self.live, 0 if self._has_stopped else num_bytes, ("workspace_bytes", self._part))
 
     @contextmanager
     def room(self, found: Room | None) -> Iterator[None]:
-        """A context in which the result of one product of a convolution is made.
+        """A context in which the result of one of a convolution's contractions is made.
 
         Args:
-            found: what the product allocates beside its result; None: unknown.
+            found: the workspace of the contraction. None if it is unknown.
         """
         if found is None:
             self.unknown |= {"workspace_bytes", "peak_bytes"}
@@ -179,13 +181,13 @@ class Tape:
         del result
 
     def given(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A new array of the batch, which exists before the forward pass."""
+        """Makes a new array of the batch, which exists before the forward pass."""
         array = Array(shape, dtype, Storage(self.live, prod(shape) * NUM_BYTES[dtype], ("batch_bytes", "batch")))
         self.counts["batch_bytes", "batch"] += array.storage.num_bytes
         return array
 
     def elementwise(self, shape: tuple[int, ...], dtype: str, node: Node | None = None) -> Array:
-        """A new array that an operation other than a contraction makes."""
+        """Makes the output of an operation other than a contraction, and counts the operation."""
         if not self._recomputes:
             self.counts["elementwise_ops", self._part] += prod(shape)
         return self.new(shape, dtype, node)
@@ -196,18 +198,19 @@ class Tape:
             self.counts["elementwise_ops", self._part] += x.size
 
     def contract(self, flops: int, model_flops: int | None = None) -> None:
-        """Counts a contraction of a forward pass.
+        """Counts a contraction in the forward pass.
 
         Args:
-            flops: FLOPs that are executed.
-            model_flops: FLOPs that the model asks for; None: as many. Backward adds twice as many.
+            flops: executed FLOPs of the forward pass. Backward counts its own with `execute`.
+            model_flops: model FLOPs of the forward pass. None for the same number as `flops`. Twice as many are added
+                for backward.
         """
         self.execute(flops)
         if not self._recomputes:
             self.counts["model_flops", self._part] += 3 * (flops if model_flops is None else model_flops)
 
     def execute(self, flops: int) -> None:
-        """Counts FLOPs of contractions that are executed."""
+        """Counts executed FLOPs of contractions."""
         if not self._has_stopped:
             self.counts["executed_flops", self._part] += flops
 
@@ -216,7 +219,10 @@ class Tape:
         return self._saves_left is not None and self._saves_left <= 0
 
     def checkpoint(self, run: Callable[[Array], Array], x: Array) -> Array:
-        """Runs a part of the forward pass that saves only its input, and runs again in backward (Chen et al. 2016)."""
+        """Runs a part of the forward pass under activation checkpointing (Chen et al. 2016).
+
+        Only the input `x` is saved, and backward runs the part again.
+        """
         self._keeps, before = False, self._num_saves
         y = run(x)
         self._keeps = True
@@ -246,14 +252,14 @@ class Tape:
         self._casts.clear()
         assert end is not None
         end.accumulate(gradients.pop())
-        del end  # it would keep alive what backward frees
+        del end  # it would keep arrays in memory that backward frees
         self._play_back()
         self._nodes, self._path = outer
         return None if start.node is None else start.node.gradient
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """A context inside the forward pass of an autograd.Function, where operations save nothing."""
+        """A context for the forward pass of an autograd.Function, where operations save nothing."""
         outer = self._keeps, self._is_inside
         self._keeps, self._is_inside = False, True
         try:
@@ -268,7 +274,7 @@ class Tape:
         flows: Sequence[bool],
         given_gradients: Callable[[], list[Array]],
     ) -> list[Array | None]:
-        """The backward of an autograd.Function that runs its forward pass again and differentiates it by autograd.
+        """Runs the backward of an autograd.Function that runs its forward pass again and differentiates it by autograd.
 
         Args:
             run: the forward pass.
@@ -277,7 +283,7 @@ class Tape:
             given_gradients: makes the gradients of the outputs.
 
         Returns:
-            the gradients of the inputs; None for an input without one.
+            For each input its gradient, or None if it gets no gradient.
         """
         outer, self._nodes = self._nodes, []
         recomputed, self._recomputes = self._recomputes, True
@@ -286,9 +292,9 @@ class Tape:
             None if x is None else Array(x.shape, x.dtype, x.storage, leaf)
             for x, leaf in zip(starts, leaves, strict=True)
         ]
-        # backward needs the nodes of the outputs, but not the outputs
+        # backward needs only the nodes of the outputs, not the outputs
         nodes = [end.node for end in run(*given)]
-        above = given_gradients()  # autograd.grad holds them until it returns
+        above = given_gradients()  # autograd.grad keeps them until it returns
         for node, gradient in zip(nodes, above, strict=True):
             assert node is not None
             node.accumulate(gradient)
@@ -300,7 +306,7 @@ class Tape:
         return [None if leaf is None else leaf.gradient for leaf in leaves]
 
     def end_forward(self) -> None:
-        """Ends a micro-batch's forward pass: autocast's copies are freed unless they are saved."""
+        """Ends a micro-batch's forward pass. Frees autocast's copies of weights unless they are saved for backward."""
         self._casts.clear()
         self.strategy_law.end_forward()
         for (label, part), num_bytes in self.live.now.items():
@@ -308,7 +314,7 @@ class Tape:
                 self.counts["saved_bytes", part] = num_bytes
 
     def backward(self, loss: Array) -> None:
-        """Plays the backward pass of a scalar loss."""
+        """Runs the backward pass of a scalar loss."""
         assert loss.node is not None
         loss.node.accumulate(self.new(loss.shape, loss.dtype))
         self._in_backward = True
@@ -327,7 +333,7 @@ class Tape:
                     self.strategy_law.on_use(below.weight, in_backward=True)
             if node.replay is not None:
                 handed, replay = [gradient], node.replay
-                node.replay = None  # frees what it refers to
+                node.replay = None  # frees the arrays that it refers to
                 del gradient
                 gradients = [replay(handed, *node.saved)]
                 del replay

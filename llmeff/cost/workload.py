@@ -1,4 +1,4 @@
-"""What one optimizer step does, as far as its price depends on it."""
+"""The description of an optimizer step from which its price is computed."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,8 +7,8 @@ from llmeff.core.cpu import InstructionSet
 from llmeff.core.precision import Precision, PrecisionName, precision
 
 Kernel = Literal["flash", "math"]
-"""How softmax attention is computed. `flash`: without the (T, T) weights (torch's flash, memory-efficient and CPU
-kernels). `math`: by plain matrix products."""
+"""Kernel of softmax attention. `flash` stands for torch's flash, memory-efficient and CPU kernels, which do not store
+the (T, T) attention weights. `math` uses plain matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,32 +16,32 @@ class Workload:
     """One optimizer step of one rank, on token sequences or images."""
 
     num_sequences: int
-    """B, sequences (or images) in a micro-batch."""
+    """B, the number of sequences (or images) in a micro-batch."""
     num_tokens: int
-    """T, tokens in a sequence (or pixels in an image)."""
+    """T, the number of tokens in a sequence (or pixels in an image)."""
     image_size: tuple[int, int] | None = None
-    """(H, W) of an image; None: there are no images."""
+    """(H, W) of an image. None if the model reads no images."""
     num_micro_batches: int = 1
-    """Micro-batches in a step."""
+    """Number of micro-batches in a step."""
     precision_name: PrecisionName = "fp32"
-    """The number formats."""
+    """Name of the precision, which determines the dtypes."""
     recompute: bool = False
-    """Whether only each layer's input is kept, and backward runs the layer again."""
+    """Whether activation checkpointing keeps only each layer's input, so that backward runs the layer again."""
     loss_chunk: int | None = None
-    """Tokens whose logits live at once; None: all."""
+    """Number of tokens whose logits are in memory at once. None if all logits are."""
     packed: bool = False
-    """Whether rows hold several documents, which do not see one another."""
+    """Whether a row has several documents, which do not attend to each other."""
     kernel: Kernel = "flash"
-    """How softmax attention is computed."""
+    """Kernel of softmax attention."""
     num_threads: int = 1
-    """CPU threads of a rank; kernels of attention and convolutions depend on them."""
+    """CPU threads of a rank. The memory of attention and convolution kernels depends on it."""
     instruction_set: InstructionSet | None = None
-    """The CPU's instruction set that oneDNN uses for convolutions; None: unknown."""
+    """The CPU's instruction set that oneDNN uses for convolutions. None if unknown."""
     on_cpu: bool = True
-    """Whether the model is on a CPU. Ranks then communicate by gloo, which copies what it gathers and scatters, and
-    what is offloaded is in the same memory as the model."""
+    """Whether the model is on a CPU. Then ranks communicate by gloo, which copies the tensors that it gathers and
+    scatters, and offloaded tensors share the model's memory."""
 
     @property
     def precision(self) -> Precision:
-        """The number formats of `precision_name`."""
+        """The dtypes of `precision_name`."""
         return precision(self.precision_name)

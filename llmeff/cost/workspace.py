@@ -1,15 +1,15 @@
-"""What libraries allocate beside tensors while a convolution runs on a CPU.
+"""Workspace: the memory that libraries allocate besides tensors while convolutions and matrix products run on a CPU.
 
-oneDNN copies maps and weights into its own layout, and allocates buffers. Without oneDNN, torch lays out patches. Which
-of these happens depends on the instruction set and the number format. `workspace.json` has a row for each pair that was
-measured (`analysis/workspace.py` measures and adds rows); other pairs are unknown, and nothing is guessed. Float32 on
-SSE41 and AVX has no row, because products of matrices lay out as many patches at a time as fit the CPU's cache.
-Bfloat16 with AMX has no row, because its blocks depend on the cache too.
+For a convolution, oneDNN copies feature maps and weights to its own layout, and allocates buffers. Without oneDNN,
+torch lays out patches. The memory depends on the instruction set and the dtype. `workspace.json` has an entry for each
+pair of these that was measured (`analysis/workspace.py` measures and adds entries). For other pairs the workspace is
+unknown. Float32 on SSE41 and AVX has no entry, because matrix products lay out as many patches at a time as fit in the
+CPU's cache. Bfloat16 with AMX has no entry, because its block sizes depend on the cache too.
 
-On a CPU with AVX-512, oneDNN also allocates memory for products of matrices in bfloat16. Without AVX512_BF16 it is a
-result in float32 (`matrix_bytes`). With AVX512_BF16 it is blocks that fit the cache (`matrices` in
-analysis/results/workspace.json), which no price includes: the peak of a decoder's step is at another moment, and within
-2 % of its price.
+On a CPU with AVX-512, oneDNN also allocates memory for matrix products in bfloat16. Without AVX512_BF16, this is a
+float32 copy of the result (`matrix_bytes`). With AVX512_BF16, it is blocks that fit in the cache (`matrices` in
+analysis/results/workspace.json). Prices do not include these blocks: a decoder's step has its peak at another moment,
+and the measured peak is within 2 % of the price.
 """
 
 import json
@@ -24,16 +24,16 @@ from llmeff.core.precision import BYTES
 from llmeff.cost.workload import Workload
 
 Product = Literal["output", "input", "weight"]
-"""The result of one of a convolution's three contractions: its output, or the gradient of its input or its weight."""
+"""The result of one of a convolution's three contractions: the output, or the gradient of the input or the weight."""
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 MEASURED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-"""By instruction set and number format: the name of the measured form in `FORMS`."""
+"""The name of the measured form in `FORMS`, by instruction set and dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """Shapes of a convolution of B images from C to D channels, with the sides of its maps and of its kernel."""
+    """Shapes, dtype and threads of a convolution of B images from C to D channels."""
 
     x: tuple[int, ...]
     """(B, C, H, W)."""
@@ -42,49 +42,50 @@ class Convolution:
     y: tuple[int, ...]
     """(B, D, H', W')."""
     dtype: str
-    """The format of all three."""
+    """The dtype of input, weight and output."""
     num_threads: int
 
     @property
     def is_measured(self) -> bool:
-        """Whether the forms hold for it: they are of images, without groups of channels."""
+        """Whether the forms in `FORMS` apply: they are for two-dimensional images without channel groups."""
         return len(self.x) == 4 and self.weight[1] == self.x[1]
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it is a plain product of matrices, whose columns are the pixels of a map."""
+        """Whether it is a plain matrix product over pixels: a 1x1 kernel and maps of equal size in input and output."""
         return self.is_1x1 and self.x[2:] == self.y[2:]
 
     @property
     def is_1x1(self) -> bool:
-        """Whether all sides of its kernel are 1."""
+        """Whether the kernel has size 1 in each dimension."""
         return set(self.weight[2:]) == {1}
 
     @property
     def patches(self) -> int:
-        """Numbers in all patches of one image; a patch has the size of the kernel, C k k."""
+        """Number of elements in all patches of one image. A patch has C k k elements."""
         return prod(self.weight[1:]) * prod(self.y[2:])
 
 
 _PLAIN = {8: {3}, 16: {1, 2, 3}}
-"""By the channels of a block: the counts of channels that the gradient of the weights reads without a copy."""
+"""Numbers of input channels that the weight's gradient reads without a copy, by the number of channels in a block."""
 _MANY, _SMALL, _FEW = 16, 3, 20480
-"""Images, side of a kernel, and numbers of the input: the limits at which torch uses oneDNN (`use_mkldnn`)."""
+"""Limits by which torch chooses oneDNN (`use_mkldnn`): number of images, kernel size, and elements of the input."""
 _ROW = 4
-"""Numbers that are appended to each row of a transposed map."""
+"""Number of elements that are appended to each row of a transposed map."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What is allocated beside the input and the result of a product."""
+    """The workspace of one contraction: memory besides its inputs and its result."""
 
     during: int = 0
-    """Bytes that live while the product is computed."""
+    """Bytes that are allocated while the contraction is computed."""
     result: int = 0
-    """Bytes of a copy of the result, which live until the tensor of the result is made."""
+    """Bytes of a copy of the result, which are allocated until the tensor of the result is made."""
 
 
 Form = Callable[[Convolution, Product], Room]
+"""Returns the workspace of one contraction of a convolution."""
 
 
 def room(
@@ -95,17 +96,17 @@ def room(
     y: tuple[int, ...],
     dtype: str,
 ) -> Room | None:
-    """What one product of a convolution allocates; None if that is unknown.
+    """Returns the workspace of one contraction of a convolution, or None if it is unknown.
 
-    On a GPU it is nothing, since prices do not include what libraries allocate there.
+    On a GPU the result is empty, because prices do not include the workspace of GPU libraries.
 
     Args:
         work: the step, with its device, instruction set and threads.
-        product: which of the three.
+        product: the result of the contraction.
         x: shape of the input.
-        weight: shape of the weights.
+        weight: shape of the weight.
         y: shape of the output.
-        dtype: the format of the computation.
+        dtype: the dtype of the computation.
     """
     if not work.on_cpu:
         return Room()
@@ -122,10 +123,10 @@ def depthwise_room(
     y: tuple[int, ...],
     dtype: str,
 ) -> Room | None:
-    """`room` of a depthwise convolution over tokens: (B, C, L) by (C, 1, k) to (B, C, L - k + 1).
+    """Returns the workspace of a depthwise convolution over tokens: (B, C, L) by (C, 1, k) to (B, C, L - k + 1).
 
-    For the gradient of the weights oneDNN copies all three. In formats that torch computes without oneDNN nothing is
-    copied.
+    The arguments are those of `room`. For the weight's gradient in float32, oneDNN copies input, weight and output. In
+    all other cases nothing is copied. The result is None if the instruction set and the dtype were not measured.
     """
     if not work.on_cpu:
         return Room()
@@ -136,13 +137,13 @@ def depthwise_room(
 
 
 _WIDE_RESULTS = ("AVX512_CORE", "AVX512_CORE_VNNI")
-"""Sets on which oneDNN multiplies matrices in bfloat16 into a result in float32, of which it then makes the one asked for."""
+"""Instruction sets on which oneDNN computes bfloat16 matrix products in a float32 buffer, and then casts the result."""
 _ALIGNED, _BESIDE = 256, 128
-"""Bytes to which such a result is filled up, and more beside it."""
+"""The float32 buffer is padded to a multiple of the first number of bytes. The second number of bytes is added."""
 
 
 def matrix_bytes(work: Workload, size: int, dtype: str) -> int:
-    """What a product of two matrices takes beside its result of so many numbers, as far as it is known."""
+    """Returns the bytes that a matrix product allocates besides its result of `size` elements, or 0 if not known."""
     if not work.on_cpu or dtype != "bfloat16" or work.instruction_set not in _WIDE_RESULTS:
         return 0
     return _filled(size * BYTES["float32"], _ALIGNED) + _BESIDE
@@ -153,10 +154,10 @@ def _measured(work: Workload, dtype: str) -> str | None:
 
 
 def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> str | None:
-    """The form in `FORMS` of a convolution on a CPU; None if it was not measured.
+    """Returns the name in `FORMS` of a convolution's form on a CPU, or None if it was not measured.
 
-    In float32 torch decides (`use_mkldnn`): it does without oneDNN for one small image, and for few images if the
-    kernel is 1x1.
+    In float32, torch does not use oneDNN (`use_mkldnn`) for a single small image with a kernel of at most 3x3, or for
+    fewer than 16 images with a 1x1 kernel and a single thread.
     """
     kernel = max(weight[2:])
     if kernel == 1:
@@ -169,12 +170,12 @@ def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype:
 
 
 def is_torchs(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> bool:
-    """Whether a convolution runs on a CPU and is known to do without oneDNN."""
+    """Returns whether a convolution runs on a CPU and is known to run without oneDNN."""
     return work.on_cpu and _form_of(work, x, weight, dtype) == "torch"
 
 
 def _torch(convolution: Convolution, product: Product) -> Room:
-    """Torch lays out all patches of all images as the columns of a matrix."""
+    """The form without oneDNN: torch lays out all patches of all images as the columns of a matrix."""
     if convolution.is_pointwise or product == "input":
         return Room()
     return Room(result=convolution.x[0] * convolution.patches * BYTES[convolution.dtype])
@@ -185,7 +186,11 @@ def _filled(number: int, block: int) -> int:
 
 
 def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
-    """Memory of copies whose channels are padded to whole blocks. Images with fewer channels than a block are not copied."""
+    """The form of oneDNN's copies, whose channels are padded to whole blocks of `block` channels.
+
+    With a 1x1 kernel the input is always copied. With other kernels, the computation of the output copies no input with
+    fewer channels than a block, and the weight's gradient copies no input whose number of channels is in `_PLAIN`.
+    """
     num_bytes, (images, inputs, *sides), (_, outputs, *made) = BYTES[convolution.dtype], convolution.x, convolution.y
     kernel = prod(convolution.weight[2:]) * num_bytes
     filled_in, filled_out = _filled(inputs, block), _filled(outputs, block)
@@ -201,18 +206,18 @@ def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
 
 
 def _blocks_of_16(convolution: Convolution, product: Product) -> Room:
-    """Blocks of 16, except that kernels of AVX2 compute the gradient of the weights for 4 to 15 input channels."""
+    """Blocks of 16 channels. For the weight's gradient of 4 to 15 input channels, AVX2 kernels use blocks of 8."""
     is_few = convolution.x[1] < 16 and convolution.x[1] not in _PLAIN[16] and not convolution.is_1x1
     return _blocks(8 if is_few and product == "weight" else 16, convolution, product)
 
 
 def _blocks_with_sums(convolution: Convolution, product: Product) -> Room:
-    """Blocks of 16 in a 16-bit format, and the buffers of each thread.
+    """Blocks of 16 channels in a 16-bit dtype, and float32 buffers for sums in each thread.
 
-    A 1x1 kernel sums an image's map in float32. The gradient of the weights of other kernels is summed in float32 too,
-    from one image of each map, transposed and with padded rows. If an image has fewer than 16 channels, it is not
-    copied, or a product of matrices lays out all its patches. If there are many channels and small maps, threads share
-    the channels and need less.
+    With a 1x1 kernel, each thread sums one image's map in float32. With other kernels, each thread sums the weight's
+    gradient in float32. For that it copies one image of input and output, transposed and with padded rows. An image
+    with fewer than 16 channels is not copied, or a matrix product lays out all its patches. With many channels and
+    small maps, threads share the channels and need less memory than this form gives.
     """
     copies, num_threads = _blocks(16, convolution, product), convolution.num_threads
     (inputs, height, width), (outputs, *made) = convolution.x[1:], convolution.y[1:]
@@ -244,4 +249,4 @@ FORMS: dict[str, Form] = {
     "blocks of 16": _blocks_of_16,
     "blocks of 16 with sums": _blocks_with_sums,
 }
-"""What convolutions were measured to allocate, by name."""
+"""The measured forms of workspace, by name."""

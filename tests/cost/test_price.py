@@ -26,7 +26,7 @@ def test_what_holds_a_trace_is_traced():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match=r"no kinds of cost: parameter; known: parameters"):
+    with pytest.raises(ValueError, match=r"unknown kinds of cost: parameter. Allowed: parameters"):
         Price({("parameter", "mlp"): 1})
 
 
