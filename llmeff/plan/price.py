@@ -1,4 +1,4 @@
-"""Predicts what a run will cost before it begins, by asking each of its parts."""
+"""Predicts the cost of a run before it begins, as the sum of the prices of its components."""
 
 import contextlib
 import math
@@ -36,18 +36,21 @@ from llmeff.cost.workload import Workload
 from llmeff.cost.workspace import Product, Room, matrix_bytes, room
 
 USABLE = 0.8
-"""The part of the free memory that a micro-batch of `auto` size may take; the rest is for kernels' own buffers,
-fragmentation, evaluation and whatever else runs."""
+"""The fraction of the free memory that a step may use. The rest is for buffers of kernels, fragmentation, evaluation
+and other processes."""
 _FEW = 2**22
-"""The most integers of one tensor that a trace really holds: a micro-batch's positions, but not every mask made of them."""
+"""Largest integer tensor, in elements, whose values a trace computes.
+
+It is enough for a micro-batch's positions, but not for every mask that is made from them."""
 
 
 def predict(config: RunConfig, rank: int = 0) -> Price:
-    """The price of one optimizer step of a run on one rank.
+    """Returns the price of one optimizer step of a run on one rank.
 
     Args:
-        config: its vocabulary must be resolved; a micro-batch that is still `auto` counts as the whole batch.
-        rank: the rank to price. Shares may differ by padding, and by which parameters are whole in them.
+        config: the run. Its vocabulary size must be resolved. If the micro-batch is still `auto`, it counts as the
+            rank's whole batch.
+        rank: the rank to price. Ranks differ in padding and in the parameters that they own.
 
     Raises:
         ConfigError: the vocabulary is still `auto`.
@@ -62,13 +65,15 @@ def _price(config: RunConfig, micro_batch: int, rank: int) -> Price:
 
 
 def workload(config: RunConfig, micro_batch: int) -> Workload:
-    """What a step of the run does on one rank, in micro-batches of this many sequences.
+    """Returns the workload of a step on one rank, with `micro_batch` sequences in a micro-batch.
 
     Raises:
         ConfigError: the vocabulary is still `auto`.
     """
     if getattr(config.model, "vocab_size", None) == "auto":
-        raise ConfigError("model.vocab_size is auto: only a tokenizer tells it; give a number to plan without data")
+        raise ConfigError(
+            "model.vocab_size is auto, which only a tokenizer determines. Set a number to plan without data"
+        )
     one: Workload = config.task.workload(config.model, config.data)
     return replace(
         one,
@@ -83,17 +88,19 @@ def workload(config: RunConfig, micro_batch: int) -> Workload:
 
 
 def num_threads(config: RunConfig) -> int:
-    """CPU threads of a rank: as given, or its share of the cores that this process may use."""
+    """Returns the number of CPU threads of a rank: as configured, or its share of this process's usable cores."""
     given = config.runtime.threads
     return max(1, usable_cores() // config.parallel.ranks) if given == "auto" else given
 
 
 def price_step(config: RunConfig, work: Workload, rank: int = 0) -> Price:
-    """The price of a step on a rank: by its parts' laws, or traced if the model has none or is changed by transforms.
+    """Returns the price of a step on one rank.
+
+    It is computed by laws, or traced if the model has no law or is changed by transforms.
 
     Args:
-        config: the run; its model, transforms, optimizer and strategy are priced.
-        work: what the step does.
+        config: the run, whose model, transforms, optimizer and strategy are priced.
+        work: the step.
         rank: the rank to price.
     """
     weights = None
@@ -109,20 +116,20 @@ def price_step(config: RunConfig, work: Workload, rank: int = 0) -> Price:
 
 
 def _state(config: RunConfig, work: Workload, strategy_law: StrategyLaw) -> Price:
-    """The optimizer's price. If it updates on the CPU, it takes no memory of a GPU."""
+    """Returns the optimizer's price. If a GPU run updates on the CPU, the price has only `optimizer_bytes`."""
     price = config.optim.price(strategy_law.updated(), work.precision)
     return price.only(["optimizer_bytes"]) if strategy_law.updates_on_host and not work.on_cpu else price
 
 
 def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
-    """Refuses a model that cannot do what a step needs.
+    """Refuses a model that does not support the run's step.
 
     Args:
-        config: the run, its vocabulary resolved.
-        built: see `ModelConfig.problems`.
+        config: the run, with a resolved vocabulary size.
+        built: the built module, or None: see `ModelConfig.problems`.
 
     Raises:
-        ConfigError: lists all that it cannot do.
+        ConfigError: lists everything that the step needs and the model does not support.
     """
     problems = list(config.model.problems(workload(config, 1), built))
     if problems:
@@ -130,9 +137,9 @@ def check_model(config: RunConfig, built: nn.Module | None = None) -> None:
 
 
 def usable_bytes(config: RunConfig) -> int | None:
-    """Bytes of this machine's free memory that a step of one rank may take; None: the machine lacks the run's device.
+    """Returns the bytes of this machine's free memory that a step of one rank may use.
 
-    On a CPU, all ranks are taken to share one machine's memory.
+    None if the machine lacks the run's device. On a CPU, all ranks are assumed to share this machine's memory.
     """
     device, has_cuda = config.runtime.device, torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -143,10 +150,10 @@ def usable_bytes(config: RunConfig) -> int | None:
 
 
 def resolve_micro_batch(config: RunConfig) -> int:
-    """`train.micro_batch` as a number, the same on all ranks.
+    """Returns `train.micro_batch` as a number. If it is `auto`, the number is chosen to fit and is equal on all ranks.
 
     Raises:
-        ConfigError: it is auto, and not even one sequence fits.
+        ConfigError: it is `auto`, and even the smallest possible micro-batch does not fit.
     """
     if config.train.micro_batch != "auto":
         return config.train.micro_batch
@@ -154,39 +161,41 @@ def resolve_micro_batch(config: RunConfig) -> int:
 
 
 def fit_micro_batch(config: RunConfig, budget_bytes: int) -> int:
-    """The largest divisor of a rank's batch whose predicted peak is within the budget.
+    """Returns the largest divisor of a rank's batch whose predicted peak is within the budget.
 
-    If a step depends on the micro-batch, it is the rank's whole batch. If the peak is unknown, its known part counts.
+    If batch statistics make a step depend on the micro-batch, returns the rank's whole batch. If the peak is unknown,
+    its known part is compared with the budget.
 
     Raises:
-        ConfigError: not even one sequence fits or, if it must be the whole batch, that does not.
+        ConfigError: not even one sequence fits, or the whole batch does not fit if it must be used.
     """
     micro_batch, price = _fit(config, budget_bytes)
     peak_bytes = price.at_least("peak_bytes")
     if peak_bytes <= budget_bytes:
         return micro_batch
     are_images = workload(config, 1).image_size is not None
-    one, less = ("image", "give a smaller data.size") if are_images else ("sequence", "shorten data.sequence_length")
+    one, less = ("image", "Reduce data.size") if are_images else ("sequence", "Reduce data.sequence_length")
     many = f"one {one}" if micro_batch == 1 else f"{micro_batch} {one}s"
     if micro_batch > 1:
-        less = "give a smaller train.micro_batch (batch statistics are then over that many)"
+        less = "Reduce train.micro_batch (batch statistics are then computed over the smaller micro-batch)"
     raise ConfigError(
-        f"train.micro_batch: {many} at a time would take {show_bytes(peak_bytes)}, and {show_bytes(budget_bytes)} "
-        f"may be used: {less}, set runtime.recompute = true, or choose a smaller model"
+        f"train.micro_batch: {many} at a time would need {show_bytes(peak_bytes)}, but only {show_bytes(budget_bytes)} "
+        f"may be used. {less}, set runtime.recompute = true, or choose a smaller model"
     )
 
 
 def _most(config: RunConfig, micro_batch: int) -> Price:
-    """The price on the rank that takes most, of a few ranks, since they differ little."""
+    """Returns the price on the rank with the highest peak. Compares only a few ranks, because ranks differ little."""
     ranks = config.parallel.ranks
     prices = (_price(config, micro_batch, rank) for rank in {0, ranks // 2, ranks - 1})
     return max(prices, key=lambda price: price.at_least("peak_bytes"))
 
 
 def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
-    """The largest micro-batch within the budget, with its price on the rank that takes most; else one sequence.
+    """Returns the largest micro-batch within the budget, with its price on the rank that has the highest peak.
 
-    If a step depends on the micro-batch, it is a rank's whole share: what is learned must not depend on free memory.
+    If no micro-batch is within the budget, returns one sequence. If batch statistics make a step depend on the
+    micro-batch, returns a rank's whole batch, because training results must not depend on free memory.
     """
     share = config.train.batch // config.parallel.ranks
     least = 1 if config.model.statistics_scope() == "nothing" else share
@@ -199,20 +208,23 @@ def _fit(config: RunConfig, budget_bytes: float) -> tuple[int, Price]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run's price, and how it fits this machine."""
+    """A run's price, and whether its step fits in this machine's memory."""
 
     price: Price
     """The price of an optimizer step on one rank."""
     micro_batch: int
-    """Sequences per micro-batch, as priced."""
+    """The number of sequences (or images) in a micro-batch, as priced."""
     is_auto: bool
-    """Whether the micro-batch was chosen here."""
+    """Whether `train.micro_batch` was `auto`, so that the micro-batch was chosen here."""
     usable_bytes: int | None
-    """Bytes that a step may take on this machine; None: it lacks the run's device."""
+    """Bytes that a step may use on this machine. None if the machine lacks the run's device."""
 
     @property
     def fits(self) -> bool | None:
-        """Whether this machine can do the step, as far as known; None: it lacks the run's device, or the peak is unknown."""
+        """Whether the step fits in this machine's memory.
+
+        None if the machine lacks the run's device, or if the peak is unknown and its known part fits.
+        """
         if self.usable_bytes is None:
             return None
         if self.price.at_least("peak_bytes") > self.usable_bytes:
@@ -220,19 +232,20 @@ class Plan:
         return None if self.price.known("peak_bytes") is None else True
 
     def as_dict(self) -> dict[str, Any]:
-        """The price's entries, and `micro_batch`, `usable_bytes` and `fits`."""
+        """Returns the price as a dict, with the additional keys `micro_batch`, `usable_bytes` and `fits`."""
         machine = {"micro_batch": self.micro_batch, "usable_bytes": self.usable_bytes, "fits": self.fits}
         return self.price.as_dict() | machine
 
 
 def plan(config: RunConfig) -> Plan:
-    """Prices a run that need not be resolved, for a machine that need not be this one.
+    """Prices a run. The vocabulary size may still be `auto`, and the run may be meant for another machine.
 
-    The data are opened only if nothing else tells the vocabulary's size. If the micro-batch is auto, the largest one that
-    fits this machine is priced, or one sequence if none fits; without the run's device here, a rank's whole batch.
+    The data are opened only if the vocabulary size cannot be determined without them. If the micro-batch is `auto`, the
+    largest micro-batch that fits this machine is priced, or one sequence if none fits. If this machine lacks the run's
+    device, a rank's whole batch is priced.
 
     Raises:
-        ConfigError: the model cannot do what a step needs, or the data are needed and wrong.
+        ConfigError: the model does not support the step, or the data are needed and cannot be used.
     """
     config = _resolved(config)
     check_model(config)
@@ -246,7 +259,7 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _resolved(config: RunConfig) -> RunConfig:
-    """The run with its model resolved: from the config alone if that tells everything, else from the data."""
+    """Returns the run with a resolved model: from the config alone if it determines everything, else from the data."""
     model = config.task.infer_model(config.model, config.data)
     if model is not None:
         return config.model_copy(update={"model": model})
@@ -255,33 +268,34 @@ def _resolved(config: RunConfig) -> RunConfig:
     except ConfigError as error:
         if getattr(config.model, "vocab_size", None) != "auto":
             raise
-        hint = "only the training text tells model.vocab_size: give it as a number to plan without the data"
+        hint = "model.vocab_size is auto, which only the training text determines. Set a number to plan without data"
         raise ConfigError([*error.problems, hint]) from None
     return config.model_copy(update={"model": task.resolve(config.model)})
 
 
 def show_plan(planned: Plan) -> str:
-    """The price as a table, followed by the micro-batch that it is for."""
+    """Returns the price as a table, followed by the priced micro-batch and whether the step fits this machine."""
     text = f"priced with train.micro_batch {planned.micro_batch}"
     if planned.usable_bytes is None:
         text += " (a rank's whole batch)" if planned.is_auto else ""
-        text += "; this machine lacks the run's device, so whether it fits is unknown"
+        text += ". It is unknown whether the step fits, because this machine lacks the run's device"
     elif planned.fits is None:
-        text += "; whether it fits is unknown: the workspace of its convolutions was not measured"
+        text += ". It is unknown whether the step fits, because the workspace of its convolutions was not measured"
     elif planned.fits:
         text += " (auto: the largest that fits this machine now)" if planned.is_auto else ""
     else:
-        text += f"; it does not fit this machine, where {show_bytes(planned.usable_bytes)} may be used now"
+        text += f". The step does not fit this machine, where {show_bytes(planned.usable_bytes)} may be used now"
     return f"{show(planned.price)}\n{text}"
 
 
 _UNMEASURED = (
-    "the workspace of its convolutions was not measured for their kind or this instruction set (analysis/workspace.py)"
+    "the workspace of some convolutions was not measured for their kind or for this instruction set (see "
+    "analysis/workspace.py)"
 )
 
 
 def show(price: Price) -> str:
-    """The price as a table of totals, each with its largest parts."""
+    """Returns the price as a table of totals, each with its largest parts."""
     lines = []
     for kind in KINDS:
         parts = sorted(price.parts(kind).items(), key=lambda part: -part[1])
@@ -293,7 +307,7 @@ def show(price: Price) -> str:
             named = ", ".join(f"{part} {show_quantity(kind, count)}" for part, count in parts[:4])
             lines.append(f"{kind:<16} {total:>14}   {named}")
     if price.source == "traced":
-        lines.append("traced: counted in a run of the model on shapes, since it states no law")
+        lines.append("traced: counted by running the model on shapes, because it has no law or transforms change it")
     return "\n".join(lines)
 
 
@@ -310,19 +324,22 @@ _SHARED: tuple[Kind, ...] = (
 
 
 def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
-    """Counts a model's step by running it on tensors without numbers, which takes almost no memory.
+    """Prices a step by running the model on fake tensors without values, which takes almost no memory.
 
-    Tokens and positions keep their numbers, since models choose by them: for contiguous positions, transformers makes no
-    mask, and without a mask no copies of the keys for grouped queries. So a packed step is traced with documents that end
-    within a row; a real step in which none does keeps less. What depends on activations cannot be traced: for example the
-    routing of experts, for whose grouped products torch, moreover, knows no shapes in float32.
+    Tokens and positions keep their values, because models choose operations by them. For example, transformers makes no
+    mask for contiguous positions, and without a mask it does not copy the keys for grouped queries. So a packed step is
+    traced with documents that end within a row. If no document ends within the rows of a real step, it saves less for
+    backward. Operations that depend on activations cannot be traced, such as the routing of experts. Besides, torch
+    cannot infer the shapes of the experts' grouped products in float32.
+
+    The strategy's share of the price comes from its law, with the weights in the order in which modules use them. The
+    peak is that of one process, plus the difference that the strategy's law makes in a step without activations. The
+    peak does not include parameters that recomputation gathers again.
 
     Args:
-        config: the run. Its model is built without numbers, changed by its transforms, and says what its step is given and
-            what the loss is. The strategy's price is its law's, with the weights in the order in which the modules use them.
-            The peak is that of one process, plus or minus what the strategy changes elsewhere. It leaves out what
-            recomputation gathers again.
-        work: what the step does.
+        config: the run. Its model is built without values and changed by its transforms. The model provides the example
+            batches and the loss.
+        work: the step.
         rank: the rank to price.
     """
     model = config.model
@@ -339,7 +356,7 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
                 return model.loss(module, batch)
 
         def run(batch: dict[str, Any]) -> None:
-            forward(batch).backward()  # the batch stays alive meanwhile
+            forward(batch).backward()  # `batch` stays in memory during backward
 
         batch = model.example(work)
         given = [value for value in batch.values() if isinstance(value, Tensor)]
@@ -386,7 +403,7 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
 
 
 def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, bool]]:
-    """The parameters in the order in which modules use them, and whether backward comes back to each; unused ones last."""
+    """Returns the parameters' names in order of use, and whether backward uses each again. Unused ones come last."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found: list[tuple[str, bool]] = []
 
@@ -403,7 +420,7 @@ def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, b
 
 
 class _RealIntegers(TorchDispatchMode):
-    """Gives integers and booleans their numbers if only integers and booleans decide them, and if they are few."""
+    """Computes the values of integer and boolean tensors that have few elements and depend only on such tensors."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -412,7 +429,7 @@ class _RealIntegers(TorchDispatchMode):
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta or not _counts(tensor) for tensor in given):
             return func(*args, **(kwargs or {}))
         if not func._schema.is_mutable:
-            # first without numbers, to learn how many there would be
+            # first without values, to find out the sizes of the results
             with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
                 result = func(*args, **(kwargs or {}))
                 if not all(_counts(tensor) and tensor.numel() <= _FEW for tensor in _tensors(result)):
@@ -434,16 +451,16 @@ _MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 class _Rooms(TorchDispatchMode):
-    """Makes and frees the workspace that libraries take on a CPU for convolutions and matrix products (`cost.workspace`).
+    """Allocates and frees the CPU workspace of convolutions and matrix products (`cost.workspace`) as fake tensors.
 
     Args:
-        work: what the step does.
+        work: the step.
     """
 
     is_unknown = False
-    """Whether there was a convolution whose workspace is unknown."""
+    """Whether the step had a convolution whose workspace is unknown."""
     most_bytes = 0
-    """The most bytes at any time."""
+    """Largest number of bytes that were allocated at the same time."""
 
     def __init__(self, work: Workload):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -480,7 +497,7 @@ class _Rooms(TorchDispatchMode):
         return grad_x, grad_weight, grad_bias
 
     def _enter(self, product: Product, x: Tensor, weight: Tensor, y: torch.Size, *, is_transposed: bool) -> Tensor:
-        """What lives until the product's tensor is made. The room for the computation itself is made and freed here."""
+        """Allocates the workspace of a contraction. Returns the part of it that lives until the result is made."""
         found = None if is_transposed else room(self._work, product, x.shape, weight.shape, y, _format_of(x))
         self.is_unknown |= found is None
         found = found or Room()
@@ -489,7 +506,7 @@ class _Rooms(TorchDispatchMode):
         return result
 
     def _make(self, num_bytes: int, beside: int = 0) -> Tensor:
-        """Bytes that live as long as the tensor; `beside` are those that live already."""
+        """Allocates workspace, which lives as long as the result. `beside` is the number of bytes allocated already."""
         self.most_bytes = max(self.most_bytes, num_bytes + beside)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
@@ -499,16 +516,17 @@ def _format_of(x: Tensor) -> str:
 
 
 class _Attention(TorchDispatchMode):
-    """Adds up what attention's kernel computes beyond what the model asks for."""
+    """Counts the FLOPs that torch's CPU attention kernel executes beyond the model FLOPs of causal attention."""
 
     surplus_flops = 0
+    """Executed FLOPs minus model FLOPs of all attention in forward and backward."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             query, num_keys = args[0], args[1].shape[2]
-            causal_pairs = query.shape[2] + 1  # twice the mean over queries
+            causal_pairs = query.shape[2] + 1  # twice the mean number of keys per query
             # forward and backward: 4 and 10 for every pair in the kernels, 4 and 8 for each causal pair in the model
             self.surplus_flops += query.numel() * (14 * num_keys - 6 * causal_pairs)
         return func(*args, **(kwargs or {}))

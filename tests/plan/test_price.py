@@ -365,11 +365,15 @@ def test_the_largest_micro_batch_that_fits_is_taken(fitting):
 
 
 def test_nothing_fits():
-    with pytest.raises(ConfigError, match=r"one sequence at a time would take .* and 1000 B may be used: shorten"):
+    with pytest.raises(
+        ConfigError, match=r"one sequence at a time would need .* only 1000 B may be used\. Reduce data\.seq"
+    ):
         fit_micro_batch(run_config(), 1000)
     segnet = SEGNET.model_copy(update={"norm": "group"})
     images = RunConfig.model_validate({"task": "segmentation", "model": segnet, "data": {"name": "images"}})
-    with pytest.raises(ConfigError, match=r"one image at a time would take .* and 1000 B may be used: give a smaller"):
+    with pytest.raises(
+        ConfigError, match=r"one image at a time would need .* but only 1000 B may be used\. Reduce data\.size"
+    ):
         fit_micro_batch(images, 1000)
 
 
@@ -387,7 +391,7 @@ def test_what_is_learned_does_not_hang_on_free_memory(norm, micro_batch):
     if micro_batch == 2:
         assert fit_micro_batch(config, budget) == 2
     else:
-        with pytest.raises(ConfigError, match=r"16 images at a time would take .*: give a smaller train.micro_batch"):
+        with pytest.raises(ConfigError, match=r"16 images at a time would need .*\. Reduce train.micro_batch"):
             fit_micro_batch(config, budget)
         assert fit_micro_batch(config, 10 * budget) == 16
 
@@ -451,7 +455,7 @@ def test_a_plan_says_how_to_do_without_data_that_are_not_there(tmp_path):
         planned(*characters_of(tmp_path / "none.txt"))
     missing, hint = raised.value.problems
     assert "none.txt" in missing
-    assert "give it as a number to plan without the data" in hint
+    assert "Set a number to plan without data" in hint
 
 
 def test_a_vocabulary_that_may_be_too_small_is_asked_of_the_data():
@@ -474,7 +478,7 @@ def test_a_model_of_7b_is_planned_on_any_machine(no_data, monkeypatch):
     assert (large.micro_batch, large.is_auto, large.fits) == (1, True, False)
     shown = show_plan(large)
     assert shown.endswith(
-        "priced with train.micro_batch 1; it does not fit this machine, where 1.00 GiB may be used now"
+        "priced with train.micro_batch 1. The step does not fit this machine, where 1.00 GiB may be used now"
     )
 
 
@@ -483,14 +487,20 @@ def test_a_model_of_7b_is_planned_on_any_machine(no_data, monkeypatch):
     [
         ("auto", 2**40, 4, "micro_batch 4 (auto: the largest that fits this machine now)"),
         ("2", 2**40, 2, "micro_batch 2"),
-        ("2", 1000, 2, "micro_batch 2; it does not fit this machine, where 1000 B may be used now"),
+        ("2", 1000, 2, "micro_batch 2. The step does not fit this machine, where 1000 B may be used now"),
         (
             "auto",
             None,
             4,
-            "micro_batch 4 (a rank's whole batch); this machine lacks the run's device, so whether it fits is unknown",
+            "micro_batch 4 (a rank's whole batch). It is unknown whether the step fits, because this machine lacks the "
+            "run's device",
         ),
-        ("2", None, 2, "micro_batch 2; this machine lacks the run's device, so whether it fits is unknown"),
+        (
+            "2",
+            None,
+            2,
+            "micro_batch 2. It is unknown whether the step fits, because this machine lacks the run's device",
+        ),
     ],
 )
 def test_a_plan_says_what_was_priced(no_data, monkeypatch, setting, usable, micro_batch, said):
@@ -516,7 +526,7 @@ def test_a_plan_says_no_peak_where_the_instruction_set_was_not_measured(no_data,
     assert unknown.price.at_least("peak_bytes") < known.price.total("peak_bytes")
     assert unknown.as_dict()["peak_bytes"]["total"] is None
     shown = show_plan(unknown)
-    assert "whether it fits is unknown" in shown
+    assert "It is unknown whether the step fits" in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("peak_bytes")]
     assert "unknown   at least" in line
     assert "unknown" not in show_plan(known)
