@@ -2,9 +2,10 @@
 
 import sys
 
-# `python -m llmeff.cli` puts the working folder first on sys.path, where a random.py would be imported in place of the
-# standard library's. As nothing is imported before, only what `python -m` itself needs can have come from there. A clone
-# that is not installed is still found by the processes that this one starts, but only after all else.
+# `python -m llmeff.cli` puts the working folder first on sys.path. A random.py there would be imported in place of the
+# standard library's, so the folder is removed before anything else is imported (only `python -m` itself has imported
+# modules so far). If llmeff is in that folder, as in a clone that is not installed, the folder goes to the end of sys.path,
+# so that processes started by this one can import llmeff.
 _is_program = any(word.removeprefix("-m").startswith("llmeff.") for word in sys.orig_argv)
 if _is_program and sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     _folder = sys.path.pop(0)

@@ -1,4 +1,4 @@
-"""Saved states of a run: whole or absent, checksummed, the last few kept. A damaged one is skipped."""
+"""Checkpoints of a run. They are written atomically with checksums; the newest few are kept, and damaged ones skipped."""
 
 import json
 import os
@@ -27,22 +27,22 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     folder: Path
-    """The folder with its files."""
+    """The folder with the checkpoint's files."""
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps completed."""
     state: dict[str, Any]
-    """What the loop had to remember besides weights and optimizer."""
+    """State of the training loop, apart from the model and the optimizer."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: the folder that holds them, inside the run's; need not exist.
-        keep: how many of the newest to keep.
+        folder: the folder of the checkpoints, inside the run's folder. It need not exist.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -50,17 +50,18 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Saves a checkpoint; one that exists already is left as it is. Older ones go only once this one is whole on disk.
+        """Saves a checkpoint, unless a complete one for this step exists. Then removes older ones, so that `keep` remain.
 
-        All ranks must call it: each writes its own files, and the main one makes and seals the folder.
+        Older checkpoints are removed only after this one is complete on disk. All ranks must call this method: each rank
+        writes its own files, and the main rank creates the folder and adds the checksums.
 
         Args:
-            step: optimizer steps done.
-            state: what the loop must remember; saved as JSON.
+            step: number of optimizer steps completed.
+            state: state of the training loop, which is saved as JSON.
             write: writes this rank's files into a folder.
 
         Raises:
-            ConfigError: the disk is full or not writable; existing checkpoints are untouched.
+            ConfigError: the disk is full or not writable. The existing checkpoints are kept.
         """
         place = self.folder / f"step-{step:08d}"
         part = place.with_name(f"{files.PARTIAL}{place.name}")
@@ -69,7 +70,7 @@ class Checkpoints:
             if is_main:
                 self._make_room(place, part)
         if not group.total(torch.tensor(int(is_main and part.exists()))):
-            self._prune(place)  # the process that saved it may have been killed before it did this
+            self._prune(place)  # the process that saved it may have been killed before it removed older checkpoints
             return
         try:
             with group.agreed(), files.reported(place):
@@ -85,7 +86,7 @@ class Checkpoints:
         self._prune(place)
 
     def _prune(self, newest: Path) -> None:
-        """Removes checkpoints older than the newest, but keeps as many as `keep` allows."""
+        """Removes checkpoints older than `newest`, except for the latest `keep` - 1 of them."""
         with group.agreed(), files.reported(newest):
             older = [old for old in self._places() if old.name < newest.name] if world().is_main else []
             for old in older[self.keep - 1 :]:
@@ -94,7 +95,7 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
     def _make_room(self, place: Path, part: Path) -> None:
-        """Makes an empty folder to write into, unless the checkpoint exists already."""
+        """Creates the empty folder `part`, unless a complete checkpoint is at `place`. Renames a damaged checkpoint there."""
         files.refuse_links(self.folder, itself=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep_partial(self.folder)
@@ -105,66 +106,70 @@ class Checkpoints:
         part.mkdir()
 
     def resume_point(self, data: str, *, or_anew: bool = False) -> Checkpoint | None:
-        """The newest whole checkpoint; None if the run begins at its first step. The main rank looks for all ranks.
+        """Returns the newest complete checkpoint, or None if the run starts at its first step.
+
+        The main rank searches, and all ranks get the same checkpoint.
 
         Args:
-            data: fingerprint of the data that the run reads now.
-            or_anew: if there is no whole checkpoint, begin at the first step, whatever was recorded.
+            data: fingerprint (SHA-256) of the data that the run reads now.
+            or_anew: return None if there is no complete checkpoint, even if the run has recorded something.
 
         Raises:
-            ConfigError: there is none, but there are rows or checkpoints that a run would drop if it began at its first step.
-                Or the checkpoint was made with other data.
+            ConfigError: there is no complete checkpoint, and starting at the first step would discard recorded rows or
+                damaged checkpoints. Or the checkpoint was made with different data.
         """
         with group.agreed():
             found = self.newest() if world().is_main else None
             if found is None and world().is_main and not or_anew and (dropped := self._dropped()):
                 run = self.folder.parent
                 raise ConfigError(
-                    f"{self._lack()}, and starting over from the first step would drop {dropped} of the run. Nothing was "
-                    "changed. Put the checkpoints back; or start over with llmeff train --restart-from-scratch --out "
-                    f"{shlex.quote(str(run))}, which keeps all that in {run / files.DISCARDED}N; or start another run "
-                    "with another --out"
+                    f"{self._lack()}. Starting over from the first step would discard {dropped} of the run, so nothing was "
+                    "changed. Put the checkpoints back, or start a new run with another --out, or start over with llmeff "
+                    f"train --restart-from-scratch --out {shlex.quote(str(run))} (the old files are kept in "
+                    f"{run / files.DISCARDED}N)"
                 )
         checkpoint = group.from_main(found)
         if checkpoint is not None and checkpoint.state.get("data", "") not in ("", data):
             raise ConfigError(
-                f"{checkpoint.folder}: was made with other data (SHA-256 {checkpoint.state['data'][:12]}... then, "
-                f"{data[:12]}... now): put the files back, or start a new run"
+                f"{checkpoint.folder}: this checkpoint was made with different data (SHA-256 "
+                f"{checkpoint.state['data'][:12]}... then, {data[:12]}... now). Restore the data files, or start a new run"
             )
         return checkpoint
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; None if there is none. A damaged one is skipped with a warning."""
+        """Returns the newest complete checkpoint, or None if there is none. Skips damaged checkpoints with a warning."""
         return next(filter(None, map(_whole, self._places())), None)
 
     def _places(self) -> list[Path]:
-        """All checkpoint folders, damaged ones too, newest first."""
+        """Returns all checkpoint folders, including damaged ones, newest first."""
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     def _dropped(self) -> str:
-        """What a run that begins at its first step would drop, in words; empty if nothing."""
+        """Describes the rows and checkpoints that starting at the first step would discard. Empty if there are none."""
         named = [f"checkpoint {place.name}" for place in self._places()]
         return " and ".join([*filter(None, [recorded(self.folder.parent)]), *named])
 
     def _lack(self) -> str:
-        """Why there is no whole checkpoint, in words."""
+        """Returns a message that explains why there is no complete checkpoint."""
         if self._places():
-            return f"{self.folder}: no checkpoint there can be read, for the reasons above"
+            return f"{self.folder}: no checkpoint in this folder can be read, for the reasons above"
         try:
             lying = os.listdir(self.folder)
         except FileNotFoundError:
-            return f"{self.folder}: does not exist, so there is no checkpoint to continue from"
+            return f"{self.folder}: the folder does not exist, so there is no checkpoint to resume from"
         except OSError as error:
-            return f"{self.folder}: cannot be read ({error.strerror}), so there is no checkpoint to continue from"
+            return (
+                f"{self.folder}: the folder cannot be read ({error.strerror}), so there is no checkpoint to resume from"
+            )
         named = f"only {', '.join(sorted(lying)[:4])}" if lying else "nothing"
-        return f"{self.folder}: holds {named}, so there is no checkpoint to continue from"
+        return f"{self.folder}: the folder contains {named}, so there is no checkpoint to resume from"
 
 
 def is_before_first(run: Path) -> bool:
-    """Whether an unfinished run ended before its first checkpoint was due, as far as its rows tell.
+    """Returns whether an unfinished run stopped before its first checkpoint was due, according to its metrics rows.
 
-    If so, no checkpoint is missing, and whoever repeats runs automatically begins it anew. If a checkpoint was due and is
-    missing, somebody must look.
+    If so, no checkpoint is missing, and an automatic restart may begin the run anew. If a checkpoint was due but is
+    missing, the user must decide what to do.
 
     Raises:
         ConfigError: the run's config cannot be read.
@@ -174,7 +179,7 @@ def is_before_first(run: Path) -> bool:
         every, steps = config["checkpoint"]["every"], config["train"]["steps"]
         first: int = every if 0 < every < steps else steps
     except (KeyError, TypeError):
-        raise ConfigError(f"{run / schema.CONFIG}: is not a run's config") from None
+        raise ConfigError(f"{run / schema.CONFIG}: this file is not the config of a run") from None
     if any((run / schema.CHECKPOINTS).glob("step-*")):
         return False
     rows = whole_rows(metrics.read_bytes()) if metrics.is_file() else []
@@ -182,7 +187,7 @@ def is_before_first(run: Path) -> bool:
 
 
 def restore_random_states(checkpoint: Checkpoint) -> None:
-    """Restores the states of torch's generators. A rank that did not exist then keeps its own."""
+    """Restores this rank's states of torch's random generators. If the checkpoint has none for this rank, changes nothing."""
     path = checkpoint.folder / _rng(world().rank)
     if not path.exists():
         return
@@ -204,7 +209,7 @@ def _random_states() -> dict[str, torch.Tensor]:
 
 
 def _seal(part: Path, state: dict[str, Any]) -> None:
-    """Adds what the loop remembers and, last, the checksums of all files."""
+    """Writes the loop state and, last, the manifest with the checksums of all files."""
     (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
     sums = {file.name: files.sha256(file) for file in sorted(part.iterdir())}
     manifest = {"schema_version": SCHEMA_VERSION, "sha256": sums}
@@ -212,18 +217,20 @@ def _seal(part: Path, state: dict[str, Any]) -> None:
 
 
 def _whole(place: Path) -> Checkpoint | None:
-    """The checkpoint; None, with a warning, if it is damaged."""
+    """Returns the checkpoint, or logs a warning and returns None if it is damaged."""
     try:
         return _verify(place)
     except (OSError, ValueError, KeyError) as problem:
-        logger.warning("checkpoint %s is damaged and skipped: %s", place.name, problem)
+        logger.warning("checkpoint %s is damaged, so it is skipped: %s", place.name, problem)
         return None
 
 
 def _verify(place: Path) -> Checkpoint:
     manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
     if manifest["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"its format is {manifest['schema_version']}, this version reads {SCHEMA_VERSION}")
+        raise ValueError(
+            f"its format version is {manifest['schema_version']}, but this llmeff reads version {SCHEMA_VERSION}"
+        )
     for name, expected in manifest["sha256"].items():
         if files.sha256(place / name) != expected:
             raise ValueError(f"{name} does not match its checksum")

@@ -1,4 +1,4 @@
-"""From a RunConfig to the processes of a run on this machine: their command, how they end, and restarts."""
+"""Launches the processes of a run on this machine: builds their command, waits for their end, and restarts them."""
 
 import contextlib
 import ctypes
@@ -30,16 +30,16 @@ from llmeff.run.checkpoint import is_before_first
 SCRIPT = Path(__file__).parents[1] / "train.py"
 
 _GRACE_S = 10.0
-"""Seconds after a run's last word, or after a signal. What still runs then is killed."""
+"""Seconds that processes have to exit after the run has reported its end, or after a signal. Then they are killed."""
 _FAILED, _BAD_INPUT = 1, 2
 
 
 def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
-    """The command that starts a run's processes on this machine: `accelerate launch` if there are several.
+    """Returns the command that starts a run's processes on this machine. With several ranks, it is `accelerate launch`.
 
     Args:
-        config: the run's.
-        arguments: those of `llmeff train`, for each process.
+        config: config of the run.
+        arguments: arguments of `llmeff train`, which every process gets.
     """
     ranks, parallel = config.parallel.ranks, config.parallel
     if ranks == 1:
@@ -53,33 +53,35 @@ def command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
 
 
 def _quoted(path: Path) -> str:
-    """A path as an option in a batch script. Slurm reads quotes there as a shell does.
+    """Quotes a path, if necessary, for an option in a Slurm batch script. Slurm reads quotes there as a shell does.
 
     Raises:
-        ConfigError: quotes cannot help.
+        ConfigError: the path contains a double quote or a line break, which cannot be quoted.
     """
     text = str(path)
     if any(character in text for character in '"\n\r'):
-        raise ConfigError(f"{text!r}: a batch script cannot name this folder; choose another")
+        raise ConfigError(
+            f"{text!r}: a batch script cannot contain this path: it has a double quote or a line break. Choose another folder"
+        )
     return f'"{text}"' if any(map(str.isspace, text)) else text
 
 
 def slurm_job(
     name: str, line: str, *, log: Path, cores: int, gpus: int = 0, count: int | None = None, more: Sequence[str] = ()
 ) -> str:
-    """A Slurm batch script for one task on one node.
+    """Returns a Slurm batch script for one task on one node.
 
     Args:
-        name: the job's.
-        line: the command, as bash reads it; $SLURM_ARRAY_TASK_ID is the job's number in an array.
-        log: the file for its output; `%a` stands for the number.
-        cores: how many cores it needs.
-        gpus: how many GPUs it needs.
-        count: how many jobs the array has; None: it is no array.
-        more: options of sbatch; they replace those above that have the same names.
+        name: name of the job.
+        line: the command, in bash syntax. In a job array, $SLURM_ARRAY_TASK_ID is the index of the job.
+        log: the file for the job's output. `%a` in it stands for the index.
+        cores: number of cores for the job.
+        gpus: number of GPUs for the job.
+        count: number of jobs in the array, or None if the job is not an array.
+        more: further sbatch options. They override default options of the same name.
 
     Raises:
-        ConfigError: a folder's name cannot stand in a batch script.
+        ConfigError: a path contains a double quote or a line break.
     """
     defaults = [f"--job-name={name}", f"--output={_quoted(log)}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cores}"]
     defaults += [f"--array=0-{count - 1}"] if count is not None else []
@@ -91,12 +93,12 @@ def slurm_job(
 
 
 def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's raw data. If it names no DeepSpeed file but the launcher's flags do, that file is added.
+    """Returns a config's raw data, with the DeepSpeed file from the launcher's flags added if the config names none.
 
-    If it names no strategy of several processes either, the strategy that reads such a file is added, too.
+    If the config names no strategy, or a strategy for one process, it gets the strategy that reads such a file.
 
     Raises:
-        ConfigError: the config names a file with other content.
+        ConfigError: the config names a file whose content differs from the launcher's file.
     """
     given = launcher_file()
     parallel = data.get("parallel", {})
@@ -107,7 +109,7 @@ def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
     if configured is not None and configured != given and read(Path(configured)) != read(Path(given)):
         raise ConfigError(
             f"parallel.file is {configured!r} in the config, but accelerate launch --deepspeed_config_file names {given!r}, "
-            "and their contents differ: leave one of them out"
+            "and their contents differ. Leave one of them out"
         )
     if configured is not None:
         return dict(data)
@@ -117,30 +119,31 @@ def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
     if parallel.get("name") in alone:
         parallel = {**parallel, "name": readers[0], "ranks": world().ranks}
     if parallel["name"] not in readers:
-        return dict(data)  # the launcher's other flags, or validation, will report it
+        return dict(data)  # validation, or the check of the launcher's other flags, will report the mismatch
     return {**data, "parallel": {**parallel, "file": given}}
 
 
 def going_on(folder: Path) -> str:
-    """The flag with which a run that ended without a result continues by itself.
+    """Returns the flag for an automatic restart of a run that ended without a result.
 
-    If it ended before its first checkpoint, it begins anew and its rows are kept. If checkpoints are missing, `--resume`
-    says so.
+    A run that ended before its first checkpoint was due begins anew, and its old rows are kept. Any other run is resumed.
+    If its checkpoints are missing, `--resume` reports an error.
     """
     return "--restart-from-scratch" if is_before_first(folder) else "--resume"
 
 
 def first_flags(folder: Path, *, resume: bool, anew: bool, is_restarted: bool) -> list[str]:
-    """The flags with which a run's processes are first started.
+    """Returns the flags for the first start of a run's processes.
 
     Args:
-        folder: the run's.
-        resume: `--resume` was given.
-        anew: `--restart-from-scratch` was given.
-        is_restarted: the run continues by itself if it ends abnormally, and so also from where it ended before.
+        folder: folder of the run.
+        resume: whether the user gave `--resume`.
+        anew: whether the user gave `--restart-from-scratch`.
+        is_restarted: whether the run is restarted automatically if it ends abnormally. In that case, `--resume` also
+            begins a run anew that ended before its first checkpoint was due.
 
     Raises:
-        ConfigError: neither was given, and the folder is not free.
+        ConfigError: neither flag was given, and the folder is not empty.
     """
     if not (resume or anew):
         check_free(folder)
@@ -153,19 +156,19 @@ def first_flags(folder: Path, *, resume: bool, anew: bool, is_restarted: bool) -
 def run(
     start: Callable[[Sequence[str]], list[str]], folder: Path, *, restarts: int, tell: Callable[[str], None]
 ) -> int:
-    """Runs a run's processes to their end. If that is abnormal, starts them again from the newest whole checkpoint.
+    """Starts a run's processes and waits for them. If they end abnormally, restarts them from the newest checkpoint.
 
     Args:
-        start: makes the command, from the flags that continue a run; there are none at first.
-        folder: the run's.
-        restarts: how often at most.
-        tell: is given each command before it starts.
+        start: returns the command for the flags that continue the run. For the first start, the flags are empty.
+        folder: folder of the run.
+        restarts: maximum number of restarts.
+        tell: called with each command before it starts.
 
     Returns:
-        The exit code, as of `llmeff train`: 0; 1 if it failed; 2 if the input is wrong.
+        The exit code of `llmeff train`: 0 if the run finished, 1 if it failed, 2 if the input is invalid.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, once nothing of the run is left running.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after all processes of the run have ended.
     """
     how: list[str] = []
     for number in range(restarts + 1):
@@ -181,14 +184,14 @@ def run(
 
 
 _LAUNCHERS_OWN = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ \S*torch/distributed/(elastic|run)")
-"""A line of torch's launcher about the processes. On a busy machine it may come before the last word."""
+"""Matches log lines of torch's launcher. On a busy machine they may come before the run has reported its end."""
 
 
 class _Job:
-    """Processes started by one command; one of them says last how the run ended.
+    """The processes started by one command. One of them reports in a file how the run ended.
 
-    Until then, what they write to standard error is passed on. What comes after is the launcher's account of the end; it
-    goes into a file in the run's folder.
+    Standard error of the processes is passed on until that report. Later output comes from the launcher and goes into
+    `engine.log` in the run's folder.
     """
 
     def __init__(self, line: list[str], folder: Path):
@@ -196,7 +199,7 @@ class _Job:
         self._kept: list[bytes] = []
 
     def wait(self) -> int:
-        """Starts them and returns the run's exit code when all have ended."""
+        """Starts the processes, waits until all have ended, and returns the run's exit code."""
         with tempfile.TemporaryDirectory(prefix="llmeff-") as place, terminable():
             self._ending = Path(place) / "ending.json"
             self._process = subprocess.Popen(
@@ -226,7 +229,7 @@ class _Job:
                 log.err().flush()
 
     def _wait(self) -> None:
-        """Waits until all have ended, or for a while after the last word."""
+        """Waits until all processes have ended, but at most `_GRACE_S` seconds after the report of the run's end."""
         deadline_s = float("inf")
         while time.monotonic() < deadline_s:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -236,7 +239,7 @@ class _Job:
                 deadline_s = time.monotonic() + _GRACE_S
 
     def _interrupt(self) -> None:
-        self._ending.touch()  # what they say from now on is of no use at the terminal
+        self._ending.touch()  # later output does not help the user at the terminal
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -248,7 +251,7 @@ class _Job:
                 file.writelines(self._kept)
 
     def _code(self) -> int:
-        """The last word's code; without a last word, whether the command succeeded."""
+        """Returns the exit code in the report of the run's end. Without a report, returns 0 if the command succeeded, else 1."""
         if not self._ending.exists():
             return _FAILED if self._process.returncode else 0
         ending = json.loads(self._ending.read_text(encoding="utf-8"))
@@ -262,14 +265,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_starter() -> None:
-    """Runs in the started process: Linux then ends it when its starter goes, even by SIGKILL."""
+    """Makes Linux send this process a SIGTERM when its parent ends, even by SIGKILL. Call it in the started process."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """A block in which SIGTERM acts like Ctrl-C, so that it is passed on too."""
+    """Returns a context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -281,7 +284,7 @@ def terminable() -> Iterator[None]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills whatever is left of a process and of those that it started; its ranks have sessions of their own."""
+    """Kills a process and all its descendants. A signal to its group is not enough: ranks have sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         left = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for one in left:

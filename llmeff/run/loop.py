@@ -38,24 +38,25 @@ from llmeff.tasks.task import ITEMS, Sample
 
 
 class DivergedError(Exception):
-    """A run that cannot go on. What it saved is whole."""
+    """Raised if a loss or gradient norm is not finite, so that the run cannot continue. The run's files are intact."""
 
 
 def train(
     config: RunConfig, folder: Path, *, resume: bool = False, anew: bool = False, is_silent: bool = True
 ) -> Result:
-    """Trains from beginning to end, or continues from the newest whole checkpoint.
+    """Trains a run to its end and returns the result. Starts at the first step or at the newest complete checkpoint.
 
     Args:
-        config: the run; `auto` values are resolved before anything is written.
-        folder: the run's folder; absent or empty, unless the run is resumed or begun anew.
-        resume: continue the run in the folder; with `anew`, even if that is only possible from the first step.
-        anew: begin the unfinished run in the folder anew; what it recorded is set aside.
+        config: config of the run. `auto` values are resolved before anything is written.
+        folder: folder of the run. It must be absent or empty, unless the run is resumed or begun anew.
+        resume: continue the run in the folder from its newest checkpoint. With `anew`, the run may also start at the first
+            step if there is no checkpoint.
+        anew: begin the unfinished run in the folder anew, and move its old records to a subfolder.
         is_silent: show nothing at the terminal.
 
     Raises:
-        ConfigError: something is wrong with the config, the data or the folder.
-        DivergedError: a loss or norm was not finite.
+        ConfigError: the config, the data or the folder is invalid.
+        DivergedError: a loss or gradient norm was not finite.
     """
     with (
         Watchdog(folder, config.parallel.timeout_s) as watchdog,
@@ -70,10 +71,10 @@ def train(
 
 
 class _State(BaseModel):
-    """What a run remembers in a checkpoint besides weights and optimizer."""
+    """Loop state saved in a checkpoint, apart from the model and the optimizer."""
 
     sharing: str
-    """How the ranks share a step. The measurements below are of steps shared in this way."""
+    """Strategy and micro-batch as text (see `prepare.sharing`). `measured` and `kernels` are valid only for these."""
     data: str = ""
     items_seen: int = 0
     measured: dict[str, float] = {}
@@ -84,7 +85,7 @@ class _State(BaseModel):
 
 
 class Trainer:
-    """A run in progress: `train` calls its methods in order, and benchmarks step through it."""
+    """A run in progress. `train` calls its methods in order; benchmarks call `train_step` repeatedly."""
 
     def __init__(self, config: RunConfig, folder: Path, *, resume: bool, is_silent: bool, anew: bool = False):
         self._closing = ExitStack()
@@ -106,7 +107,7 @@ class Trainer:
         self._is_main = self._strategy.world.is_main
         torch.manual_seed(derive(self.config.seed, "train", self._strategy.world.rank))
 
-        # Everything that can be wrong was checked: from now on the folder is touched.
+        # All checks of the input have passed. The run's folder is written to only from here on.
         self._checkpoints = Checkpoints(folder / schema.CHECKPOINTS, self.config.checkpoint.keep)
         self.step = 0
         self._state = _State(sharing=prepare.sharing(self.config), data=self._task.facts()["sha256"])
@@ -126,13 +127,13 @@ class Trainer:
         self._clocks = Clocks(self.device, self._state.timings.model_copy(update={"startup_s": startup_s}))
 
     def _go_back(self, checkpoint: Checkpoint | None) -> None:
-        """Returns to the checkpoint or, if there is none, to the beginning."""
+        """Restores the checkpoint and drops later records. Without a checkpoint, drops all records and starts at step 0."""
         if checkpoint is not None:
             with group.agreed():
                 self._strategy.load(checkpoint.folder)
             restore_random_states(checkpoint)
             now, self.step, self._state = self._state.sharing, checkpoint.step, _State.model_validate(checkpoint.state)
-            if self._state.sharing != now:  # the measurements are of ranks that shared a step differently
+            if self._state.sharing != now:  # saved measurements were made with another strategy or micro-batch
                 self._state = self._state.model_copy(update={"sharing": now, "measured": {}, "kernels": ()})
         self._writer.truncate_after(self.step)
 
@@ -155,24 +156,24 @@ class Trainer:
     # -- a step
 
     def train_step(self) -> None:
-        """One optimizer step: batch, forward, backward, clip, update, record."""
+        """Runs one optimizer step: batch, forward, backward, clip, update, record."""
         number = self.step + 1
         if number == self._counted:
-            # While FLOPs are counted, autograd adds gradients out of place, so another step meters memory.
+            # While FLOPs are counted, autograd accumulates gradients out of place, so memory is measured in another step.
             with self._eagerly():
                 measured, self._state.kernels = meters.count_step(self._update)
             self._state.measured |= measured
         elif number == self._metered:
             self._state.measured["peak_bytes"] = meters.peak_bytes(self._update, self._strategy.resident(), self.device)
-            # last, since strategies that gather parameters treat a forward pass without backward as another kind of step
-            if self.config.runtime.compile == "off":  # what compiled code keeps for backward cannot be seen
+            # after the update, because strategies that gather parameters treat a forward pass without backward differently
+            if self.config.runtime.compile == "off":  # tensors that compiled code saves for backward are not visible
                 with self._clocks.hold("record"):
                     self._state.measured["saved_bytes"] = self._saved_bytes()
         else:
             self._update()
 
     def _saved_bytes(self) -> int:
-        """Bytes that a forward pass of one micro-batch keeps for backward."""
+        """Returns the bytes that a forward pass of one micro-batch saves for backward."""
         batch = self._task.batch(self.step, self._shares[0], self.device)
         given = [value for value in (*batch.inputs.values(), batch.targets) if isinstance(value, torch.Tensor)]
         held = [*self._strategy.resident(), *given]
@@ -189,7 +190,7 @@ class Trainer:
 
         losses = []
         while batches:
-            batch = batches.pop(0)  # its masks and tables are freed with it
+            batch = batches.pop(0)  # removed from the list, so that its masks and tables are freed after use
             beat("forward")
             with strategy.accumulate(is_last=not batches):
                 sums = self._task.loss(strategy.model, batch)
@@ -224,15 +225,15 @@ class Trainer:
             self._writer.step(row)
             self._display.step(row)
             self._clocks.add_step(times)
-            self._clocks.add("record", start)  # not `hold`: writing a row must not stop the device
+            self._clocks.add("record", start)  # not `hold`, which would wait for the device
 
     def _fail(self, loss: float, norm: float) -> None:
         shown = show_names(self._task.unit_ids(self.step, range(self.config.train.batch)))
         saved = self._checkpoints.newest()
         kept = "no checkpoint was saved yet" if saved is None else f"the checkpoint of step {saved.step} is kept"
         diagnosis = (
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the update was not made, and {kept}. "
-            f"The step read: {shown}"
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}. The update was not made, and {kept}. "
+            f"Data of this step: {shown}"
         )
         self._record(self._clock.flush())
         energy_j = self._energy.total_j()
@@ -240,18 +241,18 @@ class Trainer:
             self._writer.finish(self._result("diverged", diagnosis, None, energy_j))
         raise DivergedError(diagnosis)
 
-    # -- once in a while
+    # -- evaluations and checkpoints
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
 
     def evaluate_if_due(self) -> None:
-        """Evaluates the held-out loss on a few units, if it is due."""
+        """Evaluates on at most `evaluation.max_units` held-out units, if an evaluation is due."""
         if self._is_due(self.config.evaluation.interval(self.config.train.steps)):
             self._evaluate(self.config.evaluation.max_units)
 
     def save_if_due(self) -> None:
-        """Saves a checkpoint, if one is due."""
+        """Saves a checkpoint if one is due."""
         if self._is_due(self.config.checkpoint.every):
             self._save()
 
@@ -268,7 +269,7 @@ class Trainer:
         self._display.note(f"step {self.step}, {split}: {shown}")
 
     def _eagerly(self) -> AbstractContextManager[object]:
-        """Runs compiled code uncompiled: any shape other than the step's would be compiled anew."""
+        """Returns a context in which compiled code runs eagerly. New shapes would otherwise trigger a recompilation."""
         return nullcontext() if self.config.runtime.compile == "off" else torch.compiler.set_stance("force_eager")
 
     def _save(self) -> None:
@@ -281,7 +282,7 @@ class Trainer:
     # -- the end
 
     def finish(self) -> Result:
-        """Does the last evaluation, checkpoint, model, sample and curve; then the result, the same on all ranks."""
+        """Runs the last evaluation; saves checkpoint, model, sample, loss curve and result. Returns the result on every rank."""
         self._record(self._clock.flush())
         self._evaluate(max_units=None)
         self._save()

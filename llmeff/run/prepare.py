@@ -1,4 +1,4 @@
-"""From a config to a run that can begin: opens the data, resolves every `auto`, sets up the device."""
+"""Prepares a run from its config: opens the data, resolves `auto` values, sets up the device, builds the model."""
 
 import json
 from pathlib import Path
@@ -31,10 +31,10 @@ from llmeff.tasks.task import Task
 
 
 def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
-    """Opens the data and resolves every `auto` value.
+    """Opens the data and resolves every `auto` value. Returns the resolved config and the task.
 
     Raises:
-        ConfigError: the data are wrong, the model does not fit them, or the device is missing.
+        ConfigError: the data are invalid, the model does not fit the data, or the device is missing.
     """
     check_world(config)
     device = config.runtime.device
@@ -43,7 +43,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.parallel.joins:
-        # Long, for starts at which all ranks wait while their text is first tokenized. The watchdog is quicker.
+        # A long timeout, because ranks wait here while a text is tokenized for the first time. The watchdog reacts sooner.
         group.connect(_device(device), 10 * config.parallel.timeout_s)
     with group.agreed():
         task = config.task.open(
@@ -55,7 +55,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
     check_model(config)
     runtime = config.runtime.model_copy(update={"device": device, "threads": num_threads(config)})
     config = config.model_copy(update={"runtime": runtime})
-    # by what all ranks can do, since all must make the same update
+    # bfloat16 must be fast on every rank, since all ranks must make the same update
     is_fast = bool(group.least(int(multiplies_bfloat16(device))))
     config = config.model_copy(update={"optim": config.optim.resolve(is_bfloat16_fast=is_fast)})
     train_config = config.train.model_copy(update={"micro_batch": resolve_micro_batch(config)})
@@ -65,7 +65,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Task]:
 
 
 def _device(kind: str) -> torch.device:
-    """The device that this process computes on."""
+    """Returns the device that this process computes on. The kind is `cuda` or `cpu`."""
     return torch.device("cuda", world().local_rank) if kind == "cuda" else torch.device("cpu")
 
 
@@ -73,11 +73,12 @@ def check_world(config: RunConfig, *, is_started: bool = True) -> None:
     """Checks that a DeepSpeed file, the launcher and its flags agree with the config.
 
     Args:
-        config: the run's; its `auto` values agree with anything.
-        is_started: whether this process is one of the run's; if not, it is about to start them.
+        config: config of the run. An `auto` value agrees with any other value.
+        is_started: whether this process is one of the run's processes. False if it has yet to start them; then their
+            number is not compared.
 
     Raises:
-        ConfigError: names each value that differs, and what states it.
+        ConfigError: values differ. The message names each of them, with its source.
     """
     stated = [*config.parallel.external_settings(), *launcher_settings()]
     problems = [
@@ -89,12 +90,12 @@ def check_world(config: RunConfig, *, is_started: bool = True) -> None:
     if engine is not None and engine not in config.parallel.launch_flags:
         problems.append(
             f"parallel is {config.parallel.name!r} in the config, but accelerate launch was given {engine}: leave the "
-            "flag out, or set parallel to the strategy that it means"
+            "flag out, or set parallel to the strategy that the flag selects"
         )
     if is_cut_short():
         problems.append(
-            "accelerate launch was given --num_processes above 1, but without --multi_gpu it started only one process "
-            f"(parallel.ranks is {config.parallel.ranks} in the config): add --multi_gpu, which starts processes on a CPU, too"
+            "accelerate launch was given --num_processes above 1 but not --multi_gpu, so it started only one process "
+            f"(parallel.ranks is {config.parallel.ranks} in the config): add --multi_gpu, which also works on a CPU"
         )
     if problems:
         raise ConfigError(problems)
@@ -106,23 +107,23 @@ def _agrees(value: Any, setting: ExternalSetting) -> bool:
 
 def _advice(config: RunConfig, setting: ExternalSetting) -> str:
     if setting.key == "accumulation":
-        return "change one of the three"
+        return "change one of these three values"
     value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value)
     if setting.key == "runtime.compile":
         return "leave the flag out"
-    advice = f"--set {setting.key}={value}"
+    advice = f"use --set {setting.key}={value}"
     if setting.key == "parallel.ranks" and not config.parallel.joins:
         joining = [name for name in StrategyConfig.registry.names() if StrategyConfig.registry[name].joins]
-        return f"{advice} and --set parallel to one of {', '.join(joining)}"
+        return f"{advice} and set parallel to one of {', '.join(joining)}"
     return advice
 
 
 _MEANT = {("precision", "bf16"): ("bf16", "bf16_master")}
-"""What others mean by a value: DeepSpeed users call both of our bf16 precisions bf16."""
+"""Config values that agree with an external value: DeepSpeed's bf16 may mean either of llmeff's bf16 precisions."""
 
 
 def _value(config: RunConfig, key: str) -> Any:
-    """A field by its dotted key; None if the config has no such field."""
+    """Returns a config field by its dotted key, or None if the config has no such field."""
     if key == "accumulation":
         size = config.train.micro_batch
         return size if size == "auto" else config.train.batch // (config.parallel.ranks * size)
@@ -137,12 +138,12 @@ def _named(config: RunConfig, key: str, value: Any) -> str:
         return f"{key} is {value!r} in the config"
     return (
         f"train.batch {config.train.batch} / (parallel.ranks {config.parallel.ranks} x train.micro_batch "
-        f"{config.train.micro_batch}) is {value} micro-batches a step in the config"
+        f"{config.train.micro_batch}) is {value} micro-batches per step in the config"
     )
 
 
 def prepare_device(config: RunConfig) -> torch.device:
-    """Sets threads and determinism; returns the device that this process computes on.
+    """Sets the number of threads and, on a GPU, determinism. Returns the device that this process computes on.
 
     Raises:
         ConfigError: the device cannot compute in the run's precision.
@@ -162,10 +163,10 @@ def prepare_device(config: RunConfig) -> torch.device:
 
 
 def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The run's model as its seed makes it, on the device, compiled as configured.
+    """Builds the run's model on the device: initialized from the seed, transformed and compiled as configured.
 
     Raises:
-        ConfigError: the model cannot be built, or cannot do what a step needs.
+        ConfigError: the model cannot be built, or does not support something that a training step needs.
     """
     torch.manual_seed(derive(config.seed, "init"))
     model = config.model.build()
@@ -173,17 +174,18 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
     for transform in config.transforms:
         model = transform.apply(model)
     model = model.to(device)
-    model.recompute = config.runtime.recompute  # type: ignore[assignment]  # a plain flag of every model
-    # All shapes of a step are known. A size that recurs in another layer must not become a symbol, which is slower.
+    model.recompute = config.runtime.recompute  # type: ignore[assignment]  # an attribute of every model
+    # All shapes of a step are fixed. dynamic=False keeps torch from making sizes symbolic, which would be slower.
     if config.runtime.compile == "model":
         model.compile(dynamic=False)
     elif config.runtime.compile == "layers":
         layers = getattr(model, "layers", None)
         if layers is None:
             raise ConfigError(
-                f"runtime.compile = 'layers': model {config.model.name!r} has no list of layers to compile: use 'model'"
+                f"runtime.compile is 'layers', but model {config.model.name!r} has no list of layers to compile: use 'model'"
             )
-        # Layers of one class share its code. Beyond this many forms of it, further layers would silently run uncompiled.
+        # Layers of one class share its code. If the code had more compiled versions than this limit, further layers would
+        # silently run uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(layers))
         for layer in layers:
             layer.compile(dynamic=False)
@@ -191,10 +193,10 @@ def prepare_model(config: RunConfig, device: torch.device) -> nn.Module:
 
 
 def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strategy:
-    """The run's model and optimizer, shared among the processes as configured.
+    """Builds the run's model and optimizer, and the strategy that distributes them over the ranks.
 
     Raises:
-        ConfigError: the model cannot be built, or a checkpoint could not hold the optimizer's state.
+        ConfigError: the model cannot be built, or a checkpoint could not store the optimizer's state.
     """
     beat()
     shares = micro_batches(config, world().rank)
@@ -215,7 +217,7 @@ def build_strategy(config: RunConfig, task: Task, device: torch.device) -> Strat
 
 
 def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """The run's model on the CPU with trained weights: unsplit, and as it was before its transforms."""
+    """Returns the run's unsharded model on the CPU with the trained weights. Its transforms are folded into the weights."""
     with torch.device("meta"):
         model = config.model.build()
         for transform in config.transforms:
@@ -228,12 +230,12 @@ def whole_model(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def sharing(config: RunConfig) -> str:
-    """How ranks share a step, as text to compare. What each of them keeps, sends and computes follows from it."""
+    """Returns the strategy and the micro-batch as text. They determine what each rank stores, sends and computes."""
     return f"{config.parallel.model_dump_json()} {config.train.micro_batch}"
 
 
 def micro_batches(config: RunConfig, rank: int) -> list[range]:
-    """The rows of the global batch that this rank reads: one range per micro-batch."""
+    """Returns the rows of the global batch that a rank reads, as one range per micro-batch."""
     share = config.train.batch // config.parallel.ranks
     size = config.train.micro_batch
     assert isinstance(size, int)
@@ -241,15 +243,17 @@ def micro_batches(config: RunConfig, rank: int) -> list[range]:
 
 
 def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
-    """The config with which the run in a folder continues: as it was begun, except for what changes losses only by rounding.
+    """Returns the config with which the run in a folder continues.
+
+    It is the saved config, with those settings of the user's config that change losses only by rounding.
 
     Args:
-        asked: the user's config; its `auto` values agree with anything. Ranks, strategy, micro-batch and everything under
-            `runtime` may differ; any other difference is an error.
-        folder: the run's.
+        asked: the user's config. Strategy, ranks, micro-batch and everything under `runtime` may differ from the saved
+            config. Any other difference is an error, but an `auto` value agrees with any saved value.
+        folder: folder of the run.
 
     Raises:
-        ConfigError: names each difference, or says that there is no run.
+        ConfigError: the folder contains no run, or settings differ. The message names each difference.
     """
     path = folder / schema.CONFIG
     if not path.is_file():
@@ -258,16 +262,17 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     saved = read(path)
     saved["optim"] = validate(RunConfig, saved).optimizer_as_begun().model_dump(mode="json")
     changed = [
-        f"{key}: the run in {folder} has {was!r}, you asked for {now!r}"
+        f"{key}: the run in {folder} has {was!r}, but you asked for {now!r}"
         for key, was, now in _differences(saved, asked.model_dump(mode="json"))
         if not key.startswith(_FREE)
     ]
     if changed:
-        raise ConfigError(["--resume continues a run as it was begun, but these values differ:", *changed])
+        raise ConfigError(["--resume continues a run with its own config, but these values differ:", *changed])
     merged = asked.model_dump(mode="json")
     _keep_statistics_scope(asked, merged, saved)
     if merged["parallel"] == saved["parallel"]:
-        # For the same ranks, resolved values stay: the free memory may have changed, and the bits would change with it.
+        # With the same strategy and ranks, keep the resolved values. Free memory may have changed, so that `auto` could
+        # now resolve to other values, and the run would no longer continue bit for bit.
         for table, field in (("train", "micro_batch"), ("runtime", "threads"), ("runtime", "device")):
             if merged[table][field] == "auto":
                 merged[table][field] = saved[table][field]
@@ -277,10 +282,12 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
 
 
 def _keep_statistics_scope(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Keeps the number of rows whose statistics a step takes together, even if the ranks change.
+    """Sets the micro-batch in `merged` so that batch statistics still cover the same number of rows.
+
+    Does nothing for models without batch statistics.
 
     Raises:
-        ConfigError: it cannot be kept, or another number is asked for.
+        ConfigError: the new ranks do not allow the same number of rows, or the user asked for another micro-batch.
     """
     pools = validate(RunConfig, saved).model.statistics_scope()
     was, now = (config["parallel"].get("ranks", 1) for config in (saved, merged))
@@ -293,15 +300,16 @@ def _keep_statistics_scope(asked: RunConfig, merged: dict[str, Any], saved: dict
     if rest or given not in ("auto", size) or changes_ranks:
         what = f"{now} ranks" if changes_ranks or rest else f"train.micro_batch {given}"
         raise ConfigError(
-            f"--resume: model {asked.model.name!r} takes statistics over {rows} images together, on {was} ranks"
-            f"{'' if pools == 'ranks' else ', each by itself'}; with {what} it would learn something else. Resume with the old "
-            "values, or start a run with model.norm = 'group'" + ("" if pools == "ranks" else " or 'batch_sync'")
+            f"--resume: model {asked.model.name!r} takes batch statistics over {rows} images, on {was} ranks"
+            f"{'' if pools == 'ranks' else ' (each rank separately)'}. With {what} it would train differently. Resume with the "
+            "old values, or start a new run with model.norm = 'group'"
+            + ("" if pools == "ranks" else " or 'batch_sync'")
         )
     merged["train"]["micro_batch"] = size
 
 
 _FREE = ("parallel", "runtime", "train.micro_batch")
-"""What may change when a run is resumed."""
+"""Prefixes of the config fields that may change when a run is resumed."""
 
 
 def _differences(saved: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:

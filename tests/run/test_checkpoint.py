@@ -126,7 +126,11 @@ DAMAGES = {
     "a missing manifest": ("manifest.json", os.remove, "No such file or directory"),
     "a cut manifest": ("manifest.json", cut, "Expecting"),
     "an empty manifest": ("manifest.json", lambda path: path.write_bytes(b""), "Expecting value"),
-    "a manifest of another format": ("manifest.json", other_format, "its format is 99, this version reads 2"),
+    "a manifest of another format": (
+        "manifest.json",
+        other_format,
+        "its format version is 99, but this llmeff reads version 2",
+    ),
 }
 
 
@@ -137,7 +141,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(checkpoints, caplog, name, 
     with caplog.at_level("WARNING", logger="llmeff"):
         assert checkpoints.newest().step == 1
     assert len(caplog.records) == 1
-    assert "checkpoint step-00000002 is damaged and skipped: " in caplog.text
+    assert "checkpoint step-00000002 is damaged, so it is skipped: " in caplog.text
     assert reason in caplog.text
 
 
@@ -192,7 +196,7 @@ def test_checkpoints_that_cannot_be_read_are_no_reason_to_begin_anew(tmp_path):
     place = tmp_path / "checkpoints" / "step-00000004"
     place.mkdir(parents=True)
     (place / "manifest.json").write_text('{"schema_version": 99, "sha256": {}}')
-    with pytest.raises(ConfigError, match="no checkpoint there can be read"):
+    with pytest.raises(ConfigError, match="no checkpoint in this folder can be read"):
         checkpoints.resume_point("")
 
 
@@ -204,7 +208,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, then, is_refus
     checkpoints.save(4, {} if then is None else {"data": then}, write)
     if is_refused:
         with pytest.raises(
-            ConfigError, match=r"was made with other data .SHA-256 bbbbbbbbbbbb... then, aaaaaaaaaaaa... now"
+            ConfigError, match=r"was made with different data .SHA-256 bbbbbbbbbbbb... then, aaaaaaaaaaaa... now"
         ):
             checkpoints.resume_point("a" * 64)
     else:

@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(tmp_path, 
     weights.write_bytes(content)
     with caplog.at_level("WARNING", logger="llmeff"):
         train(tiny(), folder, resume=True)
-    assert "step-00000004 is damaged and skipped: rank-00000.safetensors" in caplog.text
+    assert "step-00000004 is damaged, so it is skipped: rank-00000.safetensors" in caplog.text
     assert read_run(folder).steps["loss"].tolist() == whole.steps["loss"].tolist()
 
 
@@ -198,8 +198,8 @@ def test_resuming_with_another_config_names_each_difference(tmp_path):
         trainer.train_step()
     with pytest.raises(ConfigError) as raised:
         train(tiny("optim.lr=0.5", "train.steps=7"), folder, resume=True)
-    assert f"optim.lr: the run in {folder} has 0.001, you asked for 0.5" in str(raised.value)
-    assert f"train.steps: the run in {folder} has 6, you asked for 7" in str(raised.value)
+    assert f"optim.lr: the run in {folder} has 0.001, but you asked for 0.5" in str(raised.value)
+    assert f"train.steps: the run in {folder} has 6, but you asked for 7" in str(raised.value)
 
 
 def test_the_launchers_world_must_be_the_configs(tmp_path, monkeypatch):

@@ -281,7 +281,9 @@ def test_a_run_that_diverges_at_once_has_done_nothing(tmp_path, monkeypatch):
     with Trainer(quick(), tmp_path / "run", resume=False, is_silent=True) as trainer:
         whole = trainer._task.loss
         monkeypatch.setattr(trainer._task, "loss", lambda *given: {"loss": whole(*given)["loss"] + math.inf})
-        with pytest.raises(DivergedError, match=r"step 1: loss inf, .* no checkpoint was saved yet\. The step read: "):
+        with pytest.raises(
+            DivergedError, match=r"step 1: loss inf, .* no checkpoint was saved yet\. Data of this step: "
+        ):
             trainer.train_step()
     result = read_run(tmp_path / "run").result
     assert (result.status, result.steps, result.items_seen) == ("diverged", 0, 0)

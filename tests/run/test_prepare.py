@@ -295,7 +295,7 @@ def test_what_is_compiled_is_what_the_config_says_and_for_shapes_that_are_known(
 
 def test_a_model_without_layers_of_ours_is_not_compiled_by_layers(config):
     with pytest.raises(
-        ConfigError, match=r"runtime\.compile = 'layers': model 'hf' has no list of layers to compile: use 'model'"
+        ConfigError, match=r"runtime\.compile is 'layers', but model 'hf' has no list of layers to compile: use 'model'"
     ):
         prepare_model(config("rotary", "runtime.compile=layers"), CPU)
 
@@ -390,9 +390,9 @@ def test_what_changes_no_loss_may_be_asked_for_anew(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train": {"batch": 8}}, "train.batch: the run in {} has 4, you asked for 8"),
-        ({"optim": {"name": "muon", "lr": 0.5}}, "optim.lr: the run in {} has 0.001, you asked for 0.5"),
-        ({"model": {"width": 16}}, "model.width: the run in {} has 8, you asked for 16"),
+        ({"train": {"batch": 8}}, "train.batch: the run in {} has 4, but you asked for 8"),
+        ({"optim": {"name": "muon", "lr": 0.5}}, "optim.lr: the run in {} has 0.001, but you asked for 0.5"),
+        ({"model": {"width": 16}}, "model.width: the run in {} has 8, but you asked for 16"),
     ],
 )
 def test_what_a_run_was_begun_with_and_is_asked_for_now_are_said(tmp_path, changes, said):
@@ -403,7 +403,7 @@ def test_what_a_run_was_begun_with_and_is_asked_for_now_are_said(tmp_path, chang
             small(**DECIDED | {name: DECIDED.get(name, {}) | own for name, own in changes.items()}),
         )
     first, *problems = raised.value.problems
-    assert first == "--resume continues a run as it was begun, but these values differ:"
+    assert first == "--resume continues a run with its own config, but these values differ:"
     assert problems == [said.format(tmp_path)]
 
 
@@ -436,11 +436,11 @@ def test_a_run_goes_on_with_statistics_of_as_many_images(tmp_path, norm, changes
         (
             "batch",
             {"parallel": ONE},
-            "over 2 images together, on 2 ranks, each by itself; with 1 ranks .* 'batch_sync'",
+            r"over 2 images, on 2 ranks \(each rank separately\)\. With 1 ranks .* 'batch_sync'",
         ),
-        ("batch", {"train": {"batch": 8, "micro_batch": 4}}, "with train.micro_batch 4 it would learn something else"),
-        ("batch_sync", {"parallel": {"name": "ddp", "ranks": 8}}, "over 4 images together, on 2 ranks; with 8 ranks"),
-        ("batch_sync", {"train": {"batch": 8, "micro_batch": 1}}, "with train.micro_batch 1 .* 'group'$"),
+        ("batch", {"train": {"batch": 8, "micro_batch": 4}}, "With train.micro_batch 4 it would train differently"),
+        ("batch_sync", {"parallel": {"name": "ddp", "ranks": 8}}, r"over 4 images, on 2 ranks\. With 8 ranks"),
+        ("batch_sync", {"train": {"batch": 8, "micro_batch": 1}}, "With train.micro_batch 1 .* 'group'$"),
     ],
 )
 def test_a_run_does_not_go_on_with_statistics_of_other_images(tmp_path, norm, changes, words):

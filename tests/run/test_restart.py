@@ -36,11 +36,17 @@ def damage(folder):
 
 
 LACKS = {
-    "deleted": (lambda folder: None, "checkpoints: does not exist, so there is no checkpoint"),
-    "empty": (lambda folder: (folder / "checkpoints").mkdir(), "checkpoints: holds nothing, so"),
-    "renamed": (lambda folder: (folder / "checkpoints" / "old").mkdir(parents=True), "checkpoints: holds only old, so"),
-    "a file": (lambda folder: (folder / "checkpoints").touch(), r"checkpoints: cannot be read \(Not a directory\), so"),
-    "all damaged": (damage, "checkpoints: no checkpoint there can be read, for the reasons above"),
+    "deleted": (lambda folder: None, "checkpoints: the folder does not exist, so there is no checkpoint"),
+    "empty": (lambda folder: (folder / "checkpoints").mkdir(), "checkpoints: the folder contains nothing, so"),
+    "renamed": (
+        lambda folder: (folder / "checkpoints" / "old").mkdir(parents=True),
+        "checkpoints: the folder contains only old, so",
+    ),
+    "a file": (
+        lambda folder: (folder / "checkpoints").touch(),
+        r"checkpoints: the folder cannot be read \(Not a directory\), so",
+    ),
+    "all damaged": (damage, "checkpoints: no checkpoint in this folder can be read, for the reasons above"),
 }
 KEPT = {
     "all": (["metrics.jsonl", "evaluations.jsonl", "evals.parquet"], "4 steps and 2 evaluations"),
@@ -59,7 +65,7 @@ def test_a_record_without_a_checkpoint_is_left_as_it_is_and_the_ways_on_are_name
             (folder / name).unlink()
     lose(folder)
     before, point = state(folder), Checkpoints(folder / "checkpoints", keep=2).resume_point
-    with pytest.raises(ConfigError, match=f"{why}.* would drop {what}") as raised:
+    with pytest.raises(ConfigError, match=f"{why}.* would discard {what}") as raised:
         point("")
     assert f"--restart-from-scratch --out {shlex.quote(str(folder))}" in str(raised.value)
     assert f"{folder}/discarded-N" in str(raised.value)
@@ -80,7 +86,9 @@ def test_checkpoints_that_cannot_be_listed_are_no_checkpoints(make_run, monkeypa
     checkpoint(folder, 4)
     monkeypatch.setattr(os, "scandir", closed)
     monkeypatch.setattr(os, "listdir", lambda path: [*closed(path)])
-    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\), so .* would drop 4 steps and 2 eval"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be read \(Permission denied\), so .* would discard 4 steps and 2 eval"
+    ):
         Checkpoints(folder / "checkpoints", keep=2).resume_point("")
 
 
@@ -158,7 +166,7 @@ def test_the_command_line_refuses_then_begins_anew_and_comes_to_the_same_run(tmp
     shutil.rmtree(folder / "checkpoints")
     before = state(folder)
     assert main(["train", "--resume", f"--out={folder}", "--quiet"]) == 2
-    assert "would drop 4 steps and 2 evaluations" in capsys.readouterr().err
+    assert "would discard 4 steps and 2 evaluations" in capsys.readouterr().err
     before["env.json"] = state(folder)["env.json"]
     assert state(folder) == before
     assert main(["train", "--restart-from-scratch", f"--out={folder}", "--quiet"]) == 0

@@ -41,7 +41,7 @@ ZERO = ["parallel=deepspeed", "parallel.ranks=2", "train.micro_batch=2"]
     ("settings", "environment", "words"),
     [
         (ZERO, {"WORLD_SIZE": "4"}, ["parallel.ranks is 2", "WORLD_SIZE", "says 4", "--set parallel.ranks=4"]),
-        ([], {"WORLD_SIZE": "2"}, ["parallel.ranks is 1", "says 2", "--set parallel to one of ddp, deepspeed, fsdp"]),
+        ([], {"WORLD_SIZE": "2"}, ["parallel.ranks is 1", "says 2", "set parallel to one of ddp, deepspeed, fsdp"]),
         (ZERO, {"ACCELERATE_MIXED_PRECISION": "bf16"}, ["'fp32'", "--mixed_precision says 'bf16'"]),
         (ZERO, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["parallel.stage is 2", "--zero_stage says 3"]),
         (
@@ -73,7 +73,7 @@ def test_what_disagrees_is_named_with_both_values(monkeypatch, settings, environ
         assert word in problem
 
 
-ACCUMULATION = "train.batch 8 / (parallel.ranks 2 x train.micro_batch 2) is 2 micro-batches a step in the config"
+ACCUMULATION = "train.batch 8 / (parallel.ranks 2 x train.micro_batch 2) is 2 micro-batches per step in the config"
 GIVEN = "but accelerate launch --"
 
 
@@ -83,39 +83,39 @@ GIVEN = "but accelerate launch --"
         (
             ["parallel=ddp", "parallel.ranks=2"],
             {"WORLD_SIZE": "4"},
-            "parallel.ranks is 2 in the config, but the launcher (WORLD_SIZE) says 4: --set parallel.ranks=4",
+            "parallel.ranks is 2 in the config, but the launcher (WORLD_SIZE) says 4: use --set parallel.ranks=4",
         ),
         (
             [],
             {"WORLD_SIZE": "2"},
-            "parallel.ranks is 1 in the config, but the launcher (WORLD_SIZE) says 2: --set parallel.ranks=2 and --set "
+            "parallel.ranks is 1 in the config, but the launcher (WORLD_SIZE) says 2: use --set parallel.ranks=2 and set "
             "parallel to one of ddp, deepspeed, fsdp",
         ),
         (
             ZERO,
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-            f"{ACCUMULATION}, {GIVEN}gradient_accumulation_steps says 4: change one of the three",
+            f"{ACCUMULATION}, {GIVEN}gradient_accumulation_steps says 4: change one of these three values",
         ),
         (
             ZERO,
             {"ACCELERATE_MIXED_PRECISION": "bf16"},
-            f"precision is 'fp32' in the config, {GIVEN}mixed_precision says 'bf16': --set precision=bf16",
+            f"precision is 'fp32' in the config, {GIVEN}mixed_precision says 'bf16': use --set precision=bf16",
         ),
         (
             ["parallel=ddp", "parallel.ranks=2"],
             {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            f"parallel.stage is None in the config, {GIVEN}zero_stage says 3: --set parallel.stage=3",
+            f"parallel.stage is None in the config, {GIVEN}zero_stage says 3: use --set parallel.stage=3",
         ),
         (
             ZERO,
             {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
             f"parallel.offload_parameters is False in the config, {GIVEN}offload_param_device says True: "
-            "--set parallel.offload_parameters=true",
+            "use --set parallel.offload_parameters=true",
         ),
         (
             ZERO,
             {"ACCELERATE_GRADIENT_CLIPPING": "0.0"},
-            f"train.clip_norm is 1.0 in the config, {GIVEN}gradient_clipping says None: --set train.clip_norm=null",
+            f"train.clip_norm is 1.0 in the config, {GIVEN}gradient_clipping says None: use --set train.clip_norm=null",
         ),
         (
             ZERO,
@@ -126,7 +126,7 @@ GIVEN = "but accelerate launch --"
             ["parallel=ddp", "parallel.ranks=2"],
             {"ACCELERATE_USE_FSDP": "true"},
             "parallel is 'ddp' in the config, but accelerate launch was given --use_fsdp: leave the flag out, or set "
-            "parallel to the strategy that it means",
+            "parallel to the strategy that the flag selects",
         ),
     ],
 )
@@ -155,7 +155,7 @@ def test_micro_batches_that_are_yet_to_be_found_agree_with_any_number_of_them(mo
     if micro_batch in ("auto", 2):
         check_world(asked)
     else:
-        with pytest.raises(ConfigError, match=f"is {4 // micro_batch} micro-batches a step"):
+        with pytest.raises(ConfigError, match=f"is {4 // micro_batch} micro-batches per step"):
             check_world(asked)
 
 
@@ -199,7 +199,7 @@ def test_a_launcher_that_was_asked_for_several_and_started_one_is_an_error(monke
     [
         ({"train_batch_size": 16}, ["train.batch is 8", "(train_batch_size) says 16", "--set train.batch=16"]),
         ({"train_micro_batch_size_per_gpu": 1}, ["train.micro_batch is 2", "says 1"]),
-        ({"gradient_accumulation_steps": 4}, ["is 2 micro-batches a step", "(gradient_accumulation_steps) says 4"]),
+        ({"gradient_accumulation_steps": 4}, ["is 2 micro-batches per step", "(gradient_accumulation_steps) says 4"]),
         ({"gradient_clipping": 0.3}, ["train.clip_norm is 1.0", "says 0.3"]),
         ({"bf16": {"enabled": True}}, ["precision is 'fp32'", "says 'bf16'"]),
     ],
