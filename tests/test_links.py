@@ -215,7 +215,7 @@ def test_a_sweep_with_a_link_in_its_folder_does_not_go_on(swept, outside, leads)
     ]
     for number, name in enumerate(every_link(folder, outside, leads)):
         mine = state(folder)
-        with pytest.raises(ConfigError, match=r"symbolic link|holds no sweep|there is no sweep"):
+        with pytest.raises(ConfigError, match=r"symbolic link|contains no sweep|there is no sweep"):
             going_on[number % 4](Sweep(sweep, folder, cores=1, modules=[], command="", tell=print))
         assert state(outside) == theirs, name
         assert state(folder) == mine, name

@@ -143,7 +143,7 @@ def test_nor_has_a_sweep_and_one_whose_runs_all_fail_says_so_and_fails(run, tmp_
     code, err = run("sweep", f"--config={tmp_path / 'study.json'}", f"--out={tmp_path / 'out'}", "--quiet", llmeff=True)
     assert code == 1
     assert err.startswith(
-        f"llmeff: error: {tmp_path / 'out'}: no run of the sweep finished (2 failed); a/seed-0: llmeff: "
+        f"llmeff: error: {tmp_path / 'out'}: no run of the sweep finished (2 failed). For example, a/seed-0: llmeff: "
     )
     assert "nowhere.txt" in err
     assert [entry.status for entry in read_ledger(tmp_path / "out" / LEDGER)] == ["failed", "failed"]

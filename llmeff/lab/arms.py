@@ -1,4 +1,4 @@
-"""Timing runs: arms take turns in random order, each in a process of its own; speed is a ratio within rounds."""
+"""Timing runs. Arms take turns in random order, each in its own process. Step times are compared within rounds."""
 
 import importlib
 import importlib.util
@@ -29,14 +29,14 @@ from llmeff.lab.race import Generation, Racer, difference, ratio, run_generation
 from llmeff.record.environment import environment
 
 Tick = Callable[[], None]
-"""An arm calls it after every step. It returns when the next step may begin."""
+"""A function that an arm calls after every step. It returns when the next step may begin."""
 Arm = Callable[[RunConfig, Tick], None]
-"""Trains by the config until a tick ends the process."""
+"""A function that trains with a config. It runs until a tick ends the process."""
 
 NOISE = 0.1
-"""A round in which other processes used more cores than this, on average, is noisy."""
+"""A round is noisy if other processes used more than this many cores, on average, during one of its turns."""
 _MANY_STEPS = 1_000_000
-"""More than any race has, so that the loop does not reach the end of its run."""
+"""More steps than any race has, so that the training loop never reaches the end of its run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,18 @@ class Turn:
     """One arm's part of a round."""
 
     step_s: float
-    """Wall time a step, in seconds."""
+    """Wall time per step, in seconds."""
     cpu_s: float
-    """CPU time a step of all threads of the arm's processes, in seconds."""
+    """CPU time per step of all the arm's processes, in seconds."""
     others: float
-    """Cores that other processes used in the meantime, on average."""
+    """Average number of cores that other processes used during the turn."""
 
 
 def ours(config: RunConfig, tick: Tick) -> None:
-    """The loop of `llmeff train`, with records and display, without evaluations and checkpoints."""
+    """Trains with the loop of `llmeff train`, including records and display but not evaluations and checkpoints."""
     from llmeff.run.loop import Trainer
 
-    # a turn may have any number of steps: the run must not end, nor its schedule
+    # the race may take any number of steps, so neither the run nor its schedule may end
     train = config.train.model_copy(update={"steps": max(config.train.steps, _MANY_STEPS)})
     config = config.model_copy(update={"train": train})
     with (
@@ -68,39 +68,41 @@ def ours(config: RunConfig, tick: Tick) -> None:
 
 
 def _refuse_unlike(arm: str, config: RunConfig, *, recompute: bool) -> None:
-    """Refuses a config that asks for what an arm does not do.
+    """Raises an error if a config has settings that an arm does not support.
 
     Args:
-        arm: its name.
-        config: what it is to train.
+        arm: name of the arm.
+        config: the config that the arm is to train.
         recompute: whether the arm can recompute activations.
 
     Raises:
-        ConfigError: it names every such setting.
+        ConfigError: the arm does not support some settings. The message names all of them.
     """
     problems = []
     if config.parallel.joins:
-        problems.append(f"arm {arm!r} is one process: parallel is {config.parallel.name!r}")
+        problems.append(f"arm {arm!r} runs as one process, but parallel is {config.parallel.name!r}")
     if config.transforms:
-        problems.append(f"arm {arm!r} changes no model: transforms is {[each.name for each in config.transforms]}")
+        problems.append(
+            f"arm {arm!r} does not transform models, but transforms is {[each.name for each in config.transforms]}"
+        )
     if config.precision != "fp32":
-        problems.append(f"arm {arm!r} trains in fp32: precision is {config.precision!r}")
+        problems.append(f"arm {arm!r} trains only in fp32, but precision is {config.precision!r}")
     if config.train.micro_batch != config.train.batch:
         problems.append(
-            f"arm {arm!r} makes a step of one micro-batch: train.micro_batch is {config.train.micro_batch}, "
-            f"train.batch {config.train.batch}"
+            f"arm {arm!r} trains with one micro-batch per step, but train.micro_batch is {config.train.micro_batch} and "
+            f"train.batch is {config.train.batch}"
         )
     if config.runtime.recompute and not recompute:
-        problems.append(f"arm {arm!r} does not recompute: runtime.recompute is true")
+        problems.append(f"arm {arm!r} does not recompute activations, but runtime.recompute is true")
     if problems:
         raise ConfigError(problems)
 
 
 def bare(config: RunConfig, tick: Tick) -> None:
-    """The same model, batches and optimizer as `ours`, in the shortest loop that trains.
+    """Trains the same model with the same batches and optimizer as `ours`, but in a minimal loop.
 
     Raises:
-        ConfigError: the config asks for what the arm does not do.
+        ConfigError: the config has settings that this arm does not support.
     """
     from llmeff.run.prepare import prepare, prepare_device, prepare_model
 
@@ -124,10 +126,11 @@ def bare(config: RunConfig, tick: Tick) -> None:
 
 
 def hf_trainer(config: RunConfig, tick: Tick) -> None:
-    """Hugging Face's Trainer, with the same model in its Hugging Face form and the same batches.
+    """Trains the same model and batches as `ours` with Hugging Face's Trainer. Converts the model for transformers.
 
     Raises:
-        ConfigError: the model is no decoder of llmeff's own, or the config asks for what the arm does not do.
+        ConfigError: the model is not one of llmeff's own decoders, or the config has settings that this arm does not
+            support.
     """
     from torch.utils.data import Dataset
     from transformers import Trainer as HFTrainer
@@ -180,11 +183,11 @@ def hf_trainer(config: RunConfig, tick: Tick) -> None:
 
 
 ARMS: dict[str, Arm] = {"ours": ours, "bare": bare, "hf-trainer": hf_trainer}
-"""Arms by name. A user's own is given as `FILE.py:FUNCTION`."""
+"""Built-in arms by name. Users give their own arms as `FILE.py:FUNCTION`."""
 
 
 def find_arm(name: str) -> Arm:
-    """Returns an arm by its name, or from a file.
+    """Returns a built-in arm, or loads an arm from a file.
 
     Args:
         name: a key of `ARMS`, or `FILE.py:FUNCTION`.
@@ -223,25 +226,26 @@ def bench(
     The rounds are divided over generations of processes (see `lab.race`).
 
     Args:
-        config: what every arm trains.
-        arms: their names, each optionally followed by settings, as in "ours runtime.compile=model". The others are compared
-            with the first.
-        rounds: turns of every arm, over all generations.
-        steps: steps of a turn.
-        warmup_steps: steps of each process before its first round.
-        processes: of each arm, one after another: the number of generations.
-        modules: imported in every process, for the components that they register.
+        config: the config that every arm trains.
+        arms: names of the arms, each optionally followed by settings, as in "ours runtime.compile=model". Every other arm
+            is compared with the first.
+        rounds: number of turns of every arm, over all generations.
+        steps: number of steps per turn.
+        warmup_steps: number of steps that each process takes before its first round.
+        processes: number of generations. Each generation has a fresh process for every arm.
+        modules: names of modules that every process imports, for the components that they register.
 
     Returns:
-        for JSON: by arm the median step time and its quartiles over rounds; by pair with the first arm the ratio of step
-        times (theirs / the first's: above 1, the first is faster) with a 95 % interval over generations; the rounds of
-        each generation. Times are in seconds. Measurements have six significant digits.
+        A dict for JSON. For each arm, it has the median and the quartiles of the step time over rounds. For each other arm,
+        it has the ratio of its step time to the first arm's, with a 95 % interval over generations; above 1, the first arm
+        is faster. It also has the rounds of each generation. Times are in seconds. Measurements have six significant
+        digits.
 
     Raises:
-        ConfigError: an arm is unknown, its process ended, or there are too few rounds for an interval.
+        ConfigError: an arm is unknown, a process of an arm ended early, or there are too few rounds for an interval.
     """
     if len(set(arms)) < max(2, len(arms)):
-        raise ConfigError(f"--arm: give at least two different arms, given: {', '.join(arms)}")
+        raise ConfigError(f"--arm: give at least two different arms. Given: {', '.join(arms)}")
     raced = race_runs(
         {arm: _read_arm(config, arm) for arm in arms},
         seed=config.seed,
@@ -255,7 +259,7 @@ def bench(
 
 
 def _read_arm(config: RunConfig, arm: str) -> tuple[RunConfig, str]:
-    """Splits an arm with settings into the config that it trains and its name.
+    """Parses an arm with settings. Returns the config that the arm trains, and the arm's name.
 
     Raises:
         ConfigError: the arm is unknown, or a setting is wrong.
@@ -281,11 +285,11 @@ def race_runs(
     processes: int,
     modules: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Times runs of any configs against one another.
+    """Times runs with any configs against one another.
 
     Args:
-        runs: by name, a config and the arm that trains it. The others are compared with the first.
-        seed: of the order of turns.
+        runs: by name, a config and the name of the arm that trains it. Every other run is compared with the first.
+        seed: seed for the order of turns.
         rounds: as in `bench`.
         steps: as in `bench`.
         warmup_steps: as in `bench`.
@@ -293,15 +297,15 @@ def race_runs(
         modules: as in `bench`.
 
     Returns:
-        as `bench`, without the config.
+        The same dict as `bench`, without the config.
 
     Raises:
-        ConfigError: an arm's process ended, or there are too few rounds for an interval.
+        ConfigError: a process of an arm ended early, or there are too few rounds for an interval.
     """
     if processes < 3 or rounds < processes or min(steps, warmup_steps) < 1:
         raise ConfigError(
-            f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: at least 3 processes of "
-            "each arm, a round in each, 1 step and 1 warm-up step"
+            f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: give at least "
+            "3 processes of each arm, one round per process, 1 step and 1 warm-up step"
         )
     order, names = random.Random(seed), list(runs)
     arguments = {name: (config.model_dump(mode="json"), arm, list(modules)) for name, (config, arm) in runs.items()}
@@ -318,38 +322,41 @@ def race_runs(
 
 
 def _share(rounds: int, processes: int, number: int) -> int:
-    """Rounds of generation `number`, if `rounds` are divided evenly over `processes`."""
+    """Returns the number of rounds of generation `number` if `rounds` are divided evenly over `processes`."""
     return len(range(number, rounds, processes))
 
 
 def _start(
     generation: Generation, arguments: Mapping[str, tuple[Any, ...]], warmup_steps: int, order: random.Random
 ) -> dict[str, Racer]:
-    """Starts a process for each name, in random order, and warms each up before the next starts.
+    """Starts a process for each name, in random order. Each process warms up before the next one starts.
 
     Args:
-        generation: gets the processes.
-        arguments: by name, those of `_work` before the pipe.
-        warmup_steps: of each process.
-        order: draws the order.
+        generation: the generation to which the processes are added.
+        arguments: by name, the arguments of `_work` before the pipe.
+        warmup_steps: number of warm-up steps of each process.
+        order: random generator that draws the order.
 
     Raises:
-        ConfigError: a process ended.
+        ConfigError: a process ended early.
     """
     racers = {}
     for name in order.sample(list(arguments), len(arguments)):
-        racers[name] = generation.start(_work, *arguments[name], early_end=f"arm {name!r} ended before its turn did")
+        racers[name] = generation.start(
+            _work, *arguments[name], early_end=f"arm {name!r} ended before its turn was over"
+        )
         racers[name].ask(warmup_steps)
     return racers
 
 
 class _Turns:
-    """The turns of an arm, seen from its process.
+    """Runs and measures the turns of an arm, within the arm's process.
 
-    A question is a number of steps. The answer is the `Turn` that they made. None ends the process.
+    The race sends a number of steps through the pipe, and gets back a `Turn` once these steps are done. If it
+    sends None, the process ends.
 
     Args:
-        pipe: to the process of the race.
+        pipe: the pipe to the process that runs the race.
         ranks: the other processes of the arm.
     """
 
@@ -358,7 +365,7 @@ class _Turns:
         self._begin()
 
     def tick(self) -> None:
-        """Counts a step. After the last of a turn it answers, and waits for the next turn."""
+        """Counts a step. After the last step of a turn, sends the `Turn` and waits for the next one to begin."""
         self._left -= 1
         if self._left > 0:
             return
@@ -371,19 +378,19 @@ class _Turns:
     def _begin(self) -> None:
         steps = self._pipe.recv()
         if steps is None:
-            sys.exit()  # through the arm, which removes its folders
+            sys.exit()  # raises SystemExit in the arm, which then removes its temporary folders
         self._left = self._steps = steps
         self._cpu_began, self._began = self._cpu_times(), time.perf_counter()
 
     def _cpu_times(self) -> tuple[float, float]:
-        """CPU seconds so far: of the arm's processes, and of the machine."""
+        """Returns the CPU seconds used so far by the arm's processes, and by the whole machine."""
         machine = psutil.cpu_times()
         ranks_s = sum(sum(rank.cpu_times()[:2]) for rank in self._ranks)
         return time.process_time() + ranks_s, machine.user + machine.system + machine.nice
 
 
 def _work(config: dict[str, Any], arm: str, modules: Sequence[str], pipe: Connection) -> None:
-    """Runs in an arm's process."""
+    """The main function of an arm's process: trains with the arm, turn by turn."""
     _silence(1)
     load_components(modules)
     ranks = _lead(config, arm, modules) if config.get("parallel", {}).get("ranks", 1) > 1 else []
@@ -392,14 +399,17 @@ def _work(config: dict[str, Any], arm: str, modules: Sequence[str], pipe: Connec
 
 
 def _silence(*streams: int) -> None:
-    """Sends the output on these file descriptors nowhere."""
+    """Discards all output to these file descriptors."""
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         for stream in streams:
             os.dup2(nothing.fileno(), stream)
 
 
 def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> list[psutil.Process]:
-    """Makes this process rank 0 of the run, and starts the other ranks. They wait for it in every step."""
+    """Makes this process rank 0 of the run, and starts the other ranks. Returns the processes of the other ranks.
+
+    Only rank 0 counts steps and takes turns. The other ranks wait for it in every step.
+    """
     num_ranks, port = config["parallel"]["ranks"], free_port()
     others = [spawn(_follow, config, arm, modules, rank, port, daemon=True) for rank in range(1, num_ranks)]
     become_rank(0, num_ranks, port)
@@ -407,7 +417,7 @@ def _lead(config: dict[str, Any], arm: str, modules: Sequence[str]) -> list[psut
 
 
 def _follow(config: dict[str, Any], arm: str, modules: Sequence[str], rank: int, port: int) -> None:
-    """Runs in the process of another rank. It ends with rank 0."""
+    """The main function of the process of any rank except 0. The process ends when rank 0 ends."""
     _silence(1, 2)
     become_rank(rank, config["parallel"]["ranks"], port)
     load_components(modules)
@@ -415,30 +425,33 @@ def _follow(config: dict[str, Any], arm: str, modules: Sequence[str], rank: int,
 
 
 def _geometric_mean(values: Iterable[float]) -> float:
-    """Of positive values; the ratio of two arms' is the geometric mean of their ratios within rounds."""
+    """Returns the geometric mean of positive values.
+
+    The ratio of two arms' means equals the geometric mean of the ratios within rounds.
+    """
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def _quiet(rounds: Sequence[dict[str, Turn]]) -> list[dict[str, Turn]]:
-    """The rounds of a generation in which other processes used at most `NOISE` cores in every turn."""
+    """Returns the rounds in which other processes used at most `NOISE` cores during every turn."""
     return [turns for turns in rounds if max(turn.others for turn in turns.values()) <= NOISE]
 
 
 def _used(rounds: list[dict[str, Turn]]) -> list[dict[str, Turn]]:
-    """The quiet rounds of a generation; all rounds, if fewer than 3 or fewer than a third are quiet."""
+    """Returns the quiet rounds of a generation, or all its rounds if fewer than 3 or fewer than a third are quiet."""
     quiet = _quiet(rounds)
     return quiet if len(quiet) >= max(3, len(rounds) // 3) else rounds
 
 
 def _is_busy(rounds: list[dict[str, Turn]]) -> bool:
-    """Whether noisy rounds of a generation are used."""
+    """Returns whether noisy rounds of a generation are used, because too few are quiet."""
     return len(_quiet(rounds)) < len(_used(rounds))
 
 
 def _values(
     generations: Sequence[Sequence[dict[str, Turn]]], names: Sequence[str], value: Callable[[Turn], float]
 ) -> dict[str, list[list[float]]]:
-    """One number per turn: by arm, a list for each generation, with a number for each round."""
+    """Returns `value` of each turn. Each arm has a list per generation, with a number per round."""
     return {name: [[value(turns[name]) for turns in rounds] for rounds in generations] for name in names}
 
 
@@ -447,13 +460,13 @@ def _against_first(
     sign: str,
     compare: Callable[[list[list[float]], list[list[float]]], Estimate],
 ) -> dict[str, dict[str, float]]:
-    """Compares the values of the other names with those of the first; a pair is called NAME, sign, FIRST."""
+    """Compares the values of every other name with those of the first. The keys are "NAME sign FIRST"."""
     first, *others = values
     return {f"{name} {sign} {first}": _plain(compare(values[name], values[first])) for name in others}
 
 
 def _summarize(names: Sequence[str], generations: list[list[dict[str, Turn]]]) -> dict[str, Any]:
-    """What `bench` returns of the turns, not rounded; the others are compared with the first of the names."""
+    """Computes the measurements that `bench` returns, before rounding. Every other arm is compared with the first."""
     used = [_used(rounds) for rounds in generations]
     num_rounds, num_used = (sum(map(len, each)) for each in (generations, used))
     step_s = _values(used, names, lambda turn: turn.step_s)
@@ -484,7 +497,7 @@ def _plain(estimate: Estimate) -> dict[str, float]:
 
 
 def _rounded(value: Any) -> Any:
-    """The same lists and dicts, with six significant digits of every float."""
+    """Rounds every float in nested lists and dicts to six significant digits."""
     if isinstance(value, dict):
         return {name: _rounded(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -493,16 +506,16 @@ def _rounded(value: Any) -> Any:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The result of `bench` as lines of text."""
+    """Formats the result of `bench` as lines of text."""
     width = max(24, *map(len, [*result["arms"], *result["ratios"]]))
     lines = [
-        f"{name:<{width}} {1e3 * arm['median_step_s']:.2f} ms a step (half of the rounds between "
+        f"{name:<{width}} {1e3 * arm['median_step_s']:.2f} ms per step (median; quartiles "
         f"{1e3 * arm['lower_quartile_s']:.2f} and {1e3 * arm['upper_quartile_s']:.2f})"
         for name, arm in result["arms"].items()
     ]
     for pair, value in result["ratios"].items():
         lines.append(
-            f"{pair:<{width}} {value['mean']:.3f} (95 %: {value['lower']:.3f} to {value['upper']:.3f}, "
+            f"{pair:<{width}} {value['mean']:.3f} (95 % interval {value['lower']:.3f} to {value['upper']:.3f}, "
             f"n = {value['n']} generations, {result['rounds_used']} rounds)"
         )
     for pair, value in result["differences_s"].items():
@@ -513,7 +526,7 @@ def show(result: dict[str, Any]) -> str:
         lines.append(f"{result['noisy_rounds_dropped']} of {result['rounds']} rounds were noisy and are left out")
     if result["busy_generations"]:
         lines.append(
-            "the machine was busy: generations with too few quiet rounds, of which all are used: "
+            "the machine was busy: generations in which too few rounds were quiet, so that all rounds are used: "
             f"{', '.join(map(str, result['busy_generations']))}"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: its tuning trials, the settings chosen by them, and the final runs."""
+"""Lists the jobs of a sweep: tuning trials, and final runs with the settings of the best trials."""
 
 import itertools
 import math
@@ -14,14 +14,14 @@ from llmeff.record import schema
 from llmeff.record.reader import read_run
 
 CHOSEN = "chosen.json"
-"""Beside an arm's runs: the settings of its final runs."""
+"""The file with the settings of an arm's final runs. It is in the folder that contains the arm's runs."""
 
 Settings = dict[str, Any]
-"""Values by the path of a field."""
+"""Values by the dotted path of a config field."""
 
 
 def tuning_jobs(sweep: SweepConfig) -> list[Job]:
-    """All trials, in order."""
+    """Returns all tuning trials, in order."""
     trials = (
         (arm, cell, number, trial)
         for cell in sweep.cells()
@@ -35,10 +35,10 @@ def tuning_jobs(sweep: SweepConfig) -> list[Job]:
 
 
 def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
-    """The final runs, with the settings of the best trials in the folder; none of an arm if no trial of it finished.
+    """Returns the final runs, with the settings of the best trials in the folder.
 
-    Settings once chosen for an arm stay, even if a trial that had failed turns out better later: an arm's seeds are
-    comparable only if they have the same settings.
+    An arm has no final runs if none of its trials finished. Once settings are chosen for an arm, they stay, even if a trial
+    that failed at first later turns out better: the arm's seeds are comparable only if they have the same settings.
     """
     trials = tuning_jobs(sweep)
 
@@ -54,17 +54,17 @@ def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
 
 
 def planned_finals(sweep: SweepConfig) -> list[Job]:
-    """All final runs, as they are if every arm's first trial is the best."""
+    """Returns all final runs, as if the first trial of every arm were the best."""
     return _finals(sweep, len(tuning_jobs(sweep)), lambda arm, cell: sweep.first_trial(arm))
 
 
 def _finals(sweep: SweepConfig, first: int, chosen: Callable[[str, Settings], Settings | None]) -> list[Job]:
-    """A run for each seed of every arm in every cell.
+    """Returns a final run for each seed of every arm in every cell.
 
     Args:
-        sweep: what they are of.
-        first: the place in the sweep of the first of them.
-        chosen: gives the settings of an arm in a cell; None: it has no runs.
+        sweep: the sweep.
+        first: the `order` of the first final run.
+        chosen: returns the settings of an arm in a cell, or None if the arm gets no final runs there.
     """
     jobs: list[Job] = []
     for cell, arm in itertools.product(sweep.cells(), sweep.every_arm):
@@ -78,12 +78,14 @@ def _finals(sweep: SweepConfig, first: int, chosen: Callable[[str, Settings], Se
 
 
 def choice_path(sweep: SweepConfig, folder: Path, arm: str, cell: Settings) -> Path:
-    """The file with the settings chosen for an arm in a cell."""
+    """Returns the path of the file with the settings chosen for an arm in a cell."""
     return folder / RUNS / arm_path(sweep.tuned_by(arm), cell) / CHOSEN
 
 
 def best_trial(trials: Sequence[Job], folder: Path, metric: str) -> Settings | None:
-    """The settings of the trial with the best value of a metric; the first of equal ones; None if none finished.
+    """Returns the settings of the trial with the best value of a metric.
+
+    If several trials tie, returns the settings of the first. Returns None if no trial finished.
 
     Raises:
         ConfigError: the task of a trial does not have the metric.
@@ -94,7 +96,7 @@ def best_trial(trials: Sequence[Job], folder: Path, metric: str) -> Settings | N
 
 
 def _cost(folder: Path, metric: str) -> float:
-    """A run's value of a metric as a number that is better if lower; infinite if the run did not finish."""
+    """Returns a run's value of a metric, negated if higher is better. Infinite if the run did not finish."""
     if not (folder / schema.RESULT).is_file():
         return math.inf
     run = read_run(folder)
@@ -105,9 +107,10 @@ def _cost(folder: Path, metric: str) -> float:
 
 
 def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
-    """A run's config, with the `auto` settings of its optimizer as the first run of the sweep resolved them.
+    """Returns a run's config, with `auto` settings of the optimizer replaced by those of the first run of the sweep.
 
-    All runs of a sweep then have the same settings, whichever machine continues it.
+    So all runs of a sweep have the same settings, even if the sweep continues on another machine. If no run with such
+    settings has begun, they stay `auto`.
     """
     left_open = {name for name, value in config.optim.model_dump().items() if value == "auto"}
     if not left_open:
@@ -122,7 +125,7 @@ def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
 
 
 def _leaves_open(sweep: SweepConfig, arm: str, cell: Settings, optimizer: str, names: Iterable[str]) -> bool:
-    """Whether the runs of an arm in a cell have this optimizer, with all these settings of it `auto`."""
+    """Returns whether the runs of an arm in a cell use this optimizer and leave all the named settings at `auto`."""
     asked = sweep.run_config(arm, cell, sweep.first_trial(arm), seed=0).optim
     tried = sweep.every_arm[sweep.tuned_by(arm)].search.keys() | cell.keys()
     if asked.name != optimizer or any(f"optim.{name}" in tried for name in names):

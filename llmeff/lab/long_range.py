@@ -1,4 +1,4 @@
-"""The loss of trained language models at longer contexts than in training, and on tokens that repeat earlier ones."""
+"""Evaluates trained language models on longer windows than in training, and on tokens that end a repeated n-gram."""
 
 import math
 import os
@@ -33,67 +33,67 @@ from llmeff.models import Decoder, llama_format
 from llmeff.record.environment import environment
 from llmeff.record.reader import model_folder, read_run
 
-# B windows, T tokens of a window
+# B is the number of windows, T the number of tokens in a window.
 
 FINE = 4
-"""Spans of positions for each training length."""
+"""Number of spans into which the positions of each training length are divided."""
 _COUNTED = 2**24
-"""Token frequencies are of so many tokens of the training text, at most."""
+"""Maximum number of tokens of the training text that are counted for token frequencies."""
 _LOGITS = 2**22
-"""Elements of the logits of a batch, about."""
+"""Approximate number of elements in the logits of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean loss."""
+    """A mean loss over tokens."""
 
     loss: float
-    """Nats per token; NaN if there is no token."""
+    """Nats per token. NaN if there are no tokens."""
     count: int
-    """Tokens that it is over."""
+    """Number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtLength:
-    """The measures of a model in windows of one length."""
+    """Measurements of a model on windows of one length."""
 
     length: int
-    """Tokens of a window."""
+    """Number of tokens in a window."""
     all: Mean
-    """Over all tokens."""
+    """Loss over all tokens."""
     repeated: Mean
-    """Over tokens that end a repeated n-gram, which the model can recall: it was in the same document of the window before."""
+    """Loss over tokens that end a repeated n-gram: one that occurred earlier in the same document of the window."""
     other: Mean
-    """Over the other tokens."""
+    """Loss over the other tokens."""
     tokens_per_s: float
-    """Of the forward pass, median over batches."""
+    """Throughput of the forward pass, in tokens per second. Median over batches."""
     state_bytes: int
-    """Bytes of the cache after a sequence of `length` tokens, in the format of the parameters."""
+    """Bytes of the decoding cache after a sequence of `length` tokens, in the number format of the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRange:
-    """The measures of one model."""
+    """Measurements of one model."""
 
     run: str
-    """Its folder, below the folder of all runs."""
+    """The run's folder, relative to the folder that contains all runs."""
     arm: str
-    """The same for runs that differ only in their seeds: their name or, if other runs have that name too, the folder of the
-    first of them."""
+    """Name of the arm. Runs that differ only in the seed have the same arm, which is named after these runs. If two arms
+    would get the same name, each is named after the folder of its first run instead."""
     training_length: int
-    """Tokens of a window in training."""
+    """Number of tokens in a training window."""
     unigram_loss: float
-    """Nats per token on the same text if each token is predicted by its frequency in the training text alone."""
+    """Loss on the held-out text, in nats per token, if tokens are predicted only by their frequency in the training text."""
     lengths: list[AtLength]
-    """At the training length, twice that, four times that, and so on."""
+    """Measurements on windows of 1, 2, 4, ... times the training length."""
     positions: list[tuple[int, Mean]]
-    """In windows of the largest length, by spans of positions: the first position of a span, and the mean loss in it. There
-    are `FINE` spans for each training length."""
+    """Loss by position, in windows of the largest length. Each entry is the first position of a span, and the mean loss in
+    the span. There are `FINE` spans per training length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A run that has ended, with its model and its text."""
+    """A run that has ended, with its model and its text corpus."""
 
     config: RunConfig
     model: Decoder
@@ -107,26 +107,28 @@ def long_range(
     """Evaluates models on held-out text in windows of 1, 2, 4, ... times their training length.
 
     Args:
-        folders: runs that have ended.
-        times: the largest multiple, a power of 2.
-        gram: n of the n-grams that count as repeated; 2: bigrams. Arora et al. 2023 (arXiv 2312.04927) leave out bigrams
-            that are frequent in training; here all count.
-        split: whose text is read.
-        max_tokens: of the split, from its beginning; at least one window of the largest multiple.
+        folders: folders of runs that have ended.
+        times: largest multiple of the training length. It must be a power of 2.
+        gram: n of the repeated n-grams; 2 means bigrams. Arora et al. 2023 (arXiv 2312.04927) leave out bigrams that are
+            frequent in training. Here all n-grams count.
+        split: the split whose text is used.
+        max_tokens: number of tokens to use, from the beginning of the split. It must cover at least one window of the
+            largest length.
 
     Raises:
-        ConfigError: a folder holds no run of a decoder on text, runs have different text, or an argument is out of range.
+        ConfigError: a folder does not contain a run of a decoder on text, the runs have different texts or tokenizers, or
+            an argument is out of range.
     """
     problems = _argument_problems(folders, times, gram, split, max_tokens)
     if problems:
         raise ConfigError(problems)
-    # evaluation may take long: all runs are opened before it begins
+    # evaluation may take long, so all runs are opened first to find errors early
     opened, runs = [_open(each, times, split, max_tokens) for each in folders], _apart(folders)
     texts = {each.corpus.fingerprint: run for each, run in zip(opened, runs, strict=True)}
     if len(texts) > 1:
         raise ConfigError(
-            f"{' and '.join(texts.values())} read other text, or by another tokenizer, so that losses are not of the same "
-            "tokens: give runs of one text at a time"
+            f"{' and '.join(texts.values())} use different texts or tokenizers, so their losses are not comparable. Give only "
+            "runs that use the same text and tokenizer"
         )
     arms = _arms(runs, [each.config for each in opened])
     return [
@@ -139,24 +141,24 @@ def _argument_problems(folders: Sequence[Path], times: int, gram: int, split: st
     if split not in SPLITS:
         problems.append(f"--split {split!r}: there is no such split.{nearest(split, SPLITS)}")
     if times < 1 or times & (times - 1):
-        problems.append(f"--times {times}: give a power of 2")
+        problems.append(f"--times {times}: must be a power of 2")
     if gram < 2:
-        problems.append(f"--gram {gram}: at least 2")
+        problems.append(f"--gram {gram}: must be at least 2")
     if max_tokens < 1:
-        problems.append(f"--max-tokens {max_tokens}: at least 1")
+        problems.append(f"--max-tokens {max_tokens}: must be at least 1")
     counts = Counter(folder.resolve() for folder in folders)
-    return problems + [f"{folder}: is given twice" for folder, count in counts.items() if count > 1]
+    return problems + [f"{folder}: this run is given twice" for folder, count in counts.items() if count > 1]
 
 
 def _apart(folders: Sequence[Path]) -> list[str]:
-    """The folders below the one that holds them all."""
+    """Returns the folders relative to the folder that contains all of them."""
     whole = [folder.resolve() for folder in folders]
     shared = Path(os.path.commonpath([each.parent for each in whole])) if whole else Path()
     return [each.relative_to(shared).as_posix() for each in whole]
 
 
 def _arms(runs: Sequence[str], configs: Sequence[RunConfig]) -> list[str]:
-    """The arm of each run; runs whose configs differ only in the seed are one arm."""
+    """Returns the name of each run's arm. Runs whose configs differ only in the seed have the same arm."""
     without_seed = [config.model_copy(update={"seed": 0}).model_dump_json() for config in configs]
     firsts = [without_seed.index(text) for text in without_seed]
     names = Counter(configs[first].name for first in set(firsts))
@@ -181,7 +183,10 @@ def _read(opened: _Opened, run: str, arm: str, times: int, gram: int, split: Spl
 
 
 def _unigram_loss(corpus: TextCorpus, split: Split, max_tokens: int) -> float:
-    """Nats per token by token frequencies. Each count is one higher, so that no token has probability 0."""
+    """Returns the loss in nats per token if tokens are predicted by their frequency in the training text.
+
+    1 is added to each count, so that no token has probability 0.
+    """
     counts = np.bincount(corpus.stream("train").tokens[:_COUNTED], minlength=corpus.vocab_size) + 1
     return float(-np.log(counts / counts.sum())[corpus.stream(split).tokens[1 : max_tokens + 1]].mean())
 
@@ -190,20 +195,20 @@ def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
     run = read_run(folder)
     config = validate(RunConfig, run.config)
     if not isinstance(config.data, TextData):
-        raise ConfigError(f"{folder}: this run trained on data {config.data.name!r}; give a run on text")
+        raise ConfigError(f"{folder}: this run used data {config.data.name!r}, but this command needs a run on text")
     model_config, tensors = llama_format.load(model_folder(run))
     model, corpus, length = model_config.build(), config.data.open(), config.data.sequence_length
     copy_tensors(model, tensors)
     available = len(corpus.stream(split).tokens) - 1
     if available < length * times:
         raise ConfigError(
-            f"{folder}: the split {split!r} has {available} tokens, and a window of {times} times the training length has "
-            f"{length * times}: take another of {', '.join(SPLITS)}, or a smaller --times"
+            f"{folder}: the split {split!r} has {available} tokens, but a window of {times} times the training length needs "
+            f"{length * times}. Choose another split ({', '.join(SPLITS)}) or a smaller --times"
         )
     if max_tokens < length * times:
         raise ConfigError(
-            f"--max-tokens {max_tokens}: {folder} was trained on windows of {length} tokens, and one of {times} times as many "
-            f"has {length * times}: give at least so many, or a smaller --times"
+            f"--max-tokens {max_tokens}: {folder} was trained on windows of {length} tokens, so a window of {times} times that "
+            f"length needs {length * times} tokens. Give at least that many, or a smaller --times"
         )
     return _Opened(config=config, model=model.eval(), corpus=corpus, training_length=length)
 
@@ -212,7 +217,7 @@ def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
 def _at_length(
     model: Decoder, corpus: TextCorpus, length: int, gram: int, split: Split, max_tokens: int
 ) -> tuple[AtLength, tuple[Ids, NDArray[np.float64]]]:
-    """The measures at a length; for every counted position, the number of tokens before it and the loss at it."""
+    """Returns the measurements at a length and, for each counted position, the number of tokens before it and its loss."""
     windows = corpus.eval_windows(split, length, min(max_tokens, len(corpus.stream(split).tokens) - 1))
     rows = max(1, _LOGITS // max(corpus.vocab_size, 1024) // length)
     seen, losses, hits, rates = [], [], [], []
@@ -250,11 +255,11 @@ def _layout(packed: EvalBatch) -> Layout | None:
 
 
 def repeated(packed: EvalBatch, gram: int) -> NDArray[np.bool_]:
-    """Whether the n-gram that ends with each target ended before in the same document of the row, (B, T).
+    """Returns whether the n-gram that ends with each target occurred earlier in the same document of its row, (B, T).
 
     Args:
-        packed: windows.
-        gram: n, the target included.
+        packed: a batch of windows.
+        gram: n, counting the target.
     """
     whole = np.concatenate((packed.tokens, packed.targets[:, -1:]), axis=1)
     apart = np.zeros_like(packed.tokens) if packed.documents is None else packed.documents
@@ -266,7 +271,7 @@ def repeated(packed: EvalBatch, gram: int) -> NDArray[np.bool_]:
     for row in range(num_rows):
         begins, ends = apart[row, : length + 2 - gram], apart[row, gram - 2 :]
         places = np.arange(len(ends))
-        # an n-gram across two documents gets a number of its own, so that it repeats none
+        # an n-gram that spans two documents gets a unique number, so that it never counts as repeated
         documents = np.where(begins == ends, ends, -2 - places)
         keys = np.column_stack((documents, grams[row]))
         _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
@@ -279,7 +284,7 @@ def _mean(losses: NDArray[np.float64]) -> Mean:
 
 
 def as_json(found: Sequence[LongRange]) -> dict[str, Any]:
-    """The measures and the environment, for JSON; None for NaN."""
+    """Returns the measurements and the environment as JSON values. NaN becomes None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -293,16 +298,25 @@ def as_json(found: Sequence[LongRange]) -> dict[str, Any]:
 
 
 def tables(found: Sequence[LongRange]) -> list[TextTable]:
-    """A row for each arm and length, with the mean over its runs and, of several runs, a 95 % interval."""
+    """Returns a table with a row for each arm and length. Losses are means over runs, with 95 % intervals if an arm has several."""
     rows = [_row(arm, runs, place) for arm, runs in _by_arm(found).items() for place, _ in enumerate(runs[0].lengths)]
     unigram_losses = dict.fromkeys(f"{each.unigram_loss:.4f}" for each in found)
     rows += [["token frequencies", "-", loss, *["-"] * 5] for loss in unigram_losses]
-    headers = ["arm, window", "runs", "loss", "of repeated runs", "of the rest", "repeated", "tokens/s", "state"]
-    return [TextTable(title="Loss (nats per token) by length of window", headers=headers, rows=rows)]
+    headers = [
+        "arm, window",
+        "runs",
+        "loss",
+        "of repeated n-grams",
+        "of other tokens",
+        "repeated",
+        "tokens/s",
+        "state",
+    ]
+    return [TextTable(title="Loss (nats per token) by window length", headers=headers, rows=rows)]
 
 
 def _row(arm: str, runs: Sequence[LongRange], place: int) -> list[str]:
-    """An arm's row of the table at the length in this place."""
+    """Returns an arm's row of the table, for the length at index `place`."""
     at_length = [run.lengths[place] for run in runs]
     first = at_length[0]
     return [
@@ -332,9 +346,9 @@ def _shown(losses: Sequence[float]) -> str:
 
 
 def picture(found: Sequence[LongRange]) -> bytes:
-    """A PNG of the mean loss of each arm over the number of tokens before.
+    """Plots the mean loss of each arm over the number of preceding tokens. Returns a PNG.
 
-    The number is in training lengths if these differ between runs.
+    If the training length differs between runs, the horizontal axis is in units of the training length.
     """
     lengths = {each.training_length for each in found}
     unit, words = (lengths.pop(), "tokens seen") if len(lengths) == 1 else (1, "training lengths seen")

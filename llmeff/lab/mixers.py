@@ -1,6 +1,6 @@
-"""Mixers alone: the time and memory of each as sequences grow, and from which length on it is faster than the first.
+"""Benchmarks single mixers: time and memory by sequence length, and the length from which each is faster than the first.
 
-The model is that of `llmeff.models.single_layer`.
+Each mixer runs in the one-layer model of `llmeff.models.single_layer`.
 """
 
 import math
@@ -36,49 +36,50 @@ from llmeff.record.environment import environment
 
 Kind = Literal["forward", "step", "decode"]
 Times = dict[Kind, dict[int, list[float]]]
-"""Seconds of a mixer by kind and length, one a process."""
+"""Seconds of a mixer by kind and length, with one value per process."""
 KINDS: dict[Kind, str] = {"forward": "forward", "step": "forward and backward", "decode": "decoding a token"}
-"""What is timed, and its words in tables."""
+"""The kinds of calls that are timed, with their names in tables."""
 TURN_S = 0.05
-"""Seconds that a turn lasts at least: calls are repeated until then."""
+"""Minimum duration of a timing, in seconds. The timed call is repeated until then."""
 DECODED = 16
-"""Tokens that a turn of decoding decodes, at most."""
+"""Maximum number of tokens that are decoded for one timing."""
 LAST = 3
-"""The exponent of time is fitted to so many of the largest lengths."""
+"""The exponent of time is fitted to this many of the largest lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixerRace:
-    """What `llmeff bench mixers` races."""
+    """The settings of `llmeff bench mixers`."""
 
     lengths: tuple[int, ...]
-    """T, in tokens, ascending."""
+    """Sequence lengths (T) in tokens, ascending."""
     mixers: tuple[str, ...] = ()
-    """Names, each optionally followed by settings, as in "sliding window=64". The first is the baseline. Empty: all mixers."""
+    """Mixers by name, each optionally with settings, as in "sliding window=64". The first is the baseline. If
+    empty, all mixers race."""
     width: int = 64
-    """D, of the residual stream."""
+    """Width of the residual stream (D)."""
     num_heads: int = 2
-    """N; a head is D / N wide."""
+    """Number of heads (N). The width of a head is D / N."""
     precision: PrecisionName = "fp32"
     """Number formats."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
     threads: int = 1
-    """Of a process, on a CPU."""
+    """Number of threads of a process, if it runs on a CPU."""
     processes: int = 3
-    """Fresh processes, one after another; intervals are over them."""
+    """Number of fresh processes, which run one after another. Intervals are over processes."""
     rounds: int = 3
-    """Turns of every mixer at every length in a process; their median is the process's value."""
+    """Number of turns of every mixer at every length in a process. Their median is the value of the process."""
     seed: int = 0
-    """Of the order of turns, the weights and the tokens."""
+    """Seed for the order of turns, the weights and the tokens."""
     modules: tuple[str, ...] = ()
-    """Imported in every process, for the mixers that they register."""
+    """Names of modules that every process imports, for the mixers that they register."""
 
     def configs(self) -> dict[str, DecoderConfig]:
-        """The model of each mixer, by the mixer's name with its settings.
+        """Returns the config of each mixer's model, by the mixer's name with its settings.
 
         Raises:
-            ConfigError: a field has a value that cannot work, or a mixer is unknown.
+            ConfigError: a field has an invalid value, or a mixer is unknown.
         """
         problems = [*self._too_small(), *self._other_problems()]
         if problems:
@@ -93,21 +94,21 @@ class MixerRace:
         return configs
 
     def _too_small(self) -> list[str]:
-        """The problems of numbers below their minimum."""
+        """Returns an error message for each number that is below its minimum."""
         minima = (
             ("width", self.width, 1), ("heads", self.num_heads, 1), ("processes", self.processes, 2),
             ("rounds", self.rounds, 1), ("threads", self.threads, 1),
         )  # fmt: skip
-        return [f"--{name} {value}: at least {least}" for name, value, least in minima if value < least]
+        return [f"--{name} {value}: must be at least {least}" for name, value, least in minima if value < least]
 
     def _other_problems(self) -> list[str]:
-        """The problems of the names, the lengths and the device."""
+        """Returns an error message for each problem with the mixers' names, the lengths or the device."""
         problems = []
         if len(set(self.mixers)) < len(self.mixers):
-            problems.append(f"--mixer: give different mixers, given: {', '.join(self.mixers)}")
+            problems.append(f"--mixer: give different mixers. Given: {', '.join(self.mixers)}")
         if len(self.lengths) < LAST or list(self.lengths) != sorted({*self.lengths}) or self.lengths[0] < 2:
             problems.append(
-                f"--length: give at least {LAST} ascending numbers of tokens from 2 on, given: "
+                f"--length: give at least {LAST} ascending numbers of tokens, each at least 2. Given: "
                 f"{', '.join(map(str, self.lengths))}"
             )
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +116,7 @@ class MixerRace:
         return problems
 
     def workload(self, length: int) -> Workload:
-        """A forward and backward pass over `length` tokens."""
+        """Returns the workload of a forward and backward pass over `length` tokens."""
         return Workload(
             num_sequences=1,
             num_tokens=length,
@@ -137,10 +138,10 @@ class MixerRace:
 
 
 class _Cache:
-    """The cache of a layer that decodes. Keys and values have one buffer each, with room for all tokens.
+    """The decoding cache of one layer. Keys and values have one buffer each, allocated at full size.
 
     Args:
-        room: tokens that it has room for.
+        room: number of tokens for which the buffers have room.
     """
 
     def __init__(self, room: int):
@@ -170,12 +171,12 @@ class _Cache:
 
 
 class _Subject:
-    """A mixer at one length, and all that is timed of it.
+    """A mixer at one length, with the calls that are timed: `forward`, `step` and `decode`.
 
     Args:
-        race: what it is part of.
-        model: the mixer's.
-        length: T, in tokens.
+        race: settings of the race.
+        model: the mixer's one-layer model.
+        length: number of tokens (T).
     """
 
     def __init__(self, race: MixerRace, model: Decoder, length: int):
@@ -208,7 +209,7 @@ class _Subject:
 
     @torch.inference_mode()
     def prefill(self, room: int) -> int:
-        """Gives the layer all tokens, with room for `room` more in its cache; returns the bytes of the cache."""
+        """Runs all tokens through the layer to fill a new cache, which has room for `room` more. Returns the cache's bytes."""
         self._cache, self._num_decoded = _Cache(self._length + room), 0
         with self._cast():
             self.model.hidden(self.tokens, caches=[self._cache])
@@ -228,7 +229,7 @@ class _Subject:
 
 
 def _timed(run: Callable[[], object], device: torch.device, at_most: int = 1_000_000) -> float:
-    """Mean seconds of a call, over the calls of a turn, which are `at_most` at most."""
+    """Calls `run` for at least `TURN_S` seconds, but at most `at_most` times. Returns the mean seconds of a call."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -245,7 +246,7 @@ def _timed(run: Callable[[], object], device: torch.device, at_most: int = 1_000
 
 
 def _turn(subject: _Subject, device: torch.device) -> dict[Kind, float]:
-    """Seconds of each kind."""
+    """Times each kind of call. Returns the seconds of a call by kind."""
     forward_s, step_s = _timed(subject.forward, device), _timed(subject.step, device)
     subject.free_gradients()
     subject.prefill(DECODED + 1)
@@ -258,7 +259,7 @@ def _turn(subject: _Subject, device: torch.device) -> dict[Kind, float]:
 def _medians(
     subjects: Mapping[str, _Subject], rounds: int, order: random.Random, device: torch.device
 ) -> dict[str, dict[Kind, float]]:
-    """Median seconds by name and kind, over rounds in which the subjects take turns."""
+    """Lets the subjects take turns. Returns the median seconds over rounds, by name and kind."""
     found = take_turns(list(subjects), rounds, order, lambda name: _turn(subjects[name], device))
     return {
         name: {kind: statistics.median(turns[name][kind] for turns in found) for kind in KINDS} for name in subjects
@@ -266,19 +267,19 @@ def _medians(
 
 
 def _in_process(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str, Any]:
-    """All that one process finds out.
+    """Takes all measurements of one process.
 
     Args:
-        race: what it is part of.
-        order_seed: of the order of turns.
-        measures: whether it measures bytes and FLOPs too.
+        race: settings of the race.
+        order_seed: seed for the order of turns.
+        measures: whether to measure bytes and FLOPs too.
 
     Returns:
-        the FLOP/s of products, and by mixer and length: the median seconds of each kind; with `measures` the bytes and
-        FLOPs, and the kernels that ran.
+        The FLOP/s of matrix products and, by mixer and length, the median seconds of each kind. With `measures`, also the
+        bytes and FLOPs, and the kernels that ran.
     """
     load_components(race.modules)
-    keep_freed_memory()  # as a run does
+    keep_freed_memory()  # as in a training run
     torch.set_num_threads(race.threads)
     torch.manual_seed(race.seed)
     device, order = torch.device(race.device), random.Random(order_seed)
@@ -302,7 +303,7 @@ def _in_process(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
 
 
 def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float], list[str]]:
-    """Bytes and FLOPs of a forward and backward pass, and the bytes of the cache; the kernels that ran."""
+    """Measures bytes and FLOPs of a forward and backward pass, and bytes of the cache. Also returns the kernels that ran."""
     model = subject.model
     held = [*model.parameters(), *model.buffers(), subject.tokens]
     found: dict[str, float] = {
@@ -318,9 +319,9 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
 
 
 def matmul_rate(race: MixerRace, device: torch.device) -> float:
-    """FLOP/s of a scan's chunk products on a device: the best of 5 turns.
+    """Returns the FLOP/s of a scan's chunk products on a device. It is the highest of 5 timings.
 
-    They are batched, of 64 rows by 64 columns over a head's width, in the race's format of products.
+    These are batched products of 64 rows by 64 columns over a head's width, in the number format of the race's products.
     """
     dtype = getattr(torch, precision(race.precision).compute)
     left, right, flops = chunk_products(race.width // race.num_heads, device, dtype)
@@ -340,28 +341,29 @@ def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str,
 
 
 def _work(race: MixerRace, pipe: Connection) -> None:
-    """Runs in a process of the race, which has one question to answer."""
+    """The main function of a process of the race. It reads one question from the pipe and answers it."""
     order_seed, measures = pipe.recv()
     pipe.send(_in_process(race, order_seed, measures=measures))
 
 
 def bench_mixers(race: MixerRace) -> dict[str, Any]:
-    """Races mixers.
+    """Races mixers against the first one, and measures their memory and FLOPs.
 
     Returns:
-        for JSON: by mixer its parameters and, at each length, seconds of every process, with a 95 % interval over the
-        processes of the ratio to the first mixer, bytes and FLOPs measured and predicted; the exponents of time over the
-        `LAST` largest lengths; the length from which on it is faster than the first.
+        A dict for JSON. For each mixer, it has the number of parameters, the exponents of time over the `LAST` largest
+        lengths, and the length from which the mixer is faster than the first. For each of its lengths, it has the seconds
+        in every process, the ratio to the first mixer with a 95 % interval over processes, and the measured and predicted
+        bytes and FLOPs.
 
     Raises:
-        ConfigError: a field of the race has a value that cannot work, or a process ended.
+        ConfigError: a field of the race has an invalid value, or a process ended early.
     """
     load_components(race.modules)
     configs = race.configs()
     race = replace(race, mixers=tuple(configs))
 
     def run(generation: Generation, number: int) -> dict[str, Any]:
-        racer = generation.start(_work, race, early_end="a process of the race ended before its turns did")
+        racer = generation.start(_work, race, early_end="a process of the race ended before its turns were over")
         answer: dict[str, Any] = racer.ask((race.seed + number, number == 0))
         return answer
 
@@ -398,7 +400,7 @@ def _times(race: MixerRace, name: str, processes: Sequence[Mapping[str, Any]]) -
 
 
 def _cell(times: Times, firsts: Times, length: int) -> dict[str, Any]:
-    """Seconds of a mixer at a length, and their ratios to the first mixer's."""
+    """Returns the seconds of a mixer at a length, and their ratios to the first mixer's seconds."""
     return {
         "seconds": {kind: seconds[length] for kind, seconds in times.items()},
         "ratio": {kind: asdict(_ratio(times[kind][length], firsts[kind][length])) for kind in KINDS},
@@ -406,15 +408,17 @@ def _cell(times: Times, firsts: Times, length: int) -> dict[str, Any]:
 
 
 def _ratio(seconds: Sequence[float], firsts: Sequence[float]) -> Estimate:
-    """Of one value a process."""
+    """Returns the ratio of seconds to the first mixer's, with an interval. Both have one value per process."""
     return ratio([[value] for value in seconds], [[value] for value in firsts])
 
 
 def _exponent(seconds: Mapping[int, Sequence[float]]) -> Estimate:
-    """The slope of log time over log length, by least squares over the `LAST` largest lengths, with an interval over processes.
+    """Returns the exponent with which time grows with length, with an interval over processes.
+
+    It is the slope of log time over log length, fitted by least squares to the `LAST` largest lengths.
 
     Args:
-        seconds: by length, one a process.
+        seconds: seconds by length, with one value per process.
     """
     lengths = sorted(seconds)[-LAST:]
     logs = [math.log(length) for length in lengths]
@@ -425,16 +429,18 @@ def _exponent(seconds: Mapping[int, Sequence[float]]) -> Estimate:
 
 
 def overtakes(seconds: Mapping[int, Sequence[float]], firsts: Mapping[int, Sequence[float]]) -> float | None:
-    """The length from which on a mixer takes less time than the first, by geometric means over processes.
+    """Returns the length from which a mixer takes less time than the first mixer, by geometric means over processes.
 
-    Between the last length at which it is slower and the next, log ratio is interpolated linearly over log length.
+    Between the largest length at which the mixer is slower and the next length, the log ratio of times is interpolated
+    linearly over log length.
 
     Args:
-        seconds: by length, one a process.
-        firsts: the first mixer's.
+        seconds: the mixer's seconds by length, with one value per process.
+        firsts: the first mixer's seconds, in the same form.
 
     Returns:
-        tokens; the smallest length if it is faster at all lengths; None if it is slower at the largest.
+        A number of tokens. It is the smallest length if the mixer is faster at all lengths, and None if the mixer is slower
+        at the largest length.
     """
     lengths = sorted(seconds)
     logs = {length: math.log(_ratio(seconds[length], firsts[length]).value) for length in lengths}
@@ -450,13 +456,13 @@ def overtakes(seconds: Mapping[int, Sequence[float]], firsts: Mapping[int, Seque
 
 
 def tables(result: Mapping[str, Any]) -> list[TextTable]:
-    """The result of `bench_mixers` as tables: times by length for each kind, then the rest at the largest length."""
+    """Formats the result of `bench_mixers`: a table of times by length for each kind, and a table of all other results."""
     mixers = result["mixers"]
     first = next(iter(mixers))
     lengths = list(mixers[first]["lengths"])
     times = [
         TextTable(
-            title=f"{words[0].upper()}{words[1:]}, ms, by length",
+            title=f"{words[0].upper()}{words[1:]} (ms) by length",
             headers=["mixer", *lengths],
             rows=[[name, *(_time(cell, kind) for cell in mixer["lengths"].values())] for name, mixer in mixers.items()],
         )
@@ -466,13 +472,13 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
     rows = [_row(name, mixer, rate, is_first=name == first) for name, mixer in mixers.items()]
     headers = [
         "mixer", "parameters", f"state at {lengths[-1]}", "saved", "peak", "worst price error",
-        "of the product's rate", "exponent, step", "exponent, decoding", f"step beats {first} from", "decoding from",
+        "share of matmul rate", "exponent, step", "exponent, decoding", f"step beats {first} from", "decoding beats it from",
     ]  # fmt: skip
-    return [*times, TextTable(title=f"At {lengths[-1]} tokens, and over lengths", headers=headers, rows=rows)]
+    return [*times, TextTable(title=f"At {lengths[-1]} tokens, and over all lengths", headers=headers, rows=rows)]
 
 
 def _row(name: str, mixer: Mapping[str, Any], flops_per_s: float, *, is_first: bool) -> list[str]:
-    """A mixer's row of the last table; `flops_per_s` is the rate of products."""
+    """Returns a mixer's row of the last table. `flops_per_s` is the rate of matrix products."""
     *_, last = mixer["lengths"].values()
     measured = last["measured"]
     most_flops = statistics.median(last["seconds"]["step"]) * flops_per_s
@@ -490,7 +496,7 @@ def _row(name: str, mixer: Mapping[str, Any], flops_per_s: float, *, is_first: b
 
 
 def _worst_error(mixer: Mapping[str, Any]) -> float:
-    """The largest relative error of what was predicted, over lengths; what was not measured, or is 0, does not count."""
+    """Returns the largest relative error of a prediction, over all lengths. Ignores values that are 0 or not measured."""
     errors: list[float] = [
         abs(cell["predicted"][kind] / cell["measured"][kind] - 1)
         for cell in mixer["lengths"].values()
@@ -518,15 +524,17 @@ def _from(length: float | None) -> str:
 
 
 def picture(result: Mapping[str, Any]) -> bytes:
-    """A PNG of the seconds of a step, the seconds of decoding a token and the bytes of state, over length."""
+    """Plots seconds of a step, seconds of decoding a token, and bytes of state over length. Returns a PNG."""
     lengths = [int(length) for length in next(iter(result["mixers"].values()))["lengths"]]
 
     def of(value: Callable[[Mapping[str, Any]], float]) -> dict[str, list[float]]:
         return {name: [value(cell) for cell in mixer["lengths"].values()] for name, mixer in result["mixers"].items()}
 
     panels = [
-        Curves(label="s, forward and backward", values=of(lambda cell: statistics.median(cell["seconds"]["step"]))),
-        Curves(label="s, decoding a token", values=of(lambda cell: statistics.median(cell["seconds"]["decode"]))),
+        Curves(
+            label="seconds, forward and backward", values=of(lambda cell: statistics.median(cell["seconds"]["step"]))
+        ),
+        Curves(label="seconds, decoding a token", values=of(lambda cell: statistics.median(cell["seconds"]["decode"]))),
         Curves(label="bytes kept for decoding", values=of(lambda cell: cell["measured"]["state_bytes"])),
     ]
     where = result["environment"]["device"]

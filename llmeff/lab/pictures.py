@@ -1,4 +1,4 @@
-"""Segments pictures with trained models: masks, overlays, panels beside the truth and other models, and scores."""
+"""Segments pictures with trained models. Writes masks, overlays, panels that compare models with the truth, and scores."""
 
 import io
 import json
@@ -38,17 +38,18 @@ from llmeff.tasks.image_metrics import image_counts, scores
 # H height, W width, K classes
 
 SCORES, BARS = "scores.json", "classes.png"
-"""Files written beside the pictures if masks are given."""
+"""Files with the scores, as numbers and as a chart. They are written beside the pictures if masks are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
-    """A picture that is read when it is needed."""
+    """A picture that is read only when it is needed."""
 
     name: str
-    """The names of its results begin with it."""
+    """Name of the picture, with which the names of its result files begin."""
     read: Callable[[], tuple[Pixels, Labels | None]]
-    """Returns its pixels and, if there is a mask, the truth; raises a ConfigError that names a file if that cannot be read."""
+    """Returns the pixels and the true mask, or None in place of the mask if there is none. Raises a ConfigError if a file cannot
+    be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class _Run:
 
     @torch.inference_mode()
     def predict(self, pixels: Pixels, device: torch.device) -> Labels:
-        """The class of each pixel, (H, W). Logits at the model's size are interpolated bilinearly to the picture's size."""
+        """Returns the class of each pixel, (H, W). The model's logits are interpolated bilinearly to the picture's size."""
         prepared = self.preparation
         mean, std = (np.array(values, dtype=np.float32) for values in (prepared.mean, prepared.std))
         given = torch.from_numpy(normalised(resized(pixels, prepared.size)[None], mean, std))
@@ -71,9 +72,9 @@ class _Run:
 
 
 def _highest(logits: Tensor, size: tuple[int, ...]) -> Labels:
-    """The class with the highest logit at each pixel, (H, W), of logits (K, h, w).
+    """Returns the class with the highest logit at each pixel, (H, W), for logits of shape (K, h, w).
 
-    Only one class is at the full size in memory at a time.
+    To save memory, it resizes the logits of one class at a time.
     """
     best = torch.full(size, -math.inf, device=logits.device)
     found = torch.zeros(size, dtype=torch.uint8, device=logits.device)
@@ -92,20 +93,20 @@ def segment(
     """Segments pictures with the model of a run, and writes the results.
 
     Args:
-        run: its folder.
-        images: files, and folders of them.
-        out: a folder that does not exist yet, or is empty. For a picture NAME it gets NAME.mask.png, with the numbers of
-            the classes, NAME.overlay.png and, if there is a mask or another run, NAME.panel.png. If masks are given, it
-            gets the scores of all runs too, as `SCORES` and `BARS`.
-        masks: a folder with the truth for each picture, by the picture's name. Its numbers mean what they mean in the
-            source of the run.
-        beside: other runs, shown and scored too.
+        run: folder of the run.
+        images: image files, and folders of image files.
+        out: folder for the results, which must be absent or empty. For a picture NAME it gets NAME.mask.png with class
+            numbers, NAME.overlay.png and, if there is a mask or another run, NAME.panel.png. If masks are given, it also
+            gets the scores of all runs, as `SCORES` and `BARS`.
+        masks: folder with the true mask of each picture, under the picture's name. Class numbers mean the same as in the
+            run's data source.
+        beside: folders of other runs, which are shown and scored too.
 
     Returns:
-        text for the terminal: the scores, if masks are given, and what was written where.
+        Text for the terminal: the scores, if masks are given, and the number of pictures and their folder.
 
     Raises:
-        ConfigError: a run, a picture or a mask is missing or cannot be read, or `out` is not empty; nothing is written.
+        ConfigError: a run, a picture or a mask is missing or cannot be read, or `out` is not empty. Nothing is written.
     """
     out = _new_folder(out)
     runs = _opened([run, *beside])
@@ -125,20 +126,22 @@ def segment(
 
 
 def _new_folder(out: Path) -> Path:
-    """The folder itself, or what it leads to if it is a symbolic link: the user made that.
+    """Returns the folder, with a symbolic link resolved: the user may have made it on purpose.
 
     Raises:
-        ConfigError: it is there and not an empty folder.
+        ConfigError: the path exists and is not an empty folder.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out}: is there and not empty; nothing is overwritten: give another folder")
+        raise ConfigError(
+            f"{out}: already exists and is not an empty folder. Nothing is overwritten: give another folder"
+        )
     return out.resolve() if out.is_symlink() else out
 
 
 def _segmented(
     folder: Path, picture: _Picture, runs: Sequence[_Run], device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Writes a picture's files into a folder; returns what the scores of each run count on it, if there is a mask."""
+    """Writes a picture's result files into a folder. Returns the counts for each run's scores; empty without a mask."""
     pixels, truth = picture.read()
     classes, tolerance = runs[0].preparation.classes, runs[0].task.boundary_tolerance
     predicted = {run.name: run.predict(pixels, device) for run in runs}
@@ -152,13 +155,13 @@ def _opened(folders: Sequence[Path]) -> list[_Run]:
     """Opens the runs.
 
     Raises:
-        ConfigError: a folder holds no run of segmentation, or the runs have different classes.
+        ConfigError: a folder does not contain a segmentation run, a run is given twice, or the runs have different classes.
     """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
     if len(set(names)) < len(names):
-        raise ConfigError(f"a run is given twice: {few(name for name in names if names.count(name) > 1)}")
+        raise ConfigError(f"the same run is given twice: {few(name for name in names if names.count(name) > 1)}")
     runs, problems = [], []
     for folder, name in zip(folders, names, strict=True):
         try:
@@ -168,7 +171,7 @@ def _opened(folders: Sequence[Path]) -> list[_Run]:
     raise_all(problems)
     first = runs[0].preparation.classes
     raise_all(
-        f"{folder}: knows the classes {', '.join(each.preparation.classes)}, but {folders[0]} {', '.join(first)}"
+        f"{folder}: has the classes {', '.join(each.preparation.classes)}, but {folders[0]} has {', '.join(first)}"
         for folder, each in zip(folders, runs, strict=True)
         if each.preparation.classes != first
     )
@@ -179,16 +182,18 @@ def _open(folder: Path, name: str) -> _Run:
     run = read_run(folder)
     config = validate(RunConfig, run.config)
     if not (isinstance(config.task, Segmentation) and isinstance(config.data, ImageData)):
-        raise ConfigError(f"{folder}: is a run of the task {config.task.name!r}, whose model knows nothing of pictures")
+        raise ConfigError(
+            f"{folder}: this run's task is {config.task.name!r}, but this command needs a segmentation run"
+        )
     model, preparation = load_image_model(model_folder(run))
     return _Run(name=name, model=model, preparation=preparation, data=config.data, task=config.task)
 
 
 def _found(images: Iterable[Path], masks: Path | None, source: ImageSourceConfig) -> list[_Picture]:
-    """The pictures, with their masks if there are any.
+    """Returns the pictures, with their masks if a folder of masks is given.
 
     Raises:
-        ConfigError: a picture or a mask is missing or is not what it should be, or two pictures have one name.
+        ConfigError: a picture or a mask is missing or invalid, or two pictures have the same name.
     """
     paths = _image_paths(images)
     if masks is None:
@@ -199,24 +204,24 @@ def _found(images: Iterable[Path], masks: Path | None, source: ImageSourceConfig
 
 
 def _image_paths(images: Iterable[Path]) -> dict[str, Path]:
-    """Files by their names without the end; in a folder, by their path below it without the end.
+    """Returns image files by name, without the extension. In a folder, the name is the path relative to that folder.
 
     Raises:
-        ConfigError: a file or folder is missing, a folder has no image, or two images have one name.
+        ConfigError: a file or folder is missing, a folder contains no image, or two images have the same name.
     """
-    raise_all(f"IMAGES: there is no {given}" for given in images if not given.exists())
+    raise_all(f"IMAGES: {given} does not exist" for given in images if not given.exists())
     paths: dict[str, Path] = {}
     for given in images:
         below = listed(given, IMAGE_ENDS, "IMAGES") if given.is_dir() else {given.stem: given}
         for name, path in below.items():
             if name in paths:
-                raise ConfigError(f"{path}: there is also {paths[name]}, and their results would have one name")
+                raise ConfigError(f"{path}: its results would have the same names as those of {paths[name]}")
             paths[name] = path
     return paths
 
 
 def _mask_paths(images: Mapping[str, Path], masks: Path, source: ImageSourceConfig) -> dict[str, Path]:
-    """The mask of each image: it has the image's name, or the name that it has in the run's source.
+    """Returns the mask of each image. It has the image's name, or the name that the run's data source would give it.
 
     Raises:
         ConfigError: a mask is missing.
@@ -230,7 +235,7 @@ def _mask_paths(images: Mapping[str, Path], masks: Path, source: ImageSourceConf
             paths[name] = path
     missing = [str(path) for name, path in images.items() if name not in paths]
     if missing:
-        raise ConfigError(f"--masks {masks}: there is no mask with the name of {few(missing)}")
+        raise ConfigError(f"--masks {masks}: no mask there has the name of {few(missing)}")
     return paths
 
 
@@ -239,7 +244,7 @@ def _alone(path: Path) -> tuple[Pixels, None]:
 
 
 def _unreadable(picture: _Picture) -> list[str]:
-    """The problems of its files, which are read whole."""
+    """Reads a picture's files completely. Returns an error message for each problem."""
     try:
         picture.read()
     except ConfigError as error:
@@ -255,7 +260,7 @@ def _draw(
     predicted: Mapping[str, Labels],
     classes: Sequence[str],
 ) -> None:
-    """Writes the mask and the overlay of the first prediction, and a panel if there is more to show."""
+    """Writes the mask and the overlay of the first prediction, and a panel if there is a true mask or a second prediction."""
     first = next(iter(predicted.values()))
     known = {} if truth is None else {"truth": truth}
     pictures = {"mask": png(mask(first)), "overlay": png(overlay(pixels, first))}
@@ -269,12 +274,12 @@ def _draw(
 
 
 def _scored(folder: Path, counts: Mapping[str, Sequence[Mapping[str, float]]], run: _Run) -> str:
-    """Writes the scores of each run as JSON and as a bar chart; returns them as a table.
+    """Writes the scores of each run as JSON and as a bar chart. Returns them as a text table.
 
     Args:
-        folder: where they are written.
-        counts: by run, what the scores count on each picture.
-        run: the first, whose classes and tolerance hold for all.
+        folder: folder for the files.
+        counts: by run, the counts for each picture from which the scores are computed.
+        run: the first run. Its classes and boundary tolerance apply to all runs.
     """
     classes = run.preparation.classes
     found = {name: scores(picture_counts, classes) for name, picture_counts in counts.items()}
@@ -296,7 +301,7 @@ def _number(pictures: Sequence[object]) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """None for NaN, which JSON lacks: the score of a class that is nowhere."""
+    """Replaces NaN by None, because JSON has no NaN. A class that occurs nowhere has the score NaN."""
     return None if math.isnan(value) else value
 
 

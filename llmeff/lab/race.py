@@ -1,8 +1,8 @@
-"""The engine of races: fresh processes take turns in random order, and ratios carry an interval over generations.
+"""Races processes against one another: they take turns in random order, and their times are compared.
 
-A generation is a set of fresh processes. Processes of one program differ by a few per cent for as long as they live,
-depending on where their memory lies, so the rounds of one process are not independent. Each generation therefore gives
-one value, and intervals are over generations.
+A generation is a set of fresh processes. Two processes of the same program differ in speed by a few per cent for as long as
+they live, because their memory is at different addresses. So the rounds of one process are not independent. Each
+generation therefore gives one value, and confidence intervals are over generations.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ END_S = 30.0
 
 
 def spawn(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
-    """Starts a fresh Python process that calls `target`; the working folder is not on its path.
+    """Starts a fresh Python process that calls `target`. The working folder is not on its sys.path.
 
     Args:
-        target: must be importable by name, as its arguments must be picklable.
-        arguments: of the call.
-        daemon: it ends with this process, and cannot start processes of its own.
+        target: the function to call. It must be importable by name.
+        arguments: arguments of the call, which must be picklable.
+        daemon: whether the process ends with this one. A daemon cannot start processes of its own.
     """
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=daemon)
     with folder_off_paths():
@@ -44,30 +44,30 @@ def spawn(target: Callable[..., None], *arguments: Any, daemon: bool = False) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Racer:
-    """A process in a race, and the pipe to it."""
+    """A process in a race, with the pipe to it."""
 
     process: BaseProcess
     pipe: Connection
     early_end: str
-    """The error if the process ends before it has answered."""
+    """The error message if the process ends before it has answered."""
 
     def ask(self, question: Any) -> Any:
         """Sends a question and waits for the answer.
 
         Raises:
-            ConfigError: the process ended.
+            ConfigError: the process ended before it answered.
         """
         try:
             self.pipe.send(question)
             return self.pipe.recv()
         except (EOFError, OSError):
-            raise ConfigError(f"{self.early_end}: its error stands above") from None
+            raise ConfigError(f"{self.early_end}: see its error above") from None
 
 
 class Generation:
-    """The fresh processes of one generation.
+    """The fresh processes of one generation, as a context manager.
 
-    It is a context manager. At its end each process is sent None and has `END_S` to end; after an error all are killed.
+    When the block ends, each process is sent None and has `END_S` seconds to end. After an error, all are killed at once.
     """
 
     def __init__(self) -> None:
@@ -77,13 +77,13 @@ class Generation:
         """Starts a process.
 
         Args:
-            work: runs in the process. It takes the arguments and its end of the pipe, reads questions and answers each;
-                the question None asks it to return.
-            arguments: of `work`, before the pipe.
-            early_end: the error if the process ends before it has answered.
+            work: the function to run in the process. It takes the arguments and its end of the pipe, reads questions from
+                the pipe and answers each of them. It should return if the question is None.
+            arguments: arguments of `work`, before the pipe.
+            early_end: the error message if the process ends before it has answered.
         """
         pipe, end = multiprocessing.get_context("spawn").Pipe()
-        process = spawn(work, *arguments, end)  # no daemon: it may start ranks
+        process = spawn(work, *arguments, end)  # not a daemon, because it may start ranks
         end.close()
         racer = Racer(process=process, pipe=pipe, early_end=early_end)
         self._racers.append(racer)
@@ -116,11 +116,11 @@ def run_generations(count: int, run: Callable[[Generation, int], T]) -> list[T]:
     """Runs generations one after another.
 
     Args:
-        count: how many.
-        run: starts the processes of a generation and lets them race; it is given the generation and its number, from 0.
+        count: number of generations.
+        run: starts the processes of a generation and lets them race. It takes the generation and its number, from 0.
 
     Returns:
-        what `run` returned, by generation.
+        The results of `run`, one per generation.
     """
     results = []
     for number in range(count):
@@ -130,30 +130,30 @@ def run_generations(count: int, run: Callable[[Generation, int], T]) -> list[T]:
 
 
 def take_turns(names: Sequence[str], rounds: int, order: random.Random, turn: Callable[[str], T]) -> list[dict[str, T]]:
-    """Gives each name one turn a round, in an order that is drawn anew for each round.
+    """Calls `turn` for each name once per round, in a new random order in each round.
 
     Returns:
-        by round and name, what `turn` returned.
+        A dict per round, with the result of `turn` for each name.
     """
     return [{name: turn(name) for name in order.sample(names, len(names))} for _ in range(rounds)]
 
 
 def ratio(values: Sequence[Sequence[float]], firsts: Sequence[Sequence[float]]) -> Estimate:
-    """The geometric mean of values / firsts within rounds, with a 95 % interval over generations.
+    """Returns the geometric mean of values / firsts within rounds, with a 95 % interval over generations.
 
     Args:
-        values: positive, by generation and round.
-        firsts: what the first racer has in the same rounds.
+        values: positive values of a racer, by generation and round.
+        firsts: values of the first racer in the same rounds.
     """
     return ratio_interval(_means(lambda value, first: math.log(value / first), values, firsts))
 
 
 def difference(values: Sequence[Sequence[float]], firsts: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of values - firsts within rounds, with a 95 % interval over generations.
+    """Returns the mean of values - firsts within rounds, with a 95 % interval over generations.
 
     Args:
-        values: by generation and round.
-        firsts: what the first racer has in the same rounds.
+        values: values of a racer, by generation and round.
+        firsts: values of the first racer in the same rounds.
     """
     return mean_interval(_means(operator.sub, values, firsts))
 
@@ -161,7 +161,7 @@ def difference(values: Sequence[Sequence[float]], firsts: Sequence[Sequence[floa
 def _means(
     compare: Callable[[float, float], float], values: Sequence[Sequence[float]], firsts: Sequence[Sequence[float]]
 ) -> list[float]:
-    """By generation, the mean over its rounds of what `compare` makes of both values."""
+    """Returns the mean of `compare(value, first value)` over the rounds of each generation."""
     return [
         statistics.fmean(map(compare, rounds, first_rounds))
         for rounds, first_rounds in zip(values, firsts, strict=True)

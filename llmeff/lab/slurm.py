@@ -1,4 +1,4 @@
-"""A sweep under Slurm: the batch scripts of its jobs, and the script that submits them."""
+"""Writes the batch scripts for a sweep under Slurm, and the script that submits them."""
 
 import shlex
 import sys
@@ -18,26 +18,27 @@ from llmeff.run.launch import slurm_job
 
 
 def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], more: Sequence[str]) -> Path:
-    """Writes what submits a sweep to Slurm: an array of trials, then one of final runs, then a job that ends the sweep.
+    """Writes the batch scripts of a sweep, and a script that submits them to Slurm.
 
-    The last job runs again what was cut off, writes the ledger and prints the comparison into its log.
+    The scripts are for an array of trials, an array of final runs, and a last job. The last job continues runs that were cut off,
+    writes the ledger and prints the comparison into its log.
 
     Args:
-        sweep: what it is.
-        folder: of the sweep, whether or not it is there; all nodes must see it.
-        modules: imported by every run.
-        more: options of sbatch for every job.
+        sweep: the sweep.
+        folder: folder of the sweep, which need not exist. All nodes must have access to it.
+        modules: names of modules that every run imports.
+        more: sbatch options for every job.
 
     Returns:
-        the script that submits all of it.
+        The path of the script that submits all jobs.
 
     Raises:
-        ConfigError: see `open_sweep`; or an option does not begin with --.
+        ConfigError: the folder cannot be used for this sweep (see `open_sweep`), or an option does not begin with --.
     """
     wrong = [option for option in more if not option.startswith("--") or "\n" in option]
     if wrong:
         raise ConfigError(
-            f"--sbatch {wrong[0]!r}: give an option of sbatch as it is written, as in --sbatch=--time=2:00:00"
+            f"--sbatch {wrong[0]!r}: give an sbatch option with its leading --, as in --sbatch=--time=2:00:00"
         )
     open_sweep(sweep, folder)
     trials, finals = tuning_jobs(sweep), planned_finals(sweep)
@@ -77,7 +78,7 @@ def write_slurm(sweep: SweepConfig, folder: Path, *, modules: Sequence[str], mor
 
 
 def _command(folder: Path, modules: Sequence[str]) -> str:
-    """The command line that runs the sweep in a folder."""
+    """Returns the command line that runs the sweep in a folder."""
     return shlex.join([
         sys.executable, "-P", "-m", "llmeff.cli", "sweep", f"--config={folder / SWEEP}", f"--out={folder}",
         *(f"--import={module}" for module in modules),
@@ -85,7 +86,7 @@ def _command(folder: Path, modules: Sequence[str]) -> str:
 
 
 def _submit_script(scripts: Path, phases: Sequence[str]) -> str:
-    """A shell script that submits the batch script of each phase; each waits for the one before."""
+    """Returns a shell script that submits the batch script of each phase. Each phase waits for the previous one."""
     lines, after = [], ""
     for phase in phases:
         lines.append(f"{phase}=$(sbatch --parsable{after} {shlex.quote(str(scripts / f'{phase}.sbatch'))})\n")
@@ -94,7 +95,7 @@ def _submit_script(scripts: Path, phases: Sequence[str]) -> str:
 
 
 def _gpus_of(config: RunConfig) -> int:
-    """GPUs of a run; `auto` means what it means on the machine that writes the scripts."""
+    """Returns the number of GPUs of a run. Device `auto` is resolved on the machine that writes the scripts."""
     device = config.runtime.device
     wants_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return config.parallel.ranks if wants_gpu else 0

@@ -1,7 +1,7 @@
-"""Runs a sweep on this machine: tuning trials, then final runs with fresh seeds; it continues where it stopped.
+"""Runs a sweep on this machine: tuning trials, then final runs with fresh seeds.
 
-All state of a sweep is in its folder: `sweep.json`, and one folder for each run. A run that has ended is not run again, one
-that was cut off is resumed, and one that failed is tried once more each time the sweep is started.
+All state of a sweep is in its folder: `sweep.json`, and one folder for each run. If the sweep is started again, it skips
+runs that have ended, resumes runs that were cut off, and tries failed runs once more.
 """
 
 import json
@@ -30,19 +30,19 @@ from llmeff.record.writer import lock, wait_until_free
 from llmeff.run.launch import SCRIPT, end_with_starter, going_on, terminable
 
 _SEEDS = frozenset(("seeds", "baseline_seeds", "aa_seeds"))
-"""Fields to which seeds may be added in a sweep that has begun."""
+"""Fields to which more seeds may be added after the sweep has begun."""
 _BEFORE = {"metric": LOSS.name, "baseline_seeds": [], "aa_seeds": []}
-"""The values of fields that older files of sweeps lack."""
+"""Values of the fields that are missing in older `sweep.json` files."""
 _POLL_S = 0.1
 _GRACE_S = 20.0
 """Seconds that interrupted runs have to end."""
 
 
 def open_sweep(sweep: SweepConfig, folder: Path) -> None:
-    """Begins a sweep in a folder, or finds the same sweep there. Seeds may be added to one that is there.
+    """Begins a sweep in a folder, or checks that the folder already contains this sweep. Seeds may be added to it.
 
     Raises:
-        ConfigError: the folder holds another sweep, and the message names the fields that differ; or it holds other files.
+        ConfigError: the folder contains a different sweep, or other files. The message names the fields that differ.
     """
     path = folder / SWEEP
     mine = json.loads(sweep.model_dump_json())
@@ -54,11 +54,11 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
             return
         if not _SEEDS.issuperset(changed) or not sweep.has_all_runs_of(validate(SweepConfig, theirs)):
             raise ConfigError(
-                f"{folder} holds another sweep: {', '.join(changed)} differ; give another --out, or the same sweep, "
-                "to which seeds may be added"
+                f"{folder}: contains another sweep. These fields differ: {', '.join(changed)}. Give another --out, or the "
+                "same sweep (only seeds may be added to it)"
             )
     elif folder.is_dir() and not all(child.name.startswith(files.PARTIAL) for child in folder.iterdir()):
-        raise ConfigError(f"{folder}: is not empty, and holds no sweep")
+        raise ConfigError(f"{folder}: the folder is not empty and contains no sweep. Give another --out")
     with files.reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(path, json.dumps(mine, indent=2) + "\n")
@@ -66,7 +66,7 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
 
 @dataclass
 class _Running:
-    """A run whose process has not been seen to end."""
+    """A run whose process, as far as this sweep knows, has not ended."""
 
     job: Job
     process: "subprocess.Popen[bytes]"
@@ -75,15 +75,15 @@ class _Running:
 
 
 class Sweep:
-    """A sweep, and the runs of it that this process has running.
+    """A sweep, with those of its runs that this process has started.
 
     Args:
-        sweep: what it is.
-        folder: of the sweep, whether or not it is there.
-        cores: used by all runs at a time, at most, unless a single run takes more.
-        modules: imported by every run, for the components that they register.
-        command: that was given, for the ledger.
-        tell: called with a line for each run that begins or ends.
+        sweep: config of the sweep.
+        folder: folder of the sweep, which need not exist.
+        cores: maximum number of cores that all runs use at the same time. A run that needs more cores than this runs alone.
+        modules: names of modules that every run imports, for the components that they register.
+        command: the command line that the user gave, which is recorded in the ledger.
+        tell: called with a line of text whenever a run begins or ends.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Sweep:
         self._running: list[_Running] = []
 
     def run(self) -> None:
-        """Runs all that is left, and writes the ledger.
+        """Runs all jobs that have not ended yet, and writes the ledger.
 
         Raises:
-            ConfigError: see `open_sweep`.
-            KeyboardInterrupt: after all runs have stopped.
+            ConfigError: the folder cannot be used for this sweep (see `open_sweep`).
+            KeyboardInterrupt: on Ctrl-C or SIGTERM, after all runs have stopped.
         """
         open_sweep(self.sweep, self.folder)
         taken = lock(self.folder)
@@ -125,25 +125,25 @@ class Sweep:
 
         Args:
             phase: `tuning` or `final`.
-            number: of the job in its phase, from 0.
+            number: index of the job in its phase, from 0.
 
         Returns:
-            whether the run has ended, now or before; true also if there is nothing to run, since no trial of an arm
-            finished.
+            True if the run has ended with a result, now or earlier. Also true if there is nothing to run, because an arm
+            has no finished trial.
 
         Raises:
-            ConfigError: see `open_sweep`; or the phase has no such job.
-            KeyboardInterrupt: after the run has stopped.
+            ConfigError: the folder cannot be used for this sweep (see `open_sweep`), or the phase has no such job.
+            KeyboardInterrupt: on Ctrl-C or SIGTERM, after the run has stopped.
         """
         trials = tuning_jobs(self.sweep)
         every = trials if phase == "tuning" else planned_finals(self.sweep)
         if number >= len(every):
-            raise ConfigError(f"--only {phase}:{number}: there are {len(every)} {phase} runs, counted from 0")
+            raise ConfigError(f"--only {phase}:{number}: there are {len(every)} {phase} runs, numbered from 0")
         open_sweep(self.sweep, self.folder)
         jobs = trials if phase == "tuning" else final_jobs(self.sweep, self.folder)
         if number >= len(jobs):
             log.logger.warning(
-                "%s run %d: there is nothing to run, since some arms have no trial that finished", phase, number
+                "%s run %d: there is nothing to run, because some arms have no finished trial", phase, number
             )
             return True
         try:
@@ -154,30 +154,30 @@ class Sweep:
         return (self._run_folder(jobs[number]) / schema.RESULT).is_file()
 
     def failure(self) -> str | None:
-        """Says that no run finished, so that there is nothing to compare, and why; None if one did."""
+        """Returns an error message if no run finished, so that there is nothing to compare. Otherwise returns None."""
         entries = read_sweep(self.folder)
         if any(entry.status == "finished" for entry in entries):
             return None
         first = next((entry for entry in entries if entry.diagnosis), entries[0])
         counts = Counter(entry.status for entry in entries)
         shown = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-        return f"{self.folder}: no run of the sweep finished ({shown}); {first.name}: {first.diagnosis or first.status}"
+        return f"{self.folder}: no run of the sweep finished ({shown}). For example, {first.name}: {first.diagnosis or first.status}"
 
     def write_ledger(self) -> None:
-        """Writes every run that was begun into one file, with the step times if there was a timing run."""
+        """Writes the ledger: every run that has begun and, if there was a timing run, the step times."""
         facts = {"sweep": json.loads(self.sweep.model_dump_json()), "command": self._command}
         timing = self.folder / TIMING
         times = {"timing": read_timing(timing)} if timing.is_file() else {}
         write_ledger(self.folder / LEDGER, read_sweep(self.folder), facts | times)
 
     def run_jobs(self, jobs: Sequence[Job]) -> None:
-        """Runs jobs, as many at a time as there are cores for, and returns when all have ended."""
+        """Runs jobs, as many at a time as the cores allow. Returns when all have ended. Skips jobs that ended earlier."""
         left = [job for job in jobs if not (self._run_folder(job) / schema.RESULT).is_file()]
         if len(left) < len(jobs):
-            self._tell(f"{len(jobs) - len(left)} of {len(jobs)} {jobs[0].phase} runs have ended before")
+            self._tell(f"{len(jobs) - len(left)} of {len(jobs)} {jobs[0].phase} runs have already ended")
         waiting = [(job, as_begun(self.sweep, self.folder, job_config(self.sweep, job))) for job in left]
         while waiting or self._running:
-            for job, config in list(waiting):  # a run of fewer cores goes before one that must wait for more
+            for job, config in list(waiting):  # a run that fits may start before an earlier one that needs more cores
                 if self._fits(cores := cores_of(config)):
                     waiting.remove((job, config))
                     self._start(job, config, cores)
@@ -207,7 +207,7 @@ class Sweep:
             sys.executable, str(SCRIPT), *given, f"--out={folder}", "--quiet",
             *(f"--import={module}" for module in self._modules),
         ]  # fmt: skip
-        self._tell(f"{'going on with' if is_begun else 'starting'} {job.phase} run {job.path}")
+        self._tell(f"{'continuing with' if is_begun else 'starting'} {job.phase} run {job.path}")
         with open(files.open_anew(output_path), "wb") as file:
             process = subprocess.Popen(
                 line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_starter,
@@ -225,9 +225,9 @@ class Sweep:
             files.write_text(path, json.dumps(job.trial) + "\n")
 
     def _write_job(self, job: Job, failure: str | None) -> None:
-        """Writes which job a run folder is of, and why it failed.
+        """Writes a file with the job of a run folder and, if the run failed, the reason.
 
-        The file is beside the folder: `llmeff train` begins a run only in an empty one.
+        The file is beside the folder and not in it, because `llmeff train` begins a run only in an empty folder.
         """
         arm = self.sweep.every_arm[job.arm]
         place = {
@@ -243,14 +243,14 @@ class Sweep:
         return folder.parent / f"{folder.name}{JOB_FILE}"
 
     def _order(self, jobs: Sequence[Job]) -> None:
-        """Corrects the order of runs that were begun before seeds were added to the sweep."""
+        """Corrects the recorded `order` of runs that began before seeds were added to the sweep."""
         for job in jobs:
             path = self._job_path(job)
             if path.is_file() and (place := read(path)).get("order") != job.order:
                 files.write_text(path, json.dumps(place | {"order": job.order}) + "\n")
 
     def _collect(self) -> None:
-        """Takes note of the runs whose processes have ended."""
+        """Reports the runs whose processes have ended, and removes them from the list of running ones."""
         for ended in [running for running in self._running if running.process.poll() is not None]:
             self._running.remove(ended)
             self._end(ended)
@@ -266,7 +266,7 @@ class Sweep:
         self._tell(f"{ended.job.path}: failed: {failure}")
 
     def _stop(self) -> None:
-        """Interrupts the processes of all runs, and kills those that have not ended after `_GRACE_S`."""
+        """Sends SIGTERM to the processes of all runs, and kills those that have not ended after `_GRACE_S` seconds."""
         for running in self._running:
             running.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_S
@@ -279,26 +279,28 @@ class Sweep:
 
 
 def check_cores(sweep: SweepConfig, cores: int) -> None:
-    """Refuses a sweep with a run that takes more than `cores`.
+    """Checks that no run of a sweep needs more than `cores`. Runs whose threads are `auto` are not checked.
 
     Raises:
-        ConfigError: it names the arm.
+        ConfigError: a run needs more cores. The message names its arm.
     """
     for arm in sweep.arms:
         for cell in sweep.cells():
             config = sweep.run_config(arm, cell, sweep.first_trial(arm), sweep.seeds[0])
             if config.runtime.threads != "auto" and cores_of(config) > cores:
-                raise ConfigError(f"--cores {cores}: a run of {arm!r} takes {cores_of(config)} (threads times ranks)")
+                raise ConfigError(
+                    f"--cores {cores}: a run of arm {arm!r} needs {cores_of(config)} cores (threads times ranks)"
+                )
 
 
 def cores_of(config: RunConfig) -> int:
-    """Cores that a run takes: threads of all its processes; all usable ones if its threads are `auto`."""
+    """Returns the number of cores that a run needs: threads times ranks, or all usable cores if its threads are `auto`."""
     threads = config.runtime.threads
     return usable_cores() if threads == "auto" else threads * config.parallel.ranks
 
 
 def plan_text(sweep: SweepConfig) -> str:
-    """A line with the numbers of runs, items and FLOPs of a sweep, the latter two in all runs together."""
+    """Returns a line with the number of runs of a sweep, and the total items and FLOPs of all runs together."""
     from llmeff.plan.price import predict
 
     trials, finals = tuning_jobs(sweep), planned_finals(sweep)
@@ -310,5 +312,5 @@ def plan_text(sweep: SweepConfig) -> str:
         if known is not None and config.train.micro_batch != "auto":
             price = predict(config.model_copy(update={"model": known}))
             flops += price.total("executed_flops") * config.train.steps * config.parallel.ranks
-    text = f"{len(trials)} tuning runs and {len(finals)} final runs, {show_count(items)} items in all"
+    text = f"{len(trials)} tuning runs and {len(finals)} final runs, {show_count(items)} items in total"
     return text + (f", {show_count(flops, 'FLOP')}" if flops else "")

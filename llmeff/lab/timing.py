@@ -1,4 +1,4 @@
-"""The timing run of a sweep: its arms race against one another as their final runs are."""
+"""The timing run of a sweep: races the arms against one another, with the settings of their final runs."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from llmeff.lab.jobs import as_begun, final_jobs
 from llmeff.lab.sweep import open_sweep
 
 _WARMUP_STEPS = 6
-"""At least: by then the steps that the loop counts and meters are over."""
+"""Minimum number of warm-up steps. They include the slow steps in which the loop counts FLOPs and measures memory."""
 
 
 def write_timing(
@@ -28,22 +28,23 @@ def write_timing(
     rounds: int = 30,
     steps: int = 10,
 ) -> None:
-    """Races the arms against one another, cell by cell, and writes the step times.
+    """Races the arms of each cell against one another. Writes the step times, and adds them to the ledger if it exists.
 
     Args:
-        sweep: what it is.
-        folder: of the sweep, whose tuning is done.
-        modules: imported in every process.
-        command: that was given, for the record.
+        sweep: the sweep.
+        folder: folder of the sweep, whose tuning must be complete.
+        modules: names of modules that every process imports.
+        command: the command line that the user gave, which is recorded.
         processes: as in `bench`.
         rounds: as in `bench`.
         steps: as in `bench`.
 
     Raises:
-        ConfigError: the sweep is not there, its tuning is not done, or see `race_runs`.
+        ConfigError: the folder contains no sweep or another one, fewer than two arms of a cell have a finished trial, or the
+            race failed (see `race_runs`).
     """
     if not (folder / SWEEP).is_file():
-        raise ConfigError(f"{folder}: there is no sweep to time; run it first, without --timing")
+        raise ConfigError(f"{folder}: there is no sweep to time. Run it first, without --timing")
     open_sweep(sweep, folder)
     found: dict[str, Any] = {"command": command, "step_s": {}, "races": []}
     jobs = [job for job in final_jobs(sweep, folder) if job.number == sweep.seeds[0]]
@@ -55,7 +56,7 @@ def write_timing(
             if job.cell == cell
         }
         if len(runs) < 2:
-            raise ConfigError(f"{folder}: fewer than two arms have a trial that finished, so there is nothing to race")
+            raise ConfigError(f"{folder}: fewer than two arms have a finished trial, so there is nothing to race")
         raced = race_runs(
             runs, seed=0, rounds=rounds, steps=steps, warmup_steps=max(steps, _WARMUP_STEPS), processes=processes,
             modules=modules,

@@ -90,7 +90,7 @@ def test_a_generation_with_too_few_quiet_rounds_uses_all_and_says_so():
     result = _summarize(NAMES, [turns((1.0, 1.0)) * 3, turns((1.0, 1.0)) * 2 + noisy, turns((1.0, 1.0)) * 3])
     assert result["noisy_rounds_dropped"] == 0
     assert result["busy_generations"] == [2]
-    assert show(result).endswith("with too few quiet rounds, of which all are used: 2")
+    assert show(result).endswith("in which too few rounds were quiet, so that all rounds are used: 2")
 
 
 def test_measurements_are_written_with_six_digits():
@@ -149,7 +149,7 @@ def test_each_generation_has_a_process_of_its_own_and_ends_it(tmp_path):
 
 def test_an_arm_that_ends_is_an_error(tmp_path):
     (tmp_path / "arms.py").write_text("def arm(config, tick):\n    tick()\n")
-    with pytest.raises(ConfigError, match="arm 'one' ended before its turn did: its error stands above"):
+    with pytest.raises(ConfigError, match="arm 'one' ended before its turn was over: see its error above"):
         rounds_of(TINY, f"{tmp_path / 'arms.py'}:arm", rounds=3, steps=1)
 
 

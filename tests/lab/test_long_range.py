@@ -162,15 +162,15 @@ def test_the_command_writes_what_it_found(capsys, runs, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (["--times", "3"], "--times 3: give a power of 2"),
-        (["--gram", "1"], "--gram 1: at least 2"),
-        (["--max-tokens", "0"], "--max-tokens 0: at least 1"),
+        (["--times", "3"], "--times 3: must be a power of 2"),
+        (["--gram", "1"], "--gram 1: must be at least 2"),
+        (["--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
         (
             ["--max-tokens", "40"],
-            r"--max-tokens 40: .* was trained on windows of \d+ tokens, and one of 4 times as many has",
+            r"--max-tokens 40: .* was trained on windows of \d+ tokens, so a window of 4 times that length needs",
         ),
         (["--split", "validaton"], r"--split 'validaton': there is no such split\. Did you mean 'validation'\?"),
-        (["--times", "1048576"], "has [0-9]+ tokens, and a window of 1048576 times the training length"),
+        (["--times", "1048576"], "has [0-9]+ tokens, but a window of 1048576 times the training length"),
         (["--out", "x.csv"], r"--out x\.csv: the file is written as JSON"),
     ],
 )
@@ -181,13 +181,13 @@ def test_wrong_input_is_one_error(capsys, runs, wrong, words):
 
 def test_a_run_given_twice_is_an_error(capsys, runs):
     assert main(["context", str(runs / "stream"), str(runs / "state" / ".." / "stream")]) == 2
-    assert "stream: is given twice" in " ".join(capsys.readouterr().err.split())
+    assert "stream: this run is given twice" in " ".join(capsys.readouterr().err.split())
 
 
 def test_runs_of_other_text_are_an_error(capsys, runs, tmp_path):
     train(validate(RunConfig, override(TINY, ["data.source.max_bytes=90000"])), tmp_path / "other")
     assert main(["context", str(runs / "stream"), str(tmp_path / "other")]) == 2
-    assert "read other text, or by another tokenizer" in " ".join(capsys.readouterr().err.split())
+    assert "use different texts or tokenizers" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_without_a_model_is_an_error(capsys, tmp_path):

@@ -96,14 +96,14 @@ def test_the_decoders_own_mixer_is_what_all_are_set_beside():
     ("wrong", "words"),
     [
         (["--mixer", "linaer"], r"--mixer 'linaer': unknown mixer 'linaer'\. Did you mean 'linear'\?"),
-        (["--mixer", "linear", "--mixer", "linear"], "--mixer: give different mixers, given: linear, linear"),
+        (["--mixer", "linear", "--mixer", "linear"], "--mixer: give different mixers. Given: linear, linear"),
         (["--mixer", "sliding window=0"], "--mixer 'sliding window=0': .*window"),
         (["--mixer", "sliding 'window=4"], "cannot be read"),
-        (["--length", "128", "--length", "64"], "--length: give at least 3 ascending numbers of tokens from 2 on, given: .*"),
+        (["--length", "128", "--length", "64"], "--length: give at least 3 ascending numbers of tokens, each at least 2. Given: .*"),
         (["--heads", "3"], "width 16 is not a multiple of num_heads 3|num_heads"),
         (["--mixer", "gla kernel=fla"], "--mixer 'gla kernel=fla': mixer 'gla': kernel 'fla' .* only on GPUs"),
         (["--mixer", "sliding kernel=flex"], "--mixer 'sliding kernel=flex': .* kernel 'flex' trains only on GPUs"),
-        (["--processes", "1"], "--processes 1: at least 2"),
+        (["--processes", "1"], "--processes 1: must be at least 2"),
         pytest.param(
             ["--device", "cuda"], "--device cuda: torch sees no CUDA device; allowed here: cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device"),
@@ -119,7 +119,7 @@ def test_wrong_input_is_one_error(capsys, wrong, words):
 
 def test_a_process_that_ends_is_an_error(monkeypatch):
     monkeypatch.setattr(module, "_work", print)
-    with pytest.raises(ConfigError, match="a process of the race ended before its turns did"):
+    with pytest.raises(ConfigError, match="a process of the race ended before its turns were over"):
         bench_mixers(race("softmax", "linear"))
 
 

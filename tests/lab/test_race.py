@@ -68,7 +68,7 @@ def test_each_generation_has_fresh_processes_which_end_with_it():
 def test_a_process_that_ends_early_is_an_error():
     with Generation() as generation:
         racer = generation.start(returns_at_once, early_end="the racer ended too soon")
-        with pytest.raises(ConfigError, match="the racer ended too soon: its error stands above"):
+        with pytest.raises(ConfigError, match="the racer ended too soon: see its error above"):
             racer.ask(1)
 
 

@@ -188,7 +188,7 @@ def test_another_sweep_in_the_folder_is_refused_and_left_alone(tmp_path):
     open_sweep(sweep_of(), tmp_path / "it")
     before = (tmp_path / "it" / "sweep.json").read_bytes()
     open_sweep(sweep_of(), tmp_path / "it")
-    with pytest.raises(ConfigError, match="holds another sweep: seeds differ"):
+    with pytest.raises(ConfigError, match=r"contains another sweep\. These fields differ: seeds\."):
         open_sweep(sweep_of(seeds=[5]), tmp_path / "it")
     assert (tmp_path / "it" / "sweep.json").read_bytes() == before
     (tmp_path / "other").mkdir()
@@ -259,9 +259,11 @@ def test_a_sweep_goes_on_when_seeds_are_added_and_runs_what_is_missing(tried, tm
     assert found == [*((*run, None) for run in own), ("adamw (A/A)", 30, "adamw")]
     written = (folder / "sweep.json").read_bytes()
     for fewer in ({}, {"seeds": [0, 1, 2]}, {"seeds": [0, 1, 2], "baseline_seeds": [9]}):
-        with pytest.raises(ConfigError, match=r"holds another sweep: .*seeds differ.* to which seeds may be added"):
+        with pytest.raises(
+            ConfigError, match=r"contains another sweep\. These fields differ: .*seeds\..*only seeds may be added"
+        ):
             open_sweep(sweep_of(**fewer), folder)
-    with pytest.raises(ConfigError, match="holds another sweep: aa_seeds, budget differ"):
+    with pytest.raises(ConfigError, match=r"contains another sweep\. These fields differ: aa_seeds, budget\."):
         open_sweep(sweep_of(seeds=[0, 1, 2], baseline_seeds=[9], aa_seeds=[30, 31], budget=640), folder)
     assert (folder / "sweep.json").read_bytes() == written
 
@@ -300,7 +302,7 @@ def test_what_submits_a_sweep_is_an_array_of_trials_then_of_final_runs(tmp_path,
         assert main([*given, f"--only={wrong}"]) == 2
         assert "give tuning:N or final:N" in capsys.readouterr().err
     assert main([*given, "--only=final:99"]) == 2
-    assert "there are 4 final runs, counted from 0" in capsys.readouterr().err
+    assert "there are 4 final runs, numbered from 0" in capsys.readouterr().err
     assert main([*given, "--only=final:0", "--quiet"]) == 0
     assert "there is nothing to run" in capsys.readouterr().err
 
@@ -432,7 +434,7 @@ def test_a_sweep_from_before_there_was_a_choice_of_metrics_goes_on_by_the_loss(t
     assert (written.pop("metric"), written.pop("baseline_seeds"), written.pop("aa_seeds")) == ("loss", [], [])
     (tmp_path / "it" / "sweep.json").write_text(json.dumps(written))
     open_sweep(sweep_of(), tmp_path / "it")
-    with pytest.raises(ConfigError, match="holds another sweep: metric differ"):
+    with pytest.raises(ConfigError, match=r"contains another sweep\. These fields differ: metric\."):
         open_sweep(sweep_of(metric="bits_per_byte"), tmp_path / "it")
 
 
@@ -463,7 +465,7 @@ def test_an_arm_can_be_tuned_as_another(monkeypatch, tmp_path):
 
 
 def test_a_plan_counts_runs_and_items():
-    assert plan_text(sweep_of()).startswith("4 tuning runs and 4 final runs, 2.0k items in all")
+    assert plan_text(sweep_of()).startswith("4 tuning runs and 4 final runs, 2.0k items in total")
 
 
 @pytest.mark.parametrize("name", SWEEPS.names())
