@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without all logits in memory at once."""
+"""Cross-entropy over a vocabulary, computed in chunks of tokens so that not all logits are in memory at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from llmeff.cost.tape import Array, Tape
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients during forward, one chunk of tokens at a time, so that only one chunk's logits live."""
+    """Computes the loss and its gradients in the forward pass, to keep the logits of only one chunk in memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -45,20 +45,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     torch.addmm(grad_weight, grad.T, hidden[part], out=grad_weight)
                 else:
                     grad_weight += (grad.T @ hidden[part]).to(accumulate_dtype)
-            del log_probabilities, grad  # they would live on beside the next chunk's
+            del log_probabilities, grad  # otherwise they would stay in memory beside the next chunk's tensors
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        if torch.is_grad_enabled():  # the saved gradients would count as constants
+        if torch.is_grad_enabled():  # a second derivative would wrongly take the saved gradients for constants
             raise RuntimeError(
                 "the chunked cross-entropy can be differentiated only once, not twice (create_graph=True)"
             )
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # in the loss's format: one over the token count, rounded to bf16, would scale all gradients by up to 0.4 %
+            # Multiply in the loss's format: `grad` is 1 / token count, and its rounding to bf16 would scale all
+            # gradients by up to 0.4 %.
             grad_hidden = (grad_hidden.to(grad.dtype) * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
@@ -69,7 +70,10 @@ _chunked_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Chunk
 
 
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy, in nats, of (...) targets under (..., V) logits; a scalar in float32 or wider."""
+    """Returns the cross-entropy in nats of (...) targets given (..., V) logits, summed: a scalar, float32 or wider.
+
+    Targets that are `IGNORED_TOKEN` do not count.
+    """
     at_least_float32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(
         at_least_float32.flatten(0, -2), targets.flatten(), ignore_index=IGNORED_TOKEN, reduction="sum"
@@ -77,13 +81,13 @@ def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
-    """The summed cross-entropy, in nats, of the targets under softmax(hidden @ weight').
+    """Returns the cross-entropy in nats of the targets under softmax(hidden @ weight.T), summed over the tokens.
 
     Args:
-        hidden: (..., D).
+        hidden: (..., D), states before the output embedding.
         weight: (V, D), the output embedding.
-        targets: (...) int64; `IGNORED_TOKEN` if a token does not count.
-        chunk: tokens whose logits live at once; None: all.
+        targets: (...) int64; `IGNORED_TOKEN` marks tokens that do not count.
+        chunk: number of tokens whose logits are in memory at the same time. None for all tokens.
 
     Returns:
         A scalar in float32 (float64 if `hidden` is float64).
@@ -91,17 +95,17 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: in
     if chunk is None:
         return cross_entropy_of_logits(F.linear(hidden, weight), targets)
     if not torch.is_grad_enabled():
-        # a Function sees leaves as needing gradients even if gradients are disabled
+        # In a Function, `needs_input_grad` is true for leaves even if gradients are disabled. Detached, they need none.
         hidden, weight = hidden.detach(), weight.detach()
     if torch.is_autocast_enabled(hidden.device.type):
-        # autocast does not reach into a Function, so cast here, where autograd sees it
+        # autocast does not apply inside a Function, so cast the inputs here, where autograd records the casts
         compute = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(compute), weight.to(compute)
     return _chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), chunk)
 
 
 def law(tape: Tape, hidden: Array, weight: Array, batch: laws.Batch) -> Array:
-    """The price of `cross_entropy_sum` with the workload's chunk."""
+    """Records the price of `cross_entropy_sum` on the tape, with the workload's `loss_chunk`, and returns the loss."""
     num_tokens, vocabulary = hidden.size // hidden.shape[-1], weight.shape[0]
     if tape.workload.loss_chunk is None:
         logits = laws.linear(tape, hidden.view(num_tokens, hidden.shape[-1]), weight)

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, from a folder or the hub, with the forward of `Decoder`."""
+"""Any causal language model of transformers, loaded from a folder or the Hugging Face Hub, called like `Decoder`."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -28,69 +28,70 @@ if TYPE_CHECKING:
 
 _CANNOT = (TypeError, ValueError, NotImplementedError)
 _OFFSETS = (0, 1, 2)
-"""How many rows a table of learned positions may have before that of the first position (OPT has two)."""
+"""Numbers of extra rows that a table of learned positions may have before the first position's row. OPT has 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Abilities:
-    """What is known about a model before its weights are read."""
+    """Properties of a transformers model that are found before its weights are read."""
 
     kind: str
-    """Name of its class."""
+    """Name of the model's class."""
     projects: bool
-    """Whether its logits are a plain product, see `HFModel.projects`."""
+    """Whether the logits are exactly the last states times the output embedding, see `HFModel.projects`."""
     recomputes: bool
-    """Whether its layers can be recomputed in backward."""
+    """Whether the model can recompute its layers in the backward pass (gradient checkpointing)."""
     num_positions: int | None
-    """Longest sequence in tokens, by its config. None: the config does not tell."""
+    """Longest sequence in tokens, according to the model's config. None if the config does not state it."""
     learns_positions: bool
-    """Whether positions are rows of a learned table, so that longer sequences are impossible."""
+    """Whether the positions are rows of a learned table, which makes longer sequences impossible."""
 
 
 class HFModelConfig(LanguageModelConfig):
-    """A causal language model of transformers; only safetensors, and no code from outside transformers."""
+    """A causal language model of transformers. Weights are read only from safetensors, and no remote code is run."""
 
     name: Literal["hf"] = "hf"
     path: Text
-    """A folder, or a model's id on the hub (`HuggingFaceTB/SmolLM2-135M`)."""
+    """A local folder, or a model id on the Hugging Face Hub (`HuggingFaceTB/SmolLM2-135M`)."""
     from_scratch: Flag = False
-    """Read only the config, and start from random weights."""
+    """Read only the model's config, and initialize its weights randomly."""
     mixer: MixerConfig | None = None
-    """The mixer between the model's own projections in every layer: softmax, sliding, linear or performer, see
-    `interface.use`. None: the model's own attention."""
+    """The mixer that replaces the model's own attention in every layer, between the model's own projections: softmax,
+    sliding, linear or performer, see `interface.use`. None for the model's own attention."""
 
     def build(self) -> "HFModel":
-        """Builds the model in float32; on torch's meta device only its config is read.
+        """Builds the model in float32. On torch's meta device, reads only the model's config and no weights.
 
         Raises:
-            ConfigError: there is no such model, weights are missing, it embeds fewer than V tokens, or it does not support
-                the mixer.
+            ConfigError: the model does not exist, weights are missing, it embeds fewer than V tokens, or it does not
+                support the mixer.
         """
         network = self._network()
         rows = network.get_input_embeddings().weight.shape[0]
         if self.vocabulary() > rows:
             raise ConfigError(
-                f"model.vocab_size is {self.vocab_size}, but {self.path} embeds only {rows} tokens: use its own tokenizer"
+                f"model.vocab_size is {self.vocab_size}, but {self.path} embeds only {rows} tokens: use the model's "
+                "own tokenizer"
             )
         return HFModel(network, self.mixer)
 
     def tokenizer_folder(self) -> Path | None:
-        """The model's folder, if its weights are used and it holds a tokenizer.json."""
+        """Returns the model's folder if its weights are used and it contains tokenizer.json, otherwise None."""
         folder = Path(self.path)
         return None if self.from_scratch or not (folder / "tokenizer.json").is_file() else folder
 
     def chunks_logits(self) -> bool:
-        """Whether the logits are a plain product, see `HFModel.projects`."""
+        """Returns whether the loss can be computed from the logits of a few tokens at a time (`HFModel.projects`)."""
         return self._abilities.projects
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Before building, problems of the class and config; of the built model, those that only a run shows."""
+        """Yields problems that the model's class and config show or, given `built`, those that only the model shows."""
         able, num_tokens = self._abilities, workload.num_tokens
         limit = num_tokens if able.num_positions is None else able.num_positions
         if built is None:
             if workload.loss_chunk is not None and not able.projects:
                 yield (
-                    f"task.loss_chunk is {workload.loss_chunk}, but {able.kind} computes its logits in its own way, all at "
+                    f"task.loss_chunk is {workload.loss_chunk}, but {able.kind} can compute its logits only all at "
                     "once: use 'auto' or null"
                 )
             if workload.recompute and not able.recomputes:
@@ -102,7 +103,8 @@ class HFModelConfig(LanguageModelConfig):
                 )
             elif num_tokens > limit:
                 logger.warning(
-                    "data.sequence_length is %d, but %s is made for %d positions: its quality beyond them is unknown",
+                    "data.sequence_length is %d, but %s is made for at most %d tokens. Its quality on longer "
+                    "sequences is unknown",
                     num_tokens,
                     self.path,
                     limit,
@@ -110,19 +112,21 @@ class HFModelConfig(LanguageModelConfig):
             return
         assert isinstance(built, HFModel)
         if workload.packed and not built.separates_documents:
-            yield (f"data.packing is 'documents', but {able.kind} cannot keep documents in one row apart: use 'plain'")
+            yield (f"data.packing is 'documents', but {able.kind} cannot separate the documents of a row: use 'plain'")
         if num_tokens > limit and not built.reaches(num_tokens):
-            yield f"data.sequence_length is {num_tokens}, but {self.path} has {limit} positions: use at most {limit}"
+            yield (
+                f"data.sequence_length is {num_tokens}, but {self.path} has only {limit} positions: use at most {limit}"
+            )
 
     @cached_property
     def _abilities(self) -> _Abilities:
         try:
             with torch.device("meta"):
                 model = HFModel(self._network(), self.mixer)
-        except RuntimeError as error:  # from torch, for operations without a meta form
+        except RuntimeError as error:  # torch raises it for operations without a meta kernel
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"model.path: {self.path} cannot be run on shapes alone, so it has no price ({reason})"
+                f"model.path: {self.path} cannot be priced, because it does not run on torch's meta device ({reason})"
             ) from None
         network = model.network
         limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
@@ -143,8 +147,8 @@ class HFModelConfig(LanguageModelConfig):
         import llmeff.models.pretrained  # noqa: F401  (registers llmeff's own format with the Auto classes)
 
         if Path(self.path).is_absolute() and not Path(self.path).is_dir():
-            raise ConfigError(f"model.path: there is no folder {self.path}")
-        transformers.utils.logging.disable_progress_bar()  # it would overwrite the run's own
+            raise ConfigError(f"model.path: the folder {self.path} does not exist")
+        transformers.utils.logging.disable_progress_bar()  # it would overwrite the run's progress bar
         models = transformers.AutoModelForCausalLM
         try:
             config = transformers.AutoConfig.from_pretrained(self.path)
@@ -156,8 +160,8 @@ class HFModelConfig(LanguageModelConfig):
         except (OSError, ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"model.path: {self.path!r} is neither a folder with a causal language model in safetensors nor a model "
-                f"that can be loaded from the hub: {reason}"
+                f"model.path: {self.path!r} is neither a folder with a causal language model in safetensors nor a "
+                f"model that can be loaded from the Hugging Face Hub: {reason}"
             ) from None
         if loaded["missing_keys"]:
             raise ConfigError(f"model.path: {self.path} lacks the weights {_some(loaded['missing_keys'])}")
@@ -176,38 +180,38 @@ def _some(names: Iterable[str]) -> str:
 
 
 class HFModel(nn.Module):
-    """Maps tokens to logits, or to a summed loss.
+    """A model of transformers that maps tokens to logits or to a summed loss.
 
-    A foreign model's abilities are found by running it on four tokens, since neither its class nor its config tells them.
+    The constructor runs the network on four tokens to find properties that its class and config do not state.
 
     Args:
-        network: the transformers model, with its own `save_pretrained` and `generate`.
-        mixer: the mixer that replaces its attention. None: its own attention.
+        network: the transformers model. It keeps its own `save_pretrained` and `generate`.
+        mixer: the mixer that replaces the network's attention. None to keep its own attention.
     """
 
     def __init__(self, network: "PreTrainedModel", mixer: MixerConfig | None = None):
         super().__init__()
         self.network = network.eval()
         self.projects = _projects(network)
-        """Whether the logits are the last states times a matrix and nothing else, as chunked logits require."""
+        """Whether the logits are exactly the last states times the output embedding, as chunked logits require."""
         if mixer is not None:
             _attend(network, mixer)
         self.separates_documents = _separates_documents(network)
-        """Whether positions that restart keep packed documents apart."""
+        """Whether the network separates packed documents if `position_ids` restart at each document."""
         self.train()
 
     @property
     def recompute(self) -> bool:
-        """Save only each layer's input for backward, and recompute the layer."""
+        """Whether training saves only each layer's input, and recomputes the layer in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules())
 
     @recompute.setter
     def recompute(self, value: bool) -> None:
         if not self.network.supports_gradient_checkpointing:
             if value:
-                raise ConfigError(f"recompute: {type(self.network).__name__} of transformers does not support it")
+                raise ConfigError(f"recompute is true, but {type(self.network).__name__} does not support it")
             return
-        # the public name of this differs between releases of transformers 5
+        # the public method has different names in different releases of transformers 5
         self.network._set_gradient_checkpointing(value, partial(checkpoint, use_reentrant=False))
 
     def forward(
@@ -221,21 +225,22 @@ class HFModel(nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            layout: positions and documents; None: one document per row.
-            targets: (B, T) int64, the token after each; `IGNORED_TOKEN` if it does not count.
-            loss_chunk: tokens whose logits live at once; None: all.
+            layout: positions and documents. None for one document per row.
+            targets: (B, T) int64, the next token at each position; `IGNORED_TOKEN` marks targets that do not count.
+            loss_chunk: number of tokens whose logits are in memory at the same time. None for all tokens.
 
         Returns:
-            (B, T, V) logits, or the cross-entropy in nats summed over the counted targets, a float32 scalar.
+            (B, T, V) logits or, if targets are given, the cross-entropy in nats summed over the counted targets, a
+            float32 scalar.
 
         Raises:
-            ConfigError: the model does not support packed documents, or logits in chunks, but they are requested.
+            ConfigError: packed documents or chunked logits are requested, but the model does not support them.
         """
         inputs = {"input_ids": tokens, "use_cache": False, **self._placed(layout)}
         if targets is not None and loss_chunk is not None:
             if not self.projects:
                 kind = type(self.network).__name__
-                raise ConfigError(f"loss_chunk: {kind} computes its logits in its own way, all at once; give null")
+                raise ConfigError(f"loss_chunk is given, but {kind} can compute its logits only all at once: use null")
             states = self.network.base_model(**inputs).last_hidden_state
             return cross_entropy_sum(states, self.network.get_output_embeddings().weight, targets, loss_chunk)
         logits: Tensor = self.network(**inputs).logits
@@ -249,14 +254,14 @@ class HFModel(nn.Module):
             return placed if layout.padding is None else placed | {"attention_mask": layout.padding.long()}
         if not self.separates_documents:
             raise ConfigError(
-                f"{type(self.network).__name__} cannot keep documents in one row apart: pack without document boundaries"
+                f"{type(self.network).__name__} cannot separate the documents of a row: use data.packing 'plain'"
             )
-        # Padding is its own document, or follows one. A mask would only make transformers overlook the documents.
+        # Padding is a document of its own, or comes after one. With a mask, transformers would ignore the documents.
         return {"position_ids": layout.positions}
 
     @torch.no_grad()
     def reaches(self, num_tokens: int) -> bool:
-        """Whether the model has a position for each of `num_tokens` tokens, found by running it."""
+        """Returns whether the model has a position for each of `num_tokens` tokens, found by running it on them."""
         try:
             self(torch.zeros(1, num_tokens, dtype=torch.int64, device=self.network.device))
         except (IndexError, RuntimeError):
@@ -264,7 +269,7 @@ class HFModel(nn.Module):
         return True
 
     def roles(self) -> dict[str, Role]:
-        """The role of each parameter by name, derived from the module that holds it."""
+        """Returns the role of each parameter by name, derived from the module that owns the parameter."""
         head = self.network.get_output_embeddings()
         return {
             f"{prefix}.{name}" if prefix else name: "head" if module is head else _role(module, name, parameter)
@@ -298,7 +303,7 @@ def _probe(network: "PreTrainedModel") -> Tensor:
 
 
 def _separates_documents(network: "PreTrainedModel") -> bool:
-    """Packs two documents of two tokens and tests whether the second's logits depend on the first's tokens."""
+    """Returns whether the logits of a second packed document are independent of the first. True on the meta device."""
     if network.device.type == "meta":
         return True
     embedded = network.get_input_embeddings()(_probe(network)).detach().requires_grad_()
@@ -314,7 +319,7 @@ def _separates_documents(network: "PreTrainedModel") -> bool:
 
 
 def _projects(network: "PreTrainedModel") -> bool:
-    """Tests whether the output embedding gets the body's states unchanged, and whether its result is the logits."""
+    """Returns whether the head gets exactly the body's output, and returns exactly the network's logits."""
     body, head = network.base_model, network.get_output_embeddings()
     if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
         return False
@@ -323,7 +328,7 @@ def _projects(network: "PreTrainedModel") -> bool:
         seen, logits = _run_watched(network, tokens, [*body.modules(), head])
         alone, states = _run_watched(body, tokens, body.modules())
     given, made = seen.get(head, (None, None))
-    # some models run only a part of the body, so compare what that part returns in both runs
+    # some networks call only a part of the body, so compare that part's output in both runs
     ends = [part for part, (_, end) in alone.items() if end == states and part in seen]
     return made == logits and any(seen[part][1] == given for part in ends)
 
@@ -333,12 +338,12 @@ _Watched = dict[nn.Module, tuple[object, object]]
 
 @torch.no_grad()
 def _run_watched(network: nn.Module, tokens: Tensor, parts: Iterable[nn.Module]) -> tuple[_Watched, object]:
-    """Runs a network; returns the identities of each part's input and output, and of the result."""
+    """Runs a network. Returns the `_identity` of each part's input and output, and that of the network's output."""
     seen: _Watched = {}
     held = []
 
     def see(part: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-        held.append((given, made))  # so that no other tensor reuses their memory
+        held.append((given, made))  # keeps them alive, so that no other tensor reuses their memory
         seen[part] = _identity(given[0] if given else None), _identity(made)
 
     hooks = [part.register_forward_hook(see) for part in parts]
@@ -350,7 +355,10 @@ def _run_watched(network: nn.Module, tokens: Tensor, parts: Iterable[nn.Module])
 
 
 def _identity(made: Any) -> object:
-    """Identifies a tensor, or an output's logits or last states: equal for views of the same, unmodified numbers."""
+    """Returns a key that two tensors share if they are the same view of the same, unmodified memory. None if no tensor.
+
+    If `made` is a model's output, the key is that of its logits or last states.
+    """
     tensor = getattr(made, "logits", getattr(made, "last_hidden_state", made))
     if not isinstance(tensor, Tensor):
         return None
@@ -359,5 +367,5 @@ def _identity(made: Any) -> object:
 
 @save_model.register
 def _save_network(model: HFModel, folder: Path, *, max_length: int, end_id: int) -> None:
-    # The network's own config holds its maximum length and its end token.
+    # max_length and end_id are unused: the network's own config has both
     model.network.save_pretrained(folder)

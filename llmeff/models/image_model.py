@@ -1,4 +1,4 @@
-"""A trained image model as files: its config with the preparation of pictures, and safetensors."""
+"""Saves and loads trained image models: their config, the preprocessing of images, and the weights in safetensors."""
 
 from pathlib import Path
 
@@ -14,16 +14,16 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 class Preparation(Config):
-    """How a picture becomes the model's input, and what the model's classes are called."""
+    """Preprocessing of input images, and the names of the model's classes."""
 
     classes: tuple[Text, ...]
     """Names of the K classes, in the order of the logits."""
     mean: tuple[Fraction, Fraction, Fraction]
-    """Subtracted from red, green and blue in 0..1."""
+    """Subtracted from the red, green and blue values, which are in 0..1."""
     std: tuple[Positive, Positive, Positive]
-    """Divides the difference."""
+    """Divides the red, green and blue values after `mean` is subtracted."""
     size: tuple[Count, Count]
-    """(H, W) of the training images; other pictures are resized to it."""
+    """(H, W) of the training images in pixels. Other images are resized to it."""
 
 
 class _Saved(Config):
@@ -34,12 +34,12 @@ class _Saved(Config):
 
 
 def save_image_model(model: nn.Module, folder: Path, preparation: Preparation) -> None:
-    """Writes a model that was built from a config.
+    """Writes a model and its preprocessing to a folder, as config.json and model.safetensors.
 
     Args:
-        model: the model, with its `config`.
-        folder: folder to write to; made if it does not exist.
-        preparation: how pictures are prepared for the model.
+        model: the model, built from the `ModelConfig` in its attribute `config`.
+        folder: folder to write to; created if it does not exist.
+        preparation: preprocessing of the model's input images.
     """
     assert isinstance(model.config, ModelConfig)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ def save_image_model(model: nn.Module, folder: Path, preparation: Preparation) -
 
 
 def load_image_model(folder: Path) -> tuple[nn.Module, Preparation]:
-    """Loads a model in evaluation mode on the CPU, and its preparation.
+    """Loads a model that `save_image_model` wrote, in evaluation mode on the CPU, and its preprocessing.
 
     Raises:
-        ConfigError: the folder holds no model, or its config and weights do not match.
+        ConfigError: a file is missing or invalid, or the weights do not match the config.
     """
     about = validate(_Saved, read(folder / _CONFIG))
     model = about.model.build()

@@ -1,4 +1,4 @@
-"""Normalization of feature maps: over the batch, the batches of all ranks or channel groups, or with frozen statistics."""
+"""Normalization of feature maps, with batch statistics (of one rank or all), group statistics or frozen statistics."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,22 +15,22 @@ from llmeff.cost.tape import Array, Tape
 # B batch, C channels, H height, W width
 
 ImageNorm = Literal["batch", "batch_sync", "group", "frozen"]
-"""batch: with the mean and variance of a rank's micro-batch (Ioffe and Szegedy 2015). batch_sync: with those of the
-micro-batches of all ranks together. group: with those of each image's channel groups (Wu and He 2018). frozen: with running
-statistics that never change, which leaves a scale and a shift per channel."""
+"""Source of the mean and variance that normalize a feature map. batch: a rank's micro-batch (Ioffe and Szegedy 2015).
+batch_sync: the micro-batches of all ranks together. group: each image's channel groups (Wu and He 2018). frozen:
+running statistics that never change, which leaves only a scale and a shift per channel."""
 
 EPS = 1e-5
-"""Added to the variance."""
+"""Added to the variance, so that nothing is divided by 0."""
 _MOMENTUM = 0.1
-"""Weight of the newest batch in running statistics."""
+"""Weight of the newest batch in the running statistics."""
 
 _is_replayed = False
-"""Whether the current forward pass is a rerun. Not a ContextVar, which torch.compile cannot read."""
+"""Whether the current forward pass is a recomputation. Not a ContextVar, because torch.compile cannot read one."""
 
 
 @contextlib.contextmanager
 def replayed() -> Iterator[None]:
-    """A block in which a forward pass is rerun. Its batch was seen before, so it does not update running statistics."""
+    """Context for recomputing a forward pass. It does not update running statistics, because the first pass did so."""
     global _is_replayed
     before, _is_replayed = _is_replayed, True
     try:
@@ -40,15 +40,19 @@ def replayed() -> Iterator[None]:
 
 
 class _SyncedNorm(torch.autograd.Function):
-    """Batch normalization over all ranks. Ranks add up sums, sums of squares and counts, and in backward their gradients."""
+    """Batch normalization with statistics of all ranks.
+
+    In the forward pass, ranks add up sums, sums of squares and counts. In the backward pass, they add up the sums
+    that the gradient of `x` needs.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # for half precision, statistics come in the format of the running statistics
+        # torch returns statistics in the format of the running statistics that it is given; x may be in half precision
         unmoved = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, variance = (part.double() for part in torch.batch_norm_update_stats(x, *unmoved, 0.0))
         count = x.numel() // x.shape[1]
-        # in double precision, sums of squares lose nothing of a float32 mean and variance
+        # in double precision, sums of squares keep the accuracy of the float32 mean and variance
         sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
         sums = group.total(sums)
         num_channels, total = x.shape[1], sums[-1]
@@ -64,7 +68,8 @@ class _SyncedNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, mean, variance = ctx.saved_tensors
         gradient = gradient.contiguous()
-        # with given statistics: gradient * weight / std, the sum of gradient * normalized x, and the sum of gradient
+        # With constant statistics: gradient * weight / std, sum of gradient * normalized x, and sum of gradient. The
+        # gradient through the statistics, which depend on all ranks' x, is added below.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, variance, None, None, False, EPS, [True, True, True]
         )
@@ -82,11 +87,11 @@ _synced_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, T
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization of (B, C, H, W); outside training, and if frozen, it uses running statistics.
+    """Batch normalization of (B, C, H, W). Uses the running statistics in evaluation mode, and if `kind` is "frozen".
 
     Args:
-        num_channels: C.
-        kind: which statistics to use, see `ImageNorm`.
+        num_channels: C, number of channels.
+        kind: source of the statistics, see `ImageNorm`.
     """
 
     running_mean: Tensor
@@ -102,7 +107,7 @@ class BatchNorm(nn.Module):
         self.is_synced = kind == "batch_sync"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Returns x normalized, (B, C, H, W)."""
         by_batch = self.training and self.kind != "frozen"
         if not (by_batch and self.is_synced and group.is_shared()):
             mean, variance = self.running_mean, self.running_var
@@ -118,12 +123,12 @@ class BatchNorm(nn.Module):
 
 
 def build(kind: ImageNorm, num_channels: int, num_groups: int) -> nn.Module:
-    """Builds the normalization of `num_channels` channels."""
+    """Builds the normalization of `num_channels` channels. `num_groups` is used only if `kind` is "group"."""
     return nn.GroupNorm(num_groups, num_channels, EPS) if kind == "group" else BatchNorm(num_channels, kind)
 
 
 def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
-    """The price of the module that `build` makes, inside its scope on the tape."""
+    """Records the price of the module from `build` on the tape, in the module's scope, and returns the output."""
     num_channels = x.shape[1]
     weight, bias = tape.weight("weight", num_channels), tape.weight("bias", num_channels)
     synced = kind == "batch_sync" and tape.strategy_law.is_shared
@@ -131,14 +136,14 @@ def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
     if synced:
         tape.strategy_law.send("all_reduce", (2 * num_channels + 1) * _DOUBLE)
     y = tape.elementwise(x.shape, x.dtype, node)
-    # means and inverse standard deviations; frozen ones are buffers
+    # the saved means and inverse standard deviations; frozen statistics are buffers, which are priced elsewhere
     shape = {"group": (x.shape[0], num_groups), "frozen": (0,)}.get(kind, (num_channels,))
     tape.save_output(node, *(tape.new(shape, "float32") for _ in range(2)))
     return y
 
 
 _DOUBLE = 8
-"""Bytes of a number in the sums over ranks."""
+"""Bytes per number of the float64 sums that ranks add up."""
 
 
 def _law_back(
@@ -151,11 +156,11 @@ def _law_back(
 
 @torch.no_grad()
 def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replaces the running statistics of every BatchNorm by their mean over batches, weighted by the number of images.
+    """Replaces all running statistics, except frozen ones, by their mean over batches, weighted by numbers of images.
 
     Args:
-        model: its training mode stays unchanged.
-        batches: (B, 3, H, W) each, the same on all ranks.
+        model: model with normalizations of ours or of torch, updated in place. Its training mode is restored.
+        batches: images, (B, 3, H, W) each. All ranks need the same batches, because nothing is communicated.
     """
     norms: list[Any] = [module for module in model.modules() if _moves(module)]
     synced = [norm for norm in norms if isinstance(norm, BatchNorm) and norm.is_synced]
@@ -177,5 +182,5 @@ def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def _moves(module: nn.Module) -> bool:
-    """Whether a module, ours or torch's, has running statistics that batches update."""
+    """Returns whether a module, ours or torch's, updates running statistics in training."""
     return isinstance(module, nn.BatchNorm2d) or (isinstance(module, BatchNorm) and module.kind != "frozen")

@@ -1,9 +1,10 @@
-"""llmeff's attention in transformers' own models. Importing this registers the mixers that only use queries, keys and values.
+"""llmeff's attention for models of transformers. Importing this module registers the mixers that need only Q, K and V.
 
-`attn_implementation="llmeff_sliding"` then works in every model that uses transformers' AttentionInterface, and so do
-`llmeff_softmax`, `llmeff_linear` and `llmeff_performer`. The window is the model's own (`sliding_window`, as in Mistral), or
-the one that `use` wrote into its config. Models cache keys and values as usual; `linear` and `performer` recompute their
-state from them in every call. A model that needs an unsupported feature gets an error, never a silently different result.
+Then `attn_implementation="llmeff_sliding"` works in every model that uses transformers' AttentionInterface, and so do
+`llmeff_softmax`, `llmeff_linear` and `llmeff_performer`. The window is the model's own `sliding_window`, as in Mistral,
+or the window that `use` wrote into its config. Models keep their usual KV cache; `linear` and `performer` recompute
+their state from it in every call. A model that needs an unsupported feature raises an error, and never silently
+returns a different result.
 """
 
 from collections.abc import Callable
@@ -32,18 +33,19 @@ from llmeff.core.tested import check_tested
 # B batch, T queries, S cached and new tokens, N heads, K key-value heads, H head width, M features
 
 SETTINGS = "llmeff_sliding"
-"""The field of a model's config with the settings of its sliding attention; it is saved with the model."""
+"""Field of a model's config with the settings of its sliding attention. It is saved with the model."""
 FEATURES = "llmeff_performer"
-"""The same field for Performer. Its random directions are not saved; they follow from the layer's index and widths."""
+"""Field of a model's config with the settings of its Performer attention. The random directions are not saved, because
+they follow from the layer's index and its widths."""
 
 _REFUSED = ("softcap", "s_aux")
-"""Arguments of attention in some models that change the result and are not supported here."""
+"""Arguments that some models pass to attention. They change its result and are not supported here."""
 
 _layouts = WeakTensorKeyDictionary()
-"""The layout of each mask in use, with the tables that a model's layers share."""
+"""Layout of each mask in use. It also stores the tables that the model's layers share."""
 
 _directions: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-"""Performer's random directions of each layer, (M, H)."""
+"""Performer's random directions, (M, H), by attention layer."""
 
 
 def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
@@ -51,10 +53,11 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
 
     Args:
         model: any model whose attention uses transformers' AttentionInterface.
-        mixer: `Softmax()`, `Sliding(...)`, `Linear()` or `Performer(...)`; projections and norms stay the model's.
+        mixer: `Softmax()`, `Sliding(...)`, `Linear()` or `Performer(...)`. The model's own projections and norms stay.
 
     Raises:
-        ConfigError: the model or the mixer is not supported, or the model has its own sliding window.
+        ConfigError: the model or the mixer is not supported, or a sliding mixer is given to a model that has its own
+            sliding_window.
     """
     check_tested("transformers")
     if isinstance(mixer, Softmax | Sliding):
@@ -63,10 +66,10 @@ def use(model: PreTrainedModel, mixer: MixerConfig) -> None:
         is_taken = isinstance(mixer, KernelConfig) and mixer.kernel != "fla"
     if not is_taken:
         raise ConfigError(
-            f"mixer is {mixer}: a transformers model supports Softmax(), Sliding(...), Linear() or Performer(...), without "
-            "qk_norm and with the default kernel"
+            f"mixer is {mixer}, but a transformers model supports Softmax(), Sliding(...), Linear() or Performer(...), "
+            "without qk_norm and with the default kernel"
         )
-    # the first test only guesses from the source code: it accepts Mamba, which has no attention
+    # the first check only searches the model's source code: it accepts Mamba, which has no attention
     if not (model._can_set_attn_implementation() and model._supports_attention_backend):
         raise ConfigError(
             f"{type(model).__name__} does not use transformers' AttentionInterface, so its attention cannot be replaced"
@@ -94,7 +97,7 @@ def _check_window(config: Any, fields: dict[str, Any]) -> None:
 def _softmax(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """(B, N, T, H) queries and (B, K, S, H) keys and values to (B, T, N, H)."""
+    """Softmax attention of (B, N, T, H) queries over (B, K, S, H) keys and values; returns (B, T, N, H)."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_softmax")
     key, value = _filled(layout, key), _filled(layout, value)
     return attend(query, key, value, layout, kwargs.get("scaling")).transpose(1, 2), None
@@ -103,7 +106,7 @@ def _softmax(
 def _sliding(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same over the window, in the layers that slide."""
+    """Sliding-window attention, with the shapes of `_softmax`. Layers without a window attend to all tokens."""
     layout = _checked(module, query, attention_mask, kwargs)
     settings = _settings(module.config, kwargs.get("sliding_window"))
     key, value = _filled(layout, key), _filled(layout, value)
@@ -116,7 +119,7 @@ def _sliding(
 def _linear(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same with the mixer `Linear`, whose products of features have no scale."""
+    """Linear attention as in the mixer `Linear`, with the shapes of `_softmax`. Its feature products have no scale."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_linear")
     query, key, value = _tokens_first(layout, query, key, value)
     query, key, past = positive(query), positive(key), layout.past
@@ -127,7 +130,7 @@ def _linear(
 def _performer(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The same with the mixer `Performer`, which estimates `_softmax`."""
+    """Performer attention, which estimates `_softmax` and has the same shapes."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_performer")
     query, key, value = _tokens_first(layout, query, key, value)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -148,25 +151,25 @@ def _performer(
 
 
 def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
-    """The random directions of a layer, (M, H)."""
+    """Returns the random directions of a layer, (M, H), which are computed at the first call."""
     found = _directions.get(module)
     if found is None or found.device != query.device:
         mixer = validate(Performer, getattr(module.config, FEATURES, {}))
         width, layer = query.shape[-1], getattr(module, "layer_idx", None) or 0
         like = torch.empty(mixer.width(width), width, dtype=torch.float32, device="cpu")
-        with torch.inference_mode(False):  # a training step may use them later
+        with torch.inference_mode(False):  # a later training step could not use inference tensors
             found = orthogonal(like, torch.Generator().manual_seed(derive(0, FEATURES, layer))).to(query.device)
         _directions[module] = found
     return found
 
 
 def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """(B, N, T, H) queries and (B, K, S, H) keys and values, transposed to tokens before heads."""
+    """Transposes (B, N, T, H) queries and (B, K, S, H) keys and values to tokens before heads; drops unused slots."""
     return tuple(x.transpose(1, 2) for x in (query, _filled(layout, key), _filled(layout, value)))
 
 
 class _Before:
-    """The states after the past tokens, as a cache for one call; the model itself keeps their keys and values."""
+    """The state after the past tokens, as a layer cache for one call. It is recomputed from the model's KV cache."""
 
     def __init__(self, **states: Tensor):
         self._states = states
@@ -175,14 +178,17 @@ class _Before:
         return self._states.get(name)
 
     def keep(self, name: str, state: Tensor) -> None:
-        """Keeps nothing: the next call recomputes the states."""
+        """Does nothing, because the next call recomputes the state."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
 def _sums(key: Tensor, value: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    """The state of `kernel.weighed` after past tokens, (B, N, M, H + 1), from (B, S, K, M) keys and (B, S, K, H) values."""
+    """Returns the state of `kernel.weighed` after past tokens, (B, N, M, H + 1).
+
+    `key` is (B, S, K, M) features of the past keys, and `value` is (B, S, K, H).
+    """
     if layout.padding is not None:
         key = key.masked_fill(~layout.padding[:, : layout.past, None, None], 0)
     with torch.autocast(key.device.type, enabled=False):
@@ -191,7 +197,13 @@ def _sums(key: Tensor, value: Tensor, layout: Layout, num_heads: int) -> Tensor:
 
 
 def _settings(config: Any, layer_window: int | None) -> Sliding | None:
-    """The window of a layer. None: the layer sees all tokens, in a model where only some layers slide."""
+    """Returns the settings of a layer's window.
+
+    Returns None if the layer sees all tokens, in a model that has a window only in some layers.
+
+    Raises:
+        ConfigError: the model has no window, two windows, or invalid settings.
+    """
     fields = getattr(config, SETTINGS, None)
     if fields is not None:
         _check_window(config, fields)
@@ -207,7 +219,14 @@ def _settings(config: Any, layer_window: int | None) -> Sliding | None:
 def _checked(
     module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], sees_all: str | None = None
 ) -> Layout:
-    """The layout that the mask encodes; `sees_all` is the name of an attention without a window.
+    """Checks a call of attention, and returns the layout that its mask encodes.
+
+    Args:
+        module: attention layer of the model.
+        query: (B, N, T, H).
+        mask: mask from `_documents`.
+        kwargs: further arguments that the model passes to attention.
+        sees_all: name of the attention if it has no window.
 
     Raises:
         ConfigError: the model needs an unsupported feature.
@@ -215,9 +234,9 @@ def _checked(
     model = type(module).__name__
     window = kwargs.get("sliding_window")
     if sees_all is not None and window is not None:
-        raise ConfigError(f"sliding_window is {window}, but {sees_all} sees all tokens; use llmeff_sliding")
+        raise ConfigError(f"sliding_window is {window}, but {sees_all} sees all tokens: use llmeff_sliding")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise ConfigError(f"{model} is not causal, but llmeff's attention is")
+        raise ConfigError(f"{model} is not causal, but llmeff's attention is always causal")
     if kwargs.get("dropout"):
         raise ConfigError(
             f"{model} has an attention dropout of {kwargs['dropout']}, which llmeff's attention does not support: set it to 0"
@@ -228,7 +247,7 @@ def _checked(
     if mask is None or mask.dim() != 2:
         given = "none" if mask is None else f"one of shape {tuple(mask.shape)}"
         raise ConfigError(
-            f"{model} passes a mask that is not llmeff's ({given}): give attention_mask as (batch, tokens)"
+            f"{model} must pass a mask that llmeff made from an attention_mask (batch, tokens), but it passes {given}"
         )
     if mask not in _layouts:
         _layouts[mask] = _checked_packing(_layout(mask, query.shape[2]), kwargs)
@@ -237,10 +256,10 @@ def _checked(
 
 
 def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
-    """Returns the layout.
+    """Checks that the layout separates all documents that the arguments describe, and returns it.
 
     Raises:
-        ConfigError: the arguments pack documents that the layout does not have.
+        ConfigError: the arguments describe several documents in a row, but the layout does not.
     """
     if layout.documents is not None or layout.past:
         return layout
@@ -248,27 +267,27 @@ def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
     borders = kwargs.get("cu_seq_lens_q")
     told = "cu_seq_lens_q" if borders is not None and len(borders) > 2 else None
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        falls = positions.diff(dim=-1) <= 0  # jumps ahead may be intended
+        falls = positions.diff(dim=-1) <= 0  # positions that skip ahead may be intended
         if layout.padding is not None:
             falls = falls & layout.padding[:, 1:] & layout.padding[:, :-1]
         if bool(falls.any()):
             told = "position_ids"
     if told is not None:
         raise ConfigError(
-            f"by {told}, documents begin within a row, but the model's mask does not keep them apart: transformers finds them "
-            "only in position_ids, without attention_mask and with use_cache=False"
+            f"{told} describes several documents in a row, but the model's mask does not separate them. transformers "
+            "finds documents only in position_ids, without attention_mask and with use_cache=False"
         )
     return layout
 
 
 def _filled(layout: Layout, x: Tensor) -> Tensor:
-    """Keys or values without the unused room of a cache of fixed size."""
+    """Returns keys or values without the unused slots of a cache of fixed size."""
     num_tokens = layout.past + layout.positions.shape[-1]
     return x if x.shape[2] == num_tokens else x[:, :, :num_tokens]
 
 
 def _layout(documents: Tensor, num_queries: int) -> Layout:
-    """The layout that a mask of `_documents` encodes, for T queries."""
+    """Returns the layout that a mask from `_documents` encodes, for `num_queries` new tokens."""
     past = documents.shape[1] - num_queries
     padding = None if bool(documents.all()) else documents > 0
     places = torch.arange(documents.shape[1], device=documents.device)[None]
@@ -276,9 +295,9 @@ def _layout(documents: Tensor, num_queries: int) -> Layout:
         return Layout(positions=places[:, past:], padding=padding, past=past)
     if past:
         raise ConfigError(
-            "rows with several documents, or in chunks, are only for training: decode documents one by one"
+            "a cache does not support rows with several documents, or attention in chunks: decode documents one by one"
         )
-    # a copy, since a layout that holds the mask itself would never free it
+    # a copy, because a layout that refers to its own key in `_layouts` would never be freed
     return Layout(positions=places_in(documents), documents=documents.clone(), padding=padding)
 
 
@@ -294,9 +313,10 @@ def _documents(
     device: torch.device,
     **kwargs: Any,
 ) -> Tensor:
-    """The mask for our functions: (B, S) int64, the number of each token's document; 0: padding.
+    """Builds the mask for llmeff's attention, (B, S) int64: each token's document, counted from 1, or 0 for padding.
 
-    The arguments are those of transformers' mask interface. A token that does not see the one before begins a document.
+    The arguments are those of transformers' mask interface. A token that may not see the previous token begins a
+    document.
     """
     if use_vmap:
         raise ConfigError("the model has its own mask functions, which llmeff's attention does not support")
@@ -304,7 +324,7 @@ def _documents(
     places = torch.arange(kv_offset, int(q_offset) + q_length, device=device)[None]
     earlier, later = places[:, :-1], places[:, 1:]
     if bool(mask_function(rows, 0, earlier, later).any()):
-        raise ConfigError("the model lets tokens see later ones, but llmeff's attention is causal")
+        raise ConfigError("the model lets tokens see later tokens, but llmeff's attention is causal")
     follows = mask_function(rows, 0, later, earlier).expand(batch_size, -1)
     documents = F.pad(follows.logical_not().cumsum(-1), (1, 0)) + 1
     if attention_mask is None:
@@ -315,4 +335,4 @@ def _documents(
 for _mixer, _function in ((Softmax, _softmax), (Sliding, _sliding), (Linear, _linear), (Performer, _performer)):
     _name = f"llmeff_{_mixer.model_fields['name'].default}"
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, _documents)  # without it the mask would be None, and padding visible
+    AttentionMaskInterface.register(_name, _documents)  # otherwise, the mask would be None and padding visible

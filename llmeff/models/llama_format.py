@@ -1,4 +1,4 @@
-"""Decoders as folders of safetensors and JSON that transformers loads, as stock Llama or Qwen3 if the model is one."""
+"""Saves and loads decoders in transformers' format, as stock Llama or Qwen3 if possible and otherwise as `llmeff`."""
 
 import json
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from llmeff.models.model import save_model
 from llmeff.models.transformer import Decoder, DecoderConfig
 
 HEAD = "lm_head.weight"
-"""The output embedding. It has the same name here and in transformers, and is not saved if the embeddings are tied."""
+"""Name of the output embedding, here and in transformers. It is not saved if the embeddings are tied."""
 
 _STOCK = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
 
 
 def is_stock(config: DecoderConfig) -> bool:
-    """Whether transformers has the model: one kind of softmax attention and the same widths in every layer."""
+    """Returns whether stock Llama or Qwen3 can represent the model: equal layers of softmax attention and an MLP."""
     shapes = {
         (
             config.layer_mixer(index).model_dump_json(),
@@ -40,20 +40,20 @@ def is_stock(config: DecoderConfig) -> bool:
 
 
 def shared_name(name: str) -> str:
-    """The name of a `Decoder` parameter in transformers' models and files."""
+    """Returns the name that a `Decoder` parameter has in transformers' models and files."""
     return name if name == HEAD else f"model.{name}"
 
 
 def own_fields(config: DecoderConfig) -> dict[str, Any]:
-    """The fields that llmeff's own format saves; the vocabulary and the tying are saved in transformers' fields."""
+    """Returns the fields that the `llmeff` format saves. transformers' own fields save vocabulary size and tying."""
     return config.model_dump(mode="json", exclude={"name", "vocab_size", "tied_embeddings"})
 
 
 def from_own_fields(fields: Mapping[str, Any], vocab_size: int, tied_embeddings: bool) -> DecoderConfig:
-    """The inverse of `own_fields`.
+    """Builds a config from fields that `own_fields` returned.
 
     Raises:
-        ConfigError: the fields are not a valid decoder's.
+        ConfigError: the fields are not a valid decoder config.
     """
     return validate(DecoderConfig, {**fields, "vocab_size": vocab_size, "tied_embeddings": tied_embeddings})
 
@@ -82,7 +82,7 @@ def _architecture(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # for readers older than transformers 5
+        "rope_theta": config.rope_theta,  # for releases before transformers 5
         "initializer_range": config.initial_std("embed_tokens.weight"),
     }
 
@@ -96,17 +96,17 @@ def save(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and model.safetensors atomically, the config last.
+    """Writes model.safetensors, generation_config.json and, last, config.json. Each file is written atomically.
 
-    Plain transformers reads a model that `is_stock`; other models need `import llmeff.models.pretrained` first.
+    Plain transformers loads a model for which `is_stock` is true. For others, import `llmeff.models.pretrained` first.
 
     Args:
-        decoder: the model, in the format that the file will have.
-        folder: folder to write to; made if it does not exist.
-        max_position_embeddings: longest sequence, in tokens, that the model is meant for.
-        bos_token_id: token that begins a text; None: the tokenizer has none.
-        eos_token_id: token that ends a text; None: the tokenizer has none.
-        pad_token_id: token that pads the rows of a batch; None: the tokenizer has none.
+        decoder: the model. The file stores its tensors in their current format.
+        folder: folder to write to; created if it does not exist.
+        max_position_embeddings: longest sequence in tokens that the model is meant for.
+        bos_token_id: token that begins a text. None if the tokenizer has none.
+        eos_token_id: token that ends a text. None if the tokenizer has none.
+        pad_token_id: token that pads the rows of a batch. None if the tokenizer has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -147,7 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a model's config is a JSON object, found {type(content).__name__}")
+        raise ConfigError(f"{path}: a model's config must be a JSON object, but this is a {type(content).__name__}")
     return content
 
 
@@ -160,7 +160,7 @@ def _stock_fields(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     if kind != "default":
         problems.append(f"rotary positions are {kind!r}, not 'default'")
     if problems:
-        raise ConfigError(f"not supported by llmeff's decoder: {'; '.join(problems)}")
+        raise ConfigError(f"llmeff's decoder does not support this model: {'; '.join(problems)}")
     num_heads, width = raw["num_attention_heads"], raw["hidden_size"]
     head_dim = raw.get("head_dim") or (width // num_heads if model_type == "llama" else 128)
     return {
@@ -178,10 +178,10 @@ def _stock_fields(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """Reads the decoder's config from a folder's config.json.
+    """Reads a decoder's config from the config.json in a folder.
 
     Raises:
-        ConfigError: the file cannot be read, or describes a model that `Decoder` does not support.
+        ConfigError: the file cannot be read, or it describes a model that `Decoder` does not support.
     """
     path = folder / "config.json"
     raw = _read_json(path)
@@ -193,10 +193,10 @@ def read_config(folder: Path) -> DecoderConfig:
             fields = _stock_fields(raw, model_type)
         else:
             known = ", ".join([*_STOCK, "llmeff"])
-            raise ConfigError(f"model_type is {model_type!r}, but a decoder is read only from {known}")
+            raise ConfigError(f"model_type is {model_type!r}, but llmeff's decoder reads only {known}")
         return from_own_fields(fields, raw["vocab_size"], raw.get("tie_word_embeddings", False))
     except KeyError as error:
-        raise ConfigError(f"{path}: lacks {error.args[0]}") from None
+        raise ConfigError(f"{path}: lacks the field {error.args[0]}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {problem}" for problem in error.problems) from None
 
@@ -217,10 +217,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    """Reads a decoder that `save` wrote, or a Llama or Qwen3 that transformers wrote and `Decoder` supports.
+    """Reads the config and tensors of a decoder that `save` wrote, or of a supported Llama or Qwen3 of transformers.
 
     Returns:
-        Its config, and its tensors in the form of `core.tensors.copy_tensors`, without a tied output embedding.
+        The config, and the tensors by their names in `Decoder`, without a tied output embedding.
 
     Raises:
         ConfigError: a file is missing or damaged, or the tensors do not match the config.
@@ -237,7 +237,9 @@ def load(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
         if found is None:
             problems.append(f"lacks {shared_name(name)}")
         elif found.shape != tensor.shape:
-            problems.append(f"{shared_name(name)} is {tuple(found.shape)}, but the config says {tuple(tensor.shape)}")
+            problems.append(
+                f"{shared_name(name)} has shape {tuple(found.shape)}, but the config gives {tuple(tensor.shape)}"
+            )
     problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - set(map(shared_name, expected)))]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

@@ -1,4 +1,4 @@
-"""LoRA: frozen weights plus trained low-rank updates (Hu et al. 2022), by the peft library."""
+"""LoRA: frozen weights plus trained low-rank updates (Hu et al. 2022), implemented by the peft library."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,23 +11,23 @@ from llmeff.models.transform import TransformConfig
 
 
 class LoRA(TransformConfig):
-    """W x + alpha / rank B A x. Only A and B are trained; the saved model has their product added to W."""
+    """Linear layers compute W x + (alpha / rank) B A x. Only A and B are trained. Saving adds the update to W."""
 
     name: Literal["lora"] = "lora"
     rank: Count = 8
     """Rank of the update."""
     alpha: Positive = 16.0
-    """Scales the update: by alpha / rank."""
+    """Scale of the update, which is multiplied by alpha / rank."""
     targets: tuple[Text, ...] = ()
-    """Linear layers to update, by the ends of their names (`q_proj`). Empty: all except the output embedding."""
+    """Linear layers to update, by the ends of their names (`q_proj`). If empty, all except the output embedding."""
     rank_stabilized: Flag = False
-    """Scale the update by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    """Multiply the update by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freezes the model and adds updates to its layers.
+        """Freezes the model's weights, and adds trainable updates to the chosen layers.
 
         Raises:
-            ConfigError: peft is not installed, or no linear layer has a target's name.
+            ConfigError: peft is not installed, or a target matches no linear layer.
         """
         try:
             import peft
@@ -57,7 +57,7 @@ class LoRA(TransformConfig):
                 yield name
 
     def fold(self, model: nn.Module) -> nn.Module:
-        """Adds the updates to the weights and removes the update layers."""
+        """Adds the updates to the weights, restores the original layers and unfreezes all parameters."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers: list[tuple[str, Any]] = [

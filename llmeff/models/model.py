@@ -1,4 +1,4 @@
-"""The contract of a model's config."""
+"""Base classes of model configs, and `save_model`."""
 
 from collections.abc import Iterator
 from functools import singledispatch
@@ -33,36 +33,38 @@ class ModelConfig(Component, family="model"):
         raise NotImplementedError(type(self))
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """What a step needs and the model does not support, as messages. Unwise settings only warn.
+        """Yields a message for everything that a step needs and the model does not support. Unwise settings only warn.
 
         Args:
             workload: the step.
-            built: the module from `build`. None: report what the config alone tells.
+            built: the module from `build`. None to check only the config.
         """
         yield from ()
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
-        """Scope of the batch statistics: none, a rank's micro-batch, or the micro-batches of all ranks.
+        """Returns the rows over which the model computes batch statistics.
 
-        With any, a step depends on how its rows are split into micro-batches; with a rank's, also on the number of
-        ranks.
+        Returns:
+            "nothing" if it computes none, "micro-batch" for a rank's micro-batch, or "ranks" for the micro-batches of
+            all ranks together. With batch statistics, the result of a step depends on how its rows are split into
+            micro-batches. With "micro-batch", it also depends on the number of ranks.
         """
         return "nothing"
 
     def batch(self, tape: Tape) -> Any:
-        """A micro-batch in the form that the law takes."""
+        """Returns a micro-batch on the tape, in the form that `law` takes."""
         return Batch(tape)
 
     def law(self, tape: Tape, batch: Any) -> Array:
-        """The price of a micro-batch's training forward, up to its summed loss."""
+        """Records the price of a micro-batch's training forward pass on the tape, and returns the summed loss."""
         raise NotImplementedError(type(self))
 
     def example(self, workload: Workload) -> dict[str, Any]:
-        """A micro-batch without content, for models that are priced by running a step."""
+        """Returns a micro-batch of placeholder values, to price a model that has no law by tracing a step."""
         raise NotImplementedError(type(self))
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The summed loss of a micro-batch from `example`, as in a training step.
+        """Returns the summed loss of a micro-batch from `example`, as in a training step.
 
         Args:
             model: the module from `build`, possibly transformed.
@@ -71,30 +73,30 @@ class ModelConfig(Component, family="model"):
         raise NotImplementedError(type(self))
 
     def weights(self) -> list[Weight]:
-        """The trained parameters, with their names in the module."""
+        """Returns the trained parameters, with their names in the module."""
         return weights(self.law, self.batch)
 
     def buffer_bytes(self, number_bytes: int) -> int:
-        """Bytes of a rank's buffers, which live all the time.
+        """Returns the bytes of a rank's buffers, which stay in memory during the whole run.
 
         Args:
-            number_bytes: bytes per number in the format of the parameters, which is also that of buffers.
+            number_bytes: bytes per number in the format of the parameters, which buffers have too.
         """
         return 0
 
     def roles(self) -> dict[str, Role]:
-        """The role of each trained parameter, by its name in the module."""
+        """Returns the role of each trained parameter by its name in the module."""
         with torch.device("meta"):
             module = self.build()
         roles: dict[str, Role] = module.roles()  # type: ignore[operator]  # a method of every language model
         return {name: roles[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
     def price(self, workload: Workload, strategy_law: StrategyLaw | None = None) -> Price:
-        """The price of an optimizer step, without the optimizer.
+        """Returns the price of an optimizer step, without the optimizer's state and update.
 
         Args:
             workload: the step.
-            strategy_law: the law of how weights and gradients are kept. None: one process keeps them all.
+            strategy_law: what a strategy keeps and sends. None for one process that keeps all weights and gradients.
         """
         kept = self.buffer_bytes(NUM_BYTES[workload.precision.parameters])
         buffers = Price({("frozen_bytes", "buffers"): kept, ("peak_bytes", "buffers"): kept})
@@ -105,10 +107,10 @@ class ImageModelConfig(ModelConfig):
     """A model that assigns a class to every pixel of an image."""
 
     num_classes: Count | Literal["auto"] = "auto"
-    """K, number of classes. auto: the data's."""
+    """K, number of classes. auto: the number of classes in the data."""
 
     def classes(self) -> int:
-        """Returns K.
+        """Returns K, the number of classes.
 
         Raises:
             ValueError: `num_classes` is still "auto".
@@ -118,11 +120,11 @@ class ImageModelConfig(ModelConfig):
         return self.num_classes
 
     def batch(self, tape: Tape) -> Images:
-        """Images with their labels, in the form that the law takes."""
+        """Returns a micro-batch of images and labels on the tape, in the form that `law` takes."""
         return Images(tape)
 
     def example(self, workload: Workload) -> dict[str, Any]:
-        """Images (B, 3, H, W), labels (B, H, W) and class weights (K,)."""
+        """Returns placeholder images (B, 3, H, W), labels (B, H, W) and class weights (K,)."""
         assert workload.image_size is not None, "a model of images needs a workload of images"
         num, size = workload.num_sequences, workload.image_size
         return {
@@ -132,25 +134,25 @@ class ImageModelConfig(ModelConfig):
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The weighted loss of the pixels' logits."""
+        """Returns the cross-entropy of all pixels, weighted by class and summed."""
         return weighted_loss(model(batch["images"]), batch["labels"], batch["weights"])
 
     def least_size(self) -> int:
-        """Smallest side of an image, in pixels."""
+        """Returns the smallest image side that the model supports, in pixels."""
         return 1
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Reports images that are too small, and weights in another format than the images."""
+        """Yields a message if images are too small, or if the precision gives weights another format than images."""
         size, least = workload.image_size, self.least_size()
         if built is None and workload.precision.master is not None:
             yield (
-                f"precision {workload.precision_name!r} is not supported by model {self.name!r}: images and running statistics "
-                "would need the format of its weights; use 'bf16'"
+                f"model {self.name!r} does not support precision {workload.precision_name!r}, because images and "
+                "running statistics would need the format of its weights: use 'bf16'"
             )
         if built is None and size is not None and min(size) < least:
             yield (
                 f"model {self.name!r} needs images of at least {least} pixels a side, but these have {size[0]} x {size[1]}: "
-                "give data.size or a larger data.augment.crop"
+                "set data.size or a larger data.augment.crop"
             )
 
 
@@ -158,10 +160,10 @@ class LanguageModelConfig(ModelConfig):
     """A model of token sequences."""
 
     vocab_size: Count | Literal["auto"] = "auto"
-    """V, size of the vocabulary. auto: the tokenizer's."""
+    """V, size of the vocabulary. auto: the size of the tokenizer's vocabulary."""
 
     def vocabulary(self) -> int:
-        """Returns V.
+        """Returns V, the size of the vocabulary.
 
         Raises:
             ValueError: `vocab_size` is still "auto".
@@ -171,7 +173,7 @@ class LanguageModelConfig(ModelConfig):
         return self.vocab_size
 
     def example(self, workload: Workload) -> dict[str, Any]:
-        """Tokens and targets, (B, T) each, with their layout if documents are kept apart."""
+        """Returns placeholder tokens and targets, (B, T) each, with a layout if rows hold several documents."""
         tokens = torch.zeros(workload.num_sequences, workload.num_tokens, dtype=torch.int64)
         layout = None
         if workload.packed:
@@ -184,27 +186,27 @@ class LanguageModelConfig(ModelConfig):
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The summed loss that the model returns."""
+        """Returns the summed loss that the model computes."""
         loss: Tensor = model(**batch)
         return loss
 
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer that the weights were trained with. None: the weights are new, or it is missing."""
+        """Returns the folder of the tokenizer that the weights were trained with, or None if there is none."""
         return None
 
     def chunks_logits(self) -> bool:
-        """Whether the loss can be computed from the logits of a few tokens at a time."""
+        """Returns whether the loss can be computed from the logits of a few tokens at a time."""
         return True
 
 
 @singledispatch
 def save_model(model: nn.Module, folder: Path, *, max_length: int, end_id: int) -> None:
-    """Writes a model as config.json and safetensors; each kind of model registers its own writer.
+    """Writes a model as config.json and safetensors. Each class of models registers its own writer.
 
     Args:
         model: the trained model.
-        folder: folder to write to; made if it does not exist.
-        max_length: longest sequence, in tokens, that the model was trained on.
+        folder: folder to write to; created if it does not exist.
+        max_length: longest sequence in tokens that the model was trained on.
         end_id: id of the token that begins and ends a document.
     """
     raise NotImplementedError(type(model))

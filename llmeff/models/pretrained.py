@@ -1,4 +1,4 @@
-"""The decoder for Hugging Face: its layers as a transformers model, with cache, `generate` and the Auto classes."""
+"""The decoder as a model of transformers: the same layers, with a cache, `generate` and the Auto classes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,33 +33,33 @@ from llmeff.models.transformer import Decoder, DecoderConfig, Layer
 
 _CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
-"""This release's name of the cache in a model's arguments and output: `cache` from transformers 5.24 on."""
+"""Name of the cache in a model's arguments and output: `past_key_values` before transformers 5.24, then `cache`."""
 _PASSED = {"output_hidden_states", "output_attentions", "num_items_in_batch", "ignore_index", "shift_labels"}
-"""Arguments that a model accepts besides its own, for transformers' decorators and its loss."""
+"""Further arguments that a model accepts, for transformers' decorators and its loss function."""
 
 
 class LlmeffConfig(PreTrainedConfig):
-    """A `DecoderConfig` in transformers' form: `decoder_config`, and the fields that transformers knows."""
+    """A `DecoderConfig` as a transformers config: in `decoder_config`, beside the fields that transformers reads."""
 
     model_type = "llmeff"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     decoder_config: dict[str, Any] | None = None
-    """Fields of `DecoderConfig` without the vocabulary and the tying; missing fields have its defaults. None: all have."""
+    """Fields of `DecoderConfig`, except vocabulary size and tying. Missing fields, or all if None, are defaults."""
     vocab_size: int = 256
     """V, size of the vocabulary."""
     tie_word_embeddings: bool = True
     """Use one matrix to embed the tokens and to compute the logits."""
     max_position_embeddings: int = 1024
-    """Longest sequence, in tokens, that the model is meant for."""
+    """Longest sequence in tokens that the model is meant for."""
     use_cache: bool = True
-    """Keep keys and values for decoding, unless a call says otherwise."""
+    """Whether a call that does not set `use_cache` makes and returns a cache for decoding."""
     bos_token_id: int | None = None
-    """Token that begins a text. None: there is none."""
+    """Token that begins a text. None if there is none."""
     eos_token_id: int | list[int] | None = None
-    """Token that ends a text. None: there is none."""
+    """Token that ends a text. None if there is none."""
     pad_token_id: int | None = None
-    """Token that pads the rows of a batch. None: there is none."""
+    """Token that pads the rows of a batch. None if there is none."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.decoder_config = own_fields(self._read(self.decoder_config or {}))
@@ -70,7 +70,7 @@ class LlmeffConfig(PreTrainedConfig):
 
     @classmethod
     def wrap(cls, config: DecoderConfig, **kwargs: Any) -> "LlmeffConfig":
-        """Wraps a decoder's config; `kwargs` are further fields of transformers."""
+        """Builds the transformers config of a decoder. `kwargs` are further fields of the transformers config."""
         return cls(
             decoder_config=own_fields(config),
             vocab_size=config.vocabulary(),
@@ -79,7 +79,7 @@ class LlmeffConfig(PreTrainedConfig):
         )
 
     def unwrap(self) -> DecoderConfig:
-        """The decoder's config, with the current vocabulary."""
+        """Returns the decoder's config, with the current vocabulary size and tying."""
         assert self.decoder_config is not None
         return self._read(self.decoder_config)
 
@@ -110,40 +110,40 @@ class LlmeffConfig(PreTrainedConfig):
 
 
 class StateLayer(CacheLayerMixin):
-    """A mixer's states by name as a layer of a transformers cache; rows are reordered, repeated and selected with the batch."""
+    """Cache layer of transformers that stores a mixer's states by name. Beam search may reorder or repeat its rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.states: dict[str, Tensor] = {}
         self.num_tokens = 0
-        """Tokens that the states have seen, padding included."""
+        """Number of tokens that the states cover, padding included."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Does nothing: states are created with the first token."""
+        """Does nothing, because states are created with the first token."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Not supported: this layer has no keys and values."""
+        """Raises NotImplementedError, because this layer stores no keys and values."""
         raise NotImplementedError("this layer keeps states by name, not keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of tokens that a mask covers, and the index of the first, 0."""
+        """Returns the number of tokens that a mask covers, and the index of its first token, which is 0."""
         return self.num_tokens + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Number of tokens seen so far."""
+        """Returns the number of tokens that the states cover."""
         return self.num_tokens
 
     def get_max_length(self) -> int:
-        """Returns -1: there is no maximum."""
+        """Returns -1, because there is no maximum."""
         return -1
 
     def reset(self) -> None:
-        """Restores the state before the first token."""
+        """Removes all states, as before the first token."""
         self.states.clear()
         self.num_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not supported: states cannot be rolled back."""
+        """Raises ValueError, because states cannot be rolled back."""
         raise ValueError(
             "a mixer with a state cannot go back to an earlier token: decode without assisted or prompt-lookup generation"
         )
@@ -161,15 +161,15 @@ class StateLayer(CacheLayerMixin):
         self.states = {name: state.repeat_interleave(repeats, dim=0) for name, state in self.states.items()}
 
     def offload(self) -> None:
-        """Does nothing: states are small and stay on the device."""
+        """Does nothing, because states are small and stay on the device."""
 
     def prefetch(self) -> None:
-        """Does nothing: states are never offloaded."""
+        """Does nothing, because states are never offloaded."""
 
 
 @dataclass(frozen=True)
 class _LayerCache:
-    """One layer's part of a transformers cache, in the form that mixers use."""
+    """One layer of a transformers cache, as the `LayerCache` that a mixer uses."""
 
     cache: Cache
     index: int
@@ -189,25 +189,26 @@ class _LayerCache:
         layer = layers[self.index] if self.index < len(layers) else None
         if not isinstance(layer, StateLayer):
             raise ValueError(
-                f"layer {self.index} of the cache is {type(layer).__name__}, but its mixer keeps states: give no cache, or "
-                "one from the model's make_cache()"
+                f"layer {self.index} of the cache is {type(layer).__name__}, but its mixer needs a StateLayer: give no "
+                "cache, or a cache from the model's make_cache()"
             )
         return layer
 
 
 def _cache_of(given: Mapping[str, Any]) -> Cache | None:
-    """Finds the cache among a model's further arguments, by either name.
+    """Returns the cache among a model's keyword arguments, under either of its names. Returns None if there is none.
 
-    Unknown arguments are refused. Otherwise a cache with a third name would be ignored, which would change generated text.
+    Unknown arguments raise an error. Otherwise, a cache under a third name would be ignored, which would change the
+    generated text.
 
     Raises:
-        TypeError: there are two caches, or an unknown argument.
+        TypeError: the cache is given under both names, or an argument is unknown.
     """
     told = {name: value for name, value in given.items() if value is not None and value is not False}
     unknown = sorted(told.keys() - _PASSED - set(_CACHE_NAMES))
     if unknown:
         raise TypeError(
-            f"forward() got {unknown[0]}, which llmeff's models do not support (position_ids separate documents)."
+            f"forward() got {unknown[0]}, which llmeff's models do not support (position_ids can separate documents)."
             + nearest(unknown[0], {*_PASSED, CACHE})
         )
     caches = [told[name] for name in _CACHE_NAMES if name in told]
@@ -219,7 +220,10 @@ def _cache_of(given: Mapping[str, Any]) -> Cache | None:
 
 
 def _documents(positions: Tensor) -> Tensor | None:
-    """Numbers the documents in each row; one begins where positions do not rise by one. None: each row is one document."""
+    """Returns the number of each token's document in its row, or None if every row is one document.
+
+    A document begins at each position that is not the previous position plus 1.
+    """
     follows = positions.diff(dim=-1) == 1
     if bool(follows.all()):
         return None
@@ -233,26 +237,28 @@ def _layout(
     cache: Cache | None,
     device: torch.device,
 ) -> Layout:
-    """Converts transformers' description of a batch to a layout.
+    """Returns the layout that transformers' arguments describe.
 
-    Without a cache and a mask, positions separate documents, as in transformers.
+    Without a cache and a mask, documents begin where positions restart, as in transformers.
     """
     if padding is not None and padding.dim() != 2:
-        raise ValueError(f"attention_mask has shape {tuple(padding.shape)}; give (batch, tokens), True for real tokens")
+        raise ValueError(
+            f"attention_mask has shape {tuple(padding.shape)}, but must be (batch, tokens), with True for real tokens"
+        )
     past = 0 if cache is None else int(cache.get_seq_length())
     documents = None
     if positions is None:
         positions = torch.arange(past, past + length, device=device)[None]
     elif cache is None and padding is None:
         documents = _documents(positions)
-        positions = positions if documents is None else places_in(documents)  # they may start at any number
+        positions = positions if documents is None else places_in(documents)  # given positions may start at any number
     if padding is not None:
         padding = None if bool(padding.all()) else padding.bool()
     return Layout(positions=positions, documents=documents, padding=padding, past=past)
 
 
 class LlmeffPreTrainedModel(PreTrainedModel):
-    """Base class of the two models below."""
+    """Base class of `LlmeffModel` and `LlmeffForCausalLM`."""
 
     config_class = LlmeffConfig
     base_model_prefix = "model"
@@ -267,9 +273,9 @@ class LlmeffPreTrainedModel(PreTrainedModel):
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initializes a module with parameters. transformers calls it, and keeps it from changing loaded weights."""
+        """Initializes a module's parameters. transformers calls this, and keeps loaded weights unchanged."""
         if isinstance(module, nn.Linear | nn.Embedding):
-            # transformers passes no name here, so the layers' projections store their scale
+            # transformers passes no parameter name, so the layers' projections store their standard deviation
             std = getattr(module, "initial_std", self.config.unwrap().initial_std(""))
             initialization.normal_(module.weight, 0.0, std)
         elif isinstance(module, RMSNorm):
@@ -279,7 +285,7 @@ class LlmeffPreTrainedModel(PreTrainedModel):
                 initialization.copy_(getattr(module, name), values)
 
     def make_cache(self) -> Cache:
-        """Makes an empty cache that all mixers of the model can decode with."""
+        """Returns an empty cache with which all mixers of the model can decode."""
         config = self.config.unwrap()
         layers = [index for index in range(config.num_layers) if config.layer(index).has_mixer]
         if all(config.layer_mixer(index).extends for index in layers):
@@ -287,12 +293,12 @@ class LlmeffPreTrainedModel(PreTrainedModel):
         return Cache(layers=[DynamicLayer() if config.layer_mixer(index).extends else StateLayer() for index in layers])
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Returns the padding; `generate` calls this for caches of fixed size, and the layout makes the mask."""
+        """Returns the padding mask unchanged, for fixed-size caches in `generate`. `Layout` makes the full mask."""
         return attention_mask
 
 
 class LlmeffModel(LlmeffPreTrainedModel):
-    """Maps tokens to the states before the output embedding."""
+    """Base model of transformers that maps tokens to the states before the output embedding."""
 
     def __init__(self, config: LlmeffConfig):
         super().__init__(config)
@@ -300,7 +306,7 @@ class LlmeffModel(LlmeffPreTrainedModel):
         self.embed_tokens = nn.Embedding(plain.vocabulary(), plain.width)
         self.layers = nn.ModuleList(Layer(plain, index) for index in range(plain.num_layers))
         self.norm = RMSNorm(plain.width, plain.norm_eps)
-        # a cache takes its length from its first layer, so layers without a mixer get no index
+        # a cache takes its length from its first layer, so only layers with a mixer get a cache layer
         mixers = [plain.layer(index).has_mixer for index in range(plain.num_layers)]
         self._cache_indices = [sum(mixers[:index]) for index in range(plain.num_layers)]
         for name, module in self.layers.named_modules():
@@ -322,16 +328,16 @@ class LlmeffModel(LlmeffPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """(B, T) tokens or (B, T, D) embeddings to (B, T, D) states, with the arguments of transformers' Llama.
+        """Maps (B, T) tokens or (B, T, D) embeddings to (B, T, D) states, with the arguments of transformers' Llama.
 
-        The cache may have either name under any release of transformers.
+        Under any release of transformers, the cache may be given as `cache` or as `past_key_values`.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds is given, or the mask is not (B, S).
-            TypeError: an argument is unknown, or both names of the cache are given.
+            ValueError: both or neither of input_ids and inputs_embeds are given, or attention_mask is not (B, S).
+            TypeError: an argument is unknown, or the cache is given under both names.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise ValueError("give either input_ids or inputs_embeds, but not both")
         cache = _cache_of({**kwargs, "cache": cache, "past_key_values": past_key_values})
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(x.shape[1], position_ids, attention_mask, cache, x.device)
@@ -349,7 +355,7 @@ class LlmeffModel(LlmeffPreTrainedModel):
 
 
 class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
-    """Maps tokens to logits; parameter names are those of transformers' Llama."""
+    """Causal language model of transformers, from tokens to logits. Parameters are named as in transformers' Llama."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -363,7 +369,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Gives `generate` a cache with states, since transformers' own caches hold only keys and values."""
+        """Gives `generate` a cache for states if a mixer needs one. transformers' caches store only keys and values."""
         plain = self.config.unwrap()
         extends = all(plain.layer_mixer(index).extends for index in range(plain.num_layers))
         for name in set(_CACHE_NAMES) - {CACHE}:
@@ -374,8 +380,8 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}, but mixers with a state have their own "
-                "cache; leave it out"
+                f"cache_implementation is {generation_config.cache_implementation!r}, but mixers with a state need "
+                "their own cache: leave it out"
             )
         model_kwargs[CACHE] = self.make_cache()
 
@@ -397,19 +403,19 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, S), nonzero for real tokens, zero for padding.
-            position_ids: (B, T); without mask and cache, a document begins wherever positions restart.
-            past_key_values: cache of earlier tokens; extended in place.
-            inputs_embeds: (B, T, D), instead of input_ids.
-            labels: (B, T), the input tokens; -100 if a token does not count; shifted here.
-            use_cache: make a cache and return it.
-            logits_to_keep: number of last positions, or indices of positions, whose logits are returned; 0: all.
-            cache: the name of `past_key_values` from transformers 5.24 on; both work under any release.
-            kwargs: `output_hidden_states`, `num_items_in_batch` and other arguments of the decorators and the loss.
+            attention_mask: (B, S), nonzero for real tokens and zero for padding.
+            position_ids: (B, T). Without a mask and a cache, a document begins wherever positions restart.
+            past_key_values: cache of earlier tokens, which is extended in place.
+            inputs_embeds: (B, T, D), given instead of input_ids.
+            labels: (B, T), the input tokens, with -100 for tokens that do not count. The loss shifts them by one.
+            use_cache: whether to make a cache if none is given. None for the config's value.
+            logits_to_keep: number of last positions, or indices of positions, whose logits are returned. 0 for all.
+            cache: another name of `past_key_values`, used from transformers 5.24 on. Any release accepts both.
+            kwargs: `output_hidden_states`, `num_items_in_batch` and others for transformers' decorators and loss.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds is given, or the mask is not (B, S).
-            TypeError: an argument is unknown, or both names of the cache are given.
+            ValueError: both or neither of input_ids and inputs_embeds are given, or attention_mask is not (B, S).
+            TypeError: an argument is unknown, or the cache is given under both names.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -435,7 +441,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, **kwargs: Any) -> "LlmeffForCausalLM":
-        """Wraps a decoder as a transformers model; the parameters are shared, not copied.
+        """Wraps a decoder as a transformers model, which shares the decoder's parameters without copying them.
 
         Args:
             decoder: a built decoder.
@@ -449,7 +455,7 @@ class LlmeffForCausalLM(LlmeffPreTrainedModel, GenerationMixin):
         return model
 
     def to_decoder(self) -> Decoder:
-        """The inverse of `from_decoder`; the parameters are shared too."""
+        """Returns the model as a `Decoder`, which shares its parameters without copying them."""
         with torch.device("meta"):
             decoder = Decoder(self.config.unwrap())
         tensors = self.state_dict(keep_vars=True)

@@ -1,10 +1,10 @@
-"""SegNet (Badrinarayanan, Kendall and Cipolla 2017) with connections that preserve detail, and its price.
+"""SegNet (Badrinarayanan, Kendall and Cipolla 2017), with optional connections that preserve detail, and its law.
 
-Pooling indices restore positions that pooling lost. Optional connections from encoder to decoder, and around the
-convolutions of a stage, restore more. The connections implement two ideas of "An Enhanced Encoder-Decoder Network
-Architecture for Reducing Information Loss in Image Semantic Segmentation" (arXiv 2406.01605; with almost the same abstract,
-Computer Measurement and Control 2024, 32(1)). Its full text was not available, so where they go and how they join is our
-interpretation.
+Pooling indices restore the positions that pooling loses. Optional connections, from encoder to decoder and around the
+convolutions of a stage, restore more detail. They implement two ideas of "An Enhanced Encoder-Decoder Network
+Architecture for Reducing Information Loss in Image Semantic Segmentation" (arXiv 2406.01605; also, with almost the same
+abstract, Computer Measurement and Control 2024, 32(1)). The paper's full text was not available, so the places of the
+connections and the way they join are our interpretation.
 """
 
 from contextlib import nullcontext
@@ -29,40 +29,41 @@ from llmeff.models.model import ImageModelConfig
 # B batch, C channels, H height, W width, K classes
 
 Connection = Literal["none", "add", "concat", "concat1x1"]
-"""How an encoder stage's map, before pooling, joins the decoder's unpooled map. none: not at all, as in the original. add:
-by their sum, without parameters. concat: side by side, so that the decoder's first convolution reads twice the channels.
-concat1x1: side by side, then reduced to the decoder's channels by a 1x1 convolution."""
+"""How the map of an encoder stage, before pooling, joins the unpooled map of the decoder. none: not at all, as in the
+original. add: the maps are added, without parameters. concat: the maps are concatenated, so that the decoder's first
+convolution reads twice as many channels. concat1x1: the maps are concatenated, and a 1x1 convolution reduces them to
+the decoder's number of channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The widths of a SegNet."""
+    """Channels and kernel sizes of a SegNet."""
 
     encoder: tuple[tuple[int, ...], ...]
-    """Output channels of each convolution, by stage, outermost first. Pooling follows every stage."""
+    """Output channels of each convolution in each stage, outermost stage first. Pooling follows every stage."""
     decoder: tuple[tuple[int, ...], ...]
-    """Output channels of each convolution, by stage, innermost first. Unpooling precedes every stage."""
+    """Output channels of each convolution in each stage, innermost stage first. Unpooling precedes every stage."""
     kernel: int
-    """Kernel size of all these convolutions, in pixels."""
+    """Kernel size of the convolutions in all stages, in pixels."""
     head_kernel: int
-    """Kernel size of the convolution that computes the classes, in pixels."""
+    """Kernel size of the last convolution, which computes the logits, in pixels."""
     decoder_relu: bool
-    """Whether ReLU follows the decoder's convolutions."""
+    """Whether ReLU follows each convolution of the decoder."""
 
 
 class SegNetConfig(ImageModelConfig):
-    """Common fields of SegNets."""
+    """Fields that all SegNets share."""
 
     width: Count = 64
-    """Channels of the outermost stage; the other stages have multiples of it."""
+    """Channels of the outermost stage. The other stages have multiples of this number."""
     connection: Connection = "none"
-    """How encoder maps join the decoder, besides the pooling indices."""
+    """How encoder maps join the decoder, in addition to the pooling indices."""
     residual_blocks: Flag = False
-    """In each stage, add the input of the convolutions that keep the number of channels to their output."""
+    """Add a residual connection to each stage, around its longest run of convolutions that keep the channel count."""
     norm: ImageNorm = "batch"
     """Normalization after every convolution except the last."""
     norm_groups: Count = 8
-    """Number of channel groups, if `norm` is `group`."""
+    """Number of channel groups if `norm` is "group"."""
 
     @model_validator(mode="after")
     def _fits(self) -> "SegNetConfig":
@@ -71,12 +72,12 @@ class SegNetConfig(ImageModelConfig):
         odd = sorted(own for own in channels if own % self.norm_groups)
         if self.norm == "group" and odd:
             raise ValueError(
-                f"norm_groups is {self.norm_groups}, but a convolution has {odd[0]} channels: give a divisor of {odd[0]}"
+                f"norm_groups is {self.norm_groups}, but a convolution has {odd[0]} channels: use a divisor of {odd[0]}"
             )
         return self
 
     def architecture(self) -> Architecture:
-        """The widths of the model."""
+        """Returns the channels and kernel sizes of the model."""
         raise NotImplementedError(type(self))
 
     def build(self) -> "SegNet":
@@ -84,31 +85,34 @@ class SegNetConfig(ImageModelConfig):
         return SegNet(self)
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
-        """Scope of the batch statistics: that of the kind of normalization."""
+        """Returns the scope of batch statistics, which depends on `norm`."""
         kinds: dict[str, Literal["micro-batch", "ranks"]] = {"batch": "micro-batch", "batch_sync": "ranks"}
         return kinds.get(self.norm, "nothing")
 
     def roles(self) -> dict[str, Role]:
-        """The role of each trained parameter, by its name, which the law and the module share."""
+        """Returns the role of each trained parameter by its name, which the law and the module share."""
         return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights() if weight.is_trained}
 
     def weights(self) -> list[Weight]:
-        """The parameters in the module's order: a stage's normalizations follow all its convolutions."""
+        """Returns the parameters in the module's order, where a stage's normalizations follow all its convolutions."""
         used = super().weights()
         stages = [_stage(weight.name) for weight in used]
         return sorted(used, key=lambda weight: (stages.index(_stage(weight.name)), ".norms." in weight.name))
 
     def buffer_bytes(self, number_bytes: int) -> int:
-        """Bytes of the running means and variances."""
+        """Returns the bytes of the running means and variances."""
         shape = self.architecture()
         return 0 if self.norm == "group" else 2 * number_bytes * sum(map(sum, (*shape.encoder, *shape.decoder)))
 
     def least_size(self) -> int:
-        """Smallest side of an image in pixels: every pooling must leave a pixel."""
+        """Returns the smallest image side in pixels. Each pooling halves the image, and one pixel must remain."""
         return int(2 ** len(self.architecture().encoder))
 
     def law(self, tape: Tape, batch: Any) -> Array:
-        """The price of `SegNet.forward` and its loss; variables live as long as there."""
+        """Records the price of `SegNet.forward` and the loss on the tape, and returns the loss.
+
+        Local variables live as long as in `SegNet.forward`, because their lifetimes determine the memory.
+        """
         shape = self.architecture()
         x, kept = batch.images, []
         for index, channels in enumerate(shape.encoder):
@@ -173,12 +177,12 @@ class SegNetConfig(ImageModelConfig):
 
 
 class SegNetVGG(SegNetConfig):
-    """SegNet with the thirteen convolutions of VGG16 and their mirror image. 29,449,355 parameters with 11 classes."""
+    """SegNet with the thirteen convolutions of VGG16 and a mirrored decoder: 29,449,355 parameters with 11 classes."""
 
     name: Literal["segnet"] = "segnet"
 
     def architecture(self) -> Architecture:
-        """Stages of 2, 2, 3, 3 and 3 convolutions with 1, 2, 4, 8 and 8 times the width, mirrored in the decoder."""
+        """Returns stages of 2, 2, 3, 3 and 3 convolutions, with 1, 2, 4, 8 and 8 times the width, and mirrored ones."""
         w = self.width
         return Architecture(
             encoder=((w,) * 2, (2 * w,) * 2, (4 * w,) * 3, (8 * w,) * 3, (8 * w,) * 3),
@@ -190,21 +194,24 @@ class SegNetVGG(SegNetConfig):
 
 
 class SegNetBasic(SegNetConfig):
-    """The small SegNet: four stages of one 7x7 convolution in encoder and decoder. 1,416,587 parameters with 11 classes.
+    """The small SegNet: four stages of one 7x7 convolution each in encoder and decoder.
 
-    The original's local response normalization of raw pixels is omitted, since images here have mean 0 and variance 1.
+    It has 1,416,587 parameters with 11 classes. The original's local response normalization of raw pixels is omitted,
+    because images here have mean 0 and variance 1.
     """
 
     name: Literal["segnet-basic"] = "segnet-basic"
 
     def architecture(self) -> Architecture:
-        """All stages have the same width; the decoder has no ReLU."""
+        """Returns stages that all have the same width, with a decoder without ReLU."""
         stages = ((self.width,),) * 4
         return Architecture(encoder=stages, decoder=stages, kernel=7, head_kernel=1, decoder_relu=False)
 
 
 def shortcut(channels: tuple[int, ...]) -> tuple[int, int] | None:
-    """(start, end) of the longest run of convolutions that keep the number of channels; end excluded. None: there is none.
+    """Returns the longest run of convolutions that keep the number of channels, as (start, end), or None. Excludes end.
+
+    `channels` are those of the stage's input and of every convolution's output.
 
     >>> shortcut((3, 64, 64)), shortcut((512, 512, 512, 256)), shortcut((128, 64))
     ((1, 2), (0, 2), None)
@@ -222,10 +229,10 @@ class Stage(nn.Module):
 
     Args:
         config: the model's config.
-        before: channels of the input.
+        before: channels of the stage's input.
         channels: output channels of each convolution.
         has_relu: whether ReLU follows each convolution.
-        skipped: channels of the encoder's map that joins the input; 0: none joins.
+        skipped: channels of the encoder map that joins the input. 0 if none does.
     """
 
     def __init__(
@@ -247,7 +254,7 @@ class Stage(nn.Module):
         self.place = shortcut(widths) if config.residual_blocks else None
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), and an encoder map of the same height and width, to (B, C', H, W)."""
+        """Maps (B, C, H, W) to (B, C', H, W). `skipped` is an encoder map of the same height and width, or None."""
         if skipped is not None:
             x = x + skipped if self.connection == "add" else torch.cat([x, skipped], dim=1)
             if self.connection == "concat1x1":
@@ -264,17 +271,17 @@ class Stage(nn.Module):
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima of 2 x 2 windows, (B, C, H // 2, W // 2), and their flat indices in the H x W map, int64."""
+    """Returns the maxima of 2 x 2 windows, (B, C, H // 2, W // 2), and their flat indices in the H x W map, int64."""
     if not torch.are_deterministic_algorithms_enabled():
         pooled, indices = F.max_pool2d(x, 2, return_indices=True)
         return pooled, indices
-    # torch refuses max_pool2d's gradient on a GPU, since windows may overlap in general, but allows gather's
+    # on a GPU, torch refuses the gradient of max_pool2d, whose windows might overlap, but allows that of gather
     indices = F.max_pool2d(x.detach(), 2, return_indices=True)[1]
     return x.flatten(2).gather(2, indices.flatten(2)).view_as(indices), indices
 
 
 def unpool(x: Tensor, indices: Tensor, size: list[int]) -> Tensor:
-    """Moves values back to the positions of the maxima that `pool` found.
+    """Moves values to the positions of the maxima that `pool` found.
 
     Args:
         x: (B, C, h, w).
@@ -282,18 +289,18 @@ def unpool(x: Tensor, indices: Tensor, size: list[int]) -> Tensor:
         size: [H, W].
 
     Returns:
-        (B, C, H, W), 0 at all other positions.
+        (B, C, H, W), with 0 at all other positions.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return F.max_unpool2d(x, indices, (2, 2), output_size=size)
-    # torch refuses max_unpool2d, since it does not know that indices of 2x2 windows are distinct
+    # torch refuses max_unpool2d, because it does not know that the indices of 2x2 windows are distinct
     flat = x.new_zeros(*x.shape[:2], size[0] * size[1])
     placed: Tensor = flat.scatter(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)
     return placed
 
 
 class SegNet(nn.Module):
-    """Maps images to logits of each pixel."""
+    """Maps images to the class logits of each pixel."""
 
     def __init__(self, config: SegNetConfig):
         super().__init__()
@@ -311,12 +318,12 @@ class SegNet(nn.Module):
         )
         self.head = nn.Conv2d(befores[-1], config.classes(), shape.head_kernel, padding=shape.head_kernel // 2)
         self.recompute = False
-        """Save only each stage's input for backward, and recompute the stage (Chen et al. 2016)."""
+        """Whether training saves only each stage's input, and recomputes the stage in backward (Chen et al. 2016)."""
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Sets normal weights that preserve the variance through ReLU (He et al. 2015), and biases of 0."""
+        """Draws normal weights that preserve the variance through ReLU (He et al. 2015), and sets biases to 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -325,16 +332,16 @@ class SegNet(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The stages, which can be compiled separately."""
+        """Stages of encoder and decoder, which can be compiled separately."""
         return [*self.encoder, *self.decoder]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, K, H, W). H and W are at least 2^stages, and may be odd."""
+        """Maps (B, 3, H, W) to (B, K, H, W). H and W must be at least 2^(stages of the encoder), and may be odd."""
         recompute = self.recompute and self.training and torch.is_grad_enabled()
 
         def run(stage: nn.Module, x: Tensor, skipped: Tensor | None = None) -> Tensor:
             if recompute:
-                # a compiled graph does not rerun modules, only single operations
+                # a compiled graph recomputes single operations, not modules, so it needs no context
                 around: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _once_moved}
                 again = checkpoint(stage, x, skipped, use_reentrant=False, preserve_rng_state=False, **around)
                 return cast(Tensor, again)
@@ -358,7 +365,7 @@ class SegNet(nn.Module):
         return cast(Tensor, self.head(x))
 
     def roles(self) -> dict[str, Role]:
-        """The role of each parameter by name."""
+        """Returns the role of each parameter by name."""
         return {name: _role(name, parameter.dim()) for name, parameter in self.named_parameters()}
 
 
@@ -367,7 +374,7 @@ def _stage(name: str) -> str:
 
 
 def _once_moved() -> tuple[Any, Any]:
-    """Contexts of a stage's first run and of its rerun, which must not update running statistics again."""
+    """Returns contexts for a stage's first run and its recomputation, which must not update running statistics."""
     return nullcontext(), replayed()
 
 

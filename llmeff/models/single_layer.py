@@ -1,6 +1,6 @@
-"""A decoder with one layer that has a mixer and no MLP, over a vocabulary of a few tokens.
+"""A decoder for measuring a mixer: one layer with the mixer and no MLP, and a vocabulary of a few tokens.
 
-Measuring it measures a mixer, norms and the residual stream as in training.
+Its step covers the mixer, the norms and the residual stream as in training.
 """
 
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from llmeff.core.config import ConfigError, override, validate
 from llmeff.models.transformer import DecoderConfig, LayerConfig
 
 VOCABULARY = 8
-"""Few enough tokens that the cost of embedding and logits is negligible beside a mixer."""
+"""Size of the vocabulary, so small that the cost of embedding and logits is negligible beside a mixer."""
 _CHUNKS = 256
-"""Number of chunk products in a batch."""
+"""Number of chunks in the batched product of `chunk_products`."""
 
 
 def mixer_names() -> tuple[str, ...]:
-    """Names of all registered mixers; the decoder's default comes first."""
+    """Returns the names of all registered mixers, with the decoder's default first."""
     first = DecoderConfig().mixer.name
     return (first, *(name for name in MixerConfig.registry.names() if name != first))
 
 
 def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_heads: int) -> DecoderConfig:
-    """The config of a one-layer model with a mixer.
+    """Returns the config of a decoder with one layer, which has the given mixer and no MLP.
 
     Args:
         name: name of the mixer.
         settings: settings of the mixer, such as `window=64`.
-        width: D.
-        num_heads: N; the head width is D / N.
+        width: D, width of the residual stream.
+        num_heads: N, number of heads. The head width is D / N.
 
     Raises:
-        ConfigError: there is no such mixer, or its settings are invalid.
+        ConfigError: the mixer does not exist, or its settings are invalid.
     """
     if name not in MixerConfig.registry:
         raise ConfigError(MixerConfig.registry.unknown(name))
@@ -45,10 +45,10 @@ def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_hea
 
 
 def chunk_products(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Factors of the batched products that a scan computes for its chunks, and the FLOPs of their product.
+    """Returns random factors of a matrix product that is batched over chunks, as in a scan, and the product's FLOPs.
 
     Returns:
-        Random (256, 64, H) and (256, H, 64), and 2 * 256 * 64 * 64 * H.
+        Factors (256, 64, H) and (256, H, 64), where H is `head_dim`, and 2 * 256 * 64 * 64 * H.
     """
     left = torch.randn(_CHUNKS, CHUNK, head_dim, device=device, dtype=dtype)
     right = torch.randn(_CHUNKS, head_dim, CHUNK, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A Llama-style decoder of plain modules, with RMSNorm, a mixer and SwiGLU in each layer, and its price."""
+"""A Llama-style decoder in plain PyTorch, with RMSNorm, a mixer and SwiGLU in each layer, and its law."""
 
 import math
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from llmeff.models.model import LanguageModelConfig
 
 
 class LayerConfig(Config):
-    """One layer's differences from the model's fields. A field that is None has the model's value."""
+    """Settings of one layer that differ from the model's. A field that is None takes the model's value."""
 
     num_heads: Count | None = None
     """Number of query heads."""
@@ -40,11 +40,11 @@ class LayerConfig(Config):
     mlp_width: Count | None = None
     """F, width of the MLP."""
     mixer: MixerConfig | None = None
-    """The mixer of the layer."""
+    """The layer's mixer."""
     has_mixer: Flag = True
-    """Whether the layer has a mixer; false in pruned models."""
+    """Whether the layer has a mixer. Layers of pruned models may have none."""
     has_mlp: Flag = True
-    """Whether the layer has an MLP; false in pruned models."""
+    """Whether the layer has an MLP. Layers of pruned models may have none."""
 
 
 class DecoderConfig(LanguageModelConfig):
@@ -58,39 +58,40 @@ class DecoderConfig(LanguageModelConfig):
     num_heads: Count = 4
     """N, number of query heads."""
     num_kv_heads: Count | Literal["auto"] = "auto"
-    """Number of key and value heads: fewer than `num_heads` is grouped-query, 1 multi-query attention. auto: `num_heads`."""
+    """Number of key and value heads. Fewer than `num_heads` is grouped-query attention, and 1 is multi-query attention.
+    auto: `num_heads`."""
     head_dim: Count | Literal["auto"] = "auto"
     """H, width of a head. auto: width / num_heads."""
     mlp_width: Count | Literal["auto"] = "auto"
-    """F, width of the MLP. auto: 8/3 width, rounded up to a multiple of 32; SwiGLU then has the parameters of an MLP with
-    4 times the width."""
+    """F, width of the MLP. auto: 8/3 width, rounded up to a multiple of 32. SwiGLU then has about as many parameters as
+    a two-layer MLP with 4 times the width."""
     mixer: MixerConfig = Softmax()
-    """The mixer of all layers that do not name another."""
+    """The mixer of all layers, unless `pattern` or `layers` name another."""
     pattern: Text | None = None
-    """Names of the layers' mixers, repeated from the first layer to the last: "sliding*3+softmax". None: all layers have
-    `mixer`."""
+    """Names of the layers' mixers, such as "sliding*3+softmax", repeated from the first layer to the last. None if all
+    layers have `mixer`."""
     mixers: dict[Text, MixerConfig] = Field(default_factory=dict)
-    """Named mixers with settings, for use in the pattern. Mixers that are not defined here have their default settings."""
+    """Named mixers with settings, for use in the pattern. Other names there are mixers with default settings."""
     tied_embeddings: Flag = True
     """Use one matrix to embed the tokens and to compute the logits."""
     rope_theta: Positive = 10_000.0
-    """Base of the rotary angles."""
+    """Base of the angles of rotary position embeddings."""
     norm_eps: Positive = 1e-5
-    """Added under the root of every normalization."""
+    """Added to the mean square in every RMSNorm, so that nothing is divided by 0."""
     init_std: Positive | Literal["auto"] = "auto"
     """Standard deviation of the initial weights. auto: sqrt(2 / (5 width)) (Nguyen and Salazar 2019)."""
     layers: tuple[LayerConfig, ...] | None = None
-    """One entry per layer, if layers differ. None: all layers are alike."""
+    """One entry per layer, if layers differ. None if all layers are alike."""
 
     @model_validator(mode="after")
     def _fits(self) -> "DecoderConfig":
         problems = []
         if self.head_dim == "auto" and self.width % self.num_heads:
             problems.append(
-                f"width {self.width} is not a multiple of num_heads {self.num_heads}: give one, or head_dim"
+                f"width {self.width} is not a multiple of num_heads {self.num_heads}: change either, or set head_dim"
             )
         elif self.head_width % 2:
-            problems.append(f"head_dim {self.head_width} is odd: rotary positions rotate pairs; give an even number")
+            problems.append(f"head_dim is {self.head_width}, but rotary positions rotate pairs: use an even number")
         if self.layers is not None and len(self.layers) != self.num_layers:
             problems.append(f"layers has {len(self.layers)} entries, but num_layers is {self.num_layers}")
         elif wrong := self._pattern_problems():
@@ -109,36 +110,36 @@ class DecoderConfig(LanguageModelConfig):
         return self
 
     def _pattern_problems(self) -> list[str]:
-        """What is wrong with the fields that assign mixers to layers, as messages."""
+        """Returns messages about the fields that assign mixers to layers."""
         if self.pattern is not None:
             found = pattern.problems(self.pattern, self.mixers, self.num_layers)
             if self.mixer != Softmax():
                 found.append(
-                    f"mixer {self.mixer.name!r}: no layer uses it, since pattern {self.pattern!r} names all mixers; leave it "
-                    "out, and define named mixers in mixers"
+                    f"mixer is {self.mixer.name!r}, but no layer uses it, because pattern {self.pattern!r} names the "
+                    "mixers of all layers: leave mixer out, and define named mixers in mixers"
                 )
             return found
         unused = ", ".join(map(repr, self.mixers))
-        return [f"mixers defines {unused}, but there is no pattern to use it: give pattern"] if unused else []
+        return [f"mixers defines {unused}, but there is no pattern that uses it: set pattern"] if unused else []
 
     @property
     def head_width(self) -> int:
-        """H, with "auto" resolved."""
+        """H, width of a head, with "auto" resolved."""
         return self.width // self.num_heads if self.head_dim == "auto" else self.head_dim
 
     def layer(self, index: int) -> LayerConfig:
-        """The layer's entry in `layers`; an empty one if layers are alike."""
+        """Returns the layer's entry in `layers`, or an empty entry if all layers are alike."""
         return LayerConfig() if self.layers is None else self.layers[index]
 
     def layer_heads(self, index: int) -> tuple[int, int]:
-        """Numbers of query heads and of key-value heads of a layer."""
+        """Returns a layer's numbers of query heads and of key-value heads."""
         own = self.layer(index)
         heads = own.num_heads or self.num_heads
         shared = heads if self.num_kv_heads == "auto" else self.num_kv_heads
         return heads, own.num_kv_heads or shared
 
     def layer_mixer(self, index: int) -> MixerConfig:
-        """The mixer of a layer."""
+        """Returns the mixer of a layer."""
         own = self.layer(index).mixer
         if own is not None:
             return own
@@ -147,14 +148,14 @@ class DecoderConfig(LanguageModelConfig):
         return next(islice(pattern.mixers(self.pattern, self.mixers), index, None))
 
     def layer_mlp_width(self, index: int) -> int:
-        """F, the MLP width of a layer."""
+        """Returns F, the MLP width of a layer."""
         own = self.layer(index).mlp_width
         if own is not None:
             return own
         return 32 * math.ceil(8 * self.width / 3 / 32) if self.mlp_width == "auto" else self.mlp_width
 
     def mixer_shape(self, index: int) -> MixerShape:
-        """The widths of a layer's mixer."""
+        """Returns the widths from which a layer's mixer is built."""
         heads, kv_heads = self.layer_heads(index)
         return MixerShape(
             width=self.width,
@@ -166,13 +167,13 @@ class DecoderConfig(LanguageModelConfig):
         )
 
     def _mixers(self) -> Iterator[tuple[MixerConfig, MixerShape]]:
-        """Mixers of the layers that have one, with their widths."""
+        """Yields the mixer and its widths for each layer that has a mixer."""
         for index in range(self.num_layers):
             if self.layer(index).has_mixer:
                 yield self.layer_mixer(index), self.mixer_shape(index)
 
     def initial_std(self, name: str) -> float:
-        """Standard deviation of a matrix's initial weights, by the parameter's name."""
+        """Returns the standard deviation of a matrix's initial weights. `name` is the parameter's name."""
         std = math.sqrt(2 / (5 * self.width)) if self.init_std == "auto" else self.init_std
         written = name.endswith(("o_proj.weight", "down_proj.weight"))
         return std / math.sqrt(2 * self.num_layers) if written else std
@@ -182,7 +183,7 @@ class DecoderConfig(LanguageModelConfig):
         return Decoder(self)
 
     def weights(self) -> list[Weight]:
-        """The parameters in the module's order, in which strategies distribute them; mixers' laws use another order."""
+        """Returns the parameters in the module's order, in which strategies distribute them. Laws use another order."""
         found: list[Weight] = []
         for layer, used in groupby(super().weights(), lambda weight: weight.name.rpartition(".self_attn.")[0]):
             own = list(used)
@@ -194,26 +195,29 @@ class DecoderConfig(LanguageModelConfig):
         return found
 
     def roles(self) -> dict[str, Role]:
-        """The role of each parameter by its name, which the law and the module share."""
+        """Returns the role of each parameter by its name, which the law and the module share."""
         return {weight.name: _role(weight.name, len(weight.shape)) for weight in self.weights()}
 
     def buffer_bytes(self, number_bytes: int) -> int:
-        """Bytes of the mixers' buffers."""
+        """Returns the bytes of the mixers' buffers."""
         return sum(mixer.buffer_bytes(shape, number_bytes) for mixer, shape in self._mixers())
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Also reports missing kernels."""
+        """Yields problems of all language models, and a message for each requirement of a mixer that is not met."""
         yield from super().problems(workload, built)
         if built is None:
             lacking = [mixer.missing_requirements(shape, on_cpu=workload.on_cpu) for mixer, shape in self._mixers()]
             yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:
-        """Bytes that decoding keeps of one sequence of `num_tokens` tokens, see `MixerConfig.cache_bytes`."""
+        """Returns the bytes that decoding keeps of a sequence of `num_tokens` tokens, see `MixerConfig.cache_bytes`."""
         return sum(mixer.cache_bytes(shape, num_tokens, number_bytes) for mixer, shape in self._mixers())
 
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
-        """The price of `Decoder.forward` with targets; variables live as long as there."""
+        """Records the price of `Decoder.forward` with targets on the tape, and returns the loss.
+
+        Local variables live as long as in `Decoder.forward`, because their lifetimes determine the memory.
+        """
         with tape.within("embed_tokens", "embedding"):
             embedding = tape.weight("weight", self.vocabulary(), self.width)
             x = laws.embedding(tape, batch, embedding)
@@ -257,7 +261,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Maps (B, T, D) to (B, T, D)."""
         return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
@@ -271,7 +275,7 @@ def _mlp_law(tape: Tape, x: Array, mlp_width: int) -> Array:
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), without the parts that the config leaves out."""
+    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)). Layers of pruned models may lack one of them."""
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -285,12 +289,12 @@ class Layer(nn.Module):
         self.has_mixer, self.has_mlp = own.has_mixer, own.has_mlp
 
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
-        """See `Mixer.prepare`."""
+        """Prepares the layout for the layer's mixer, see `Mixer.prepare`."""
         if self.has_mixer:
             self.self_attn.prepare(layout, num_rows, dtype)
 
     def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """Maps (B, T, D) to (B, T, D)."""
         if self.has_mixer:
             x = x + self.self_attn(self.input_layernorm(x), layout, cache)
         if self.has_mlp:
@@ -299,17 +303,17 @@ class Layer(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output embedding and the loss, in one module, so that strategies gather its weight when it runs."""
+    """The output embedding and the loss in one module, so that sharding strategies gather its weight when it runs."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None, loss_chunk: int | None = None) -> Tensor:
-        """(B, T, D) states to (B, T, V) logits or the summed loss, see `Decoder.forward`."""
+        """Maps (B, T, D) states to (B, T, V) logits or, given targets, to the summed loss, see `Decoder.forward`."""
         if targets is None:
             return F.linear(x, self.weight)
         return cross_entropy_sum(x, self.weight, targets, loss_chunk)
 
 
 class Decoder(nn.Module):
-    """Maps tokens to logits, or to a summed loss. Parameter names are those of transformers' Llama without `model.`."""
+    """Maps tokens to logits or to a summed loss. Parameters are named as in transformers' Llama, without `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -322,12 +326,15 @@ class Decoder(nn.Module):
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.recompute = False
-        """Save only each layer's input for backward, and recompute the layer (Chen et al. 2016)."""
+        """Whether training saves only each layer's input, and recomputes the layer in backward (Chen et al. 2016)."""
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Sets normal weights; projections into the residual stream are smaller by sqrt(2 layers), as in GPT-2."""
+        """Draws normal weights. As in GPT-2, those into the residual stream are smaller, by sqrt(2 num_layers).
+
+        Parameters with one dimension are set to 1. Modules that are `Initialized` set some parameters themselves.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0.0, self.config.initial_std(name))
@@ -339,12 +346,12 @@ class Decoder(nn.Module):
                     getattr(module, name).copy_(values)
 
     def hidden(self, tokens: Tensor, layout: Layout | None = None, caches: Any = None) -> Tensor:
-        """(B, T) tokens to the (B, T, D) states before the output embedding; `caches[i]` is layer i's."""
+        """Maps (B, T) tokens to (B, T, D) states before the output embedding. `caches[i]` is the cache of layer i."""
         if layout is None:
             layout = Layout.plain(tokens.shape[1], tokens.device)
         x = self.embed_tokens(tokens)
         recompute = self.recompute and self.training and torch.is_grad_enabled()
-        if recompute:  # make shared tables first, since torch.compile lets no part that runs twice write them
+        if recompute:  # make shared tables first: under torch.compile, a part that runs twice must not write them
             device = tokens.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             for layer in self.layers:
@@ -367,17 +374,18 @@ class Decoder(nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            layout: positions and documents; None: one document per row.
-            targets: (B, T) int64, the token after each; `IGNORED_TOKEN` if it does not count.
-            loss_chunk: tokens whose logits live at once; None: all.
+            layout: positions and documents. None for one document per row.
+            targets: (B, T) int64, the next token at each position; `IGNORED_TOKEN` marks targets that do not count.
+            loss_chunk: number of tokens whose logits are in memory at the same time. None for all tokens.
 
         Returns:
-            (B, T, V) logits, or the cross-entropy in nats summed over the counted targets, a float32 scalar.
+            (B, T, V) logits or, if targets are given, the cross-entropy in nats summed over the counted targets, a
+            float32 scalar.
         """
         return cast(Tensor, self.lm_head(self.hidden(tokens, layout), targets, loss_chunk))
 
     def roles(self) -> dict[str, Role]:
-        """The role of each parameter by name; the optimizer's groups follow from it."""
+        """Returns the role of each parameter by name, from which the optimizer's groups follow."""
         return {name: _role(name, parameter.dim()) for name, parameter in self.named_parameters()}
 
 
@@ -389,8 +397,8 @@ def _role(name: str, num_dims: int) -> Role:
     return "matrix" if num_dims == 2 else "norm"
 
 
-# name: width, layers, heads, key-value heads, MLP width, tied. Comments give the parameters as a function of V, or at the V
-# for which the name states them.
+# name: width, layers, heads, key-value heads, MLP width, tied. Comments give the number of parameters, as a function of
+# the vocabulary size V or for the V of the original model.
 _PRESETS: dict[str, tuple[int, int, int, int, int, bool]] = {
     "llama-1m": (128, 4, 4, 4, 352, True),  # 0.8 M + 128 V
     "llama-10m": (384, 6, 6, 6, 1024, True),  # 10.6 M + 384 V
@@ -418,4 +426,4 @@ def _preset(name: str) -> type[DecoderConfig]:
 
 
 PRESETS = {name: _preset(name) for name in _PRESETS}
-"""Decoders of known shapes, selected by `model = "<name>"`."""
+"""Configs of decoders with well-known shapes, selected by `model = "<name>"`."""

@@ -1,4 +1,4 @@
-"""A well-known yardstick: U-Net with a classifier's encoder, built by segmentation-models-pytorch."""
+"""U-Net with an image classifier as its encoder, from segmentation-models-pytorch: a well-known baseline."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,16 +17,16 @@ from llmeff.models.model import ImageModelConfig
 
 
 class UNet(ImageModelConfig):
-    """U-Net (Ronneberger, Fischer and Brox 2015) with random weights, without downloads. Its price is traced."""
+    """U-Net (Ronneberger, Fischer and Brox 2015), randomly initialized, without downloads. Its price is traced."""
 
     name: Literal["unet"] = "unet"
     encoder: Text = "resnet18"
     """Name of the encoder in segmentation-models-pytorch."""
     channels: tuple[Count, Count, Count, Count, Count] = (256, 128, 64, 32, 16)
-    """Channels of the decoder's stages, innermost first."""
+    """Output channels of the decoder's stages, innermost first."""
 
     def statistics_scope(self) -> Literal["nothing", "micro-batch", "ranks"]:
-        """Scope of the batch statistics: a rank's micro-batch, since the model has batch normalization."""
+        """Returns "micro-batch", because the model has batch normalization, which each rank computes alone."""
         return "micro-batch"
 
     def build(self) -> "UNetModel":
@@ -51,11 +51,11 @@ class UNet(ImageModelConfig):
         return UNetModel(self, network)
 
     def least_size(self) -> int:
-        """Smallest side of an image in pixels: every halving must leave a pixel."""
+        """Returns the smallest image side in pixels. Each stage halves the image, and one pixel must remain."""
         return int(2 ** len(self.channels))
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Also reports recomputation, which the model does not support."""
+        """Yields the problems of image models, and a message if recomputation is on, which U-Net does not support."""
         yield from super().problems(workload, built)
         if built is None and workload.recompute:
             yield f"runtime.recompute is true, but model {self.name!r} does not support it: use false"
@@ -79,7 +79,7 @@ def _library() -> ModuleType:
 
 
 class UNetModel(nn.Module):
-    """Maps images to logits of each pixel.
+    """Maps images to the class logits of each pixel.
 
     Args:
         config: the model's config.
@@ -91,14 +91,14 @@ class UNetModel(nn.Module):
         self.config, self.network = config, network
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, K, H, W). Images of any size are zero-padded at the right and bottom for the halvings."""
+        """Maps (B, 3, H, W) to (B, K, H, W). Zero-pads at the right and bottom to a size that the stages can halve."""
         height, width = images.shape[-2:]
         whole = self.config.least_size()
         logits: Tensor = self.network(F.pad(images, (0, -width % whole, 0, -height % whole)))
         return logits[..., :height, :width]
 
     def roles(self) -> dict[str, Role]:
-        """The role of each parameter by name, derived from the module that holds it."""
+        """Returns the role of each parameter by name, derived from the module that owns the parameter."""
         head = set(self.network.segmentation_head.modules())  # type: ignore[union-attr]  # a module
         return {
             f"{prefix}.{name}": _role(module, name, parameter, is_head=module in head)

@@ -38,9 +38,9 @@ def test_settings_go_by_any_name():
         ({"layers": [{"mixer": "slidng"}] + [{}] * 5}, "Did you mean 'sliding'"),
         (
             {"mixer": "kda", "pattern": "linear"},
-            "mixer 'kda': no layer uses it, since pattern 'linear' names all mixers",
+            "mixer is 'kda', but no layer uses it, because pattern 'linear' names the mixers of all layers",
         ),
-        ({"mixers": {"wide": {"name": "kda"}}}, "mixers defines 'wide', but there is no pattern to use it"),
+        ({"mixers": {"wide": {"name": "kda"}}}, "mixers defines 'wide', but there is no pattern that uses it"),
         ({"pattern": "sliding", "mixers": {"sliding": {"name": "sliding", "window": -3}}}, "(given: -3)"),
     ],
 )

@@ -210,7 +210,7 @@ def test_a_recurrent_model_is_kept_from_packed_documents(tmp_path: Path) -> None
     config.save_pretrained(tmp_path)
     model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
     assert model(tokens, targets=targets).isfinite()
-    with pytest.raises(ConfigError, match="MambaForCausalLM cannot keep documents in one row apart"):
+    with pytest.raises(ConfigError, match="MambaForCausalLM cannot separate the documents of a row"):
         model(tokens, packed(7, 5), targets)
 
 
@@ -219,9 +219,7 @@ def test_a_model_with_logits_of_its_own_kind_is_kept_from_chunks(tmp_path: Path)
     config.save_pretrained(tmp_path)
     model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
     assert model(tokens, targets=targets).isfinite()
-    with pytest.raises(
-        ConfigError, match="Gemma2ForCausalLM computes its logits in its own way, all at once; give null"
-    ):
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM can compute its logits only all at once: use null"):
         model(tokens, targets=targets, loss_chunk=5)
 
 
@@ -275,7 +273,11 @@ def test_whether_logits_come_in_chunks_is_known_before_the_weights(kind: str, do
     ("kind", "work", "said"),
     [
         ("gpt2", replace(WORK, loss_chunk=5, recompute=True), None),
-        ("capped", replace(WORK, loss_chunk=5), "task.loss_chunk is 5, but Gemma2ForCausalLM computes"),
+        (
+            "capped",
+            replace(WORK, loss_chunk=5),
+            "task.loss_chunk is 5, but Gemma2ForCausalLM can compute its logits only all at once",
+        ),
         ("old", replace(WORK, num_tokens=32, recompute=True), "runtime.recompute is true, but OpenAIGPTLMHeadModel"),
         ("learned", WORK, "data.sequence_length is 64, but .* has learned positions for only 32 tokens"),
         ("half a body", WORK, "data.sequence_length is 64, but .* has learned positions for only 32 tokens"),
@@ -301,9 +303,9 @@ def test_all_that_a_model_cannot_is_told_at_once(tmp_path: Path) -> None:
         (
             "recurrent",
             replace(WORK, packed=True),
-            "MambaForCausalLM cannot keep documents in one row apart: use 'plain'",
+            "MambaForCausalLM cannot separate the documents of a row: use 'plain'",
         ),
-        ("tabulated", WORK, "data.sequence_length is 64, but .* has 32 positions"),
+        ("tabulated", WORK, "data.sequence_length is 64, but .* has only 32 positions"),
         ("tabulated", replace(WORK, num_tokens=32), None),
         ("rotary", WORK, None),
     ],

@@ -339,7 +339,7 @@ def test_a_model_that_looks_ahead_is_an_error():
     model = build("Llama")
     model.config.is_causal = False
     interface.use(model, Softmax())
-    with pytest.raises(ConfigError, match="see later ones"):
+    with pytest.raises(ConfigError, match="see later tokens"):
         model(tokens(1, 3))
 
 
@@ -354,14 +354,14 @@ def test_a_mask_of_four_dimensions_is_an_error():
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"use_cache": True}, "by position_ids, documents begin within a row"),
+        ({"use_cache": True}, "position_ids describes several documents in a row"),
         (
             {"use_cache": False, "attention_mask": torch.ones(2, 10, dtype=torch.long)},
-            "by position_ids, documents begin within a row",
+            "position_ids describes several documents in a row",
         ),
         (
             {"use_cache": True, "position_ids": None, "cu_seq_lens_q": torch.tensor([0, 4, 10])},
-            "by cu_seq_lens_q, documents begin within a row",
+            "cu_seq_lens_q describes several documents in a row",
         ),
     ],
 )

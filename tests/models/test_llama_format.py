@@ -139,13 +139,13 @@ def _rewrite(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', but a decoder is read only from llama, qwen3, llmeff"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', but llmeff's decoder reads only llama, qwen3, llmeff"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions are 'yarn'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"hidden_size": "absent"}, "lacks hidden_size"),
+        ({"hidden_size": "absent"}, "lacks the field hidden_size"),
         ({"num_hidden_layers": 3}, r"lacks model.layers.2.input_layernorm.weight; .* \(and \d+ more\)"),
-        ({"intermediate_size": 7}, r"gate_proj.weight is \(96, 32\), but the config says \(7, 32\)"),
+        ({"intermediate_size": 7}, r"gate_proj.weight has shape \(96, 32\), but the config gives \(7, 32\)"),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is unexpected"),
     ],
 )
@@ -161,7 +161,7 @@ def test_what_is_no_decoder_is_refused(fields: dict[str, Any], said: str, tmp_pa
     [
         ("config.json", None, "config.json: cannot be read"),
         ("config.json", b"{", "config.json: is not JSON"),
-        ("config.json", b"[]", "a model's config is a JSON object, found list"),
+        ("config.json", b"[]", "a model's config must be a JSON object, but this is a list"),
         ("model.safetensors", None, "model.safetensors: cannot be read"),
         ("model.safetensors", b"damaged", "model.safetensors: cannot be read"),
     ],

@@ -193,8 +193,8 @@ def test_presets_have_the_size_that_they_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"width": 30}, "width 30 is not a multiple of num_heads 4: give one, or head_dim"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"width": 30}, "width 30 is not a multiple of num_heads 4: change either, or set head_dim"),
+        ({"head_dim": 7}, "head_dim is 7, but rotary positions rotate pairs"),
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"layers": [{}]}, "layers has 1 entries, but num_layers is 2"),
         ({"mixer": "softmaxx"}, "Did you mean 'softmax'"),

@@ -62,7 +62,7 @@ def config(tmp_path):
         (
             "recurrent",
             ["data.packing=documents", "data.sequence_length=8"],
-            "MambaForCausalLM cannot keep documents in one row apart",
+            "MambaForCausalLM cannot separate the documents of a row",
         ),
     ],
 )
