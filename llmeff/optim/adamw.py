@@ -15,7 +15,7 @@ from llmeff.optim.optimizer import state_price
 
 
 class AdamW(DecayGroupsConfig):
-    """torch.optim.AdamW, fused: every device that torch trains on supports this for floating-point parameters."""
+    """torch.optim.AdamW in its fused form, which every device that torch trains on supports for floating point."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 
@@ -28,11 +28,11 @@ class AdamW(DecayGroupsConfig):
     """Added to the square root of the second moment."""
 
     def build(self, rows: list[ParameterInfo]) -> torch.optim.AdamW:
-        """Builds torch's optimizer over groups with and without decay."""
+        """Builds torch.optim.AdamW for one group of parameters with weight decay and one without."""
         groups = self.parameter_groups(rows)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Two moments in the format of the updated parameters, and a float32 step counter per parameter."""
+        """Returns the price of two moments in the format of the updated parameters, and of each parameter's step count."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: 2 * weight.size * moment_bytes + BYTES["float32"])

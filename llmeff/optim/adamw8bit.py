@@ -15,13 +15,13 @@ from llmeff.cost.price import Kind, Price
 from llmeff.optim.decay_groups import DecayGroupsConfig
 
 _BLOCK = 256
-"""How many numbers share a scale."""
+"""Number of values in a quantization block. They share a scale."""
 _CODES = 256
-"""Entries of a moment's table of codes: the float32 values of all 8-bit numbers."""
+"""Number of entries in a moment's code table, which has the float32 value of each 8-bit code."""
 
 
 class AdamW8bit(DecayGroupsConfig):
-    """bitsandbytes.optim.AdamW8bit. A block must not cross parameters: slices of many parameters would change the update."""
+    """bitsandbytes.optim.AdamW8bit. Ranks may share it only by whole tensors, as no block may cross parameters."""
 
     sharding: ClassVar[Sharding] = "whole_tensor"
     rounds_state: ClassVar[bool] = True
@@ -35,10 +35,10 @@ class AdamW8bit(DecayGroupsConfig):
     eps: Positive = 1e-8
     """Added to the square root of the second moment."""
     min_8bit_size: Count = 4096
-    """Parameters with fewer numbers keep their moments in float32."""
+    """Parameters with fewer elements keep their moments in float32."""
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """Builds bitsandbytes' optimizer over groups with and without decay.
+        """Builds bitsandbytes' optimizer for one group of parameters with weight decay and one without.
 
         Raises:
             ConfigError: bitsandbytes is not installed.
@@ -59,7 +59,7 @@ class AdamW8bit(DecayGroupsConfig):
         return optimizer
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Two one-byte moments with a float32 scale per block, and a table of codes per moment."""
+        """Returns the price of two 8-bit moments with a float32 scale per block, and of a code table per moment."""
         entries: Counter[tuple[Kind, str]] = Counter()
         is_quantized = False
         for weight in weights:

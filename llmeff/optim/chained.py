@@ -1,4 +1,4 @@
-"""Several optimizers that act as one; each updates its own parameters."""
+"""Several optimizers that act as one optimizer. Each updates its own parameters."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch.optim import Optimizer
 
 
 class ChainedOptimizer(Optimizer):
-    """Steps several optimizers that share no parameter. Its groups and state are theirs, not copies.
+    """Steps several optimizers that share no parameters. `param_groups` and `state` refer to theirs without copies.
 
     Args:
-        optimizers: at least one.
+        optimizers: the optimizers, at least one.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]):
@@ -21,7 +21,7 @@ class ChainedOptimizer(Optimizer):
         self.state = _States(self.optimizers)  # type: ignore[assignment]  # only used as a mapping
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps every optimizer."""
+        """Steps every optimizer. Returns the closure's loss, or None without a closure."""
         loss = None if closure is None else closure()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -34,7 +34,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """The state of all parameters; each parameter's state lives in its own optimizer."""
+    """Mapping of all parameters to their states, which are stored in their own optimizers."""
 
     def __init__(self, optimizers: Sequence[Optimizer]):
         self._optimizers = optimizers

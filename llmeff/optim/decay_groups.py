@@ -9,19 +9,19 @@ from llmeff.optim.optimizer import OptimizerConfig
 
 
 class DecayGroupsConfig(OptimizerConfig):
-    """Two groups: one with decay and one without."""
+    """Base class of optimizers with two parameter groups, one with weight decay and one without."""
 
     weight_decay: NotNegative = 0.1
-    """Decoupled decay of matrices and embeddings, multiplied by the learning rate. Norms and biases do not decay."""
+    """Decoupled weight decay of matrices and embeddings, times the learning rate. Norms and biases do not decay."""
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """Names of the parameters with decay, then of those without; empty groups are left out."""
+        """Returns the names of the parameters with weight decay, then of those without. Empty groups are left out."""
         decayed = [name for name, role in roles.items() if role not in UNDECAYED]
         others = [name for name, role in roles.items() if role in UNDECAYED]
         return [names for names in (decayed, others) if names]
 
     def parameter_groups(self, rows: list[ParameterInfo]) -> list[dict[str, Any]]:
-        """The groups with their `weight_decay`, in the form of torch's optimizers."""
+        """Returns the groups with their `weight_decay`, in the form that torch's optimizers take."""
         by_name = {row.name: row for row in rows}
         return [
             {

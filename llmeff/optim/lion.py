@@ -1,4 +1,4 @@
-"""Lion: the sign of interpolated momentum (Chen et al. 2023, algorithm 2)."""
+"""Lion: updates by the sign of interpolated momentum (Chen et al. 2023, algorithm 2)."""
 
 from collections.abc import Iterable
 from typing import ClassVar, Literal
@@ -15,22 +15,22 @@ from llmeff.optim.optimizer import state_price
 
 
 class Lion(DecayGroupsConfig):
-    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and proportionally more decay."""
+    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and weight decay larger in proportion."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 
     name: Literal["lion"] = "lion"
     lr: Positive = 3e-4
-    """Peak learning rate; the schedule scales it."""
+    """Peak learning rate, which the schedule scales."""
     beta1: BelowOne = 0.9
-    """Weight of the momentum in the update; the gradient has the rest."""
+    """Weight of the momentum in the update. The gradient has weight 1 - beta1."""
     beta2: BelowOne = 0.99
     """Decay rate of the momentum."""
     weight_decay: NotNegative = 0.3
-    """Decoupled decay of matrices and embeddings, multiplied by the learning rate. Norms and biases do not decay."""
+    """Decoupled weight decay of matrices and embeddings, times the learning rate. Norms and biases do not decay."""
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """Builds pytorch_optimizer's Lion over groups with and without decay.
+        """Builds pytorch_optimizer's Lion for one group of parameters with weight decay and one without.
 
         Raises:
             ConfigError: pytorch_optimizer is not installed.
@@ -45,6 +45,6 @@ class Lion(DecayGroupsConfig):
         return optimizer
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """One moment in the format of the updated parameters."""
+        """Returns the price of one moment in the format of the updated parameters."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: weight.size * moment_bytes)

@@ -1,4 +1,4 @@
-"""Muon: orthogonalized momentum for matrices (Newton-Schulz, Jordan et al. 2024), AdamW for all other parameters."""
+"""Muon: orthogonalized momentum for matrices (Newton-Schulz, Jordan et al. 2024), and AdamW for other parameters."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,47 +21,47 @@ _MATRICES: tuple[Role, ...] = ("matrix", "conv")
 
 
 class Muon(OptimizerConfig):
-    """`OrthogonalMomentum` for the matrices within layers; torch.optim.AdamW for embeddings, head, norms and biases.
+    """`OrthogonalMomentum` for matrices and convolutions, and torch.optim.AdamW for all other parameters.
 
-    A convolution counts as a matrix with a row per output channel and a column per input weight. Updates of matrices are
-    scaled to the size of AdamW's (Liu et al. 2025, equation 4), so that both share one learning rate.
+    A convolution's weight counts as a matrix with a row per output channel. The updates of matrices are scaled to the
+    size of AdamW's updates (Liu et al. 2025, equation 4), so that both optimizers use the same learning rate.
     """
 
     sharding: ClassVar[Sharding] = "whole_tensor"
 
     name: Literal["muon"] = "muon"
     momentum: BelowOne = 0.95
-    """Decay rate of the momentum of matrices."""
+    """Decay rate of the matrices' momentum."""
     nesterov: Flag = True
-    """Use Nesterov momentum."""
+    """Use Nesterov momentum for matrices."""
     ns_steps: Count = 5
     """Number of Newton-Schulz iterations."""
     ns_format: IterationFormat | Literal["auto"] = "auto"
-    """Number format of the iterations. auto: bfloat16 on devices that multiply it faster (GPUs, CPUs with AMX), otherwise
-    float32; chosen when a run starts and kept when it is resumed."""
+    """Number format of the iterations. auto: bfloat16 on devices that multiply it faster than float32 (GPUs, CPUs with
+    AMX), and float32 on others. It is chosen when a run starts, and kept when the run is resumed."""
     weight_decay: NotNegative = 0.1
-    """Decoupled decay of matrices and embeddings, multiplied by the learning rate. Norms and biases do not decay."""
+    """Decoupled weight decay of matrices and embeddings, times the learning rate. Norms and biases do not decay."""
     beta1: BelowOne = 0.9
-    """AdamW's decay rate of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: BelowOne = 0.95
-    """AdamW's decay rate of the second moment."""
+    """Decay rate of AdamW's second moment."""
 
     def resolve(self, *, is_bfloat16_fast: bool) -> Self:
-        """Replaces `ns_format` "auto" by the format of the iterations."""
+        """Returns the config with `ns_format` "auto" replaced by "bfloat16" or "float32"."""
         if self.ns_format != "auto":
             return self
         return self.model_copy(update={"ns_format": "bfloat16" if is_bfloat16_fast else "float32"})
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """The matrices, then AdamW's groups of all other parameters."""
+        """Returns the names of the matrices, then AdamW's groups of the other parameters. Empty groups are left out."""
         matrices = [name for name, role in roles.items() if role in _MATRICES]
         rest = {name: role for name, role in roles.items() if role not in _MATRICES}
         return [names for names in (matrices, *self._adamw.groups(rest)) if names]
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """Chains both optimizers; an optimizer without parameters is left out.
+        """Builds both optimizers, chained into one. An optimizer without parameters is left out.
 
-        If `ns_format` is still "auto", this machine and the device of the matrices decide it.
+        If `ns_format` is still "auto", the device of the matrices decides it.
         """
         matrices = [row.parameter for row in rows if row.role in _MATRICES]
         others = [row for row in rows if row.role not in _MATRICES]
@@ -89,7 +89,7 @@ class Muon(OptimizerConfig):
         return AdamW(lr=self.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """One moment and the matrix products of the iterations per matrix; AdamW's state for all other parameters."""
+        """Returns the price of each matrix's moment and iterations, and of AdamW's states for the other parameters."""
         entries: Counter[tuple[Kind, str]] = Counter()
         rest = []
         for weight in weights:

@@ -1,4 +1,4 @@
-"""Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024), in a format that suits the device."""
+"""Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024), in float32 or bfloat16."""
 
 from collections.abc import Callable, Iterable
 from math import sqrt
@@ -9,20 +9,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 IterationFormat = Literal["float32", "bfloat16"]
-"""float32: float64 matrices stay in float64. bfloat16 is faster on matrix units; on a CPU without them it is slow."""
+"""Number format of the iterations. float32: float64 matrices stay in float64. bfloat16: faster on devices with matrix
+units (GPUs, CPUs with AMX), and slow on other CPUs."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that brings singular values near 1 in five iterations (Jordan et al. 2024)."""
+"""Coefficients of the quintic polynomial that brings singular values near 1 in five iterations (Jordan et al. 2024)."""
 _LEAST = 1e-7
-"""Lower bound of the norm that a matrix is divided by."""
+"""Lower bound of the norm by which a matrix is divided."""
 
 
 def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat) -> Tensor:
-    """Moves all singular values of a matrix near 1 (between about 0.7 and 1.2 after five iterations).
+    """Returns a matrix with all its singular values moved near 1 (to about 0.7 to 1.2 by five iterations).
 
     Args:
-        x: (rows, columns), any format.
-        num_iterations: iterations of the quintic.
+        x: (rows, columns), in any floating-point format.
+        num_iterations: number of iterations of the quintic polynomial.
         iteration_format: number format of the iterations.
 
     Returns:
@@ -48,13 +49,14 @@ class OrthogonalMomentum(Optimizer):
     always in bfloat16.
 
     Args:
-        parameters: whole matrices; a parameter with more dimensions is a matrix of its first dimension by all others.
+        parameters: whole matrices. A parameter with more dimensions is flattened to a matrix, with its first dimension as
+            rows.
         lr: the learning rate.
-        momentum: decay rate of the mean of gradients.
+        momentum: decay rate of the moving average of gradients.
         nesterov: whether to use Nesterov momentum.
-        weight_decay: decay, multiplied by the learning rate.
-        num_iterations: see `orthogonalize`.
-        iteration_format: see `orthogonalize`.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        num_iterations: number of iterations, see `orthogonalize`.
+        iteration_format: number format of the iterations, see `orthogonalize`.
 
     Raises:
         ValueError: a parameter has fewer than two dimensions.
@@ -81,7 +83,7 @@ class OrthogonalMomentum(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every matrix that has a gradient."""
+        """Updates every matrix that has a gradient. Returns the closure's loss, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The contract of an optimizer."""
+"""Base class of optimizer configs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from llmeff.cost.price import Kind, Price
 
 
 def state_price(weights: Iterable[Weight], num_bytes: Callable[[Weight], int]) -> Price:
-    """The price of an optimizer state that lives throughout a step, given its bytes per parameter."""
+    """Returns the price of optimizer state that stays in memory for the whole step, given its bytes per parameter."""
     entries: Counter[tuple[Kind, str]] = Counter()
     for weight in weights:
         state_bytes = num_bytes(weight)
@@ -27,17 +27,18 @@ class OptimizerConfig(Component, family="optimizer"):
     """The optimizer that updates the parameters."""
 
     sharding: ClassVar[Sharding] = "none"
-    """What a strategy may split without changing the update. By default, nothing."""
+    """How finely ranks may split the optimizer without changing its update. By default, not at all."""
 
     rounds_state: ClassVar[bool] = False
-    """Whether its state is coarser than the parameters, so that a gradient's last digit may change the state by a code."""
+    """Whether the state is quantized more coarsely than the parameters, so that a rounding error in a gradient may change
+    a quantized value."""
     whatever_size: ClassVar[Mapping[str, object]] = {}
-    """Field values that make it treat small parameters like large ones."""
+    """Values of config fields with which the optimizer treats small parameters like large ones."""
 
     name: Text
     """The optimizer's name."""
     lr: Positive = 1e-3
-    """Peak learning rate; the schedule scales it."""
+    """Peak learning rate, which the schedule scales."""
 
     def resolve(self, *, is_bfloat16_fast: bool) -> Self:
         """Returns the config with every "auto" replaced by its value.
@@ -48,7 +49,7 @@ class OptimizerConfig(Component, family="optimizer"):
         return self
 
     def groups(self, roles: Mapping[str, Role]) -> list[list[str]]:
-        """Names of the parameters in each of the optimizer's groups, none of them empty.
+        """Returns the names of the parameters in each of the optimizer's groups. No group is empty.
 
         Args:
             roles: roles of the parameters by name, in the model's order.
@@ -56,9 +57,9 @@ class OptimizerConfig(Component, family="optimizer"):
         raise NotImplementedError(type(self))
 
     def build(self, rows: list[ParameterInfo]) -> Optimizer:
-        """Builds the optimizer of these parameters; the `lr` of each group is the peak rate."""
+        """Builds the optimizer for these parameters. The `lr` of each group is the peak learning rate."""
         raise NotImplementedError(type(self))
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """The price of the state, which lives throughout a step, and of the update."""
+        """Returns the price of the state, which stays in memory for the whole step, and of the update."""
         raise NotImplementedError(type(self))

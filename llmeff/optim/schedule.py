@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the peak rate as a function of the step only."""
+"""Learning-rate schedules: the factor on the peak learning rate at each step of a run."""
 
 import math
 from typing import Literal
@@ -7,27 +7,31 @@ from llmeff.core.config import Component, CountOrZero, Fraction, Text
 
 
 class ScheduleConfig(Component, family="schedule"):
-    """How the learning rate changes over a run."""
+    """Change of the learning rate over a run."""
 
     name: Text
     """The schedule's name."""
     warmup_steps: CountOrZero = 0
-    """Steps of linear warm-up from 0; the last of them has the peak rate."""
+    """Number of steps of linear warm-up from 0. The last of these steps has the peak learning rate."""
 
     def factor(self, step: int, steps: int) -> float:
-        """The factor on the peak rate at `step`, counted from 0, in a run of `steps` steps."""
+        """Returns the factor on the peak learning rate at `step`, counted from 0, in a run of `steps` steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         span = max(1, steps - self.warmup_steps)
         return self.after_warmup((step - self.warmup_steps + 1) / span)
 
     def after_warmup(self, progress: float) -> float:
-        """The factor at a step; `progress`, in (0, 1], is the share of steps after warm-up done when the step ends."""
+        """Returns the factor at a step after warm-up.
+
+        Args:
+            progress: share of the steps after warm-up that are done at the end of this step, in (0, 1].
+        """
         raise NotImplementedError(type(self))
 
 
 class Constant(ScheduleConfig):
-    """The peak rate until the end."""
+    """The peak learning rate in all steps after warm-up."""
 
     name: Literal["constant"] = "constant"
 
@@ -37,40 +41,40 @@ class Constant(ScheduleConfig):
 
 
 class Cosine(ScheduleConfig):
-    """Half a cosine from the peak to `final` times the peak (Loshchilov and Hutter 2017)."""
+    """Half a cosine from the peak learning rate to `final` times the peak (Loshchilov and Hutter 2017)."""
 
     name: Literal["cosine"] = "cosine"
     final: Fraction = 0.01
-    """Rate at the last step, as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, progress: float) -> float:
-        """Falls from 1 to `final` along a cosine."""
+        """Returns the factor, which falls from 1 to `final` along a cosine."""
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Linear(ScheduleConfig):
-    """A straight line from the peak to `final` times the peak."""
+    """A straight line from the peak learning rate to `final` times the peak."""
 
     name: Literal["linear"] = "linear"
     final: Fraction = 0.0
-    """Rate at the last step, as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, progress: float) -> float:
-        """Falls from 1 to `final` along a line."""
+        """Returns the factor, which falls from 1 to `final` along a line."""
         return self.final + (1 - self.final) * (1 - progress)
 
 
 class WSD(ScheduleConfig):
-    """Warmup-stable-decay: the peak, then a line to `final` times the peak over the last steps (Hu et al. 2024)."""
+    """Warmup-stable-decay: the peak learning rate, then a line to `final` times the peak (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"
     decay: Fraction = 0.2
-    """Share of the steps after warm-up, at the end, in which the rate falls."""
+    """Length of the final decay, as a fraction of the steps after warm-up."""
     final: Fraction = 0.0
-    """Rate at the last step, as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, progress: float) -> float:
-        """Stays at 1, then falls from 1 to `final` along a line."""
+        """Returns the factor, which is 1 and, during the decay, falls from 1 to `final` along a line."""
         left = 1 - progress
         if left >= self.decay:
             return 1.0

@@ -15,29 +15,29 @@ from llmeff.optim.optimizer import state_price
 
 
 class SGD(DecayGroupsConfig):
-    """torch.optim.SGD in its foreach form, since the fused form cannot update FSDP2's rows.
+    """torch.optim.SGD in its foreach form, because the fused form cannot update the rows that FSDP2 gives a rank.
 
-    Its decay is not decoupled: it is added to the gradient.
+    The weight decay is not decoupled: it is added to the gradient.
     """
 
     sharding: ClassVar[Sharding] = "elementwise"
 
     name: Literal["sgd"] = "sgd"
     lr: Positive = 0.1
-    """Peak learning rate; the schedule scales it."""
+    """Peak learning rate, which the schedule scales."""
     momentum: BelowOne = 0.9
-    """Decay rate of the sum of gradients; 0: no momentum."""
+    """Decay rate of the sum of past gradients. 0 disables momentum."""
     nesterov: Flag = False
     """Use Nesterov momentum."""
     weight_decay: NotNegative = 0.0
-    """The gradient of matrices and embeddings gains this times the parameter."""
+    """L2 penalty of matrices and embeddings: this value times the parameter is added to the gradient."""
 
     def build(self, rows: list[ParameterInfo]) -> torch.optim.SGD:
-        """Builds torch's optimizer over groups with and without decay."""
+        """Builds torch.optim.SGD for one group of parameters with weight decay and one without."""
         groups = self.parameter_groups(rows)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """One moment in the format of the updated parameters; none without momentum."""
+        """Returns the price of one moment in the format of the updated parameters, or of nothing without momentum."""
         moment_bytes = BYTES[precision.master or precision.parameters] if self.momentum else 0
         return state_price(weights, lambda weight: weight.size * moment_bytes)
