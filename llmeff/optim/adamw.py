@@ -15,7 +15,7 @@ from llmeff.optim.optimizer import state_price
 
 
 class AdamW(DecayGroupsConfig):
-    """torch.optim.AdamW in its fused form, which every device that torch trains on supports for floating point."""
+    """torch.optim.AdamW in its fused form, which all devices that torch trains on support for floating point."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 
@@ -33,6 +33,6 @@ class AdamW(DecayGroupsConfig):
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Returns the price of two moments in the format of the updated parameters, and of each parameter's step count."""
+        """Returns the price of two moments in the format of the updated parameters, and a step count per parameter."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: 2 * weight.size * moment_bytes + BYTES["float32"])

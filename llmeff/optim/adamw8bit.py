@@ -21,7 +21,7 @@ _CODES = 256
 
 
 class AdamW8bit(DecayGroupsConfig):
-    """bitsandbytes.optim.AdamW8bit. Ranks may share it only by whole tensors, as no block may cross parameters."""
+    """bitsandbytes.optim.AdamW8bit. Ranks may split it only by whole tensors: a block must not span two parameters."""
 
     sharding: ClassVar[Sharding] = "whole_tensor"
     rounds_state: ClassVar[bool] = True

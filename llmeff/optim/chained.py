@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 
 class ChainedOptimizer(Optimizer):
-    """Steps several optimizers that share no parameters. `param_groups` and `state` refer to theirs without copies.
+    """Steps several optimizers that share no parameters. Its groups and states are the optimizers' own, not copies.
 
     Args:
         optimizers: the optimizers, at least one.

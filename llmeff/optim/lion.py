@@ -15,7 +15,7 @@ from llmeff.optim.optimizer import state_price
 
 
 class Lion(DecayGroupsConfig):
-    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and weight decay larger in proportion."""
+    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and at least 3 times its decay."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 

@@ -19,7 +19,7 @@ _LEAST = 1e-7
 
 
 def orthogonalize(x: Tensor, num_iterations: int, iteration_format: IterationFormat) -> Tensor:
-    """Returns a matrix with all its singular values moved near 1 (to about 0.7 to 1.2 by five iterations).
+    """Moves all singular values of a matrix near 1. After five iterations, they are between about 0.7 and 1.2.
 
     Args:
         x: (rows, columns), in any floating-point format.
@@ -49,8 +49,8 @@ class OrthogonalMomentum(Optimizer):
     always in bfloat16.
 
     Args:
-        parameters: whole matrices. A parameter with more dimensions is flattened to a matrix, with its first dimension as
-            rows.
+        parameters: whole matrices. A parameter with more dimensions is flattened to a matrix whose rows are its first
+            dimension.
         lr: the learning rate.
         momentum: decay rate of the moving average of gradients.
         nesterov: whether to use Nesterov momentum.

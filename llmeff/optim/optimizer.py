@@ -30,8 +30,8 @@ class OptimizerConfig(Component, family="optimizer"):
     """How finely ranks may split the optimizer without changing its update. By default, not at all."""
 
     rounds_state: ClassVar[bool] = False
-    """Whether the state is quantized more coarsely than the parameters, so that a rounding error in a gradient may change
-    a quantized value."""
+    """Whether the state is quantized more coarsely than the parameters, so that a rounding error in a gradient may
+    change a quantized value."""
     whatever_size: ClassVar[Mapping[str, object]] = {}
     """Values of config fields with which the optimizer treats small parameters like large ones."""
 

@@ -65,7 +65,7 @@ class Linear(ScheduleConfig):
 
 
 class WSD(ScheduleConfig):
-    """Warmup-stable-decay: the peak learning rate, then a line to `final` times the peak (Hu et al. 2024)."""
+    """Warmup-stable-decay: the peak learning rate, and at the end a line to `final` times it (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"
     decay: Fraction = 0.2

@@ -1,4 +1,4 @@
-"""What must hold for every optimizer: what it declares is true, and its update is the formula of its source."""
+"""Checks for every optimizer: what it declares is true, and its update matches the formula of its source."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ from llmeff.testing.failed import CheckFailed, require, share_off
 
 STEPS = 20
 FACTORS = (0.25, 0.5, 0.75, *(1.0 - 0.04 * step for step in range(STEPS - 3)))
-"""Factors on the peak rate, by step: a warm-up, then a fall."""
+"""Factors on the peak learning rate by step: a warm-up, then a decay."""
 OF_GROUPS = (1.0, 0.5, 2.0, 0.25)
-"""Factors on the peak rate, by group, when groups get rates of their own."""
+"""Factors on the peak learning rate by group, for a check in which each group has its own learning rate."""
 PARAMETERS: dict[str, tuple[Role, tuple[int, ...]]] = {
     "embedding": ("embedding", (31, 12)),
     "first.scale": ("norm", (17,)),
@@ -38,15 +38,15 @@ PARAMETERS: dict[str, tuple[Role, tuple[int, ...]]] = {
     "third.heads": ("fused_heads", (12, 7)),
     "head": ("head", (11, 12)),
 }
-"""Roles and shapes. One is so large that no 8-bit optimizer keeps its state in 32 bits."""
+"""Role and shape of each parameter. `first.tall` is so large that 8-bit optimizers do not keep its state in float32."""
 ROUNDING = 1e-5
-"""How far an update of slices may be from that of the whole, relative to it, in float32. Vectorized loops round
-differently at their ends."""
+"""Largest allowed difference between the update of slices and that of whole parameters, relative to the update, in
+float32. It is not 0, because vectorized loops round differently at their ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a formula is given for one parameter."""
+    """Input of a formula for one parameter."""
 
     name: str
     role: Role
@@ -59,38 +59,41 @@ class Given:
 
     @property
     def is_decayed(self) -> bool:
-        """Whether weight decay applies, by the parameter's role."""
+        """Whether weight decay applies to the parameter, according to its role."""
         return self.role not in UNDECAYED
 
 
 Formula = Callable[[Any, Sequence[Given]], Sequence[Tensor]]
-"""Maps (config, parameters) to the parameters after the last step, by the equations of the optimizer's source."""
+"""Function of (config, parameters) that returns the parameters after the last step, computed by the equations of the
+optimizer's source."""
 
 
 def apart(one: Callable[[Any, Given], Tensor]) -> Formula:
-    """Makes the formula of an optimizer that updates every parameter by itself, from the formula of one parameter."""
+    """Turns the formula of one parameter into a `Formula`, if the optimizer updates each parameter independently."""
     return lambda config, every: [one(config, given) for given in every]
 
 
 def check_optimizer(
     config: OptimizerConfig, formula: Formula | None = None, *, dtype: torch.dtype = torch.float64, within: float = 1e-9
 ) -> None:
-    """Checks an optimizer as this package's own are checked: what it declares, what it keeps, and the update itself.
+    """Runs the checks that llmeff's own optimizers pass.
 
-    Nine parameters of all roles get 20 steps of random gradients, at a rate that rises and falls. The checks: its groups;
-    it minimizes a quadratic, repeats itself, and moves nothing at a rate of 0; the price of its state and its FLOPs; it may
-    be split as `sharding` declares; its state, with what it counts in its groups, is saved and restored to the last bit;
-    its update is the formula's, with and without decay if it has a field `weight_decay`.
+    Nine parameters of all roles get up to 20 steps of random gradients, at a learning rate that rises and falls. The
+    groups must be as stated. The optimizer must minimize a quadratic, repeat its update exactly, and move nothing at a
+    learning rate of 0. The bytes of its state and the FLOPs of a step must match its price. It must allow the splitting
+    that `sharding` declares. Its state, with the counters in its groups, must be saved and restored to the last bit.
+    Given a formula, its update must match it, with and without weight decay if it has a field `weight_decay`.
 
     Args:
-        config: the optimizer's, with any settings.
-        formula: the equations of its source, written out; None: the update is not checked.
-        dtype: the parameters' format when the formula is checked; float32 for an optimizer that does not support float64.
-        within: how far the movement of a parameter may be from the formula's, relative to it. In float64, rounding is far
-            below the default. If a part is computed in a lower format, give what that format rounds to.
+        config: config of the optimizer, with any settings.
+        formula: equations of the optimizer's source, written out. None to skip their check.
+        dtype: format of the parameters in the formula's check. float32 for an optimizer that does not support float64.
+        within: largest allowed difference from the formula after the last step, relative to the parameter's movement.
+            In float64, rounding errors are far below the default. If a part of the update has a lower format, give the
+            rounding error of that format.
 
     Raises:
-        CheckFailed: says what differs.
+        CheckFailed: a check failed. The message states what differs.
     """
     for check in CHECKS:
         check(config)
@@ -102,7 +105,7 @@ def check_optimizer(
 
 
 def _drawn(dtype: torch.dtype, num_steps: int = STEPS) -> tuple[list[ParameterInfo], list[dict[str, Tensor]]]:
-    """Rows of all roles, and gradients by name for each step, with sizes that differ from step to step."""
+    """Returns parameters of all roles, and each step's gradients by name. Their magnitude differs from step to step."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
@@ -143,18 +146,18 @@ def _roles() -> dict[str, Role]:
     return {name: role for name, (role, _) in PARAMETERS.items()}
 
 
-# -- what is checked of every optimizer
+# -- the checks of every optimizer
 
 
 def check_registered(config: OptimizerConfig) -> None:
-    """It is registered under its name."""
+    """Checks that the optimizer is registered under its name."""
     registry = OptimizerConfig.registry
     is_known = config.name in registry and registry[config.name] is type(config)
-    require(is_known, f"{_name(config)} is not registered under that name; registered: {', '.join(registry.names())}")
+    require(is_known, f"{_name(config)} is not registered under that name. Registered: {', '.join(registry.names())}")
 
 
 def check_groups(config: OptimizerConfig) -> None:
-    """It builds the groups that it states. They hold every parameter once, at the peak rate."""
+    """Checks that the optimizer builds the groups that it states, with every parameter once, at the peak rate."""
     rows, _ = _drawn(torch.float32)
     names = {row.parameter: row.name for row in rows}
     groups = config.build(rows).param_groups
@@ -167,11 +170,11 @@ def check_groups(config: OptimizerConfig) -> None:
         every == sorted(PARAMETERS), f"{_name(config)}: its groups must hold {sorted(PARAMETERS)}, but hold {every}"
     )
     rates = {group["lr"] for group in groups}
-    require(rates == {config.lr}, f"{_name(config)}: its groups begin with the rates {rates}, but lr is {config.lr}")
+    require(rates == {config.lr}, f"{_name(config)}: its groups start with the rates {rates}, but lr is {config.lr}")
 
 
 def check_minimizes(config: OptimizerConfig) -> None:
-    """It reaches the minimum of a quadratic at one of three rates, the lowest of which is its own."""
+    """Checks that the optimizer minimizes a quadratic at its own learning rate, or at 10 or 100 times that rate."""
 
     def left(rate: float, num_steps: int = 100) -> float:
         draw = torch.Generator().manual_seed(0)
@@ -189,7 +192,8 @@ def check_minimizes(config: OptimizerConfig) -> None:
             return
     shares = ", ".join(f"{share:.2g}" for share in tried)
     raise CheckFailed(
-        f"{_name(config)} leaves {shares} of a quadratic after 100 steps at lr, 10 times lr and 100 times lr"
+        f"{_name(config)} leaves {shares} of a quadratic loss after 100 steps at lr, 10 times lr and 100 times lr, but "
+        "must leave less than 0.2 at one of these learning rates"
     )
 
 
@@ -199,7 +203,7 @@ def _without_decay(config: OptimizerConfig, **changes: Any) -> OptimizerConfig:
 
 
 def check_repeats(config: OptimizerConfig) -> None:
-    """The same gradients make the same update, to the last bit."""
+    """Checks that the same gradients lead to the same update, to the last bit."""
     ends = []
     for _ in range(2):
         rows, gradients = _drawn(torch.float32, 5)
@@ -207,12 +211,13 @@ def check_repeats(config: OptimizerConfig) -> None:
         ends.append(rows)
     for one, other in zip(*ends, strict=True):
         require(
-            torch.equal(one.parameter, other.parameter), f"{_name(config)} moves {one.name!r} differently each time"
+            torch.equal(one.parameter, other.parameter),
+            f"{_name(config)} moves {one.name!r} differently in two runs with the same gradients",
         )
 
 
 def check_rate(config: OptimizerConfig) -> None:
-    """It uses the rate that its groups have at each step: at 0 nothing moves, decay included."""
+    """Checks that each step uses the learning rate of the groups: at a rate of 0 nothing moves, not even by decay."""
     rows, gradients = _drawn(torch.float32, 4)
     optimizer = _walked(config, rows, gradients)
     before = [row.parameter.detach().clone() for row in rows]
@@ -222,7 +227,7 @@ def check_rate(config: OptimizerConfig) -> None:
 
 
 def check_price(config: OptimizerConfig) -> None:
-    """Its state is as large, and its step executes as many FLOPs, as its law says."""
+    """Checks that the bytes of the state and the FLOPs of a step match the price."""
     rows, gradients = _drawn(torch.float32, 2)
     optimizer = _walked(config, rows, gradients[:1])
     weights = [Weight(row.name, row.shape, "float32", "layers", role=row.role) for row in rows]
@@ -236,7 +241,7 @@ def check_price(config: OptimizerConfig) -> None:
 
 
 def check_sharding(config: OptimizerConfig) -> None:
-    """It may be split as it declares."""
+    """Checks that the optimizer may be split as `sharding` declares."""
     order = get_args(Sharding)
     proved, told = proved_sharding(config)
     require(
@@ -246,7 +251,7 @@ def check_sharding(config: OptimizerConfig) -> None:
 
 
 def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
-    """The most that may be split without changing the update, and what goes wrong if more is split."""
+    """Returns the finest sharding that does not change the update, and a message about the problem of a finer one."""
     told = ""
     split: tuple[tuple[Sharding, Callable[[OptimizerConfig], Iterator[tuple[str, Tensor]]]], ...]
     split = (("elementwise", _in_slices), ("whole_tensor", _dealt_out))
@@ -261,9 +266,9 @@ def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
             told = told or f"{_OF[sharding]} cannot be updated ({error})"
             continue
         worst = max(off, key=lambda name: off[name])
-        if all(share <= ROUNDING for share in off.values()):  # no NaN either
+        if all(share <= ROUNDING for share in off.values()):  # false for NaN
             return sharding, told
-        told = told or f"{_OF[sharding]} is updated differently: {worst!r} is off by {off[worst]:.1e} of its movement"
+        told = told or f"{_OF[sharding]} is updated differently: {worst!r} differs by {off[worst]:.1e} of its movement"
     return "none", told
 
 
@@ -320,7 +325,7 @@ def _dealt_out(config: OptimizerConfig, ranks: int = 2) -> Iterator[tuple[str, T
 
 
 def check_saved(config: OptimizerConfig) -> None:
-    """Its state goes to disk and back to the last bit; in slices, too, if it may be split."""
+    """Checks that the state is saved and restored to the last bit, also in slices if `sharding` is "elementwise"."""
     rows, gradients = _drawn(torch.float32, 6)
     try:
         check_savable(config.name, config.build, rows)
@@ -350,11 +355,13 @@ def check_saved(config: OptimizerConfig) -> None:
     for row, other, first in zip(rows, again, begin, strict=True):
         off = share_off(other.parameter.detach(), row.parameter.detach(), first.parameter.detach())
         require(
-            off == 0, f"{_name(config)} saved and restored moves {row.name!r} differently, by {off:.1e} of its movement"
+            off == 0,
+            f"{_name(config)}, saved and restored, moves {row.name!r} differently, by {off:.1e} of its movement",
         )
         off = share_off(ends[row.name], row.parameter.detach(), first.parameter.detach()) if owners else 0.0
         message = (
-            f"{_name(config)} saved and restored in slices moves {row.name!r} differently, by {off:.1e} of its movement"
+            f"{_name(config)}, saved and restored in slices, moves {row.name!r} differently, by {off:.1e} of its "
+            "movement"
         )
         require(off <= ROUNDING, message)
 
@@ -369,11 +376,14 @@ CHECKS: tuple[Callable[[OptimizerConfig], None], ...] = (
     check_sharding,
     check_saved,
 )
-"""What `check_optimizer` checks besides the formula, in this order."""
+"""The checks that `check_optimizer` runs before that of the formula, in this order."""
 
 
 def check_formula(config: OptimizerConfig, formula: Formula, *, dtype: torch.dtype, within: float) -> None:
-    """The update is the formula's, with decay and without, each group at a rate of its own; see `check_optimizer`."""
+    """Checks the update against the formula, with and without weight decay, with a learning rate for each group.
+
+    The arguments are those of `check_optimizer`.
+    """
     kinds = [config]
     if "weight_decay" in type(config).model_fields:
         kinds = [
@@ -383,9 +393,10 @@ def check_formula(config: OptimizerConfig, formula: Formula, *, dtype: torch.dty
         decay = f" with weight_decay {kind.weight_decay}" if hasattr(kind, "weight_decay") else ""
         for name, off in _off_the_formula(kind, formula, dtype):
             message = (
-                f"{_name(config)}{decay}: after {STEPS} steps {name!r} is off the formula by {off:.1e} of its movement"
+                f"{_name(config)}{decay}: after {STEPS} steps {name!r} differs from the formula by {off:.1e} of its "
+                "movement"
             )
-            require(off <= within, f"{message}; the limit is {within:.0e}")
+            require(off <= within, f"{message}, but at most {within:.0e} is allowed")
 
 
 def _off_the_formula(config: OptimizerConfig, formula: Formula, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -412,6 +423,6 @@ def _off_the_formula(config: OptimizerConfig, formula: Formula, dtype: torch.dty
         _step(optimizer, rows, step_gradients, FACTORS[step])
     found = formula(config, every)
     if len(found) != len(every):
-        raise CheckFailed(f"{_name(config)}: its formula gives {len(found)} parameters of {len(every)}")
+        raise CheckFailed(f"{_name(config)}: its formula returns {len(found)} parameters, but must return {len(every)}")
     for row, expected in zip(rows, found, strict=True):
         yield row.name, share_off(row.parameter.detach(), expected, begin[row.name])

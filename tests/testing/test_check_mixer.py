@@ -14,7 +14,8 @@ def test_one_that_is_right_passes(outside):
 
 def test_values_that_are_not_the_formulas_are_named(outside):
     own = outside("sigmoid")
-    said = r"mixer 'sigmoid': its values against the formula's: differs by .* of the largest number; the limit is 1e-09"
+    said = r"mixer 'sigmoid': output, compared with the formula: differs by .* of the largest expected number, "
+    said += "but at most 1e-09 is allowed"
     with pytest.raises(CheckFailed, match=said):
         check_mixer(own.Sigmoid(), lambda mixer, x: 1.001 * own.formula(mixer, x))
 
@@ -43,11 +44,11 @@ def widens(forward, mixer, x, layout, cache=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (looks_ahead, r"mixer 'sigmoid': token 9 depends on tokens \[10\], which are later"),
-        (forgets, r"mixer 'sigmoid' with a cache, in pieces of \(1, 1, .*\): differs by"),
-        (mingles, r"mixer 'sigmoid' on documents in one row: differs by"),
-        (sees_padding, r"mixer 'sigmoid' without a cache: a row behind padding: differs by"),
-        (widens, r"mixer 'sigmoid' in bfloat16 gives torch.float32"),
+        (looks_ahead, r"mixer 'sigmoid': token 9 depends on the later tokens \[10\]"),
+        (forgets, r"mixer 'sigmoid' with a cache, in pieces of \(1, 1, .*\) tokens: differs by"),
+        (mingles, r"mixer 'sigmoid': output for packed documents: differs by"),
+        (sees_padding, r"mixer 'sigmoid' without a cache: output for the row with padding: differs by"),
+        (widens, r"mixer 'sigmoid' in bfloat16 returns torch.float32, not torch.bfloat16"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )
@@ -62,7 +63,9 @@ def test_a_broken_form_is_named(outside, monkeypatch, change, said):
 def test_wrong_bytes_of_a_cache_are_named(outside, monkeypatch):
     own = outside("sigmoid")
     monkeypatch.setattr(own.Sigmoid, "cache_bytes", lambda *given: 1000)
-    with pytest.raises(CheckFailed, match=r"in fp32: two rows of 9 tokens keep 1344 bytes, but cache_bytes says 2000"):
+    with pytest.raises(
+        CheckFailed, match=r"in fp32: the cache of two rows of 9 tokens has 1344 bytes, but cache_bytes states 2000"
+    ):
         check_mixer(own.Sigmoid())
 
 
@@ -74,12 +77,12 @@ def test_a_wrong_law_is_named(outside, monkeypatch):
         return query, key, None
 
     monkeypatch.setattr(own.Sigmoid, "features_law", of_what_is_given)
-    with pytest.raises(CheckFailed, match=r"in a step \(.*\): saved_bytes is \d+, but its law says \d+"):
+    with pytest.raises(CheckFailed, match=r"in a step \(.*\): saved_bytes is \d+, but its law states \d+"):
         check_mixer(own.Sigmoid())
 
 
 def test_widths_that_it_does_not_take_are_named(outside, monkeypatch):
     own = outside("sigmoid")
     monkeypatch.setattr(own.Sigmoid, "problems", lambda self, shape: ["it wants width 8"])
-    with pytest.raises(CheckFailed, match=r"does not take MixerShape\(width=12.*: it wants width 8"):
+    with pytest.raises(CheckFailed, match=r"does not support MixerShape\(width=12.*: it wants width 8"):
         check_mixer(own.Sigmoid())

@@ -58,14 +58,18 @@ def chance(parameter, momentum, group):
     [
         (
             swapped,
-            r"optimizer 'signum' with weight_decay 0.0: after 20 steps '[\w.]+' is off the formula by .* of its movement",
+            r"optimizer 'signum' with weight_decay 0.0: after 20 steps '[\w.]+' differs from the formula by .* of its "
+            "movement",
         ),
-        (undecayed, r"optimizer 'signum' with weight_decay 0.1: after 20 steps 'embedding' is off the formula by"),
-        (decays_all, r"optimizer 'signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* off the formula"),
-        (ascends, r"leaves .* of a quadratic after 100 steps"),
+        (
+            undecayed,
+            r"optimizer 'signum' with weight_decay 0.1: after 20 steps 'embedding' differs from the formula by",
+        ),
+        (decays_all, r"optimizer 'signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* from the formula"),
+        (ascends, r"leaves .* of a quadratic loss after 100 steps"),
         (goes_by_the_peak, r"moves \['embedding', .*\] at a learning rate of 0: it does not read its groups' `lr`"),
         (normed, r"declares sharding 'elementwise', but a slice that ends within tensors .*: declare 'whole_tensor'"),
-        (chance, r"moves '\S+' differently each time"),
+        (chance, r"moves '\S+' differently in two runs with the same gradients"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )
