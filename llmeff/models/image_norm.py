@@ -156,7 +156,7 @@ def _law_back(
 
 @torch.no_grad()
 def averaged(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replaces all running statistics, except frozen ones, by their mean over batches, weighted by numbers of images.
+    """Replaces all running statistics, except frozen ones, by their mean over batches, weighted by image counts.
 
     Args:
         model: model with normalizations of ours or of torch, updated in place. Its training mode is restored.

@@ -259,7 +259,7 @@ def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
     """Checks that the layout separates all documents that the arguments describe, and returns it.
 
     Raises:
-        ConfigError: the arguments describe several documents in a row, but the layout does not.
+        ConfigError: the arguments describe several documents in one row, but the layout does not.
     """
     if layout.documents is not None or layout.past:
         return layout
@@ -274,7 +274,7 @@ def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
             told = "position_ids"
     if told is not None:
         raise ConfigError(
-            f"{told} describes several documents in a row, but the model's mask does not separate them. transformers "
+            f"{told} describes several documents in one row, but the model's mask does not separate them. transformers "
             "finds documents only in position_ids, without attention_mask and with use_cache=False"
         )
     return layout

@@ -182,7 +182,7 @@ class SegNetVGG(SegNetConfig):
     name: Literal["segnet"] = "segnet"
 
     def architecture(self) -> Architecture:
-        """Returns stages of 2, 2, 3, 3 and 3 convolutions, with 1, 2, 4, 8 and 8 times the width, and mirrored ones."""
+        """Returns stages of 2, 2, 3, 3 and 3 convolutions of 1, 2, 4, 8 and 8 times the width, mirrored in decoding."""
         w = self.width
         return Architecture(
             encoder=((w,) * 2, (2 * w,) * 2, (4 * w,) * 3, (8 * w,) * 3, (8 * w,) * 3),

@@ -354,14 +354,14 @@ def test_a_mask_of_four_dimensions_is_an_error():
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"use_cache": True}, "position_ids describes several documents in a row"),
+        ({"use_cache": True}, "position_ids describes several documents in one row"),
         (
             {"use_cache": False, "attention_mask": torch.ones(2, 10, dtype=torch.long)},
-            "position_ids describes several documents in a row",
+            "position_ids describes several documents in one row",
         ),
         (
             {"use_cache": True, "position_ids": None, "cu_seq_lens_q": torch.tensor([0, 4, 10])},
-            "cu_seq_lens_q describes several documents in a row",
+            "cu_seq_lens_q describes several documents in one row",
         ),
     ],
 )
