@@ -204,7 +204,7 @@ def test_bad_input_is_said_once_and_is_no_reason_to_try_again(tmp_path):
     code, out, err = run(*arguments, folder=tmp_path)
     assert code == 2
     assert out == ""
-    assert err.startswith("llmeff: error: model.vocab_size: 100 given")
+    assert err.startswith("llmeff: error: model.vocab_size is 100")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

@@ -32,7 +32,7 @@ class CountsInGroups(SignOfMomentum):
 
 
 class Counting(Signum):
-    name: Literal["counting"] = "counting"
+    name: Literal["outside-counting"] = "outside-counting"
     keeps_object: Flag = False
 
     def build(self, rows):

@@ -10,7 +10,7 @@ from llmeff.cost import laws
 
 
 class Sigmoid(KernelConfig):
-    name: Literal["sigmoid"] = "sigmoid"
+    name: Literal["outside-sigmoid"] = "outside-sigmoid"
 
     def build(self, shape):
         return SigmoidMixer(self, shape)

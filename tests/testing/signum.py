@@ -1,4 +1,4 @@
-"""An optimizer that is no part of the package: Signum, the sign of momentum (Bernstein et al. 2018, algorithm 1)."""
+"""An optimizer outside the package: Signum, the sign of momentum (Bernstein et al. 2018, algorithm 1)."""
 
 from typing import Literal
 
@@ -32,7 +32,7 @@ class SignOfMomentum(Optimizer):
 class Signum(DecayGroupsConfig):
     sharding = "elementwise"
 
-    name: Literal["signum"] = "signum"
+    name: Literal["outside-signum"] = "outside-signum"
     lr: float = 1e-3
     beta: float = 0.9
 

@@ -14,7 +14,7 @@ def test_one_that_is_right_passes(outside):
 
 def test_values_that_are_not_the_formulas_are_named(outside):
     own = outside("sigmoid")
-    said = r"mixer 'sigmoid': output, compared with the formula: differs by .* of the largest expected number, "
+    said = r"mixer 'outside-sigmoid': output, compared with the formula: differs by .* of the largest expected number, "
     said += "but at most 1e-09 is allowed"
     with pytest.raises(CheckFailed, match=said):
         check_mixer(own.Sigmoid(), lambda mixer, x: 1.001 * own.formula(mixer, x))
@@ -44,11 +44,11 @@ def widens(forward, mixer, x, layout, cache=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (looks_ahead, r"mixer 'sigmoid': token 9 depends on the later tokens \[10\]"),
-        (forgets, r"mixer 'sigmoid' with a cache, in pieces of \(1, 1, .*\) tokens: differs by"),
-        (mingles, r"mixer 'sigmoid': output for packed documents: differs by"),
-        (sees_padding, r"mixer 'sigmoid' without a cache: output for the row with padding: differs by"),
-        (widens, r"mixer 'sigmoid' in bfloat16 returns torch.float32, not torch.bfloat16"),
+        (looks_ahead, r"mixer 'outside-sigmoid': token 9 depends on the later tokens \[10\]"),
+        (forgets, r"mixer 'outside-sigmoid' with a cache, in pieces of \(1, 1, .*\) tokens: differs by"),
+        (mingles, r"mixer 'outside-sigmoid': output for packed documents: differs by"),
+        (sees_padding, r"mixer 'outside-sigmoid' without a cache: output for the row with padding: differs by"),
+        (widens, r"mixer 'outside-sigmoid' in bfloat16 returns torch.float32, not torch.bfloat16"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )

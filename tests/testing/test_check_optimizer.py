@@ -58,14 +58,14 @@ def chance(parameter, momentum, group):
     [
         (
             swapped,
-            r"optimizer 'signum' with weight_decay 0.0: after 20 steps '[\w.]+' differs from the formula by .* of its "
+            r"optimizer 'outside-signum' with weight_decay 0.0: after 20 steps '[\w.]+' differs from the formula by .* of its "
             "movement",
         ),
         (
             undecayed,
-            r"optimizer 'signum' with weight_decay 0.1: after 20 steps 'embedding' differs from the formula by",
+            r"optimizer 'outside-signum' with weight_decay 0.1: after 20 steps 'embedding' differs from the formula by",
         ),
-        (decays_all, r"optimizer 'signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* from the formula"),
+        (decays_all, r"optimizer 'outside-signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* from the formula"),
         (ascends, r"leaves .* of a quadratic loss after 100 steps"),
         (goes_by_the_peak, r"moves \['embedding', .*\] at a learning rate of 0: it does not read its groups' `lr`"),
         (normed, r"declares sharding 'elementwise', but a slice that ends within tensors .*: declare 'whole_tensor'"),
@@ -114,9 +114,9 @@ def test_one_that_is_not_registered_is_named(outside):
     own = outside("signum")
 
     class Other(own.Signum):
-        name: str = "signum"
+        name: str = "outside-signum"
 
-    with pytest.raises(CheckFailed, match="optimizer 'signum' is not registered under that name"):
+    with pytest.raises(CheckFailed, match="optimizer 'outside-signum' is not registered under that name"):
         check_optimizer(Other())
 
 

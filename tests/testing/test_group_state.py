@@ -106,24 +106,24 @@ def test_the_check_moves_no_parameter():
 def test_check_optimizer_sees_it(outside, monkeypatch):
     own = outside("counting")
     check_optimizer(own.Counting())
-    with pytest.raises(CheckFailed, match=r"optim 'counting': 'history' in its groups is a dict"):
+    with pytest.raises(CheckFailed, match=r"optim 'outside-counting': 'history' in its groups is a dict"):
         check_optimizer(own.Counting(keeps_object=True))
     monkeypatch.setattr(optimizers, "save", lambda *given: save(*given[:4], group_entries(given[3]), *given[5:]))
-    with pytest.raises(CheckFailed, match=r"optimizer 'counting', saved and restored, moves 'embedding' differently"):
+    with pytest.raises(CheckFailed, match=r"optimizer 'outside-counting', saved and restored, moves 'embedding' differently"):
         check_optimizer(own.Counting())
 
 
 def test_it_is_refused_before_a_file_is_touched(outside, tmp_path):
     outside("counting")
-    settings = config("optim=counting", "optim.keeps_object=true")
-    with pytest.raises(ConfigError, match="optim 'counting': 'history' in its groups is a dict"):
+    settings = config("optim=outside-counting", "optim.keeps_object=true")
+    with pytest.raises(ConfigError, match="optim 'outside-counting': 'history' in its groups is a dict"):
         Trainer(settings, tmp_path / "run", resume=False, is_silent=True)
     assert not (tmp_path / "run").exists()
 
 
 def run(folder, resume, until, *settings, number=2):
     """Four steps' run, up to one of them; by one process here, by several in theirs."""
-    settings = config("optim=counting", "checkpoint.every=2", "train.steps=4", *settings, num_ranks=number)
+    settings = config("optim=outside-counting", "checkpoint.every=2", "train.steps=4", *settings, num_ranks=number)
     if number == 1:
         train_until(settings, folder, resume, until)
     else:
@@ -156,9 +156,9 @@ def test_ended_and_resumed_ranks_are_the_run_that_was_not(outside, tmp_path, str
 
 def test_it_is_refused_where_it_would_count_too_far(outside, tmp_path):
     outside("counting")
-    settings = config("optim=counting", *STRATEGIES["zero 3"])
+    settings = config("optim=outside-counting", *STRATEGIES["zero 3"])
     said = (
-        r"optim 'counting' keeps counts in its groups \(largest, step, weight_sum\): at stage 3, parallel 'deepspeed' "
+        r"optim 'outside-counting' keeps counts in its groups \(largest, step, weight_sum\): at stage 3, parallel 'deepspeed' "
         "steps the optimizer once"
     )
     with pytest.raises(ConfigError, match=said):
