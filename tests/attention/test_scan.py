@@ -182,7 +182,7 @@ def test_a_delta_rule_by_a_kernel_of_gpus_has_narrow_keys(monkeypatch):
     monkeypatch.setattr(fla, "is_installed", lambda: True)
     for name in ("deltanet", "gated-deltanet", "kda"):
         asked, usual = (MixerConfig.registry[name](kernel=kernel) for kernel in ("fla", "auto"))
-        said = f"mixer {name!r}: kernel 'fla' supports a head_dim of at most 256, given: 257"
+        said = f"mixer {name!r}: kernel 'fla' supports a head_dim of at most 256, but head_dim is 257"
         assert asked.missing_requirements(replace(SHAPE, head_dim=257), on_cpu=False) == [said]
         assert asked.missing_requirements(replace(SHAPE, head_dim=256), on_cpu=False) == []
         assert usual.missing_requirements(replace(SHAPE, head_dim=257), on_cpu=False) == []
