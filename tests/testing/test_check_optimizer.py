@@ -65,7 +65,10 @@ def chance(parameter, momentum, group):
             undecayed,
             r"optimizer 'outside-signum' with weight_decay 0.1: after 20 steps 'embedding' differs from the formula by",
         ),
-        (decays_all, r"optimizer 'outside-signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* from the formula"),
+        (
+            decays_all,
+            r"optimizer 'outside-signum' moves \[.*\] at a learning rate|with weight_decay 0.0: .* from the formula",
+        ),
         (ascends, r"leaves .* of a quadratic loss after 100 steps"),
         (goes_by_the_peak, r"moves \['embedding', .*\] at a learning rate of 0: it does not read its groups' `lr`"),
         (normed, r"declares sharding 'elementwise', but a slice that ends within tensors .*: declare 'whole_tensor'"),

@@ -109,7 +109,9 @@ def test_check_optimizer_sees_it(outside, monkeypatch):
     with pytest.raises(CheckFailed, match=r"optim 'outside-counting': 'history' in its groups is a dict"):
         check_optimizer(own.Counting(keeps_object=True))
     monkeypatch.setattr(optimizers, "save", lambda *given: save(*given[:4], group_entries(given[3]), *given[5:]))
-    with pytest.raises(CheckFailed, match=r"optimizer 'outside-counting', saved and restored, moves 'embedding' differently"):
+    with pytest.raises(
+        CheckFailed, match=r"optimizer 'outside-counting', saved and restored, moves 'embedding' differently"
+    ):
         check_optimizer(own.Counting())
 
 
