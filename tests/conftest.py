@@ -1,5 +1,6 @@
 """Small records and run folders for all tests, and caches that are not the user's."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from llmeff.record.schema import (
     Timings,
 )
 from llmeff.record.writer import RunWriter
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background job ignores it, and so would the processes that tests start and interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class SeedOnly(Config):
