@@ -1,4 +1,4 @@
-"""Initial values and price of a state's decay: decay rates per unit of time, and a time step per token."""
+"""Parameters of a state's decay, a decay rate per head and a time step per token: initial values and price."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ Each token multiplies the state by exp(-rate * step), where step is the time tha
 
 
 def initial_decays(rates: tuple[float, float], log_rate: Tensor, step_bias: Tensor) -> dict[str, Tensor]:
-    """Draws initial values for both parameters, in their shapes (Gu and Dao 2023; Dao and Gu 2024)."""
+    """Draws initial values of `log_rate` and `step_bias`, in their shapes (Gu and Dao 2023; Dao and Gu 2024)."""
     return {"log_rate": torch.empty_like(log_rate).uniform_(*rates).log(), "step_bias": _steps(step_bias)}
 
 

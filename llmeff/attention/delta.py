@@ -30,7 +30,7 @@ class DeltaConfig(ScanConfig):
     """Width in tokens of the short convolution over queries, keys and values."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Reports what `ScanConfig` reports, and a head_dim that is too large for kernel 'fla'."""
+        """Returns the messages of `ScanConfig`, and one more if head_dim is too large for kernel 'fla'."""
         found = super().missing_requirements(shape, on_cpu=on_cpu)
         if self.kernel == "fla" and shape.head_dim > fla.LARGEST_KEY:
             found.append(
@@ -79,7 +79,8 @@ class DeltaConfig(ScanConfig):
 class DeltaMixer(Mixer):
     """Base class of delta-rule mixers: S_t = (I - beta k k') diag(exp(g)) S_(t-1) + beta k v', with output S_t' q.
 
-    q, k and v pass through a short convolution. Then q and k are scaled to length 1, and q is divided by sqrt(H).
+    q, k and v pass through a short convolution. Then q and k are scaled to length 1, and q is divided by sqrt(H),
+    where H is the width of a head.
 
     Args:
         config: the mixer's config.

@@ -63,8 +63,8 @@ def takes(kernel: str, dtype: torch.dtype, device: torch.device) -> bool:
 def fuses(kernel: str, dtype: torch.dtype, device: torch.device, cache: LayerCache | None) -> bool:
     """Whether flash-linear-attention also computes the operations around the scan: convolution, norms and decays.
 
-    False with a cache, because these kernels are used only for whole rows. If True, also notes their use for the
-    record.
+    Returns False if there is a cache, because these kernels are used only for whole rows. Before it returns True, it
+    notes in the run's record that these kernels are used.
     """
     if cache is not None or not takes(kernel, dtype, device):
         return False
@@ -95,7 +95,7 @@ def scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs the recurrence of `attention.scan` over all tokens.
 
-    Decays and states are float32. So is beta, except in the kernel for the delta rule without decay.
+    Decays, states and beta are float32. Only the kernel for the delta rule without decay takes beta in `dtype`.
 
     Args:
         query: (B, T, N, K).
@@ -108,8 +108,8 @@ def scan(
         dtype: dtype of queries, keys and values in the kernel.
 
     Returns:
-        The output, (B, T, N, V), in `dtype`, and the state after the last token, (B, N, K, V). The state is None if
-            the layout has documents.
+        The output, (B, T, N, V), in `dtype`, and the state after the last token, (B, N, K, V), or None instead of the
+            state if the layout has documents.
     """
     name = _name(log_decay, beta, dtype)
     given: dict[str, Any] = {"q": query.to(dtype), "k": key.to(dtype), "v": value.to(dtype)}
@@ -153,7 +153,7 @@ def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _is_fixed(log_decay: Tensor) -> bool:
-    """Whether the decay is constant: it needs no gradient, and all tokens of all rows share the same memory."""
+    """Whether the decay needs no gradient and is equal for all tokens: expanded over rows and tokens (stride 0)."""
     if log_decay.requires_grad:
         return False
     strides = zip(log_decay.shape[:2], log_decay.stride()[:2], strict=True)

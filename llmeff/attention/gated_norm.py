@@ -65,9 +65,9 @@ class GroupedRMSNorm(Initialized):
 
 
 def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "input") -> Array:
-    """Records the price of `GatedRMSNorm.forward` on the tape, which must be inside the module's scope.
+    """Records the price of `GatedRMSNorm.forward`. Call it while the tape is inside the module's scope (`Tape.within`).
 
-    `keeps` is what the activation saves for backward: its input (silu) or its output (sigmoid).
+    `keeps` names the tensor that the activation saves for backward: silu saves its input, sigmoid its output.
     """
     with tape.within("norm"):
         normed = norm.law(tape, x)
@@ -76,7 +76,7 @@ def law(tape: Tape, x: Array, gate: Array, keeps: Literal["input", "output"] = "
 
 
 def grouped_law(tape: Tape, x: Array, gate: Array, num_groups: int) -> Array:
-    """Records the price of `GroupedRMSNorm.forward` on the tape, which must be inside the module's scope."""
+    """Records the price of `GroupedRMSNorm.forward`. Call it while the tape is inside the module's scope."""
     weight = tape.weight("weight", x.shape[-1])
     opened = laws.silu(tape, laws.cast(tape, gate, "float32"))
     gated = laws.multiply(tape, x, opened)

@@ -38,7 +38,7 @@ class GLA(ScanConfig):
     """b, initial bias of the decays. A token with x = 0 multiplies the state by sigmoid(b)^(1/16)."""
 
     def width(self, shape: MixerShape) -> int:
-        """Returns W, with "auto" resolved."""
+        """Returns W, the width of a head's queries and keys, as a number even if the config has "auto"."""
         return shape.head_dim // 2 if self.key_width == "auto" else self.key_width
 
     def build(self, shape: MixerShape) -> "GLAMixer":

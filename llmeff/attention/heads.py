@@ -71,7 +71,7 @@ class HeadsConfig(MixerConfig):
     and sdpa elsewhere. Prices always assume sdpa."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Reports kernel 'flex' on the CPU, because FlexAttention trains only on GPUs."""
+        """Returns an error if a run on the CPU uses kernel 'flex', because FlexAttention trains only on GPUs."""
         no_gpu = f"mixer {self.name!r}: kernel 'flex' trains only on GPUs, but this run is on the CPU; use 'sdpa'"
         return [no_gpu] if self.kernel == "flex" and on_cpu else []
 

@@ -28,7 +28,7 @@ class KernelConfig(ScanConfig):
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, Array | None]:
-        """Records the price of `KernelMixer.features` on the tape. Returns the arrays of its three results."""
+        """Records the price of `KernelMixer.features` on the tape. Returns arrays for its three results."""
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: laws.Batch) -> Array:
@@ -70,7 +70,7 @@ class KernelMixer(ProjectedMixer):
             query: (B, T, N, H).
             key: (B, T, K, H).
             layout: positions, documents and padding of the batch.
-            cache: stores other values that the features of keys depend on, such as a running maximum.
+            cache: stores values of earlier tokens that the features depend on, such as a running maximum.
 
         Returns:
             phi(q), (B, T, N, M); psi(k), (B, T, K, M); and the logarithm of the factor that multiplies the earlier sums
@@ -121,7 +121,7 @@ def weighed(
 def counted(value: Tensor) -> Tensor:
     """Appends a column of ones to the values: (B, T, K, H) to (B, T, K, H + 1), in float32 or wider.
 
-    The scan adds up this column to the sum of weights.
+    The scan sums this column too, which gives the sum of the weights.
     """
     return F.pad(at_least_float32(value), (0, 1), value=1.0)
 
@@ -138,7 +138,7 @@ def _count_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Ar
 
 
 def _quotient_law(tape: Tape, out: Array) -> Array:
-    """Records the price of dividing the sums by the sums of weights. Both are saved for backward."""
+    """Records the price of dividing the weighted sums by the sums of weights. Backward needs both."""
     node = tape.save((out,), (out, out), partial(_quotient_back, tape))
     sums = tape.elementwise((*out.shape[:-1], 1), out.dtype)
     tape.save_output(node, sums)

@@ -38,12 +38,12 @@ class Latent(MixerConfig):
     input of the layer, as in DeepSeek-V2-Lite."""
 
     def widths(self, shape: MixerShape) -> tuple[int, int]:
-        """Returns L and R, with "auto" resolved."""
+        """Returns the widths L, of the latent vector, and R, of the rotary part, as numbers (also for "auto")."""
         latent = 4 * shape.head_dim if self.latent == "auto" else self.latent
         return latent, 2 * -(-shape.head_dim // 4) if self.rotary == "auto" else self.rotary
 
     def problems(self, shape: MixerShape) -> list[str]:
-        """Reports a num_kv_heads that differs from num_heads, and an odd rotary width."""
+        """Returns an error if num_kv_heads differs from num_heads, and another error if the rotary width is odd."""
         found = []
         if shape.num_kv_heads != shape.num_heads:
             found.append(
@@ -184,7 +184,7 @@ class LatentMixer(Mixer):
         return mixed.transpose(1, 2)[..., : self.shape.head_dim].flatten(-2)
 
     def _absorbed(self, query: Tensor, kept: Tensor, layout: Layout) -> Tensor:
-        """Computes the same as `_expanded` with one shared head, (B, S, L + R), for both keys and values.
+        """Computes the same as `_expanded`, but all heads share one array, (B, S, L + R), as both keys and values.
 
         It applies k_up_proj to the queries instead of the keys, and v_up_proj to the result instead of the values.
         """
@@ -201,6 +201,7 @@ class LatentMixer(Mixer):
 def _beside(tape: Tape, left: Array, right: Array) -> Array:
     """Records the price of concatenating two (B, N, T, .) arrays along the last dimension.
 
-    The gradients of both are views of one array. The backward pass of each projection copies its view to a dense array.
+    In backward, the gradients of the two arrays are views of one array. Each projection that made one of the two arrays
+    copies its view to a dense array.
     """
     return laws.concat(tape, *(laws.view(tape, x, x.shape) for x in (left, right)))

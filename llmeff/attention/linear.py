@@ -27,7 +27,7 @@ class Linear(KernelConfig):
     def features_law(
         self, shape: MixerShape, tape: Tape, query: Array, key: Array, batch: laws.Batch
     ) -> tuple[Array, Array, None]:
-        """Records the price of `positive` on the tape. elu saves its input, and the sum with 1 is another array."""
+        """Records the price of `positive` for queries and keys. elu saves its input, and adding 1 makes a new array."""
         query, key = (
             laws.shift(tape, laws.function(tape, laws.cast(tape, x, "float32"), "input")) for x in (query, key)
         )
@@ -44,7 +44,7 @@ class LinearMixer(KernelMixer):
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, None]:
-        """Computes features (B, T, N, H) and (B, T, K, H). Also returns None, because the sums are not rescaled."""
+        """Returns features of queries, (B, T, N, H), and keys, (B, T, K, H), and None: the sums are not rescaled."""
         return positive(query), positive(key), None
 
 

@@ -25,7 +25,7 @@ from llmeff.cost.tape import Array, Tape
 class Mamba2(ScanConfig):
     """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
 
-    `num_kv_heads` is the number of groups. The heads of a group share B and C.
+    `num_kv_heads` is the number of groups. The heads of a group share their keys and queries (B and C in the paper).
     """
 
     gates_heads = True
@@ -42,7 +42,7 @@ class Mamba2(ScanConfig):
     """(lowest, highest) initial decay rate, see `decay.Rates`. The default is the range of Mamba-2."""
 
     def num_heads(self, shape: MixerShape) -> int:
-        """Returns N, the number of heads after expansion."""
+        """Returns N, the number of heads of the mixer: `expand` times the layer's number of heads."""
         return self.expand * shape.num_heads
 
     def channels(self, shape: MixerShape) -> int:
@@ -97,7 +97,8 @@ class Mamba2Mixer(Mixer):
     """Module of Mamba-2: S_t = exp(-exp(A) dt) S_(t-1) + b (dt x)', with output y = S_t' c + D x.
 
     In terms of linear attention, c is the query, b the key and x the value (Dao and Gu 2024, section 7.2). The time
-    step dt is softplus(a u + bias), where u is the input of the layer. y is gated, then normalized.
+    step dt is softplus(a u + bias), where u is the input of the layer. D is the skip weight of each head. y is gated,
+    then normalized.
     """
 
     def __init__(self, config: Mamba2, shape: MixerShape):

@@ -42,7 +42,7 @@ class LayerCache(Protocol):
         ...
 
     def recall(self, name: str) -> Tensor | None:
-        """Returns the state stored under a name, whose first dimension is B. Returns None before the first token."""
+        """Returns the state stored under a name, (B, ...), or None if no token was processed yet."""
         ...
 
     def keep(self, name: str, state: Tensor) -> None:
@@ -53,7 +53,7 @@ class LayerCache(Protocol):
 class Initialized(nn.Module, ABC):
     """Module that supplies the initial values of some of its parameters or buffers.
 
-    Without them, the model draws all matrices from a normal distribution and sets all vectors to 1.
+    For all other parameters, the model draws matrices from a normal distribution and sets vectors to 1.
     """
 
     def initial(self) -> dict[str, Tensor]:
@@ -64,9 +64,9 @@ class Initialized(nn.Module, ABC):
 class Mixer(Initialized):
     """Module that mixes the tokens of a sequence.
 
-    It has a training form, without a cache, and a decoding form, with a cache. Both compute the same. The projection
-    into the residual stream must be named `o_proj`, because the model gives projections of that name initial weights
-    that shrink with the number of layers.
+    It has a training form, without a cache, and a decoding form, with a cache. Both compute the same output. The
+    projection into the residual stream must be named `o_proj`, because the model gives projections of that name initial
+    weights that shrink with the number of layers.
     """
 
     @abstractmethod
@@ -79,8 +79,8 @@ class Mixer(Initialized):
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
         """Computes the tables that layers share through the layout.
 
-        The model calls it before the layers if it recomputes layers in backward, because torch.compile does not allow a
-        layer that runs twice to write these tables.
+        If the model recomputes layers in backward, it calls this method before it runs the layers. Otherwise the first
+        layer computes the tables. torch.compile does not allow that in a layer that runs twice.
 
         Args:
             layout: layout of the batch.
@@ -114,14 +114,14 @@ class MixerConfig(Component, family="mixer"):
     def build(self, shape: MixerShape) -> Mixer:
         """Builds the module.
 
-        The model initializes it afterwards. For the names that `Initialized.initial` returns, it takes those values.
+        The model initializes the module afterwards, with the values from `Initialized.initial` where it returns any.
         """
         raise NotImplementedError(type(self))
 
     def law(self, shape: MixerShape, tape: Tape, x: Array, batch: Batch) -> Array:
         """Records the price of the module's forward pass in training, (B, T, D) to (B, T, D), on the tape.
 
-        The tape must be inside the module's scope.
+        Call it while the tape is inside the module's scope (`Tape.within`).
         """
         raise NotImplementedError(type(self))
 
@@ -147,6 +147,6 @@ class MixerConfig(Component, family="mixer"):
 
 @functools.cache
 def parameter_order(config: MixerConfig, shape: MixerShape) -> dict[str, int]:
-    """Returns the index of each parameter in the module, by name. A law may use the parameters in another order."""
+    """Returns each parameter's index in the module's order, by name. The order in which a law uses them may differ."""
     with torch.device("meta"):
         return {name: place for place, (name, _) in enumerate(config.build(shape).named_parameters())}

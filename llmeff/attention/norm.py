@@ -23,7 +23,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * w. Autograd would also save x / rms(x). Here backward recomputes it from x instead."""
+    """y = x / rms(x) * w. Autograd would save x and x / rms(x). This backward saves x and recomputes x / rms(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # a second derivative would treat inverse_rms as a constant
-            raise RuntimeError("RMSNorm can be differentiated only once, not twice (create_graph=True)")
+            raise RuntimeError("RMSNorm supports only first derivatives: call backward without create_graph=True")
         x, weight, inverse_rms = ctx.saved_tensors
         normed = at_least_float32(x) * inverse_rms
         above = at_least_float32(grad)
@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
 
 
 def law(tape: Tape, x: Array) -> Array:
-    """Records the price of `RMSNorm.forward` on the tape, which must be inside the module's scope."""
+    """Records the price of `RMSNorm.forward`. Call it while the tape is inside the module's scope (`Tape.within`)."""
     weight = tape.weight("weight", x.shape[-1])
     node = tape.save((x, weight), (x,), partial(_law_back, tape))
     wide = x if x.dtype == "float32" else tape.elementwise(x.shape, "float32")

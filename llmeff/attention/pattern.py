@@ -10,7 +10,7 @@ from llmeff.core.registry import nearest
 def _runs(pattern: str) -> list[tuple[str, int | None]]:
     """Returns the mixer names in a pattern, each with its number of consecutive layers.
 
-    The number is None if the pattern does not give a positive number after `*`.
+    A name without `*` has the number 1. The number is None if no positive number follows the `*`.
     """
     found: list[tuple[str, int | None]] = []
     for run in pattern.split("+"):
@@ -21,7 +21,7 @@ def _runs(pattern: str) -> list[tuple[str, int | None]]:
 
 
 def problems(pattern: str, settings: Mapping[str, MixerConfig], num_layers: int) -> list[str]:
-    """Returns one message for each error in a pattern, and for each mixer in `settings` that it does not name."""
+    """Returns one message for each error in the pattern, and for each mixer in `settings` that the pattern lacks."""
     runs, found = _runs(pattern), []
     for name, count in runs:
         if name not in settings and name not in MixerConfig.registry:

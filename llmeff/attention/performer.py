@@ -32,7 +32,7 @@ class Performer(KernelConfig):
     """M, number of random features. "auto" means H ln H, rounded up (the order in Theorem 4)."""
 
     def width(self, head_dim: int) -> int:
-        """Returns M, with "auto" resolved."""
+        """Returns M, the number of random features, as a number even if the config has "auto"."""
         auto = math.ceil(head_dim * math.log(head_dim))
         return auto if self.num_features == "auto" else self.num_features
 
@@ -45,8 +45,8 @@ class Performer(KernelConfig):
     ) -> tuple[Array, Array, Array]:
         """Records the price of `PerformerMixer.features` on the tape.
 
-        Backward needs the exponentials, and the keys because of their lengths. The directions are a buffer and need no
-        gradient.
+        Saved for backward are the exponentials and, for the term |x|^2 / 2, the keys. The directions are a buffer and
+        need no gradient.
         """
         width = self.width(shape.head_dim)
         cos, sin = batch.rotary(shape.head_dim, shape.rope_theta)
@@ -64,7 +64,7 @@ class Performer(KernelConfig):
         return self.width(shape.head_dim) * shape.head_dim * number_bytes
 
     def cache_bytes(self, shape: MixerShape, num_tokens: int, number_bytes: int) -> int:
-        """Returns the bytes of a float32 state per head, with a column of sums, and of a maximum per key-value head."""
+        """Returns the bytes of a float32 state and sums of weights per head, and of a maximum per key-value head."""
         return 4 * (shape.num_heads * self.width(shape.head_dim) * (shape.head_dim + 1) + shape.num_kv_heads)
 
 
@@ -123,9 +123,9 @@ def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Te
 def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
     """Subtracts from the exponents of each key the largest exponent so far in its document.
 
-    If this maximum rises at a token, all earlier sums must be scaled down. The second result is the logarithm of that
-    factor. The maximum starts at the value of the document's first key and not at 0, because exponents have no lower
-    bound. They are at most |w|^2 / 2.
+    If this maximum rises at a token, all earlier sums must be multiplied by exp(old maximum - new maximum). The second
+    result is the logarithm of this factor. The maximum starts at the value of the document's first key and not at 0,
+    because exponents can be far below 0.
 
     Args:
         key: exponents of the keys, (B, T, K, M).
@@ -155,7 +155,7 @@ def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Ten
 
 
 def _begun(largest: Tensor) -> Tensor:
-    """Replaces leading -inf in non-decreasing (B, T, K) by the first number after it, or by 0 if there is none."""
+    """Replaces the -inf at the start of non-decreasing rows, (B, T, K), by the first finite number, or else by 0."""
     first = largest.masked_fill(largest == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
     return largest.maximum(first.masked_fill(first == torch.inf, 0))
 
@@ -163,8 +163,8 @@ def _begun(largest: Tensor) -> Tensor:
 def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
     """Returns running maxima of (B, T, K) within each document, and log factors of the earlier sums, both (B, T, K).
 
-    It adds an offset to each document that lifts it above the previous document. Then one cumulative maximum is enough
-    for all documents.
+    Adds an offset to each document, so that all its values exceed those of the previous document. Then a single
+    cumulative maximum over the row gives the maxima of all documents.
     """
     begins = begins_in(documents)[..., None]
     own = largest.double()  # float64, because the offsets are far larger than the exponents

@@ -29,7 +29,7 @@ class Retention(ScanConfig):
     """V, width of the values of each head. "auto" means 2 H."""
 
     def width(self, shape: MixerShape) -> int:
-        """Returns V, with "auto" resolved."""
+        """Returns V, the width of a head's values, as a number even if the config has "auto"."""
         return 2 * shape.head_dim if self.value_width == "auto" else self.value_width
 
     def build(self, shape: MixerShape) -> "RetentionMixer":

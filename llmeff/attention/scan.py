@@ -195,7 +195,7 @@ def scan(
 
 
 def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Computes `_scan` in a form that torch.compile can trace. The compiler decides what to save or recompute."""
+    """Computes the same as `_scan`, but torch.compile can trace it and decides which tensors to save or recompute."""
     *rows, state = given
     assert rows[2] is not None
     assert state is not None
@@ -234,7 +234,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, above: Tensor, above_state: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a second derivative would treat recomputed values as constants
-            raise RuntimeError("the scan can be differentiated only once, not twice (create_graph=True)")
+            raise RuntimeError("the scan supports only first derivatives: call backward without create_graph=True")
         documents, *saved = ctx.saved_tensors
         rows, states = saved[:5], saved[5:]
         needed = [x is not None and need for x, need in zip(rows, ctx.needs_input_grad[2:], strict=False)]
@@ -318,14 +318,17 @@ def _segment(
 
 
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
-    """Splits (B, N, T, .) into chunks, (B, N, M, C, .). The zero padding does not change the state."""
+    """Splits (B, N, T, .) into chunks, (B, N, M, C, .). Zeros that fill the last chunk do not change the state."""
     # one copy here avoids a copy in each product
     x = F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
     return cast(Tensor, x.unflatten(2, (-1, chunk)))
 
 
 def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
-    """Splits documents, (B, 1 + T), into chunks, (B, M, C), without the first. Padding belongs to the last document."""
+    """Drops the first column of documents, (B, 1 + T), and splits the rest into chunks, (B, M, C).
+
+    Pads the last chunk with the number of the last document.
+    """
     own = documents[:, 1:]
     return cast(Tensor, torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk)))
 
@@ -343,9 +346,9 @@ def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tenso
     """Returns boolean masks that stop the state at document borders in each chunk.
 
     Returns:
-        Three masks. The first, (B, 1, M, C, 1), is whether a token reads the state before its chunk. The second, also
-        (B, 1, M, C, 1), is whether a token is part of the state after its chunk. The third, (B, 1, M, 1, 1), is whether
-        the state before a chunk is part of the state after the chunk.
+        Three masks. (B, 1, M, C, 1): True if a token reads the state before its chunk. (B, 1, M, C, 1): True if a token
+        adds to the state after its chunk. (B, 1, M, 1, 1): True if the state before a chunk is carried over into the
+        state after the chunk.
     """
     parts = _parts(documents, missing, chunk)
     last = parts[..., -1]
@@ -378,9 +381,9 @@ def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Te
 class _HandOn(torch.autograd.Function):
     """Passes the state from chunk to chunk: U_i = u_i - w_i S_i, S_(i+1) = a_i S_i + k_i' U_i.
 
-    u is `values`, w is `erased`, a is `carry` and k is `keys`. Autograd would record every step of the loop. This
-    backward is a loop with as many products, and computes the gradient of each input by a single product over all
-    chunks.
+    u is `values`, w is `erased`, a is `carry` and k is `keys`. Autograd would record every step of the loop. The
+    loop of this backward computes only gradients that depend on later chunks. All other gradients are computed after
+    the loop, for all chunks at once.
     """
 
     @staticmethod

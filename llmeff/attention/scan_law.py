@@ -26,8 +26,8 @@ def law(
     """Records the price of `scan.mix` on the tape. Maps its inputs, (B, T, N, .), to (B, T, N, V).
 
     Variables here live exactly as long as those in `scan._Scan.forward`, so that the tape measures the same peak
-    memory. `is_convolved` means that queries, keys and values come from a convolution, which stores channels before
-    tokens.
+    memory. `is_convolved` is True if queries, keys and values come from a convolution. Their memory layout then has
+    channels before tokens.
     """
     rows: _Rows = [None if x is None else laws.cast(tape, x, "float32") for x in (query, key, value, log_decay, beta)]
     del query, key, value, log_decay, beta
@@ -49,9 +49,10 @@ def law(
 
 
 def _dense(shape: tuple[int, ...], is_convolved: bool) -> tuple[bool, bool]:
-    """Returns whether a segment of (B, T, N, .) already has the memory layout of (B, N, L, .) and needs no copy.
+    """Returns two bools: whether segments of queries, keys and values need no copy, and the same for other arrays.
 
-    The first result is for queries, keys and values, which `is_convolved` affects. The second is for all other arrays.
+    A segment of (B, T, N, .) needs no copy if it already has the memory layout of (B, N, L, .), where L is its length.
+    Queries, keys and values from a convolution (`is_convolved`) always need a copy.
     """
     is_dense = shape[2] == 1 and (shape[0] == 1 or shape[1] <= SEGMENT)
     return is_dense and not is_convolved, is_dense
@@ -91,7 +92,8 @@ def _back(
 def _given(tape: Tape, part: Array, above: list[Array], is_dense: bool) -> list[Array]:
     """Returns the gradients of the results of a segment: its output and its final state.
 
-    The gradient of the whole output is stored as (B, T, N, .). The segment's part is copied unless it is dense.
+    The gradient of the whole output has the memory layout (B, T, N, .). If the segment's part of it is not dense, the
+    part is copied.
     """
     return [part if is_dense else tape.new(part.shape, part.dtype), *above]
 
@@ -143,12 +145,12 @@ def _segment(
 
 
 def _node(tape: Tape, inputs: tuple[Array, ...], backward: Backward) -> Node | None:
-    """Returns a node for an operation that saves nothing, or None if no input needs a gradient (constant decays)."""
+    """Returns a node for an operation that saves no tensors, or None if no input needs a gradient (constant decays)."""
     return None if all(x.node is None for x in inputs) else tape.save(inputs, (), backward)
 
 
 def _function(tape: Tape, x: Array) -> Array:
-    """Records an elementwise function. It saves nothing, because a later product saves what its backward needs."""
+    """Records an elementwise function. It saves nothing: its backward uses tensors that a later product saves."""
     return tape.elementwise(x.shape, x.dtype) if x.node is None else laws.function(tape, x, "nothing")
 
 

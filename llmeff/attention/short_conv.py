@@ -73,7 +73,9 @@ class ShortConv(Initialized):
 
 
 def law(tape: Tape, x: Array, taps: int, *, has_bias: bool = False) -> Array:
-    """Records the price of `ShortConv.forward` without a cache on the tape, which must be inside the module's scope.
+    """Records the price of `ShortConv.forward` without a cache on the tape.
+
+    Call it while the tape is inside the module's scope (`Tape.within`).
 
     Variables here live exactly as long as those in `forward`, so that the tape measures the same peak memory.
     """

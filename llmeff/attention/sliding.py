@@ -122,7 +122,7 @@ class SlidingMixer(HeadsMixer):
         return flex.block_mask(layout, self.config, partial(_sees, self.config))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """Attends over whole rows or, with a cache, block by block to the cached and new tokens."""
+        """Mixes whole rows if there is no cache. With a cache, attends block by block to the cached and new tokens."""
         if query.shape[2] > self.config.window and flex.takes(self.config.kernel, query, cache):
             mixed = flex.attend(query, key, value, self._block_mask(layout))
             return mixed.transpose(1, 2).flatten(-2)
@@ -187,9 +187,9 @@ def slide(
 
 
 def _sees(config: Sliding, query: Tensor, key: Tensor) -> Tensor:
-    """Returns whether queries see keys, by their positions in a document.
+    """Returns for each query and key whether the query sees the key, given their positions in the document.
 
-    Negative positions are empty or padding.
+    Positions of empty slots and padding are negative.
     """
     # only boolean tensors have the size of all pairs
     seen = (key > query - config.window) | _is_far_seen(config, key)
@@ -207,7 +207,7 @@ def _is_far_seen(config: Sliding, places: Tensor) -> Tensor:
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the bias that is added to the scores: 0 where a query sees a key, otherwise -inf.
 
-    A query that sees no key is padding. It may see all keys, because its result is unused.
+    A query that sees no key is padding. The bias lets it see all keys, because its result is not used.
     """
     sees = sees | ~sees.any(dim=-1, keepdim=True)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
@@ -239,8 +239,8 @@ def _still_seen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the keys and values, (B, K, S, H), and positions, (B, S, 1), that later tokens still see.
 
-    Later tokens are those after the first `num_tokens`. A row with padding has fewer keys than other rows. Its unused
-    positions are -1.
+    Later tokens are all tokens after the first `num_tokens`. Rows with padding have fewer such keys than other rows, so
+    they are filled up with keys whose position is -1.
     """
     num_kept = config.num_kept(num_tokens)
     if num_kept == places.shape[1]:
@@ -260,7 +260,8 @@ def _num_blocks(config: Sliding, num_tokens: int) -> int:
 def _num_given(config: Sliding, num_blocks: int) -> int:
     """Returns G, the number of keys that each block attends to.
 
-    They are the keys of the block and the previous block, the sinks, and as many global tokens as a row can have.
+    These are the keys of the block and of the previous block, the sinks, and the largest possible number of earlier
+    global tokens.
     """
     num_far = 0 if num_blocks < 3 else config.sinks + _num_globals(config, num_blocks)
     return min(num_blocks, 2) * config.block + num_far
@@ -307,10 +308,10 @@ def _make_blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dt
 
 
 def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
-    """Returns the indices of sinks and global tokens for the blocks that begin at `starts`, (M, 1), as (B or 1, M, .).
+    """Returns the indices of the sinks and global tokens of each block, (B or 1, M, .).
 
-    Only the document of a block's first token contributes sinks, because no other document in the block begins before
-    the previous block.
+    Blocks begin at `starts`, (M, 1). Only the document of a block's first token can have sinks outside the block,
+    because all other documents of the block begin in it.
     """
     first = places[:, starts[:, 0]]
     begins = torch.where(first < 0, places.shape[1], starts[:, 0] - first)
@@ -327,7 +328,7 @@ def _far(config: Sliding, places: Tensor, starts: Tensor) -> Tensor:
 
 @memoized
 def _num_pairs(config: Sliding, num_tokens: int) -> int:
-    """Returns the number of (query, key) pairs in a document in which the query sees the key."""
+    """Counts the (query, key) pairs of a document of `num_tokens` tokens where the query sees the key."""
     return sum(config.num_kept(before) + 1 for before in range(num_tokens))
 
 

@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 def attend_biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
     """Computes softmax(scale q k' + bias) v, see `attend`. The bias has shape (B or 1, 1, T, S).
 
-    If the bias is None, attention is plain causal, with as many keys as queries.
+    If the bias is None, uses a plain causal mask. There must then be as many keys as queries.
     """
     grouped = query.shape[1] != key.shape[1]
     kernels.ran(kernels.SDPA)
@@ -83,7 +83,7 @@ class SoftmaxMixer(HeadsMixer):
             flex.block_mask(layout, "softmax", _sees)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """Attends to each token itself and all earlier tokens of its document."""
+        """Lets each token attend to itself and to all earlier tokens of its document."""
         if not layout.is_plain and flex.takes(self.kernel, query, cache):
             mixed = flex.attend(query, key, value, flex.block_mask(layout, "softmax", _sees))
             return mixed.transpose(1, 2).flatten(-2)
