@@ -1,4 +1,4 @@
-"""Groups runs: runs of one cell, runs that may be compared, and kin: arms whose runs with the same seed are alike."""
+"""Groups runs by cell, checks that they may be compared, and finds kin (arms that are alike for the same seed)."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ def show_cell(cell: Mapping[str, Any]) -> str:
 
 
 def in_cell(cell: Mapping[str, Any]) -> str:
-    """Returns the cell in parentheses, to be appended to a name. Empty if the study has no axes."""
+    """Returns the values of the axes in parentheses, to be appended to a name. Empty if the study has no axes."""
     return f" ({show_cell(cell)})" if cell else ""
 
 
@@ -113,8 +113,8 @@ def kin_of(arms: Mapping[str, Sequence[Entry]]) -> dict[str, Hashable]:
 
     Two arms are kin if one takes its settings from the other (`tuned_as`). The study declares in this way that the arms
     differ in something that does not change the best settings. Two arms are also kin if they contain the same runs
-    under two names. Kinship is transitive. Measured correlations between runs are not used: with so few runs they are
-    mostly chance.
+    under two names. Kinship is transitive. It does not depend on measured correlations between runs, because those are
+    mostly chance with so few runs.
     """
     pairs = [pair for pair in itertools.combinations(arms, 2) if hold_the_same_runs(arms[pair[0]], arms[pair[1]])]
     pairs += [(run.tuned_as, name) for name, runs in arms.items() for run in runs if run.tuned_as]

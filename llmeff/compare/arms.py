@@ -44,12 +44,14 @@ class Arms:
         cell = finals[0].cell
         names = dict.fromkeys(entry.arm for entry in [*finals, *trials])
         if baseline not in names:
-            raise ConfigError(f"the baseline {baseline!r} has no run{in_cell(cell)}")
+            raise ConfigError(f"the baseline {baseline!r} has no run{in_cell(cell)}. Choose another --baseline")
         runs: dict[str, list[Entry]] = {name: [] for name in sorted(names, key=lambda name: name != baseline)}
         for entry in sorted(finals, key=lambda entry: entry.seed):
             if any(run.seed == entry.seed for run in runs[entry.arm]):
                 twice = ", ".join(run.name for run in finals if (run.arm, run.seed) == (entry.arm, entry.seed))
-                raise ConfigError(f"{entry.arm}{in_cell(entry.cell)} has two runs with seed {entry.seed}: {twice}")
+                raise ConfigError(
+                    f"{entry.arm}{in_cell(entry.cell)} has two runs with seed {entry.seed}: {twice}. Leave one out"
+                )
             runs[entry.arm].append(entry)
         times = times_by_arm(step_times, runs, cell)
         return cls(cell=cell, runs=runs, baseline=baseline, kin=kin_of(runs), times=times)

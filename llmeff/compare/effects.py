@@ -110,7 +110,7 @@ def _is_positive(number: float | None) -> bool:
 
 
 def _logs(runs: Sequence[Entry], value: Callable[[Entry], float | None]) -> Floats:
-    """Returns the logarithm of a value for each run. Every run must have the value."""
+    """Returns the logarithm of `value(run)` for each run. It must not be None for any run."""
     logs: Floats = np.log(np.array([value(run) for run in runs], dtype=np.float64))
     return logs
 
@@ -127,11 +127,11 @@ def _levels(entries: Sequence[Entry]) -> dict[str, list[str]]:
     wrong = [f"{factor} ({', '.join(names)})" for factor, names in levels.items() if len(names) != 2]
     if wrong:
         raise ConfigError(
-            f"a factorial study needs two levels of every factor. These do not have two levels: {'; '.join(wrong)}"
+            f"every factor of a factorial study needs exactly two levels, unlike these factors: {'; '.join(wrong)}"
         )
     if not levels or any(entry.factors.keys() != levels.keys() for entry in entries):
         raise ConfigError(
-            "these runs are not a factorial study: every arm must name factors, and all arms the same factors"
+            "these runs are not a factorial study: all arms must set the same factors (`factors` in the arm's config)"
         )
     return levels
 
@@ -160,7 +160,7 @@ class _Lacking:
 
 
 def _combination(run: Entry, levels: Iterable[str]) -> tuple[str, ...]:
-    """Returns the levels of a run, in the order of `levels`: the study's factors."""
+    """Returns the run's level of each factor, in the order of `levels`, which names the study's factors."""
     return tuple(run.factors[name] for name in levels)
 
 
@@ -169,8 +169,8 @@ def _unbalanced(runs: Sequence[Entry], levels: dict[str, list[str]]) -> _Lacking
 
     Keeping as many runs as possible is a hard problem, so the choice is greedy. Each step drops the seed or combination
     with the largest fraction of missing runs. In a tie between a seed and a combination it drops the seed, because
-    combinations are what separates the effects. In a tie between two seeds, or between two combinations, it drops the
-    later of the two.
+    effects can be told apart only if enough combinations remain. In a tie between two seeds, or between two
+    combinations, it drops the later of the two.
     """
     had = {(run.seed, _combination(run, levels)) for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -237,9 +237,10 @@ class _Design:
 
     @property
     def scales(self) -> list[int]:
-        """For each term, the factor that converts its coefficient to its effect: 2 for a factor, 4 for a pair.
+        """For each term, the number that its coefficient is multiplied by to give its effect.
 
-        A factor goes from -1 to 1, which doubles the coefficient. An interaction is a difference of two such effects.
+        For a single factor this is 2, because its levels are coded as -1 and 1. For a pair of factors it is 4, because
+        an interaction is the difference between two such effects.
         """
         return [2 ** len(term) for term in self.terms]
 

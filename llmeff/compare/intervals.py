@@ -2,9 +2,9 @@
 
 All statistics are computed on logarithms, so differences are ratios. Runs with the same seed that differ in something
 small, such as precision or the format of the optimizer state, are alike. They are paired: Student's t judges their
-ratios, and Holm's procedure adjusts several p values. Arms that were tuned separately share little but the data order
-of a seed. They count as independent, and all are compared with one baseline at once (`many_to_one`). The units of a
-single run (documents or images) are resampled only if there are many.
+ratios, and Holm's procedure adjusts several p values. Arms that were tuned separately have little in common,
+even for the same seed. They count as independent, and all are compared with one baseline at once (`many_to_one`).
+The units of a single run (documents or images) are resampled only if there are many.
 """
 
 import math
@@ -83,7 +83,8 @@ def mean_interval(values: Sequence[float] | Floats, fewest: int = 2) -> Estimate
 
     Args:
         values: at least one value.
-        fewest: the smallest number of values that gives an interval. With fewer, the bounds are NaN and `n` is 1.
+        fewest: the smallest number of values that gives an interval. If there are fewer values, the bounds of the
+            result are NaN, and its `n` is 1.
 
     Raises:
         ValueError: there is no value.
@@ -121,7 +122,7 @@ def paired(method: Sequence[float] | Floats, baseline: Sequence[float] | Floats,
     """
     ours, theirs = (np.asarray(values, dtype=np.float64) for values in (method, baseline))
     if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)} values: the numbers must be equal")
+        raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)} values: give one of each per seed")
     if not ((ours > 0).all() and (theirs > 0).all()):
         raise ValueError("ratios need positive values")
     logs = np.log(ours / theirs)
@@ -168,11 +169,11 @@ def many_to_one(
     of the baseline stands out, or if some variance stands out by the stricter `REFUTED`, nothing is pooled: every arm
     is judged by its own variance and the baseline's. If only one comparison is judged, Welch's t (1947) is used.
 
-    A rule that inspects spreads first has errors of its own, so both bounds were chosen by simulation. The pooled
-    procedure alone too often calls an arm different if its spread is three times that of the others. A bound that
-    detects every such arm leaves little power to detect anything else. The results are in
-    `analysis/results/coverage.json`. Six arms with 1.5 times the spread of six others are seldom detected: then 7.6 %
-    of families contain an error.
+    The choice between these rules can itself be wrong, so the bounds `OWN_SPREAD` and `REFUTED` were chosen by
+    simulation (`analysis/results/coverage.json`). If spreads were always pooled, an arm with three times the spread of
+    the others would too often be called different. If the bounds detected every such arm, the tests would have little
+    power. A remaining weakness: if six of twelve arms have 1.5 times the spread of the rest, this is seldom detected,
+    and 7.6 % of families contain an error.
 
     Args:
         baseline: (n,) logarithms of the baseline's values.
@@ -351,10 +352,10 @@ def _pooled(arm: Floats, baseline: Floats, variance: float, freedom: float, shar
 def _at_once(
     alone: Difference, mean: float, error: float, freedom: float, bound: float, p_family: float, method: Method
 ) -> Difference:
-    """Returns a comparison with the interval and the smallest visible difference that hold for its whole family.
+    """Returns a comparison whose interval and smallest visible difference account for all comparisons of its family.
 
     Args:
-        alone: the comparison by itself.
+        alone: the same comparison, judged without regard to the family.
         mean: the mean logarithm of the ratio.
         error: the standard error of the mean.
         freedom: the degrees of freedom of the error.
@@ -402,8 +403,8 @@ def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float
 def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
     """Returns quadrature points and weights for the normal density, then for the interval -1 to 1.
 
-    The points for the normal density are the positive half only: the integrand is symmetric. The weights of each rule
-    sum to 1.
+    Only positive points are returned for the normal density, because the integrand is symmetric. The weights for the
+    density and those for the interval each sum to 1.
     """
     points, weights = np.polynomial.hermite_e.hermegauss(48)
     levels, level_weights = np.polynomial.legendre.leggauss(64)
@@ -413,7 +414,7 @@ def _nodes() -> tuple[Floats, Floats, Floats, Floats]:
 
 @lru_cache
 def _bound_of_largest(shares: tuple[float, ...], freedom: float) -> float:
-    """Returns the |t| that the largest |t| of the family exceeds in 5 % of cases under the null hypothesis."""
+    """Returns the critical |t| of a family: under the null hypothesis, its largest |t| exceeds it in 5 % of cases."""
     from scipy.optimize import brentq
 
     high = _t(1 - (1 - LEVEL) / 4 / len(shares), freedom) + 1  # exceeds Bonferroni's bound, so it brackets the root
@@ -453,8 +454,8 @@ def resampled_ratio(
     The interval accounts for the choice of units. It does not account for the variation between seeds.
 
     Args:
-        method: of one run, (units,) sums of losses and (units,) counts of items.
-        baseline: the same of the baseline run, with the same units in the same order.
+        method: the sum of losses of each unit, (units,), and its number of items, (units,), for the run to compare.
+        baseline: the sums and numbers for the baseline run, with the same units in the same order.
         seed: the seed of the resampling.
         resamples: the number of resamples.
 
@@ -481,8 +482,8 @@ def best_of(losses: Sequence[float]) -> list[float]:
     The estimator follows Dodge et al. 2019, but draws without replacement.
 
     Args:
-        losses: the loss of each trial. NaN and infinity mark a trial that diverged. An expectation is infinite if all
-            of its drawn trials may have diverged.
+        losses: the loss of each trial. NaN and infinity mark a trial that diverged. If at least k trials diverged, the
+            expected lowest loss of k trials is infinite.
     """
     ordered = sorted(math.inf if math.isnan(loss) else loss for loss in losses)
     n = len(ordered)
@@ -498,8 +499,8 @@ def product(parts: Sequence[Sequence[float] | Floats], family: int = 1) -> Diffe
     """Judges a product of independent mean ratios, such as step counts times step times (Welch 1947).
 
     Args:
-        parts: for each factor of the product, the logarithms of its values. The result's `n` is the number of values of
-            the first.
+        parts: for each factor of the product, the logarithms of its values. The `n` of the result is the number of
+            values of the first factor.
         family: the number of comparisons that are judged together.
     """
     means, squares, degrees = [], [], []

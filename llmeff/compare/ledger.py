@@ -42,7 +42,7 @@ class Metric:
     def sign(self) -> int:
         """1 if lower values are better, -1 if higher values are better.
 
-        The product of sign and value is better if lower.
+        So for the value times `sign`, lower is always better.
         """
         return 1 if self.better == "lower" else -1
 
@@ -171,7 +171,7 @@ class Entry:
         return self.status == "finished" and self.loss is not None
 
     def final(self, metric: str) -> float | None:
-        """Returns the value of a metric at the end of the run. None if there is none."""
+        """Returns the value of a metric at the end of the run. None if the run has no such value."""
         return self.loss if metric == LOSS.name else self.metrics.get(metric)
 
     def curve(self, metric: str) -> tuple[float, ...]:
@@ -180,11 +180,9 @@ class Entry:
 
     @property
     def step_flops(self) -> float | None:
-        """FLOPs executed in one optimizer step on all ranks: those of the main rank times the number of ranks.
+        """FLOPs that all ranks execute in one optimizer step. None if unknown.
 
-        None if unknown.
-
-        The main rank's FLOPs are measured or, without a measurement, predicted. The other ranks execute as many.
+        This is the number of ranks times the FLOPs of the main rank, which are measured or else predicted.
         """
         on_one = self.measured.get("executed_flops", self.predicted.get("executed_flops"))
         return None if on_one is None else on_one * self.config.get("parallel", {}).get("ranks", 1)
@@ -269,7 +267,8 @@ def read_entries(paths: Iterable[Path]) -> list[Entry]:
     """Reads the entries of run folders, sweep folders and ledger files, in the given order.
 
     Raises:
-        ConfigError: some paths are none of these or contain no run. The error lists all of them.
+        ConfigError: a path is not a run folder, a sweep folder or a ledger file, or contains no run. The error lists
+            all such paths.
     """
     entries: list[Entry] = []
     plain: list[int] = []
@@ -321,7 +320,7 @@ def label_arms(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _differing_fields(config: Mapping[str, Any], configs: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the fields of a config in which some other config differs, with their values, as text."""
+    """Returns, as text, the values of the fields in which a config differs from at least one other config."""
     others = list(configs)
     differing = {name: value for name, value in config.items() if any(other.get(name) != value for other in others)}
     return ", ".join(f"{name}={_short(value)}" for name, value in sorted(differing.items()))
@@ -339,7 +338,7 @@ def read_sweep(folder: Path) -> list[Entry]:
     """
     places = sorted(folder.glob(f"{RUNS}/**/*{JOB_FILE}"))
     if not places:
-        raise ConfigError(f"{folder}: this sweep has not started any run yet")
+        raise ConfigError(f"{folder}: this sweep has no runs yet. Start it with `llmeff sweep`")
     found = [_read_job(path) for path in places]
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
@@ -437,6 +436,6 @@ def _open(path: Path) -> Any:
     version = (table.schema.metadata or {}).get(b"ledger_version", b"none").decode()
     if version != str(LEDGER_VERSION):
         raise ConfigError(
-            f"{path}: its ledger_version is {version}, but this version of llmeff reads only {LEDGER_VERSION}"
+            f"{path}: the file has ledger_version {version}, but this version of llmeff reads only {LEDGER_VERSION}"
         )
     return table

@@ -44,7 +44,7 @@ def _on_timing(groups: Sequence[Group], step_times: StepTimes | None) -> Iterato
     names = {timing_name(timed_as(arm, runs), group.cell) for group in groups for arm, runs in group.arms.items()}
     missing = sorted(names - step_times.keys())
     if missing:
-        yield f"the timing run does not include {', '.join(map(repr, missing))}, so their times are not compared"
+        yield f"the timing run does not include {', '.join(map(repr, missing))}: times of these arms are not compared"
 
 
 def _on_runs(group: Group) -> Iterator[str]:
@@ -55,7 +55,7 @@ def _on_runs(group: Group) -> Iterator[str]:
 
 
 def _on_ends(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
-    """Yields a note for each status other than `finished`: the number of runs with it, and the first reason."""
+    """Yields a note for each status other than `finished` that runs have, with their number and the first reason."""
     for status in ("diverged", "failed", "unfinished"):
         those = [run for run in runs if run.status == status]
         if those:
@@ -77,7 +77,7 @@ def _on_twins(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
 
 
 def _on_missing_seeds(group: Group, name: str, runs: Sequence[Entry]) -> Iterator[str]:
-    """Yields a note on the seeds of the baseline that an arm lacks, if the two are paired by seed."""
+    """Yields a note if an arm that is paired with the baseline by seed lacks some of the baseline's seeds."""
     missing = sorted({run.seed for run in group.arms[group.baseline]} - {run.seed for run in runs})
     is_paired = group.kin[name] == group.kin[group.baseline] and all(run.repeats is None for run in runs)
     if missing and runs and is_paired:
@@ -93,8 +93,8 @@ def _on_spread(group: Group) -> Iterator[str]:
     counts = [found.ratio.n for found in differences if found is not None and found.method == "Dunnett"]
     if counts and min(counts) < FEW_RUNS:
         yield (
-            f"an arm with only {min(counts)} runs{in_cell(group.cell)} has an uncertain spread: if this "
-            "spread is much larger than that of the other arms, the arm may be called different although it is not"
+            f"the spread of an arm with only {min(counts)} runs{in_cell(group.cell)} is uncertain: if it "
+            "is much larger than the spread of the other arms, the arm may be called different although it is not"
         )
 
 
@@ -134,7 +134,7 @@ def _on_numbers_of_trials(group: Group) -> Iterator[str]:
 
 
 def _on_formats(group: Group) -> Iterator[str]:
-    """Yields a note on two arms that differ only in precision or state format, but use different settings."""
+    """Yields a note on each pair of arms that differ only in precision or state format, but were tuned separately."""
     tuned = [(name, runs[0]) for name, runs in group.arms.items() if runs and _has_settings_of_its_own(runs[0])]
     for (name, one), (other, two) in itertools.combinations(tuned, 2):
         if one.trial != two.trial and _differ_in_format_alone(one, two):
@@ -142,7 +142,7 @@ def _on_formats(group: Group) -> Iterator[str]:
             yield (
                 f"{name} and {other}{in_cell(group.cell)} differ only in precision or in the format of the "
                 f"optimizer state, but were tuned separately, to different settings ({'; '.join(settings)}): "
-                "the comparison mixes both effects; use tuned_as to compare the format alone"
+                "the comparison mixes the effects of format and settings; use tuned_as to compare the format alone"
             )
 
 
@@ -155,7 +155,7 @@ _STATE_FORMAT = re.compile(r"[-_]?8bit$")
 
 
 def _differ_in_format_alone(one: Entry, two: Entry) -> bool:
-    """Whether two runs differ only in precision or in the optimizer's state format, apart from their tuned settings."""
+    """Whether two runs differ only in precision or in the optimizer's state format. Ignores their tuned settings."""
     first, second = flat_config(one), flat_config(two)
     optimizers = {_STATE_FORMAT.sub("", str(config.get("optim.name"))) for config in (first, second)}
     differing = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}

@@ -55,7 +55,7 @@ def arm_curves(group: Group) -> bytes | None:
 
 
 def tuning_curves(group: Group) -> bytes | None:
-    """Plots the metric of every trial over the searched number, by arm, as a PNG.
+    """Plots the metric of every trial over the value of the searched field, by arm, as a PNG.
 
     Returns None if no arm has a finished trial in a search over exactly one number.
     """
@@ -93,8 +93,8 @@ def tuning_curves(group: Group) -> bytes | None:
 def trials_curves(group: Group) -> bytes | None:
     """Plots the expected best value of 1, 2, ... trials by arm, as a PNG.
 
-    Returns None if no arm has several trials of which some finished. Trials are drawn in random order, so each point is
-    the mean result of a smaller tuning budget.
+    Each point is the mean result of a smaller tuning budget, over all random choices of so many trials. Returns None if
+    no arm has at least two trials, one of them finished.
     """
     tuned = {arm: tuning for arm, tuning in group.tuning.items() if len(tuning.expected_best) > 1}
     if not any(np.isfinite(tuning.expected_best).any() for tuning in tuned.values()):
@@ -165,7 +165,7 @@ class Curves:
 def curves(
     places: Sequence[float], panels: Sequence[Curves], label: str, title: str, *, until: float | None = None
 ) -> bytes:
-    """Plots panels of curves side by side, as a PNG. Both axes are logarithmic, or linear if `until` is given.
+    """Plots panels of curves side by side, as a PNG. Both axes are linear if `until` is given, otherwise logarithmic.
 
     Args:
         places: the x values, common to all curves.
@@ -224,7 +224,7 @@ def _named(metric: Metric, unit: str, of: str = "") -> str:
 
 
 def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) -> None:
-    """Limits the value axis to the range between two costs, plus a twentieth of it and `room` on both sides."""
+    """Limits the value axis to the range from `best` to `worst`, extended on both sides by 5 % and by `room`."""
     more = 0.05 * (worst - best)
     axes.set_ylim(sorted((metric.sign * (best - more - room), metric.sign * (worst + more + room))))
 
@@ -232,8 +232,8 @@ def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) ->
 def _band(runs: Sequence[Entry], metric: Metric) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
     """Returns the items at each evaluation, and the values of the metric, (runs, evaluations).
 
-    Uses the finished runs that were evaluated at least twice and at the same steps as the first such run. Returns None
-    if there are none.
+    Uses the finished runs with at least two evaluations. Leaves out those whose evaluations are at other steps than in
+    the first such run. Returns None if no run is left.
     """
     known = [run for run in runs if run.is_done and run.items_per_step and _is_curve(run.curve(metric.name))]
     known = [run for run in known if run.curve_steps == known[0].curve_steps]

@@ -103,7 +103,7 @@ def target_of(runs: Sequence[Entry], metric: Metric) -> float | None:
 
 
 def budgets_of(arms: Mapping[str, Sequence[Entry]], times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Returns the FLOPs (`flops`) and the time (`seconds`) that every finished run spent: the minimum over runs.
+    """Returns the least FLOPs (`flops`) and the least time (`seconds`) that any finished run spent.
 
     Args:
         arms: the runs of each arm.
@@ -136,7 +136,7 @@ def quantities_of(
 
     Args:
         metrics: the metrics that runs are judged by. The first is the main metric.
-        target: the value of the main metric at which the `..._to_target` quantities stop counting. None if there is no
+        target: the value of the main metric until which the `..._to_target` quantities count. None if there is no
             target.
         budgets: the budgets from `budgets_of`.
         times: seconds per step of the arms that were timed.
@@ -161,7 +161,7 @@ def quantities_of(
 
 
 def _of_done(value: Value) -> Value:
-    """Returns a reader that is None for runs that did not finish."""
+    """Wraps `value`, which reads a quantity of a run, so that it returns None if the run did not finish."""
     return lambda entry: value(entry) if entry.is_done else None
 
 
@@ -178,7 +178,7 @@ def _final(metric: Metric, *, is_deciding: bool) -> Quantity:
 
 
 def _at_equal_budgets(metric: Metric, budgets: Mapping[str, float], step_s: Value) -> Iterator[Quantity]:
-    """Yields the metric at the moment when a run has spent the budget: once for FLOPs and once for time."""
+    """Yields two quantities: the metric after a run has spent the budget of FLOPs, and after that of time."""
 
     def after(budget: str, cost_of_step: Value) -> Value:
         def value(entry: Entry) -> float | None:
@@ -198,7 +198,7 @@ def _at_equal_budgets(metric: Metric, budgets: Mapping[str, float], step_s: Valu
 
 
 def _to_target(metric: Metric, target: float | None, step_s: Value) -> Iterator[Quantity]:
-    """Yields what a run spends until the metric reaches the target: steps, items, FLOPs, time and energy."""
+    """Yields quantities for the steps, items, FLOPs, time and energy that a run spends until it reaches the target."""
     goal = "" if target is None else f" to {metric.label} {target:.4f}"
 
     def steps(entry: Entry) -> float | None:

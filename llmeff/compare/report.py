@@ -89,7 +89,7 @@ def verdicts(group: Group) -> list[str]:
 
 
 def _verdict_parts(group: Group, arm: str) -> Iterator[str]:
-    """Yields the result of an arm for each quantity in the verdict."""
+    """Yields one phrase for each quantity of the verdict, with the arm's result."""
     keys = (group.metric.name, f"{group.metric.name}_at_seconds", *_BESIDE_METRIC)
     for quantity in group.quantities:
         if quantity.key in keys:

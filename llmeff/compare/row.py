@@ -101,8 +101,8 @@ def _logs(values: Mapping[str, Mapping[int, float]], arms: Arms) -> _Logs:
 def _by_seeds(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms) -> dict[str, Difference | None]:
     """Compares arms with the baseline by their runs.
 
-    Kin of the baseline are paired with it by seed, as are all arms if the quantity does not depend on the seed. All
-    other arms are compared at once as independent arms. The A/A arm is judged alone.
+    Arms that are kin of the baseline are paired with it by seed. If the quantity does not depend on the seed, all arms
+    are. The remaining arms are compared at once, as independent arms. The A/A arm is judged alone.
 
     Args:
         quantity: the quantity.
@@ -175,7 +175,7 @@ def _by_timing(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arm
 def _time_to_target(name: str, logs: _Logs, family: int, arms: Arms) -> Difference | None:
     """Compares an arm's time to the target with the baseline's: the ratio of step counts times the ratio of step times.
 
-    Returns None if the two are kin, and thus paired by seed, but have no seed in common.
+    Returns None if the arm is kin to the baseline, and so paired with it by seed, but they have no seed in common.
     """
     ours, theirs = logs[name], logs[arms.baseline]
     our_times, their_times = arms.times[name], arms.times[arms.baseline]
@@ -210,9 +210,8 @@ def _mean(
 ) -> Estimate | None:
     """Returns the mean over seeds or, for the step time, over the generations of the timing run.
 
-    None if some run has no value.
-
-    A quantity that depends on the seed has an interval only from `FEWEST_SEEDS` seeds on.
+    Returns None if some run has no value. The mean of a quantity that depends on the seed has an interval only if there
+    are at least `FEWEST_SEEDS` seeds.
     """
     if not num_runs or len(values) < num_runs:
         return None

@@ -20,7 +20,7 @@ def is_list(paths: Sequence[Path], entries: Sequence[Entry]) -> bool:
     """Whether to list these runs side by side instead of comparing arms.
 
     True for run folders (not sweeps or ledgers) if all runs belong to one arm, or if every run is an arm of its own.
-    Without another arm, or without several seeds per arm, there is nothing to judge.
+    In these cases there is nothing to judge: there is no other arm, or no arm has several seeds.
     """
     if any(path.is_file() or (path / SWEEP).is_file() for path in paths):
         return False
@@ -50,7 +50,7 @@ def read_study(
         mixed: see `judge`.
 
     Raises:
-        ConfigError: see `judge` and `read_entries`. Or the step times cannot be read.
+        ConfigError: the step times cannot be read, or `read_entries` or `judge` fails.
     """
     facts = _facts(paths)
     sweep = facts.get("sweep", {})
@@ -101,7 +101,7 @@ def write_pictures(comparison: Comparison, path: Path) -> None:
     for group in comparison.groups:
         picture = arm_curves(group)
         if picture is None:
-            raise ConfigError(f"{path}: there is nothing to plot, because no finished run was evaluated twice")
+            raise ConfigError(f"{path}: there is nothing to plot, because no finished run has at least two evaluations")
         file = path
         if len(comparison.groups) > 1:
             file = path.with_name(f"{path.stem}-{files.safe_name(show_cell(group.cell).replace(' ', ''))}{path.suffix}")

@@ -153,7 +153,7 @@ def _units(run: Run) -> _Units | None:
 def _ratio(run: Run, first: _Units | None) -> Estimate | None:
     """Returns the ratio of a run's held-out loss to the first run's.
 
-    Returns None if the two runs were not evaluated on the same units, or if there are fewer than `FEW_UNITS`.
+    Returns None if the two runs were not evaluated on the same units, or on fewer than `FEW_UNITS` units.
     """
     units = _units(run)
     if units is None or first is None or (units.data, units.split) != (first.data, first.split):

@@ -47,7 +47,7 @@ def read_timing(path: Path) -> dict[str, Any]:
     """Reads the result of a timing run.
 
     Returns:
-        `step_s`: a `StepTimes`. `note`: a sentence on how many rounds were used.
+        A dict with two keys. `step_s` is a `StepTimes`. `note` is a sentence on how many rounds were used.
 
     Raises:
         ConfigError: the file cannot be read, or is not a file of step times.

@@ -48,7 +48,7 @@ def tuning_of(trials: Sequence[Entry], metric: Metric) -> Tuning | None:
 
 
 def _searched(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Returns the distinct values tried, in ascending order, for each field that is a number in all trials."""
+    """Returns the distinct values of each field that is a number in all trials, in ascending order."""
     return {
         name: sorted({tried[name] for tried in settings})
         for name in settings[0]
@@ -65,7 +65,7 @@ def _at_edge(best: Mapping[str, Any], searched: Mapping[str, Sequence[float]]) -
 
 
 def _near_factor(settings: Sequence[Mapping[str, Any]], costs: Sequence[float], metric: Metric) -> dict[str, float]:
-    """Returns `Tuning.near_factor`. Empty unless exactly one number was searched."""
+    """Returns the value of `Tuning.near_factor`, which is empty unless exactly one number was searched."""
     if len(settings[0]) != 1:
         return {}
     limit = NEAR**metric.sign * min(costs)

@@ -47,14 +47,14 @@ def judge(
     Args:
         entries: the runs of the study.
         baseline: the arm that the other arms are compared with. None for the first arm with a final run.
-        target: a value of the metric, to which steps, FLOPs and time are counted. None for the best value that every
-            finished run of the baseline reaches, in each cell.
+        target: the value of the metric until which steps, FLOPs and time are counted. None for the best value that
+            every finished run of the baseline reaches, in each cell.
         metric: the main metric. Targets, values at equal budgets, and tuning use it. All statistics are of ratios,
             which need positive values, so an arm with a value that is not positive is not compared.
-        step_times: the step times of the timing run, by `timing_name`. None if there was no timing run: then no times
-            are compared.
+        step_times: the step times of the timing run, by `timing_name`. If None, no times are compared.
         notes: further notes for the reader, to be put first.
-        mixed: compare the runs of a cell even if their data, items, splits or budgets differ, and add a note.
+        mixed: whether to compare the runs of a cell even if their data, items, splits or budgets differ. A note then
+            says so.
         command: the command that reproduces the study.
 
     Raises:
@@ -86,7 +86,7 @@ def _first_arm(entries: Sequence[Entry], baseline: str | None) -> str:
     arms = list(dict.fromkeys(entry.arm for entry in sorted(entries, key=lambda entry: entry.phase != "final")))
     if len(arms) < 2:
         raise ConfigError(
-            f"there is only one arm ({', '.join(arms) or 'none'}), so there is nothing to compare it with"
+            f"there is only one arm ({', '.join(arms) or 'none'}), so there is nothing to compare. Give at least two"
         )
     if baseline is not None and baseline not in arms:
         raise ConfigError(f"--baseline {baseline!r}: no arm has this name.{nearest(baseline, arms)}")

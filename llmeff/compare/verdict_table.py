@@ -49,8 +49,8 @@ def show_value(quantity: Quantity, value: float) -> str:
 def show_mean(quantity: Quantity, cell: Cell) -> str:
     """Formats the mean of an arm with its interval.
 
-    If there are too few seeds for an interval, shows the value of each seed. If some run has no value, shows how many
-    runs have one.
+    If there are too few seeds for an interval, shows the value of each seed. If some run has no value, shows only the
+    number of runs that have a value.
     """
     if not cell.num_seeds:
         return "no trial finished"
@@ -119,7 +119,7 @@ def _quantities_table(group: Group) -> TextTable:
 
 
 def _quantity_rows(group: Group, quantity: Quantity) -> Iterator[list[str]]:
-    """Yields the rows of a quantity: means and, if some arm has them, ratios, smallest visible ratios and methods."""
+    """Yields a quantity's rows: means and, if any arm has them, ratios, smallest visible ratios and methods."""
     cells = [group.table[quantity.key][name] for name in group.arms]
     yield [quantity.label, *(show_mean(quantity, cell) for cell in cells)]
     ratios = [show_ratio(cell) for cell in cells]

@@ -84,7 +84,10 @@ def test_one_seed_of_a_full_fit_leaves_nothing_to_judge_by(entry):
     assert all(math.isnan(effect.p_adjusted) for effect in found.effects)
 
 
-@pytest.mark.parametrize(("factors", "words"), [({}, "not a factorial study"), ({"a": "only"}, "two levels: a")])
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [({}, "not a factorial study"), ({"a": "only"}, "exactly two levels, unlike these factors: a")],
+)
 def test_runs_without_two_levels_are_refused(entry, factors, words):
     with pytest.raises(ConfigError, match=words):
         effects([entry("x", seed, factors=factors) for seed in range(2)], lambda run: run.loss)

@@ -155,10 +155,10 @@ def test_a_ledger_of_another_version_is_refused_by_its_number(tmp_path, study):
     table = pq.read_table(tmp_path / LEDGER)
     assert table.schema.metadata[b"ledger_version"] == b"1"
     pq.write_table(table.replace_schema_metadata({"ledger_version": "2"}), tmp_path / LEDGER)
-    with pytest.raises(ConfigError, match="its ledger_version is 2, but this version of llmeff reads only 1"):
+    with pytest.raises(ConfigError, match="the file has ledger_version 2, but this version of llmeff reads only 1"):
         read_ledger(tmp_path / LEDGER)
     pq.write_table(table.replace_schema_metadata(None), tmp_path / LEDGER)
-    with pytest.raises(ConfigError, match="its ledger_version is none"):
+    with pytest.raises(ConfigError, match="the file has ledger_version none"):
         read_facts(tmp_path / LEDGER)
 
 
@@ -213,7 +213,7 @@ def test_all_paths_that_are_nothing_are_named_at_once(tmp_path, make_run):
     text = str(raised.value)
     for part in (
         "text: is neither a ledger",
-        "begun: this sweep has not started any run yet",
+        "begun: this sweep has no runs yet",
         "nowhere: there is no such folder",
     ):
         assert part in text

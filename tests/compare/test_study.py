@@ -219,7 +219,7 @@ def test_each_cell_has_a_picture_of_its_own(study, entry, tmp_path):
         "it.png", "many-train.batch=16.png", "many-train.batch=8.png",
     ]  # fmt: skip
     once = [replace(run, curve_steps=(0,), curve_losses=(1.0,)) for run in study]
-    with pytest.raises(ConfigError, match="nothing to plot, because no finished run was evaluated twice"):
+    with pytest.raises(ConfigError, match="nothing to plot, because no finished run has at least two evaluations"):
         write_pictures(judge(once), tmp_path / "none.png")
 
 

@@ -582,10 +582,10 @@ def test_few_runs_are_said_to_tell_little_of_spreads(entry, count, is_said):
         *settled(entry, "one", BASE[1:count]),
         *settled(entry, "two", BASE[:count][::-1]),
     ]
-    said = f"an arm with only {count - 1} runs has an uncertain spread"
+    said = f"the spread of an arm with only {count - 1} runs is uncertain"
     assert any(note.startswith(said) for note in judge(runs).notes) == is_said
     kin = [replace(run, tuned_as="base") if run.arm != "base" else run for run in runs]
-    assert not any("uncertain spread" in note for note in judge(kin).notes)
+    assert not any("is uncertain" in note for note in judge(kin).notes)
 
 
 def test_an_arm_that_repeats_the_baseline_is_judged_alone_and_shows_the_noise(entry, tmp_path):
