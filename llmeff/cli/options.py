@@ -17,7 +17,7 @@ def add_config(parser: argparse.ArgumentParser, kind: str = "run") -> None:
 
     Args:
         parser: the parser of the command.
-        kind: `run` or `sweep`: what the config describes.
+        kind: what the config describes, `run` or `sweep`.
     """
     source = parser.add_mutually_exclusive_group()
     default = " (default: `default`)" if kind == "run" else ""
@@ -61,13 +61,13 @@ def run_config(options: argparse.Namespace) -> "RunConfig":
 
 
 def check_json(out: Path | None) -> None:
-    """Checks that the name of an output file ends in .json. None, for no output file, passes.
+    """Checks that the name of the output file, if there is one, ends in .json.
 
     Raises:
         ConfigError: the name has another ending.
     """
     if out is not None and out.suffix != ".json":
-        raise ConfigError(f"--out {out}: the file is written as JSON, so its name must end in .json")
+        raise ConfigError(f"--out {out}: this command writes JSON, so give a file name that ends in .json")
 
 
 def write_with_picture(out: Path, command_line: str, result: Mapping[str, Any], png: bytes) -> None:

@@ -65,7 +65,7 @@ def _sweep_config(options: argparse.Namespace) -> "SweepConfig":
 def _phase_and_number(text: str) -> tuple[str, int]:
     phase, _, number = text.partition(":")
     if phase not in ("tuning", "final") or not number.isdecimal():
-        raise ConfigError(f"--only {text!r} is not valid: give tuning:N or final:N, where N counts from 0")
+        raise ConfigError(f"--only {text!r} is not valid: give tuning:N or final:N, where 0 is the first run")
     return phase, int(number)
 
 
@@ -73,7 +73,7 @@ def _timing_options(options: argparse.Namespace) -> dict[str, int]:
     """Returns the options for a timing run that the user gave.
 
     Raises:
-        ConfigError: options for a timing run lack `--timing`, or `--sbatch` lacks `--slurm`.
+        ConfigError: options for a timing run were given without `--timing`, or `--sbatch` without `--slurm`.
     """
     given = {name: value for name in ("processes", "rounds", "steps") if (value := getattr(options, name)) is not None}
     if given and not options.timing:

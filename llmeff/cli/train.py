@@ -46,7 +46,7 @@ def _go_on_from(options: argparse.Namespace) -> None:
     If no recipe or config file is named, uses the run's own config.
 
     Raises:
-        ConfigError: `--out` is missing or names no run, or the run's folder contains a symbolic link.
+        ConfigError: `--out` is missing or is not a run's folder, or the folder contains a symbolic link.
     """
     flag = "--resume" if options.resume else "--restart-from-scratch"
     if options.out is None:
@@ -64,7 +64,7 @@ def _go_on_from(options: argparse.Namespace) -> None:
 
 
 def _free_folder(name: str) -> Path:
-    """Returns runs/NAME, or if it exists the first of runs/NAME-2, runs/NAME-3, ... that does not exist yet."""
+    """Returns runs/NAME or, if it exists already, the first of runs/NAME-2, runs/NAME-3, ... that does not exist."""
     folder, number = Path("runs") / name, 1
     while folder.exists():
         number += 1
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """Returns the user's options for the training processes, without `--out` and flags that resume a run."""
+    """Returns the user's options, to be passed on to the training processes. Leaves out `--out` and resume flags."""
     given = [f"--{name}={value}" for name in ("recipe", "config") if (value := getattr(options, name)) is not None]
     given += [f"--set={setting}" for setting in options.set] + [f"--import={module}" for module in options.imports]
     return given + [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]

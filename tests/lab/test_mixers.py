@@ -108,7 +108,7 @@ def test_the_decoders_own_mixer_is_what_all_are_set_beside():
             ["--device", "cuda"], "--device cuda: torch sees no CUDA device; allowed here: cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device"),
         ),
-        (["--out", "here.txt"], r"--out here\.txt: the file is written as JSON, so its name must end in \.json"),
+        (["--out", "here.txt"], r"--out here\.txt: this command writes JSON, so give a file name that ends in \.json"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_error(capsys, wrong, words):
