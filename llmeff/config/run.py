@@ -39,7 +39,7 @@ class TrainConfig(Config):
 
 
 class EvalConfig(Config):
-    """When and on which held-out data the model is evaluated."""
+    """Evaluation settings: how often to evaluate, and on which held-out data."""
 
     split: Literal["validation", "search", "test"] = "validation"
     """Split to evaluate on. `search` is for choosing settings; final runs are then judged on another split."""
@@ -53,12 +53,12 @@ class EvalConfig(Config):
     """Tokens of the sample text that the model writes at the end. 0: no sample, and no sample picture for images."""
 
     def interval(self, steps: int) -> int:
-        """Returns the number of steps between evaluations in a run of `steps` steps. 0: only evaluate at the end."""
+        """Returns the number of steps between evaluations in a run of `steps` steps, or 0 for only one at the end."""
         return self.every if isinstance(self.every, int) else max(1, round(self.every * steps))
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are saved, and how many are kept."""
+    """Checkpoint settings: how often to save, and how many checkpoints to keep."""
 
     every: CountOrZero = 500
     """Steps between checkpoints. 0: only save at the end."""
@@ -123,7 +123,8 @@ class RunConfig(Config):
     def optimizer_as_begun(self) -> OptimizerConfig:
         """Returns the optimizer of a run that was begun with this config.
 
-        Older versions of llmeff saved `auto` for settings that depend on the device. This resolves them as those did.
+        Older versions of llmeff saved `auto` for settings that depend on the device. This method replaces `auto` by the
+        value that those versions used.
         """
         return self.optim.resolve(is_bfloat16_fast=self.runtime.device == "cuda")
 
@@ -135,12 +136,12 @@ class RunConfig(Config):
         yield from self.task.problems(self.model, self.data)
 
     def _length_problems(self) -> Iterator[str]:
-        """Yields errors about a warm-up longer than the run, or a batch that ranks or micro-batches do not divide."""
+        """Yields errors if the warm-up is longer than the run, or if ranks or micro-batches do not divide the batch."""
         train, ranks = self.train, self.parallel.ranks
         if self.schedule.warmup_steps > train.steps:
             yield (
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, but train.steps is only {train.steps}: "
-                "the learning rate would never reach its peak"
+                "the learning rate would never reach its peak. Use fewer warm-up steps"
             )
         if train.batch % ranks:
             yield f"train.batch is {train.batch}, which is not divisible by parallel.ranks {ranks}"

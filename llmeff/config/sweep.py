@@ -123,8 +123,8 @@ class SweepConfig(Config):
         yield from self._seed_problems()
         if self.tuning.split == self.base.evaluation.split and self._is_tuned:
             yield (
-                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}, but settings cannot be judged "
-                "on the split that chose them"
+                f"tuning.split and base.evaluation.split are both {self.tuning.split!r}. Choose different splits: "
+                "final runs must not be judged on the data that chose their settings"
             )
         yield from self._axis_problems()
         yield from self._field_problems()
@@ -163,7 +163,7 @@ class SweepConfig(Config):
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             yield f"seeds must list at least one seed, and no seed twice. Given: {list(self.seeds)}"
         if self.aa_name in self.arms:
-            yield f"arms contains {self.aa_name!r}, but this name is reserved for the A/A arm (see aa_seeds)"
+            yield f"arms contains {self.aa_name!r}, but this name is reserved for the A/A arm that aa_seeds adds"
         baseline_seeds, aa_seeds = _counted(self.baseline_seeds, BASELINE_SEED), _counted(self.aa_seeds, AA_SEED)
         yield from _repeated_seeds("baseline_seeds", baseline_seeds, self.seeds)
         yield from _repeated_seeds("aa_seeds", aa_seeds, (*self.seeds, *baseline_seeds))
@@ -175,7 +175,7 @@ class SweepConfig(Config):
             )
 
     def _budget_problems(self) -> Iterator[str]:
-        """Yields an error if `tuning.steps` makes the trials of different arms train on different numbers of items."""
+        """Yields an error if trials of `tuning.steps` steps train on a different number of items in different arms."""
         steps = self.tuning.steps
         for cell in self.cells() if steps is not None else ():
             items = {
@@ -184,11 +184,14 @@ class SweepConfig(Config):
             }  # fmt: skip
             if len(set(items.values())) > 1:
                 shown = ", ".join(f"{name} {count}" for name, count in items.items())
-                yield f"tuning.steps is {steps}, but then the arms' trials have different numbers of items: {shown}"
+                yield (
+                    f"tuning.steps is {steps}, but then the arms' trials have different numbers of items: {shown}. "
+                    "Leave tuning.steps out, or give the arms equal batches"
+                )
                 return
 
     def _field_problems(self) -> Iterator[str]:
-        """Yields errors about fields that only the sweep may set, or that are set twice."""
+        """Yields errors about fields that are set twice, or that only the sweep itself may set."""
         tables: dict[str, Mapping[str, Any]] = {"axes": self.axes}
         tables |= {f"arms.{name}.search": arm.search for name, arm in self.arms.items()}
         for where, fields in tables.items():
@@ -224,7 +227,7 @@ class SweepConfig(Config):
                 f"{nearest(arm.tuned_as or '', self.arms)}"
             )
         elif not self.arms[arm.tuned_as].search:
-            yield f"arms.{name}.tuned_as is {arm.tuned_as!r}, but that arm has no search"
+            yield f"arms.{name}.tuned_as is {arm.tuned_as!r}, but that arm has no search. Name an arm with one"
 
     @property
     def aa_name(self) -> str:
@@ -269,8 +272,8 @@ class SweepConfig(Config):
         """Returns the settings of each trial of an arm. The list is empty if the arm has no search.
 
         If all searched fields have lists, the trials are all combinations of their values. If any field has a span, the
-        trials are `tuning.trials` points of a lattice. In the first field, these are the middles of equal parts of the
-        span, on a logarithmic scale. Further fields follow the additive recurrence of Roberts (2018).
+        trials are `tuning.trials` points of a lattice. For the first field, the points are the middles of equal parts
+        of its span, on a logarithmic scale. For further fields, they follow the additive recurrence of Roberts (2018).
         """
         search = self.every_arm[arm].search
         if not search:
@@ -288,7 +291,7 @@ class SweepConfig(Config):
         ]
 
     def first_trial(self, arm: str) -> dict[str, Any]:
-        """Returns the first trial's settings, as an example of what tuning may choose. Empty if nothing is tuned."""
+        """Returns the first trial's settings, as an example of tuned settings. Empty if the arm uses none."""
         tuner = self.tuned_by(arm)
         trials = self.trials(tuner) if tuner in self.arms else []
         return trials[0] if trials else {}
@@ -322,25 +325,25 @@ class SweepConfig(Config):
 
 
 def _counted(seeds: int | tuple[int, ...], first: int) -> tuple[int, ...]:
-    """Returns the given seeds or, if only their number is given, consecutive seeds from `first` on."""
+    """Returns the given seeds or, if `seeds` is a number, that many consecutive seeds from `first` on."""
     return seeds if isinstance(seeds, tuple) else tuple(range(first, first + seeds))
 
 
 def _repeated_seeds(key: str, seeds: tuple[int, ...], others: tuple[int, ...]) -> Iterator[str]:
-    """Yields an error about seeds that are given twice or are among `others`."""
+    """Yields an error if a seed is given twice or is also one of `others`."""
     repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1 or seed in others})
     if repeated:
-        yield f"{key} must be seeds that no other run of the baseline's settings has. Repeated: {repeated}"
+        yield f"{key} must differ from one another and from the baseline's other seeds. Repeated: {repeated}"
 
 
 def _num_combinations(search: Mapping[str, Search]) -> int | None:
-    """Returns the number of combinations of a search's lists, or None if it includes a span or is empty."""
+    """Returns the number of combinations of a search's lists, or None if the search is empty or includes a span."""
     sizes = [len(tried) for tried in search.values() if isinstance(tried, tuple)]
     return math.prod(sizes) if sizes and len(sizes) == len(search) else None
 
 
 def _errors_of(sweep: SweepConfig) -> Iterator[str]:
-    """Yields the errors in the configs of the arms. Each error is given once per arm, for the first config with it."""
+    """Yields the errors in the configs of the arms. If several configs of an arm have an error, yields it once."""
     reported = set()
     for name in sweep.arms:
         for job in itertools.chain.from_iterable(_typical_jobs(sweep, name, cell) for cell in sweep.cells()):
@@ -355,9 +358,9 @@ def _errors_of(sweep: SweepConfig) -> Iterator[str]:
 
 
 def _typical_jobs(sweep: SweepConfig, arm: str, cell: dict[str, Any]) -> Iterator["Job"]:
-    """Yields jobs whose configs represent all those of an arm in a cell.
+    """Yields the jobs whose configs to check for an arm in a cell.
 
-    These are the arm's trials, and a final run if the arm has no trials of its own.
+    These are the arm's trials or, if the arm has no trials of its own, one final run.
     """
     trials = sweep.trials(arm)
     for trial in trials:

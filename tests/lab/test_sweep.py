@@ -166,11 +166,11 @@ def test_trials_may_be_judged_on_the_validation_split_where_the_test_judges_fina
         ),
         (
             {"tuning": {"trials": 2, "split": "validation"}},
-            "tuning.split and base.evaluation.split are both 'validation', but settings cannot be judged on",
+            "tuning.split and base.evaluation.split are both 'validation'. Choose different splits: final runs must",
         ),
         ({"trails": 3}, "no such field"),
-        ({"baseline_seeds": [1, 7]}, r"baseline_seeds must be seeds that no other run .* has. Repeated: \[1\]"),
-        ({"baseline_seeds": [7], "aa_seeds": [8, 7, 8]}, r"aa_seeds must be seeds .* Repeated: \[7, 8\]"),
+        ({"baseline_seeds": [1, 7]}, r"baseline_seeds must differ from .* the baseline's other seeds. Repeated: \[1\]"),
+        ({"baseline_seeds": [7], "aa_seeds": [8, 7, 8]}, r"aa_seeds must differ from .* Repeated: \[7, 8\]"),
         ({"aa_seeds": [1000]}, r"tuning.seed is 1000, which is also a seed of a final run"),
         ({"aa_seeds": 0}, "aa_seeds"),
         (

@@ -14,9 +14,9 @@ from llmeff.tasks import Recall
 
 
 def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
-    """Returns fields for each mixer such that all states have the same size: H x H numbers per head.
+    """Returns the fields to set for each mixer, so that every mixer's state has H x H numbers per head.
 
-    The sums that normalize a kernel, and the tokens that short convolutions keep, come in addition.
+    Not counted are the sums that normalize a kernel and the tokens that short convolutions keep.
 
     Args:
         head_dim: H.
@@ -43,7 +43,7 @@ _STEP = 8
 
 
 def _settings(mixer: Text, fields: Mapping[Text, int]) -> tuple[Text, ...]:
-    """Returns the settings for a mixer and its fields, in the form of `--set`."""
+    """Returns the settings that choose a mixer and its fields, in the form of `--set`."""
     return f"model.mixer={mixer}", *(f"model.mixer.{field}={value}" for field, value in fields.items())
 
 
@@ -52,7 +52,7 @@ def _of_equal_size(base: DecoderConfig, settings: Mapping[Text, tuple[Text, ...]
 
     Args:
         base: the model that all arms start from.
-        settings: the settings of each arm, by its name.
+        settings: the settings of each arm, by the arm's name.
     """
 
     def num_parameters(own: tuple[Text, ...], width: int) -> int:

@@ -29,7 +29,7 @@ class Level:
 
     @property
     def tuned_name(self) -> str | None:
-        """Name of the level whose tuned settings this level uses, which may be itself. None if nothing is tuned."""
+        """Name of the level whose tuned settings this level uses: `tuned_as` or its own. None if nothing is tuned."""
         return self.tuned_as or (self.name if self.search else None)
 
 
@@ -77,7 +77,7 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
 
 
 def _half_of_combinations(factors: Mapping[str, tuple[Level, Level]]) -> Iterator[dict[str, Level]]:
-    """Yields the combinations with an even number of factors at their second level: the level of each factor."""
+    """Yields each combination with an even number of factors at their second level, as the level of each factor."""
     for places in itertools.product((0, 1), repeat=len(factors)):
         if sum(places) % 2 == 0:
             yield {factor: levels[place] for (factor, levels), place in zip(factors.items(), places, strict=True)}
@@ -98,7 +98,7 @@ def factorial(
 
     Args:
         name: name of the study.
-        factors: the two levels of each factor, by its name.
+        factors: the two levels of each factor, by the factor's name.
         base: the config that all runs start from. Few steps and little held-out text keep a study short on CPUs without
             AMX or AVX512_BF16, where bf16 products are slow.
         metric: the metric that chooses trials and compares arms.

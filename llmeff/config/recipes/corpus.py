@@ -11,7 +11,7 @@ def one_text(
     tokenizer: TokenizerConfig | None = None,
     sequence_length: int = 64,
 ) -> TextData:
-    """Returns the config of `input.txt` in the working folder, read in windows.
+    """Returns the data config for `input.txt` in the working folder, cut into windows of tokens.
 
     The first part of the file is for training, and the last part is held out. Our studies used tinyshakespeare. To read
     another file in a sweep, use `--set 'base.data.source.path=["mine.txt"]'`.
@@ -20,7 +20,7 @@ def one_text(
         validation: share of the validation split.
         search: share of the search split.
         test: share of the test split.
-        tokenizer: the tokenizer. None: characters.
+        tokenizer: the tokenizer. None means that every character is a token.
         sequence_length: tokens in a window.
     """
     return TextData(
