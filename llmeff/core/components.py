@@ -13,7 +13,7 @@ from llmeff.core.config import ConfigError
 
 
 class _Here(MetaPathFinder):
-    """Finds modules in the working folder: the modules that the user named, and the modules that those import.
+    """Finds modules in the working folder: modules that the user named, and modules that these modules import.
 
     It comes after all other finders on `sys.meta_path`, so a file in the working folder never hides an installed
     package. If a library tries an optional import, such as `tabulate`, it does not find a user's tabulate.py.
@@ -26,7 +26,10 @@ class _Here(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Returns a module's spec, or None if it is not in the folder or is not for this finder (see the class)."""
+        """Returns the spec of a module in the working folder, or None if there is no such module.
+
+        Also returns None unless the user named the module, or a module that this finder found imports it.
+        """
         if path is not None or not (fullname in self.names or self._is_asked_from_here()):
             return None
         spec = PathFinder.find_spec(fullname, [self.folder], target)

@@ -30,7 +30,7 @@ class ConfigError(ValueError):
     """Error for wrong user input. It lists all problems at once.
 
     Args:
-        problems: one line per problem. Each says where it is, what was given and what is allowed.
+        problems: one line per problem, with the place, the given value and the allowed values.
     """
 
     def __init__(self, problems: str | Iterable[str]):
@@ -119,7 +119,7 @@ class Component(Config):
         if not isinstance(value, Mapping):
             raise PydanticCustomError(
                 "component",
-                "expected a name, or a table with a name. Known: {known}.",
+                "expected a name, or a table with the key `name`. Known names: {known}.",
                 {"known": ", ".join(cls.registry.names())},
             )
         name = value.get("name")
@@ -168,7 +168,7 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
     twice, the later value wins.
 
     Raises:
-        ConfigError: if a setting does not parse, or a parent in its key is not a table.
+        ConfigError: if a setting cannot be parsed, or sets a field of a value that has no fields.
     """
     result: dict[str, Any] = json.loads(json.dumps(data))
     parsed = []
@@ -183,7 +183,7 @@ def override(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]
                 below = table[part] = {"name": below}
             if not isinstance(below, dict):
                 where = ".".join(path[: depth + 1])
-                raise ConfigError(f"--set {'.'.join(path)}: {where} is {below!r}, not a table")
+                raise ConfigError(f"--set {'.'.join(path)}: {where} is {below!r}, which has no fields to set")
             table = below
         table[path[-1]] = value
     return result
@@ -207,7 +207,7 @@ def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...
 
 
 def _below(annotation: Any, part: int | str) -> Any:
-    """Returns the type one level below: of a model's field, a dict's values or a list's items.
+    """Returns the type of a model's field `part`, of a dict's values or of a list's items, given the outer type.
 
     A union is reduced to its first member other than None.
     """
@@ -269,7 +269,7 @@ def read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not valid UTF-8 (at byte {error.start})") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: does not parse ({error})") from None
+        raise ConfigError(f"{path}: is not valid TOML or JSON ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config must be a table, not {type(data).__name__}")
     return data

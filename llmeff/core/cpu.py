@@ -56,7 +56,7 @@ def contained(name: InstructionSet) -> list[InstructionSet]:
 
 
 def effective(flags: Collection[str], limit: str = "") -> InstructionSet | None:
-    """Returns the instruction set that oneDNN uses on a CPU, or None if the CPU supports none of them.
+    """Returns the instruction set that oneDNN uses on a CPU, or None if the CPU supports no set that oneDNN knows.
 
     Args:
         flags: the CPU's flags, as /proc/cpuinfo names them.
@@ -86,7 +86,8 @@ def _flags() -> frozenset[str]:
 def multiplies_bfloat16(device: str) -> bool:
     """Returns whether matrix products are faster in bfloat16 than in float32: True on a GPU, and on a CPU with AMX.
 
-    On a CPU with neither AMX nor AVX512_BF16, bfloat16 products are slow: with AVX2, many times slower than in float32.
+    False on all other CPUs. Without AVX512_BF16 they are even slow in bfloat16: with AVX2, many times slower than in
+    float32.
 
     Args:
         device: `cpu`, or a type of accelerator such as `cuda`.

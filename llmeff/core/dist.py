@@ -112,7 +112,7 @@ _UNSAID = {
 
 
 def launcher_settings() -> list[ExternalSetting]:
-    """Returns the settings that the launcher was given: the number of ranks, and flags that are not its defaults."""
+    """Returns the launcher's settings: the number of ranks, and each flag that differs from the launcher's default."""
     found = [ExternalSetting(key="parallel.ranks", value=world().ranks, source="the launcher (WORLD_SIZE)")]
     for name, (key, flag, read) in _FLAGS.items():
         given = os.environ.get(name, "auto")
@@ -122,7 +122,7 @@ def launcher_settings() -> list[ExternalSetting]:
 
 
 def _as_given(read: Callable[[str], Any], given: str) -> Any:
-    """Parses the value. Returns the text unchanged if it does not parse, so that it equals no value of a config."""
+    """Returns the parsed value, or the text itself if it cannot be parsed. The text then equals no config value."""
     try:
         return read(given)
     except ValueError:
@@ -140,7 +140,7 @@ def launcher_engine() -> str | None:
 def is_cut_short() -> bool:
     """Returns whether `accelerate launch` was asked for several processes but started only this one.
 
-    In this case it sets a port, but no number of ranks.
+    In this case `accelerate launch` sets MASTER_PORT but not WORLD_SIZE.
     """
     return "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and not is_launched()
 
@@ -219,8 +219,8 @@ def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
 def in_a_world() -> Iterator[None]:
     """Context manager in which the environment declares this process a rank: the only rank if there is no launcher.
 
-    Process groups and engines need these variables, and set more. At the end of the block the old environment is
-    restored. Otherwise, later runs in this process, and processes that it starts, would believe that they are ranks.
+    Process groups and engines need these variables, and set more. The end of the block restores the old environment,
+    because later runs in this process, and processes that it starts, would otherwise take themselves for ranks.
     """
     before = dict(os.environ)
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # `check_world` has compared these settings with the config

@@ -172,7 +172,7 @@ def refuse_links(folder: Path, *, itself: bool = False) -> None:
 
     Args:
         folder: the folder. It may be absent, and its path may contain links.
-        itself: True if the folder itself must not be a link either, because it is inside a folder that llmeff writes.
+        itself: whether to refuse also a folder that is a link itself, as inside a folder that llmeff writes.
 
     Raises:
         ConfigError: if the folder contains a symbolic link (even a broken link), a pipe, a socket or a device. With
@@ -186,8 +186,8 @@ def refuse_links(folder: Path, *, itself: bool = False) -> None:
     what = f"is a symbolic link to {os.readlink(first)}" if first.is_symlink() else "is neither a file nor a folder"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise ConfigError(
-        f"{first}: {what}{more}. llmeff follows no links inside the folders that it writes, and nothing was changed. "
-        "Remove it, or replace the link by a copy of its target (the top folder itself may be a link)"
+        f"{first}: {what}{more}. llmeff follows no links inside the folders that it writes, and has changed nothing. "
+        "Remove this entry, or replace the link by a copy of its target (only the top folder may be a link)"
     )
 
 
@@ -236,7 +236,7 @@ def set_aside(folder: Path, names: Iterable[str], copied: Iterable[str]) -> Path
     Args:
         folder: the folder.
         names: names of the entries to move. Absent entries are skipped.
-        copied: names of files to copy there too. Absent files are skipped.
+        copied: names of files to copy, not move, into the subfolder. Absent files are skipped.
 
     Returns:
         The path of `discarded-N`, or None if there was nothing to move.

@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 def connect(device: torch.device, timeout_s: float) -> None:
-    """Joins the launcher's process group, or creates one of this process alone. Does nothing if already joined.
+    """Joins the launcher's process group, or creates a group of this process alone.
+
+    Does nothing if this process has already joined a group.
 
     Args:
         device: this process's device. GPUs use NCCL, CPUs use gloo.
@@ -76,7 +78,7 @@ def _reduced(value: Tensor, by: torch.distributed.ReduceOp.RedOpType) -> Tensor:
 
 
 def least(value: int) -> int:
-    """Returns the smallest value of all ranks."""
+    """Returns the smallest of the values that the ranks give."""
     return -int(_reduced(torch.tensor(-value), torch.distributed.ReduceOp.MAX))
 
 
@@ -111,7 +113,7 @@ def agreed() -> Iterator[None]:
     All ranks must enter the block, and they wait for each other at its end.
 
     Raises:
-        ConfigError: if the block raised one on any rank. It has the problems of the lowest such rank.
+        ConfigError: if the block raised a ConfigError on any rank. The problems are those of the lowest such rank.
     """
     raised: ConfigError | None = None
     try:

@@ -2,7 +2,7 @@
 
 
 class Heartbeat:
-    """Progress that the run last reported."""
+    """The progress that this process last reported with `beat`."""
 
     def __init__(self) -> None:
         self.count = 0

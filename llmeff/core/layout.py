@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def is_padding(self) -> Tensor | None:
-        """(B, T) bool over the new tokens: True at padding, unlike `padding`. None if there is no padding."""
+        """(B, T) bool over the new tokens: True at padding, where `padding` is False. None if there is no padding."""
         return None if self.padding is None else ~self.padding[:, self.past : self.past + self.positions.shape[-1]]
 
     def cleared(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Layout:
         return places if self.padding is None else places.masked_fill(~self.padding[:, :num_tokens], -1)
 
     def tables(self, key: Hashable, make: Callable[[], Tables]) -> Tables:
-        """Returns tables that a mixer computes from the layout, once per key for all layers.
+        """Returns tables that a mixer computes from the layout. They are computed once per key, for all layers.
 
         Args:
             key: key of the tables. It starts with the mixer's name.
@@ -105,7 +105,7 @@ class Layout:
 
         Returns None for a plain causal mask, without documents, padding or cached tokens.
 
-        A query without any visible key, such as left padding, sees all keys instead: its output is not used, and a
+        A query that no key is visible to, such as left padding, sees all keys instead. Its output is not used, but a
         softmax over no keys would be NaN.
         """
         if num_keys not in self._masks:

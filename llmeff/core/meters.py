@@ -391,7 +391,7 @@ def _attention_backward_flops(grad_out: _Shape, query: _Shape, key: _Shape, valu
 def _convolution_backward_flops(
     grad_out: _Shape, x: _Shape, weight: _Shape, *rest: Any, output_mask: Any = None, **__: Any
 ) -> int:
-    """Returns as many FLOPs as a forward pass for each requested gradient (of the input, of the weight).
+    """Returns the FLOPs of a forward pass, times the number of requested gradients (of input, weight or both).
 
     Torch's own formula is wrong for grouped convolutions: it ignores the groups.
     """
@@ -434,8 +434,8 @@ def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, 
     """Counts a step's FLOPs and wire bytes, and notes its kernels.
 
     Returns:
-        Two values. The first is a dict with `executed_flops`, if the FLOPs of all kernels can be counted, and
-        `wire_bytes`, if ranks sent any. The second names the kernels that ran, for operations with several kernels.
+        A dict and a tuple. The dict has `executed_flops`, if the FLOPs of all kernels can be counted, and `wire_bytes`,
+        if ranks sent any. The tuple names the kernels that ran, of operations that can use several kernels.
     """
     with WireMeter() as wire, kernels.noted() as ran:
         flops = count_flops(run)

@@ -56,7 +56,7 @@ def parameter_infos(model: nn.Module, roles: Mapping[str, Role]) -> list[Paramet
     """
     missing = [name for name, _ in model.named_parameters() if name not in roles]
     if missing:
-        raise ValueError(f"parameters without a role: {', '.join(missing[:3])} ({len(missing)} in all)")
+        raise ValueError(f"the model's roles() lacks parameters: {', '.join(missing[:3])} ({len(missing)} in all)")
     return [
         ParameterInfo(name=name, parameter=parameter, role=roles[name])
         for name, parameter in model.named_parameters()

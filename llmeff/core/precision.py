@@ -1,4 +1,4 @@
-"""The number formats that each precision uses for parameters, compute, gradients and communication."""
+"""The dtypes that each precision uses for parameters, compute, gradients and communication."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The number formats of a run, by torch's names ("float32")."""
+    """The dtypes that a run uses, by torch's names ("float32")."""
 
     name: PrecisionName
     """Name of the precision."""
@@ -49,7 +49,7 @@ assert set(_TABLE) == set(get_args(PrecisionName))
 
 
 def precision(name: PrecisionName) -> Precision:
-    """Returns the number formats of a precision."""
+    """Returns the dtypes that a precision uses."""
     parameters, compute, gradients, master = _TABLE[name]
     return Precision(
         name=name,

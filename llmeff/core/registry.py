@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message: a suggestion if a known name is similar, then all known names."""
+    """Returns the end of an error message: the most similar known name, if any is similar, and all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -19,7 +19,7 @@ class Registry(Generic[T]):
     """Entries of one kind, by name.
 
     Args:
-        kind: what errors call an entry ("optimizer").
+        kind: the word for an entry in errors, such as "optimizer".
     """
 
     def __init__(self, kind: str):
@@ -33,7 +33,9 @@ class Registry(Generic[T]):
             ValueError: if the name is already registered.
         """
         if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}")
+            raise ValueError(
+                f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}. Rename one of them"
+            )
         self._entries[name] = entry
 
     def unknown(self, name: object) -> str:

@@ -56,7 +56,7 @@ def whole_tensors(sizes: Mapping[str, int], ranks: int) -> list[Shard]:
 
 
 def split_group(sizes: Mapping[str, int], ranks: int, alignment: int = 1) -> list[Shard]:
-    """Concatenates the parameters, pads the result as `part_length` describes, and gives each rank one equal part.
+    """Concatenates the parameters and gives each rank one part of `part_length` elements, with padding at the end.
 
     The padding belongs to no slice.
 
@@ -83,7 +83,7 @@ def part_length(size: int, ranks: int, alignment: int = 1) -> int:
     """Returns the number of elements in one rank's part, with padding.
 
     `size` is rounded up to a multiple of `alignment` and divided by the number of ranks. `alignment` must be a multiple
-    of the number of ranks. 1 stands for the number of ranks.
+    of the number of ranks, or 1, which means the number of ranks.
     """
     step = max(alignment, ranks)
     return -(-size // step) * step // ranks

@@ -24,7 +24,7 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies values in place into the tensors that `stored_tensors` lists.
+    """Copies the values of `tensors` into the module's tensors that `stored_tensors` lists, in place.
 
     Raises:
         ValueError: if names or shapes differ.
@@ -32,7 +32,7 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     stored = stored_tensors(module)
     if stored.keys() != tensors.keys():
         missing, extra = sorted(stored.keys() - tensors.keys()), sorted(tensors.keys() - stored.keys())
-        raise ValueError(f"the weights do not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
+        raise ValueError(f"the weights do not fit the model: they lack {missing[:3]}, and the model lacks {extra[:3]}")
     for name, tensor in stored.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(

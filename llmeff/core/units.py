@@ -49,7 +49,9 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_quantity(name: str, value: float) -> str:
-    """Formats a value in the unit that its name ends with: `_bytes`, `_s`, `_j` or `_flops`. Otherwise, a plain number.
+    """Formats a value in the unit that its name ends with: `_bytes`, `_s`, `_j` or `_flops`.
+
+    If the name has no such ending, formats a plain number.
 
     >>> show_quantity("peak_bytes", 2**20), show_quantity("executed_flops", 2e9), show_quantity("parameters", 804096)
     ('1.00 MiB', '2.0 GFLOP', '804,096')
@@ -66,7 +68,7 @@ def show_quantity(name: str, value: float) -> str:
 
 
 def show_names(names: Sequence[str], most: int = 8) -> str:
-    """Lists the first names, and the number of names left out.
+    """Joins the first `most` names, followed by the number of names that are left out.
 
     >>> show_names(["a", "b", "c"], most=2)
     'a, b and 1 more'

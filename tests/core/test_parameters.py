@@ -35,5 +35,5 @@ def test_frozen_parameters_have_no_row():
 def test_every_parameter_needs_a_role():
     model, roles = tied()
     del roles["1.bias"], roles["2.bias"]
-    with pytest.raises(ValueError, match=r"without a role: 1\.bias, 2\.bias \(2 in all\)"):
+    with pytest.raises(ValueError, match=r"roles\(\) lacks parameters: 1\.bias, 2\.bias \(2 in all\)"):
         parameter_infos(model, roles)
