@@ -31,7 +31,7 @@ class Storage:
         return Storage(self._live, num_bytes, self.label)
 
     def relabel(self, label: tuple[str, str]) -> None:
-        """Changes the label, under which the bytes are counted."""
+        """Moves the bytes from the old label to a new label, under which they are then counted."""
         self._live.change(self.label, -self.num_bytes)
         self.label = label
         self._live.change(label, self.num_bytes)
@@ -74,7 +74,7 @@ class Array:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the elements are contiguous. A view of some channels of several rows is not."""
+        """Whether the elements are contiguous in memory, unlike in a view of some channels of several rows."""
         return self.shape[:1] == (1,) or self.size * NUM_BYTES[self.dtype] == self.storage.num_bytes
 
     def like(self) -> "Array":
@@ -89,7 +89,7 @@ class Array:
 
 @dataclass(slots=True)
 class Node:
-    """An operation in the backward graph. Without `backward` and `replay`, it is a leaf that receives a gradient."""
+    """An operation in the backward graph. A node without `backward` and `replay` is a leaf."""
 
     inputs: tuple["Node | None", ...] = ()
     saved: tuple[Array, ...] = ()
@@ -99,7 +99,7 @@ class Node:
     gradient: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
-        """Adds to the gradient of the node's output. As in PyTorch, this is in place if that gradient is contiguous."""
+        """Adds to the gradient of the node's output: in place if that gradient is contiguous, as PyTorch does."""
         if self.gradient is None:
             self.gradient = gradient
         elif not self.gradient.is_dense:

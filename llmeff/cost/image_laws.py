@@ -13,7 +13,7 @@ class Images:
     """A micro-batch of images with a label for every pixel.
 
     Args:
-        tape: the tape that counts its memory.
+        tape: the tape that counts the memory of the micro-batch.
     """
 
     def __init__(self, tape: Tape):
@@ -31,7 +31,7 @@ class Images:
 def convolution(tape: Tape, x: Array, weight: Array, bias: Array | None) -> Array:
     """Convolves (B, C, H, W) with a weight of shape (D, C, k, k) to (B, D, H, W), with stride 1 and "same" padding.
 
-    The FLOPs do not include the addition of the bias. On a CPU the kernels work on copies (`workspace`).
+    The FLOPs do not include the addition of the bias. On a CPU the kernels copy their inputs (see `workspace`).
     """
     is_input = x.node is None
     weight, x = laws.autocast_weight(tape, weight), laws.autocast(tape, x)
@@ -84,7 +84,7 @@ add = laws.add
 
 
 def concat(tape: Tape, left: Array, right: Array) -> Array:
-    """Joins (B, C, H, W) and (B, D, H, W) to (B, C + D, H, W). Backward returns views of its gradient.
+    """Joins (B, C, H, W) and (B, D, H, W) to (B, C + D, H, W). Backward returns two views of the result's gradient.
 
     If an input has another dtype than the result, its gradient is a cast copy.
     """

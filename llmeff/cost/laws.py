@@ -15,7 +15,7 @@ class Batch:
     """A micro-batch as a model's law sees it: tokens and `core.layout.Layout` as shapes, without values.
 
     Args:
-        tape: the tape that counts its memory.
+        tape: the tape that counts the memory of the micro-batch.
     """
 
     def __init__(self, tape: Tape):
@@ -78,7 +78,7 @@ def autocast(tape: Tape, x: Array) -> Array:
 
 
 def autocast_weight(tape: Tape, weight: Array) -> Array:
-    """Casts a weight as autocast does before a contraction, which is once per forward pass."""
+    """Casts a weight as autocast does before a contraction. Each weight is cast only once per forward pass."""
     return tape.cached(weight, lambda: autocast(tape, weight)) if tape.precision.autocast else weight
 
 
@@ -176,7 +176,7 @@ def _multiply_back(tape: Tape, gradient: Array, left: Array, right: Array) -> tu
 
 
 def scale(tape: Tape, x: Array, constant: Array) -> Array:
-    """Multiplies by a constant, which is broadcast and saved for backward."""
+    """Multiplies `x` by a constant. The constant is broadcast, is saved for backward and gets no gradient."""
     node = tape.save((x,), (constant,), partial(_scale_back, tape))
     return tape.elementwise(x.shape, x.dtype, node)
 
@@ -201,7 +201,7 @@ def function(tape: Tape, x: Array, keeps: Literal["input", "output", "nothing"])
 
 
 def shift(tape: Tape, x: Array) -> Array:
-    """Adds an array that is broadcast and has no gradient. Backward passes the gradient on to `x`."""
+    """Adds to `x` an array that is broadcast and needs no gradient. Backward passes the gradient on to `x`."""
     return tape.elementwise(x.shape, x.dtype, tape.save((x,), (), _shift_back))
 
 
@@ -215,7 +215,7 @@ def silu(tape: Tape, x: Array) -> Array:
 
 
 def times(tape: Tape, x: Array, factor: Array) -> Array:
-    """Multiplies by a factor that is broadcast. Both are saved for backward."""
+    """Multiplies `x` by a factor that is broadcast. Both are saved for backward, and both get a gradient."""
     node = tape.save((x, factor), (x, factor), partial(_times_back, tape))
     return tape.elementwise(x.shape, promote(x.dtype, factor.dtype), node)
 
@@ -231,7 +231,7 @@ def _summed(tape: Tape, gradient: Array, shape: tuple[int, ...], dtype: str) -> 
 
 
 def plus(tape: Tape, x: Array, summand: Array) -> Array:
-    """Adds a summand that is broadcast."""
+    """Adds to `x` a second array that is broadcast and gets a gradient."""
     node = tape.save((x, summand), (), partial(_plus_back, tape, x.dtype, summand.shape, summand.dtype))
     return tape.elementwise(x.shape, promote(x.dtype, summand.dtype), node)
 
@@ -256,7 +256,7 @@ def _concat_back(given: list[tuple[int, ...]], gradient: Array) -> tuple[Array, 
 
 
 def split(tape: Tape, x: Array, *shapes: tuple[int, ...]) -> list[Array]:
-    """Returns views of an array's parts. Backward waits for the gradients of all parts and joins them."""
+    """Splits an array into views of the given shapes. Backward joins the gradients of all views to one array."""
     arrived: list[Array] = []
     first = tape.save((x,), (), partial(_split_back, tape, x.shape, arrived))
     others = [tape.save((), (), partial(put_aside, arrived)) for _ in shapes[1:]]
@@ -270,7 +270,7 @@ def _split_back(tape: Tape, shape: tuple[int, ...], arrived: list[Array], gradie
 
 
 def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
-    """Keeps the gradient of an operation's further output until the backward of the operation uses it."""
+    """Keeps the gradient of the second or a later output of an operation, until the operation's backward uses it."""
     arrived.append(gradient)
     return ()
 
@@ -292,7 +292,7 @@ def attention(
         key: (B, K, S, H).
         value: (B, K, S, H).
         bias: (B, 1, T, S), added to the scores. None for plain causal attention.
-        model_flops: model FLOPs of a forward pass. None for those of causal attention.
+        model_flops: model FLOPs of the forward pass. If None, counts the model FLOPs of causal attention.
 
     Returns:
         An array of shape (B, N, T, H), with the memory layout (B, T, N, H).
@@ -315,7 +315,7 @@ def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | Non
 
 
 def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) -> None:
-    """Counts the buffers of torch's CPU attention kernel: in each thread, scores of blocks of queries and keys."""
+    """Counts the buffers of torch's CPU attention kernel. Each thread has some for the scores of a block."""
     if not tape.workload.on_cpu:
         return
     num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
@@ -377,16 +377,16 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def view(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """Returns a view of a part, an expansion or all of the array. Backward makes a new gradient of its shape."""
+    """Returns a view of a part, an expansion or all of `x`. Backward makes a new gradient with the shape of `x`."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return Array(shape, x.dtype, x.storage, node)
 
 
 def cut(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """Cuts the end of the second dimension off. Backward pads the gradient with zeros.
+    """Cuts off the end of the second dimension, so that the array has the given shape. Backward pads with zeros.
 
     If the array already has the shape, returns the array itself. With one row the result is a view. With several rows
-    the view is not contiguous and `linear` copies it, so the result is a copy.
+    it is a copy, because the view would not be contiguous and `linear` would copy it.
     """
     if x.shape == shape:
         return x

@@ -60,7 +60,7 @@ Source = Literal["law", "traced"]
 
 @dataclass(frozen=True)
 class Price:
-    """A cost: integers by (kind, part).
+    """A cost: for each kind of cost and part of the model, an integer.
 
     >>> one = Price({("parameters", "mlp"): 6, ("parameters", "norms"): 2})
     >>> (one + 2 * one).total("parameters"), one.parts("parameters")
@@ -96,7 +96,7 @@ class Price:
             ValueError: the kind is in `unknown`, so its sum is incomplete.
         """
         if kind in self.unknown:
-            raise ValueError(f"{kind} is unknown in this price. Use `known` or `at_least` instead of `total`")
+            raise ValueError(f"the total {kind} of this price is unknown. Use `known` or `at_least` instead of `total`")
         return self.at_least(kind)
 
     def known(self, kind: Kind) -> int | None:
@@ -104,7 +104,7 @@ class Price:
         return None if kind in self.unknown else self.at_least(kind)
 
     def at_least(self, kind: Kind) -> int:
-        """Returns the sum over all parts that are known, which is a lower bound."""
+        """Returns the sum over all known parts. If the kind is in `unknown`, this is only a lower bound."""
         return sum(self.parts(kind).values())
 
     def parts(self, kind: Kind) -> dict[str, int]:

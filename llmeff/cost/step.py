@@ -32,16 +32,16 @@ Given = Callable[[Tape], Any]
 
 
 def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = None, given: Given = Batch) -> Price:
-    """Returns the price of a step: forward and backward of all its micro-batches, and the update.
+    """Returns the price of an optimizer step: forward and backward of all its micro-batches, and the update.
 
-    The price does not include the optimizer state, which the optimizer's own price adds.
+    The price does not include the optimizer state. The optimizer has its own price for it.
 
     Args:
         law: the forward pass from a micro-batch to its summed loss.
         workload: the step.
         strategy_law: the law of the weights and gradients that a rank keeps and sends. None for a single process, which
             keeps all of them.
-        given: makes the micro-batch that the law reads.
+        given: function that makes the micro-batch for `law`.
     """
     strategy_law = strategy_law or StrategyLaw(weights(law, given), workload.precision)
     strategy_law.set_use_order(_uses(law, workload, given))
@@ -81,11 +81,11 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
 
 
 def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, strategy_law: StrategyLaw) -> Price:
-    """Returns the price of a step without activations: the step only uses its weights, one after another.
+    """Returns the price of a step of a model without activations: the step uses its weights one after another.
 
     Args:
-        uses: for each use in the forward pass, in order, the weight and whether backward uses it again. Backward does
-            not use a frozen weight if no gradient flows through its operation.
+        uses: for each use in the forward pass, in order, the weight and whether backward uses the weight again. It
+            does not if the weight is frozen and no gradient flows through the operation.
         workload: the step.
         strategy_law: the law of the weights and gradients that a rank keeps and sends.
     """

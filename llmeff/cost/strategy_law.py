@@ -81,19 +81,19 @@ class StrategyLaw:
         """Called before an operation reads a weight."""
 
     def on_gradient(self, weight: Weight, gradient: Array) -> None:
-        """Called when a weight's gradient is ready. Keeps the first one, to which later ones are added in place."""
+        """Called when a weight's gradient is ready. Keeps the first gradient. Later gradients add to it in place."""
         if weight.name not in self.whole:
             self.whole[weight.name] = gradient
             gradient.storage.relabel(("gradient_bytes", weight.part))
 
     def end_forward(self) -> None:
-        """Called after the loss."""
+        """Called at the end of the forward pass, after the loss is computed."""
 
     def end_backward(self) -> None:
         """Called when all gradients of a micro-batch are ready."""
 
     def gradients(self) -> Counter[str]:
-        """Returns the bytes of gradients between the last backward and the update, by part."""
+        """Returns the bytes of the gradients that are in memory between the last backward and the update, by part."""
         parts: Counter[str] = Counter()
         for weight in self.weights:
             if weight.name in self.whole:
@@ -101,16 +101,16 @@ class StrategyLaw:
         return parts
 
     def update(self) -> None:
-        """Called for the update. Counts what clipping, update and clearing of gradients allocate, send and free."""
+        """Called for the update. Counts bytes that clipping, update and clearing gradients allocate, send or free."""
 
     def updated(self) -> list[Weight]:
-        """Returns the tensors that this process's optimizer updates. Their parts are also the parts of its state."""
+        """Returns the tensors that this process's optimizer updates. Their optimizer state has the same parts."""
         return [replace(weight, dtype=self.formats.master or weight.dtype) for weight in self.weights]
 
     # -- for strategies
 
     def make(self, label: str, num_bytes: int) -> Storage:
-        """Adds bytes that stay in memory until the last reference to the result is gone."""
+        """Adds bytes that stay in memory until the last reference to the returned `Storage` is gone."""
         return Storage(self._live, num_bytes, (label, ""))
 
     def hold(self, label: str, num_bytes: int) -> None:
@@ -127,5 +127,5 @@ class StrategyLaw:
         self.hold(kind, num_bytes)
 
     def send(self, collective: str, num_bytes: int) -> None:
-        """Counts a collective with its full payload."""
+        """Counts the bytes of a collective: its full payload, even if this rank has only a part of it."""
         self.wire[collective] += num_bytes

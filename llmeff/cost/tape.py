@@ -95,7 +95,7 @@ class Tape:
         return Array(shape, self.precision.parameters, self._static, leaf)
 
     def cached(self, weight: Array, make: Callable[[], Array]) -> Array:
-        """Returns autocast's copy of a weight in the compute dtype. `make` makes it once per forward pass."""
+        """Returns autocast's copy of a weight in the compute dtype. Calls `make` for it once per forward pass."""
         assert isinstance(weight.node, Leaf)
         name = weight.node.weight.name
         if name not in self._casts:
@@ -113,7 +113,7 @@ class Tape:
             backward: makes the gradients. None if the caller sets the node's `replay`.
 
         Returns:
-            The operation's node, or None if nothing is recorded, as in the first pass of recomputed layers.
+            The operation's node. None if no backward graph is recorded, as in the first pass of recomputed layers.
         """
         self._count_saves(len(saved))
         if not self._keeps:
@@ -127,7 +127,7 @@ class Tape:
         return node
 
     def save_output(self, node: Node | None, *outputs: Array) -> None:
-        """Saves outputs of an operation for its backward, which receives them after the arrays given to `save`."""
+        """Saves outputs of an operation for its backward, which gets them after the arrays given to `save`."""
         self._count_saves(len(outputs))
         if node is not None:
             self._keep(node, outputs)
@@ -161,12 +161,12 @@ class Tape:
         return Array(shape, dtype, Storage(self.live, num_bytes, ("temporaries", self._part)), node)
 
     def workspace(self, num_bytes: int) -> Storage:
-        """Adds bytes that a library allocates besides tensors. They are freed with the last reference to the result."""
+        """Adds bytes that a library allocates besides tensors. They are freed when the returned `Storage` is."""
         return Storage(self.live, 0 if self._has_stopped else num_bytes, ("workspace_bytes", self._part))
 
     @contextmanager
     def room(self, found: Room | None) -> Iterator[None]:
-        """A context in which the result of one of a convolution's contractions is made.
+        """A context in which to make the result of a contraction of a convolution. Adds the contraction's workspace.
 
         Args:
             found: the workspace of the contraction. None if it is unknown.
@@ -181,7 +181,7 @@ class Tape:
         del result
 
     def given(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """Makes a new array of the batch, which exists before the forward pass."""
+        """Makes a new array that belongs to the batch, and so is in memory before the forward pass."""
         array = Array(shape, dtype, Storage(self.live, prod(shape) * NUM_BYTES[dtype], ("batch_bytes", "batch")))
         self.counts["batch_bytes", "batch"] += array.storage.num_bytes
         return array
@@ -202,8 +202,8 @@ class Tape:
 
         Args:
             flops: executed FLOPs of the forward pass. Backward counts its own with `execute`.
-            model_flops: model FLOPs of the forward pass. None for the same number as `flops`. Twice as many are added
-                for backward.
+            model_flops: model FLOPs of the forward pass. None if they equal `flops`. For backward, twice this number is
+                added.
         """
         self.execute(flops)
         if not self._recomputes:
@@ -274,7 +274,7 @@ class Tape:
         flows: Sequence[bool],
         given_gradients: Callable[[], list[Array]],
     ) -> list[Array | None]:
-        """Runs the backward of an autograd.Function that runs its forward pass again and differentiates it by autograd.
+        """Runs the backward of an autograd.Function whose backward recomputes the forward pass under autograd.
 
         Args:
             run: the forward pass.

@@ -52,7 +52,7 @@ class Convolution:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it is a plain matrix product over pixels: a 1x1 kernel and maps of equal size in input and output."""
+        """Whether the convolution is a matrix product over pixels: a 1x1 kernel, and input and output of equal size."""
         return self.is_1x1 and self.x[2:] == self.y[2:]
 
     @property
@@ -143,7 +143,7 @@ _ALIGNED, _BESIDE = 256, 128
 
 
 def matrix_bytes(work: Workload, size: int, dtype: str) -> int:
-    """Returns the bytes that a matrix product allocates besides its result of `size` elements, or 0 if not known."""
+    """Returns the bytes that a matrix product allocates besides its result of `size` elements. 0 if none or unknown."""
     if not work.on_cpu or dtype != "bfloat16" or work.instruction_set not in _WIDE_RESULTS:
         return 0
     return _filled(size * BYTES["float32"], _ALIGNED) + _BESIDE
@@ -170,7 +170,7 @@ def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype:
 
 
 def is_torchs(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> bool:
-    """Returns whether a convolution runs on a CPU and is known to run without oneDNN."""
+    """Returns whether a convolution runs on a CPU by torch's own code, without oneDNN. False if this is not known."""
     return work.on_cpu and _form_of(work, x, weight, dtype) == "torch"
 
 
@@ -215,9 +215,10 @@ def _blocks_with_sums(convolution: Convolution, product: Product) -> Room:
     """Blocks of 16 channels in a 16-bit dtype, and float32 buffers for sums in each thread.
 
     With a 1x1 kernel, each thread sums one image's map in float32. With other kernels, each thread sums the weight's
-    gradient in float32. For that it copies one image of input and output, transposed and with padded rows. An image
-    with fewer than 16 channels is not copied, or a matrix product lays out all its patches. With many channels and
-    small maps, threads share the channels and need less memory than this form gives.
+    gradient in float32. For that it copies one image of input and output, transposed and with padded rows. An input
+    with fewer than 16 channels is not copied or, if the number of output channels is not a multiple of 16, all its
+    patches are laid out for a matrix product. With many channels and small maps, threads share the channels and need
+    less memory than this form gives.
     """
     copies, num_threads = _blocks(16, convolution, product), convolution.num_threads
     (inputs, height, width), (outputs, *made) = convolution.x[1:], convolution.y[1:]

@@ -255,7 +255,7 @@ def test_the_peak_is_unknown_where_the_workspace_is():
     assert known.total("workspace_bytes") == 4 * PIXELS * 16 + 4 * 16 * 3 * K * K
     assert unknown.unknown == {"workspace_bytes", "peak_bytes"}
     assert unknown.known("peak_bytes") is None
-    with pytest.raises(ValueError, match="peak_bytes is unknown in this price"):
+    with pytest.raises(ValueError, match="the total peak_bytes of this price is unknown"):
         unknown.total("peak_bytes")
     assert 0 < unknown.at_least("peak_bytes") <= known.total("peak_bytes")
     for kind in ("parameters", "gradient_bytes", "saved_bytes", "executed_flops"):
