@@ -54,7 +54,9 @@ class AugmentConfig(Config):
     @model_validator(mode="after")
     def _low_before_high(self) -> Self:
         if self.scale is not None and self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale must be (low, high), but {self.scale[0]} is above {self.scale[1]}")
+            raise ValueError(
+                f"scale must be (low, high), but the first value, {self.scale[0]}, is above the second, {self.scale[1]}"
+            )
         return self
 
     def apply(self, image: NDArray[np.uint8], labels: NDArray[np.uint8], seed: int, step: int, row: int) -> Placed:
@@ -92,12 +94,14 @@ class AugmentConfig(Config):
 
 
 def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
-    """Chooses a random crop of the image or, if the row is larger, a random position of the image, along one axis.
+    """Places an image at random in a row of the batch, along one axis.
+
+    An image that is larger than the row is cropped. A smaller image keeps its size.
 
     Args:
-        there: pixels of the image along the axis.
-        wanted: pixels of the row along the axis.
-        chance: random number in [0, 1).
+        there: number of pixels that the image has along the axis.
+        wanted: number of pixels that the row has along the axis.
+        chance: random number in [0, 1) that determines the crop or the position.
 
     Returns:
         (span in the image, span in the row), of equal length.
@@ -111,7 +115,10 @@ def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
 def _zoomed(
     pixels: NDArray[np.uint8], zoomed: list[int], rows: slice, columns: slice, resampling: Image.Resampling
 ) -> NDArray[np.uint8]:
-    """Returns a part of an image that is resized to `zoomed`. `rows` and `columns` are pixels of the resized image."""
+    """Returns the given rows and columns of an image that was resized to `zoomed`, (H, W).
+
+    Only these pixels of the resized image are computed.
+    """
     vertical, horizontal = pixels.shape[0] / zoomed[0], pixels.shape[1] / zoomed[1]
     box = (
         columns.start * horizontal,

@@ -55,7 +55,7 @@ class TokenStream:
         tokens: (N,) unsigned token ids.
         starts: (documents + 1,) int64: index of the end token before each document, and finally of the last end token.
         document_bytes: (documents,) int64: UTF-8 bytes of each document.
-        read_units: reads and returns the documents' names.
+        read_units: function that reads and returns the documents' names.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ def write_corpus(
 def _encoded(
     documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, max_tokens: int | None
 ) -> Iterator[tuple[Split, Document, NDArray[np.unsignedinteger]]]:
-    """Yields each document with its split and its token ids, up to and including the one that reaches `max_tokens`."""
+    """Yields (split, document, token ids). Stops after the document that brings the total to `max_tokens` tokens."""
     remaining, num_left = iter(documents), math.inf if max_tokens is None else max_tokens
     while batch := _batch(remaining, min(ENCODED_CHARACTERS, num_left / CHARACTER_TOKENS)):
         all_ids = tokenizer.encode_batch([document.text for _, document in batch])
@@ -159,7 +159,7 @@ def _encoded(
 
 
 def _batch(documents: Iterator[tuple[Split, Document]], num_wanted: float) -> list[tuple[Split, Document]]:
-    """Returns the next documents, up to and including the one with which they have `num_wanted` characters in total."""
+    """Returns the next documents. Stops after the document that brings their total to `num_wanted` characters."""
     batch, num_characters = [], 0
     for split, document in documents:
         beat()

@@ -28,8 +28,8 @@ class CharacterTokenizer(Tokenizer):
         """Returns the ids of each text's characters.
 
         Raises:
-            ConfigError: a character is unknown. No token stands for unknown characters, because it would make every
-                loss look better.
+            ConfigError: a character is not in the vocabulary. There is no token for unknown characters, because
+                such a token would make every loss look better.
         """
         encoded = []
         for text in texts:
@@ -38,7 +38,7 @@ class CharacterTokenizer(Tokenizer):
                 unknown = text[int(ids.argmin())]
                 raise ConfigError(
                     f"data.tokenizer: the character {unknown!r} (U+{ord(unknown):04X}) is not in the training text. "
-                    "The tokenizers 'bytes' and 'bpe' know every character"
+                    "Use the tokenizer 'bytes' or 'bpe', which can encode every character"
                 )
             encoded.append(ids.astype(np.uint32))
         return encoded

@@ -61,7 +61,9 @@ class Cityscapes(ImageFiles):
     @model_validator(mode="after")
     def _a_city_is_in_one_split(self) -> Self:
         if both := sorted(set(self.search_cities) & set(self.validation_cities)):
-            raise ValueError(f"search_cities and validation_cities both contain {', '.join(both)}")
+            raise ValueError(
+                f"search_cities and validation_cities both contain {', '.join(both)}. A city can be in only one of them"
+            )
         return self
 
     def classes(self) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def write_images(
         folder: folder to fill.
         images: the images, each with its split; at least one.
         classes: names of the classes.
-        size: (H, W) to resize all images to. None keeps their size, which must then be equal.
+        size: (H, W) to resize all images to. None to keep their size. In that case, all images must have the same size.
 
     Raises:
         ConfigError: an image is invalid, or its size differs from the first image's.

@@ -63,9 +63,9 @@ class ImageFiles(ImageSourceConfig):
         yield from labelled(self.pairs(), self.labels())
 
     def image_size(self) -> tuple[int, int] | None:
-        """Returns (H, W) from the header of the first image, because all images must have the same size.
+        """Returns (H, W) of the first image. All images of the source must have this size.
 
-        Returns None if files are missing or the first image cannot be read.
+        Reads only the header of the first image. Returns None if files are missing or this image cannot be read.
         """
         try:
             first, *_ = self.pairs()
@@ -148,7 +148,7 @@ def paired(
 
 
 def _alone(folder: Path, candidates: Mapping[str, Path], partners: Mapping[str, Path]) -> list[str]:
-    """Returns the candidates without a partner, as paths relative to their folder."""
+    """Returns the files in `candidates` whose name is not in `partners`, as paths relative to `folder`."""
     return [path.relative_to(folder).as_posix() for name, path in candidates.items() if name not in partners]
 
 
@@ -162,8 +162,8 @@ def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> d
 
     Args:
         folder: searched recursively.
-        ends: endings of file names; upper and lower case are the same.
-        asked: the setting that named the folder, for errors.
+        ends: endings of file names. Upper and lower case count as the same.
+        asked: name of the setting that gives the folder, for errors.
 
     Returns:
         The files by relative path without the ending, sorted.
@@ -182,8 +182,8 @@ def listed(folder: Path, ends: tuple[str, ...], asked: str = "data.source") -> d
         name = relative.as_posix()[: -len(end)]
         if name in found:
             raise ConfigError(
-                f"{path}: there is also {found[name].name}. Files are identified by their names without the "
-                "ending, so these names must differ"
+                f"{path}: the same folder contains {found[name].name}. Rename one of them: the ending is not part of a "
+                "name, so both have the same name"
             )
         found[name] = path
     if not found:
@@ -196,7 +196,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Opens an image and reads its header. The pixels are read on demand.
 
     Raises:
-        ConfigError: the file is not an image, or its pixels cannot be read within the block.
+        ConfigError: the file is not an image, or its pixels cannot be read (raised at the read in the `with` block).
     """
     beat()
     try:
@@ -211,7 +211,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _problems(pair: FilePair) -> Iterator[str]:
-    """Yields the problems that the headers of a pair's files show."""
+    """Reads the headers of an image file and its mask file. Yields an error message for each problem."""
     try:
         (image_mode, image_size), (mask_mode, mask_size) = _head(pair.image), _head(pair.mask)
     except ConfigError as error:

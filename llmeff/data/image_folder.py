@@ -45,10 +45,11 @@ class ImageFolder(ImageFiles):
     @model_validator(mode="after")
     def _every_number_has_one_meaning(self) -> Self:
         if len(set(self.class_names)) < len(self.class_names):
-            raise ValueError("class_names contains a name twice")
+            raise ValueError("class_names must be unique, but one name occurs twice")
         if self.ignored < len(self.class_names):
             raise ValueError(
-                f"ignored is {self.ignored}, but that is the number of the class {self.class_names[self.ignored]!r}"
+                f"ignored is {self.ignored}, which is the number of the class {self.class_names[self.ignored]!r}. "
+                "Choose a number that is not the number of a class"
             )
         return self
 
@@ -57,7 +58,7 @@ class ImageFolder(ImageFiles):
         return self.class_names
 
     def labels(self) -> dict[int, int]:
-        """Returns the meaning of the mask values: each is the number of a class, except `ignored`."""
+        """Returns the class of each mask value: the value itself, or IGNORED_PIXEL for the value `ignored`."""
         return {**{label: label for label in range(len(self.class_names))}, self.ignored: IGNORED_PIXEL}
 
     def pairs(self) -> list[FilePair]:
@@ -77,8 +78,8 @@ class ImageFolder(ImageFiles):
         unsplit = [pair.unit for pair in found if pair.split is None]
         if 0 < len(unsplit) < len(found):
             raise ConfigError(
-                f"data.source: {images} has folders named after splits, but {len(unsplit)} images are in none of them: "
-                f"{few(unsplit)}"
+                f"data.source: {images} has folders named after splits, so every image must be in one of these "
+                f"folders. Move the other {len(unsplit)} images there: {few(unsplit)}"
             )
         return found
 

@@ -30,7 +30,7 @@ LEAST_STD = 1 / 255
 
 
 class ImageSplits(Shares):
-    """Shares of the splits, if the image source assigns none.
+    """Shares of the splits, used only if the image source does not assign images to splits.
 
     A hash of an image's name chooses its split, so the shares hold on average.
     """
@@ -117,8 +117,8 @@ def _check_split(split: Split, counts: Mapping[Split, int], source: ImageSourceC
     if split not in counts:
         there = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
         raise ConfigError(
-            f"data.splits: the split {split!r} is empty (images: {there}). Give it a larger share or, if the source "
-            f"{source.name!r} assigns the splits, add images to it"
+            f"data.splits: the split {split!r} is empty (images in the other splits: {there}). Give it a larger share "
+            f"or, if the source {source.name!r} assigns the splits, add images to it"
         )
 
 
@@ -226,9 +226,9 @@ class ImageCorpus:
         return self._stored[split].labels
 
     def place_counts(self) -> NDArray[np.int64]:
-        """Returns (K, H, W) counts: for each class and pixel position, the training images with the class there.
+        """Returns (K, H, W) counts: in how many training images the pixel (h, w) has the class k.
 
-        It counts a sample of about `PRIOR_IMAGES` images.
+        Counts only a sample of about `PRIOR_IMAGES` training images.
         """
         labels = self._stored["train"].labels
         classes = np.arange(len(self.classes))[:, None, None]
@@ -273,7 +273,7 @@ class ImageCorpus:
 
 
 def normalised(images: Colours, mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalises images: subtracts the mean of each channel and divides by its standard deviation.
+    """Normalises images: scales colours to 0..1, subtracts each channel's mean and divides by its standard deviation.
 
     Args:
         images: (..., H, W, 3) in 0..255.

@@ -144,8 +144,8 @@ class EvalWindows:
         stream: the tokens of one split.
         length: tokens in a window (T).
         packing: whether tokens attend to other documents of their window, see `Packing`.
-        decode: converts token ids to text; used to count the bytes of a document that `max_tokens` cuts.
-        max_tokens: number of targets, from the start of the stream. None for all.
+        decode: converts token ids to text. It is needed to count the bytes of a document that `max_tokens` cuts short.
+        max_tokens: number of tokens to use as targets, from the start of the stream. None for all.
     """
 
     def __init__(

@@ -159,8 +159,8 @@ def panel(rows: Sequence[Shown], captions: Sequence[str], classes: Sequence[str]
 def _to_cell(values: Pixels | Labels, *, is_image: bool) -> Image.Image:
     """Scales an image or a label map for a panel.
 
-    A small image is enlarged by a whole factor to about `CELL` pixels, so that its pixels stay visible. A longer side
-    of more than twice `CELL` pixels is shrunk to twice `CELL`.
+    A small image is enlarged by a whole factor to about `CELL` pixels, so that its pixels stay visible. If an image is
+    longer than twice `CELL` pixels, it is shrunk until its longer side has twice `CELL` pixels.
     """
     image = Image.fromarray(values) if is_image else mask(values)
     longer = max(image.size)

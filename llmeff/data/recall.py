@@ -116,7 +116,10 @@ class RecallData(DataConfig):
 
     @property
     def _num_numbers(self) -> int:
-        """Random numbers per mqar row: one for each possible key, value, possible place of a question, and token."""
+        """Number of random numbers for a row of kind "mqar".
+
+        There is one for each possible key, each value of the row, each possible place of a question, and each token.
+        """
         return self.vocab_size // 2 - 1 + self.pairs + self._num_places + self.sequence_length
 
     @property

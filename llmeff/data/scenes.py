@@ -502,7 +502,11 @@ def _beside_another(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _draw(rng: np.random.Generator, pixels: np.random.Generator, height: int, width: int, void: float) -> Pair:
-    """Draws a street. `rng` determines the scene and `pixels` the noise, so the scene does not depend on the size."""
+    """Draws a street.
+
+    `rng` determines the scene, and `pixels` draws the noise. They are separate, so that images of any size show the
+    same scene.
+    """
     street = _Street(rng, pixels, height, width)
     _sky(street)
     _ground(street)

@@ -45,7 +45,9 @@ class Shares(Config):
     @model_validator(mode="after")
     def _train_has_a_share(self) -> Self:
         if self.shares()["train"] <= 0:
-            raise ValueError("the fractions of calibration, search, validation and test leave nothing to train on")
+            raise ValueError(
+                "calibration, search, validation and test must sum to less than 1: the rest is the training split"
+            )
         return self
 
     def shares(self) -> dict[Split, fractions.Fraction]:

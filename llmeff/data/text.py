@@ -126,7 +126,7 @@ class TextCorpus:
         Args:
             split: the split to evaluate.
             length: tokens in a window. None for the length of the training windows.
-            max_tokens: number of targets. None for all.
+            max_tokens: number of tokens to use as targets. None for all.
 
         Raises:
             ConfigError: the split has no document.

@@ -53,8 +53,8 @@ def ensure(folder: Path, write: Callable[[Path], None], kind: str) -> None:
 
     Args:
         folder: the cache's folder. Its name is a hash of everything that determines the content.
-        write: fills a new folder. It must write `meta.json`, a JSON object with everything that a reader needs apart
-            from the other files.
+        write: fills a new folder. It must write `meta.json`, a JSON object with all metadata that a reader of
+            the cache needs.
         kind: name of the cache in messages, such as "token cache".
 
     Raises:
@@ -127,7 +127,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _sweep_abandoned(folder: Path) -> None:
-    """Removes half-written caches whose writer was killed: unlike those of a running writer, their files are old."""
+    """Removes half-written caches that did not change for `ABANDONED_S` seconds, because their writer was killed."""
     for part in folder.glob(f"{files.PARTIAL}*"):
         times = [entry.stat().st_mtime for entry in (part, *part.glob("*"))]
         if time.time() - max(times) > ABANDONED_S:

@@ -193,7 +193,10 @@ class TestImageFolder:
                 lambda f, put: [put(f / "images" / f"{i}.png", IMAGE) for i in range(5)],
                 r"images: 5 files have no mask of the same name .* below .*masks: 0.png, 1.png, 2.png and 2 more$",
             ),
-            (lambda f, put: put(f / "images/a.bmp", IMAGE), r"images/a.png: there is also a.bmp"),
+            (
+                lambda f, put: put(f / "images/a.bmp", IMAGE),
+                r"images/a.png: the same folder contains a.bmp. Rename one of them",
+            ),
             (lambda f, put: shutil.rmtree(f / "masks"), "there is no folder .*masks"),
             (
                 lambda f, put: [p.unlink() for p in (f / "images").rglob("*.png")],
@@ -205,7 +208,8 @@ class TestImageFolder:
                 lambda f, put: [
                     put(f / part / "val/d.png", what) for part, what in (("images", IMAGE), ("masks", LABELS))
                 ],
-                "images has folders named after splits, but 3 images are in none of them: a, b, deep/c$",
+                "images has folders named after splits, so every image must be in one of these folders. "
+                "Move the other 3 images there: a, b, deep/c$",
             ),
         ],
     )
@@ -252,8 +256,8 @@ class TestImageFolder:
         [
             ({"class_names": ["x"]}, "class_names"),
             ({"class_names": [str(i) for i in range(256)]}, "class_names"),
-            ({"class_names": ["x", "y", "x"]}, "contains a name twice"),
-            ({"ignored": 2}, "ignored is 2, but that is the number of the class 'z'"),
+            ({"class_names": ["x", "y", "x"]}, "class_names must be unique, but one name occurs twice"),
+            ({"ignored": 2}, "ignored is 2, which is the number of the class 'z'"),
             ({"ignored": -1}, "ignored"),
             ({"mask": "masks"}, "Did you mean 'masks'"),
         ],
@@ -340,7 +344,10 @@ class TestCityscapes:
         ("settings", "problem"),
         [
             ({"search_cities": ["achen"]}, "there is no training city 'achen' in .* Did you mean 'aachen'"),
-            ({"search_cities": ["zurich"]}, "search_cities and validation_cities both contain zurich"),
+            (
+                {"search_cities": ["zurich"]},
+                "search_cities and validation_cities both contain zurich. A city can be in only one of them",
+            ),
         ],
     )
     def test_wrong_cities(self, folder, settings, problem):

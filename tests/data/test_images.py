@@ -189,7 +189,9 @@ class TestSplits:
         corpus = config(folder).open()
         corpus.check_split("test")
         for ask in (lambda: corpus.check_split("search"), lambda: corpus.held_out("search", range(1))):
-            with pytest.raises(ConfigError, match=r"the split 'search' is empty \(images: test 3, train 6\)"):
+            with pytest.raises(
+                ConfigError, match=r"the split 'search' is empty \(images in the other splits: test 3, train 6\)"
+            ):
                 ask()
 
 
@@ -288,7 +290,9 @@ class TestCache:
         for part in ("images", "masks"):
             (folder / part / "train").rename(folder / part / "val")
         monkeypatch.setattr(image_cache, "write_images", None)
-        with pytest.raises(ConfigError, match=r"the split 'train' is empty \(images: test 3, validation 6\)"):
+        with pytest.raises(
+            ConfigError, match=r"the split 'train' is empty \(images in the other splits: test 3, validation 6\)"
+        ):
             config(folder).open()
 
     def test_a_file_that_turns_out_bad_leaves_nothing(self, folder, put, cache_folder):
@@ -328,7 +332,10 @@ def test_a_training_set_in_which_there_is_nothing_to_tell_apart(folder, put, lab
         ({"source": "scene"}, r"unknown image source 'scene'\. Did you mean 'scenes'"),
         ({"size": [0, 5]}, "size.0"),
         ({"max_train": 0}, "max_train"),
-        ({"splits": {"validation": 0.5, "test": 0.5}}, "leave nothing to train on"),
+        (
+            {"splits": {"validation": 0.5, "test": 0.5}},
+            "search, validation and test must sum to less than 1: the rest is the training split",
+        ),
         ({"splits": {"by": "span"}}, "by: there is no such field"),
         ({"augment": {"flips": 0.5}}, "Did you mean 'flip'"),
     ],

@@ -71,7 +71,10 @@ def test_an_empty_document_is_in_no_split(by):
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"validation": 0.5, "test": 0.5}, "leave nothing to train on"),
+        (
+            {"validation": 0.5, "test": 0.5},
+            "search, validation and test must sum to less than 1: the rest is the training split",
+        ),
         ({"validation": 1.5}, "validation"),
         ({"valid": 0.1}, "validation"),
         ({"by": "file"}, "'document' or 'span'"),
