@@ -237,9 +237,9 @@ def bench(
 
     Returns:
         A dict for JSON. For each arm, it has the median and the quartiles of the step time over rounds. For each other arm,
-        it has the ratio of its step time to the first arm's, with a 95 % interval over generations; above 1, the first arm
-        is faster. It also has the rounds of each generation. Times are in seconds. Measurements have six significant
-        digits.
+        it has the ratio of its step time to the first arm's, with a 95 % interval over generations. A ratio above 1
+        means that the first arm is faster. The dict also has the rounds of each generation. Times are in seconds.
+        Measurements have six significant digits.
 
     Raises:
         ConfigError: an arm is unknown, a process of an arm ended early, or there are too few rounds for an interval.
@@ -304,8 +304,8 @@ def race_runs(
     """
     if processes < 3 or rounds < processes or min(steps, warmup_steps) < 1:
         raise ConfigError(
-            f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: give at least "
-            "3 processes of each arm, one round per process, 1 step and 1 warm-up step"
+            f"--processes {processes} --rounds {rounds} --steps {steps} --warmup {warmup_steps}: some "
+            "values are too small. Give at least 3 processes, as many rounds as processes, 1 step and 1 warm-up step"
         )
     order, names = random.Random(seed), list(runs)
     arguments = {name: (config.model_dump(mode="json"), arm, list(modules)) for name, (config, arm) in runs.items()}
@@ -451,7 +451,7 @@ def _is_busy(rounds: list[dict[str, Turn]]) -> bool:
 def _values(
     generations: Sequence[Sequence[dict[str, Turn]]], names: Sequence[str], value: Callable[[Turn], float]
 ) -> dict[str, list[list[float]]]:
-    """Returns `value` of each turn. Each arm has a list per generation, with a number per round."""
+    """Returns `value` of every turn: for each arm, a list of generations, each a list with one number per round."""
     return {name: [[value(turns[name]) for turns in rounds] for rounds in generations] for name in names}
 
 
@@ -460,7 +460,10 @@ def _against_first(
     sign: str,
     compare: Callable[[list[list[float]], list[list[float]]], Estimate],
 ) -> dict[str, dict[str, float]]:
-    """Compares the values of every other name with those of the first. The keys are "NAME sign FIRST"."""
+    """Compares the values of every name except the first with the values of the first name.
+
+    Returns one entry per comparison. Its key is, for example, "NAME / FIRST", where "/" is `sign`.
+    """
     first, *others = values
     return {f"{name} {sign} {first}": _plain(compare(values[name], values[first])) for name in others}
 

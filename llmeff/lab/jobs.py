@@ -54,7 +54,7 @@ def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
 
 
 def planned_finals(sweep: SweepConfig) -> list[Job]:
-    """Returns all final runs, as if the first trial of every arm were the best."""
+    """Returns all final runs, with settings as if the first trial of every arm were its best trial."""
     return _finals(sweep, len(tuning_jobs(sweep)), lambda arm, cell: sweep.first_trial(arm))
 
 
@@ -64,7 +64,7 @@ def _finals(sweep: SweepConfig, first: int, chosen: Callable[[str, Settings], Se
     Args:
         sweep: the sweep.
         first: the `order` of the first final run.
-        chosen: returns the settings of an arm in a cell, or None if the arm gets no final runs there.
+        chosen: function that returns the settings of an arm in a cell, or None if the arm gets no final runs there.
     """
     jobs: list[Job] = []
     for cell, arm in itertools.product(sweep.cells(), sweep.every_arm):
@@ -107,10 +107,10 @@ def _cost(folder: Path, metric: str) -> float:
 
 
 def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
-    """Returns a run's config, with `auto` settings of the optimizer replaced by those of the first run of the sweep.
+    """Returns a run's config. `auto` settings of the optimizer get the values that an earlier run used for them.
 
-    So all runs of a sweep have the same settings, even if the sweep continues on another machine. If no run with such
-    settings has begun, they stay `auto`.
+    So all runs of a sweep have the same settings, even if the sweep continues on another machine. The settings stay
+    `auto` if no run with the same optimizer and the same `auto` settings has begun.
     """
     left_open = {name for name, value in config.optim.model_dump().items() if value == "auto"}
     if not left_open:
@@ -125,7 +125,7 @@ def as_begun(sweep: SweepConfig, folder: Path, config: RunConfig) -> RunConfig:
 
 
 def _leaves_open(sweep: SweepConfig, arm: str, cell: Settings, optimizer: str, names: Iterable[str]) -> bool:
-    """Returns whether the runs of an arm in a cell use this optimizer and leave all the named settings at `auto`."""
+    """Returns whether the runs of an arm in a cell use `optimizer` and leave all settings in `names` at `auto`."""
     asked = sweep.run_config(arm, cell, sweep.first_trial(arm), seed=0).optim
     tried = sweep.every_arm[sweep.tuned_by(arm)].search.keys() | cell.keys()
     if asked.name != optimizer or any(f"optim.{name}" in tried for name in names):

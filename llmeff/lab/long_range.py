@@ -217,7 +217,10 @@ def _open(folder: Path, times: int, split: Split, max_tokens: int) -> _Opened:
 def _at_length(
     model: Decoder, corpus: TextCorpus, length: int, gram: int, split: Split, max_tokens: int
 ) -> tuple[AtLength, tuple[Ids, NDArray[np.float64]]]:
-    """Returns the measurements at a length and, for each counted position, the number of tokens before it and its loss."""
+    """Returns (measurements, (positions, losses)) on windows of one length.
+
+    Positions and losses have one entry per target: the number of tokens before it, and its loss in nats.
+    """
     windows = corpus.eval_windows(split, length, min(max_tokens, len(corpus.stream(split).tokens) - 1))
     rows = max(1, _LOGITS // max(corpus.vocab_size, 1024) // length)
     seen, losses, hits, rates = [], [], [], []
@@ -255,11 +258,11 @@ def _layout(packed: EvalBatch) -> Layout | None:
 
 
 def repeated(packed: EvalBatch, gram: int) -> NDArray[np.bool_]:
-    """Returns whether the n-gram that ends with each target occurred earlier in the same document of its row, (B, T).
+    """Returns (B, T): for each target, whether its n-gram occurred earlier in the same document and the same row.
 
     Args:
         packed: a batch of windows.
-        gram: n, counting the target.
+        gram: n. The n-gram of a target ends with the target.
     """
     whole = np.concatenate((packed.tokens, packed.targets[:, -1:]), axis=1)
     apart = np.zeros_like(packed.tokens) if packed.documents is None else packed.documents

@@ -1,6 +1,7 @@
-"""Benchmarks single mixers: time and memory by sequence length, and the length from which each is faster than the first.
+"""Benchmarks single mixers: time and memory by sequence length.
 
-Each mixer runs in the one-layer model of `llmeff.models.single_layer`.
+Also finds the length from which each mixer is faster than the first mixer. Each mixer runs in the one-layer model of
+`llmeff.models.single_layer`.
 """
 
 import math
@@ -209,7 +210,11 @@ class _Subject:
 
     @torch.inference_mode()
     def prefill(self, room: int) -> int:
-        """Runs all tokens through the layer to fill a new cache, which has room for `room` more. Returns the cache's bytes."""
+        """Runs all tokens through the layer, to fill a new cache. Returns the cache's bytes.
+
+        Args:
+            room: number of further tokens for which the cache has space.
+        """
         self._cache, self._num_decoded = _Cache(self._length + room), 0
         with self._cast():
             self.model.hidden(self.tokens, caches=[self._cache])
@@ -321,7 +326,7 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
 def matmul_rate(race: MixerRace, device: torch.device) -> float:
     """Returns the FLOP/s of a scan's chunk products on a device. It is the highest of 5 timings.
 
-    These are batched products of 64 rows by 64 columns over a head's width, in the number format of the race's products.
+    These are batched products of 64 rows by 64 columns over a head's width, in the dtype that the race computes in.
     """
     dtype = getattr(torch, precision(race.precision).compute)
     left, right, flops = chunk_products(race.width // race.num_heads, device, dtype)
@@ -341,7 +346,7 @@ def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str,
 
 
 def _work(race: MixerRace, pipe: Connection) -> None:
-    """The main function of a process of the race. It reads one question from the pipe and answers it."""
+    """The main function of a process of the race. Gets two arguments of `_in_process` by the pipe; sends its result."""
     order_seed, measures = pipe.recv()
     pipe.send(_in_process(race, order_seed, measures=measures))
 
@@ -478,7 +483,7 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
 
 
 def _row(name: str, mixer: Mapping[str, Any], flops_per_s: float, *, is_first: bool) -> list[str]:
-    """Returns a mixer's row of the last table. `flops_per_s` is the rate of matrix products."""
+    """Returns a mixer's row of the last table of `tables`. `flops_per_s` is the rate of matrix products."""
     *_, last = mixer["lengths"].values()
     measured = last["measured"]
     most_flops = statistics.median(last["seconds"]["step"]) * flops_per_s

@@ -103,7 +103,7 @@ def segment(
         beside: folders of other runs, which are shown and scored too.
 
     Returns:
-        Text for the terminal: the scores, if masks are given, and the number of pictures and their folder.
+        Text for the terminal: the scores, if masks are given, then the number of pictures and the results folder.
 
     Raises:
         ConfigError: a run, a picture or a mask is missing or cannot be read, or `out` is not empty. Nothing is written.
@@ -126,7 +126,7 @@ def segment(
 
 
 def _new_folder(out: Path) -> Path:
-    """Returns the folder, with a symbolic link resolved: the user may have made it on purpose.
+    """Returns the folder for the results. If `out` is a symbolic link, returns the folder that it points to.
 
     Raises:
         ConfigError: the path exists and is not an empty folder.
@@ -141,7 +141,10 @@ def _new_folder(out: Path) -> Path:
 def _segmented(
     folder: Path, picture: _Picture, runs: Sequence[_Run], device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Writes a picture's result files into a folder. Returns the counts for each run's scores; empty without a mask."""
+    """Writes a picture's result files into a folder.
+
+    Returns, for each run, the counts from which its scores are computed. The dict is empty if the picture has no mask.
+    """
     pixels, truth = picture.read()
     classes, tolerance = runs[0].preparation.classes, runs[0].task.boundary_tolerance
     predicted = {run.name: run.predict(pixels, device) for run in runs}
@@ -215,13 +218,16 @@ def _image_paths(images: Iterable[Path]) -> dict[str, Path]:
         below = listed(given, IMAGE_ENDS, "IMAGES") if given.is_dir() else {given.stem: given}
         for name, path in below.items():
             if name in paths:
-                raise ConfigError(f"{path}: its results would have the same names as those of {paths[name]}")
+                raise ConfigError(
+                    f"{path}: has the same name as {paths[name]}, so their results would overwrite one another. "
+                    "Rename one of the two files"
+                )
             paths[name] = path
     return paths
 
 
 def _mask_paths(images: Mapping[str, Path], masks: Path, source: ImageSourceConfig) -> dict[str, Path]:
-    """Returns the mask of each image. It has the image's name, or the name that the run's data source would give it.
+    """Returns the mask file of each image: it has the image's name, or the name of masks in the run's data source.
 
     Raises:
         ConfigError: a mask is missing.
@@ -235,7 +241,9 @@ def _mask_paths(images: Mapping[str, Path], masks: Path, source: ImageSourceConf
             paths[name] = path
     missing = [str(path) for name, path in images.items() if name not in paths]
     if missing:
-        raise ConfigError(f"--masks {masks}: no mask there has the name of {few(missing)}")
+        raise ConfigError(
+            f"--masks {masks}: there is no mask for {few(missing)}. A mask must have the name of its picture"
+        )
     return paths
 
 

@@ -67,7 +67,8 @@ class Racer:
 class Generation:
     """The fresh processes of one generation, as a context manager.
 
-    When the block ends, each process is sent None and has `END_S` seconds to end. After an error, all are killed at once.
+    At the end of the `with` block, each process gets None and has `END_S` seconds to end. If the block raises an error,
+    all processes are killed at once.
     """
 
     def __init__(self) -> None:

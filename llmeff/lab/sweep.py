@@ -75,7 +75,7 @@ class _Running:
 
 
 class Sweep:
-    """A sweep, with those of its runs that this process has started.
+    """Runs the jobs of a sweep, and keeps track of the runs that this process has started.
 
     Args:
         sweep: config of the sweep.
@@ -225,9 +225,9 @@ class Sweep:
             files.write_text(path, json.dumps(job.trial) + "\n")
 
     def _write_job(self, job: Job, failure: str | None) -> None:
-        """Writes a file with the job of a run folder and, if the run failed, the reason.
+        """Writes a file that describes the job of a run and, if the run failed, gives the reason of the failure.
 
-        The file is beside the folder and not in it, because `llmeff train` begins a run only in an empty folder.
+        The file is beside the run's folder and not in it, because `llmeff train` begins a run only in an empty folder.
         """
         arm = self.sweep.every_arm[job.arm]
         place = {
@@ -289,7 +289,8 @@ def check_cores(sweep: SweepConfig, cores: int) -> None:
             config = sweep.run_config(arm, cell, sweep.first_trial(arm), sweep.seeds[0])
             if config.runtime.threads != "auto" and cores_of(config) > cores:
                 raise ConfigError(
-                    f"--cores {cores}: a run of arm {arm!r} needs {cores_of(config)} cores (threads times ranks)"
+                    f"--cores {cores}: a run of arm {arm!r} needs {cores_of(config)} cores (threads times ranks). Give "
+                    "at least as many, or reduce runtime.threads"
                 )
 
 

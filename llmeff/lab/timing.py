@@ -56,7 +56,10 @@ def write_timing(
             if job.cell == cell
         }
         if len(runs) < 2:
-            raise ConfigError(f"{folder}: fewer than two arms have a finished trial, so there is nothing to race")
+            raise ConfigError(
+                f"{folder}: fewer than two arms have a finished trial, but a timing run compares at least two. "
+                "Complete the sweep first, without --timing"
+            )
         raced = race_runs(
             runs, seed=0, rounds=rounds, steps=steps, warmup_steps=max(steps, _WARMUP_STEPS), processes=processes,
             modules=modules,

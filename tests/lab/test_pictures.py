@@ -339,9 +339,15 @@ def a_file(run, given):
         (no_picture, ["p.png: is not an image"]),
         (truncated, ["p.png: cannot be read as an image"]),
         (deep, ["p.png: has more than 8 bits per channel"]),
-        (two_of_a_name, ["p.jpg: its results would have the same names as those of ", "p.png"]),
+        (
+            two_of_a_name,
+            [
+                "p.jpg: has the same name as ",
+                "p.png, so their results would overwrite one another. Rename one of the two files",
+            ],
+        ),
         (no_masks, ["--masks: there is no folder "]),
-        (a_mask_too_few, ["no mask there has the name of ", "q.png"]),
+        (a_mask_too_few, ["there is no mask for ", "q.png. A mask must have the name of its picture"]),
         (a_mask_of_another_size, ["masks/p.png: is 49 pixels wide and 32 high, but "]),
         (a_mask_in_colours, ["masks/p.png: has the mode 'RGB', but a mask needs one channel of class ids"]),
         (occupied, ["out: already exists and is not an empty folder. Nothing is overwritten"]),
