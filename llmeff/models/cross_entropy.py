@@ -70,9 +70,11 @@ _chunked_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Chunk
 
 
 def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the cross-entropy in nats of (...) targets given (..., V) logits, summed: a scalar, float32 or wider.
+    """Returns the cross-entropy in nats, summed over the targets: a scalar, float32 or wider.
 
-    Targets that are `IGNORED_TOKEN` do not count.
+    Args:
+        logits: (..., V).
+        targets: (...) int64; `IGNORED_TOKEN` marks tokens that do not count.
     """
     at_least_float32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(

@@ -63,8 +63,8 @@ class HFModelConfig(LanguageModelConfig):
         """Builds the model in float32. On torch's meta device, reads only the model's config and no weights.
 
         Raises:
-            ConfigError: the model does not exist, weights are missing, it embeds fewer than V tokens, or it does not
-                support the mixer.
+            ConfigError: the model does not exist, lacks weights, has embeddings for fewer tokens than `vocab_size`, or
+                does not support the mixer.
         """
         network = self._network()
         rows = network.get_input_embeddings().weight.shape[0]
@@ -85,7 +85,11 @@ class HFModelConfig(LanguageModelConfig):
         return self._abilities.projects
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Yields problems that the model's class and config show or, given `built`, those that only the model shows."""
+        """Yields the reasons why the model cannot be used.
+
+        Without `built`, these are the reasons found from the model's class and config. With it, they are those that
+        need the instantiated model.
+        """
         able, num_tokens = self._abilities, workload.num_tokens
         limit = num_tokens if able.num_positions is None else able.num_positions
         if built is None:
@@ -234,13 +238,14 @@ class HFModel(nn.Module):
             float32 scalar.
 
         Raises:
-            ConfigError: packed documents or chunked logits are requested, but the model does not support them.
+            ConfigError: the layout has several documents per row, or `loss_chunk` is a number, but the model does not
+                support this.
         """
         inputs = {"input_ids": tokens, "use_cache": False, **self._placed(layout)}
         if targets is not None and loss_chunk is not None:
             if not self.projects:
                 kind = type(self.network).__name__
-                raise ConfigError(f"loss_chunk is given, but {kind} can compute its logits only all at once: use null")
+                raise ConfigError(f"loss_chunk must be null for {kind}, which can compute its logits only all at once")
             states = self.network.base_model(**inputs).last_hidden_state
             return cross_entropy_sum(states, self.network.get_output_embeddings().weight, targets, loss_chunk)
         logits: Tensor = self.network(**inputs).logits
@@ -261,7 +266,7 @@ class HFModel(nn.Module):
 
     @torch.no_grad()
     def reaches(self, num_tokens: int) -> bool:
-        """Returns whether the model has a position for each of `num_tokens` tokens, found by running it on them."""
+        """Returns whether the model has a position for each of `num_tokens` tokens. Runs the model to find out."""
         try:
             self(torch.zeros(1, num_tokens, dtype=torch.int64, device=self.network.device))
         except (IndexError, RuntimeError):
@@ -303,7 +308,10 @@ def _probe(network: "PreTrainedModel") -> Tensor:
 
 
 def _separates_documents(network: "PreTrainedModel") -> bool:
-    """Returns whether the logits of a second packed document are independent of the first. True on the meta device."""
+    """Returns whether the logits of the second document in a packed row are independent of the first document.
+
+    On the meta device, this cannot be tested, and the function returns True.
+    """
     if network.device.type == "meta":
         return True
     embedded = network.get_input_embeddings()(_probe(network)).detach().requires_grad_()
@@ -319,7 +327,7 @@ def _separates_documents(network: "PreTrainedModel") -> bool:
 
 
 def _projects(network: "PreTrainedModel") -> bool:
-    """Returns whether the head gets exactly the body's output, and returns exactly the network's logits."""
+    """Returns whether the network's logits are exactly head(output of the body), without any other operation."""
     body, head = network.base_model, network.get_output_embeddings()
     if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
         return False
@@ -338,7 +346,10 @@ _Watched = dict[nn.Module, tuple[object, object]]
 
 @torch.no_grad()
 def _run_watched(network: nn.Module, tokens: Tensor, parts: Iterable[nn.Module]) -> tuple[_Watched, object]:
-    """Runs a network. Returns the `_identity` of each part's input and output, and that of the network's output."""
+    """Runs a network. Returns two results, in which each tensor is replaced by its `_identity`.
+
+    The first result has the input and the output of each part. The second result is the network's output.
+    """
     seen: _Watched = {}
     held = []
 
@@ -355,9 +366,9 @@ def _run_watched(network: nn.Module, tokens: Tensor, parts: Iterable[nn.Module])
 
 
 def _identity(made: Any) -> object:
-    """Returns a key that two tensors share if they are the same view of the same, unmodified memory. None if no tensor.
+    """Returns a key of a tensor. Two tensors have equal keys if they are the same view of the same, unmodified memory.
 
-    If `made` is a model's output, the key is that of its logits or last states.
+    If `made` is a model's output, returns the key of its logits or last states. Returns None if it has no tensor.
     """
     tensor = getattr(made, "logits", getattr(made, "last_hidden_state", made))
     if not isinstance(tensor, Tensor):

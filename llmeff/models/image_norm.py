@@ -30,7 +30,7 @@ _is_replayed = False
 
 @contextlib.contextmanager
 def replayed() -> Iterator[None]:
-    """Context for recomputing a forward pass. It does not update running statistics, because the first pass did so."""
+    """Context for recomputing a forward pass. In it, running statistics stay as the first forward pass left them."""
     global _is_replayed
     before, _is_replayed = _is_replayed, True
     try:

@@ -119,7 +119,7 @@ def _sliding(
 def _linear(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Linear attention as in the mixer `Linear`, with the shapes of `_softmax`. Its feature products have no scale."""
+    """Linear attention as in the mixer `Linear`, with the shapes of `_softmax`. Products of features are not scaled."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_linear")
     query, key, value = _tokens_first(layout, query, key, value)
     query, key, past = positive(query), positive(key), layout.past
@@ -164,7 +164,14 @@ def _directions_of(module: nn.Module, query: Tensor) -> Tensor:
 
 
 def _tokens_first(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Transposes (B, N, T, H) queries and (B, K, S, H) keys and values to tokens before heads; drops unused slots."""
+    """Transposes queries to (B, T, N, H), and keys and values to (B, S, K, H). Drops unused slots of a cache.
+
+    Args:
+        layout: layout of the call.
+        query: (B, N, T, H).
+        key: (B, K, S, H).
+        value: (B, K, S, H).
+    """
     return tuple(x.transpose(1, 2) for x in (query, _filled(layout, key), _filled(layout, value)))
 
 
@@ -226,7 +233,7 @@ def _checked(
         query: (B, N, T, H).
         mask: mask from `_documents`.
         kwargs: further arguments that the model passes to attention.
-        sees_all: name of the attention if it has no window.
+        sees_all: name of the attention function, if it attends to all tokens. None if it supports a window.
 
     Raises:
         ConfigError: the model needs an unsupported feature.
@@ -247,7 +254,8 @@ def _checked(
     if mask is None or mask.dim() != 2:
         given = "none" if mask is None else f"one of shape {tuple(mask.shape)}"
         raise ConfigError(
-            f"{model} must pass a mask that llmeff made from an attention_mask (batch, tokens), but it passes {given}"
+            f"llmeff's attention needs a mask that it built itself, but {model} passes {given}. Call the whole "
+            "model, and give it an attention_mask of shape (batch, tokens) or none"
         )
     if mask not in _layouts:
         _layouts[mask] = _checked_packing(_layout(mask, query.shape[2]), kwargs)
@@ -274,8 +282,8 @@ def _checked_packing(layout: Layout, kwargs: dict[str, Any]) -> Layout:
             told = "position_ids"
     if told is not None:
         raise ConfigError(
-            f"{told} describes several documents in one row, but the model's mask does not separate them. transformers "
-            "finds documents only in position_ids, without attention_mask and with use_cache=False"
+            f"{told} describes several documents in one row, but the model's mask does not separate them. Give "
+            "position_ids that restart in each document, no attention_mask, and use_cache=False"
         )
     return layout
 
@@ -295,7 +303,8 @@ def _layout(documents: Tensor, num_queries: int) -> Layout:
         return Layout(positions=places[:, past:], padding=padding, past=past)
     if past:
         raise ConfigError(
-            "a cache does not support rows with several documents, or attention in chunks: decode documents one by one"
+            "a row with several documents supports neither a cache nor attention in chunks: put each document in a row "
+            "of its own"
         )
     # a copy, because a layout that refers to its own key in `_layouts` would never be freed
     return Layout(positions=places_in(documents), documents=documents.clone(), padding=padding)
@@ -319,7 +328,10 @@ def _documents(
     document.
     """
     if use_vmap:
-        raise ConfigError("the model has its own mask functions, which llmeff's attention does not support")
+        raise ConfigError(
+            "the model has its own mask functions, which llmeff's attention does not support: use another "
+            "attn_implementation"
+        )
     rows = torch.arange(batch_size, device=device)[:, None]
     places = torch.arange(kv_offset, int(q_offset) + q_length, device=device)[None]
     earlier, later = places[:, :-1], places[:, 1:]

@@ -45,7 +45,10 @@ def shared_name(name: str) -> str:
 
 
 def own_fields(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the fields that the `llmeff` format saves. transformers' own fields save vocabulary size and tying."""
+    """Returns the fields of a decoder's config that the `llmeff` format adds to those of transformers.
+
+    Vocabulary size and tying are left out, because transformers has fields for them.
+    """
     return config.model_dump(mode="json", exclude={"name", "vocab_size", "tied_embeddings"})
 
 
@@ -101,7 +104,7 @@ def save(
     Plain transformers loads a model for which `is_stock` is true. For others, import `llmeff.models.pretrained` first.
 
     Args:
-        decoder: the model. The file stores its tensors in their current format.
+        decoder: the model. The file stores its tensors in their current dtype.
         folder: folder to write to; created if it does not exist.
         max_position_embeddings: longest sequence in tokens that the model is meant for.
         bos_token_id: token that begins a text. None if the tokenizer has none.

@@ -33,7 +33,9 @@ class ModelConfig(Component, family="model"):
         raise NotImplementedError(type(self))
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Yields a message for everything that a step needs and the model does not support. Unwise settings only warn.
+        """Yields a message for everything that a step needs and the model does not support.
+
+        For settings that work but are unwise, only logs a warning.
 
         Args:
             workload: the step.
@@ -80,7 +82,7 @@ class ModelConfig(Component, family="model"):
         """Returns the bytes of a rank's buffers, which stay in memory during the whole run.
 
         Args:
-            number_bytes: bytes per number in the format of the parameters, which buffers have too.
+            number_bytes: bytes per element of the parameters. Buffers have the same dtype.
         """
         return 0
 
@@ -142,12 +144,12 @@ class ImageModelConfig(ModelConfig):
         return 1
 
     def problems(self, workload: Workload, built: nn.Module | None = None) -> Iterator[str]:
-        """Yields a message if images are too small, or if the precision gives weights another format than images."""
+        """Yields a message if images are too small, or if the precision gives weights another dtype than images."""
         size, least = workload.image_size, self.least_size()
         if built is None and workload.precision.master is not None:
             yield (
                 f"model {self.name!r} does not support precision {workload.precision_name!r}, because images and "
-                "running statistics would need the format of its weights: use 'bf16'"
+                "running statistics would need the dtype of its weights: use 'bf16'"
             )
         if built is None and size is not None and min(size) < least:
             yield (

@@ -39,7 +39,7 @@ _PASSED = {"output_hidden_states", "output_attentions", "num_items_in_batch", "i
 
 
 class LlmeffConfig(PreTrainedConfig):
-    """A `DecoderConfig` as a transformers config: in `decoder_config`, beside the fields that transformers reads."""
+    """A transformers config that stores a `DecoderConfig` in the field `decoder_config`, beside its usual fields."""
 
     model_type = "llmeff"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
@@ -123,7 +123,7 @@ class StateLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Raises NotImplementedError, because this layer stores no keys and values."""
-        raise NotImplementedError("this layer keeps states by name, not keys and values")
+        raise NotImplementedError("this cache layer stores the states of a mixer, not keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the number of tokens that a mask covers, and the index of its first token, which is 0."""
@@ -208,7 +208,7 @@ def _cache_of(given: Mapping[str, Any]) -> Cache | None:
     unknown = sorted(told.keys() - _PASSED - set(_CACHE_NAMES))
     if unknown:
         raise TypeError(
-            f"forward() got {unknown[0]}, which llmeff's models do not support (position_ids can separate documents)."
+            f"forward() got {unknown[0]}, which llmeff's models do not support. position_ids can separate documents."
             + nearest(unknown[0], {*_PASSED, CACHE})
         )
     caches = [told[name] for name in _CACHE_NAMES if name in told]

@@ -209,9 +209,13 @@ class SegNetBasic(SegNetConfig):
 
 
 def shortcut(channels: tuple[int, ...]) -> tuple[int, int] | None:
-    """Returns the longest run of convolutions that keep the number of channels, as (start, end), or None. Excludes end.
+    """Finds the longest run of convolutions that keep the number of channels.
 
-    `channels` are those of the stage's input and of every convolution's output.
+    Args:
+        channels: channels of the stage's input, then of the output of each convolution.
+
+    Returns:
+        (index of the first convolution, index after the last convolution), or None if no convolution keeps the number.
 
     >>> shortcut((3, 64, 64)), shortcut((512, 512, 512, 256)), shortcut((128, 64))
     ((1, 2), (0, 2), None)
@@ -374,7 +378,10 @@ def _stage(name: str) -> str:
 
 
 def _once_moved() -> tuple[Any, Any]:
-    """Returns contexts for a stage's first run and its recomputation, which must not update running statistics."""
+    """Returns two contexts: one for a stage's first run, and one for its recomputation.
+
+    The second context keeps running statistics from being updated twice.
+    """
     return nullcontext(), replayed()
 
 

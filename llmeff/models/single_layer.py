@@ -45,7 +45,7 @@ def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_hea
 
 
 def chunk_products(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Returns random factors of a matrix product that is batched over chunks, as in a scan, and the product's FLOPs.
+    """Returns two random factors, and the FLOPs of their matrix product, which is batched over chunks as in a scan.
 
     Returns:
         Factors (256, 64, H) and (256, H, 64), where H is `head_dim`, and 2 * 256 * 64 * 64 * H.

@@ -275,7 +275,7 @@ def _mlp_law(tape: Tape, x: Array, mlp_width: int) -> Array:
 
 
 class Layer(nn.Module):
-    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)). Layers of pruned models may lack one of them."""
+    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)). In a pruned model, the mixer or the MLP may be missing."""
 
     def __init__(self, config: DecoderConfig, index: int):
         super().__init__()
@@ -331,7 +331,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draws normal weights. As in GPT-2, those into the residual stream are smaller, by sqrt(2 num_layers).
+        """Draws weights from a normal distribution.
+
+        As in GPT-2, weights that map into the residual stream are divided by sqrt(2 num_layers).
 
         Parameters with one dimension are set to 1. Modules that are `Initialized` set some parameters themselves.
         """
