@@ -33,6 +33,6 @@ class AdamW(DecayGroupsConfig):
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Returns the price of two moments in the format of the updated parameters, and a step count per parameter."""
+        """Returns the price of two moments in the dtype of the updated parameters, and one step count per parameter."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: 2 * weight.size * moment_bytes + BYTES["float32"])

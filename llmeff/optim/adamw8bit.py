@@ -21,7 +21,10 @@ _CODES = 256
 
 
 class AdamW8bit(DecayGroupsConfig):
-    """bitsandbytes.optim.AdamW8bit. Ranks may split it only by whole tensors: a block must not span two parameters."""
+    """bitsandbytes.optim.AdamW8bit.
+
+    Ranks may divide its parameters among them but must not split a parameter, because its state is quantized by block.
+    """
 
     sharding: ClassVar[Sharding] = "whole_tensor"
     rounds_state: ClassVar[bool] = True

@@ -34,7 +34,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """Mapping of all parameters to their states, which are stored in their own optimizers."""
+    """Mapping from each parameter to its state, which is stored in the optimizer that updates the parameter."""
 
     def __init__(self, optimizers: Sequence[Optimizer]):
         self._optimizers = optimizers

@@ -15,7 +15,7 @@ from llmeff.optim.optimizer import state_price
 
 
 class Lion(DecayGroupsConfig):
-    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and at least 3 times its decay."""
+    """pytorch_optimizer.Lion. It needs at most a third of AdamW's learning rate, and at least 3 times AdamW's decay."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 
@@ -45,6 +45,6 @@ class Lion(DecayGroupsConfig):
         return optimizer
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Returns the price of one moment in the format of the updated parameters."""
+        """Returns the price of one moment in the dtype of the updated parameters."""
         moment_bytes = BYTES[precision.master or precision.parameters]
         return state_price(weights, lambda weight: weight.size * moment_bytes)

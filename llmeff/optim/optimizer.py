@@ -14,7 +14,12 @@ from llmeff.cost.price import Kind, Price
 
 
 def state_price(weights: Iterable[Weight], num_bytes: Callable[[Weight], int]) -> Price:
-    """Returns the price of optimizer state that stays in memory for the whole step, given its bytes per parameter."""
+    """Returns the price of state that stays in memory for the whole step.
+
+    Args:
+        weights: the parameters.
+        num_bytes: function that returns the bytes of a parameter's state.
+    """
     entries: Counter[tuple[Kind, str]] = Counter()
     for weight in weights:
         state_bytes = num_bytes(weight)

@@ -38,6 +38,6 @@ class SGD(DecayGroupsConfig):
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)
 
     def price(self, weights: Iterable[Weight], precision: Precision) -> Price:
-        """Returns the price of one moment in the format of the updated parameters, or of nothing without momentum."""
+        """Returns the price of one moment in the dtype of the updated parameters. Without momentum, it is 0."""
         moment_bytes = BYTES[precision.master or precision.parameters] if self.momentum else 0
         return state_price(weights, lambda weight: weight.size * moment_bytes)
