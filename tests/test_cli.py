@@ -53,7 +53,7 @@ def fails(capsys, *arguments):
         (["model.vocab_size=200"], "model.vocab_size is 200, but the tokenizer 'bytes' has ids up to 256"),
         (["precision=fp16", "runtime.device=cpu"], "precision 'fp16' needs a GPU"),
         (["schedule.warmup_steps=99"], "schedule.warmup_steps is 99, but train.steps is only 2"),
-        (["parallel.ranks=2"], "ranks is 2, but the strategy 'single' runs in one process"),
+        (["parallel.ranks=2"], "ranks is 2, but strategy 'single' has only one process: use ranks = 1"),
         (["data.sequence_length=9000000"], "9000000"),
         (["train"], "--set 'train': expected KEY=VALUE"),
     ],

@@ -89,7 +89,7 @@ class ReplicaLaw(RankLaw):
         self.send("all_reduce", weight.num_bytes)
 
     def update(self) -> None:
-        """Counts the loop's sums and, with `shard_optimizer`, each rank's broadcast of its updated parameters."""
+        """Counts the training loop's all-reduces and, with `shard_optimizer`, the broadcasts of updated parameters."""
         super().update()
         if self._shares_optimizer:
             previous = None
@@ -171,7 +171,7 @@ class Replicas(SingleProcess):
         yield from self._buckets
 
     def owners(self) -> list[ShardOwner]:
-        """Returns what this rank saves: with `shard_optimizer` its own parameters, otherwise all on the main rank."""
+        """Returns what this rank saves: its own parameters with `shard_optimizer`; otherwise, the main rank saves all."""
         return self.owned() if self._config.shard_optimizer or self.world.is_main else []
 
     def owned(self) -> list[ShardOwner]:

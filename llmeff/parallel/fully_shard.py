@@ -37,7 +37,7 @@ class FSDP(StrategyConfig):
     """Free a layer's gathered parameters after its forward pass and gather them again for backward."""
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Refuses optimizers whose update is not elementwise, because their update differs on a slice."""
+        """Refuses optimizers whose update is not elementwise, because their update differs on a slice of a parameter."""
         if sharding == "elementwise":
             return None
         return "it must see whole parameters, but every rank has only some rows of each parameter"
@@ -194,7 +194,7 @@ class ShardLaw(RankLaw):
         return parts
 
     def update(self) -> None:
-        """Counts the loop's sums and the sum of each parameter's norm over the ranks, and frees the gradients."""
+        """Counts the all-reduces of the training loop and of the parameters' norms, then frees the gradients."""
         super().update()
         if self.ranks > 1:
             self.send("all_reduce", len(self.weights) * BYTES["float32"])
@@ -275,7 +275,7 @@ class Sharded(Strategy):
         return whole
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Reads the buffers. `load` reads the weights, because the optimizer updates the tensors that forward reads."""
+        """Reads only the buffers. `load` has read the weights, because forward reads the tensors that are updated."""
         check_fit(self._rows, saved)
         load_buffers(self._plain, saved)
 

@@ -124,9 +124,9 @@ def check_savable(
 
     Args:
         name: the optimizer's name.
-        build: builds the optimizer for given parameters.
+        build: function that takes parameters and builds the optimizer for them.
         rows: all parameters. The smallest parameter of each role is copied.
-        miscounts: `StrategyConfig.miscounts`: why counts in groups would go wrong. None if they would not.
+        miscounts: `StrategyConfig.miscounts`: the reason why counts in groups would go wrong. None if they would not.
 
     Raises:
         ConfigError: some state cannot be saved, or the optimizer's updates depend on counts that would go wrong.
@@ -209,7 +209,7 @@ def _copies(rows: Sequence[ParameterInfo]) -> list[ParameterInfo]:
 
 
 def _check_settings(group: Mapping[str, Any]) -> None:
-    """Refuses entries that could change in place and cannot be saved, even if they do not change.
+    """Refuses entries that cannot be saved and could change in place, even if they have not changed yet.
 
     Raises:
         ConfigError: an entry has a type that cannot be saved.

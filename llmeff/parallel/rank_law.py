@@ -35,7 +35,7 @@ class RankLaw(StrategyLaw):
         self._on_cpu = work.on_cpu
 
     def update(self) -> None:
-        """Counts the sums of the training loop. A strategy adds the communication of its own update."""
+        """Counts the training loop's all-reduces. Each strategy adds the communication of its optimizer update."""
         if self.ranks > 1:
             self.send("all_reduce", _LOOP_BYTES)
 

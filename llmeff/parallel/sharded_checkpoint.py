@@ -1,7 +1,7 @@
 """Sharded checkpoints: a run's weights and optimizer state on disk, in slices that any number of ranks can read.
 
 Each rank writes what it owns. `rank-00000.safetensors` has the weights that the rank updates, and their optimizer
-state. `rank-00000.json` names the slice of the parameter that each tensor is, and has the counts that the optimizer
+state. `rank-00000.json` states which slice of which parameter each tensor is, and has the counts that the optimizer
 keeps in its groups. So a checkpoint does not depend on the strategy or the number of ranks that wrote it. It has only
 tensors and JSON, so reading it runs no code.
 """
@@ -175,7 +175,7 @@ class ShardedCheckpoint:
 
     @cached_property
     def _shared(self) -> dict[str, str]:
-        """Names of state tensors that several parameters share, with the one name under which each was written."""
+        """State tensors shared by several parameters: maps each name of such a tensor to the name in the file."""
         return {name: first for _, content in self._contents for name, first in content["shared"].items()}
 
     def plain(self, parameter: str) -> dict[str, Any]:
@@ -227,7 +227,8 @@ class ShardedCheckpoint:
         """Reads weights and optimizer state into this rank's tensors.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, or its optimizer state cannot be split as needed here.
+            ValueError: the checkpoint belongs to another model, or its optimizer state cannot be split as
+                `owners` require.
         """
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         there: dict[str, Tensor] = {}
@@ -315,5 +316,7 @@ def load_buffers(model: nn.Module, saved: ShardedCheckpoint) -> None:
     tensors = stored_tensors(model)
     for name, values in saved.buffers.items():
         if name not in tensors or tensors[name].shape != values.shape:
-            raise ValueError(f"the model lacks the buffer {name} of shape {tuple(values.shape)} of the checkpoint")
+            raise ValueError(
+                f"the checkpoint has a buffer {name} of shape {tuple(values.shape)}, but the model has no such buffer"
+            )
         tensors[name].copy_(values)

@@ -31,7 +31,7 @@ class Single(StrategyConfig):
     @model_validator(mode="after")
     def _alone(self) -> "Single":
         if self.ranks != 1:
-            raise ValueError(f"ranks is {self.ranks}, but the strategy 'single' runs in one process")
+            raise ValueError(f"ranks is {self.ranks}, but strategy 'single' has only one process: use ranks = 1")
         return self
 
     def refusal(self, sharding: Sharding) -> str | None:

@@ -126,7 +126,7 @@ class Strategy(ABC):
         """Returns the weights and optimizer state that this rank saves. Together the ranks save everything once."""
 
     def owned(self) -> list[ShardOwner]:
-        """Returns the weights that this rank updates and loads. They differ from `owners` if all ranks update all."""
+        """Returns the weights that this rank updates and loads, even if another rank saves them (see `owners`)."""
         return self.owners()
 
     def resident(self) -> Iterable[Tensor]:
@@ -200,19 +200,20 @@ class StrategyConfig(Component, family="strategy"):
     """The run ends on all ranks if no rank makes progress for this many seconds."""
 
     def external_settings(self) -> list[ExternalSetting]:
-        """Returns the values that this config's file, if there was one, sets for other fields of the run's config."""
+        """Returns the values that the file named by this config sets for other parts of the run's config, if any."""
         return []
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Returns why the strategy would silently change an optimizer with this sharding. None if it would not.
+        """Returns the reason to refuse optimizers with this sharding, or None if the strategy supports them.
 
-        In the error, the text follows the names of the optimizer and the strategy.
+        An optimizer is refused if the strategy would silently change its updates. In the error, the reason follows
+        the names of the optimizer and the strategy.
         """
         raise NotImplementedError(type(self))
 
     @property
     def miscounts(self) -> str | None:
-        """Why the strategy would silently change an optimizer that counts steps in its groups. None if it would not."""
+        """The reason to refuse optimizers that count steps in their groups, or None if the counts stay right."""
         return None
 
     def clashes(self, precision: PrecisionName, compiled: str) -> Iterator[str]:

@@ -53,7 +53,7 @@ class _Beat:
     """Time of its last progress, in seconds since the epoch."""
 
     def state(self) -> str:
-        """Returns the state of its process: `gone`, `stopped` or `alive`. On another machine it counts as alive."""
+        """Returns the state of the rank's process: `gone`, `stopped` or `alive`. Always `alive` on another machine."""
         if self.node != platform.node():
             return "alive"
         try:
@@ -189,7 +189,7 @@ class Watchdog:
         return False
 
     def _write(self, beat: _Beat) -> None:
-        """Replaces the file atomically. It is not flushed to disk: after a crash of the machine nobody needs it."""
+        """Replaces this rank's heartbeat file atomically. It is not flushed, because a machine crash makes it useless."""
         place = self._folder / FOLDER / f"rank-{self._rank:05d}.json"
         part = place.with_suffix(".part")
         try:
@@ -205,7 +205,7 @@ class Watchdog:
         return [beat for beat in beats if beat is not None and beat.rank != self._rank]
 
     def _await_death(self) -> None:
-        """Waits until the lost rank's process has ended: a dying process closes its connections before it ends."""
+        """Waits until the lost rank's process has ended, because a dying process closes its connections earlier."""
         deadline_s = time.monotonic() + _DYING_S
         while time.monotonic() < deadline_s and all(beat.state() == "alive" for beat in self._others()):
             time.sleep(_DYING_S / 40)

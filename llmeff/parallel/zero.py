@@ -111,9 +111,13 @@ class DeepSpeed(StrategyConfig):
     def _fits(self) -> "DeepSpeed":
         assert self.file is None, "_read_file replaces the file with the fields that it sets"
         if self.offload_optimizer and self.stage == 0:
-            raise ValueError("offload_optimizer is true, but stage is 0. It needs stage 1, 2 or 3")
+            raise ValueError(
+                "offload_optimizer is true, but stage is 0. Offloading the optimizer needs stage 1, 2 or 3"
+            )
         if self.offload_parameters and self.stage != 3:
-            raise ValueError(f"offload_parameters is true, but stage is {self.stage}. It needs stage 3")
+            raise ValueError(
+                f"offload_parameters is true, but stage is {self.stage}. Offloading parameters needs stage 3"
+            )
         return self
 
     def external_settings(self) -> list[ExternalSetting]:
@@ -184,7 +188,7 @@ class DeepSpeed(StrategyConfig):
 
     @property
     def miscounts(self) -> str | None:
-        """Why step counts in groups go wrong at stage 3, where DeepSpeed steps once per group. None at other stages."""
+        """At stage 3, the reason why step counts in groups go wrong. None at other stages."""
         if self.stage < 3:
             return None
         return (

@@ -422,7 +422,7 @@ _AROUND = ""
 
 
 def _modules(uses: list[tuple[str, bool]]) -> Iterator[str]:
-    """Yields the weights' names in the order of use, and an `_AROUND` before them for each enclosing module entered.
+    """Yields the weights' names in the order of use. Before a name, yields `_AROUND` for each outer module entered.
 
     Args:
         uses: for each use, the weight's name and whether the use is in backward.

@@ -172,7 +172,10 @@ def test_the_state_of_another_model_is_refused(tmp_path):
             {"precision": "bf16_master"},
             "precision 'bf16_master' does not work with parallel 'single'. Allowed: 'fp32', 'bf16'",
         ),
-        ({"parallel": {"name": "single", "ranks": 2}}, "ranks is 2, but the strategy 'single' runs in one process"),
+        (
+            {"parallel": {"name": "single", "ranks": 2}},
+            "ranks is 2, but strategy 'single' has only one process: use ranks = 1",
+        ),
     ],
 )
 def test_what_one_process_cannot_do_is_refused(settings, message):
