@@ -52,5 +52,5 @@ def dress_axes(axes: Any, x: str, y: str, title: str) -> None:
 
 
 def legend_name(name: str) -> str:
-    """Returns a name that appears in a legend: adds a space before an underscore, since matplotlib hides such names."""
+    """Adds a space before a name that begins with an underscore, because matplotlib hides such names in a legend."""
     return f" {name}" if name.startswith("_") else name

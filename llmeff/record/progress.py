@@ -74,23 +74,23 @@ def open_display(shown: Shown, *, is_silent: bool, console: Console | None = Non
 
 
 class Silent(Display):
-    """Shows nothing."""
+    """Display that shows nothing."""
 
     def step(self, row: StepRow) -> None:
-        """Does nothing."""
+        """Ignores the step, because this display shows nothing."""
 
     def note(self, text: str) -> None:
-        """Does nothing."""
+        """Ignores the text, because this display shows nothing."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Does nothing, because this display shows nothing."""
 
     def summary(self, result: Result, folder: Path, pictures: Mapping[str, Path] = NONE) -> None:
-        """Does nothing."""
+        """Ignores the summary, because this display shows nothing."""
 
 
 class _Visible(Display):
-    """Base of displays that draw the first and last step, and others at most every `every_s` seconds to save time."""
+    """Base of displays that draw the first and the last step, and other steps at most once in `every_s` seconds."""
 
     every_s: float
 

@@ -140,11 +140,11 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder}: there is no such folder")
     runs = sorted(file.parent.name for file in folder.glob(f"*/{schema.CONFIG}"))
     hint = f" It contains runs: {', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}." if runs else ""
-    raise ConfigError(f"{folder}: is not a run folder, which has {schema.CONFIG} and {schema.ENVIRONMENT}.{hint}")
+    raise ConfigError(f"{folder}: is not a run folder, because it lacks {schema.CONFIG} or {schema.ENVIRONMENT}.{hint}")
 
 
 def recorded(folder: Path) -> str:
-    """Describes how much a run has recorded ("12 steps and 3 evaluations"). Empty if it recorded nothing.
+    """Returns a text that states how much a run has recorded, such as "12 steps and 3 evaluations". Empty if nothing.
 
     Counts lines without parsing them, so damaged lines count too.
     """
@@ -254,7 +254,10 @@ def _read_slowly(content: bytes, path: Path) -> Columns:
 
 
 def final_loss(steps: Columns) -> float | None:
-    """Returns the mean training loss over the last `LAST_STEPS` steps, or all if there are fewer. None if none."""
+    """Returns the mean training loss over the last `LAST_STEPS` steps, or over all steps if there are fewer.
+
+    Returns None if there are no steps.
+    """
     losses = steps["loss"][-schema.LAST_STEPS :]
     return float(losses.mean()) if len(losses) else None
 

@@ -113,7 +113,9 @@ class RunWriter:
         with contextlib.ExitStack() as undo:
             writer = undo.enter_context(cls(folder))
             if (folder / schema.RESULT).exists():
-                raise ConfigError(f"{folder}: this run has ended, so it cannot be resumed")
+                raise ConfigError(
+                    f"{folder}: this run has ended, so it cannot be resumed. Start a new run with another --out"
+                )
             undo.pop_all()
         return writer
 
@@ -152,7 +154,7 @@ class RunWriter:
             self._write_evaluations(self._evaluations)
 
     def step(self, row: StepRow) -> None:
-        """Appends one row to `metrics.jsonl`. It survives a killed process and, after `sync`, a machine crash."""
+        """Appends one row to `metrics.jsonl`. The row survives a killed process and, after `sync`, a machine crash."""
         assert self._metrics is not None
         line, written = _lines([row]), 0
         try:
@@ -246,19 +248,19 @@ class NullWriter(RunWriter):
         self._lock = self._metrics = None
 
     def truncate_after(self, step: int) -> None:
-        """Does nothing."""
+        """Does nothing, because only the main rank writes the record."""
 
     def step(self, row: StepRow) -> None:
-        """Does nothing."""
+        """Does nothing, because only the main rank writes the record."""
 
     def sync(self) -> None:
-        """Does nothing."""
+        """Does nothing, because only the main rank writes the record."""
 
     def evaluation(self, rows: Sequence[EvalRow], metrics: Mapping[str, float]) -> None:
-        """Does nothing."""
+        """Does nothing, because only the main rank writes the record."""
 
     def finish(self, result: Result) -> None:
-        """Does nothing."""
+        """Does nothing, because only the main rank writes the record."""
 
 
 def writer_of(*, is_main: bool, resume: bool, anew: bool) -> Callable[[Path, BaseModel, Environment], RunWriter]:
@@ -290,7 +292,9 @@ def _eval_table(rows: Iterable[EvalRow]) -> Any:
     for row in rows:
         taken = sorted(row.metrics.keys() & set(_FIXED))
         if taken:
-            raise ValueError(f"these metrics have the name of a column of {schema.EVALS}: {', '.join(taken)}")
+            raise ValueError(
+                f"columns of {schema.EVALS} already have these names. Rename the metrics {', '.join(taken)}"
+            )
         flat.append({name: getattr(row, name) for name in _FIXED} | row.metrics)
     return pa.Table.from_pylist(flat)
 
