@@ -95,7 +95,10 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
     def _make_room(self, place: Path, part: Path) -> None:
-        """Creates the empty folder `part`, unless a complete checkpoint is at `place`. Renames a damaged checkpoint there."""
+        """Creates the empty folder `part` for a new checkpoint, unless `place` is already a complete checkpoint.
+
+        If `place` is a damaged checkpoint, renames it, so that the new checkpoint can be moved to `place`.
+        """
         files.refuse_links(self.folder, itself=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         files.sweep_partial(self.folder)

@@ -139,8 +139,8 @@ def first_flags(folder: Path, *, resume: bool, anew: bool, is_restarted: bool) -
         folder: folder of the run.
         resume: whether the user gave `--resume`.
         anew: whether the user gave `--restart-from-scratch`.
-        is_restarted: whether the run is restarted automatically if it ends abnormally. In that case, `--resume` also
-            begins a run anew that ended before its first checkpoint was due.
+        is_restarted: whether the run is restarted automatically if it ends abnormally. In that case, if
+            the run ended before its first checkpoint was due, `--resume` begins it anew.
 
     Raises:
         ConfigError: neither flag was given, and the folder is not empty.
@@ -159,7 +159,7 @@ def run(
     """Starts a run's processes and waits for them. If they end abnormally, restarts them from the newest checkpoint.
 
     Args:
-        start: returns the command for the flags that continue the run. For the first start, the flags are empty.
+        start: function that takes flags and returns the command that starts the run. The first start has no flags.
         folder: folder of the run.
         restarts: maximum number of restarts.
         tell: called with each command before it starts.

@@ -245,7 +245,7 @@ def micro_batches(config: RunConfig, rank: int) -> list[range]:
 def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
     """Returns the config with which the run in a folder continues.
 
-    It is the saved config, with those settings of the user's config that change losses only by rounding.
+    This is the saved config, except that settings that affect losses only by rounding come from the user's config.
 
     Args:
         asked: the user's config. Strategy, ranks, micro-batch and everything under `runtime` may differ from the saved
