@@ -81,10 +81,10 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
         return self.loss_chunk
 
     def infer_model(self, model: LanguageModelConfig, data: TextData) -> LanguageModelConfig | None:
-        """Returns the model with its vocabulary size, or None if only the trained tokenizer decides.
+        """Returns the model with its vocabulary size, or None if this first needs the trained tokenizer.
 
-        It decides if the model's size is "auto" and the config of the tokenizer gives no size, or if the model's size
-        is smaller than the size that the config gives.
+        The trained tokenizer is needed if the model's size is "auto" and the tokenizer's config gives no size. It is
+        also needed if the model's size is smaller than the config's size, since training may give fewer tokens.
         """
         known = data.tokenizer.vocabulary()
         if model.vocab_size == "auto":

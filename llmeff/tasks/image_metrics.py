@@ -88,7 +88,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def image_counts(predicted: Labels, truth: Labels, classes: Sequence[str], tolerance: float) -> dict[str, float]:
-    """Returns the metrics of one image that `scores` reads.
+    """Returns the pixel counts of each class and the boundary F1 of one image, in the form that `scores` takes.
 
     Args:
         predicted: (H, W) classes.
@@ -134,7 +134,7 @@ def _f1(ours: Mask, theirs: Mask, tolerance: float) -> float:
 
 
 def _outline(mask: Mask, counted: Mask) -> Mask:
-    """Returns the (H, W) pixels of a mask that have a counted neighbour outside of the mask."""
+    """Returns the (H, W) pixels of a mask that have a neighbour outside of the mask, among the pixels of `counted`."""
     others = counted & ~mask
     beside = np.zeros_like(mask)
     beside[1:] |= others[:-1]

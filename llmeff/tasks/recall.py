@@ -149,7 +149,10 @@ class RecallTask(Task[LanguageModelConfig]):
         assert split in HELD_OUT
 
     def references(self, split: str) -> dict[str, float]:
-        """Returns no references. The accuracy of a random guess is one over the number of values."""
+        """Returns an empty dict, because this task has no baselines.
+
+        A random guess has an accuracy of one over the number of values.
+        """
         return {}
 
     @torch.no_grad()

@@ -107,12 +107,16 @@ def _with_classes(model: ImageModelConfig, num_classes: int) -> ImageModelConfig
     if model.num_classes == "auto":
         return model.model_copy(update={"num_classes": num_classes})
     if model.num_classes != num_classes:
-        raise ConfigError(f"model.num_classes is {model.num_classes}, but the data have {num_classes} classes")
+        raise ConfigError(
+            f"model.num_classes is {model.num_classes}, but the data have {num_classes} classes. Set it to 'auto'"
+        )
     return model
 
 
 def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance: float) -> NDArray[np.float64]:
-    """Returns (K,) weights (f_median / f)^balance, where f = pixels / present. A class without pixels has weight 1.
+    """Returns (K,) weights (f_median / f)^balance, where f = pixels / present and f_median is the median of f.
+
+    A class without pixels has weight 1 and does not count in the median.
 
     Args:
         pixels: (K,) number of labelled pixels of each class.
@@ -127,7 +131,10 @@ def class_weights(pixels: NDArray[np.int64], present: NDArray[np.int64], balance
 
 
 def frequencies(pixels: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Returns (K,) f = pixels / present: the share of each class in the images that contain it, or 0 if none does."""
+    """Returns (K,) f = pixels / present: each class's share of the labelled pixels of the images that contain it.
+
+    0 if no image contains the class.
+    """
     return pixels / np.maximum(present, 1)
 
 

@@ -101,7 +101,7 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Returns summed losses by name. The training loop divides each once by its global count, and adds them."""
+        """Returns summed losses by name. The training loop divides each by its count in the whole step, and adds them."""
 
     @abstractmethod
     def unit_ids(self, step: int, rows: range) -> list[str]:
@@ -123,7 +123,7 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def summary(self, results: list[UnitResult]) -> dict[str, float]:
-        """Returns the metrics of all units together (`loss`, `bits_per_byte`)."""
+        """Returns the metrics of all units together, such as `loss` and `bits_per_byte`."""
 
     @abstractmethod
     def check_split(self, split: str) -> None:
@@ -135,7 +135,7 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def references(self, split: str) -> dict[str, float]:
-        """Returns baselines for a run's metrics on a split, from the data alone (`gzip_bits_per_byte`)."""
+        """Returns baselines for a run's metrics on a split, from the data alone, such as `gzip_bits_per_byte`."""
 
     @abstractmethod
     def sample(self, model: nn.Module, split: str, num_tokens: int, device: torch.device) -> Sample:

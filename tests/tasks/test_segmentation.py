@@ -557,7 +557,7 @@ def test_what_is_no_model_of_images_or_no_images_is_refused():
 
 def test_classes_are_the_datas():
     assert Segmentation().infer_model(SegNetBasic(), ImageData()).num_classes == 11
-    with pytest.raises(ConfigError, match=r"model.num_classes is 5, but the data have 11 classes"):
+    with pytest.raises(ConfigError, match=r"model.num_classes is 5, but the data have 11 classes. Set it to 'auto'"):
         Segmentation().infer_model(SegNetBasic(num_classes=5), ImageData())
 
 
