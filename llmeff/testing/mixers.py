@@ -79,7 +79,7 @@ class Kept:
 
 
 def grouped(config: MixerConfig, shape: MixerShape) -> MixerShape:
-    """Returns the shape with half as many key-value heads as heads or, if the mixer cannot share them, as many."""
+    """Returns the shape with half as many key-value heads as query heads, or equally many if the mixer needs this."""
     half = replace(shape, num_kv_heads=shape.num_heads // 2)
     return replace(shape, num_kv_heads=shape.num_heads) if config.problems(half) else half
 
@@ -205,7 +205,7 @@ def check_padding(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
 
 
 def check_cache_bytes(config: MixerConfig, shape: MixerShape = SHAPE) -> None:
-    """Checks in three formats that a cache has the bytes that `cache_bytes` states, after a piece and one token."""
+    """Checks that a cache has the bytes that `cache_bytes` states, in float32, in bfloat16 and under autocast."""
     for form, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("autocast", torch.float32)):
         mixer, cache = build(config, shape, dtype), Kept()
         number_bytes = 4 if form == "fp32" else 2

@@ -69,7 +69,7 @@ optimizer's source."""
 
 
 def apart(one: Callable[[Any, Given], Tensor]) -> Formula:
-    """Turns the formula of one parameter into a `Formula`, if the optimizer updates each parameter independently."""
+    """Returns the `Formula` of an optimizer that updates each parameter alone. `one` is the formula of a parameter."""
     return lambda config, every: [one(config, given) for given in every]
 
 
@@ -251,7 +251,7 @@ def check_sharding(config: OptimizerConfig) -> None:
 
 
 def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
-    """Returns the finest sharding that does not change the update, and a message about the problem of a finer one."""
+    """Returns the finest sharding that does not change the update, and why a finer sharding fails (empty if none)."""
     told = ""
     split: tuple[tuple[Sharding, Callable[[OptimizerConfig], Iterator[tuple[str, Tensor]]]], ...]
     split = (("elementwise", _in_slices), ("whole_tensor", _dealt_out))
