@@ -245,7 +245,7 @@ class HFModel(nn.Module):
         if targets is not None and loss_chunk is not None:
             if not self.projects:
                 kind = type(self.network).__name__
-                raise ConfigError(f"loss_chunk must be null for {kind}, which can compute its logits only all at once")
+                raise ConfigError(f"loss_chunk must be null, because {kind} can compute its logits only all at once")
             states = self.network.base_model(**inputs).last_hidden_state
             return cross_entropy_sum(states, self.network.get_output_embeddings().weight, targets, loss_chunk)
         logits: Tensor = self.network(**inputs).logits

@@ -219,7 +219,9 @@ def test_a_model_with_logits_of_its_own_kind_is_kept_from_chunks(tmp_path: Path)
     config.save_pretrained(tmp_path)
     model, (tokens, targets) = build(tmp_path, from_scratch=True), batch()
     assert model(tokens, targets=targets).isfinite()
-    with pytest.raises(ConfigError, match="Gemma2ForCausalLM can compute its logits only all at once: use null"):
+    with pytest.raises(
+        ConfigError, match="loss_chunk must be null, because Gemma2ForCausalLM can compute its logits only all at once"
+    ):
         model(tokens, targets=targets, loss_chunk=5)
 
 
