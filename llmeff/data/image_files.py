@@ -196,7 +196,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Opens an image and reads its header. The pixels are read on demand.
 
     Raises:
-        ConfigError: the file is not an image, or its pixels cannot be read (raised at the read in the `with` block).
+        ConfigError: the file is not an image. Also raised by the `with` block if it reads the pixels and this fails.
     """
     beat()
     try:
