@@ -346,7 +346,10 @@ def _predicted(race: MixerRace, config: DecoderConfig, length: int) -> dict[str,
 
 
 def _work(race: MixerRace, pipe: Connection) -> None:
-    """The main function of a process of the race. Gets two arguments of `_in_process` by the pipe; sends its result."""
+    """The main function of a process of the race.
+
+    Receives `order_seed` and `measures` through the pipe, and sends back the result of `_in_process`.
+    """
     order_seed, measures = pipe.recv()
     pipe.send(_in_process(race, order_seed, measures=measures))
 

@@ -227,7 +227,7 @@ def _image_paths(images: Iterable[Path]) -> dict[str, Path]:
 
 
 def _mask_paths(images: Mapping[str, Path], masks: Path, source: ImageSourceConfig) -> dict[str, Path]:
-    """Returns the mask file of each image: it has the image's name, or the name of masks in the run's data source.
+    """Returns the mask file of each image. It is named like the image, or as the run's data source names masks.
 
     Raises:
         ConfigError: a mask is missing.
