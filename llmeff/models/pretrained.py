@@ -208,8 +208,8 @@ def _cache_of(given: Mapping[str, Any]) -> Cache | None:
     unknown = sorted(told.keys() - _PASSED - set(_CACHE_NAMES))
     if unknown:
         raise TypeError(
-            f"forward() got {unknown[0]}, which llmeff's models do not support. position_ids can separate documents."
-            + nearest(unknown[0], {*_PASSED, CACHE})
+            f"forward() got {unknown[0]}, which llmeff's models do not support. "
+            "To separate documents, give position_ids." + nearest(unknown[0], {*_PASSED, CACHE})
         )
     caches = [told[name] for name in _CACHE_NAMES if name in told]
     if len(caches) > 1:
