@@ -171,7 +171,10 @@ class Replicas(SingleProcess):
         yield from self._buckets
 
     def owners(self) -> list[ShardOwner]:
-        """Returns what this rank saves: its own parameters with `shard_optimizer`; otherwise, the main rank saves all."""
+        """Returns the parameters that this rank saves.
+
+        With `shard_optimizer`, each rank saves its own parameters. Otherwise, the main rank saves all.
+        """
         return self.owned() if self._config.shard_optimizer or self.world.is_main else []
 
     def owned(self) -> list[ShardOwner]:

@@ -37,7 +37,7 @@ class FSDP(StrategyConfig):
     """Free a layer's gathered parameters after its forward pass and gather them again for backward."""
 
     def refusal(self, sharding: Sharding) -> str | None:
-        """Refuses optimizers whose update is not elementwise, because their update differs on a slice of a parameter."""
+        """Refuses optimizers whose update is not elementwise, because they would update a slice differently."""
         if sharding == "elementwise":
             return None
         return "it must see whole parameters, but every rank has only some rows of each parameter"
@@ -275,7 +275,10 @@ class Sharded(Strategy):
         return whole
 
     def load_weights(self, saved: ShardedCheckpoint) -> None:
-        """Reads only the buffers. `load` has read the weights, because forward reads the tensors that are updated."""
+        """Reads only the buffers.
+
+        The weights are already read by `load`, because forward uses the same tensors that the optimizer updates.
+        """
         check_fit(self._rows, saved)
         load_buffers(self._plain, saved)
 

@@ -189,7 +189,7 @@ class Watchdog:
         return False
 
     def _write(self, beat: _Beat) -> None:
-        """Replaces this rank's heartbeat file atomically. It is not flushed, because a machine crash makes it useless."""
+        """Replaces this rank's heartbeat file atomically. Does not flush it: a machine crash makes it useless."""
         place = self._folder / FOLDER / f"rank-{self._rank:05d}.json"
         part = place.with_suffix(".part")
         try:
