@@ -328,9 +328,9 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
 
     Tokens and positions keep their values, because models choose operations by them. For example, transformers makes no
     mask for contiguous positions, and without a mask it does not copy the keys for grouped queries. So a packed step is
-    traced with documents that end within a row. A real step in which no document ends within
-    a row saves less for backward. Operations that depend on activations cannot be traced, such as the routing of
-    experts. Besides, torch cannot infer the shapes of the experts' grouped products in float32.
+    traced with documents that end within a row. A real step in which no document ends within a row saves less
+    for backward. Operations that depend on activations cannot be traced, such as the routing of experts. Besides,
+    torch cannot infer the shapes of the experts' grouped products in float32.
 
     The strategy's share of the price comes from its law, with the weights in the order in which modules use them. The
     peak is that of one process, plus the difference that the strategy's law makes in a step without activations. The
