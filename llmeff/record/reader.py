@@ -144,9 +144,9 @@ def read_run(folder: Path) -> Run:
 
 
 def recorded(folder: Path) -> str:
-    """Returns a text that states how much a run has recorded, such as "12 steps and 3 evaluations". Empty if nothing.
+    """Returns a text that states how much a run has recorded, such as "12 steps and 3 evaluations".
 
-    Counts lines without parsing them, so damaged lines count too.
+    The text is empty if the run has recorded nothing. Counts lines without parsing them, so damaged lines count too.
     """
     found = []
     for name, what in ((schema.METRICS, "step"), (schema.EVALUATIONS, "evaluation")):

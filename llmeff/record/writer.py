@@ -131,7 +131,10 @@ class RunWriter:
         content = path.read_bytes() if path.exists() else b""
         kept = [(number, line) for number, line in whole_rows(content) if number <= step]
         if [number for number, _ in kept] != list(range(1, step + 1)):
-            raise ConfigError(f"{path}: the checkpoint is from step {step}, but some rows up to that step are missing")
+            raise ConfigError(
+                f"{path}: the checkpoint is from step {step}, but some rows up to that step are missing. Restore this "
+                "file, or start a new run"
+            )
         whole = b"".join(line for _, line in kept)
         if whole != content:
             with self._writing(schema.METRICS):
