@@ -115,7 +115,7 @@ class Checkpoints:
 
         Args:
             data: fingerprint (SHA-256) of the data that the run reads now.
-            or_anew: return None if there is no complete checkpoint, even if the run has recorded something.
+            or_anew: whether to return None if there is no complete checkpoint, even if the run has recorded something.
 
         Raises:
             ConfigError: there is no complete checkpoint, and starting at the first step would discard recorded rows or

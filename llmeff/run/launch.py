@@ -139,8 +139,8 @@ def first_flags(folder: Path, *, resume: bool, anew: bool, is_restarted: bool) -
         folder: folder of the run.
         resume: whether the user gave `--resume`.
         anew: whether the user gave `--restart-from-scratch`.
-        is_restarted: whether the run is restarted automatically if it ends abnormally. In that case, if
-            the run ended before its first checkpoint was due, `--resume` begins it anew.
+        is_restarted: whether the run is restarted automatically if it ends abnormally. In that case, if the run
+            ended before its first checkpoint was due, `--resume` begins it anew.
 
     Raises:
         ConfigError: neither flag was given, and the folder is not empty.
