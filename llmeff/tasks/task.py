@@ -101,7 +101,7 @@ class Task(ABC, Generic[ModelT]):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Returns summed losses by name. The training loop divides each by its count in the whole step, and adds them."""
+        """Returns summed losses by name. The training loop divides each by its count in the step, and adds them."""
 
     @abstractmethod
     def unit_ids(self, step: int, rows: range) -> list[str]:
