@@ -251,7 +251,10 @@ def check_sharding(config: OptimizerConfig) -> None:
 
 
 def proved_sharding(config: OptimizerConfig) -> tuple[Sharding, str]:
-    """Returns the finest sharding that does not change the update, and why a finer sharding fails (empty if none)."""
+    """Returns (sharding, message): the finest sharding that does not change the update, and why no finer one works.
+
+    The message is empty if there is no finer sharding.
+    """
     told = ""
     split: tuple[tuple[Sharding, Callable[[OptimizerConfig], Iterator[tuple[str, Tensor]]]], ...]
     split = (("elementwise", _in_slices), ("whole_tensor", _dealt_out))
