@@ -327,7 +327,7 @@ def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
 def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
     """Drops the first column of documents, (B, 1 + T), and splits the rest into chunks, (B, M, C).
 
-    Pads the last chunk with the number of the last document.
+    Pads the last chunk with the id of the last document.
     """
     own = documents[:, 1:]
     return cast(Tensor, torch.cat((own, own[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, chunk)))
