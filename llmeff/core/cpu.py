@@ -86,8 +86,8 @@ def _flags() -> frozenset[str]:
 def multiplies_bfloat16(device: str) -> bool:
     """Returns whether matrix products are faster in bfloat16 than in float32: True on a GPU, and on a CPU with AMX.
 
-    False on all other CPUs. Without AVX512_BF16 they are even slow in bfloat16: with AVX2, many times slower than in
-    float32.
+    Returns False on all other CPUs. On CPUs without AVX512_BF16, bfloat16 products are slow: with AVX2, many times
+    slower than in float32.
 
     Args:
         device: `cpu`, or a type of accelerator such as `cuda`.

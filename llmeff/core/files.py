@@ -172,7 +172,8 @@ def refuse_links(folder: Path, *, itself: bool = False) -> None:
 
     Args:
         folder: the folder. It may be absent, and its path may contain links.
-        itself: whether to refuse also a folder that is a link itself, as inside a folder that llmeff writes.
+        itself: whether to refuse the folder itself too if it is a link. Use it for a folder inside one that llmeff
+            writes.
 
     Raises:
         ConfigError: if the folder contains a symbolic link (even a broken link), a pipe, a socket or a device. With

@@ -105,7 +105,7 @@ class Layout:
 
         Returns None for a plain causal mask, without documents, padding or cached tokens.
 
-        A query that no key is visible to, such as left padding, sees all keys instead. Its output is not used, but a
+        A query that would see no key, such as left padding, sees all keys instead. Its output is not used, but a
         softmax over no keys would be NaN.
         """
         if num_keys not in self._masks:
