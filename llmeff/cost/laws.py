@@ -315,7 +315,7 @@ def _flash(tape: Tape, query: Array, key: Array, value: Array, bias: Array | Non
 
 
 def _blocks(tape: Tape, query: Array, key: Array, *, is_backward: bool = False) -> None:
-    """Counts the buffers of torch's CPU attention kernel. Each thread has some for the scores of a block."""
+    """Counts the buffers of torch's CPU attention kernel: each thread keeps the scores of one block in them."""
     if not tape.workload.on_cpu:
         return
     num_queries, num_keys, width = query.shape[2], key.shape[2], query.shape[3]
