@@ -193,7 +193,7 @@ def test_colours_stay_in_their_range():
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"scale": [2.0, 0.5]}, r"scale must be \(low, high\), but 2.0 is above 0.5"),
+        ({"scale": [2.0, 0.5]}, r"scale must be \(low, high\), but the first value, 2.0, is above the second, 0.5"),
         ({"scale": [0.0, 0.5]}, "scale.0"),
         ({"scale": 0.5}, "scale"),
         ({"crop": [0, 5]}, "crop.0"),
