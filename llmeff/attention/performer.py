@@ -121,7 +121,7 @@ def exponents(x: Tensor, directions: Tensor, *, has_lengths: bool = False) -> Te
 
 
 def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-    """Subtracts from the exponents of each key the largest exponent so far in its document.
+    """Subtracts a running maximum from the exponents of each key: the largest exponent so far in its document.
 
     If this maximum rises at a token, all earlier sums must be multiplied by exp(old maximum - new maximum). The second
     result is the logarithm of this factor. The maximum starts at the value of the document's first key and not at 0,
@@ -161,7 +161,7 @@ def _begun(largest: Tensor) -> Tensor:
 
 
 def _of_documents(largest: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns running maxima of (B, T, K) within each document, and log factors of the earlier sums, both (B, T, K).
+    """Returns the running maximum of each document, and the logarithms of the factors that rescale earlier sums.
 
     Adds an offset to each document, so that all its values exceed those of the previous document. Then a single
     cumulative maximum over the row gives the maxima of all documents.

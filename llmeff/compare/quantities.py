@@ -136,8 +136,8 @@ def quantities_of(
 
     Args:
         metrics: the metrics that runs are judged by. The first is the main metric.
-        target: the value of the main metric until which the `..._to_target` quantities count. None if there is no
-            target.
+        target: a value of the main metric. The `..._to_target` quantities are the cost of a run until it reaches this
+            value. None if there is no target.
         budgets: the budgets from `budgets_of`.
         times: seconds per step of the arms that were timed.
     """

@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def is_padding(self) -> Tensor | None:
-        """(B, T) bool over the new tokens: True at padding, where `padding` is False. None if there is no padding."""
+        """(B, T) bool over the new tokens: True at padding tokens. The inverse of `padding`. None if there is no padding."""
         return None if self.padding is None else ~self.padding[:, self.past : self.past + self.positions.shape[-1]]
 
     def cleared(self, x: Tensor) -> Tensor:

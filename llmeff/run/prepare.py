@@ -282,7 +282,7 @@ def begun_config(asked: RunConfig, folder: Path) -> RunConfig:
 
 
 def _keep_statistics_scope(asked: RunConfig, merged: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Sets the micro-batch in `merged` so that batch statistics still cover the same number of rows.
+    """Sets the micro-batch of a resumed run so that batch statistics cover as many rows as before.
 
     Does nothing for models without batch statistics.
 

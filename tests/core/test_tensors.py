@@ -42,7 +42,7 @@ def test_stored_and_put_back_is_the_same_module():
 def test_missing_and_unexpected_names_are_told():
     tensors = dict(stored_tensors(Module()))
     tensors["norm.scale"] = tensors.pop("norm.weight")
-    with pytest.raises(ValueError, match=r"missing \['norm\.weight'\], unexpected \['norm\.scale'\]"):
+    with pytest.raises(ValueError, match=r"they lack \['norm\.weight'\], and the model lacks \['norm\.scale'\]"):
         copy_tensors(Module(), tensors)
 
 
