@@ -27,7 +27,7 @@ Each token multiplies the state by exp(-rate * step), where step is the time tha
 
 
 def initial_decays(rates: tuple[float, float], log_rate: Tensor, step_bias: Tensor) -> dict[str, Tensor]:
-    """Draws initial values of `log_rate` and `step_bias`, in their shapes (Gu and Dao 2023; Dao and Gu 2024)."""
+    """Draws initial values for `log_rate` and `step_bias`, of the same shapes (Gu and Dao 2023; Dao and Gu 2024)."""
     return {"log_rate": torch.empty_like(log_rate).uniform_(*rates).log(), "step_bias": _steps(step_bias)}
 
 

@@ -30,7 +30,7 @@ class DeltaConfig(ScanConfig):
     """Width in tokens of the short convolution over queries, keys and values."""
 
     def missing_requirements(self, shape: MixerShape, *, on_cpu: bool) -> list[str]:
-        """Returns the messages of `ScanConfig`, and one more if head_dim is too large for kernel 'fla'."""
+        """Returns the errors that `ScanConfig` finds, and an error if head_dim is too large for kernel 'fla'."""
         found = super().missing_requirements(shape, on_cpu=on_cpu)
         if self.kernel == "fla" and shape.head_dim > fla.LARGEST_KEY:
             found.append(

@@ -44,7 +44,7 @@ def is_installed() -> bool:
 
 @cache
 def is_flawed() -> bool:
-    """Whether flash-linear-attention refuses per-head decays on this machine's GPU and Triton version, see `FLAW`."""
+    """Whether flash-linear-attention refuses per-head decays on this machine's GPU and Triton version (`FLAW`)."""
     if torch.version.hip or not is_installed() or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability()[0] != 9:
@@ -108,8 +108,8 @@ def scan(
         dtype: dtype of queries, keys and values in the kernel.
 
     Returns:
-        The output, (B, T, N, V), in `dtype`, and the state after the last token, (B, N, K, V), or None instead of the
-            state if the layout has documents.
+        The output, (B, T, N, V), in `dtype`, and the state after the last token, (B, N, K, V). The state is None if the
+        layout has documents.
     """
     name = _name(log_decay, beta, dtype)
     given: dict[str, Any] = {"q": query.to(dtype), "k": key.to(dtype), "v": value.to(dtype)}
@@ -153,7 +153,10 @@ def _name(log_decay: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _is_fixed(log_decay: Tensor) -> bool:
-    """Whether the decay needs no gradient and is equal for all tokens: expanded over rows and tokens (stride 0)."""
+    """Whether all rows and tokens share one decay per channel, which needs no gradient.
+
+    A shared decay is an expanded tensor: its strides over rows and tokens are 0.
+    """
     if log_decay.requires_grad:
         return False
     strides = zip(log_decay.shape[:2], log_decay.stride()[:2], strict=True)

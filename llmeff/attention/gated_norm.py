@@ -40,7 +40,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class GroupedRMSNorm(Initialized):
-    """RMSNorm(x * silu(gate)) over groups of channels, in float32 or wider. The gate comes first (Dao and Gu 2024).
+    """RMSNorm(x * silu(gate)) over groups of channels, in float32 or wider. Applies the gate first (Dao and Gu 2024).
 
     Args:
         width: W, the size of the last dimension.

@@ -76,8 +76,9 @@ class GLA(ScanConfig):
 class GLAMixer(ProjectedMixer):
     """Module of gated linear attention: S_t = diag(exp(g)) S_(t-1) + k v' with g = log(sigmoid(f x + b)) / 16.
 
-    The output S_t' q is normalized and gated (Yang et al. 2023, section 4.4). g is at least `scan.LEAST`, so that from
-    one token to the next a channel keeps at least 0.7 % of its state.
+    f x + b is a low-rank projection of the layer's input x, plus `decay_bias`. The output S_t' q is normalized and
+    gated (Yang et al. 2023, section 4.4). g is at least `scan.LEAST`, so that from one token to the next a channel
+    keeps at least 0.7 % of its state.
     """
 
     def __init__(self, config: GLA, shape: MixerShape):

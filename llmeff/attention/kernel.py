@@ -104,7 +104,7 @@ def weighed(
         value: (B, T, K, H).
         log_decay: (B, T, K, 1), see `KernelMixer.features`.
         layout: documents and padding of the batch.
-        cache: stores the sums.
+        cache: stores the weighted sums over earlier tokens.
         kernel: see `ScanConfig.kernel`.
 
     Returns:

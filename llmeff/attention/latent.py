@@ -38,7 +38,7 @@ class Latent(MixerConfig):
     input of the layer, as in DeepSeek-V2-Lite."""
 
     def widths(self, shape: MixerShape) -> tuple[int, int]:
-        """Returns the widths L, of the latent vector, and R, of the rotary part, as numbers (also for "auto")."""
+        """Returns L and R, the widths of the latent vector and the rotary part, as numbers even if they are "auto"."""
         latent = 4 * shape.head_dim if self.latent == "auto" else self.latent
         return latent, 2 * -(-shape.head_dim // 4) if self.rotary == "auto" else self.rotary
 
@@ -184,9 +184,10 @@ class LatentMixer(Mixer):
         return mixed.transpose(1, 2)[..., : self.shape.head_dim].flatten(-2)
 
     def _absorbed(self, query: Tensor, kept: Tensor, layout: Layout) -> Tensor:
-        """Computes the same as `_expanded`, but all heads share one array, (B, S, L + R), as both keys and values.
+        """Computes the same as `_expanded`, but all heads share one array, `kept`, as both keys and values.
 
-        It applies k_up_proj to the queries instead of the keys, and v_up_proj to the result instead of the values.
+        `kept` is (B, S, L + R): the latent vector and rotary key of each of the S cached and new tokens. Instead of
+        the keys, k_up_proj is applied to the queries. Instead of the values, v_up_proj is applied to the result.
         """
         shape = self.shape
         keys = self.k_up_proj.weight.view(shape.num_heads, shape.head_dim, self.latent)

@@ -44,7 +44,7 @@ class LinearMixer(KernelMixer):
     def features(
         self, query: Tensor, key: Tensor, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, None]:
-        """Returns features of queries, (B, T, N, H), and keys, (B, T, K, H), and None: the sums are not rescaled."""
+        """Returns features of queries, (B, T, N, H), and of keys, (B, T, K, H), and None for no rescaling of sums."""
         return positive(query), positive(key), None
 
 

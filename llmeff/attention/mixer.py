@@ -79,8 +79,9 @@ class Mixer(Initialized):
     def prepare(self, layout: Layout, num_rows: int, dtype: torch.dtype) -> None:
         """Computes the tables that layers share through the layout.
 
-        If the model recomputes layers in backward, it calls this method before it runs the layers. Otherwise the first
-        layer computes the tables. torch.compile does not allow that in a layer that runs twice.
+        If the model recomputes layers in backward, it calls this method before it runs the layers, because
+        torch.compile does not allow a layer that runs twice to compute the tables. Otherwise, the first layer computes
+        them.
 
         Args:
             layout: layout of the batch.
@@ -114,7 +115,7 @@ class MixerConfig(Component, family="mixer"):
     def build(self, shape: MixerShape) -> Mixer:
         """Builds the module.
 
-        The model initializes the module afterwards, with the values from `Initialized.initial` where it returns any.
+        The module's parameters get their initial values afterwards, from the model (see `Initialized`).
         """
         raise NotImplementedError(type(self))
 

@@ -155,7 +155,10 @@ def relative(key: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Ten
 
 
 def _begun(largest: Tensor) -> Tensor:
-    """Replaces the -inf at the start of non-decreasing rows, (B, T, K), by the first finite number, or else by 0."""
+    """Replaces each -inf in running maxima, (B, T, K), by the first finite maximum of the same row and head.
+
+    If a row has no finite maximum for a head, replaces -inf by 0.
+    """
     first = largest.masked_fill(largest == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
     return largest.maximum(first.masked_fill(first == torch.inf, 0))
 

@@ -195,7 +195,7 @@ def scan(
 
 
 def _followed(sizes: tuple[int, int], documents: Tensor | None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Computes the same as `_scan`, but torch.compile can trace it and decides which tensors to save or recompute."""
+    """Computes the scan in a form that torch.compile can trace. The compiler then decides which tensors to save."""
     *rows, state = given
     assert rows[2] is not None
     assert state is not None
@@ -334,7 +334,7 @@ def _parts(documents: Tensor, missing: int, chunk: int) -> Tensor:
 
 
 def _causal(documents: Tensor | None, missing: int, chunk: int, device: torch.device) -> Tensor:
-    """Returns which tokens of its chunk each token sees, as booleans: (C, C), or (B, 1, M, C, C) with documents."""
+    """Returns the mask of the tokens that each token sees in its chunk: (C, C), or (B, 1, M, C, C) with documents."""
     sees = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
     if documents is None:
         return sees
@@ -361,7 +361,8 @@ def _borders(documents: Tensor, missing: int, chunk: int) -> tuple[Tensor, Tenso
 def _pairs(rows: Tensor, keys: Tensor, decay: Tensor | None, sees: Tensor) -> Tensor:
     """Returns the weight of each pair of tokens (t, s) in a chunk, (B, N, M, C, C).
 
-    It is the sum over channels of rows_t exp(c_t - c_s) keys_s if t sees s, otherwise 0.
+    It is the sum over channels of rows_t exp(c_t - c_s) keys_s if t sees s, otherwise 0. c is `decay`, the sum of
+    the log decays from the start of the chunk.
     """
     if decay is None:
         return (rows @ keys.mT).masked_fill(~sees, 0)

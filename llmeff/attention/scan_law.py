@@ -177,7 +177,7 @@ def _new_back(tape: Tape, shape: tuple[int, ...], gradient: Array) -> tuple[Arra
 
 
 def _cut(tape: Tape, x: Array, length: int) -> Array:
-    """Returns the first `length` tokens of the chunks: (B, N, M, C, V) to (B, N, T, V)."""
+    """Joins the chunks and returns the first `length` tokens: (B, N, M, C, V) to (B, N, length, V)."""
     if x.shape[2] * CHUNK == length:
         return Array((*x.shape[:2], length, x.shape[-1]), x.dtype, x.storage, x.node)
     return laws.view(tape, x, (*x.shape[:2], length, x.shape[-1]))

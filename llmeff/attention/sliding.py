@@ -122,7 +122,7 @@ class SlidingMixer(HeadsMixer):
         return flex.block_mask(layout, self.config, partial(_sees, self.config))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
-        """Mixes whole rows if there is no cache. With a cache, attends block by block to the cached and new tokens."""
+        """Attends over whole rows if there is no cache. Otherwise, attends to cached and new tokens, block by block."""
         if query.shape[2] > self.config.window and flex.takes(self.config.kernel, query, cache):
             mixed = flex.attend(query, key, value, self._block_mask(layout))
             return mixed.transpose(1, 2).flatten(-2)
@@ -273,7 +273,11 @@ def _num_globals(config: Sliding, num_blocks: int) -> int:
 
 
 def _blocks(config: Sliding, layout: Layout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the indices of each block's keys in the concatenated rows, (B M G,), and their bias, (B M, 1, C, G)."""
+    """Returns the keys that each block attends to, and the bias that is added to their scores, (B M, 1, C, G).
+
+    The keys are indices into the concatenated rows, (B M G,). M is the number of blocks, C the number of tokens in a
+    block, and G the number of keys per block.
+    """
     key = ("sliding", config.window, config.sinks, config.global_every, num_rows, dtype)
     return layout.tables(key, partial(_make_blocks, config, layout, num_rows, dtype))
 
