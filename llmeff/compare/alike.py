@@ -87,7 +87,7 @@ def _budget(entry: Entry) -> int | None:
 
 
 def _merged(names_by_budget: Mapping[int, list[str]]) -> dict[int | None, list[str]]:
-    """Merges budgets that exceed the lowest budget of their group by at most `LABELLED`."""
+    """Merges nearly equal budgets: those that exceed the lowest of their group by at most the fraction `LABELLED`."""
     found: dict[int | None, list[str]] = {}
     first = None
     for budget, names in sorted(names_by_budget.items()):

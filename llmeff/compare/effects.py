@@ -110,7 +110,7 @@ def _is_positive(number: float | None) -> bool:
 
 
 def _logs(runs: Sequence[Entry], value: Callable[[Entry], float | None]) -> Floats:
-    """Returns the logarithm of `value(run)` for each run. It must not be None for any run."""
+    """Returns the logarithm of `value(run)` for each run. `value` must not return None."""
     logs: Floats = np.log(np.array([value(run) for run in runs], dtype=np.float64))
     return logs
 
@@ -273,7 +273,10 @@ def _described(
 
 
 def _predicted_ratios(design: _Design, predicted: Callable[[Entry], float | None] | None) -> Sequence[float | None]:
-    """Returns the predicted ratio of each term. All are None unless every run has a positive prediction."""
+    """Returns the predicted ratio of each factor and pair of factors.
+
+    All ratios are None unless every run has a positive prediction.
+    """
     if predicted is None or not all(_is_positive(predicted(run)) for run in design.runs):
         return [None] * len(design.terms)
     coefficients = _fit(design, _logs(design.runs, predicted))[0][-len(design.terms) :]

@@ -69,8 +69,8 @@ def group_of(arms: Arms, trials: Sequence[Entry], metrics: Sequence[Metric], tar
         arms: the arms.
         trials: the tuning trials of the cell.
         metrics: the metrics that runs are judged by. The first is the main metric.
-        target: the value of the main metric until which costs are counted. None for the best value that every finished
-            run of the baseline reaches.
+        target: a value of the main metric. Some quantities are the cost of a run until it reaches this value. None for
+            the best value that every finished run of the baseline reaches.
     """
     metric = metrics[0]
     if target is None:

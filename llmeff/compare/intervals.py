@@ -316,7 +316,7 @@ def _apart(
         arm: the logarithms of the arm's values.
         baseline: the logarithms of the baseline's values.
         count: the number of comparisons in the family.
-        safe: the degrees of freedom. None for Satterthwaite's.
+        safe: the degrees of freedom. None for Satterthwaite's estimate.
         method: the method to record in the result.
         baseline_variance: the variance of the baseline. None for the sample variance of its runs.
     """
@@ -377,8 +377,8 @@ def _at_once(
 def largest_of(value: float, shares: tuple[float, ...], freedom: float) -> float:
     """Returns the probability that no |t| of several comparisons with one baseline exceeds `value` (Dunnett 1955).
 
-    The t values of arms i and j share one variance and correlate by sqrt(share_i share_j). Conditional on the
-    baseline's mean and on the variance, they are independent. This leaves two integrals, which are computed by
+    The t values of arms i and j share one variance, and their correlation is sqrt(share_i share_j). Conditional
+    on the baseline's mean and on the variance, they are independent. This leaves two integrals, which are computed by
     quadrature.
 
     Args:
@@ -454,8 +454,8 @@ def resampled_ratio(
     The interval accounts for the choice of units. It does not account for the variation between seeds.
 
     Args:
-        method: the sum of losses of each unit, (units,), and its number of items, (units,), for the run to compare.
-        baseline: the sums and numbers for the baseline run, with the same units in the same order.
+        method: two arrays of shape (units,) for the run to compare: each unit's sum of losses, and its number of items.
+        baseline: the same two arrays for the baseline run, with the same units in the same order.
         seed: the seed of the resampling.
         resamples: the number of resamples.
 

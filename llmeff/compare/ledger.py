@@ -42,7 +42,7 @@ class Metric:
     def sign(self) -> int:
         """1 if lower values are better, -1 if higher values are better.
 
-        So for the value times `sign`, lower is always better.
+        After a value is multiplied by `sign`, lower is always better.
         """
         return 1 if self.better == "lower" else -1
 

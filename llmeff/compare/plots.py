@@ -93,8 +93,8 @@ def tuning_curves(group: Group) -> bytes | None:
 def trials_curves(group: Group) -> bytes | None:
     """Plots the expected best value of 1, 2, ... trials by arm, as a PNG.
 
-    Each point is the mean result of a smaller tuning budget, over all random choices of so many trials. Returns None if
-    no arm has at least two trials, one of them finished.
+    The point at k trials is the result of a tuning budget of k trials: the mean, over all choices of k of the arm's
+    trials, of the best value among them. Returns None if no arm has at least two trials, one of them finished.
     """
     tuned = {arm: tuning for arm, tuning in group.tuning.items() if len(tuning.expected_best) > 1}
     if not any(np.isfinite(tuning.expected_best).any() for tuning in tuned.values()):
@@ -230,10 +230,10 @@ def _limit(axes: Any, metric: Metric, best: float, worst: float, room: float) ->
 
 
 def _band(runs: Sequence[Entry], metric: Metric) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Returns the items at each evaluation, and the values of the metric, (runs, evaluations).
+    """Returns the number of items trained on at each evaluation, and the values of the metric, (runs, evaluations).
 
-    Uses the finished runs with at least two evaluations. Leaves out those whose evaluations are at other steps than in
-    the first such run. Returns None if no run is left.
+    Uses the finished runs with at least two evaluations. Of these, leaves out runs that were not evaluated at the same
+    steps as the first. Returns None if there is no such run.
     """
     known = [run for run in runs if run.is_done and run.items_per_step and _is_curve(run.curve(metric.name))]
     known = [run for run in known if run.curve_steps == known[0].curve_steps]

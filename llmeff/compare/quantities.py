@@ -178,7 +178,7 @@ def _final(metric: Metric, *, is_deciding: bool) -> Quantity:
 
 
 def _at_equal_budgets(metric: Metric, budgets: Mapping[str, float], step_s: Value) -> Iterator[Quantity]:
-    """Yields two quantities: the metric after a run has spent the budget of FLOPs, and after that of time."""
+    """Yields two quantities: the metric when a run has spent the FLOP budget, and when it has spent the time budget."""
 
     def after(budget: str, cost_of_step: Value) -> Value:
         def value(entry: Entry) -> float | None:

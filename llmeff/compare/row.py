@@ -102,7 +102,8 @@ def _by_seeds(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms
     """Compares arms with the baseline by their runs.
 
     Arms that are kin of the baseline are paired with it by seed. If the quantity does not depend on the seed, all arms
-    are. The remaining arms are compared at once, as independent arms. The A/A arm is judged alone.
+    are paired in this way. Arms that are not paired are compared at once, as independent arms. The A/A arm is judged
+    alone.
 
     Args:
         quantity: the quantity.
@@ -175,7 +176,7 @@ def _by_timing(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arm
 def _time_to_target(name: str, logs: _Logs, family: int, arms: Arms) -> Difference | None:
     """Compares an arm's time to the target with the baseline's: the ratio of step counts times the ratio of step times.
 
-    Returns None if the arm is kin to the baseline, and so paired with it by seed, but they have no seed in common.
+    If the arm is kin to the baseline, their runs are paired by seed. Returns None if they then have no seed in common.
     """
     ours, theirs = logs[name], logs[arms.baseline]
     our_times, their_times = arms.times[name], arms.times[arms.baseline]

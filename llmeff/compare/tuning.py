@@ -48,7 +48,7 @@ def tuning_of(trials: Sequence[Entry], metric: Metric) -> Tuning | None:
 
 
 def _searched(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Returns the distinct values of each field that is a number in all trials, in ascending order."""
+    """Returns each field that is a number in all trials, with its distinct values in ascending order."""
     return {
         name: sorted({tried[name] for tried in settings})
         for name in settings[0]
@@ -65,7 +65,10 @@ def _at_edge(best: Mapping[str, Any], searched: Mapping[str, Sequence[float]]) -
 
 
 def _near_factor(settings: Sequence[Mapping[str, Any]], costs: Sequence[float], metric: Metric) -> dict[str, float]:
-    """Returns the value of `Tuning.near_factor`, which is empty unless exactly one number was searched."""
+    """Returns the ratio of the highest to the lowest value of the searched field, among trials within 1 % of the best.
+
+    The key is the field. Empty unless exactly one field was searched, and it is a number.
+    """
     if len(settings[0]) != 1:
         return {}
     limit = NEAR**metric.sign * min(costs)

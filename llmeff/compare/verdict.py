@@ -47,8 +47,8 @@ def judge(
     Args:
         entries: the runs of the study.
         baseline: the arm that the other arms are compared with. None for the first arm with a final run.
-        target: the value of the metric until which steps, FLOPs and time are counted. None for the best value that
-            every finished run of the baseline reaches, in each cell.
+        target: a value of the metric. Arms are also compared by the steps, FLOPs and time that a run spends until it
+            reaches this value. None for the best value that every finished run of the baseline reaches, in each cell.
         metric: the main metric. Targets, values at equal budgets, and tuning use it. All statistics are of ratios,
             which need positive values, so an arm with a value that is not positive is not compared.
         step_times: the step times of the timing run, by `timing_name`. If None, no times are compared.
