@@ -53,7 +53,7 @@ class EvalConfig(Config):
     """Tokens of the sample text that the model writes at the end. 0: no sample, and no sample picture for images."""
 
     def interval(self, steps: int) -> int:
-        """Returns the number of steps between evaluations in a run of `steps` steps, or 0 for only one at the end."""
+        """Returns the number of steps between evaluations in a run of `steps` steps. 0 to evaluate only at the end."""
         return self.every if isinstance(self.every, int) else max(1, round(self.every * steps))
 
 

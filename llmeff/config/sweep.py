@@ -291,7 +291,7 @@ class SweepConfig(Config):
         ]
 
     def first_trial(self, arm: str) -> dict[str, Any]:
-        """Returns the first trial's settings, as an example of tuned settings. Empty if the arm uses none."""
+        """Returns the settings of the first trial that tunes the arm, as an example. Empty if the arm is not tuned."""
         tuner = self.tuned_by(arm)
         trials = self.trials(tuner) if tuner in self.arms else []
         return trials[0] if trials else {}

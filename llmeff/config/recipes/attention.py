@@ -16,12 +16,12 @@ from llmeff.tasks import Recall
 def _mixers(head_dim: int, window: int) -> dict[Text, dict[Text, int]]:
     """Returns the fields to set for each mixer, so that every mixer's state has H x H numbers per head.
 
-    Not counted are the sums that normalize a kernel and the tokens that short convolutions keep.
+    This number does not include the sums that normalize a kernel, or the tokens that short convolutions keep.
 
     Args:
         head_dim: H.
-        window: tokens in the sliding window, H / 2 or H / 2 + 1. Decoding caches one token fewer, so that its keys and
-            values are about as large as a state.
+        window: number of tokens in the sliding window. It should be H / 2 or H / 2 + 1, so that the cached keys and
+            values are about as large as a state. Decoding caches one token fewer than the window.
     """
     return {
         "softmax": {},

@@ -57,8 +57,9 @@ def half_fraction(factors: Mapping[str, tuple[Level, Level]]) -> dict[str, ArmCo
     These are the combinations with an even number of factors at their second level. With five factors, the design has
     resolution V: main effects and pairs are not confounded with one another (Box, Hunter and Hunter 2005, chapter 6).
 
-    The first arm has all factors at their first level. Each level with a search is tuned in the first arm that has it.
-    The other arms with this level reuse the tuned settings, so that they differ only in their factors.
+    The first arm has all factors at their first level. Each combination of levels with a
+    search is tuned in the first arm that has it. The other arms with this combination reuse the tuned settings, so that
+    they differ only in their factors.
     """
     arms: dict[str, ArmConfig] = {}
     tuners: dict[tuple[str, ...], str] = {}
