@@ -85,8 +85,8 @@ class Config(BaseModel):
 class Component(Config):
     """A config that is chosen by its `name` from a family (`optim.name = "adamw"`).
 
-    A subclass declared with `family=` creates a registry. Its own subclasses register themselves if they annotate
-    `name` with a single literal.
+    A subclass declared with `family=` is the base class of a family and has a registry. A subclass of this base class
+    is added to the registry if it annotates `name` with a single literal.
     """
 
     registry: ClassVar[Registry[Any]]
@@ -207,9 +207,9 @@ def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...
 
 
 def _below(annotation: Any, part: int | str) -> Any:
-    """Returns the type of a model's field `part`, of a dict's values or of a list's items, given the outer type.
+    """Returns the type of what a container holds: of a model's field `part`, or of the values of a dict or list.
 
-    A union is reduced to its first member other than None.
+    `annotation` is the type of the container. A union is reduced to its first member other than None.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))

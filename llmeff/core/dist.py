@@ -1,4 +1,4 @@
-"""All access to environment variables, except that of the script train.py: ranks, launcher settings, paths, caches."""
+"""All access to environment variables, except in the script train.py: ranks, launcher settings, paths, caches."""
 
 import contextlib
 import os
@@ -122,7 +122,7 @@ def launcher_settings() -> list[ExternalSetting]:
 
 
 def _as_given(read: Callable[[str], Any], given: str) -> Any:
-    """Returns the parsed value, or the text itself if it cannot be parsed. The text then equals no config value."""
+    """Returns the parsed value. If it cannot be parsed, returns the text itself, which then equals no config value."""
     try:
         return read(given)
     except ValueError:
@@ -219,8 +219,8 @@ def launched_environment(ending: Path, *, on_gpu: bool) -> dict[str, str]:
 def in_a_world() -> Iterator[None]:
     """Context manager in which the environment declares this process a rank: the only rank if there is no launcher.
 
-    Process groups and engines need these variables, and set more. The end of the block restores the old environment,
-    because later runs in this process, and processes that it starts, would otherwise take themselves for ranks.
+    Process groups and engines need these variables, and set others. The end of the block restores the old environment.
+    Otherwise, later runs in this process, and processes that it starts, would act as ranks.
     """
     before = dict(os.environ)
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # `check_world` has compared these settings with the config

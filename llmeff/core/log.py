@@ -32,12 +32,12 @@ def configure(*, quiet: bool) -> None:
 
 
 def out() -> TextIO:
-    """Returns the stream for llmeff's own output, which is standard output even if that of libraries is redirected."""
+    """Returns the stream for llmeff's own output: the original standard output, even inside `engines_apart`."""
     return sys.stdout if _apart is None else _apart.out
 
 
 def err() -> TextIO:
-    """Returns the stream for llmeff's own messages, which is standard error even if that of libraries is redirected."""
+    """Returns the stream for llmeff's own messages: the original standard error, even inside `engines_apart`."""
     return sys.stderr if _apart is None else _apart.err
 
 

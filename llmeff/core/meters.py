@@ -260,11 +260,11 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
     """Returns the peak bytes live during a call, as the device's allocator reports them.
 
     On a GPU, this is the peak of CUDA's allocator. On a CPU, torch's profiler records every allocation and free during
-    the call, which slows the call but does not change its results, and `held` adds what was live before.
+    the call, and the bytes of `held` are added. The profiler slows the call but does not change its results.
 
     With one process, compiled code stays compiled. With several, the call waits after each collective, because the
-    profiler does not see what gloo's thread frees. If it still misses a free, the memory counts as freed when a
-    collective first ends after the allocation.
+    profiler does not see what gloo's thread frees. If the profiler still misses a free, the memory counts as freed at
+    the end of the first collective that ends after the allocation.
 
     Args:
         run: the call to measure.
@@ -293,7 +293,7 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.
 def _with_unseen(roots: list[Any]) -> list[int]:
     """Returns the changes of allocated bytes in order of time: positive for an allocation, negative for a free.
 
-    If a free was not recorded, because gloo's thread made it, the memory counts as freed when a collective first ends
+    Frees by gloo's thread are not recorded. Such memory counts as freed at the end of the first collective that ends
     after the allocation.
     """
     events = list(_flattened(roots))
@@ -435,7 +435,7 @@ def count_step(run: Callable[[], object]) -> tuple[dict[str, float], tuple[str, 
 
     Returns:
         A dict and a tuple. The dict has `executed_flops`, if the FLOPs of all kernels can be counted, and `wire_bytes`,
-        if ranks sent any. The tuple names the kernels that ran, of operations that can use several kernels.
+        if ranks sent any. The tuple has the kernels that ran, but only for operations that can use several kernels.
     """
     with WireMeter() as wire, kernels.noted() as ran:
         flops = count_flops(run)

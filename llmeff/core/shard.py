@@ -83,7 +83,7 @@ def part_length(size: int, ranks: int, alignment: int = 1) -> int:
     """Returns the number of elements in one rank's part, with padding.
 
     `size` is rounded up to a multiple of `alignment` and divided by the number of ranks. `alignment` must be a multiple
-    of the number of ranks, or 1, which means the number of ranks.
+    of the number of ranks. The default, 1, stands for the number of ranks itself.
     """
     step = max(alignment, ranks)
     return -(-size // step) * step // ranks
