@@ -99,7 +99,7 @@ class Node:
     gradient: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
-        """Adds to the gradient of the node's output: in place if that gradient is contiguous, as PyTorch does."""
+        """Adds `gradient` to the sum of earlier gradients: in place if the sum is contiguous, as PyTorch does."""
         if self.gradient is None:
             self.gradient = gradient
         elif not self.gradient.is_dense:

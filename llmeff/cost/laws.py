@@ -270,7 +270,10 @@ def _split_back(tape: Tape, shape: tuple[int, ...], arrived: list[Array], gradie
 
 
 def put_aside(arrived: list[Array], gradient: Array) -> tuple[()]:
-    """Keeps the gradient of the second or a later output of an operation, until the operation's backward uses it."""
+    """Adds a gradient to `arrived`, where it is kept until the backward of the whole operation uses it.
+
+    It is the gradient of an operation's second or later output.
+    """
     arrived.append(gradient)
     return ()
 
@@ -377,7 +380,7 @@ def padded(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def view(tape: Tape, x: Array, shape: tuple[int, ...]) -> Array:
-    """Returns a view of a part, an expansion or all of `x`. Backward makes a new gradient with the shape of `x`."""
+    """Returns a view of `x`, such as a part or an expansion. Backward makes a new gradient with the shape of `x`."""
     node = tape.save((x,), (), partial(_new_back, tape, x.shape))
     return Array(shape, x.dtype, x.storage, node)
 

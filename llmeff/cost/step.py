@@ -81,11 +81,11 @@ def price_step(law: Law, workload: Workload, strategy_law: StrategyLaw | None = 
 
 
 def price_state(uses: Sequence[tuple[Weight, bool]], workload: Workload, strategy_law: StrategyLaw) -> Price:
-    """Returns the price of a step of a model without activations: the step uses its weights one after another.
+    """Returns the price of a step that only uses weights, one after another, and has no activations.
 
     Args:
-        uses: for each use in the forward pass, in order, the weight and whether backward uses the weight again. It
-            does not if the weight is frozen and no gradient flows through the operation.
+        uses: for each use in the forward pass, in order: the weight, and whether backward uses the weight again.
+            Backward does not use a frozen weight if no gradient flows through the operation.
         workload: the step.
         strategy_law: the law of the weights and gradients that a rank keeps and sends.
     """

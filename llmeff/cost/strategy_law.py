@@ -104,7 +104,7 @@ class StrategyLaw:
         """Called for the update. Counts bytes that clipping, update and clearing gradients allocate, send or free."""
 
     def updated(self) -> list[Weight]:
-        """Returns the tensors that this process's optimizer updates. Their optimizer state has the same parts."""
+        """Returns the tensors that this process's optimizer updates. Their `part` also applies to optimizer state."""
         return [replace(weight, dtype=self.formats.master or weight.dtype) for weight in self.weights]
 
     # -- for strategies

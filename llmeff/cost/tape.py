@@ -161,12 +161,12 @@ class Tape:
         return Array(shape, dtype, Storage(self.live, num_bytes, ("temporaries", self._part)), node)
 
     def workspace(self, num_bytes: int) -> Storage:
-        """Adds bytes that a library allocates besides tensors. They are freed when the returned `Storage` is."""
+        """Adds bytes that a library allocates besides tensors. They are freed with the returned `Storage`."""
         return Storage(self.live, 0 if self._has_stopped else num_bytes, ("workspace_bytes", self._part))
 
     @contextmanager
     def room(self, found: Room | None) -> Iterator[None]:
-        """A context in which to make the result of a contraction of a convolution. Adds the contraction's workspace.
+        """A context in which to make the result of one contraction of a convolution. Counts the bytes of `found`.
 
         Args:
             found: the workspace of the contraction. None if it is unknown.

@@ -154,7 +154,7 @@ def _measured(work: Workload, dtype: str) -> str | None:
 
 
 def _form_of(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype: str) -> str | None:
-    """Returns the name in `FORMS` of a convolution's form on a CPU, or None if it was not measured.
+    """Returns the key in `FORMS` for the workspace of a convolution on a CPU, or None if it was not measured.
 
     In float32, torch does not use oneDNN (`use_mkldnn`) for a single small image with a kernel of at most 3x3, or for
     fewer than 16 images with a 1x1 kernel and a single thread.
@@ -175,7 +175,7 @@ def is_torchs(work: Workload, x: tuple[int, ...], weight: tuple[int, ...], dtype
 
 
 def _torch(convolution: Convolution, product: Product) -> Room:
-    """The form without oneDNN: torch lays out all patches of all images as the columns of a matrix."""
+    """Returns the workspace without oneDNN: torch lays out all patches of all images as the columns of a matrix."""
     if convolution.is_pointwise or product == "input":
         return Room()
     return Room(result=convolution.x[0] * convolution.patches * BYTES[convolution.dtype])
@@ -186,7 +186,7 @@ def _filled(number: int, block: int) -> int:
 
 
 def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
-    """The form of oneDNN's copies, whose channels are padded to whole blocks of `block` channels.
+    """Returns the workspace of oneDNN's copies, with channels padded to whole blocks of `block` channels.
 
     With a 1x1 kernel the input is always copied. With other kernels, the computation of the output copies no input with
     fewer channels than a block, and the weight's gradient copies no input whose number of channels is in `_PLAIN`.
@@ -206,19 +206,22 @@ def _blocks(block: int, convolution: Convolution, product: Product) -> Room:
 
 
 def _blocks_of_16(convolution: Convolution, product: Product) -> Room:
-    """Blocks of 16 channels. For the weight's gradient of 4 to 15 input channels, AVX2 kernels use blocks of 8."""
+    """Returns the workspace for blocks of 16 channels.
+
+    For the weight's gradient of 4 to 15 input channels, AVX2 kernels use blocks of 8.
+    """
     is_few = convolution.x[1] < 16 and convolution.x[1] not in _PLAIN[16] and not convolution.is_1x1
     return _blocks(8 if is_few and product == "weight" else 16, convolution, product)
 
 
 def _blocks_with_sums(convolution: Convolution, product: Product) -> Room:
-    """Blocks of 16 channels in a 16-bit dtype, and float32 buffers for sums in each thread.
+    """Returns the workspace for blocks of 16 channels in a 16-bit dtype, and float32 buffers for sums in each thread.
 
     With a 1x1 kernel, each thread sums one image's map in float32. With other kernels, each thread sums the weight's
     gradient in float32. For that it copies one image of input and output, transposed and with padded rows. An input
-    with fewer than 16 channels is not copied or, if the number of output channels is not a multiple of 16, all its
-    patches are laid out for a matrix product. With many channels and small maps, threads share the channels and need
-    less memory than this form gives.
+    with fewer than 16 channels is not copied. But if the number of output channels is not a multiple of 16, all patches
+    of this input are laid out for a matrix product. With many channels and small maps, threads share the channels and
+    need less memory than this function returns.
     """
     copies, num_threads = _blocks(16, convolution, product), convolution.num_threads
     (inputs, height, width), (outputs, *made) = convolution.x[1:], convolution.y[1:]
