@@ -115,9 +115,14 @@ def _part(there: int, wanted: int, chance: float) -> tuple[slice, slice]:
 def _zoomed(
     pixels: NDArray[np.uint8], zoomed: list[int], rows: slice, columns: slice, resampling: Image.Resampling
 ) -> NDArray[np.uint8]:
-    """Returns the given rows and columns of an image that was resized to `zoomed`, (H, W).
+    """Resizes an image to `zoomed`, (H, W), but computes and returns only some rows and columns of the result.
 
-    Only these pixels of the resized image are computed.
+    Args:
+        pixels: the image, (h, w) or (h, w, 3).
+        zoomed: [H, W], size of the resized image.
+        rows: rows of the resized image to return.
+        columns: columns of the resized image to return.
+        resampling: Pillow's filter for resizing.
     """
     vertical, horizontal = pixels.shape[0] / zoomed[0], pixels.shape[1] / zoomed[1]
     box = (

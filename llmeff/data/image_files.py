@@ -104,7 +104,7 @@ def labelled(pairs: Sequence[FilePair], labels: Mapping[int, int]) -> Iterator[L
 
 
 def raise_all(problems: Iterable[str]) -> None:
-    """Raises one error that lists the first `LISTED` problems and counts the rest, if there are any problems.
+    """If there are problems, raises one error that lists the first `LISTED` of them and counts the rest.
 
     Raises:
         ConfigError: there is a problem.
@@ -196,7 +196,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Opens an image and reads its header. The pixels are read on demand.
 
     Raises:
-        ConfigError: the file is not an image. Also raised by the `with` block if it reads the pixels and this fails.
+        ConfigError: the file is not an image, or the body of the `with` block fails to read its pixels.
     """
     beat()
     try:

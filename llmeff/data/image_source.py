@@ -42,7 +42,7 @@ class ImageSourceConfig(Component, family="image source"):
         raise NotImplementedError(type(self))
 
     def labels(self) -> dict[int, int]:
-        """Returns the class, or IGNORED_PIXEL, of each mask value. Masks may contain no other values."""
+        """Returns the class, or IGNORED_PIXEL, for each value that may occur in a mask."""
         return {**{label: label for label in range(len(self.classes()))}, IGNORED_PIXEL: IGNORED_PIXEL}
 
     def images(self) -> Iterator[LabelledImage]:

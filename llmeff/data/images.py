@@ -226,7 +226,7 @@ class ImageCorpus:
         return self._stored[split].labels
 
     def place_counts(self) -> NDArray[np.int64]:
-        """Returns (K, H, W) counts: in how many training images the pixel (h, w) has the class k.
+        """Returns (K, H, W): the number of training images in which the pixel (h, w) has the class k.
 
         Counts only a sample of about `PRIOR_IMAGES` training images.
         """

@@ -58,7 +58,7 @@ class EvalBatch(TokenBatch):
 
 @functools.lru_cache(maxsize=8)
 def _starts(seed: int, epoch: int, block: int, length: int, period: int) -> list[int]:
-    """Returns the start positions of the windows in one block of an epoch's samples."""
+    """Returns the stream indices where the windows of one block start. A block has up to `BLOCK` windows."""
     num_windows = period // length
     slots = np.arange(block * BLOCK, min((block + 1) * BLOCK, num_windows), dtype=np.int64)
     shift = derive(seed, "shift", epoch) % period
@@ -122,9 +122,10 @@ class TrainWindows:
         return _starts(seed, epoch, slot // BLOCK, self.length, self.period)[slot % BLOCK]
 
     def _places(self, starts: list[int]) -> tuple[Ids, Ids]:
-        """Returns the positions and document ids of the input tokens.
+        """Returns the positions and document ids of the input tokens of windows that begin at `starts`.
 
-        Documents after the ring's end get new ids, so that the end and the start of the same document stay separate.
+        A window that reaches the end of the stream continues at its beginning. From there on, documents get new ids,
+        so that the end and the beginning of the same document stay separate.
         """
         first = np.array(starts, dtype=np.int64)[:, None]
         turns, places = np.divmod(first + np.arange(self.length), self.period)

@@ -64,9 +64,10 @@ def seen(colours: NDArray[np.integer]) -> NDArray[np.float64]:
 
 @functools.cache
 def _colours() -> NDArray[np.uint8]:
-    """Returns (255, 3) colours: `FIRST`, then repeatedly the candidate that is farthest from all earlier colours.
+    """Returns (255, 3) colours. The first are `FIRST`. Each further one is farthest from all earlier ones.
 
-    The distance of two colours is the smallest distance under any kind of vision.
+    Colours are chosen from a set of candidates. The distance of two colours is the smallest of their distances in the
+    four kinds of vision.
     """
     candidates = np.stack(np.meshgrid(_LEVELS, _LEVELS, _LEVELS, indexing="ij"), -1).reshape(-1, 3)
     places = seen(candidates)

@@ -116,15 +116,15 @@ class RecallData(DataConfig):
 
     @property
     def _num_numbers(self) -> int:
-        """Number of random numbers for a row of kind "mqar".
+        """Number of random numbers that are drawn to make a row of kind "mqar".
 
-        There is one for each possible key, each value of the row, each possible place of a question, and each token.
+        One is drawn for each possible key, each value in the row, each possible place of a question, and each token.
         """
         return self.vocab_size // 2 - 1 + self.pairs + self._num_places + self.sequence_length
 
     @property
     def _num_places(self) -> int:
-        """Number of possible places of a question: every second token, so the token after a question stays free."""
+        """Number of places where a question may be: every second token, so the token after a question stays free."""
         return (self.sequence_length - 2 * self.pairs) // 2
 
     def _mqar(self, numbers: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

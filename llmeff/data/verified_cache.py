@@ -127,7 +127,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _sweep_abandoned(folder: Path) -> None:
-    """Removes half-written caches that did not change for `ABANDONED_S` seconds, because their writer was killed."""
+    """Removes half-written caches, left by killed processes, that have not changed for `ABANDONED_S` seconds."""
     for part in folder.glob(f"{files.PARTIAL}*"):
         times = [entry.stat().st_mtime for entry in (part, *part.glob("*"))]
         if time.time() - max(times) > ABANDONED_S:
