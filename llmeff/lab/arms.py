@@ -126,7 +126,7 @@ def bare(config: RunConfig, tick: Tick) -> None:
 
 
 def hf_trainer(config: RunConfig, tick: Tick) -> None:
-    """Trains the same model and batches as `ours` with Hugging Face's Trainer. Converts the model for transformers.
+    """Trains the same model on the same batches as `ours`, but as a transformers model, with Hugging Face's Trainer.
 
     Raises:
         ConfigError: the model is not one of llmeff's own decoders, or the config has settings that this arm does not

@@ -37,8 +37,8 @@ def tuning_jobs(sweep: SweepConfig) -> list[Job]:
 def final_jobs(sweep: SweepConfig, folder: Path) -> list[Job]:
     """Returns the final runs, with the settings of the best trials in the folder.
 
-    An arm has no final runs if none of its trials finished. Once settings are chosen for an arm, they stay, even if a trial
-    that failed at first later turns out better: the arm's seeds are comparable only if they have the same settings.
+    An arm has no final runs if none of its trials finished. Settings that were written for an arm are kept, even if a
+    failed trial is tried again and turns out better, because all seeds of an arm must have the same settings.
     """
     trials = tuning_jobs(sweep)
 
@@ -63,7 +63,7 @@ def _finals(sweep: SweepConfig, first: int, chosen: Callable[[str, Settings], Se
 
     Args:
         sweep: the sweep.
-        first: the `order` of the first final run.
+        first: value of `Job.order` for the first final run.
         chosen: function that returns the settings of an arm in a cell, or None if the arm gets no final runs there.
     """
     jobs: list[Job] = []

@@ -264,7 +264,7 @@ def _turn(subject: _Subject, device: torch.device) -> dict[Kind, float]:
 def _medians(
     subjects: Mapping[str, _Subject], rounds: int, order: random.Random, device: torch.device
 ) -> dict[str, dict[Kind, float]]:
-    """Lets the subjects take turns. Returns the median seconds over rounds, by name and kind."""
+    """Times the subjects in turns. Returns the median seconds of a call over rounds, by subject and by kind of call."""
     found = take_turns(list(subjects), rounds, order, lambda name: _turn(subjects[name], device))
     return {
         name: {kind: statistics.median(turns[name][kind] for turns in found) for kind in KINDS} for name in subjects
@@ -280,8 +280,8 @@ def _in_process(race: MixerRace, order_seed: int, *, measures: bool) -> dict[str
         measures: whether to measure bytes and FLOPs too.
 
     Returns:
-        The FLOP/s of matrix products and, by mixer and length, the median seconds of each kind. With `measures`, also the
-        bytes and FLOPs, and the kernels that ran.
+        The FLOP/s of matrix products and, by mixer and length, the median seconds of each kind of call. If
+        `measures`, also the bytes and FLOPs, and the kernels that ran.
     """
     load_components(race.modules)
     keep_freed_memory()  # as in a training run
@@ -324,9 +324,9 @@ def _measured(subject: _Subject, device: torch.device) -> tuple[dict[str, float]
 
 
 def matmul_rate(race: MixerRace, device: torch.device) -> float:
-    """Returns the FLOP/s of a scan's chunk products on a device. It is the highest of 5 timings.
+    """Returns the highest FLOP/s in 5 measurements of matrix products like those in a scan.
 
-    These are batched products of 64 rows by 64 columns over a head's width, in the dtype that the race computes in.
+    They are batched products of (64, H) and (H, 64) matrices, where H is the width of a head, in the race's dtype.
     """
     dtype = getattr(torch, precision(race.precision).compute)
     left, right, flops = chunk_products(race.width // race.num_heads, device, dtype)
@@ -416,7 +416,7 @@ def _cell(times: Times, firsts: Times, length: int) -> dict[str, Any]:
 
 
 def _ratio(seconds: Sequence[float], firsts: Sequence[float]) -> Estimate:
-    """Returns the ratio of seconds to the first mixer's, with an interval. Both have one value per process."""
+    """Returns the ratio of `seconds` to `firsts`, with an interval. Each argument has one value per process."""
     return ratio([[value] for value in seconds], [[value] for value in firsts])
 
 
@@ -464,7 +464,7 @@ def overtakes(seconds: Mapping[int, Sequence[float]], firsts: Mapping[int, Seque
 
 
 def tables(result: Mapping[str, Any]) -> list[TextTable]:
-    """Formats the result of `bench_mixers`: a table of times by length for each kind, and a table of all other results."""
+    """Returns a table of times by length for each kind of call, and a table of all other results of `bench_mixers`."""
     mixers = result["mixers"]
     first = next(iter(mixers))
     lengths = list(mixers[first]["lengths"])
@@ -486,7 +486,7 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
 
 
 def _row(name: str, mixer: Mapping[str, Any], flops_per_s: float, *, is_first: bool) -> list[str]:
-    """Returns a mixer's row of the last table of `tables`. `flops_per_s` is the rate of matrix products."""
+    """Returns a mixer's row in the table of all results except times. `flops_per_s` is the rate of matrix products."""
     *_, last = mixer["lengths"].values()
     measured = last["measured"]
     most_flops = statistics.median(last["seconds"]["step"]) * flops_per_s

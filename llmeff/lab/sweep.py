@@ -66,7 +66,7 @@ def open_sweep(sweep: SweepConfig, folder: Path) -> None:
 
 @dataclass
 class _Running:
-    """A run whose process, as far as this sweep knows, has not ended."""
+    """A run that this sweep has started, and whose process was still running at the last check."""
 
     job: Job
     process: "subprocess.Popen[bytes]"
@@ -80,7 +80,7 @@ class Sweep:
     Args:
         sweep: config of the sweep.
         folder: folder of the sweep, which need not exist.
-        cores: maximum number of cores that all runs use at the same time. A run that needs more cores than this runs alone.
+        cores: maximum number of cores that all runs use at the same time. If a single run needs more, it runs alone.
         modules: names of modules that every run imports, for the components that they register.
         command: the command line that the user gave, which is recorded in the ledger.
         tell: called with a line of text whenever a run begins or ends.
