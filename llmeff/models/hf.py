@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, loaded from a folder or the Hugging Face Hub, called like `Decoder`."""
+"""Any causal language model of transformers, loaded from a folder or the Hugging Face Hub, used like `Decoder`."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -346,9 +346,9 @@ _Watched = dict[nn.Module, tuple[object, object]]
 
 @torch.no_grad()
 def _run_watched(network: nn.Module, tokens: Tensor, parts: Iterable[nn.Module]) -> tuple[_Watched, object]:
-    """Runs a network. Returns two results, in which each tensor is replaced by its `_identity`.
+    """Runs a network. Returns the input and output of each of the parts, and the output of the network.
 
-    The first result has the input and the output of each part. The second result is the network's output.
+    Each tensor in the result is replaced by a key that identifies it, see `_identity`.
     """
     seen: _Watched = {}
     held = []

@@ -128,7 +128,7 @@ def build(kind: ImageNorm, num_channels: int, num_groups: int) -> nn.Module:
 
 
 def law(tape: Tape, x: Array, kind: ImageNorm, num_groups: int) -> Array:
-    """Records the price of the module from `build` on the tape, in the module's scope, and returns the output."""
+    """Records the price of the normalization on the tape, and returns its output. Call it in the module's scope."""
     num_channels = x.shape[1]
     weight, bias = tape.weight("weight", num_channels), tape.weight("bias", num_channels)
     synced = kind == "batch_sync" and tape.strategy_law.is_shared

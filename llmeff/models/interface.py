@@ -119,7 +119,7 @@ def _sliding(
 def _linear(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Linear attention as in the mixer `Linear`, with the shapes of `_softmax`. Products of features are not scaled."""
+    """Linear attention as in the mixer `Linear`, with the shapes of `_softmax`. Queries and keys are not scaled."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_linear")
     query, key, value = _tokens_first(layout, query, key, value)
     query, key, past = positive(query), positive(key), layout.past
@@ -130,7 +130,7 @@ def _linear(
 def _performer(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Performer attention, which estimates `_softmax` and has the same shapes."""
+    """Performer attention: an estimate of softmax attention, with the shapes of `_softmax`."""
     layout = _checked(module, query, attention_mask, kwargs, sees_all="llmeff_performer")
     query, key, value = _tokens_first(layout, query, key, value)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -192,9 +192,15 @@ class _Before:
 
 
 def _sums(key: Tensor, value: Tensor, layout: Layout, num_heads: int) -> Tensor:
-    """Returns the state of `kernel.weighed` after past tokens, (B, N, M, H + 1).
+    """Returns the state of linear attention after the past tokens, (B, N, M, H + 1), in the form of `kernel.weighed`.
 
-    `key` is (B, S, K, M) features of the past keys, and `value` is (B, S, K, H).
+    It is the sum over past tokens of the key's features times the value, to which a 1 is appended.
+
+    Args:
+        key: features of the past keys, (B, S, K, M).
+        value: past values, (B, S, K, H).
+        layout: padding of the past tokens, which do not count.
+        num_heads: N, number of query heads.
     """
     if layout.padding is not None:
         key = key.masked_fill(~layout.padding[:, : layout.past, None, None], 0)

@@ -54,7 +54,7 @@ class ModelConfig(Component, family="model"):
         return "nothing"
 
     def batch(self, tape: Tape) -> Any:
-        """Returns a micro-batch on the tape, in the form that `law` takes."""
+        """Returns the shapes of a micro-batch, without values, as input of `law`. The tape counts its memory."""
         return Batch(tape)
 
     def law(self, tape: Tape, batch: Any) -> Array:
@@ -122,7 +122,7 @@ class ImageModelConfig(ModelConfig):
         return self.num_classes
 
     def batch(self, tape: Tape) -> Images:
-        """Returns a micro-batch of images and labels on the tape, in the form that `law` takes."""
+        """Returns the shapes of images and labels, without values, as input of `law`. The tape counts their memory."""
         return Images(tape)
 
     def example(self, workload: Workload) -> dict[str, Any]:

@@ -45,10 +45,10 @@ def single_layer(name: str, settings: Sequence[str] = (), *, width: int, num_hea
 
 
 def chunk_products(head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Returns two random factors, and the FLOPs of their matrix product, which is batched over chunks as in a scan.
+    """Makes two random batches of matrices, whose products are like those of the chunks in a scan.
 
     Returns:
-        Factors (256, 64, H) and (256, H, 64), where H is `head_dim`, and 2 * 256 * 64 * 64 * H.
+        The batches, (256, 64, H) and (256, H, 64), where H is `head_dim`, and the FLOPs of multiplying them.
     """
     left = torch.randn(_CHUNKS, CHUNK, head_dim, device=device, dtype=dtype)
     right = torch.randn(_CHUNKS, head_dim, CHUNK, device=device, dtype=dtype)

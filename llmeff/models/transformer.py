@@ -210,7 +210,7 @@ class DecoderConfig(LanguageModelConfig):
             yield from dict.fromkeys(problem for problems in lacking for problem in problems)
 
     def cache_bytes(self, num_tokens: int, number_bytes: int) -> int:
-        """Returns the bytes that decoding keeps of a sequence of `num_tokens` tokens, see `MixerConfig.cache_bytes`."""
+        """Returns the bytes of the decoding cache after a sequence of `num_tokens`, see `MixerConfig.cache_bytes`."""
         return sum(mixer.cache_bytes(shape, num_tokens, number_bytes) for mixer, shape in self._mixers())
 
     def law(self, tape: Tape, batch: laws.Batch) -> Array:
