@@ -15,7 +15,7 @@ from llmeff.optim.optimizer import state_price
 
 
 class AdamW(DecayGroupsConfig):
-    """torch.optim.AdamW in its fused form, which all devices that torch trains on support for floating point."""
+    """torch.optim.AdamW in its fused form. All devices that torch trains on support it for floating point."""
 
     sharding: ClassVar[Sharding] = "elementwise"
 

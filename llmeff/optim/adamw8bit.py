@@ -23,7 +23,7 @@ _CODES = 256
 class AdamW8bit(DecayGroupsConfig):
     """bitsandbytes.optim.AdamW8bit.
 
-    Ranks may divide its parameters among them but must not split a parameter, because its state is quantized by block.
+    Ranks may share out whole parameters, but must not split a parameter, because its state is quantized by block.
     """
 
     sharding: ClassVar[Sharding] = "whole_tensor"

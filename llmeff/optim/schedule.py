@@ -65,7 +65,7 @@ class Linear(ScheduleConfig):
 
 
 class WSD(ScheduleConfig):
-    """Warmup-stable-decay: the peak learning rate, and at the end a line to `final` times it (Hu et al. 2024)."""
+    """Warmup-stable-decay: the peak learning rate, then a linear decay to `final` times the peak (Hu et al. 2024)."""
 
     name: Literal["wsd"] = "wsd"
     decay: Fraction = 0.2
@@ -74,7 +74,7 @@ class WSD(ScheduleConfig):
     """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, progress: float) -> float:
-        """Returns the factor, which is 1 and, during the decay, falls from 1 to `final` along a line."""
+        """Returns the factor, which is 1 before the decay and falls from 1 to `final` along a line during the decay."""
         left = 1 - progress
         if left >= self.decay:
             return 1.0
