@@ -126,7 +126,7 @@ def check_savable(
         name: the optimizer's name.
         build: function that takes parameters and builds the optimizer for them.
         rows: all parameters. The smallest parameter of each role is copied.
-        miscounts: `StrategyConfig.miscounts`: the reason why counts in groups would go wrong. None if they would not.
+        miscounts: the reason why counts in groups would go wrong. None if they stay right (`StrategyConfig.miscounts`).
 
     Raises:
         ConfigError: some state cannot be saved, or the optimizer's updates depend on counts that would go wrong.
@@ -161,7 +161,7 @@ _AHEAD = (0, 10, 1_000, 100_000)
 def _is_idle(
     build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo], counted: Sequence[str]
 ) -> bool:
-    """Returns whether the second update is independent of the counts in the groups."""
+    """Returns whether counts in the optimizer's groups have no effect on updates. Tests this on copied parameters."""
     ends = []
     for ahead in _AHEAD:
         copies = _copies(rows)
@@ -179,7 +179,7 @@ def _is_idle(
 
 
 def _is_same_apart(build: Callable[[list[ParameterInfo]], Optimizer], rows: Sequence[ParameterInfo]) -> bool:
-    """Returns whether three updates give the same result when each group is stepped alone."""
+    """Returns whether stepping each group alone gives the same result as stepping all together. Tests three updates."""
     ends = []
     for is_apart in (False, True):
         copies = _copies(rows)

@@ -58,7 +58,7 @@ class RankLaw(StrategyLaw):
         self.copy(num_bytes)
 
     def scatter(self, num_bytes: int) -> None:
-        """Counts a reduce-scatter of a buffer of `num_bytes`, of which each rank gets one part of the sum."""
+        """Counts a reduce-scatter of a buffer of `num_bytes`. Each rank gets one part of the sum."""
         self.send("reduce_scatter", num_bytes)
         self.copy(num_bytes)
 

@@ -200,7 +200,7 @@ class StrategyConfig(Component, family="strategy"):
     """The run ends on all ranks if no rank makes progress for this many seconds."""
 
     def external_settings(self) -> list[ExternalSetting]:
-        """Returns the values that the file named by this config sets for other parts of the run's config."""
+        """Returns the settings that this config's file, if any, makes for other parts of the run's config."""
         return []
 
     def refusal(self, sharding: Sharding) -> str | None:

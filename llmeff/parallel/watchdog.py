@@ -189,7 +189,7 @@ class Watchdog:
         return False
 
     def _write(self, beat: _Beat) -> None:
-        """Replaces this rank's heartbeat file atomically. Does not flush it: a machine crash makes it useless."""
+        """Replaces this rank's heartbeat file atomically, without flushing it: a machine crash makes it useless."""
         place = self._folder / FOLDER / f"rank-{self._rank:05d}.json"
         part = place.with_suffix(".part")
         try:
@@ -205,7 +205,7 @@ class Watchdog:
         return [beat for beat in beats if beat is not None and beat.rank != self._rank]
 
     def _await_death(self) -> None:
-        """Waits until the lost rank's process has ended, because a dying process closes its connections earlier."""
+        """Waits a short time for a lost rank's process to end. Its connections close before the process ends."""
         deadline_s = time.monotonic() + _DYING_S
         while time.monotonic() < deadline_s and all(beat.state() == "alive" for beat in self._others()):
             time.sleep(_DYING_S / 40)

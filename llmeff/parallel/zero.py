@@ -208,8 +208,8 @@ class DeepSpeed(StrategyConfig):
     def strategy_law(self, weights: list[Weight], groups: list[list[str]], work: Workload, rank: int) -> ZeroLaw:
         """Returns the law of a rank's memory and communication at this stage.
 
-        Offloaded bytes are always counted under their kind. `peak_bytes` includes them only if the model is on a CPU.
-        If the model is on a GPU, `peak_bytes` is the peak of the GPU's memory.
+        Offloaded bytes always count in their own quantity, such as `optimizer_bytes`. They count in `peak_bytes` only
+        if the model is on a CPU. If the model is on a GPU, `peak_bytes` is the peak of the GPU's memory.
         """
         grouped = [[weight for name in names for weight in weights if weight.name == name] for names in groups]
         settings = ZeroSettings(

@@ -71,7 +71,7 @@ class ZeroLaw(RankLaw):
 
         Args:
             num_pieces: number of tensors to join.
-            size: number of elements of all of them together.
+            size: total number of elements of these tensors.
         """
         joined = self.flatten([size, *[0] * (num_pieces - 1)], self.parameter_number_bytes)
         if self._is_cast:
@@ -299,7 +299,7 @@ class GatheredLaw(ZeroLaw):
         self._is_ahead = False
 
     def _enter(self) -> None:
-        """Enters the next module that has a weight, and before it the enclosing modules that are entered with it."""
+        """Enters the next module that has a weight. First enters any enclosing modules that begin with it."""
         self._release()
         while self._trace[self._num_uses] == _AROUND:
             self._num_uses += 1
@@ -364,7 +364,7 @@ class GatheredLaw(ZeroLaw):
         self._num_there -= self._sizes[name]
 
     def end_forward(self) -> None:
-        """Leaves the last module of forward, and enters the first module of backward before the loss's backward."""
+        """Leaves the last module of forward and enters the first one of backward, before the loss runs backward."""
         self._enter()
         self._is_ahead = True
 
@@ -422,7 +422,7 @@ _AROUND = ""
 
 
 def _modules(uses: list[tuple[str, bool]]) -> Iterator[str]:
-    """Yields the weights' names in the order of use. Before a name, yields `_AROUND` for each outer module entered.
+    """Yields the weights' names in order of use. Before each name, yields `_AROUND` once per enclosing module entered.
 
     Args:
         uses: for each use, the weight's name and whether the use is in backward.
