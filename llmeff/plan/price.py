@@ -403,7 +403,7 @@ def trace(config: RunConfig, work: Workload, rank: int = 0) -> Price:
 
 
 def _uses(module: nn.Module, forward: Callable[[], object]) -> list[tuple[str, bool]]:
-    """Returns the parameters' names in order of use, and whether backward uses each again. Unused ones come last."""
+    """Returns (parameter name, whether backward uses it again) in order of use. Unused parameters come last."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found: list[tuple[str, bool]] = []
 
