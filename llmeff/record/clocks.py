@@ -30,7 +30,8 @@ class Clocks:
     """Sums of wall seconds, one per clock name.
 
     Args:
-        device: `hold` waits for this device at both ends of its block, so that a clock counts only its own work.
+        device: the device that computes. `hold` waits for it before and after its block, so that a clock counts only
+            the work of the block.
         earlier: seconds that earlier processes of this run spent. None starts at zero.
     """
 

@@ -99,7 +99,7 @@ def mfu(model_flops_per_s: float, device_name: str, dtype: str) -> float | None:
     """Returns the model FLOPs utilization (Chowdhery et al. 2022, appendix B). Causal attention counts T(T+1)/2 pairs.
 
     Args:
-        model_flops_per_s: the achieved rate: the price's `model_flops` per second.
+        model_flops_per_s: the achieved rate, computed from the price's `model_flops`.
         device_name: CUDA's name of the device.
         dtype: format of the operands.
 

@@ -33,7 +33,10 @@ def loss_curve(runs: Sequence[Run], path: Path) -> None:
 
 
 def held_out_curves(run: Run) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """Returns, by split, the steps of its evaluations and the values of each metric that all its evaluations have."""
+    """Returns, for each split, the steps of its evaluations and the values of each metric.
+
+    A metric is left out if an evaluation of the split lacks it.
+    """
     if not run.evaluations:
         return _loss_curves(run)
     curves = {}

@@ -25,7 +25,7 @@ NONE: Mapping[str, Path] = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """Facts about a run that a display needs in addition to the rows."""
+    """Facts about a run that a display needs in addition to the rows of its steps."""
 
     total_steps: int
     """The run's last step."""

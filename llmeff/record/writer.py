@@ -84,7 +84,7 @@ class RunWriter:
     def restart(cls, folder: Path, config: BaseModel, environment: Environment) -> "RunWriter":
         """Starts an unfinished run again from its beginning. Before the first row, call `truncate_after` with 0.
 
-        Moves earlier records to `discarded-N` in the run's folder, which is a run folder too, and logs a warning.
+        Moves earlier records to the subfolder `discarded-N`, and logs a warning. The subfolder is itself a run folder.
 
         Raises:
             ConfigError: as in `resume`.
@@ -106,7 +106,7 @@ class RunWriter:
 
     @classmethod
     def _unfinished(cls, folder: Path) -> "RunWriter":
-        """Returns the writer of an unfinished run. Apart from the lock, it changes nothing yet."""
+        """Returns the writer of an unfinished run. Locks the folder, and changes nothing else in it."""
         if not (folder / schema.CONFIG).is_file():
             raise ConfigError(f"{folder}: there is no run to resume. Start a new run without --resume")
         files.refuse_links(folder)
@@ -267,7 +267,7 @@ class NullWriter(RunWriter):
 
 
 def writer_of(*, is_main: bool, resume: bool, anew: bool) -> Callable[[Path, BaseModel, Environment], RunWriter]:
-    """Returns the function that opens a rank's writer, given the run's folder, config and environment."""
+    """Returns a function that takes the run's folder, config and environment and opens the writer of a rank."""
     if not is_main:
         return NullWriter
     return RunWriter.restart if anew else RunWriter.resume if resume else RunWriter.create
@@ -282,7 +282,7 @@ def _lines(rows: Iterable[Record]) -> bytes:
 
 
 def _with_earlier(now: Environment, before: Environment) -> Environment:
-    """Returns this process's environment, with the different environments of earlier processes in `earlier`."""
+    """Returns this process's environment. Adds the previous process's environment to `earlier` if it differs."""
     last, earlier = before.model_copy(update={"earlier": ()}), before.earlier
     return now.model_copy(update={"earlier": earlier if last == now else (*earlier, last)})
 
