@@ -93,9 +93,10 @@ def slurm_job(
 
 
 def supplied(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config's raw data, with the DeepSpeed file from the launcher's flags added if the config names none.
+    """Returns a config's raw data. If the config names no DeepSpeed file, adds the file from the launcher's flags.
 
-    If the config names no strategy, or a strategy for one process, it gets the strategy that reads such a file.
+    A missing strategy, or a strategy for one process, is then replaced by the strategy that reads DeepSpeed files. If
+    the config names any other strategy that does not read such files, returns the data unchanged.
 
     Raises:
         ConfigError: the config names a file whose content differs from the launcher's file.

@@ -74,8 +74,8 @@ def check_world(config: RunConfig, *, is_started: bool = True) -> None:
 
     Args:
         config: config of the run. An `auto` value agrees with any other value.
-        is_started: whether this process is one of the run's processes. False if it has yet to start them; then their
-            number is not compared.
+        is_started: whether this process is one of the run's processes. If False, this process will start them later,
+            and their number is not checked.
 
     Raises:
         ConfigError: values differ. The message names each of them, with its source.
