@@ -84,7 +84,8 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
         """Returns the model with its vocabulary size, or None if this first needs the trained tokenizer.
 
         The trained tokenizer is needed if the model's size is "auto" and the tokenizer's config gives no size. It is
-        also needed if the model's size is smaller than the size in that config, since training may give fewer tokens.
+        also needed if the tokenizer's config gives a larger size than the model's, because the trained tokenizer may
+        have fewer tokens than its config allows.
         """
         known = data.tokenizer.vocabulary()
         if model.vocab_size == "auto":

@@ -134,7 +134,7 @@ def _f1(ours: Mask, theirs: Mask, tolerance: float) -> float:
 
 
 def _outline(mask: Mask, counted: Mask) -> Mask:
-    """Returns the (H, W) pixels of a mask that have a neighbour outside of the mask, among the pixels of `counted`."""
+    """Returns the (H, W) pixels of `mask` that have one of their four neighbours in `counted` but not in `mask`."""
     others = counted & ~mask
     beside = np.zeros_like(mask)
     beside[1:] |= others[:-1]
@@ -145,7 +145,7 @@ def _outline(mask: Mask, counted: Mask) -> Mask:
 
 
 def _widened(mask: Mask, radius: float) -> Mask:
-    """Returns the (H, W) pixels within a distance of the mask's pixels."""
+    """Returns the (H, W) pixels that are at most `radius` away from a pixel of the mask."""
     reach = int(radius)
     height, width = mask.shape
     # cumulative counts of mask pixels along each row: a span contains a mask pixel if the counts at its ends differ
