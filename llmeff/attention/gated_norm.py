@@ -1,4 +1,4 @@
-"""Gated RMS normalization of the scan's output, used by mixers with a state before the output projection."""
+"""Gated RMS normalization of the scan's output. Mixers with a state apply it before their output projection."""
 
 from functools import partial
 from typing import Literal

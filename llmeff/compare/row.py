@@ -101,9 +101,9 @@ def _logs(values: Mapping[str, Mapping[int, float]], arms: Arms) -> _Logs:
 def _by_seeds(quantity: Quantity, logs: _Logs, rivals: Sequence[str], arms: Arms) -> dict[str, Difference | None]:
     """Compares arms with the baseline by their runs.
 
-    Arms that are kin of the baseline are paired with it by seed. If the quantity does not depend on the seed, all arms
-    are paired in this way. Arms that are not paired are compared at once, as independent arms. The A/A arm is judged
-    alone.
+    An arm that takes its settings from the baseline (`tuned_as`) is paired with it by seed. If the quantity does not
+    depend on the seed, all arms are paired by seed. The other arms are independent of the baseline and are compared with
+    it as one family. The A/A arm is judged alone.
 
     Args:
         quantity: the quantity.

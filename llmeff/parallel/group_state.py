@@ -151,7 +151,7 @@ def check_savable(
         raise ConfigError([f"optim {name!r}: {problem}" for problem in error.problems]) from None
     counted = sorted({key for entries in changed for key in entries})
     if counted and miscounts is not None and not (_is_idle(build, rows, counted) and _is_same_apart(build, rows)):
-        raise ConfigError(f"optim {name!r} keeps counts in its groups ({', '.join(counted)}): {miscounts}")
+        raise ConfigError(f"optim {name!r} keeps step counts in its param_groups ({', '.join(counted)}): {miscounts}")
 
 
 _AHEAD = (0, 10, 1_000, 100_000)

@@ -114,7 +114,7 @@ class CausalLM(TaskConfig[LanguageModelConfig, TextData]):
 
 
 class CausalLMTask(Task[LanguageModelConfig]):
-    """Causal language modelling on an opened corpus."""
+    """Causal language modelling on a corpus that is already open."""
 
     item = "token"
 

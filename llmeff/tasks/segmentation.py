@@ -139,7 +139,7 @@ def frequencies(pixels: NDArray[np.int64], present: NDArray[np.int64]) -> NDArra
 
 
 class SegmentationTask(Task[ImageModelConfig]):
-    """Segmentation of opened images."""
+    """Segmentation of the images of a dataset that is already open."""
 
     item = "pixel"
 

@@ -92,7 +92,7 @@ def test_a_count_that_matters_late_is_refused_where_it_would_go_too_far():
 
     check_savable("idle", built(Idle), ROWS, miscounts="it would count too far")
     with pytest.raises(
-        ConfigError, match=r"optim 'slowed' keeps counts in its groups \(count\): it would count too far"
+        ConfigError, match=r"optim 'slowed' keeps step counts in its param_groups \(count\): it would count too far"
     ):
         check_savable("slowed", built(Slowed), ROWS, miscounts="it would count too far")
 
@@ -160,7 +160,7 @@ def test_it_is_refused_where_it_would_count_too_far(outside, tmp_path):
     outside("counting")
     settings = config("optim=outside-counting", *STRATEGIES["zero 3"])
     said = (
-        r"optim 'outside-counting' keeps counts in its groups \(largest, step, weight_sum\): at stage 3, parallel 'deepspeed' "
+        r"optim 'outside-counting' keeps step counts in its param_groups \(largest, step, weight_sum\): at stage 3, parallel 'deepspeed' "
         "steps the optimizer once"
     )
     with pytest.raises(ConfigError, match=said):
