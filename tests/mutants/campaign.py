@@ -230,8 +230,9 @@ def fork(clone: Path, log: Path, work: Callable[[], int], *, compiles: bool = Fa
 
 def end(process: int) -> None:
     """Ends a fork and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
+    for kill in (os.killpg, os.kill):  # a fork that has only begun has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):
+            kill(process, signal.SIGKILL)
 
 
 def run_tests(arguments: Sequence[str], *plugins: Any) -> int:
