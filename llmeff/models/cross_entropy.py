@@ -54,7 +54,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if torch.is_grad_enabled():  # a second derivative would wrongly take the saved gradients for constants
             raise RuntimeError(
-                "the chunked cross-entropy can be differentiated only once, not twice (create_graph=True)"
+                "the chunked cross-entropy supports only first derivatives: call backward without create_graph=True"
             )
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
