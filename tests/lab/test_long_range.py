@@ -171,7 +171,7 @@ def test_the_command_writes_what_it_found(capsys, runs, tmp_path):
         ),
         (["--split", "validaton"], r"--split 'validaton': there is no such split\. Did you mean 'validation'\?"),
         (["--times", "1048576"], "has [0-9]+ tokens, but a window of 1048576 times the training length"),
-        (["--out", "x.csv"], r"--out x\.csv: the file is written as JSON"),
+        (["--out", "x.csv"], r"--out x\.csv: this command writes JSON"),
     ],
 )
 def test_wrong_input_is_one_error(capsys, runs, wrong, words):
